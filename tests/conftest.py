@@ -1,0 +1,76 @@
+"""Shared fixtures: the shipped model, its tokenizer, and a way to run the command line for real."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+TINY_MODEL = REPOSITORY / "trapo_jax" / "assets" / "card_shuffles_tiny"
+
+# Each worker and each child process compiles the same programs: share them.
+CACHE = Path(os.environ.get("PYTEST_CACHE_ROOT", REPOSITORY / ".pytest_cache")) / "jax"
+CACHE_ENV = {
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+}
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace):
+    """What the docstring examples take as imported."""
+    import jax.numpy as jnp
+
+    import trapo_jax.losses
+
+    doctest_namespace["jnp"] = jnp
+    for name in trapo_jax.losses.__all__:
+        doctest_namespace[name] = getattr(trapo_jax.losses, name)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from trapo_jax.data import load_tokenizer
+
+    return load_tokenizer(TINY_MODEL)
+
+
+@pytest.fixture(scope="session")
+def decoder():
+    from trapo_jax.models import read_config
+
+    return read_config(TINY_MODEL)
+
+
+@pytest.fixture(scope="session")
+def params(decoder):
+    from trapo_jax.models import load_params
+
+    return jax.device_put(load_params(TINY_MODEL, decoder))
+
+
+@pytest.fixture(scope="session")
+def problems(tokenizer):
+    from trapo_jax.data import card_shuffles_splits, encode_problems
+
+    splits = card_shuffles_splits(seed=0, num_train=32, num_validation=8, num_test=8)
+    return encode_problems(splits["train"], tokenizer, max_prompt_length=16)
+
+
+def run_command(*arguments, timeout=300, **environment):
+    """Runs `python -m trapo_jax.<...>` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **CACHE_ENV, **environment},
+    )

@@ -1,0 +1,66 @@
+"""Checkpoints: device state and host state in one atomic commit.
+
+`<directory>/<step>/` appears by a rename once it is complete; what a killed save left behind is ignored and
+cleaned up by the next one.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+STATE, HOST = "state", "host"
+
+
+class CheckpointStore:
+    """The checkpoints of a run.
+
+    Args:
+      directory: created on the first save.
+      keep: how many of the newest stay.
+    """
+
+    def __init__(self, directory: Path, *, keep: int):
+        self._directory = directory.absolute()
+        self._keep = keep
+        # A dict of plain values would be saved as a pytree of arrays: the host's name takes JSON.
+        registry = ocp.handlers.local_registry()
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name=HOST)
+        self._options = ocp.options.CheckpointablesOptions(registry=registry)
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        if not self._directory.is_dir():
+            return []
+        names = [path.name for path in self._directory.iterdir() if path.name.isdecimal()]
+        return sorted(int(n) for n in names if ocp.is_orbax_checkpoint(self._directory / n))
+
+    def save(self, step: int, state: Any, host: dict[str, Any]) -> None:
+        """Commits both, then removes leftovers and all but the newest `keep` checkpoints."""
+        with ocp.Context(checkpointables_options=self._options):
+            ocp.save_checkpointables(
+                self._directory / str(step), {STATE: state, HOST: host}, overwrite=True
+            )
+        expired = self.steps()[: -self._keep]
+        for path in self._directory.iterdir():
+            if not path.name.isdecimal() or int(path.name) in expired:
+                shutil.rmtree(path)
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """The state, placed as the shardings of `abstract_state` say, and the host's dict."""
+        with ocp.Context(checkpointables_options=self._options):
+            loaded = ocp.load_checkpointables(
+                self._directory / str(step), {STATE: abstract_state, HOST: None}
+            )
+        return loaded[STATE], loaded[HOST]
+
+
+def abstract_like(tree: Any, shardings: Any) -> Any:
+    """Shapes, dtypes and shardings of `tree` (arrays or shapes), for `CheckpointStore.restore`."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )

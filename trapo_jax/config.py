@@ -1,0 +1,371 @@
+"""Configuration: pydantic models, filled from YAML and `a.b=c` overrides, validated once.
+
+The YAML file and the overrides are merged as plain data first; then one strict validation. Every mistake
+becomes one line that names the field, where it was set, the value and the way out.
+"""
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from trapo_jax.types import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NotNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ModelConfig(_Section):
+    path: str = "card_shuffles_tiny"
+    """A Hugging Face model folder, or `card_shuffles_tiny`, the one that ships with the package."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and matmul inputs; weights, logits, losses and reductions are float32."""
+
+
+class DataConfig(_Section):
+    source: Literal["card_shuffles"] = "card_shuffles"
+    """Where problems come from."""
+    seed: NotNegative = 0
+    """Of procedural problems; independent of the run's seed, so that runs compare."""
+    difficulty: Literal["late", "early"] = "late"
+    """Card shuffles: hard after the third operation, or at the (unfamiliar) first."""
+    num_train: Positive = 128
+    """Training problems."""
+    num_validation: Positive = 256
+    """Validation problems, for evaluation during training."""
+    num_test: Positive = 256
+    """Test problems, for evaluation before and after training."""
+    max_prompt_length: Positive = 16
+    """Longest prompt, in tokens."""
+
+
+class MethodConfig(_Section):
+    name: Literal["trapo", "grpo", "sft"] = "trapo"
+    """Training method."""
+    preset: Literal["paper", "reference"] = "paper"
+    """TRAPO's guidance as in the paper or as in its released code."""
+    alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """TrSFT's trust-region bound: expert tokens below this probability get a reduced gradient."""
+    expert_weight: NotNegativeFloat | None = None
+    """Weight of the loss on expert tokens; null for the method's own (trapo 0.5, sft 1)."""
+    normalizer: Literal["token_mean", "sequence_mean", "constant_sum", "constant_mean"] | None = (
+        None
+    )
+    """What sums of token losses are divided by; null for the method's own."""
+    scale_advantages_by_std: bool = False
+    """Divide a group's advantages by their standard deviation."""
+    entropy_weight: NotNegativeFloat = 0.0
+    """Weight of the entropy bonus on own tokens."""
+
+
+class SamplingConfig(_Section):
+    temperature: PositiveFloat = 1.0
+    """Of the training distribution."""
+    max_completion_length: Positive = 64
+    """Longest expert prefix + completion, in tokens."""
+    num_slots: Positive = 64
+    """Rows decoded at once."""
+    segment_len: Positive = 8
+    """Tokens decoded between two looks at the queue."""
+
+
+class TrainConfig(_Section):
+    num_steps: Positive = 375
+    """Optimiser steps."""
+    problems_per_step: Positive = 8
+    """Problems in one optimiser batch; each gets a group of rollouts."""
+    num_micro_batches: Positive = 1
+    """Pieces the batch is computed in; changes memory, not the result."""
+    learning_rate: PositiveFloat = 4e-4
+    """Peak learning rate of AdamW."""
+    warmup_steps: NotNegative = 10
+    """Linear warm-up from 0."""
+    decay_start: Fraction = 0.5
+    """Share of the run after which the learning rate falls linearly."""
+    final_learning_rate_ratio: Fraction = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    adam_b1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """AdamW's decay of the first moment."""
+    adam_b2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
+    """AdamW's decay of the second moment."""
+    weight_decay: NotNegativeFloat = 0.01
+    """AdamW's weight decay, on matrices only."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Global gradient norm is clipped to this."""
+    max_skipped_steps: Positive = 5
+    """Stop after this many steps in a row with a non-finite loss or gradient."""
+    logprob_chunk_size: Positive = 4096
+    """Tokens whose logits are held at once."""
+
+
+class EvaluationConfig(_Section):
+    every: NotNegative = 75
+    """Steps between evaluations on the validation split; 0 for none during training."""
+    num_samples: Positive = 8
+    """Samples per problem at temperature 1, for accuracy and pass@k."""
+
+
+class CheckpointConfig(_Section):
+    every: NotNegative = 75
+    """Steps between checkpoints; one is always written at the end."""
+    keep: Positive = 2
+    """Newest checkpoints kept."""
+
+
+class MeshConfig(_Section):
+    data: Annotated[int, Field(ge=-1)] = -1
+    """Devices along which the batch is split; -1 for all that are left."""
+    fsdp: Positive = 1
+    """Devices along which batch and parameters are split."""
+    tp: Positive = 1
+    """Devices along which heads, MLP and vocabulary are split."""
+
+
+class Config(_Section):
+    """Everything a run depends on."""
+
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/card_shuffles_trapo"
+    """The run folder; a run that is there already is resumed."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of data order and sampling."""
+    log_samples: NotNegative = 4
+    """Problems a step whose rollouts go to samples.jsonl."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    method: MethodConfig = MethodConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        train, data = self.train, self.data
+        if train.warmup_steps > train.num_steps:
+            raise ValueError(
+                f"train.warmup_steps={train.warmup_steps}: longer than "
+                f"train.num_steps={train.num_steps}; lower it"
+            )
+        if train.problems_per_step > data.num_train:
+            raise ValueError(
+                f"train.problems_per_step={train.problems_per_step}: more than "
+                f"data.num_train={data.num_train}; a batch would repeat problems"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(file: Path | None, overrides: Sequence[tuple[str, str]]) -> Config:
+    """Merges file and overrides (`("train.num_steps", "10")`) and validates the result.
+
+    Raises:
+      UserError: one line for each mistake.
+    """
+    data = read_yaml(file) if file else {}
+    for name, text in overrides:
+        _set(data, name, _parse_scalar(name, text))
+    try:
+        # Strict JSON mode: no "3" for 3, no true for 1; lists and dicts as YAML gives them.
+        return Config.model_validate_json(json.dumps(data, default=str), strict=True)
+    except pydantic.ValidationError as error:
+        given = {name for name, _ in overrides}
+        lines = [_explain(e, file=file, overrides=given) for e in error.errors()]
+        raise UserError("\n".join(lines)) from error
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises:
+      UserError: naming the file, and the line of a syntax error.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
+    try:
+        data = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{file}{line}: not valid YAML ({problem})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: expected fields such as 'seed: 0', found {_short(data)}")
+    return data
+
+
+def list_fields(section: type[pydantic.BaseModel] = Config, prefix: str = "") -> Iterator[tuple]:
+    """(name, type, default, sentence) of every field, for `--help`."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            yield from list_fields(field.annotation, f"{prefix}{name}.")
+        else:
+            default = yaml.safe_dump(field.default, default_flow_style=True).split("\n")[0]
+            yield f"{prefix}{name}", _type_name(field), default, field.description
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats (`1e-6` is a number), and no duplicate keys."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"duplicate key {key!r}", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+\Z"),
+    "-+.0123456789",
+)
+
+
+def _parse_scalar(name: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"command line: {name}: {text!r} is not a YAML value") from error
+
+
+def _set(data: dict[str, Any], name: str, value: Any) -> None:
+    *sections, leaf = name.split(".")
+    for section in sections:
+        inner = data.setdefault(section, {})
+        if inner is None:
+            inner = data[section] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"command line: {name}: {section!r} is not a section")
+        data = inner
+    data[leaf] = value
+
+
+def _explain(error: Any, *, file: Path | None, overrides: set[str]) -> str:
+    """One line: where, field, value, what is wrong, what to do."""
+    name = ".".join(str(part) for part in error["loc"])
+    from_command_line = any(name == o or name.startswith(o + ".") for o in overrides)
+    where = "command line" if from_command_line or file is None else str(file)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: {name}: unknown field{_did_you_mean(name)}"
+    if error["type"] == "value_error":
+        return f"{where}: {error['ctx']['error']}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{where}: {name}={_short(error['input'])}: {message}"
+
+
+def _did_you_mean(name: str) -> str:
+    names = [field[0] for field in list_fields()]
+    sections = sorted({n.rsplit(".", 1)[0] for n in names if "." in n})
+    matches = difflib.get_close_matches(name, names + sections, n=1, cutoff=0.6)
+    if not matches:  # the right name in the wrong section?
+        leaf = name.rsplit(".", 1)[-1]
+        leaves = {n.rsplit(".", 1)[-1]: n for n in names}
+        close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
+        matches = [leaves[m] for m in close]
+    return f"; did you mean {matches[0]}?" if matches else "; --help lists all fields"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _type_name(field: Any) -> str:
+    def name(annotation: Any) -> str:
+        if annotation is type(None):
+            return "null"
+        arguments = get_args(annotation)
+        if not arguments:
+            return getattr(annotation, "__name__", str(annotation))
+        if hasattr(annotation, "__metadata__"):  # Annotated[int, ...]
+            return name(arguments[0])
+        if all(isinstance(a, str) for a in arguments):  # Literal["a", "b"]
+            return "|".join(arguments)
+        return "|".join(name(a) for a in arguments)
+
+    return name(field.annotation)
+
+
+USAGE = """\
+usage: python -m trapo_jax.{command} [--config FILE] [FIELD=VALUE ...]
+
+{about}
+
+  --config FILE     YAML file; without it, the defaults below (= configs/smoke_cpu.yaml)
+  FIELD=VALUE       overrides a field; also --FIELD VALUE and --FIELD=VALUE
+  --help            this text
+
+Fields (type, default):
+"""
+
+
+def help_text(command: str, about: str) -> str:
+    """The `--help` text: usage and every field with type, default and one sentence."""
+    lines = [USAGE.format(command=command, about=about)]
+    for name, kind, default, sentence in list_fields():
+        lines.append(f"  {name}  ({kind}, {default})\n      {sentence}")
+    return "\n".join(lines)
+
+
+def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]:
+    """Splits a command line into the config file and overrides, in order.
+
+    Raises:
+      UserError: for anything that is neither.
+    """
+    file: Path | None = None
+    overrides: list[tuple[str, str]] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        is_option = argument.startswith("--")
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not is_option and not equals:
+            hint = f"; did you mean --config {argument}?" if argument.endswith(".yaml") else ""
+            raise UserError(f"command line: {argument!r} is not FIELD=VALUE{hint}")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"command line: --{name} has no value")
+            value = rest.pop(0)
+        if not name:
+            raise UserError(f"command line: {argument!r} names no field")
+        if is_option and name == "config":
+            file = Path(value)
+        else:
+            overrides.append((name, value))
+    return file, overrides
+
+
+def config_from_command_line(command: str, about: str, arguments: Sequence[str]) -> Config:
+    """Parses, validates, or prints the help and exits."""
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(command, about))
+        sys.exit(0)
+    return load_config(*parse_command_line(arguments))

@@ -1,0 +1,27 @@
+"""The tokenizer of a Hugging Face folder."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trapo_jax.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    """Loads the tokenizer of a local folder; never fetches, never runs the folder's code.
+
+    Raises:
+      UserError: naming the folder, if there is none that can be read, or it has no EOS token.
+    """
+    import transformers  # seconds to import
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: no tokenizer that can be loaded ({reason})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}/tokenizer_config.json: no eos_token; completions could not end")
+    return tokenizer

@@ -1,0 +1,63 @@
+"""Losses for learning from an expert and from oneself: pure functions, jax the only import.
+
+Conventions (those of optax): arrays first, hyper-parameters by keyword, `axis`, `where`. Every loss returns
+per-token float32 values, unreduced and exactly 0 where masked; the reductions make a number of them.
+"""
+
+from trapo_jax.losses.attenuation import (
+    Attenuation,
+    attenuated_cross_entropy_from_logprobs,
+    clip_attenuation,
+    probability_attenuation,
+    shifted_clip_attenuation,
+    unit_attenuation,
+    variance_attenuation,
+)
+from trapo_jax.losses.kl import kl_penalty
+from trapo_jax.losses.logprobs import entropy, linear_token_logprobs, token_logprobs
+from trapo_jax.losses.policy_gradient import (
+    cispo_loss,
+    policy_gradient_loss,
+    sequence_policy_gradient_loss,
+    shaped_policy_gradient_loss,
+)
+from trapo_jax.losses.reductions import (
+    constant_mean,
+    constant_mean_weights,
+    constant_sum,
+    constant_sum_weights,
+    sequence_mean,
+    sequence_mean_weights,
+    token_mean,
+    token_mean_weights,
+)
+from trapo_jax.losses.trsft import trsft_loss, trsft_loss_from_logprobs, trsft_optimum
+
+__all__ = [
+    "Attenuation",
+    "attenuated_cross_entropy_from_logprobs",
+    "cispo_loss",
+    "clip_attenuation",
+    "constant_mean",
+    "constant_mean_weights",
+    "constant_sum",
+    "constant_sum_weights",
+    "entropy",
+    "kl_penalty",
+    "linear_token_logprobs",
+    "policy_gradient_loss",
+    "probability_attenuation",
+    "sequence_mean",
+    "sequence_mean_weights",
+    "sequence_policy_gradient_loss",
+    "shaped_policy_gradient_loss",
+    "shifted_clip_attenuation",
+    "token_logprobs",
+    "token_mean",
+    "token_mean_weights",
+    "trsft_loss",
+    "trsft_loss_from_logprobs",
+    "trsft_optimum",
+    "unit_attenuation",
+    "variance_attenuation",
+]

@@ -1,0 +1,174 @@
+"""Policy-gradient losses per token: plain, PPO-clipped, GSPO, CISPO, and LUFFY's shaping."""
+
+import jax
+import jax.numpy as jnp
+
+from trapo_jax.losses._common import (
+    Array,
+    ArrayLike,
+    check_not_negative,
+    float32_where,
+    zero_where_masked,
+)
+
+
+def policy_gradient_loss(
+    logprobs: ArrayLike,
+    old_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Importance-weighted policy gradient, unclipped (TRAPO) or clipped (PPO, clip-higher).
+
+    With `rho = exp(logprob - old_logprob)`::
+
+        loss = -A * rho                                                       without clip
+        loss = -min(A * rho, A * clip(rho, 1 - clip_low, 1 + clip_high))      with clip
+
+    Args:
+      logprobs: `[...]` of the sampled tokens under the policy in training.
+      old_logprobs: `[...]` under the policy before the update. Gradient does not flow into it;
+        for the first update of a batch pass `stop_gradient(logprobs)`.
+      advantages: broadcastable to `logprobs`; gradient does not flow into it.
+      clip_low: lower bound `1 - clip_low` on rho, in [0, 1]; None for no lower bound.
+      clip_high: upper bound `1 + clip_high` on rho, >= 0; None for no upper bound.
+      where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient.
+
+    Returns:
+      float32 `[...]`, unreduced. The value of the first update is `-A`: only its gradient is
+      of interest.
+
+    Raises:
+      ValueError: if a clip bound is negative.
+
+    References:
+      Schulman et al. 2017, arXiv 1707.06347, Eq. 7; TRAPO, arXiv 2512.17636, Section 3.1.
+
+    Example:
+      >>> policy_gradient_loss(jnp.log(jnp.array([0.6])), jnp.log(jnp.array([0.4])), 1.0,
+      ...                      clip_low=0.2, clip_high=0.2).round(3)
+      Array([-1.2], dtype=float32)
+    """
+    logprobs, old_logprobs, advantages = _prepare(logprobs, old_logprobs, advantages, where)
+    ratio = jnp.exp(logprobs - old_logprobs)
+    return zero_where_masked(_clipped_surrogate(ratio, advantages, clip_low, clip_high), where)
+
+
+def sequence_policy_gradient_loss(
+    logprobs: ArrayLike,
+    old_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    """GSPO: one importance ratio per sequence, the geometric mean of its tokens' ratios.
+
+    `s = exp(mean over the sequence of (logprob - old_logprob))` takes the place of `rho` in
+    `policy_gradient_loss`; each of the sequence's tokens carries the sequence's loss, so that
+    `sequence_mean` of the result is GSPO's objective.
+
+    Args:
+      logprobs: `[..., T, ...]`, one sequence along `axis` (packed rows are not supported).
+      old_logprobs: like `logprobs`; no gradient.
+      advantages: broadcastable to `logprobs` and constant along `axis`; no gradient.
+      clip_low, clip_high: bounds on s as in `policy_gradient_loss` (the paper's are about 3e-4).
+      axis: position of the tokens of a sequence.
+      where: boolean, broadcastable to `logprobs`; False gives exactly 0, no gradient and no
+        part in the mean.
+
+    Returns:
+      float32, the shape of `logprobs`, unreduced.
+
+    References:
+      Zheng et al. 2025, Group Sequence Policy Optimization, Eq. 5 and 7.
+    """
+    logprobs, old_logprobs, advantages = _prepare(logprobs, old_logprobs, advantages, where)
+    mask = jnp.ones(logprobs.shape, bool) if where is None else where
+    mask = jnp.broadcast_to(jnp.asarray(mask), logprobs.shape)
+    num_tokens = jnp.maximum(1, jnp.sum(mask, axis=axis, keepdims=True))
+    log_ratio = jnp.sum(logprobs - old_logprobs, axis=axis, keepdims=True) / num_tokens
+    ratio = jnp.broadcast_to(jnp.exp(log_ratio), logprobs.shape)
+    return zero_where_masked(_clipped_surrogate(ratio, advantages, clip_low, clip_high), mask)
+
+
+def cispo_loss(
+    logprobs: ArrayLike,
+    old_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    where: ArrayLike | None = None,
+) -> Array:
+    """CISPO: REINFORCE with a clipped, constant importance weight; no token loses its gradient.
+
+    `loss = -stop_gradient(clip(rho, 1 - clip_low, 1 + clip_high)) * A * logprob`
+
+    Args and returns as in `policy_gradient_loss`; a logprob of -inf gives an infinite value.
+
+    References:
+      MiniMax-M1, Section 3.1.
+    """
+    logprobs, old_logprobs, advantages = _prepare(logprobs, old_logprobs, advantages, where)
+    low, high = _ratio_bounds(clip_low, clip_high)
+    weight = jax.lax.stop_gradient(jnp.clip(jnp.exp(logprobs - old_logprobs), low, high))
+    return zero_where_masked(-weight * advantages * logprobs, where)
+
+
+def shaped_policy_gradient_loss(
+    logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    gamma: float = 0.1,
+    where: ArrayLike | None = None,
+) -> Array:
+    """LUFFY's loss on expert tokens: the policy gradient shaped to favour unlikely tokens.
+
+    `loss = -A * p / (p + gamma)`, whose gradient is `-A * gamma / (p + gamma)^2 * dp`.
+
+    Args:
+      logprobs: `[...]` log-probabilities of the expert's tokens, in `[-inf, 0]`.
+      advantages: broadcastable to `logprobs`; no gradient.
+      gamma: > 0; p around gamma gets most of the gradient.
+      where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient.
+
+    Returns:
+      float32 `[...]`, unreduced.
+
+    Raises:
+      ValueError: if `gamma` <= 0.
+
+    References:
+      LUFFY (Yan et al. 2025), policy shaping.
+    """
+    if not isinstance(gamma, jax.core.Tracer) and not gamma > 0:
+        raise ValueError(f"gamma must be > 0, got {gamma}")
+    logprobs, _, advantages = _prepare(logprobs, 0.0, advantages, where)
+    probs = jnp.exp(logprobs)
+    return zero_where_masked(-advantages * probs / (probs + gamma), where)
+
+
+def _prepare(logprobs, old_logprobs, advantages, where) -> tuple[Array, Array, Array]:
+    """Float32, masked places zeroed, gradients only through `logprobs`."""
+    constants = (float32_where(x, where) for x in (old_logprobs, advantages))
+    return float32_where(logprobs, where), *map(jax.lax.stop_gradient, constants)
+
+
+def _ratio_bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
+    for name, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if bound is not None:
+            check_not_negative(name, bound)
+    low = 0.0 if clip_low is None else 1.0 - clip_low
+    high = jnp.inf if clip_high is None else 1.0 + clip_high
+    return low, high
+
+
+def _clipped_surrogate(ratio, advantages, clip_low, clip_high) -> Array:
+    clipped = jnp.clip(ratio, *_ratio_bounds(clip_low, clip_high))
+    return -jnp.minimum(advantages * ratio, advantages * clipped)

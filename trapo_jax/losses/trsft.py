@@ -1,0 +1,120 @@
+"""TrSFT: supervised fine-tuning inside a trust region (TRAPO, arXiv 2512.17636, Section 3.2).
+
+Departures from the paper and its released code, and why:
+
+- The released code minimises `-p / max(stop_gradient(p), alpha)`. Its gradient is that of Eq. 3, but
+  its value is the constant -1 wherever p >= alpha, so its curve says nothing. Here the loss is the
+  integral of Eq. 3: same gradient, a value that falls as the model learns.
+- Proposition 1 supposes that some lambda satisfies `lambda = sum {p_E : p_E > alpha * lambda}`. Where a
+  class lies on the boundary there is none; `trsft_optimum` gives the minimiser in that case too.
+"""
+
+import jax.numpy as jnp
+
+from trapo_jax.losses._common import Array, ArrayLike, check_unit_interval
+from trapo_jax.losses.attenuation import attenuated_cross_entropy_from_logprobs, clip_attenuation
+from trapo_jax.losses.logprobs import token_logprobs
+
+
+def trsft_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike = 0.1,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    """TrSFT loss: cross-entropy with its gradient cut back outside the trust region.
+
+    With `p = softmax(logits)[label]`::
+
+        loss = -log p                       if p >= alpha
+             = 1 - log(alpha) - p / alpha   if p <  alpha
+        d loss = -1 / max(p, alpha) * dp    (cross-entropy's gradient times min(1, p / alpha))
+
+    Args:
+      logits: `[..., V, ...]` with the vocabulary at `axis`; any float dtype, computed in float32.
+      labels: integers, the shape of `logits` without `axis`, in `[0, V)`; outside gives NaN.
+      alpha: trust-region bound in (0, 1]. To 0 it becomes cross-entropy, at 1 it is `1 - p`.
+      axis: position of the vocabulary.
+      where: boolean, broadcastable to `labels`; False gives exactly 0 and no gradient,
+        whatever logits and labels hold there.
+
+    Returns:
+      float32, the shape of `labels`, unreduced, in `[0, 1 - log(alpha)]`.
+
+    Raises:
+      ValueError: if `alpha` is not in (0, 1].
+
+    References:
+      TRAPO, arXiv 2512.17636, Eq. 3.
+
+    Example:
+      >>> trsft_loss(jnp.array([[0.0, 9.0]]), jnp.array([0]), alpha=0.1).round(3)
+      Array([3.301], dtype=float32)
+    """
+    logprobs = token_logprobs(logits, labels, axis=axis, where=where)
+    return trsft_loss_from_logprobs(logprobs, alpha=alpha, where=where)
+
+
+def trsft_loss_from_logprobs(
+    logprobs: ArrayLike, *, alpha: ArrayLike = 0.1, where: ArrayLike | None = None
+) -> Array:
+    """`trsft_loss` for log-probabilities that are already there.
+
+    Args:
+      logprobs: `[...]` log-probabilities of the expert's tokens, in `[-inf, 0]`.
+      alpha: trust-region bound in (0, 1].
+      where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient.
+
+    Returns:
+      float32 `[...]`, unreduced, in `[0, 1 - log(alpha)]`.
+
+    Raises:
+      ValueError: if `alpha` is not in (0, 1].
+    """
+    return attenuated_cross_entropy_from_logprobs(
+        logprobs, attenuation=clip_attenuation(alpha), where=where
+    )
+
+
+def trsft_optimum(expert_probs: ArrayLike, *, alpha: float) -> tuple[Array, Array]:
+    """The policy that minimises the expected TrSFT loss of a tabular expert (Proposition 1).
+
+    ::
+
+        lambda = min over k >= 1 of max(S_k, p_(k+1) / alpha)
+        p*(c)  = p_E(c) / lambda   if p_E(c) > alpha * lambda
+               = the rest          if p_E(c) = alpha * lambda   (shared equally where several tie)
+               = 0                 if p_E(c) < alpha * lambda
+
+    with `p_(k)` the k-th largest expert probability and `S_k` the sum of the k largest: the expert's
+    weak modes are pruned, the others renormalised. Usually lambda is `S_k`, the kept mass, as in the
+    paper; where a class lies between (`alpha S_k < p_(k+1) <= alpha S_(k+1)`) no kept mass satisfies
+    Proposition 1, and that class keeps the mass in [0, alpha] which the others leave.
+
+    Args:
+      expert_probs: `[V]`, non-negative, sum 1.
+      alpha: trust-region bound in (0, 1].
+
+    Returns:
+      `(probs, lambda_)`: float32 `[V]` with sum 1, and float32 `[]` in (0, 1].
+
+    Raises:
+      ValueError: if `alpha` is not in (0, 1].
+
+    Example:
+      >>> probs, lambda_ = trsft_optimum(jnp.array([0.6, 0.36, 0.04]), alpha=0.1)
+      >>> probs.round(3), lambda_.round(3)
+      (Array([0.625, 0.375, 0.   ], dtype=float32), Array(0.96, dtype=float32))
+    """
+    check_unit_interval("alpha", alpha)
+    expert_probs = jnp.asarray(expert_probs, jnp.float32)
+    descending = jnp.sort(expert_probs, descending=True)
+    next_largest = jnp.append(descending[1:], 0.0)
+    cutoff = jnp.min(jnp.maximum(alpha * jnp.cumsum(descending), next_largest))
+    lambda_ = cutoff / alpha
+    kept = jnp.where(expert_probs > cutoff, expert_probs / lambda_, 0.0)
+    on_boundary = expert_probs == cutoff
+    rest = jnp.maximum(0.0, 1.0 - jnp.sum(kept)) / jnp.maximum(1, jnp.sum(on_boundary))
+    return jnp.where(on_boundary, rest, kept), lambda_

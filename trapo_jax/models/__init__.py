@@ -1,0 +1,29 @@
+"""One decoder for every model, configured and filled from a Hugging Face folder."""
+
+from trapo_jax.models.decoder import (
+    Decoder,
+    DecoderConfig,
+    KVCache,
+    abstract_params,
+    apply_decoder,
+    unembedding,
+)
+from trapo_jax.models.hugging_face import (
+    export_model,
+    init_params,
+    load_params,
+    read_config,
+)
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "KVCache",
+    "abstract_params",
+    "apply_decoder",
+    "export_model",
+    "init_params",
+    "load_params",
+    "read_config",
+    "unembedding",
+]

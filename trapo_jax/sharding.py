@@ -1,0 +1,108 @@
+"""The mesh and the rules by which arrays lie on it.
+
+Parameters name their axes (`PARAM_AXES`); `Rules` map those names to mesh axes. Batch rows are split over
+`data` and `fsdp`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from trapo_jax.types import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+# The logical axes of every parameter of the decoder, by its name; stacked ones begin with "layers".
+PARAM_AXES: dict[str, tuple[str | None, ...]] = {
+    "embedding": ("vocab", "width"),
+    "unembedding": ("width", "vocab"),
+    "final_norm": (None,),
+    "attention_norm": ("layers", None),
+    "qkv": ("layers", "width", "kv_heads", None, None),
+    "output": ("layers", "kv_heads", None, None, "width"),
+    "mlp_norm": ("layers", None),
+    "gate_up": ("layers", "width", None, "mlp"),
+    "down": ("layers", "mlp", "width"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Logical axis -> mesh axis."""
+
+    layers: str | None = None
+    width: str | None = "fsdp"
+    vocab: str | None = "tp"
+    kv_heads: str | None = "tp"
+    mlp: str | None = "tp"
+
+
+def make_mesh(*, data: int, fsdp: int, tp: int) -> Mesh:
+    """A (data, fsdp, tp) mesh over all devices; `data` = -1 takes what the others leave.
+
+    Raises:
+      UserError: if the axes do not multiply to the number of devices.
+    """
+    num_devices = jax.device_count()
+    if data == -1:
+        data = max(1, num_devices // (fsdp * tp))
+    if data * fsdp * tp != num_devices:
+        raise UserError(
+            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tp={tp} is not the number of devices, "
+            f"{num_devices}"
+        )
+    return jax.make_mesh((data, fsdp, tp), ("data", "fsdp", "tp"), (AxisType.Auto,) * 3)
+
+
+def param_shardings(params: Any, mesh: Mesh, rules: Rules = Rules()) -> Any:
+    """A NamedSharding for each parameter (arrays or shapes).
+
+    Raises:
+      UserError: for a parameter without axes, or one that the mesh does not divide.
+    """
+
+    def sharding(path, leaf):
+        name = path[-1].key
+        if name not in PARAM_AXES:
+            raise UserError(f"parameter {jax.tree_util.keystr(path)} has no sharding axes")
+        axes = [None if axis is None else getattr(rules, axis) for axis in PARAM_AXES[name]]
+        for size, axis in zip(leaf.shape, axes, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UserError(
+                    f"mesh.{axis}={mesh.shape[axis]} does not divide {name}, shape {leaf.shape}"
+                )
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def optimizer_shardings(
+    optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh
+) -> Any:
+    """Shardings of the optimiser state: moments lie like their parameters, the rest everywhere."""
+    abstract = jax.eval_shape(optimizer.init, params)
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract,
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """For `[M, B, T]` arrays: rows over data and fsdp."""
+    return NamedSharding(mesh, P(None, BATCH_AXES, None))
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -1,0 +1,241 @@
+"""One optimiser step: `(TrainState, TrainBatch) -> (TrainState, metrics)`, jitted and sharded.
+
+The weights of every loss term's reduction are taken over the whole batch before the first micro-batch runs, and
+gradients of micro-batches are summed. So the update does not depend on how the batch is cut.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from trapo_jax.losses import (
+    constant_mean_weights,
+    constant_sum_weights,
+    linear_token_logprobs,
+    sequence_mean_weights,
+    token_mean_weights,
+)
+from trapo_jax.methods import Normalizer, Term
+from trapo_jax.models import DecoderConfig, apply_decoder, unembedding
+from trapo_jax.sharding import (
+    batch_sharding,
+    optimizer_shardings,
+    param_shardings,
+    replicated,
+)
+from trapo_jax.types import TokenKind, TrainBatch
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[["TrainState", TrainBatch], tuple["TrainState", Metrics]]
+
+
+class TrainState(NamedTuple):
+    """What an optimiser step changes. All leaves are global arrays."""
+
+    params: Any  # float32 master weights
+    opt_state: Any
+    step: jax.Array  # int32 [], optimiser steps done, skipped ones included
+    num_skipped_in_a_row: jax.Array  # int32 []
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    num_steps: int,
+    decay_start: float,
+    final_learning_rate_ratio: float,
+    adam_b1: float,
+    adam_b2: float,
+    weight_decay: float,
+    max_grad_norm: float,
+) -> optax.GradientTransformation:
+    """AdamW with clipping: linear warm-up, constant, linear decay. No weight decay on norms."""
+    begin = max(warmup_steps, round(decay_start * num_steps))
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, learning_rate, warmup_steps),
+            optax.constant_schedule(learning_rate),
+            optax.linear_schedule(
+                learning_rate, learning_rate * final_learning_rate_ratio, num_steps - begin
+            ),
+        ],
+        [warmup_steps, begin],
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(max_grad_norm),
+        optax.adamw(
+            lambda count: schedule(count + 1),  # the first step has a learning rate, too
+            b1=adam_b1,
+            b2=adam_b2,
+            weight_decay=weight_decay,
+            mask=_is_matrix,
+        ),
+    )
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first step, placed on the mesh."""
+    shardings = state_shardings(params, optimizer, mesh)
+    build = lambda params: TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0))
+    return jax.jit(build, out_shardings=shardings)(jax.device_put(params, shardings.params))
+
+
+def state_shardings(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where each leaf of the state lies; `params` may be shapes."""
+    for_params = param_shardings(params, mesh)
+    for_optimizer = optimizer_shardings(optimizer, params, for_params, mesh)
+    everywhere = replicated(mesh)
+    return TrainState(for_params, for_optimizer, everywhere, everywhere)
+
+
+def make_train_step(
+    config: DecoderConfig,
+    terms: Sequence[Term],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    shardings: TrainState,
+    *,
+    alpha: float,
+    entropy_weight: float,
+    temperature: float,
+    max_completion_length: int,
+    chunk_size: int,
+) -> TrainStep:
+    """Builds the jitted step; the state is donated.
+
+    Args:
+      config: the decoder's shape.
+      terms: the objective.
+      optimizer: an optax transformation.
+      mesh: where the step runs.
+      shardings: of the state, from `state_shardings`.
+      alpha: trust-region bound, for the metrics.
+      entropy_weight: of the bonus on the mean entropy at own tokens.
+      temperature: of the distribution that was sampled from and is trained.
+      max_completion_length: L of the constant normalisers, in tokens.
+      chunk_size: tokens whose logits are held at once.
+    """
+
+    def objective(params, micro_batch, weights):
+        """A micro-batch's share of the objective, and sums for the metrics."""
+        batch: TrainBatch = micro_batch
+        hidden, _ = apply_decoder(
+            config, params, batch.token_ids, batch.positions, batch.segment_ids
+        )
+        kinds = batch.kinds[:, 1:]
+        own, expert = kinds == TokenKind.COMPLETION, kinds == TokenKind.EXPERT_TRAINED
+        logprobs, entropies = linear_token_logprobs(
+            hidden[:, :-1],
+            unembedding(params).astype(config.dtype),
+            batch.token_ids[:, 1:],
+            chunk_size=chunk_size,
+            temperature=temperature,
+            with_entropy=True,
+            where=own | expert,
+        )
+        losses = {}
+        for term in terms:
+            mask = kinds == term.kind
+            values = term.loss(logprobs, batch.advantages[:, 1:], mask)
+            losses[term.name] = term.weight * jnp.sum(values * weights[term.name])
+        entropy = jnp.sum(entropies * weights["entropy"])
+        total = sum(losses.values()) - entropy_weight * entropy
+        gap = jnp.abs(logprobs - batch.sampler_logprobs[:, 1:])
+        probs = jnp.exp(logprobs)
+        sums = {
+            **{f"loss/{name}": value for name, value in losses.items()},
+            "loss/total": total,
+            "policy/entropy": entropy,
+            "policy/logprob_gap_sum": jnp.sum(jnp.where(own, gap, 0.0)),
+            "expert/prob_sum": jnp.sum(jnp.where(expert, probs, 0.0)),
+            "expert/num_below_alpha": jnp.sum(expert & (probs < alpha)),
+        }
+        return total, (sums, jnp.max(jnp.where(own, gap, 0.0)))
+
+    def train_step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+        weights = _term_weights(batch, terms, max_completion_length)
+        arrays = batch._replace(num_rollouts=jnp.zeros(batch.kinds.shape[0]))
+
+        def accumulate(carry, micro_batch_and_weights):
+            grads, sums, max_gap = carry
+            (_, (new_sums, gap)), new_grads = jax.value_and_grad(objective, has_aux=True)(
+                state.params, *micro_batch_and_weights
+            )
+            carry = jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums))
+            return (*carry, jnp.maximum(max_gap, gap)), None
+
+        first = jax.tree.map(lambda x: x[0], (arrays, weights))
+        shapes = jax.eval_shape(objective, state.params, *first)[1]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        initial = (jax.tree.map(jnp.zeros_like, state.params), *zeros)
+        (grads, sums, max_gap), _ = jax.lax.scan(accumulate, initial, (arrays, weights))
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss/total"])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jnp.where(finite, new, old)
+        new_state = TrainState(
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            step=state.step + 1,
+            num_skipped_in_a_row=jnp.where(finite, 0, state.num_skipped_in_a_row + 1),
+        )
+        return new_state, _metrics(sums, max_gap, batch, grad_norm, finite)
+
+    everywhere = replicated(mesh)
+    rows = batch_sharding(mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, TrainBatch(*[rows] * 6, num_rollouts=everywhere)),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    )
+
+
+def _term_weights(
+    batch: TrainBatch, terms: Sequence[Term], max_completion_length: int
+) -> dict[str, jax.Array]:
+    """For each term, the weight of every predicted token, `[M, B, T - 1]`; 0 off its kind."""
+    kinds = batch.kinds[..., 1:]
+
+    def weights(normalizer: Normalizer, mask: jax.Array) -> jax.Array:
+        if normalizer == "token_mean":
+            return token_mean_weights(mask)
+        if normalizer == "sequence_mean":
+            return sequence_mean_weights(mask)
+        if normalizer == "constant_sum":
+            return constant_sum_weights(mask, length=max_completion_length)
+        return constant_mean_weights(
+            mask, length=max_completion_length, num_sequences=batch.num_rollouts
+        )
+
+    by_term = {term.name: weights(term.normalizer, kinds == term.kind) for term in terms}
+    return {**by_term, "entropy": token_mean_weights(kinds == TokenKind.COMPLETION)}
+
+
+def _metrics(sums, max_gap, batch, grad_norm, finite) -> Metrics:
+    kinds = batch.kinds[..., 1:]
+    num_own = jnp.maximum(1, jnp.sum(kinds == TokenKind.COMPLETION))
+    num_expert = jnp.maximum(1, jnp.sum(kinds == TokenKind.EXPERT_TRAINED))
+    return {
+        **{name: value for name, value in sums.items() if name.startswith("loss/")},
+        "policy/entropy": sums["policy/entropy"],
+        "policy/logprob_gap_mean": sums["policy/logprob_gap_sum"] / num_own,
+        "policy/logprob_gap_max": max_gap,
+        "expert/prob_mean": sums["expert/prob_sum"] / num_expert,
+        "expert/share_below_alpha": sums["expert/num_below_alpha"] / num_expert,
+        "optimizer/grad_norm": grad_norm,
+        "optimizer/skipped": 1 - finite.astype(jnp.int32),
+    }
+
+
+def _is_matrix(params: Any) -> Any:
+    """True for what weight decay applies to: everything but the norms' scales."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path[-1].key.endswith("norm"), params
+    )

@@ -1,0 +1,163 @@
+"""The words the rooms share: what a problem, a request, a rollout and a training batch are.
+
+Nothing here computes. Every stage imports this module and no other stage.
+"""
+
+import dataclasses
+import enum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class UserError(Exception):
+    """Something the user can mend; printed as one line, without a traceback, exit code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Expert:
+    """One expert solution of a problem, as the policy's tokens.
+
+    Attributes:
+      token_ids: the solution with EOS appended.
+      paragraph_ends: prefix lengths, ascending, whose last token contains a blank line.
+    """
+
+    token_ids: tuple[int, ...]
+    paragraph_ends: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One training or evaluation problem.
+
+    Attributes:
+      id: 16 hexadecimal digits from the content; equal content, equal id.
+      prompt_ids: the prompt after the chat template.
+      answer: what the verifier compares with.
+      experts: zero or more expert solutions, in order of preference.
+      prompt_text: for people.
+      source: the name under which results are grouped (data source, difficulty).
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    answer: str
+    experts: tuple[Expert, ...] = ()
+    prompt_text: str = ""
+    source: str = ""
+
+    @property
+    def key(self) -> int:
+        """The id's first 32 bits, for random keys."""
+        return int(self.id[:8], 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroGroup:
+    """`size` rollouts that start from the expert prefix of ratio `ratio` if the mean reward of all
+    earlier rollouts of the problem is below `threshold`, and unguided otherwise."""
+
+    size: int
+    ratio: float
+    threshold: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutRequest:
+    """One rollout to be sampled.
+
+    Attributes:
+      problem: what it is about.
+      sample_index: 0 .. G-1 within the group.
+      micro_group: index of its micro-group.
+      expert_index: which of the problem's experts guides it; -1 if unguided.
+      prefix_len: tokens of that expert the rollout starts from; 0 if unguided.
+      ratio: the guidance ratio the prefix was cut at; 0.0 if unguided.
+    """
+
+    problem: Problem
+    sample_index: int
+    micro_group: int = 0
+    expert_index: int = -1
+    prefix_len: int = 0
+    ratio: float = 0.0
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        if self.prefix_len == 0:
+            return ()
+        return self.problem.experts[self.expert_index].token_ids[: self.prefix_len]
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # the model sampled EOS
+    LENGTH = "length"  # prefix + completion reached max_completion_length
+    NOT_SAMPLED = "not_sampled"  # the whole expert solution is the row
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. `temperature` 0 is greedy."""
+
+    temperature: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What the engine returns for a request: the sampled tokens, EOS included, and the
+    log-probability of each under the temperature-scaled distribution it was drawn from."""
+
+    request: RolloutRequest
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+class Verdict(enum.StrEnum):
+    CORRECT = "correct"
+    WRONG = "wrong"
+    ERROR = "error"
+    TIMEOUT = "timeout"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """A completion with its reward in [0, 1]."""
+
+    completion: Completion
+    verdict: Verdict
+    reward: float
+
+    @property
+    def request(self) -> RolloutRequest:
+        return self.completion.request
+
+
+class TokenKind(enum.IntEnum):
+    """What a token of a training row is; every mask derives from it."""
+
+    PAD = 0
+    PROMPT = 1
+    EXPERT = 2  # expert prefix, context only: another row of the group trains it
+    EXPERT_TRAINED = 3
+    COMPLETION = 4
+
+
+class TrainBatch(NamedTuple):
+    """One optimiser batch. Arrays are `[M, B, T]`: micro-batches, rows, tokens; global sizes.
+
+    `kinds[..., t]`, `advantages[..., t]` and `sampler_logprobs[..., t]` belong to the token
+    `token_ids[..., t]`, which the position t - 1 of the same segment predicts.
+    """
+
+    token_ids: Any  # int32
+    positions: Any  # int32, 0 at a segment's first token
+    segment_ids: Any  # int32, 0 in the pad, else 1 ..
+    kinds: Any  # int8, TokenKind
+    advantages: Any  # float32, the rollout's advantage on its completion, else 0
+    sampler_logprobs: Any  # float32, on the completion, else 0
+    num_rollouts: Any  # float32 [], rollouts in the whole batch
+
+
+TokenArray = np.ndarray
