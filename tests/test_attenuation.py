@@ -23,7 +23,7 @@ ATTENUATIONS = {
     "clip_0.1": (clip_attenuation(0.1), lambda p: min(1.0, p / 0.1)),
     "clip_1": (clip_attenuation(1.0), lambda p: p),
     "shifted": (shifted_clip_attenuation(0.1, 0.05), lambda p: p / (max(p, 0.1) + 0.05)),
-    "unit": (unit_attenuation(), lambda p: 1.0),
+    "unit": (unit_attenuation(), lambda _: 1.0),
     "probability": (probability_attenuation(), lambda p: p),
     "variance": (variance_attenuation(), lambda p: p * (1 - p)),
 }

@@ -16,7 +16,7 @@ def build_batch(
     *,
     num_micro_batches: int = 1,
     rows_multiple: int = 1,
-    length_bucket: int = 16,
+    length_bucket: int = 32,
     pad_id: int = 0,
 ) -> TrainBatch:
     """Lays rollouts out in `[M, B, T]`.

@@ -95,7 +95,7 @@ class TrainConfig(_Section):
     learning_rate: PositiveFloat = 4e-4
     """Peak learning rate of AdamW."""
     warmup_steps: NotNegative = 10
-    """Linear warm-up from 0."""
+    """Linear warm-up from 0; a shorter run ends within it."""
     decay_start: Fraction = 0.5
     """Share of the run after which the learning rate falls linearly."""
     final_learning_rate_ratio: Fraction = 0.1
@@ -158,11 +158,6 @@ class Config(_Section):
     @pydantic.model_validator(mode="after")
     def _fields_agree(self) -> Self:
         train, data = self.train, self.data
-        if train.warmup_steps > train.num_steps:
-            raise ValueError(
-                f"train.warmup_steps={train.warmup_steps}: longer than "
-                f"train.num_steps={train.num_steps}; lower it"
-            )
         if train.problems_per_step > data.num_train:
             raise ValueError(
                 f"train.problems_per_step={train.problems_per_step}: more than "

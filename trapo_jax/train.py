@@ -54,6 +54,7 @@ from trapo_jax.train_step import (
 from trapo_jax.types import Completion, Problem, Rollout, SamplingParams, UserError, Verdict
 
 ABOUT = "Trains a language model with TRAPO, GRPO or SFT; a run that is there already is resumed."
+SUMMARY = "summary.json"  # written last: marks a run as complete
 EXIT_USER_ERROR, EXIT_TRAINING_FAILED = 2, 1
 
 
@@ -105,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         folder = Path(config.output_dir)
         check_run_folder(folder, config)
+        if (folder / SUMMARY).exists():
+            return show_complete(folder, config)
         parts, params = build(config)
         prepare_run_folder(folder, config)
         return run(parts, params, folder)
@@ -390,9 +393,7 @@ def finish(parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, fol
     log.offsets()
     before = next(r for r in read_metrics(folder) if r["kind"] == EVAL and r["split"] == "test")
     summary = {"before": {name: before[name] for name in after}, "after": after}
-    partial = folder / "summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(partial, folder / "summary.json")
+    write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     print_summary(terminal, summary, folder)
 
 
@@ -410,6 +411,14 @@ def print_summary(terminal: Terminal, summary: dict[str, Any], folder: Path) -> 
         ("samples.jsonl", "rollouts to read"),
     ):
         terminal.say(f"{folder / name}: {what}")
+
+
+def show_complete(folder: Path, config: Config) -> int:
+    """The results of a run that is complete; nothing is computed or written."""
+    terminal = Terminal(config.train.num_steps, first_step=config.train.num_steps)
+    terminal.say(f"{folder}: this run is complete; for another give another output_dir")
+    print_summary(terminal, json.loads((folder / SUMMARY).read_text()), folder)
+    return 0
 
 
 class Interrupt:
@@ -449,15 +458,14 @@ def check_run_folder(folder: Path, config: Config) -> None:
     if saved.is_file():
         theirs = yaml.safe_load(saved.read_text())
         ours = yaml.safe_load(config.to_yaml())
-        for name in sorted(_flatten(theirs).items() ^ _flatten(ours).items()):
-            field = name[0]
-            if field == "output_dir":
-                continue
-            there, here = (_flatten(c).get(field, "absent") for c in (theirs, ours))
-            raise UserError(
-                f"output_dir={folder}: holds a run with {field}={there}, not {here}; "
-                f"give another output_dir, or {field}={there} to resume it"
-            )
+        theirs, ours = _flatten(theirs), _flatten(ours)
+        for field in sorted({*theirs, *ours} - {"output_dir"}):
+            there, here = theirs.get(field, "absent"), ours.get(field, "absent")
+            if there != here:
+                raise UserError(
+                    f"output_dir={folder}: holds a run with {field}={there}, not {here}; "
+                    f"give another output_dir, or {field}={there} to resume it"
+                )
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output_dir={folder}: not empty and not a run; give another output_dir")
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -469,11 +477,15 @@ def prepare_run_folder(folder: Path, config: Config) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.yaml").exists():
-            partial = folder / "config.yaml.partial"
-            partial.write_text(config.to_yaml())
-            os.replace(partial, folder / "config.yaml")
+            write_atomically(folder / "config.yaml", config.to_yaml())
     except OSError as error:
         raise UserError(f"output_dir={folder}: {error.strerror}") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

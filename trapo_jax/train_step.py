@@ -61,7 +61,9 @@ def make_optimizer(
             optax.linear_schedule(0.0, learning_rate, warmup_steps),
             optax.constant_schedule(learning_rate),
             optax.linear_schedule(
-                learning_rate, learning_rate * final_learning_rate_ratio, num_steps - begin
+                learning_rate,
+                learning_rate * final_learning_rate_ratio,
+                max(1, num_steps - begin),
             ),
         ],
         [warmup_steps, begin],

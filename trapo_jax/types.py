@@ -113,6 +113,10 @@ class Completion:
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
 
+    def __post_init__(self):
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} tokens, but {len(self.logprobs)} logprobs")
+
 
 class Verdict(enum.StrEnum):
     CORRECT = "correct"

@@ -60,7 +60,8 @@ def shifted_clip_attenuation(alpha: ArrayLike, shift: ArrayLike) -> Attenuation:
         probs = jnp.exp(logprobs)
         # For shift = 0 the logarithm is log p itself, exact where p underflows to 0.
         unshifted = isinstance(shift, (int, float)) and shift == 0
-        above = -logprobs if unshifted else jnp.log1p(shift) - jnp.log(probs + shift)
+        inside = jnp.where(probs >= alpha, probs, alpha)  # a log of 0 is NaN in the gradient
+        above = -logprobs if unshifted else jnp.log1p(shift) - jnp.log(inside + shift)
         tangent = jnp.log((1 + shift) / (alpha + shift)) + (alpha - probs) / (alpha + shift)
         return jnp.where(probs >= alpha, above, tangent)
 

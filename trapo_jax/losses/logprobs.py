@@ -64,8 +64,12 @@ def entropy(logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
 
 
 def _fill_masked_logits(logits: ArrayLike, axis: int, where: ArrayLike | None) -> Array:
-    expanded = None if where is None else jnp.expand_dims(jnp.asarray(where), axis)
-    return float32_where(logits, expanded)
+    if where is None:
+        return float32_where(logits, None)
+    # Broadcast first: an axis is put at its place among all of them, not among those `where` has.
+    label_shape = list(jnp.shape(logits))
+    del label_shape[axis]
+    return float32_where(logits, jnp.expand_dims(jnp.broadcast_to(where, label_shape), axis))
 
 
 @overload
@@ -102,16 +106,17 @@ def linear_token_logprobs(
 ) -> Array | tuple[Array, Array]:
     """`token_logprobs(hidden @ unembedding / temperature, labels)` without ever holding `[T, V]`.
 
-    The forward pass takes `chunk_size` tokens at a time. The backward pass computes the
-    logits anew (from the saved logsumexp), a slice of the vocabulary at a time, so that
-    each slice of the unembedding's gradient is finished in one float32 accumulation. Both
-    keep about `chunk_size * V` float32 logits in flight.
+    Both passes take all tokens and a slice of the vocabulary at a time, as many logits as
+    `chunk_size` tokens have over the whole vocabulary. The forward pass keeps a running
+    logsumexp; the backward pass computes the logits anew from it, and finishes each slice of
+    the unembedding's gradient in one float32 accumulation.
 
     Args:
       hidden: `[..., D]`, float32 or bfloat16. All leading axes together are the T tokens.
       unembedding: `[D, V]`, float32 or bfloat16; products accumulate in float32.
       labels: integers `[...]` in `[0, V)`; a label outside gives NaN, as in `token_logprobs`.
-      chunk_size: tokens per chunk, >= 1. Memory goes up with it, loop overhead down.
+      chunk_size: >= 1; about `chunk_size * V` float32 logits are in flight. Memory goes up with
+        it, loop overhead down; from T on the logits are computed in one piece.
       temperature: > 0; the log-probabilities are those of `softmax(logits / temperature)`.
       with_entropy: also return the entropy of that distribution, differentiable.
       where: boolean `[...]`; False gives exactly 0 and no gradient.
@@ -132,7 +137,7 @@ def linear_token_logprobs(
     flat_labels = labels.reshape(-1)
     in_range = (flat_labels >= 0) & (flat_labels < unembedding.shape[1])
     logprobs, entropies = _chunked_logprobs(
-        min(chunk_size, flat_labels.size),
+        max(1, min(chunk_size, flat_labels.size)),
         hidden.reshape(-1, hidden.shape[-1]),
         unembedding,
         jnp.where(in_range, flat_labels, 0),
@@ -157,36 +162,42 @@ def _chunked_logprobs(
 
 
 def _chunked_forward(chunk_size, hidden, unembedding, labels, scale):
-    def one_chunk(chunk):
-        hidden_c, labels_c = chunk
-        logits = _matmul(hidden_c, unembedding) * scale
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, labels_c[:, None], axis=-1)[:, 0]
-        probs = jnp.exp(logits - lse[:, None])
-        mean_logit = jnp.sum(jnp.where(probs > 0, probs * logits, 0.0), axis=-1)
-        return picked - lse, lse - mean_logit, lse
+    slice_len, starts = _slices(chunk_size, labels.shape[0], unembedding.shape[1])
 
-    num_tokens = labels.shape[0]
-    chunks = jax.tree.map(lambda x: _split(x, chunk_size), (hidden, labels))
-    outputs = jax.lax.map(one_chunk, chunks)
-    logprobs, entropies, lse = (x.reshape(-1)[:num_tokens] for x in outputs)
-    return (logprobs, entropies), (hidden, unembedding, labels, scale, lse, entropies)
+    def one_slice(carry, start):
+        largest, total, weighted, picked = carry
+        columns, weights, is_new = _vocabulary_slice(unembedding, start, slice_len)
+        logits = jnp.where(is_new, _matmul(hidden, weights) * scale, -jnp.inf)
+        new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1))
+        shrink = jnp.exp(largest - new_largest)
+        exps = jnp.exp(logits - new_largest[:, None])
+        total = total * shrink + jnp.sum(exps, axis=-1)
+        products = jnp.where(exps > 0, exps * logits, 0.0)
+        weighted = weighted * shrink + jnp.sum(products, axis=-1)
+        is_label = is_new & (labels[:, None] == columns)
+        picked += jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+        return (new_largest, total, weighted, picked), None
+
+    zeros = jnp.zeros(labels.shape, jnp.float32)
+    # Finite, so that a slice whose logits are all -inf does not subtract -inf from itself.
+    lowest = jnp.full_like(zeros, jnp.finfo(jnp.float32).min)
+    (largest, total, weighted, picked), _ = jax.lax.scan(
+        one_slice, (lowest, zeros, zeros, zeros), starts
+    )
+    lse = largest + jnp.log(total)
+    entropies = lse - weighted / total
+    return (picked - lse, entropies), (hidden, unembedding, labels, scale, lse, entropies)
 
 
 def _chunked_backward(chunk_size, residuals, cotangents):
     """d logits = scale * [g_logprob * (onehot - p) - g_entropy * p * (log p + H)]."""
     hidden, unembedding, labels, scale, lse, entropies = residuals
     grad_logprob, grad_entropy = cotangents
-    vocab_size = unembedding.shape[1]
-    slice_len = max(1, -(-chunk_size * vocab_size // max(1, labels.shape[0])))
-    num_slices = -(-vocab_size // slice_len)
+    slice_len, starts = _slices(chunk_size, labels.shape[0], unembedding.shape[1])
 
     def one_slice(carry, start):
         grad_hidden, grad_unembedding, grad_scale = carry
-        # The last slice is moved back to end at V; what the one before has done counts once.
-        begin = jnp.minimum(start, vocab_size - slice_len)
-        columns = begin + jnp.arange(slice_len)
-        weights = jax.lax.dynamic_slice_in_dim(unembedding, begin, slice_len, axis=1)
+        columns, weights, is_new = _vocabulary_slice(unembedding, start, slice_len)
         raw = _matmul(hidden, weights)
         log_p = raw * scale - lse[:, None]
         p = jnp.exp(log_p)
@@ -195,14 +206,15 @@ def _chunked_backward(chunk_size, residuals, cotangents):
         grad_logits = grad_logprob[:, None] * (onehot - p) - grad_entropy[:, None] * p * (
             finite_log_p + entropies[:, None]
         )
-        grad_logits = jnp.where(columns >= start, grad_logits, 0.0)
-        grad_scale += jnp.sum(grad_logits * raw)
+        grad_scale += jnp.sum(jnp.where(is_new, grad_logits * raw, 0.0))
         grad_raw = (grad_logits * scale).astype(weights.dtype)
-        grad_hidden += _matmul(grad_raw, weights.T)
-        update = _matmul(hidden.T, grad_raw).astype(unembedding.dtype)
-        done = jax.lax.dynamic_slice_in_dim(grad_unembedding, begin, slice_len, axis=1)
+        grad_hidden += _matmul(grad_raw, jnp.where(is_new, weights, 0).T)
+        # Columns that are not new are written again with what they hold: a mask would need a copy.
         grad_unembedding = jax.lax.dynamic_update_slice_in_dim(
-            grad_unembedding, jnp.where(columns >= start, update, done), begin, axis=1
+            grad_unembedding,
+            _matmul(hidden.T, grad_raw).astype(unembedding.dtype),
+            columns[0],
+            axis=1,
         )
         return (grad_hidden, grad_unembedding, grad_scale), None
 
@@ -211,16 +223,33 @@ def _chunked_backward(chunk_size, residuals, cotangents):
         jnp.zeros_like(unembedding),
         jnp.zeros((), jnp.float32),
     )
-    starts = jnp.arange(num_slices) * slice_len
     (grad_hidden, grad_unembedding, grad_scale), _ = jax.lax.scan(one_slice, initial, starts)
     return grad_hidden.astype(hidden.dtype), grad_unembedding, None, grad_scale
 
 
-def _split(x: Array, chunk_size: int) -> Array:
-    """[T, ...] -> [ceil(T / chunk_size), chunk_size, ...], padded with zeros."""
-    num_chunks = -(-x.shape[0] // chunk_size)
-    padding = [(0, num_chunks * chunk_size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, padding).reshape(num_chunks, chunk_size, *x.shape[1:])
+def _slices(chunk_size: int, num_tokens: int, vocab_size: int) -> tuple[int, Array]:
+    """Columns per slice, and the first column of each."""
+    slice_len = -(-chunk_size * vocab_size // max(1, num_tokens))
+    slice_len = min(slice_len, vocab_size)
+    return slice_len, jnp.arange(0, vocab_size, slice_len)
+
+
+def _vocabulary_slice(
+    unembedding: Array, start: Array, slice_len: int
+) -> tuple[Array, Array, Array]:
+    """Column numbers, their weights, and which of them no slice before has had.
+
+    The last slice is moved back to end at V.
+    """
+    begin = jnp.minimum(start, unembedding.shape[1] - slice_len)
+    columns = begin + jnp.arange(slice_len)
+    # XLA for CPUs would turn the whole bfloat16 operand of a slice into float32, and keep it: 2.2 GB for
+    # a 7B model. It leaves integers alone. The barrier keeps the cast, free in the loop, from becoming
+    # a copy before it.
+    unembedding, begin = jax.lax.optimization_barrier((unembedding, begin))
+    bits = jax.lax.bitcast_convert_type(unembedding, f"uint{8 * unembedding.dtype.itemsize}")
+    bits = jax.lax.dynamic_slice_in_dim(bits, begin, slice_len, axis=1)
+    return columns, jax.lax.bitcast_convert_type(bits, unembedding.dtype), columns >= start
 
 
 _chunked_logprobs.defvjp(_chunked_forward, _chunked_backward)

@@ -110,7 +110,8 @@ def cispo_loss(
 
     `loss = -stop_gradient(clip(rho, 1 - clip_low, 1 + clip_high)) * A * logprob`
 
-    Args and returns as in `policy_gradient_loss`; a logprob of -inf gives an infinite value.
+    Args and returns as in `policy_gradient_loss`; a logprob of -inf gives an infinite value,
+    unless its weight or its advantage is 0.
 
     References:
       MiniMax-M1, Section 3.1.
@@ -118,7 +119,9 @@ def cispo_loss(
     logprobs, old_logprobs, advantages = _prepare(logprobs, old_logprobs, advantages, where)
     low, high = _ratio_bounds(clip_low, clip_high)
     weight = jax.lax.stop_gradient(jnp.clip(jnp.exp(logprobs - old_logprobs), low, high))
-    return zero_where_masked(-weight * advantages * logprobs, where)
+    scale = weight * advantages
+    values = jnp.where(scale == 0, 0.0, -scale * logprobs)  # 0 * inf is 0 here
+    return zero_where_masked(values, where)
 
 
 def shaped_policy_gradient_loss(

@@ -105,8 +105,8 @@ def trsft_optimum(expert_probs: ArrayLike, *, alpha: float) -> tuple[Array, Arra
 
     Example:
       >>> probs, lambda_ = trsft_optimum(jnp.array([0.6, 0.36, 0.04]), alpha=0.1)
-      >>> probs.round(3), lambda_.round(3)
-      (Array([0.625, 0.375, 0.   ], dtype=float32), Array(0.96, dtype=float32))
+      >>> [f"{x:.3f}" for x in (*probs, lambda_)]
+      ['0.625', '0.375', '0.000', '0.960']
     """
     check_unit_interval("alpha", alpha)
     expert_probs = jnp.asarray(expert_probs, jnp.float32)

@@ -22,7 +22,8 @@ from trapo_jax.models import DecoderConfig, KVCache, apply_decoder, unembedding
 from trapo_jax.sampling.draw import draw_tokens, request_key
 from trapo_jax.types import Completion, FinishReason, RolloutRequest, SamplingParams
 
-LENGTH_BUCKET = 16  # contexts are padded to a multiple of this
+PREFILL_ROWS = 8  # distinct contexts run through the model at once
+SHORTEST_BUCKET = 16  # contexts are padded to this, or twice, four times ... this
 
 
 class RolloutEngine(Protocol):
@@ -41,6 +42,21 @@ class RolloutEngine(Protocol):
     def update_weights(self, params: Any, version: int) -> None:
         """Samples from these weights from now on. Nothing may be queued or running."""
         ...
+
+
+class _Admitted(NamedTuple):
+    """A request that gets a slot; on the device, a column of them."""
+
+    slot: Any
+    row: Any  # of the prefilled contexts
+    max_new: Any
+    temperature: Any
+    step: Any
+    problem_key: Any
+    sample_index: Any
+
+
+_ADMITTED_DTYPES = (np.int32,) * 3 + (np.float32,) + (np.uint32,) * 3
 
 
 class _Slots(NamedTuple):
@@ -96,8 +112,7 @@ class JaxEngine:
         slots = _empty_slots(
             config,
             num_slots,
-            # A multiple of the bucket, so that every padded context fits.
-            cache_len=_round_up(max_prompt_length + max_completion_length, LENGTH_BUCKET),
+            cache_len=max_prompt_length + max_completion_length,
             max_new=max_completion_length,
         )
         self._slots = jax.device_put(slots, sharding)
@@ -107,6 +122,11 @@ class JaxEngine:
             functools.partial(_decode, config, segment_len, tuple(eos_ids)), donate_argnums=1
         )
         self._eos_ids = frozenset(eos_ids)
+
+    @property
+    def num_compiled(self) -> int:
+        """Programs compiled so far; constant after warm-up."""
+        return self._admit._cache_size() + self._decode._cache_size()
 
     def update_weights(self, params: Any, version: int) -> None:
         if self._waiting or self._running:
@@ -130,8 +150,8 @@ class JaxEngine:
 
     def poll(self) -> list[Completion]:
         while self._waiting or self._running:
-            if self._waiting and self._free:
-                self._fill_slots()
+            while self._waiting and self._free:
+                self._admit_wave()
             self._slots = self._decode(self._params, self._slots)
             active, num_new = jax.device_get((self._slots.active, self._slots.num_new))
             finished = [slot for slot in self._running if not active[slot]]
@@ -158,44 +178,44 @@ class JaxEngine:
             finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
         )
 
-    def _fill_slots(self) -> None:
-        """Admits waiting requests; shapes are bucketed so that few programs are compiled."""
-        count = min(len(self._waiting), len(self._free))
-        admitted = [self._waiting.popleft() for _ in range(count)]
-        slots = [self._free.pop() for _ in range(count)]
-        self._running.update(zip(slots, (request for request, _, _ in admitted), strict=True))
+    def _admit_wave(self) -> None:
+        """Admits waiting requests: as many as there are free slots, from up to `PREFILL_ROWS`
+        distinct contexts. Shapes are fixed but for the bucketed context length."""
         contexts: dict[tuple[int, ...], int] = {}
-        rows = [
-            contexts.setdefault(request.problem.prompt_ids + request.prefix_ids, len(contexts))
-            for request, _, _ in admitted
-        ]
-        longest = max(map(len, contexts))
-        num_slots = self._slots.active.shape[0]
-        token_ids = np.zeros(
-            (_bucket(len(contexts), num_slots), _round_up(longest, LENGTH_BUCKET)), np.int32
-        )
-        lens = np.ones(token_ids.shape[0], np.int32)
+        admitted: list[_Admitted] = []
+        while self._waiting and self._free:
+            request, step, params = self._waiting[0]
+            context = request.problem.prompt_ids + request.prefix_ids
+            if context not in contexts and len(contexts) == PREFILL_ROWS:
+                break
+            self._waiting.popleft()
+            slot = self._free.pop()
+            self._running[slot] = request
+            admitted.append(
+                _Admitted(
+                    slot=slot,
+                    row=contexts.setdefault(context, len(contexts)),
+                    max_new=self._budget(request),
+                    temperature=params.temperature,
+                    step=step,
+                    problem_key=request.problem.key,
+                    sample_index=request.sample_index,
+                )
+            )
+        token_ids = np.zeros((PREFILL_ROWS, _context_bucket(max(map(len, contexts)))), np.int32)
+        lens = np.ones(PREFILL_ROWS, np.int32)
         for context, row in contexts.items():
             token_ids[row, : len(context)] = context
             lens[row] = len(context)
-        padded = _bucket(count, num_slots)
-        fill = lambda values, value, dtype: np.asarray(
-            [*values, *[value] * (padded - count)], dtype
+        num_slots = self._slots.active.shape[0]
+        nobody = _Admitted(num_slots, 0, 1, 1.0, 0, 0, 0)  # its slot is out of range: dropped
+        admitted += [nobody] * (num_slots - len(admitted))
+        columns = (
+            np.asarray(column, dtype)
+            for column, dtype in zip(zip(*admitted, strict=True), _ADMITTED_DTYPES, strict=True)
         )
-        requests = [request for request, _, _ in admitted]
         self._slots = self._admit(
-            self._params,
-            self._slots,
-            token_ids,
-            lens,
-            fill(rows, 0, np.int32),
-            fill(slots, num_slots, np.int32),  # out of range: dropped
-            fill([self._budget(request) for request in requests], 1, np.int32),
-            fill([params.temperature for _, _, params in admitted], 1.0, np.float32),
-            self._seed,
-            fill([step for _, step, _ in admitted], 0, np.uint32),
-            fill([request.problem.key for request in requests], 0, np.uint32),
-            fill([request.sample_index for request in requests], 0, np.uint32),
+            self._params, self._slots, token_ids, lens, self._seed, _Admitted(*columns)
         )
 
 
@@ -220,46 +240,35 @@ def _empty_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_n
 
 
 def _admit(
-    config,
-    params,
-    slots: _Slots,
-    token_ids_UT,
-    lens_U,
-    rows_A,
-    slots_A,
-    max_new_A,
-    temperatures_A,
-    seed,
-    steps_A,
-    problem_keys_A,
-    sample_indices_A,
+    config: DecoderConfig, params, slots: _Slots, token_ids_UT, lens_U, seed, admitted: _Admitted
 ) -> _Slots:
-    """Prefills U distinct contexts and starts A rows from them; slot S (out of range) is dropped."""
+    """Prefills U distinct contexts and starts the admitted rows from them."""
     num_contexts, context_len = token_ids_UT.shape
     positions = jnp.broadcast_to(jnp.arange(context_len), token_ids_UT.shape)
     segment_ids = (positions < lens_U[:, None]).astype(jnp.int32)
     _, prefilled = apply_decoder(config, params, token_ids_UT, positions, segment_ids)
-    new_keys, new_values = (new[:, rows_A] for new in prefilled)  # [L, A, T, K, H]
+    copied = min(context_len, slots.cache.keys.shape[-1])  # the rest is pad
+    new_keys, new_values = (new[:, admitted.row, :copied] for new in prefilled)  # [L, A, T, K, H]
     cache = KVCache(
-        slots.cache.keys.at[:, slots_A, :, :, :context_len].set(
+        slots.cache.keys.at[:, admitted.slot, :, :, :copied].set(
             new_keys.transpose(0, 1, 3, 4, 2), mode="drop"
         ),
-        slots.cache.values.at[:, slots_A, :, :context_len].set(
+        slots.cache.values.at[:, admitted.slot, :, :copied].set(
             new_values.transpose(0, 1, 3, 2, 4), mode="drop"
         ),
     )
     last_token_U = token_ids_UT[jnp.arange(num_contexts), lens_U - 1]
-    keys_A = jax.vmap(request_key, in_axes=(None, 0, 0, 0))(
-        seed, steps_A, problem_keys_A, sample_indices_A
+    keys = jax.vmap(request_key, in_axes=(None, 0, 0, 0))(
+        seed, admitted.step, admitted.problem_key, admitted.sample_index
     )
-    put = lambda old, new: old.at[slots_A].set(new, mode="drop")
+    put = lambda old, new: old.at[admitted.slot].set(new, mode="drop")
     return slots._replace(
         cache=cache,
-        cached_lens=put(slots.cached_lens, lens_U[rows_A] - 1),
-        last_token=put(slots.last_token, last_token_U[rows_A]),
-        keys=put(slots.keys, keys_A),
-        temperature=put(slots.temperature, temperatures_A),
-        max_new=put(slots.max_new, max_new_A),
+        cached_lens=put(slots.cached_lens, lens_U[admitted.row] - 1),
+        last_token=put(slots.last_token, last_token_U[admitted.row]),
+        keys=put(slots.keys, keys),
+        temperature=put(slots.temperature, admitted.temperature),
+        max_new=put(slots.max_new, admitted.max_new),
         num_new=put(slots.num_new, 0),
         active=put(slots.active, True),
     )
@@ -309,13 +318,6 @@ def _decode(config, segment_len: int, eos_ids: tuple[int, ...], params, slots: _
     return jax.lax.while_loop(unfinished, one_token, (0, slots))[1]
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-def _bucket(count: int, largest: int) -> int:
-    """`count` rounded up to 8, 32, 128 ..., but to no more than `largest`."""
-    size = 8
-    while size < count:
-        size *= 4
-    return min(size, largest)
+def _context_bucket(length: int) -> int:
+    """16, 32, 64 ...: few shapes, hence few programs."""
+    return max(SHORTEST_BUCKET, 1 << (length - 1).bit_length())

@@ -1,0 +1,211 @@
+"""The engine: its logprobs, its independence of everything but the request, its distribution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trapo_jax.losses import token_logprobs
+from trapo_jax.models import apply_decoder, unembedding
+from trapo_jax.sampling import JaxEngine
+from trapo_jax.sampling.draw import BLOCK_LEN, draw_tokens, inverse_cdf
+from trapo_jax.types import Expert, FinishReason, Problem, RolloutRequest, SamplingParams
+
+EOS = 1
+
+
+def make_engine(decoder, params, **options):
+    arguments = {
+        "num_slots": 8,
+        "max_prompt_length": 16,
+        "max_completion_length": 64,
+        "segment_len": 4,
+        "eos_ids": [EOS],
+        "seed": 0,
+    }
+    engine = JaxEngine(decoder, **{**arguments, **options})
+    engine.update_weights(params, 0)
+    return engine
+
+
+def sample(engine, requests, *, temperature=1.0, step=1):
+    engine.submit(requests, step=step, params=SamplingParams(temperature))
+    completions = []
+    while finished := engine.poll():
+        completions += finished
+    return {(c.request.problem.id, c.request.sample_index): c for c in completions}
+
+
+def requests_of(problems, *, group=2, ratios=(0.0, 0.3)):
+    return [
+        RolloutRequest(p, j, 0, 0, int(ratios[j % len(ratios)] * len(p.experts[0].token_ids)))
+        for p in problems
+        for j in range(group)
+    ]
+
+
+def trainer_logprobs(decoder, params, completion, temperature):
+    """The completion's logprobs by a full forward pass of its row, alone."""
+    request = completion.request
+    context = request.problem.prompt_ids + request.prefix_ids
+    ids = np.array([context + completion.token_ids])
+    hidden, _ = apply_decoder(
+        decoder, params, ids, np.arange(ids.shape[1])[None], np.ones_like(ids)
+    )
+    logits = hidden[:, :-1] @ unembedding(params) / temperature
+    return token_logprobs(logits, ids[:, 1:])[0, len(context) - 1 :]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_logprobs_equal_a_full_forward_pass(decoder, params, problems, temperature):
+    """With pads, prefixes, shared prefills and slots used several times."""
+    requests = requests_of(problems[:10], group=4)
+    completions = sample(make_engine(decoder, params), requests, temperature=temperature)
+    assert len(completions) == 40
+    for completion in completions.values():
+        expected = trainer_logprobs(decoder, params, completion, temperature)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_greedy_is_argmax_of_the_full_forward_pass(decoder, params, problems):
+    completions = sample(make_engine(decoder, params), requests_of(problems[:4]), temperature=0.0)
+    for completion in completions.values():
+        request = completion.request
+        ids = np.array([request.problem.prompt_ids + request.prefix_ids + completion.token_ids])
+        hidden, _ = apply_decoder(
+            decoder, params, ids, np.arange(ids.shape[1])[None], np.ones_like(ids)
+        )
+        best = np.asarray(jnp.argmax(hidden[0] @ unembedding(params), axis=-1))
+        start = ids.shape[1] - len(completion.token_ids)
+        np.testing.assert_array_equal(best[start - 1 : -1], completion.token_ids)
+
+
+def test_same_request_same_tokens_whatever_slots_and_order(decoder, params, problems):
+    requests = requests_of(problems[:8], group=4)
+    reference = sample(make_engine(decoder, params, num_slots=4), requests)
+    for num_slots, order in ((16, requests[::-1]), (64, requests)):
+        other = sample(make_engine(decoder, params, num_slots=num_slots), order)
+        assert {k: c.token_ids for k, c in other.items()} == {
+            k: c.token_ids for k, c in reference.items()
+        }
+
+
+def test_seed_step_and_sample_index_change_the_draw(decoder, params, problems):
+    request = [RolloutRequest(problems[0], j) for j in range(16)]
+    draws = sample(make_engine(decoder, params), request)
+    assert len({c.token_ids for c in draws.values()}) > 8
+    other_step = sample(make_engine(decoder, params), request, step=2)
+    other_seed = sample(make_engine(decoder, params, seed=1), request)
+    for other in (other_step, other_seed):
+        assert [c.token_ids for c in other.values()] != [c.token_ids for c in draws.values()]
+
+
+def test_max_length_stops_with_reason(decoder, params, problems):
+    engine = make_engine(decoder, params, max_completion_length=5)
+    request = RolloutRequest(problems[0], 0, 0, 0, 3)
+    (completion,) = sample(engine, [request]).values()
+    assert completion.finish_reason is FinishReason.LENGTH
+    assert len(completion.token_ids) == 2  # prefix 3 + 2 = 5
+
+
+def test_eos_is_part_of_the_completion(decoder, params, problems):
+    for completion in sample(make_engine(decoder, params), requests_of(problems[:4])).values():
+        assert completion.finish_reason is FinishReason.STOP
+        assert completion.token_ids[-1] == EOS
+        assert EOS not in completion.token_ids[:-1]
+
+
+def test_several_eos_ids(decoder, params, problems, tokenizer):
+    semicolon = tokenizer.convert_tokens_to_ids(";")
+    engine = make_engine(decoder, params, eos_ids=[EOS, semicolon])
+    completions = sample(engine, requests_of(problems[:8], ratios=(0.0,)), temperature=1.0)
+    assert {c.token_ids[-1] for c in completions.values()} == {EOS, semicolon}
+
+
+def test_empty_completion_is_eos_alone(decoder, params, problems):
+    """After a whole expert but for its EOS, the model has nothing more to say."""
+    problem = problems[0]
+    length = len(problem.experts[0].token_ids) - 1
+    (completion,) = sample(
+        make_engine(decoder, params), [RolloutRequest(problem, 0, 0, 0, length)], temperature=0.0
+    ).values()
+    assert completion.token_ids == (EOS,)
+
+
+def test_mistaken_requests_are_refused(decoder, params):
+    engine = make_engine(decoder, params, max_prompt_length=4)
+    too_long = Problem("a" * 16, (3,) * 5, "")
+    empty = Problem("b" * 16, (), "")
+    full = Problem("c" * 16, (3,), "", (Expert((4,) * 64),))
+    for request, message in (
+        (RolloutRequest(too_long, 0), "exceeds max_prompt_length 4"),
+        (RolloutRequest(empty, 0), "empty prompt"),
+        (RolloutRequest(full, 0, 0, 0, 64), "nothing to sample"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.submit([request], step=0, params=SamplingParams())
+    assert engine.poll() == []
+
+
+def test_weights_cannot_change_under_running_completions(decoder, params, problems):
+    engine = make_engine(decoder, params)
+    engine.submit([RolloutRequest(problems[0], 0)], step=0, params=SamplingParams())
+    with pytest.raises(RuntimeError, match="update_weights"):
+        engine.update_weights(params, 1)
+
+
+def test_no_compile_after_warm_up(decoder, params, problems):
+    engine = make_engine(decoder, params)
+    sample(engine, requests_of(problems, ratios=(0.0, 0.3, 0.8), group=3))
+    compiled = engine.num_compiled
+    for step in range(2, 6):
+        sample(engine, requests_of(problems[step:], ratios=(0.0, 0.5, 0.9), group=3), step=step)
+    assert engine.num_compiled == compiled
+
+
+def test_inverse_cdf_by_hand():
+    probs = jnp.tile(jnp.array([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]), (6, 1))
+    uniform = jnp.array([0.0, 0.2499, 0.25, 0.7499, 0.75, 0.99999994])
+    np.testing.assert_array_equal(inverse_cdf(probs, uniform), [1, 1, 3, 3, 4, 4])
+
+
+def test_inverse_cdf_over_many_blocks_never_takes_probability_zero():
+    rng = np.random.default_rng(0)
+    probs = rng.random(3 * BLOCK_LEN + 17).astype(np.float32)
+    probs[rng.random(probs.size) < 0.5] = 0.0
+    probs /= probs.sum()
+    uniform = jnp.asarray(np.append(rng.random(5000), [0.0, 1 - 2**-24]), jnp.float32)
+    tokens = np.asarray(inverse_cdf(jnp.tile(probs, (uniform.size, 1)), uniform))
+    assert (probs[tokens] > 0).all()
+    exact = np.searchsorted(np.cumsum(probs, dtype=np.float64), uniform, side="right")
+    assert (tokens == exact).mean() > 0.99  # the rest lie at a boundary, within rounding
+
+
+def test_draws_follow_the_distribution():
+    """Chi-square over the top 200 of 50,000 words and the tail, 200,000 draws."""
+    rng = np.random.default_rng(0)
+    logits = (4 * rng.normal(size=50_000)).astype(np.float32)
+    probs = np.exp(logits - logits.max(), dtype=np.float64)
+    probs /= probs.sum()
+    keys = jax.random.split(jax.random.key(3), 400)
+    draw = jax.jit(
+        lambda p: draw_tokens(keys, jnp.full(400, p), jnp.tile(logits, (400, 1)), jnp.ones(400))[0]
+    )
+    tokens = np.concatenate([np.asarray(draw(p)) for p in range(500)])
+    top = np.argsort(probs)[::-1][:200]
+    counts = np.bincount(tokens, minlength=probs.size)
+    observed = np.append(counts[top], counts.sum() - counts[top].sum())
+    expected = np.append(probs[top], 1 - probs[top].sum()) * tokens.size
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    assert statistic < 277, statistic  # chi-square, 200 degrees of freedom, p = 0.0003
+
+
+def test_temperature_zero_is_greedy_and_temperature_scales():
+    logits = jnp.array([[1.0, 3.0, 2.0]] * 2)
+    keys = jax.random.split(jax.random.key(0), 2)
+    tokens, logprobs = draw_tokens(keys, jnp.zeros(2), logits, jnp.array([0.0, 0.5]))
+    assert tokens[0] == 1
+    np.testing.assert_allclose(logprobs[0], jax.nn.log_softmax(logits[0])[1], rtol=1e-6)
+    np.testing.assert_allclose(
+        logprobs[1], jax.nn.log_softmax(logits[1] / 0.5)[tokens[1]], rtol=1e-6
+    )

@@ -1,0 +1,249 @@
+"""Whole runs in processes of their own: the same again, killed and resumed, interrupted, exported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from trapo_jax.metrics import read_metrics
+
+from conftest import CACHE_ENV, REPOSITORY, TINY_MODEL, run_command  # isort: skip
+
+SHORT = (
+    "train.num_steps=12",
+    "train.warmup_steps=2",
+    "checkpoint.every=3",
+    "evaluation.every=5",
+    "evaluation.num_samples=2",
+    "data.num_validation=16",
+    "data.num_test=24",
+)
+
+
+def train(folder, *arguments, **options):
+    return run_command("trapo_jax.train", f"output_dir={folder}", *SHORT, *arguments, **options)
+
+
+def untimed(folder):
+    """The metrics without what a clock measured."""
+    return [
+        {k: v for k, v in record.items() if not k.startswith("time/")}
+        for record in read_metrics(folder)
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    result = train(folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_run_leaves_what_was_promised(finished_run):
+    folder, result = finished_run
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "tb",
+        "checkpoints",
+        "hf",
+        "summary.json",
+    }
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"9", "12"}
+    assert "accuracy_greedy" in result.stdout
+    assert str(folder / "hf") in result.stdout
+
+
+def test_metrics_have_the_names_that_scripts_rely_on(finished_run):
+    records = read_metrics(finished_run[0])
+    train_records = [r for r in records if r["kind"] == "train"]
+    assert [r["step"] for r in train_records] == list(range(1, 13))
+    assert [(r["step"], r["split"]) for r in records if r["kind"] == "eval"] == [
+        (0, "test"),
+        (5, "validation"),
+        (10, "validation"),
+        (12, "test"),
+    ]
+    for name in (
+        "reward/mean",
+        "loss/trsft",
+        "loss/policy_gradient",
+        "guidance/ratio_mean",
+        "tokens/trained",
+        "tokens/sampled",
+        "time/sample_secs",
+        "time/train_secs",
+        *(f"guidance/level_{i}" for i in range(4)),
+    ):
+        assert all(isinstance(r[name], (int, float)) for r in train_records), name
+    for name in ("eval/accuracy_greedy", "eval/accuracy_sampled", "eval/pass@2"):
+        assert 0 <= records[0][name] <= 1
+    last = train_records[-1]
+    assert abs(sum(last[f"guidance/level_{i}"] for i in range(4)) - 1) < 1e-6
+    assert last["tokens/sampled"] == sum(r["batch/completion_tokens"] for r in train_records)
+    assert max(r["policy/logprob_gap_max"] for r in train_records) < 1e-4
+
+
+def test_samples_can_be_read(finished_run):
+    with open(finished_run[0] / "samples.jsonl") as file:
+        samples = [json.loads(line) for line in file]
+    assert len(samples) == 12 * 4 * 8
+    for sample in samples:
+        assert (sample["reward"] == 1.0) == (sample["verdict"] == "correct")
+        response = sample["prefix"] + sample["completion"]
+        if sample["reward"]:
+            assert response.endswith(f"#{sample['answer']}<eos>")
+
+
+def test_same_seed_same_metrics(finished_run, tmp_path):
+    assert train(tmp_path / "again").returncode == 0
+    assert untimed(tmp_path / "again") == untimed(finished_run[0])
+
+
+def test_other_seed_other_metrics(finished_run, tmp_path):
+    assert train(tmp_path / "other", "seed=1", "train.num_steps=3").returncode == 0
+    assert untimed(tmp_path / "other")[1] != untimed(finished_run[0])[1]
+
+
+def start(folder):
+    return subprocess.Popen(
+        [sys.executable, "-m", "trapo_jax.train", f"output_dir={folder}", *SHORT],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **CACHE_ENV},
+    )
+
+
+def wait_for_step(process, folder, step):
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.exists() and f'"step": {step}, "kind": "train"' in metrics.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize("step", [1, 4, 8])
+def test_killed_and_rerun_equals_uninterrupted(finished_run, tmp_path, step):
+    """SIGKILL before the first checkpoint, and between later ones."""
+    folder = tmp_path / "killed"
+    process = start(folder)
+    wait_for_step(process, folder, step)
+    process.kill()
+    process.wait()
+    assert not (folder / "summary.json").exists()
+    assert train(folder).returncode == 0
+    assert untimed(folder) == untimed(finished_run[0])
+    assert (folder / "samples.jsonl").read_bytes() == (
+        finished_run[0] / "samples.jsonl"
+    ).read_bytes()
+    assert (folder / "hf" / "model.safetensors").read_bytes() == (
+        finished_run[0] / "hf" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_interrupt_saves_says_how_to_resume_and_resumes(finished_run, tmp_path):
+    folder = tmp_path / "interrupted"
+    process = start(folder)
+    wait_for_step(process, folder, 4)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "the same command resumes it" in stdout
+    result = train(folder)
+    assert result.returncode == 0
+    assert "resuming" in result.stdout
+    assert untimed(folder) == untimed(finished_run[0])
+
+
+def test_complete_run_is_shown_again_not_overwritten(finished_run):
+    folder, _ = finished_run
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    result = train(folder)
+    assert result.returncode == 0
+    assert "accuracy_greedy" in result.stdout
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_other_config_in_the_same_folder_is_refused(finished_run):
+    result = train(finished_run[0], "train.learning_rate=1e-3")
+    assert result.returncode == 2
+    assert "holds a run with train.learning_rate=0.0004, not 0.001" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("method", ["grpo", "sft"])
+def test_other_methods_run_in_the_same_step(tmp_path, method):
+    result = train(tmp_path / method, f"method.name={method}", "train.num_steps=3")
+    assert result.returncode == 0, result.stderr
+    record = read_metrics(tmp_path / method)[1]
+    assert record["guidance/ratio_mean"] == (1.0 if method == "sft" else 0.0)
+    assert ("loss/cross_entropy" in record) == (method == "sft")
+    assert ("loss/policy_gradient" in record) == (method == "grpo")
+
+
+def test_reference_preset_runs(tmp_path):
+    assert train(tmp_path / "r", "method.preset=reference", "train.num_steps=3").returncode == 0
+
+
+def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finished_run):
+    torch = pytest.importorskip("torch", reason="torch is not installed (parity with transformers)")
+    import jax
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trapo_jax.data import card_shuffles_splits, encode_problems
+    from trapo_jax.models import apply_decoder, load_params, read_config, unembedding
+    from trapo_jax.sampling import JaxEngine
+    from trapo_jax.types import RolloutRequest, SamplingParams
+
+    folder = finished_run[0] / "hf"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = read_config(folder)
+    params = jax.device_put(load_params(folder, config))
+    splits = card_shuffles_splits(seed=0, num_train=1, num_validation=1, num_test=20)
+    problems = encode_problems(splits["test"], tokenizer, max_prompt_length=16)
+    engine = JaxEngine(
+        config,
+        num_slots=8,
+        max_prompt_length=16,
+        max_completion_length=64,
+        segment_len=8,
+        eos_ids=[tokenizer.eos_token_id],
+        seed=0,
+    )
+    engine.update_weights(params, 0)
+    engine.submit([RolloutRequest(p, 0) for p in problems], step=0, params=SamplingParams(0.0))
+    answers = {}
+    while finished := engine.poll():
+        answers |= {c.request.problem.id: c.token_ids for c in finished}
+    for problem in problems:
+        prompt = torch.tensor([problem.prompt_ids])
+        theirs = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=64
+        )[0, prompt.shape[1] :]
+        assert tuple(theirs.tolist()) == answers[problem.id]
+        ids = np.array([problem.prompt_ids + answers[problem.id]])
+        hidden, _ = apply_decoder(
+            config, params, ids, np.arange(ids.shape[1])[None], np.ones_like(ids)
+        )
+        with torch.no_grad():
+            logits = model(torch.tensor(ids)).logits.numpy()
+        np.testing.assert_allclose(hidden @ unembedding(params), logits, atol=1e-4)
+
+
+def test_shipped_model_is_small_and_is_what_the_tool_describes():
+    assert (TINY_MODEL / "model.safetensors").stat().st_size < 2 * 2**20
+    config = json.loads((TINY_MODEL / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (96, 3)
+    assert (config["num_attention_heads"], config["intermediate_size"]) == (3, 256)

@@ -1,0 +1,347 @@
+"""The update: against an independent float64 implementation, and whatever the cut of the batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+from trapo_jax.batch import build_batch
+from trapo_jax.losses import linear_token_logprobs
+from trapo_jax.methods import make_method
+from trapo_jax.models import DecoderConfig, apply_decoder, init_params, unembedding
+from trapo_jax.sharding import make_mesh
+from trapo_jax.train_step import (
+    init_state,
+    make_optimizer,
+    make_train_step,
+    state_shardings,
+)
+from trapo_jax.types import (
+    Completion,
+    Expert,
+    FinishReason,
+    Problem,
+    Rollout,
+    RolloutRequest,
+    TokenKind,
+    Verdict,
+)
+
+CONFIG = DecoderConfig(
+    vocab_size=16,
+    num_layers=2,
+    width=16,
+    mlp_width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    rope_theta=1e4,
+    norm_epsilon=1e-6,
+    tied_embeddings=True,
+)
+MAX_LENGTH = 12
+ALPHA = 0.1
+
+
+def ragged_groups(seed=0):
+    """Four problems of eight rollouts with prefixes of every kind; rewards of their own."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for i in range(4):
+        expert = Expert(tuple(rng.integers(2, 16, rng.integers(5, 11)).tolist()))
+        prompt = tuple(rng.integers(2, 16, rng.integers(1, 6)).tolist())
+        problem = Problem(f"{i:016x}", prompt, "", (expert,))
+        group = []
+        for j in range(8):
+            prefix_len = int((0, 0, 0, 0, 2, 2, 4, len(expert.token_ids))[j])
+            count = 0 if j == 7 else int(rng.integers(1, MAX_LENGTH - prefix_len))
+            request = RolloutRequest(problem, j, 0, 0 if prefix_len else -1, prefix_len)
+            completion = Completion(
+                request,
+                tuple(rng.integers(2, 16, count).tolist()),
+                tuple(rng.normal(-1, 0.1, count).tolist()),
+                FinishReason.STOP,
+            )
+            group.append(Rollout(completion, Verdict.WRONG, float(rng.integers(0, 2))))
+        groups.append(group)
+    advantages = [
+        np.float32([r.reward for r in g]) - np.float32(np.mean([r.reward for r in g]))
+        for g in groups
+    ]
+    return groups, advantages
+
+
+def sgd_step(method, batch, params, *, mesh=None, entropy_weight=0.0, optimizer=None):
+    """One step with learning rate 1 and no clipping: the update is minus the gradient."""
+    mesh = mesh or jax.make_mesh(
+        (1, 1, 1), ("data", "fsdp", "tp"), (AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+    optimizer = optimizer or optax.sgd(1.0)
+    step = make_train_step(
+        CONFIG,
+        method.terms,
+        optimizer,
+        mesh,
+        state_shardings(params, optimizer, mesh),
+        alpha=ALPHA,
+        entropy_weight=entropy_weight,
+        temperature=1.0,
+        max_completion_length=MAX_LENGTH,
+        chunk_size=7,
+    )
+    old = jax.device_get(params)
+    state, metrics = step(init_state(params, optimizer, mesh), batch)
+    gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), old, state.params)
+    return gradient, jax.device_get(metrics), state
+
+
+def relative_difference(a, b):
+    a, b = (np.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (a, b))
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.device_get(init_params(CONFIG, seed=0))
+
+
+# ---- an independent float64 implementation of the objective's gradient by the logits ----
+
+
+def numpy_logit_gradient(logits, batch, *, expert_weight, alpha, length):
+    """DESIGN 2.3 token by token: own tokens -A rho, expert tokens TrSFT, constant normaliser."""
+    gradient = np.zeros_like(logits, np.float64)
+    kinds, ids, advantages = batch.kinds[0], batch.token_ids[0], batch.advantages[0]
+    scale = 1.0 / (length * float(batch.num_rollouts))
+    for b in range(kinds.shape[0]):
+        for t in range(1, kinds.shape[1]):
+            z = logits[b, t - 1].astype(np.float64)
+            p = np.exp(z - z.max())
+            p /= p.sum()
+            onehot = np.eye(len(p))[ids[b, t]]
+            p_y = p[ids[b, t]]
+            if kinds[b, t] == TokenKind.COMPLETION:
+                weight = -advantages[b, t]  # d(-A rho) = -A d log p at rho = 1
+            elif kinds[b, t] == TokenKind.EXPERT_TRAINED:
+                weight = -expert_weight * min(1.0, p_y / alpha)
+            else:
+                continue
+            gradient[b, t - 1] += scale * weight * (onehot - p)
+    return gradient
+
+
+def test_trapo_gradient_equals_independent_float64(params):
+    groups, advantages = ragged_groups()
+    batch = build_batch(groups, advantages, length_bucket=4)
+    method = make_method("trapo", alpha=ALPHA, expert_weight=0.5)
+    params = jax.tree.map(lambda x: 2.0 * x, params)  # sharper: both sides of the trust region
+    forward = lambda p: (
+        apply_decoder(CONFIG, p, batch.token_ids[0], batch.positions[0], batch.segment_ids[0])[0]
+        @ unembedding(p)
+    )
+    logits, pull_back = jax.vjp(forward, params)
+    by_logits = numpy_logit_gradient(
+        np.asarray(logits), batch, expert_weight=0.5, alpha=ALPHA, length=MAX_LENGTH
+    )
+    probs = np.asarray(jax.nn.softmax(logits))
+    expert = batch.kinds[0][:, 1:] == TokenKind.EXPERT_TRAINED
+    p_y = np.take_along_axis(probs[:, :-1], batch.token_ids[0][:, 1:, None], -1)[..., 0][expert]
+    assert (p_y < ALPHA).any()
+    assert (p_y >= ALPHA).any()
+    (expected,) = pull_back(jnp.asarray(by_logits, jnp.float32))
+    gradient, _, _ = sgd_step(method, batch, params)
+    # The step's gradient is read off as old - new parameters: float32 rounds that at 1e-7.
+    assert relative_difference(gradient, jax.device_get(expected)) < 3e-6
+    # By the logits themselves, without that rounding: 1e-6.
+    ours = jax.grad(lambda z: objective_by_logits(z, batch, method))(logits)
+    assert np.abs(ours - by_logits).max() / np.abs(by_logits).max() < 1e-6
+
+
+def objective_by_logits(logits, batch, method):
+    """The library's own losses and weights on given logits."""
+    from trapo_jax.losses import token_logprobs
+    from trapo_jax.train_step import _term_weights
+
+    weights = _term_weights(batch, method.terms, MAX_LENGTH)
+    logprobs = token_logprobs(logits[:, :-1], batch.token_ids[0][:, 1:])
+    total = 0.0
+    for term in method.terms:
+        mask = batch.kinds[0][:, 1:] == term.kind
+        values = term.loss(logprobs, batch.advantages[0][:, 1:], mask)
+        total += term.weight * jnp.sum(values * weights[term.name][0])
+    return total
+
+
+@pytest.mark.parametrize(
+    "normalizer", ["token_mean", "sequence_mean", "constant_sum", "constant_mean"]
+)
+def test_gradient_does_not_depend_on_micro_batches(params, normalizer):
+    groups, advantages = ragged_groups()
+    method = make_method("trapo", normalizer=normalizer)
+    whole = sgd_step(method, build_batch(groups, advantages), params, entropy_weight=0.1)
+    for count in (2, 4, 32):
+        batch = build_batch(groups, advantages, num_micro_batches=count)
+        cut = sgd_step(method, batch, params, entropy_weight=0.1)
+        assert relative_difference(cut[0], whole[0]) < 1e-5
+        for name, value in whole[1].items():
+            np.testing.assert_allclose(cut[1][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_padding_and_pad_id_change_nothing(params):
+    groups, advantages = ragged_groups()
+    method = make_method("trapo")
+    reference = sgd_step(method, build_batch(groups, advantages, length_bucket=4), params)[0]
+    for options in ({"length_bucket": 64}, {"pad_id": 5}, {"rows_multiple": 7}):
+        other = sgd_step(method, build_batch(groups, advantages, **options), params)[0]
+        assert relative_difference(other, reference) < 1e-5, options
+
+
+def test_row_mates_change_nothing(params):
+    groups, advantages = ragged_groups()
+    method = make_method("trapo", normalizer="constant_sum")
+    alone = [
+        sgd_step(method, build_batch([g], [a]), params)[0]
+        for g, a in zip(groups, advantages, strict=True)
+    ]
+    together = sgd_step(method, build_batch(groups, advantages), params)[0]
+    assert relative_difference(jax.tree.map(lambda *x: sum(x), *alone), together) < 1e-5
+
+
+def test_sft_is_the_mean_cross_entropy(params):
+    groups, advantages = ragged_groups()
+    batch = build_batch(groups, advantages)
+    _, metrics, _ = sgd_step(make_method("sft"), batch, params)
+    hidden, _ = apply_decoder(
+        CONFIG, params, batch.token_ids[0], batch.positions[0], batch.segment_ids[0]
+    )
+    logprobs = linear_token_logprobs(
+        hidden[:, :-1], unembedding(params), batch.token_ids[0][:, 1:], chunk_size=64
+    )
+    expert = batch.kinds[0][:, 1:] == TokenKind.EXPERT_TRAINED
+    np.testing.assert_allclose(
+        metrics["loss/cross_entropy"], -np.asarray(logprobs)[expert].mean(), rtol=1e-5
+    )
+
+
+def test_grpo_ignores_the_expert(params):
+    groups, advantages = ragged_groups()
+    gradient = sgd_step(make_method("grpo"), build_batch(groups, advantages), params)[0]
+    without = sgd_step(
+        make_method("trapo", expert_weight=0.0), build_batch(groups, advantages), params
+    )[0]
+    assert relative_difference(gradient, without) < 1e-6
+
+
+def test_entropy_bonus_raises_entropy(params):
+    groups, advantages = ragged_groups()
+    batch = build_batch(groups, [np.zeros_like(a) for a in advantages])
+    method = make_method("grpo")
+    before = sgd_step(method, batch, params)[1]["policy/entropy"]
+    _, _, state = sgd_step(method, batch, params, entropy_weight=1.0, optimizer=optax.sgd(0.1))
+    after = sgd_step(method, batch, jax.device_get(state.params))[1]["policy/entropy"]
+    assert after > before
+
+
+def test_metrics_by_hand(params):
+    groups, advantages = ragged_groups()
+    batch = build_batch(groups, advantages)
+    _, metrics, _ = sgd_step(make_method("trapo"), batch, params)
+    hidden, _ = apply_decoder(
+        CONFIG, params, batch.token_ids[0], batch.positions[0], batch.segment_ids[0]
+    )
+    logprobs = np.asarray(
+        linear_token_logprobs(
+            hidden[:, :-1], unembedding(params), batch.token_ids[0][:, 1:], chunk_size=64
+        )
+    )
+    kinds = batch.kinds[0][:, 1:]
+    own, expert = kinds == TokenKind.COMPLETION, kinds == TokenKind.EXPERT_TRAINED
+    gap = np.abs(logprobs - batch.sampler_logprobs[0][:, 1:])[own]
+    np.testing.assert_allclose(metrics["policy/logprob_gap_max"], gap.max(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/logprob_gap_mean"], gap.mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["expert/prob_mean"], np.exp(logprobs[expert]).mean(), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        metrics["expert/share_below_alpha"], (np.exp(logprobs[expert]) < ALPHA).mean(), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        metrics["loss/total"], metrics["loss/trsft"] + metrics["loss/policy_gradient"], rtol=1e-5
+    )
+
+
+def test_non_finite_gradient_changes_nothing_but_is_counted(params):
+    groups, advantages = ragged_groups()
+    method = make_method("trapo")
+    optimizer = optax.adam(1e-3)
+    bad = [a.copy() for a in advantages]
+    bad[0][0] = np.nan
+    _, metrics, state = sgd_step(method, build_batch(groups, bad), params, optimizer=optimizer)
+    assert metrics["optimizer/skipped"] == 1
+    assert (state.step, state.num_skipped_in_a_row) == (1, 1)
+    for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(new, old)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.opt_state)))
+
+
+def test_optimizer_warms_up_decays_and_spares_norms(params):
+    optimizer = make_optimizer(
+        learning_rate=1.0,
+        warmup_steps=2,
+        num_steps=10,
+        decay_start=0.5,
+        final_learning_rate_ratio=0.1,
+        adam_b1=0.0,
+        adam_b2=0.0,
+        weight_decay=0.0,
+        max_grad_norm=1e9,
+    )
+    state = optimizer.init({"w": jnp.zeros(1)})
+    rates = []
+    for _ in range(10):
+        updates, state = optimizer.update({"w": jnp.ones(1)}, state, {"w": jnp.zeros(1)})
+        rates.append(-float(updates["w"][0]))
+    np.testing.assert_allclose(
+        rates, [0.5, 1.0, 1.0, 1.0, 1.0, 0.82, 0.64, 0.46, 0.28, 0.1], rtol=1e-5
+    )
+    decaying = make_optimizer(
+        learning_rate=1.0,
+        warmup_steps=0,
+        num_steps=1,
+        decay_start=1.0,
+        final_learning_rate_ratio=1.0,
+        adam_b1=0.9,
+        adam_b2=0.9,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = decaying.update(zeros, decaying.init(params), params)
+    np.testing.assert_allclose(updates["embedding"], -0.1 * params["embedding"], rtol=1e-5)
+    np.testing.assert_array_equal(updates["layers"]["mlp_norm"], 0.0)
+    np.testing.assert_array_equal(updates["final_norm"], 0.0)
+
+
+def test_same_gradient_on_eight_devices():
+    """1, 8, 4 x 2 and 2 x 2 x 2 forced host devices, in a process of their own."""
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("eight_devices.py")],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "4 meshes agree" in result.stdout
+
+
+def test_mesh_that_does_not_fit_is_named():
+    from trapo_jax.types import UserError
+
+    with pytest.raises(UserError, match=r"mesh.tp=3 is not the number of devices"):
+        make_mesh(data=1, fsdp=1, tp=3)

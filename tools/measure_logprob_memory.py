@@ -1,0 +1,61 @@
+"""Prints what `linear_token_logprobs` needs beside its inputs and gradients, at full size.
+
+    python tools/measure_logprob_memory.py [--tokens 8192] [--width 3584] [--vocab 152064]
+
+Compiles value and gradient for abstract bfloat16 arrays and asks the compiler; no data is made and nothing
+is run, so a laptop can answer for a model that it could not hold. The compiler is that of the first jax
+device; on a CPU the figure includes the float32 copies that it makes of bfloat16 operands.
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+
+from trapo_jax.losses import linear_token_logprobs
+
+GB = 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--tokens", type=int, default=8192, help="T (default 8192)")
+    parser.add_argument("--width", type=int, default=3584, help="D (default 3584)")
+    parser.add_argument("--vocab", type=int, default=152_064, help="V (default 152064)")
+    parser.add_argument("--chunk-size", type=int, default=128, help="tokens (default 128)")
+    args = parser.parse_args()
+    analysis = compiled_memory(args.tokens, args.width, args.vocab, chunk_size=args.chunk_size)
+    dense = args.tokens * args.vocab * jnp.dtype(jnp.float32).itemsize
+    print(
+        f"tokens {args.tokens}, width {args.width}, vocabulary {args.vocab}, bfloat16, "
+        f"chunks of {args.chunk_size} tokens, {jax.devices()[0].platform}\n"
+        f"arguments                     {analysis.argument_size_in_bytes / GB:7.3f} GB\n"
+        f"gradients and value           {analysis.output_size_in_bytes / GB:7.3f} GB\n"
+        f"temporary memory              {analysis.temp_size_in_bytes / GB:7.3f} GB\n"
+        f"dense: float32 logits alone   {dense / GB:7.3f} GB"
+    )
+
+
+def compiled_memory(tokens: int, width: int, vocab: int, *, chunk_size: int):
+    """The compiler's memory analysis of value and gradient, by hidden states and unembedding."""
+
+    def loss(hidden, unembedding, labels):
+        logprobs, entropies = linear_token_logprobs(
+            hidden, unembedding, labels, chunk_size=chunk_size, with_entropy=True
+        )
+        return -jnp.mean(logprobs) - 0.001 * jnp.mean(entropies)
+
+    return (
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        .lower(
+            jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16),
+            jax.ShapeDtypeStruct((width, vocab), jnp.bfloat16),
+            jax.ShapeDtypeStruct((tokens,), jnp.int32),
+        )
+        .compile()
+        .memory_analysis()
+    )
+
+
+if __name__ == "__main__":
+    main()
