@@ -384,12 +384,13 @@ def test_bfloat16_products_accumulate_in_float32(arrays, hidden_dtype, unembeddi
     def ours(hidden, unembedding):
         return linear_token_logprobs(hidden, unembedding, labels, chunk_size=5, with_entropy=True)
 
-    got, expected = ours(hidden, unembedding), dense(*rounded, labels)
+    got, expected = ours(hidden, unembedding), dense(rounded[0], rounded[1], labels)
     for values, wanted in zip(got, expected, strict=True):
         assert values.dtype == jnp.float32
         np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-5)
     gradients = jax.grad(lambda *x: weighted_sum(*ours(*x)), argnums=(0, 1))(hidden, unembedding)
-    wanted = jax.grad(lambda *x: weighted_sum(*dense(*x, labels)), argnums=(0, 1))(*rounded)
+    exact_sum = lambda h, u: weighted_sum(*dense(h, u, labels))
+    wanted = jax.grad(exact_sum, argnums=(0, 1))(*rounded)
     assert [g.dtype.name for g in gradients] == [hidden_dtype, unembedding_dtype]
     for gradient, exact in zip(gradients, wanted, strict=True):
         assert_close(gradient, exact, 1e-2)
@@ -400,11 +401,12 @@ def test_linear_jit_and_vmap(arrays):
     function = lambda h, labels: linear_token_logprobs(h, unembedding, labels, chunk_size=3)
     expected = function(hidden, labels)
     np.testing.assert_allclose(jax.jit(function)(hidden, labels), expected, rtol=1e-5)
-    rows = hidden.reshape(3, 4, D), labels.reshape(3, 4)
-    np.testing.assert_allclose(jax.vmap(function)(*rows).reshape(-1), expected, rtol=1e-5)
+    rows, row_labels = hidden.reshape(3, 4, D), labels.reshape(3, 4)
+    by_row = jax.vmap(function)(rows, row_labels)
+    np.testing.assert_allclose(by_row.reshape(-1), expected, rtol=1e-5)
     total = lambda h: function(h, labels).sum()
-    row_total = lambda h: jax.vmap(function)(h, rows[1]).sum()
-    assert_close(jax.grad(row_total)(rows[0]).reshape(T, D), jax.grad(total)(hidden))
+    row_total = lambda h: jax.vmap(function)(h, row_labels).sum()
+    assert_close(jax.grad(row_total)(rows).reshape(T, D), jax.grad(total)(hidden))
 
 
 def test_no_tokens_give_no_values(arrays):
@@ -441,7 +443,9 @@ def temporary_bytes(function, *, tokens, width, vocab, dtype):
     )
     total = lambda *x: weighted_sum(*function(*x))
     compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

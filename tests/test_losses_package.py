@@ -147,3 +147,20 @@ def test_cross_entropy_at_probability_zero_is_infinite_with_its_gradient():
     )
     assert loss(-jnp.inf) == np.inf
     assert jax.grad(loss)(-jnp.inf) == -1
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, jnp.float32(0.0), jnp.float32(0.5)])
+def test_gradient_is_the_weight_exactly_at_alpha(shift):
+    """p = alpha = 1 to the last bit: neither branch may lose or halve the gradient."""
+    attenuation = losses.shifted_clip_attenuation(1.0, shift)
+    loss = lambda x: losses.attenuated_cross_entropy_from_logprobs(x, attenuation=attenuation)
+    value, gradient = jax.value_and_grad(loss)(0.0)
+    np.testing.assert_allclose(value, 0.0, atol=1e-7)
+    np.testing.assert_allclose(gradient, -1 / (1 + shift), rtol=1e-6)
+
+
+def test_cross_entropy_ends_exactly_at_alpha():
+    """p >= alpha belongs to -log p, whose second derivative by log p is 0; below it is -p / alpha."""
+    loss = lambda x: losses.trsft_loss_from_logprobs(x, alpha=1.0)
+    assert jax.grad(jax.grad(loss))(0.0) == 0
+    np.testing.assert_allclose(jax.grad(jax.grad(loss))(-0.5), -np.exp(-0.5), rtol=1e-6)

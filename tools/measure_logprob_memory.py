@@ -18,7 +18,7 @@ GB = 1e9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tokens", type=int, default=8192, help="T (default 8192)")
     parser.add_argument("--width", type=int, default=3584, help="D (default 3584)")
     parser.add_argument("--vocab", type=int, default=152_064, help="V (default 152064)")
@@ -45,16 +45,15 @@ def compiled_memory(tokens: int, width: int, vocab: int, *, chunk_size: int):
         )
         return -jnp.mean(logprobs) - 0.001 * jnp.mean(entropies)
 
-    return (
-        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-        .lower(
-            jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16),
-            jax.ShapeDtypeStruct((width, vocab), jnp.bfloat16),
-            jax.ShapeDtypeStruct((tokens,), jnp.int32),
-        )
-        .compile()
-        .memory_analysis()
+    lowered = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(
+        jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((width, vocab), jnp.bfloat16),
+        jax.ShapeDtypeStruct((tokens,), jnp.int32),
     )
+    analysis = lowered.compile().memory_analysis()
+    if analysis is None:
+        raise SystemExit(f"the compiler for {jax.devices()[0].platform} gives no memory analysis")
+    return analysis
 
 
 if __name__ == "__main__":

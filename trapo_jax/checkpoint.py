@@ -26,35 +26,41 @@ class CheckpointStore:
         self._directory = directory.absolute()
         self._keep = keep
         # A dict of plain values would be saved as a pytree of arrays: the host's name takes JSON.
-        registry = ocp.handlers.local_registry()
-        registry.add(ocp.handlers.JsonHandler, checkpointable_name=HOST)
-        self._options = ocp.options.CheckpointablesOptions(registry=registry)
+        self._registry = ocp.handlers.local_registry()
+        self._registry.add(ocp.handlers.JsonHandler, checkpointable_name=HOST)
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, ascending."""
+        """Steps with a checkpoint, ascending; each is complete, as it got its name by a rename."""
         if not self._directory.is_dir():
             return []
-        names = [path.name for path in self._directory.iterdir() if path.name.isdecimal()]
-        return sorted(int(n) for n in names if ocp.is_orbax_checkpoint(self._directory / n))
+        return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdecimal())
 
     def save(self, step: int, state: Any, host: dict[str, Any]) -> None:
         """Commits both, then removes leftovers and all but the newest `keep` checkpoints."""
-        with ocp.Context(checkpointables_options=self._options):
+        with self._context():
             ocp.save_checkpointables(
-                self._directory / str(step), {STATE: state, HOST: host}, overwrite=True
+                str(self._directory / str(step)), {STATE: state, HOST: host}, overwrite=True
             )
-        expired = self.steps()[: -self._keep]
+        for expired in self.steps()[: -self._keep]:
+            # Renamed first: a deletion cut short must not leave half a checkpoint under its number.
+            path = self._directory / str(expired)
+            path.rename(path.with_suffix(".expired"))
         for path in self._directory.iterdir():
-            if not path.name.isdecimal() or int(path.name) in expired:
+            if not path.name.isdecimal():
                 shutil.rmtree(path)
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """The state, placed as the shardings of `abstract_state` say, and the host's dict."""
-        with ocp.Context(checkpointables_options=self._options):
+        with self._context():
             loaded = ocp.load_checkpointables(
-                self._directory / str(step), {STATE: abstract_state, HOST: None}
+                str(self._directory / str(step)), {STATE: abstract_state, HOST: None}
             )
         return loaded[STATE], loaded[HOST]
+
+    def _context(self) -> ocp.Context:
+        context = ocp.Context()
+        context.checkpointables.registry = self._registry
+        return context
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:

@@ -121,7 +121,7 @@ def build(config: Config) -> tuple[Parts, Any]:
     """Builds every part from the config; returns them and the model's initial parameters."""
     model_folder = find_model(config.model.path)
     decoder = read_config(model_folder, dtype=config.model.dtype)
-    tokenizer = load_tokenizer(model_folder)
+    tokenizer: Any = load_tokenizer(model_folder)
     d, s, t, m = config.data, config.sampling, config.train, config.method
     examples = card_shuffles_splits(
         seed=d.seed,

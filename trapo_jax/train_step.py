@@ -34,12 +34,12 @@ TrainStep = Callable[["TrainState", TrainBatch], tuple["TrainState", Metrics]]
 
 
 class TrainState(NamedTuple):
-    """What an optimiser step changes. All leaves are global arrays."""
+    """What an optimiser step changes: global arrays, or in their place their shardings."""
 
     params: Any  # float32 master weights
     opt_state: Any
-    step: jax.Array  # int32 [], optimiser steps done, skipped ones included
-    num_skipped_in_a_row: jax.Array  # int32 []
+    step: Any  # int32 [], optimiser steps done, skipped ones included
+    num_skipped_in_a_row: Any  # int32 []
 
 
 def make_optimizer(

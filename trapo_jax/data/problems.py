@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grain
 
@@ -53,7 +53,7 @@ def encode_problems(
     return problems
 
 
-def problem_batches(problems: Sequence[Problem], *, batch_size: int, seed: int):
+def problem_batches(problems: Sequence[Problem], *, batch_size: int, seed: int) -> Any:
     """An endless, randomly accessible sequence: `batches[step]` is the list of step's problems.
 
     Every epoch is a new permutation; what its last batch would leave incomplete is left out, so

@@ -1,7 +1,10 @@
 """What every loss does first: fp32, masked inputs made harmless, parameters checked."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
@@ -22,13 +25,23 @@ def zero_where_masked(values: Array, where: ArrayLike | None) -> Array:
     return values if where is None else jnp.where(where, values, 0.0)
 
 
-def check_unit_interval(name: str, value: ArrayLike) -> None:
+def check_unit_interval(name: str, value: Any) -> None:
     """Raises ValueError unless 0 < value <= 1; traced values cannot be checked and pass."""
-    if not isinstance(value, jax.core.Tracer) and not 0.0 < float(value) <= 1.0:
+    if _is_known(value) and not (value > 0 and value <= 1):
         raise ValueError(f"{name} must be in (0, 1], got {value}")
 
 
-def check_not_negative(name: str, value: ArrayLike) -> None:
+def check_not_negative(name: str, value: Any) -> None:
     """Raises ValueError unless value >= 0; traced values cannot be checked and pass."""
-    if not isinstance(value, jax.core.Tracer) and not float(value) >= 0.0:
+    if _is_known(value) and not value >= 0:
         raise ValueError(f"{name} must be >= 0, got {value}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises ValueError unless value > 0; traced values cannot be checked and pass."""
+    if _is_known(value) and not value > 0:
+        raise ValueError(f"{name} must be > 0, got {value}")
+
+
+def _is_known(value: Any) -> bool:
+    return not isinstance(value, Tracer)

@@ -6,7 +6,13 @@ from typing import Literal, overload
 import jax
 import jax.numpy as jnp
 
-from trapo_jax.losses._common import Array, ArrayLike, float32_where, zero_where_masked
+from trapo_jax.losses._common import (
+    Array,
+    ArrayLike,
+    check_positive,
+    float32_where,
+    zero_where_masked,
+)
 
 
 def token_logprobs(
@@ -129,9 +135,9 @@ def linear_token_logprobs(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be >= 1, got {chunk_size}")
-    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
-    hidden, unembedding, labels = map(jnp.asarray, (hidden, unembedding, labels))
+    check_positive("temperature", temperature)
+    hidden, unembedding = jnp.asarray(hidden), jnp.asarray(unembedding)
+    labels = jnp.asarray(labels)
     if where is not None:
         hidden = jnp.where(jnp.expand_dims(jnp.asarray(where), -1), hidden, 0)
     flat_labels = labels.reshape(-1)

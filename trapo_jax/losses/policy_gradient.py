@@ -7,6 +7,7 @@ from trapo_jax.losses._common import (
     Array,
     ArrayLike,
     check_not_negative,
+    check_positive,
     float32_where,
     zero_where_masked,
 )
@@ -150,8 +151,7 @@ def shaped_policy_gradient_loss(
     References:
       LUFFY (Yan et al. 2025), policy shaping.
     """
-    if not isinstance(gamma, jax.core.Tracer) and not gamma > 0:
-        raise ValueError(f"gamma must be > 0, got {gamma}")
+    check_positive("gamma", gamma)
     logprobs, _, advantages = _prepare(logprobs, 0.0, advantages, where)
     probs = jnp.exp(logprobs)
     return zero_where_masked(-advantages * probs / (probs + gamma), where)
@@ -159,8 +159,8 @@ def shaped_policy_gradient_loss(
 
 def _prepare(logprobs, old_logprobs, advantages, where) -> tuple[Array, Array, Array]:
     """Float32, masked places zeroed, gradients only through `logprobs`."""
-    constants = (float32_where(x, where) for x in (old_logprobs, advantages))
-    return float32_where(logprobs, where), *map(jax.lax.stop_gradient, constants)
+    constant = lambda x: jax.lax.stop_gradient(float32_where(x, where))
+    return float32_where(logprobs, where), constant(old_logprobs), constant(advantages)
 
 
 def _ratio_bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:

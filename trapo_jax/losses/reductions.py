@@ -10,10 +10,9 @@ micro-batches, packed into rows or spread over devices, which is why the gradien
     constant_mean   w = 1 / (length * number of sequences)
 """
 
-import jax
 import jax.numpy as jnp
 
-from trapo_jax.losses._common import Array, ArrayLike, float32_where
+from trapo_jax.losses._common import Array, ArrayLike, check_positive, float32_where
 
 
 def token_mean_weights(where: ArrayLike) -> Array:
@@ -31,8 +30,7 @@ def sequence_mean_weights(where: ArrayLike, *, axis: int = -1) -> Array:
 
 def constant_sum_weights(where: ArrayLike, *, length: ArrayLike) -> Array:
     """Weights of `constant_sum`: float32, the shape of `where`; `length` > 0 in tokens."""
-    if not isinstance(length, jax.core.Tracer) and not float(length) > 0:
-        raise ValueError(f"length must be > 0, got {length}")
+    check_positive("length", length)
     return jnp.asarray(where, jnp.float32) / length
 
 

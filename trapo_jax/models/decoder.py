@@ -76,9 +76,9 @@ class Block(nnx.Module):
         if cache is None:
             attended = row_attention(q_BTNH, k, v, segment_ids_BT)
         else:
-            attended = token_attention(q_BTNH[:, 0], k[:, 0], v[:, 0], *cache, cached_lens_S)[
-                :, None
-            ]
+            attended = token_attention(
+                q_BTNH[:, 0], k[:, 0], v[:, 0], cache.keys, cache.values, cached_lens_S
+            )[:, None]
         attended = attended.reshape(*q.shape)
         x_BTD += jnp.einsum("BTKGH,KGHD->BTD", attended, self.output[...].astype(dtype))
         normed = rms_norm(x_BTD, self.mlp_norm[...], c.norm_epsilon)

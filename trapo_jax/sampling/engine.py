@@ -126,7 +126,8 @@ class JaxEngine:
     @property
     def num_compiled(self) -> int:
         """Programs compiled so far; constant after warm-up."""
-        return self._admit._cache_size() + self._decode._cache_size()
+        programs: list[Any] = [self._admit, self._decode]
+        return sum(program._cache_size() for program in programs)
 
     def update_weights(self, params: Any, version: int) -> None:
         if self._waiting or self._running:

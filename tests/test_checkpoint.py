@@ -1,0 +1,72 @@
+"""Commits, retention, leftovers, exact restoring; the run log's cut at the restored offsets."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trapo_jax.advantages import group_advantages
+from trapo_jax.checkpoint import CheckpointStore, abstract_like
+from trapo_jax.metrics import RunLog, printable, read_metrics
+
+STATE = {"w": jnp.arange(6.0).reshape(2, 3) / 7, "n": jnp.int32(4)}
+HOST = {"counters": {"a": 1}, "name": "x", "list": [1, 2.5, None]}
+
+
+def restore(store, step):
+    return store.restore(step, abstract_like(STATE, jax.tree.map(lambda x: x.sharding, STATE)))
+
+
+def test_restores_exactly_what_was_saved(tmp_path):
+    store = CheckpointStore(tmp_path / "c", keep=2)
+    assert store.steps() == []
+    store.save(3, STATE, HOST)
+    state, host = restore(store, 3)
+    assert host == HOST
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(STATE), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+
+
+def test_keeps_the_newest_and_cleans_leftovers(tmp_path):
+    store = CheckpointStore(tmp_path / "c", keep=2)
+    store.save(1, STATE, HOST)
+    (tmp_path / "c" / "2.orbax-checkpoint-tmp").mkdir()  # of a killed save
+    assert store.steps() == [1]
+    for step in (6, 9, 12):
+        store.save(step, STATE, HOST)
+    assert store.steps() == [9, 12]
+    assert not (tmp_path / "c" / "2.orbax-checkpoint-tmp").exists()
+
+
+def test_log_is_cut_at_the_checkpoint(tmp_path):
+    log = RunLog(tmp_path, offsets=None, purge_from=1)
+    log.metrics("train", 1, {"a": 1.5})
+    offsets = log.offsets()
+    log.metrics("train", 2, {"a": float("nan")})
+    log.samples([{"text": "\x1b[31m\nred"}])
+    log.close()
+    assert read_metrics(tmp_path)[1] == {"step": 2, "kind": "train", "a": None}
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 1
+    log = RunLog(tmp_path, offsets=offsets, purge_from=2)
+    log.metrics("train", 2, {"a": 2.5})
+    log.close()
+    assert [r["a"] for r in read_metrics(tmp_path)] == [1.5, 2.5]
+    assert (tmp_path / "samples.jsonl").read_text() == ""
+    assert "\x1b" not in json.dumps(read_metrics(tmp_path))
+
+
+def test_terminal_escapes_are_neutralised():
+    assert printable("a\x1b[31m\x07\nb") == "a\\x1b[31m\\x07\nb"
+
+
+def test_advantages_by_hand():
+    np.testing.assert_allclose(
+        group_advantages(np.array([1.0, 0.0, 0.0, 1.0, 0.0])),
+        [0.6, -0.4, -0.4, 0.6, -0.4],
+        rtol=1e-6,
+    )
+    np.testing.assert_array_equal(group_advantages(np.ones(3), scale_by_std=True), 0.0)
+    scaled = group_advantages(np.array([1.0, 0.0]), scale_by_std=True)
+    np.testing.assert_allclose(scaled, [1.0, -1.0], rtol=1e-5)

@@ -1,0 +1,58 @@
+"""The shape of the house: no import circle, every room in its place."""
+
+import ast
+import subprocess
+import sys
+
+from conftest import REPOSITORY  # isort: skip
+
+PACKAGE = REPOSITORY / "trapo_jax"
+LEAVES = {"types"}
+# A stage may look into these rooms besides the leaves; train.py sees all.
+MAY_IMPORT = {
+    "config": set(),
+    "data": set(),
+    "scheduler": set(),
+    "losses": set(),
+    "models": set(),
+    "sampling": {"models"},
+    "rewards": set(),
+    "advantages": set(),
+    "batch": set(),
+    "methods": {"losses"},
+    "sharding": set(),
+    "train_step": {"losses", "methods", "models", "sharding"},
+    "rollouts": {"sampling", "scheduler"},
+    "evaluate": {"sampling"},
+    "checkpoint": set(),
+    "metrics": set(),
+    "types": set(),
+}
+
+
+def rooms_imported(room):
+    """The rooms of trapo_jax that a room's files import."""
+    files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else []
+    files += (PACKAGE / room).glob("*.py")
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                parts = (node.module or "").split(".")
+                if parts[0] == "trapo_jax" and len(parts) > 1 and parts[1] != room:
+                    yield parts[1]
+
+
+def test_data_flows_one_way():
+    rooms = {p.stem for p in PACKAGE.glob("*.py")} | {
+        p.parent.name for p in PACKAGE.glob("*/__init__.py")
+    }
+    assert rooms - {"__init__", "train"} == set(MAY_IMPORT)
+    for room, allowed in MAY_IMPORT.items():
+        assert set(rooms_imported(room)) <= allowed | LEAVES, room
+
+
+def test_every_module_imports_on_its_own():
+    """One process a module would take minutes; a fresh interpreter each for the entry points."""
+    for module in ("trapo_jax.losses", "trapo_jax.scheduler", "trapo_jax.train"):
+        result = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True)
+        assert result.returncode == 0, result.stderr
