@@ -23,18 +23,6 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-@pytest.fixture(autouse=True)
-def _doctest_names(doctest_namespace):
-    """What the docstring examples take as imported."""
-    import jax.numpy as jnp
-
-    import trapo_jax.losses
-
-    doctest_namespace["jnp"] = jnp
-    for name in trapo_jax.losses.__all__:
-        doctest_namespace[name] = getattr(trapo_jax.losses, name)
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
     from trapo_jax.data import load_tokenizer

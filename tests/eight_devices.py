@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 from jax.sharding import PartitionSpec as P
 
-jax.config.update("jax_num_cpu_devices", 8)
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from test_train_step import (  # noqa: E402
@@ -23,6 +22,7 @@ from trapo_jax.sharding import make_mesh  # noqa: E402
 
 
 def main() -> None:
+    jax.config.update("jax_num_cpu_devices", 8)
     groups, advantages = ragged_groups()
     params = jax.device_get(init_params(CONFIG, seed=0))
     method = make_method("trapo")
