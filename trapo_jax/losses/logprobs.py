@@ -1,7 +1,7 @@
 """From logits, or straight from hidden states, to per-token log-probabilities and entropy."""
 
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -142,13 +142,14 @@ def linear_token_logprobs(
         hidden = jnp.where(jnp.expand_dims(jnp.asarray(where), -1), hidden, 0)
     flat_labels = labels.reshape(-1)
     in_range = (flat_labels >= 0) & (flat_labels < unembedding.shape[1])
-    logprobs, entropies = _chunked_logprobs(
+    outputs: Any = _chunked_logprobs(
         max(1, min(chunk_size, flat_labels.size)),
         hidden.reshape(-1, hidden.shape[-1]),
         unembedding,
         jnp.where(in_range, flat_labels, 0),
         jnp.asarray(1.0 / temperature, jnp.float32),
     )
+    logprobs, entropies = outputs
     logprobs = jnp.where(in_range, logprobs, jnp.nan).reshape(labels.shape)
     logprobs = zero_where_masked(logprobs, where)
     if not with_entropy:
