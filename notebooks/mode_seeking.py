@@ -138,12 +138,13 @@ def train(loss):
 
 
 results = {name: jax.jit(lambda loss=loss: train(loss))() for name, (loss, *_) in METHODS.items()}
-print("                      mass of the two components, their means and standard deviations")
+print("                      the two components: mass, mean and standard deviation (if mass >= 1 %)")
 for name, (params, _) in results.items():
     columns = zip(
         jax.nn.softmax(params["logits"]), params["means"], jnp.exp(params["log_devs"]), strict=True
     )
-    print(f"{name:21} " + "   ".join(f"{w:.3f} at {m:5.2f} +- {s:7.2f}" for w, m, s in columns))
+    shown = [f"{w:.3f} at {m:5.2f} +- {s:4.2f}" if w >= 0.01 else f"{w:.3f}" for w, m, s in columns]
+    print(f"{name:21} " + "   ".join(shown))
 
 # %%
 SHOWN = (0, 100, 300, NUM_STEPS)

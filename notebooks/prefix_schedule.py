@@ -84,16 +84,16 @@ for preset, scheduler in schedulers.items():
 # `outcomes` walks the tree of rewards. At each step it takes a rollout that the scheduler has released, branches on
 # its reward, and goes on. Success probabilities are arrays over a grid of solve rates, so one walk serves the grid.
 #
-# Two assumptions about what a prefix does:
+# Two assumptions about what a prefix does; the whole solution (ratio 1) is right under both:
 #
-# - *no help*: guided or not, a rollout succeeds with the problem's solve rate;
+# - *does not help*: with a part of the solution, a rollout succeeds with the problem's solve rate s;
 # - *helps in proportion*: a prefix of ratio L removes the share L of the failures, `s + L (1 - s)`.
 
 # %%
 SOLVE_RATES = np.linspace(0, 1, 101)
 SuccessModel = Callable[[RolloutRequest], np.ndarray]
 MODELS: dict[str, SuccessModel] = {
-    "a prefix does not help": lambda _: SOLVE_RATES,
+    "a prefix does not help": lambda x: np.where(x.ratio == 1, 1.0, SOLVE_RATES),
     "a prefix helps in proportion": lambda x: SOLVE_RATES + x.ratio * (1 - SOLVE_RATES),
 }
 
@@ -259,7 +259,7 @@ axes.set(
     xlim=(0, 100),
     ylim=(0, 1.02),
     xlabel="solve rate without guidance (%)",
-    ylabel="expected mean reward of the group (0 to 1)",
+    ylabel="mean reward of the group, expected",
     title="A prefix that helps gives hopeless problems a reward to learn from",
 )
 axes.legend(loc="lower right")
@@ -277,4 +277,5 @@ plt.show()
 # - Guidance depends on unguided rollouts only: in all 256 sequences of rewards of either setting, a guided
 #   micro-group is followed by guided ones. What a prefix achieves changes the rewards, not the schedule.
 # - If a prefix helps in proportion to its length, a problem never solved alone still has a mean reward of 0.24
-#   or 0.25, a difference between its rollouts that the policy gradient can use. If it does not help, there is none.
+#   or 0.25, a difference between its rollouts that the policy gradient can use. If it does not help, only the whole
+#   solution is rewarded, one rollout in eight; it has no sampled token, so no completion is ever reinforced.

@@ -168,4 +168,4 @@ def test_a_file_in_the_way_and_a_foreign_folder_are_refused(tmp_path):
 def test_help_command():
     result = run_command("trapo_jax.train", "--help")
     assert result.returncode == 0
-    assert "train.learning_rate  (float, 0.0004)" in result.stdout
+    assert "train.learning_rate  (float, 0.0002)" in result.stdout

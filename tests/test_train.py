@@ -178,7 +178,7 @@ def test_complete_run_is_shown_again_not_overwritten(finished_run):
 def test_other_config_in_the_same_folder_is_refused(finished_run):
     result = train(finished_run[0], "train.learning_rate=1e-3")
     assert result.returncode == 2
-    assert "holds a run with train.learning_rate=0.0004, not 0.001" in result.stderr
+    assert "holds a run with train.learning_rate=0.0002, not 0.001" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -62,8 +62,8 @@ class MethodConfig(_Section):
     """TRAPO's guidance as in the paper or as in its released code."""
     alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """TrSFT's trust-region bound: expert tokens below this probability get a reduced gradient."""
-    expert_weight: NotNegativeFloat | None = None
-    """Weight of the loss on expert tokens; null for the method's own (trapo 0.5, sft 1)."""
+    expert_weight: NotNegativeFloat = 1.0
+    """Weight of the loss on expert tokens."""
     normalizer: Literal["token_mean", "sequence_mean", "constant_sum", "constant_mean"] | None = (
         None
     )
@@ -79,7 +79,7 @@ class SamplingConfig(_Section):
     """Of the training distribution."""
     max_completion_length: Positive = 64
     """Longest expert prefix + completion, in tokens."""
-    num_slots: Positive = 64
+    num_slots: Positive = 32
     """Rows decoded at once."""
     segment_len: Positive = 8
     """Tokens decoded between two looks at the queue."""
@@ -90,9 +90,9 @@ class TrainConfig(_Section):
     """Optimiser steps."""
     problems_per_step: Positive = 8
     """Problems in one optimiser batch; each gets a group of rollouts."""
-    num_micro_batches: Positive = 1
+    num_micro_batches: Positive = 2
     """Pieces the batch is computed in; changes memory, not the result."""
-    learning_rate: PositiveFloat = 4e-4
+    learning_rate: PositiveFloat = 2e-4
     """Peak learning rate of AdamW."""
     warmup_steps: NotNegative = 10
     """Linear warm-up from 0; a shorter run ends within it."""
@@ -115,7 +115,7 @@ class TrainConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    every: NotNegative = 75
+    every: NotNegative = 125
     """Steps between evaluations on the validation split; 0 for none during training."""
     num_samples: Positive = 8
     """Samples per problem at temperature 1, for accuracy and pass@k."""

@@ -8,7 +8,6 @@ step without guidance, advantages not divided by the standard deviation.
 
 Departures from the paper, and why:
 
-- `expert_weight` of TRAPO is 0.5 by default, not 1: better on the embedded task (README), and a field.
 - Token losses are divided by rows x max_completion_length (`constant_mean`). The paper leaves the
   normaliser open; this one makes a token count the same whatever the batch's other lengths are.
 """
@@ -88,7 +87,7 @@ def make_method(
     *,
     preset: Preset = "paper",
     alpha: float = 0.1,
-    expert_weight: float | None = None,
+    expert_weight: float = 1.0,
     normalizer: Normalizer | None = None,
 ) -> Method:
     """The named method with its constants.
@@ -97,7 +96,7 @@ def make_method(
       name: which method.
       preset: TRAPO's guidance, as in the paper or as in the released code.
       alpha: TrSFT's trust-region bound in (0, 1].
-      expert_weight: weight of the expert term; None for the method's own (trapo 0.5, sft 1).
+      expert_weight: weight of the expert term.
       normalizer: of every term; None for the method's own.
     """
     if name == "trapo":
@@ -115,7 +114,7 @@ def make_method(
                     loss=lambda logprobs, _, where: trsft_loss_from_logprobs(
                         logprobs, alpha=alpha, where=where
                     ),
-                    weight=0.5 if expert_weight is None else expert_weight,
+                    weight=expert_weight,
                     normalizer=normalizer or "constant_mean",
                     formula="-log p if p >= alpha else 1 - log(alpha) - p / alpha",
                 ),
@@ -139,7 +138,7 @@ def make_method(
         loss=lambda logprobs, _, where: attenuated_cross_entropy_from_logprobs(
             logprobs, attenuation=unit_attenuation(), where=where
         ),
-        weight=1.0 if expert_weight is None else expert_weight,
+        weight=expert_weight,
         normalizer=normalizer or "token_mean",
         formula="-log p",
     )
