@@ -138,7 +138,9 @@ def train(loss):
 
 
 results = {name: jax.jit(lambda loss=loss: train(loss))() for name, (loss, *_) in METHODS.items()}
-print("                      the two components: mass, mean and standard deviation (if mass >= 1 %)")
+print(
+    "                      the two components: mass, mean and standard deviation (if mass >= 1 %)"
+)
 for name, (params, _) in results.items():
     columns = zip(
         jax.nn.softmax(params["logits"]), params["means"], jnp.exp(params["log_devs"]), strict=True
