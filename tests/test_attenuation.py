@@ -216,3 +216,26 @@ def test_axis_jit_vmap_and_bfloat16():
     assert trsft_loss(logits, labels).dtype == jnp.float32
     half = trsft_loss_from_logprobs(jnp.asarray([-1.0], jnp.bfloat16))
     assert half.dtype == jnp.float32
+
+
+def test_traced_shift_of_zero_is_trsft_at_probability_zero_too():
+    logprobs = jnp.array([-jnp.inf, -1.0])
+
+    @jax.jit
+    def value_and_grad(shift):
+        attenuation = shifted_clip_attenuation(0.1, shift)
+        loss = lambda x: attenuated_cross_entropy_from_logprobs(x, attenuation=attenuation)
+        values, pullback = jax.vjp(loss, logprobs)
+        return values, pullback(jnp.ones_like(values))[0]
+
+    values, grads = value_and_grad(0.0)
+    np.testing.assert_allclose(values, trsft_loss_from_logprobs(logprobs, alpha=0.1), rtol=1e-6)
+    np.testing.assert_allclose(grads, [0.0, -1.0], atol=1e-6)
+
+
+def test_trust_region_bound_is_a_tenth_unless_given():
+    logits, labels = jnp.array([[0.0, 5.0]]), jnp.array([0])
+    logprobs = jax.nn.log_softmax(logits)[:, 0]
+    expected = [1 - np.log(0.1) - np.exp(logprobs[0]) / 0.1]
+    np.testing.assert_allclose(trsft_loss_from_logprobs(logprobs), expected, rtol=1e-6)
+    np.testing.assert_allclose(trsft_loss(logits, labels), expected, rtol=1e-6)

@@ -182,22 +182,22 @@ def test_inverse_cdf_over_many_blocks_never_takes_probability_zero():
 
 
 def test_draws_follow_the_distribution():
-    """Chi-square over the top 200 of 50,000 words and the tail, 200,000 draws."""
+    """Chi-square over the top 100 of 6,000 words and the tail, 40,000 draws."""
     rng = np.random.default_rng(0)
-    logits = (4 * rng.normal(size=50_000)).astype(np.float32)
+    logits = (4 * rng.normal(size=6_000)).astype(np.float32)
     probs = np.exp(logits - logits.max(), dtype=np.float64)
     probs /= probs.sum()
     keys = jax.random.split(jax.random.key(3), 400)
     draw = jax.jit(
         lambda p: draw_tokens(keys, jnp.full(400, p), jnp.tile(logits, (400, 1)), jnp.ones(400))[0]
     )
-    tokens = np.concatenate([np.asarray(draw(p)) for p in range(500)])
-    top = np.argsort(probs)[::-1][:200]
+    tokens = np.concatenate([np.asarray(draw(p)) for p in range(100)])
+    top = np.argsort(probs)[::-1][:100]
     counts = np.bincount(tokens, minlength=probs.size)
     observed = np.append(counts[top], counts.sum() - counts[top].sum())
     expected = np.append(probs[top], 1 - probs[top].sum()) * tokens.size
     statistic = ((observed - expected) ** 2 / expected).sum()
-    assert statistic < 277, statistic  # chi-square, 200 degrees of freedom, p = 0.0003
+    assert statistic < 156, statistic  # chi-square, 100 degrees of freedom, p = 0.0003
 
 
 def test_temperature_zero_is_greedy_and_temperature_scales():

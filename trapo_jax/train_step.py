@@ -176,7 +176,7 @@ def make_train_step(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         initial = (jax.tree.map(jnp.zeros_like, state.params), *zeros)
         (grads, sums, max_gap), _ = jax.lax.scan(accumulate, initial, (arrays, weights))
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss/total"])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

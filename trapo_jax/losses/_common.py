@@ -10,14 +10,14 @@ Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
 
 
-def float32_where(values: ArrayLike, where: ArrayLike | None, fill: float = 0.0) -> Array:
-    """`values` in float32 with `fill` wherever `where` is False.
+def float32_where(values: ArrayLike, where: ArrayLike | None) -> Array:
+    """`values` in float32 with 0 wherever `where` is False.
 
     Filling *before* any exp, log or product is what keeps a NaN or inf in a
     masked place out of the value and out of the gradient.
     """
     values = jnp.asarray(values, jnp.float32)
-    return values if where is None else jnp.where(where, values, fill)
+    return values if where is None else jnp.where(where, values, 0.0)
 
 
 def zero_where_masked(values: Array, where: ArrayLike | None) -> Array:
