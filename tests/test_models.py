@@ -1,54 +1,90 @@
-"""The decoder against transformers, and Hugging Face folders in and out."""
-
-import json
-import shutil
+"""The decoder against transformers, for every architecture, and against itself by other ways."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from trapo_jax.data import load_tokenizer
 from trapo_jax.models import (
+    ARCHITECTURES,
+    KVCache,
     apply_decoder,
-    export_model,
     init_params,
     load_params,
     read_config,
     unembedding,
 )
-from trapo_jax.types import UserError
+from trapo_jax.models.attention import row_attention
 
 from conftest import TINY_MODEL  # isort: skip
 
-GQA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+SMALL = {
     "vocab_size": 50,
     "hidden_size": 24,
     "intermediate_size": 40,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "head_dim": 8,
-    "hidden_act": "silu",
     "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
     "rope_theta": 5000.0,
-    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# transformers' model_type and what differs from SMALL.
+CASES = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama tied, heads of their own width": ("llama", {"tie_word_embeddings": True, "head_dim": 8}),
+    "llama with biases": ("llama", {"attention_bias": True}),
+    "llama 3 rope": ("llama", {"rope_scaling": LLAMA3}),
+    "llama linear rope": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen2 with windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral with a window": ("mistral", {"sliding_window": 5}),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 8, "sliding_window": 5, "sliding_window_pattern": 2},
+    ),
+    "gemma3, every layer local": (
+        "gemma3_text",
+        {"head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention"] * 3},
+    ),
 }
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A random small model with grouped queries, untied embeddings and its own rope base."""
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(GQA))
-    config = read_config(source)
-    params = jax.device_get(init_params(config, seed=0))
-    export_model(params, config, source=source, destination=tmp_path / "model")
-    return tmp_path / "model"
+def needs_torch():
+    return pytest.importorskip("torch", reason="torch is not installed (parity with transformers)")
+
+
+def make_theirs(kind, changes, folder):
+    """A random model, every parameter away from its initial 0 or 1, written by transformers."""
+    torch = needs_torch()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.eval().save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def their_logits(model, token_ids, mask=None):
+    import torch
+
+    mask = None if mask is None else torch.tensor(mask)
+    with torch.no_grad():
+        return model(torch.tensor(token_ids), attention_mask=mask).logits.numpy()
 
 
 def our_logits(folder, token_ids, segment_ids=None, positions=None):
@@ -61,125 +97,121 @@ def our_logits(folder, token_ids, segment_ids=None, positions=None):
     return np.asarray(hidden @ unembedding(params))
 
 
-@pytest.mark.parametrize("which", ["grouped_untied", "tiny"])
-def test_logits_equal_transformers(which, folder):
-    torch = pytest.importorskip("torch", reason="torch is not installed (parity with transformers)")
-    from transformers import AutoModelForCausalLM
-
-    folder = TINY_MODEL if which == "tiny" else folder
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    token_ids = np.random.default_rng(0).integers(0, 30, (3, 17))
-    with torch.no_grad():
-        theirs = model(torch.tensor(token_ids)).logits.numpy()
-    np.testing.assert_allclose(our_logits(folder, token_ids), theirs, atol=1e-4)
-
-
-def test_packed_and_padded_rows_equal_rows_alone(folder):
-    rng = np.random.default_rng(0)
-    first, second = rng.integers(0, 50, (1, 5)), rng.integers(0, 50, (1, 7))
-    packed = np.concatenate([first, second, np.full((1, 4), 33)], axis=1)
-    segments = np.array([[1] * 5 + [2] * 7 + [0] * 4])
-    positions = np.array([[*range(5), *range(7), 0, 0, 0, 0]])
-    together = our_logits(folder, packed, segments, positions)
-    np.testing.assert_allclose(together[:, :5], our_logits(folder, first), atol=1e-5)
-    np.testing.assert_allclose(together[:, 5:12], our_logits(folder, second), atol=1e-5)
-    assert np.isfinite(together).all()
-
-
-def test_export_and_import_are_bit_identical(folder, tmp_path):
+def decoded_logits(folder, token_ids):
+    """Token by token against a cache that is longer than the row."""
     config = read_config(folder)
     params = load_params(folder, config)
-    export_model(params, config, source=folder, destination=tmp_path / "again")
-    for a, b in zip(
-        jax.tree.leaves(load_params(tmp_path / "again", config)),
-        jax.tree.leaves(params),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+    num_rows, length = token_ids.shape
+    shape = (config.num_layers, num_rows, config.num_kv_heads)
+    cache = KVCache(
+        jnp.full((*shape, config.head_dim, length + 3), 7.0),  # what is not valid must not matter
+        jnp.full((*shape, length + 3, config.head_dim), 7.0),
+    )
+    step = jax.jit(
+        lambda cache, ids, lens: apply_decoder(
+            config, params, ids[:, None], lens[:, None], cache=cache, cached_lens_S=lens
+        )
+    )
+    logits = []
+    for t in range(length):
+        hidden, (keys, values) = step(cache, token_ids[:, t], jnp.full(num_rows, t))
+        logits.append(hidden @ unembedding(params))
+        cache = KVCache(
+            cache.keys.at[..., t].set(keys[:, :, 0]),
+            cache.values.at[..., t, :].set(values[:, :, 0]),
+        )
+    return np.concatenate(logits, axis=1)
 
 
-def test_sharded_safetensors_equal_a_single_file(folder, tmp_path):
-    tensors = load_file(folder / "model.safetensors")
-    sharded = tmp_path / "sharded"
-    sharded.mkdir()
-    shutil.copy(folder / "config.json", sharded)
-    weight_map = {}
-    for i, name in enumerate(sorted(tensors)):
-        weight_map[name] = f"model-{i % 2}.safetensors"
-    for file in set(weight_map.values()):
-        save_file({n: tensors[n] for n in tensors if weight_map[n] == file}, sharded / file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = read_config(folder)
-    for a, b in zip(
-        jax.tree.leaves(load_params(sharded, config)),
-        jax.tree.leaves(load_params(folder, config)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+def test_every_architecture_has_a_case():
+    assert {kind for kind, _ in CASES.values()} == set(ARCHITECTURES)
 
 
-def break_config(folder, **changes):
-    data = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**data, **changes}))
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case, tmp_path):
+    theirs = make_theirs(*CASES[case], tmp_path)
+    rng = np.random.default_rng(0)
+    token_ids = rng.integers(0, 50, (3, 40))
+    whole = their_logits(theirs, token_ids)
+    np.testing.assert_allclose(our_logits(tmp_path, token_ids), whole, atol=1e-4)
+    np.testing.assert_allclose(decoded_logits(tmp_path, token_ids), whole, atol=1e-4)
+
+    lens = np.array([40, 17, 1])
+    valid = np.arange(40) < lens[:, None]
+    padded = their_logits(theirs, token_ids, valid.astype(np.int64))
+    ours = our_logits(tmp_path, token_ids, valid.astype(np.int32))
+    np.testing.assert_allclose(ours[valid], padded[valid], atol=1e-4)
+
+    packed = np.array([[1] * 11 + [2] * 25 + [0] * 4])
+    positions = np.array([[*range(11), *range(25), *[0] * 4]])
+    ours = our_logits(tmp_path, token_ids[:1], packed, positions)
+    np.testing.assert_allclose(ours[:, :11], their_logits(theirs, token_ids[:1, :11]), atol=1e-4)
+    np.testing.assert_allclose(
+        ours[:, 11:36], their_logits(theirs, token_ids[:1, 11:36]), atol=1e-4
+    )
+    assert np.isfinite(ours).all()
 
 
-def break_tensors(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+def test_tiny_model_equals_transformers():
+    torch = needs_torch()
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32)
+    token_ids = np.random.default_rng(0).integers(0, 30, (3, 17))
+    np.testing.assert_allclose(
+        our_logits(TINY_MODEL, token_ids), their_logits(theirs, token_ids), atol=1e-4
+    )
 
 
-BREAKAGES = {
-    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: cannot be read"),
-    "bad JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
-    "JSON list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
-    "field missing": (lambda f: break_config(f, hidden_size=None), "no field 'hidden_size'"),
-    "architecture": (lambda f: break_config(f, model_type="mamba"), "'mamba' is not covered"),
-    "rope type": (
-        lambda f: break_config(f, rope_scaling={"rope_type": "yarn"}),
-        "rope type 'yarn' is not covered",
-    ),
-    "biases": (lambda f: break_config(f, attention_bias=True), "attention_bias is not covered"),
-    "activation": (lambda f: break_config(f, hidden_act="gelu"), "hidden_act 'gelu'"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "not a readable safetensors"),
-    "LFS pointer": (
-        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com"),
-        "not a readable safetensors",
-    ),
-    "truncated": (
-        lambda f: (f / "model.safetensors").write_bytes(
-            (f / "model.safetensors").read_bytes()[:-40]
-        ),
-        "not a readable safetensors",
-    ),
-    "tensor missing": (
-        lambda f: break_tensors(f, lambda t: t.pop("model.norm.weight")),
-        "tensor 'model.norm.weight' is missing",
-    ),
-    "tensor too many": (
-        lambda f: break_tensors(f, lambda t: t.update(extra=np.zeros(2, np.float32))),
-        "1 unexpected tensors: extra",
-    ),
-    "misshapen": (
-        lambda f: break_tensors(
-            f, lambda t: t.update({"model.norm.weight": np.zeros(7, np.float32)})
-        ),
-        r"'model.norm.weight' has shape \(7,\), expected \(24,\)",
-    ),
-}
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_memory_and_not_the_gradient(remat):
+    token_ids = np.random.default_rng(0).integers(3, 30, (4, 64))
+    positions = np.broadcast_to(np.arange(64), token_ids.shape)
+
+    def gradient(remat):
+        config = read_config(TINY_MODEL, remat=remat)
+
+        def loss(params):
+            hidden, _ = apply_decoder(config, params, token_ids, positions, np.ones_like(token_ids))
+            return jnp.sum(jnp.sin(hidden))
+
+        params = init_params(config, seed=0)
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
+
+    plain, plain_bytes = gradient("none")
+    again, again_bytes = gradient(remat)
+    assert again_bytes < 0.8 * plain_bytes
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("what", BREAKAGES)
-def test_broken_folders_are_named(what, folder):
-    breakage, message = BREAKAGES[what]
-    breakage(folder)
-    with pytest.raises(UserError, match=message) as caught:
-        load_params(folder, read_config(folder))
-    assert "\n" not in str(caught.value)
-    assert str(folder) in str(caught.value)
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("is_local", [None, True, False])
+def test_splash_attention_equals_plain_attention(window, is_local):
+    """In the interpreter; values and gradients, grouped heads, packed rows with pad."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, 256, 4, 128))
+    k, v = (jax.random.normal(key, (2, 256, 2, 128)) for key in keys[1:])
+    segments = jnp.array([[1] * 100 + [2] * 120 + [0] * 36, [1] * 256], jnp.int32)
 
+    def attend(implementation):
+        def loss(q, k, v):
+            out = row_attention(
+                q,
+                k,
+                v,
+                segments,
+                scale=0.1,
+                window=window,
+                is_local=None if is_local is None else jnp.array(is_local),
+                implementation=implementation,
+            )
+            out = jnp.where(segments[..., None, None] > 0, out, 0)
+            return jnp.sum(jnp.sin(out)), out
 
-def test_folder_without_tokenizer_is_named(folder):
-    with pytest.raises(UserError, match="no tokenizer that can be loaded"):
-        load_tokenizer(folder)
+        gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return (out, *gradients)
+
+    for ours, plain in zip(attend("splash"), attend("xla"), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=2e-4)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from trapo_jax.batch import build_batch
 from trapo_jax.losses import linear_token_logprobs
 from trapo_jax.methods import make_method
-from trapo_jax.models import DecoderConfig, apply_decoder, init_params, unembedding
+from trapo_jax.models import DecoderConfig, Rope, apply_decoder, init_params, unembedding
 from trapo_jax.sharding import make_mesh
 from trapo_jax.train_step import (
     init_state,
@@ -41,7 +41,7 @@ CONFIG = DecoderConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=4,
-    rope_theta=1e4,
+    rope=Rope(1e4),
     norm_epsilon=1e-6,
     tied_embeddings=True,
 )

@@ -37,7 +37,13 @@ from trapo_jax.data import (
 from trapo_jax.evaluate import evaluate
 from trapo_jax.methods import Method, make_method
 from trapo_jax.metrics import EVAL, TRAIN, RunLog, Terminal, fail, read_metrics
-from trapo_jax.models import DecoderConfig, export_model, load_params, read_config
+from trapo_jax.models import (
+    DecoderConfig,
+    abstract_params,
+    export_model,
+    load_params,
+    read_config,
+)
 from trapo_jax.rewards import REWARDS, card_shuffles_verifier
 from trapo_jax.rollouts import collect_rollouts
 from trapo_jax.sampling import JaxEngine
@@ -149,8 +155,8 @@ def build(config: Config) -> tuple[Parts, Any]:
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
     )
-    params = load_params(model_folder, decoder)
-    shardings = state_shardings(params, optimizer, mesh)
+    shardings = state_shardings(abstract_params(decoder), optimizer, mesh)
+    params = load_params(model_folder, decoder, shardings.params)
     parts = Parts(
         config=config,
         method=method,

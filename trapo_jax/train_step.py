@@ -54,7 +54,7 @@ def make_optimizer(
     weight_decay: float,
     max_grad_norm: float,
 ) -> optax.GradientTransformation:
-    """AdamW with clipping: linear warm-up, constant, linear decay. No weight decay on norms."""
+    """AdamW with clipping: linear warm-up, constant, linear decay. No weight decay on norms and biases."""
     begin = max(warmup_steps, round(decay_start * num_steps))
     schedule = optax.join_schedules(
         [
@@ -237,7 +237,7 @@ def _metrics(sums, max_gap, batch, grad_norm, finite) -> Metrics:
 
 
 def _is_matrix(params: Any) -> Any:
-    """True for what weight decay applies to: everything but the norms' scales."""
+    """True for what weight decay applies to: everything but the norms' scales and the biases."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path[-1].key.endswith("norm"), params
+        lambda path, _: not path[-1].key.endswith(("norm", "bias")), params
     )

@@ -12,13 +12,16 @@ from trapo_jax.models.hugging_face import (
     export_model,
     init_params,
     load_params,
-    read_config,
 )
+from trapo_jax.models.hugging_face_config import ARCHITECTURES, read_config
+from trapo_jax.models.rope import Rope
 
 __all__ = [
+    "ARCHITECTURES",
     "Decoder",
     "DecoderConfig",
     "KVCache",
+    "Rope",
     "abstract_params",
     "apply_decoder",
     "export_model",

@@ -1,18 +1,57 @@
-"""Attention behind two functions: a whole row, and one new token against a cache."""
+"""Attention behind two functions: whole rows, and one new token a slot against a cache."""
 
 import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+Implementation = Literal["auto", "xla", "cudnn", "splash"]
+
 
 def row_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    is_local: jax.Array | None = None,
+    implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Causal attention within segments. Pad positions (segment 0) give finite, unused values."""
-    same_segment = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    """Causal attention within segments, `[B, T, N, H]`. Pad positions (segment 0) give finite, unused values.
+
+    Args:
+      q_BTNH, k_BTKH, v_BTKH: query heads in groups of N / K to a key-value head.
+      segment_ids_BT: int32; tokens see their own segment.
+      scale: factor of the scores, usually `H ** -0.5`.
+      window: a token sees itself and the `window - 1` before it; None for all.
+      is_local: bool scalar; where False the window does not apply. None: it applies.
+      implementation: "xla" anywhere; "cudnn" on NVIDIA GPUs, half precision; "splash" on TPUs (elsewhere
+        its slow interpreter), T and H multiples of 128; "auto" takes what the device and the shapes
+        allow.
+    """
+    chosen = _choose(implementation, q_BTNH)
+    if chosen == "splash":
+        local = functools.partial(_splash_attention, scale=scale, window=window)
+        if window is None or is_local is None:
+            return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        full = functools.partial(_splash_attention, scale=scale, window=None)
+        return jax.lax.cond(is_local, local, full, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    mask = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    if window is not None:
+        index = jnp.arange(segment_ids_BT.shape[1])
+        near = index[:, None] - index[None, :] < window
+        mask &= near if is_local is None else near | ~is_local
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=same_segment[:, None], is_causal=True
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        mask=mask[:, None],
+        is_causal=True,
+        scale=scale,
+        implementation=chosen,
     )
 
 
@@ -23,12 +62,17 @@ def token_attention(
     cached_k_SKHC: jax.Array,
     cached_v_SKCH: jax.Array,
     cached_lens_S: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    is_local: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of one new token a slot to the slot's cache and to itself; `[S, N, H]`.
 
     The new key and value come beside the cache, not in it: the layer only reads the cache, and all
     layers' new entries are written at once afterwards, in place. Keys are cached with the position
     last, so that both products contract along contiguous memory without a transposed copy.
+    `scale`, `window` and `is_local` are those of `row_attention`.
     """
     num_slots, num_heads, head_dim = q_SNH.shape
     num_kv_heads, cache_len = k_SKH.shape[1], cached_k_SKHC.shape[-1]
@@ -36,10 +80,50 @@ def token_attention(
     q_SKGH = q_SNH.reshape(num_slots, num_kv_heads, -1, head_dim)
     own_score = einsum("SKGH,SKH->SKG", q_SKGH, k_SKH)[..., None]
     scores = einsum("SKGH,SKHC->SKGC", q_SKGH, cached_k_SKHC)
-    in_cache = jnp.arange(cache_len) < cached_lens_S[:, None]
-    scores = jnp.where(in_cache[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([scores, own_score], -1) * head_dim**-0.5)
+    index, lens_S1 = jnp.arange(cache_len), cached_lens_S[:, None]
+    visible = index < lens_S1
+    if window is not None:
+        near = lens_S1 - index < window
+        visible &= near if is_local is None else near | ~is_local
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(jnp.concatenate([scores, own_score], -1) * scale)
     weights = weights.astype(v_SKH.dtype)
     values = einsum("SKGC,SKCH->SKGH", weights[..., :-1], cached_v_SKCH)
     values += weights[..., -1:] * v_SKH[:, :, None]
     return values.reshape(num_slots, num_heads, head_dim).astype(q_SNH.dtype)
+
+
+def _choose(implementation: Implementation, q_BTNH: jax.Array) -> Literal["xla", "cudnn", "splash"]:
+    if implementation != "auto":
+        return implementation
+    device = jax.default_backend()
+    if device == "tpu" and q_BTNH.shape[1] % 128 == 0 and q_BTNH.shape[3] % 128 == 0:
+        return "splash"
+    if device == "gpu" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16):
+        return "cudnn"
+    return "xla"
+
+
+def _splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, window):
+    """Pallas' block-sparse flash attention: no `[T, T]` scores, and no work on what is masked."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length, num_heads = q_BTNH.shape[1:3]
+    shape = (length, length)
+    mask = splash.CausalMask(shape)
+    if window is not None:
+        mask &= splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * num_heads),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=jax.default_backend() != "tpu",
+    )
+
+    def one_row(q_TNH, k_TKH, v_TKH, segment_ids_T):
+        heads_first = (x.swapaxes(0, 1) for x in (q_TNH * scale, k_TKH, v_TKH))
+        segments = splash.SegmentIds(segment_ids_T, segment_ids_T)
+        attended: Any = kernel(*heads_first, segment_ids=segments)
+        return attended.swapaxes(0, 1)
+
+    return jax.vmap(one_row)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)

@@ -1,4 +1,5 @@
-"""The decoder: Llama-shaped, stacked layers under `nnx.scan`, the KV cache an explicit argument.
+"""One decoder for the Llama, Qwen, Mistral and Gemma 3 families: stacked layers under `nnx.scan`, the KV
+cache an explicit argument.
 
 The same module runs whole rows (training, prefill) and single tokens against a cache (decoding). Outside
 this package its parameters are a plain nested dict and the call is a pure function::
@@ -11,20 +12,41 @@ G = N / K, H head width, F MLP width, V vocabulary.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trapo_jax.models.attention import row_attention, token_attention
+from trapo_jax.models.attention import Implementation, row_attention, token_attention
+from trapo_jax.models.rope import Angles, Rope, apply_rope, rope_angles
 
 Params = dict[str, Any]
+Remat = Literal["none", "dots", "full"]
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder; `dtype` is that of activations and matmul inputs."""
+    """The shape of a decoder, and how it is computed.
+
+    Attributes:
+      qkv_bias, output_bias: biases of the attention's projections.
+      qk_norm: RMS norms of every query and key head, before the rotation.
+      post_norms: also norms behind attention and MLP, before they are added to the stream.
+      norm_offset: added to every norm's scale.
+      embedding_scale: factor of the embedded tokens.
+      attention_scale: factor of the scores; None for `head_dim ** -0.5`.
+      window: a token of a local layer sees itself and the `window - 1` before it.
+      local_layers: which layers are local, one entry each; empty for none.
+      local_rope: of local layers; None for the same as the others.
+      dtype: of activations and matmul inputs.
+      remat: what the backward pass computes anew: nothing, all but the results of matmuls
+        ("dots"), or all but the layers' inputs ("full").
+      attention: see `row_attention`.
+    """
 
     vocab_size: int
     num_layers: int
@@ -33,10 +55,23 @@ class DecoderConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope_theta: float
+    rope: Rope
     norm_epsilon: float
     tied_embeddings: bool
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    window: int | None = None
+    local_layers: tuple[bool, ...] = ()
+    local_rope: Rope | None = None
     dtype: str = "float32"
+    remat: Remat = "none"
+    attention: Implementation = "auto"
 
 
 class KVCache(NamedTuple):
@@ -54,37 +89,78 @@ class Block(nnx.Module):
         self.config = c
         group = c.num_heads // c.num_kv_heads
         init = functools.partial(_normal, rngs, c.width)
-        self.attention_norm = nnx.Param(jnp.ones(c.width))
+        self.attention_norm = _norm_scale(c, c.width)
         # Per key-value head: its G query heads, its key, its value. One matmul, shardable over K.
         self.qkv = nnx.Param(init(c.width, c.num_kv_heads, group + 2, c.head_dim))
+        if c.qkv_bias:
+            self.qkv_bias = nnx.Param(jnp.zeros((c.num_kv_heads, group + 2, c.head_dim)))
+        if c.qk_norm:
+            self.query_norm, self.key_norm = (_norm_scale(c, c.head_dim) for _ in range(2))
         self.output = nnx.Param(
             _normal(rngs, c.num_heads * c.head_dim, c.num_kv_heads, group, c.head_dim, c.width)
         )
-        self.mlp_norm = nnx.Param(jnp.ones(c.width))
+        if c.output_bias:
+            self.output_bias = nnx.Param(jnp.zeros(c.width))
+        self.mlp_norm = _norm_scale(c, c.width)
         self.gate_up = nnx.Param(init(c.width, 2, c.mlp_width))
         self.down = nnx.Param(_normal(rngs, c.mlp_width, c.mlp_width, c.width))
+        if c.post_norms:
+            self.attention_post_norm, self.mlp_post_norm = (
+                _norm_scale(c, c.width) for _ in range(2)
+            )
 
-    def __call__(self, x_BTD, rope, segment_ids_BT, cache, cached_lens_S):
+    def __call__(self, x_BTD, angles, segment_ids_BT, cache, cached_lens_S, is_local):
         """Returns the new residual stream and the new tokens' (keys, values), each `[B, T, K, H]`."""
+        attended, new_entries = self._attend(
+            x_BTD, angles, segment_ids_BT, cache, cached_lens_S, is_local
+        )
+        x_BTD += attended
+        return x_BTD + self._mlp(x_BTD), new_entries
+
+    def _attend(self, x_BTD, angles, segment_ids_BT, cache, cached_lens_S, is_local):
         c = self.config
         dtype = x_BTD.dtype
-        normed = rms_norm(x_BTD, self.attention_norm[...], c.norm_epsilon)
+        normed = self._norm(x_BTD, self.attention_norm)
         qkv = jnp.einsum("BTD,DKJH->BTKJH", normed, self.qkv[...].astype(dtype))
+        if c.qkv_bias:
+            qkv += self.qkv_bias[...].astype(dtype)
         q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-        q_BTNH = apply_rope(q.reshape(*q.shape[:2], c.num_heads, c.head_dim), rope)
-        k = apply_rope(k, rope)
+        q_BTNH = q.reshape(*q.shape[:2], c.num_heads, c.head_dim)
+        if c.qk_norm:
+            q_BTNH, k = self._norm(q_BTNH, self.query_norm), self._norm(k, self.key_norm)
+        q_BTNH, k = apply_rope(q_BTNH, angles), apply_rope(k, angles)
+        options: Any = {
+            "scale": c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
+            "window": c.window if any(c.local_layers) else None,
+            "is_local": is_local,
+        }
         if cache is None:
-            attended = row_attention(q_BTNH, k, v, segment_ids_BT)
+            attended = row_attention(
+                q_BTNH, k, v, segment_ids_BT, implementation=c.attention, **options
+            )
         else:
             attended = token_attention(
-                q_BTNH[:, 0], k[:, 0], v[:, 0], cache.keys, cache.values, cached_lens_S
+                q_BTNH[:, 0], k[:, 0], v[:, 0], cache.keys, cache.values, cached_lens_S, **options
             )[:, None]
         attended = attended.reshape(*q.shape)
-        x_BTD += jnp.einsum("BTKGH,KGHD->BTD", attended, self.output[...].astype(dtype))
-        normed = rms_norm(x_BTD, self.mlp_norm[...], c.norm_epsilon)
+        attended = jnp.einsum("BTKGH,KGHD->BTD", attended, self.output[...].astype(dtype))
+        if c.output_bias:
+            attended += self.output_bias[...].astype(dtype)
+        if c.post_norms:
+            attended = self._norm(attended, self.attention_post_norm)
+        return attended, (k, v)
+
+    def _mlp(self, x_BTD):
+        dtype = x_BTD.dtype
+        normed = self._norm(x_BTD, self.mlp_norm)
         gate_up = jnp.einsum("BTD,DJF->BTJF", normed, self.gate_up[...].astype(dtype))
-        mlp = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return x_BTD + mlp @ self.down[...].astype(dtype), (k, v)
+        activation = ACTIVATIONS[self.config.activation]
+        mlp = activation(gate_up[..., 0, :]) * gate_up[..., 1, :]
+        mlp = mlp @ self.down[...].astype(dtype)
+        return self._norm(mlp, self.mlp_post_norm) if self.config.post_norms else mlp
+
+    def _norm(self, x, scale: nnx.Param):
+        return rms_norm(x, scale[...] + self.config.norm_offset, self.config.norm_epsilon)
 
 
 class Decoder(nnx.Module):
@@ -100,7 +176,7 @@ class Decoder(nnx.Module):
 
         self.embedding = nnx.Param(_normal(rngs, config.width, config.vocab_size, config.width))
         self.layers = stacked_blocks(rngs)
-        self.final_norm = nnx.Param(jnp.ones(config.width))
+        self.final_norm = _norm_scale(config, config.width)
         if not config.tied_embeddings:
             self.unembedding = nnx.Param(
                 _normal(rngs, config.width, config.width, config.vocab_size)
@@ -128,16 +204,29 @@ class Decoder(nnx.Module):
           hidden `[B, T, D]` after the final norm, in `config.dtype`; and the new tokens' keys and
           values, each `[L, B, T, K, H]`.
         """
-        config = self.config
-        x_BTD = self.embedding[...][token_ids_BT].astype(config.dtype)
-        rope = rope_angles(positions_BT, config)
+        c = self.config
+        # The scale is rounded to the dtype, as where these weights come from.
+        scale = jnp.asarray(c.embedding_scale, c.dtype)
+        x_BTD = self.embedding[...][token_ids_BT].astype(c.dtype) * scale
+        angles = rope_angles(positions_BT, c.rope, c.head_dim)
+        local_angles = rope_angles(positions_BT, c.local_rope or c.rope, c.head_dim)
+        is_mixed = len(set(c.local_layers)) > 1
+        is_local_L = jnp.asarray(c.local_layers) if is_mixed else None
 
-        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
-        def run_layers(x, block, layer_cache):
-            return block(x, rope, segment_ids_BT, layer_cache, cached_lens_S)
+        def one_layer(x, block, layer_cache, is_local):
+            if is_mixed:
+                chosen = _choose(is_local, local_angles, angles)
+            else:
+                chosen = local_angles if any(c.local_layers) else angles
+            return block(x, chosen, segment_ids_BT, layer_cache, cached_lens_S, is_local)
 
-        x_BTD, new_entries = run_layers(x_BTD, self.layers, cache)
-        return rms_norm(x_BTD, self.final_norm[...], config.norm_epsilon), new_entries
+        run_layers = nnx.scan(
+            _remat(one_layer, c.remat),
+            in_axes=(nnx.Carry, 0, 0, 0),
+            out_axes=(nnx.Carry, 0),
+        )
+        x_BTD, new_entries = run_layers(x_BTD, self.layers, cache, is_local_L)
+        return rms_norm(x_BTD, self.final_norm[...] + c.norm_offset, c.norm_epsilon), new_entries
 
 
 def apply_decoder(config: DecoderConfig, params: Params, *args, **kwargs):
@@ -161,19 +250,20 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return (x32 * inverse * scale).astype(x.dtype)
 
 
-def rope_angles(positions_BT: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B, T, 1, H / 2]` in float32."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions_BT[..., None].astype(jnp.float32) * config.rope_theta**-exponents
-    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+def _choose(condition: jax.Array, if_true: Angles, if_false: Angles) -> Angles:
+    return jax.tree.map(functools.partial(jnp.where, condition), if_true, if_false)
 
 
-def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs (h, h + H / 2), as the Hugging Face checkpoints expect."""
-    cos, sin = rope
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+def _remat(layer: Callable, name: Remat) -> Callable:
+    if name == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if name == "dots" else None
+    return nnx.remat(layer, prevent_cse=False, policy=policy)
+
+
+def _norm_scale(config: DecoderConfig, size: int) -> nnx.Param:
+    return nnx.Param(jnp.full(size, 1.0 - config.norm_offset))
 
 
 @functools.cache

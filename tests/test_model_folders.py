@@ -1,0 +1,332 @@
+"""Hugging Face folders in and out, whole, broken and hostile."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from trapo_jax.data import load_tokenizer
+from trapo_jax.models import (
+    export_model,
+    init_params,
+    load_params,
+    read_config,
+)
+from trapo_jax.types import UserError
+
+from conftest import TINY_MODEL  # isort: skip
+
+GQA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5000.0,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A random small model with grouped queries, untied embeddings and its own rope base."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(GQA))
+    config = read_config(source)
+    params = jax.device_get(init_params(config, seed=0))
+    export_model(params, config, source=source, destination=tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_export_and_import_are_bit_identical(folder, tmp_path):
+    config = read_config(folder)
+    params = load_params(folder, config)
+    export_model(params, config, source=folder, destination=tmp_path / "again")
+    for a, b in zip(
+        jax.tree.leaves(load_params(tmp_path / "again", config)),
+        jax.tree.leaves(params),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    theirs, ours = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor)
+
+
+def test_export_in_several_files_equals_one(folder, tmp_path):
+    config = read_config(folder)
+    params = load_params(folder, config)
+    limit = 10_000
+    again = tmp_path / "again"
+    export_model(params, config, source=folder, destination=again, max_file_bytes=limit)
+    files = sorted(again.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    whole = load_file(folder / "model.safetensors")
+    index = json.loads((again / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == whole.keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    for file in files:
+        tensors = load_file(file)
+        assert sum(t.nbytes for t in tensors.values()) <= limit or len(tensors) == 1
+        for name, tensor in tensors.items():
+            assert index["weight_map"][name] == file.name
+            np.testing.assert_array_equal(tensor, whole[name])
+
+
+def test_failed_export_leaves_what_was_there(folder, tmp_path):
+    config = read_config(folder)
+    params = load_params(folder, config)
+    kept = tmp_path / "kept"
+    export_model(params, config, source=folder, destination=kept)
+    before = (kept / "model.safetensors").read_bytes()
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError):
+        export_model(params, config, source=folder, destination=kept)
+    assert (kept / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_half_precision_weights_are_read_exactly(dtype, folder):
+    config = read_config(folder)
+    tensors = {
+        name: tensor.astype(dtype)
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    params = load_params(folder, config)
+    assert params["embedding"].dtype == jnp.float32
+    expected = tensors["model.embed_tokens.weight"].astype(np.float32)
+    np.testing.assert_array_equal(params["embedding"], expected)
+
+
+PEAK_OF_LOADING = """
+import re, sys
+from pathlib import Path
+import jax
+from trapo_jax.models import load_params, read_config
+
+def memory(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+folder = Path(sys.argv[1])
+config = read_config(folder)
+jax.block_until_ready(jax.numpy.ones(3))
+before = memory("VmRSS")
+params = jax.block_until_ready(load_params(folder, config))
+sizes = [x.nbytes for x in jax.tree.leaves(params)]
+print(memory("VmHWM") - before, sum(sizes), max(sizes))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to measure memory by")
+def test_loading_needs_little_memory_beside_the_parameters(tmp_path):
+    """On a CPU the devices' memory is the host's: what is allowed beyond is one stacked parameter and a tensor."""
+    data = {**GQA, "num_hidden_layers": 16, "hidden_size": 512, "intermediate_size": 2048}
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(data))
+    config = read_config(source)
+    export_model(init_params(config, seed=0), config, source=source, destination=tmp_path / "model")
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_LOADING, tmp_path / "model"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak, total, largest_parameter = map(int, result.stdout.split())
+    largest_tensor = 4 * 512 * 2048
+    assert largest_parameter < total / 1.4
+    assert peak < total + 1.3 * largest_parameter + largest_tensor
+    print(
+        f"peak {peak / 1e6:.0f} MB, parameters {total / 1e6:.0f}, largest {largest_parameter / 1e6:.0f}"
+    )
+
+
+def test_code_in_a_model_folder_never_runs(folder, tmp_path):
+    witness = tmp_path / "witness"
+    (folder / "evil.py").write_text(f"open({str(witness)!r}, 'w')\nclass Evil: pass\n")
+    auto_map = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    break_config(folder, auto_map=auto_map)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_MODEL / name, folder)
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer_config |= {"auto_map": auto_map, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    config = read_config(folder)
+    params = load_params(folder, config)
+    with contextlib.suppress(UserError):
+        load_tokenizer(folder)
+    export_model(params, config, source=folder, destination=tmp_path / "out")
+    assert not witness.exists()
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_sharded_safetensors_equal_a_single_file(folder, tmp_path):
+    tensors = load_file(folder / "model.safetensors")
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    shutil.copy(folder / "config.json", sharded)
+    weight_map = {}
+    for i, name in enumerate(sorted(tensors)):
+        weight_map[name] = f"model-{i % 2}.safetensors"
+    for file in set(weight_map.values()):
+        save_file({n: tensors[n] for n in tensors if weight_map[n] == file}, sharded / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = read_config(folder)
+    for a, b in zip(
+        jax.tree.leaves(load_params(sharded, config)),
+        jax.tree.leaves(load_params(folder, config)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def break_config(folder, **changes):
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**data, **changes}))
+
+
+def break_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def write_index(folder, changes, move=None):
+    """An index of the one file there is; `changes` to it, None to leave a tensor out."""
+    tensors = load_file(folder / "model.safetensors")
+    weight_map = {**dict.fromkeys(tensors, "model.safetensors"), **changes}
+    weight_map = {name: file for name, file in weight_map.items() if file is not None}
+    if move:
+        tensors.pop(move)
+        save_file(tensors, folder / "model.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+BREAKAGES = {
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: cannot be read"),
+    "bad JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "JSON list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
+    "field missing": (lambda f: break_config(f, hidden_size=None), "no field 'hidden_size'"),
+    "architecture": (lambda f: break_config(f, model_type="mamba"), "'mamba' is not covered"),
+    "rope type": (
+        lambda f: break_config(f, rope_scaling={"rope_type": "yarn"}),
+        "rope type 'yarn' is not covered",
+    ),
+    "rope without its numbers": (
+        lambda f: break_config(f, rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+        "rope type 'llama3' needs a number 'low_freq_factor'",
+    ),
+    "partial rotation": (
+        lambda f: break_config(f, partial_rotary_factor=0.5),
+        "partial_rotary_factor 0.5 is not covered",
+    ),
+    "MLP biases": (lambda f: break_config(f, mlp_bias=True), "mlp_bias is not covered"),
+    "quantised": (
+        lambda f: break_config(f, quantization_config={"bits": 4}),
+        "quantization_config is not covered",
+    ),
+    "biases missing": (
+        lambda f: break_config(f, attention_bias=True),
+        "8 tensors are .'model.layers.0.self_attn.k_proj.bias'.* missing",
+    ),
+    "text for a number": (
+        lambda f: break_config(f, hidden_size="24"),
+        "field 'hidden_size' must be an integer >= 1, found '24'",
+    ),
+    "heads": (
+        lambda f: break_config(f, num_key_value_heads=4),
+        "num_key_value_heads 4 does not divide num_attention_heads 6",
+    ),
+    "layer types": (
+        lambda f: break_config(
+            f, model_type="mistral", sliding_window=4, layer_types=["linear_attention"] * 2
+        ),
+        "layer_types must be 2 times one of",
+    ),
+    "activation": (lambda f: break_config(f, hidden_act="gelu"), "hidden_act 'gelu'"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "not a readable safetensors"),
+    "LFS pointer": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com"),
+        "not a readable safetensors",
+    ),
+    "truncated": (
+        lambda f: (f / "model.safetensors").write_bytes(
+            (f / "model.safetensors").read_bytes()[:-40]
+        ),
+        "not a readable safetensors",
+    ),
+    "tensor missing": (
+        lambda f: break_tensors(f, lambda t: t.pop("model.norm.weight")),
+        "tensor 'model.norm.weight' is missing",
+    ),
+    "tensor too many": (
+        lambda f: break_tensors(f, lambda t: t.update(extra=np.zeros(2, np.float32))),
+        "tensor 'extra' is not expected",
+    ),
+    "misshapen": (
+        lambda f: break_tensors(
+            f, lambda t: t.update({"model.norm.weight": np.zeros(7, np.float32)})
+        ),
+        r"'model.norm.weight' has shape \(7,\), expected \(24,\)",
+    ),
+    "integers": (
+        lambda f: break_tensors(
+            f, lambda t: t.update({"model.norm.weight": np.zeros(24, np.int32)})
+        ),
+        "'model.norm.weight' is I32; F32, BF16, F16 are covered",
+    ),
+    "index without its file": (
+        lambda f: write_index(f, {"model.norm.weight": "model-2.safetensors"}),
+        r"model-2.safetensors: not a readable safetensors file",
+    ),
+    "index without a tensor": (
+        lambda f: write_index(f, {"model.norm.weight": None}),
+        "tensor 'model.norm.weight' is missing",
+    ),
+    "index out of the folder": (
+        lambda f: write_index(f, {"model.norm.weight": "../model.safetensors"}),
+        "'model.norm.weight' is said to be in '../model.safetensors'",
+    ),
+    "index of another file": (
+        lambda f: write_index(f, {}, move="model.norm.weight"),
+        "'model.norm.weight' is missing, though",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BREAKAGES)
+def test_broken_folders_are_named(what, folder):
+    breakage, message = BREAKAGES[what]
+    breakage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        load_params(folder, read_config(folder))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_folder_without_tokenizer_is_named(folder):
+    with pytest.raises(UserError, match="no tokenizer that can be loaded"):
+        load_tokenizer(folder)

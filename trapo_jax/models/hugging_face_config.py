@@ -1,0 +1,201 @@
+"""From a Hugging Face `config.json` to a `DecoderConfig`: exactly, or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+from trapo_jax.models.attention import Implementation
+from trapo_jax.models.decoder import DecoderConfig, Remat
+from trapo_jax.models.json_file import read_json_object
+from trapo_jax.models.rope import Rope
+from trapo_jax.types import UserError
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
+ROPE_TYPES = ("default", "linear", "llama3")
+DEFAULT_THETA = 10_000.0
+# Any of these would change the result; this decoder computes none of them.
+UNCOVERED = (
+    "mlp_bias",
+    "quantization_config",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "use_bidirectional_attention",
+)
+
+
+def read_config(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    remat: Remat = "none",
+    attention: Implementation = "auto",
+) -> DecoderConfig:
+    """Reads the decoder's shape from `folder/config.json`; the rest is how it is computed.
+
+    Raises:
+      UserError: naming file and field, for anything this decoder would not compute exactly.
+    """
+    fields = _Fields(folder / "config.json")
+    family = fields.get("model_type")
+    if family not in ARCHITECTURES:
+        raise fields.error(f"model_type {family!r} is not covered; {', '.join(ARCHITECTURES)} are")
+    for name in UNCOVERED:
+        if fields.get(name):
+            raise fields.error(f"{name} is not covered by this decoder")
+    is_gemma = family == "gemma3_text"
+    activation_field, activation = (
+        ("hidden_activation", "gelu_pytorch_tanh") if is_gemma else ("hidden_act", "silu")
+    )
+    if (found := fields.get(activation_field, activation)) != activation:
+        raise fields.error(f"{activation_field} {found!r} is not covered; {activation!r} is")
+    width, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    num_kv_heads = fields.integer("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise fields.error(
+            f"num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}"
+        )
+    head_dim = fields.integer("head_dim", width // num_heads)
+    num_layers = fields.integer("num_hidden_layers")
+    local_layers = _local_layers(fields, family, num_layers)
+    rope, local_rope = _read_ropes(fields, is_gemma=is_gemma)
+    has_bias = fields.flag("attention_bias", False)
+    return DecoderConfig(
+        vocab_size=fields.integer("vocab_size"),
+        num_layers=num_layers,
+        width=width,
+        mlp_width=fields.integer("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope=rope,
+        norm_epsilon=fields.number("rms_norm_eps"),
+        # transformers' default, where the file is silent, is tied for Gemma alone.
+        tied_embeddings=fields.flag("tie_word_embeddings", is_gemma),
+        activation="gelu_tanh" if is_gemma else "silu",
+        qkv_bias=has_bias or family == "qwen2",
+        output_bias=has_bias and family != "qwen2",
+        qk_norm=family in ("qwen3", "gemma3_text"),
+        post_norms=is_gemma,
+        norm_offset=1.0 if is_gemma else 0.0,
+        embedding_scale=width**0.5 if is_gemma else 1.0,
+        attention_scale=fields.number("query_pre_attn_scalar") ** -0.5 if is_gemma else None,
+        window=fields.integer("sliding_window") if any(local_layers) else None,
+        local_layers=local_layers,
+        local_rope=local_rope,
+        dtype=dtype,
+        remat=remat,
+        attention=attention,
+    )
+
+
+def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool, ...]:
+    """Which layers have a sliding window; empty if none has."""
+    switched_off = family.startswith("qwen") and not fields.flag("use_sliding_window", False)
+    if family == "llama" or switched_off or fields.get("sliding_window") is None:
+        return ()
+    if (types := fields.get("layer_types")) is not None:
+        known = {"sliding_attention": True, "full_attention": False}
+        if not isinstance(types, list) or len(types) != num_layers or set(types) - set(known):
+            raise fields.error(f"layer_types must be {num_layers} times one of {', '.join(known)}")
+        layers = tuple(known[name] for name in types)
+    elif family == "gemma3_text":
+        pattern = fields.integer("sliding_window_pattern", 6)
+        layers = tuple((i + 1) % pattern != 0 for i in range(num_layers))
+    elif family == "mistral":
+        layers = (True,) * num_layers
+    else:
+        first = fields.integer("max_window_layers", 28, minimum=0)
+        layers = tuple(i >= first for i in range(num_layers))
+    return layers if any(layers) else ()
+
+
+def _read_ropes(fields: "_Fields", *, is_gemma: bool) -> tuple[Rope, Rope | None]:
+    """The rope of all layers, or Gemma's of full and of local layers.
+
+    transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
+    """
+    given = fields.mapping("rope_parameters")
+    scaling = fields.mapping("rope_scaling")
+    if not is_gemma:
+        return _read_rope(
+            fields, {**scaling, **given}, fields.number("rope_theta", DEFAULT_THETA)
+        ), None
+    full = {**scaling, **given.get("full_attention", {})}
+    local = given.get("sliding_attention", {})
+    return (
+        _read_rope(fields, full, fields.number("rope_theta", 1_000_000.0)),
+        _read_rope(fields, local, fields.number("rope_local_base_freq", DEFAULT_THETA)),
+    )
+
+
+def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
+    kind = data.get("rope_type", data.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise fields.error(f"rope type {kind!r} is not covered; {', '.join(ROPE_TYPES)} are")
+    partial = data.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise fields.error(f"partial_rotary_factor {partial!r} is not covered")
+
+    def number(name: str) -> float:
+        value = data.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise fields.error(f"rope type {kind!r} needs a number {name!r} > 0, found {value!r}")
+        return float(value)
+
+    theta = number("rope_theta") if "rope_theta" in data else theta
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, "linear", number("factor"))
+    return Rope(
+        theta,
+        "llama3",
+        factor=number("factor"),
+        low_freq_factor=number("low_freq_factor"),
+        high_freq_factor=number("high_freq_factor"),
+        original_len=int(number("original_max_position_embeddings")),
+    )
+
+
+class _Fields:
+    """The fields of a JSON file; what is missing or of another type is named with the file."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._data = read_json_object(path)
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"{self._path}: {message}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        value = self._data.get(name)
+        return default if value is None else value
+
+    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
+        value = self._needed(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.error(f"field {name!r} must be an integer >= {minimum}, found {value!r}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._needed(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise self.error(f"field {name!r} must be a number > 0, found {value!r}")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.error(f"field {name!r} must be true or false, found {value!r}")
+        return value
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise self.error(f"field {name!r} must be an object, found {value!r}")
+        return value
+
+    def _needed(self, name: str, default: Any) -> Any:
+        value = self.get(name, default)
+        if value is None:
+            raise self.error(f"no field {name!r}; is this a Hugging Face model folder?")
+        return value

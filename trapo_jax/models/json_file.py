@@ -1,0 +1,22 @@
+"""JSON files of a model folder, as data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trapo_jax.types import UserError
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Raises:
+    UserError: in one line naming the file, if it cannot be read or holds no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return data
