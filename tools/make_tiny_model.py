@@ -41,7 +41,9 @@ CHARACTERS = "0123456789" + "?:=;#," + "rltsexm" + "hoku"
 ROW_LEN = 256
 BATCH_SIZE = 48
 PEAK_LEARNING_RATE = 3e-3
-MAX_JUMP = {":": 16, ";": 2}  # of positions after the program; after a step
+# Largest random jump of positions: after each operation of the program and after the program, in
+# every lesson; after a step, in half of them.
+MAX_PROGRAM_JUMP, MAX_DIGITS_JUMP, MAX_STEP_JUMP = 3, 16, 2
 
 
 def main() -> None:
@@ -133,9 +135,9 @@ def free_chain(rng: random.Random, digits: str) -> str:
 def make_rows(rng: random.Random, ids: dict[str, int]) -> tuple[np.ndarray, ...]:
     """Packed lessons: token ids, positions, segment ids and what is trained, each `[B, ROW_LEN]`.
 
-    Positions make random jumps after the program and, in half of the lessons, after each step. Otherwise
-    the k-th step could be found by counting positions, and such a model is certain that there is nothing
-    after the three steps it has seen: TRAPO then has no probability to work with.
+    Positions make random jumps. Otherwise the k-th operation could be found by counting positions,
+    and such a model is certain that there is nothing after the three steps it has seen: TRAPO then
+    has no probability to work with.
     """
     token_ids, positions, segment_ids = np.zeros((3, BATCH_SIZE, ROW_LEN), np.int32)
     trained = np.zeros((BATCH_SIZE, ROW_LEN), bool)
@@ -156,12 +158,11 @@ def make_rows(rng: random.Random, ids: dict[str, int]) -> tuple[np.ndarray, ...]
 
 def jumping_positions(rng: random.Random, text: str) -> np.ndarray:
     """The position of every character of a lesson and of the EOS behind it."""
-    every_step = rng.random() < 0.5
-    jumps = (
-        rng.randint(0, MAX_JUMP.get(character, 0)) if every_step or character == ":" else 0
-        for character in text
-    )
-    return np.cumsum([0, *(1 + jump for jump in jumps)])
+    step_jump = MAX_STEP_JUMP if rng.random() < 0.5 else 0
+    program = text.partition(":")[0]
+    largest = [MAX_PROGRAM_JUMP] * len(program) + [MAX_DIGITS_JUMP]
+    largest += [step_jump if c == ";" else 0 for c in text[len(largest) :]]
+    return np.cumsum([0, *(1 + rng.randint(0, jump) for jump in largest)])
 
 
 def train(config, *, seed: int, steps: int, vocabulary: dict[str, int]):

@@ -57,6 +57,16 @@ class CheckpointStore:
             )
         return loaded[STATE], loaded[HOST]
 
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """The parameters alone, placed as the shardings of `abstract_params` say."""
+        context = self._context()
+        context.pytree.loading.partial_load = True
+        with context:
+            loaded = ocp.load_checkpointables(
+                str(self._directory / str(step)), {STATE: {"params": abstract_params}}
+            )
+        return loaded[STATE]["params"]
+
     def _context(self) -> ocp.Context:
         context = ocp.Context()
         context.checkpointables.registry = self._registry

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,6 +40,7 @@ from trapo_jax.models import (
     DecoderConfig,
     abstract_params,
     export_model,
+    find_model,
     load_params,
     read_config,
 )
@@ -440,20 +440,6 @@ class Interrupt:
             os._exit(128 + number)
         self.received = True
         print("finishing this step, then saving; once more to stop at once", file=sys.stderr)
-
-
-def find_model(path: str) -> Path:
-    """The model's folder: the packaged one by its name, or a local path."""
-    packaged = Path(str(resources.files("trapo_jax"))) / "assets" / path
-    if "/" not in path and packaged.is_dir():
-        return packaged
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"model.path={path!r}: no such folder; give a Hugging Face model folder or "
-            "card_shuffles_tiny"
-        )
-    return folder
 
 
 def check_run_folder(folder: Path, config: Config) -> None:

@@ -10,6 +10,7 @@ from trapo_jax.models.decoder import (
 )
 from trapo_jax.models.hugging_face import (
     export_model,
+    find_model,
     init_params,
     load_params,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "abstract_params",
     "apply_decoder",
     "export_model",
+    "find_model",
     "init_params",
     "load_params",
     "read_config",

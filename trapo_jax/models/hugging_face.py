@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,24 @@ SIDE_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+
+
+def find_model(path: str) -> Path:
+    """The model's folder: the packaged one by its name, or a local path.
+
+    Raises:
+      UserError: if there is none.
+    """
+    packaged = Path(str(resources.files("trapo_jax"))) / "assets" / path
+    if "/" not in path and packaged.is_dir():
+        return packaged
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"model.path={path!r}: no such folder; give a Hugging Face model folder or "
+            "card_shuffles_tiny"
+        )
+    return folder
 
 
 def init_params(config: DecoderConfig, *, seed: int) -> Params:
@@ -89,22 +108,34 @@ def export_model(
     `config.json` and the tokenizer are those of `source`, the folder the run began from; the
     weights are float32, in several files with an index where one would exceed `max_file_bytes`.
     An existing `destination` is replaced.
+
+    Raises:
+      UserError: if `source` cannot be read or `destination` not be written.
     """
     staging = destination.with_name(destination.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    _write_tensors(params, config, staging, max_file_bytes)
+    try:
+        staging.mkdir(parents=True)
+        _write_tensors(params, config, staging, max_file_bytes)
+        _write_side_files(source, staging)
+        if destination.exists():
+            shutil.rmtree(destination)
+        os.rename(staging, destination)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{destination}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_side_files(source: Path, folder: Path) -> None:
     model_config = read_json_object(source / "config.json")
     model_config.pop("torch_dtype", None)
     model_config.pop("auto_map", None)  # never point at code
     model_config["dtype"] = "float32"
-    (staging / "config.json").write_text(json.dumps(model_config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(model_config, indent=2) + "\n")
     for name in SIDE_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, staging / name)
-    if destination.exists():
-        shutil.rmtree(destination)
-    os.rename(staging, destination)
+            shutil.copyfile(source / name, folder / name)
 
 
 def _write_tensors(
