@@ -1,14 +1,42 @@
-"""From raw examples to batches of problems, in an order that a step number alone determines."""
+"""From files, the hub or a procedure to batches of problems, in an order that a step number alone determines.
 
-from trapo_jax.data.card_shuffles import Example, card_shuffles_splits
-from trapo_jax.data.problems import encode_problems, fingerprint, problem_batches
+rows = read_rows(["train.parquet"])                               # sources.py
+examples, report = examples_from_rows(rows, COLUMN_PRESETS["verl"])     # columns.py
+template = make_template("qwen_math", tokenizer)                  # templates.py
+problems, report = encode_examples(examples, tokenizer, template=template, max_prompt_length=1024)
+"""
+
+from trapo_jax.data.card_shuffles import card_shuffles_splits
+from trapo_jax.data.columns import COLUMN_PRESETS, Columns, examples_from_rows
+from trapo_jax.data.examples import DataReport, Example, Message
+from trapo_jax.data.problems import (
+    encode_examples,
+    encode_problems,
+    fingerprint,
+    problem_batches,
+)
+from trapo_jax.data.reasoning_gym import gsm_symbolic_splits
+from trapo_jax.data.sources import Row, read_rows
+from trapo_jax.data.templates import Template, TemplateKind, make_template
 from trapo_jax.data.tokenizer import load_tokenizer
 
 __all__ = [
+    "COLUMN_PRESETS",
+    "Columns",
+    "DataReport",
     "Example",
+    "Message",
+    "Row",
+    "Template",
+    "TemplateKind",
     "card_shuffles_splits",
+    "encode_examples",
     "encode_problems",
+    "examples_from_rows",
     "fingerprint",
+    "gsm_symbolic_splits",
     "load_tokenizer",
+    "make_template",
     "problem_batches",
+    "read_rows",
 ]

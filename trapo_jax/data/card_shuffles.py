@@ -12,7 +12,9 @@ well. Everything is determined by the seed.
 
 import random
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal
+
+from trapo_jax.data.examples import Example
 
 OPERATIONS: dict[str, Callable[[str], str]] = {
     "r": lambda d: d[::-1],  # reverse
@@ -32,15 +34,6 @@ LEAP_RATE = 0.08
 NUM_DIGITS = 5
 
 Difficulty = Literal["late", "early"]
-
-
-class Example(NamedTuple):
-    """A raw example: text as it stands in the data, before template and tokenizer."""
-
-    prompt: str
-    answer: str
-    solutions: tuple[str, ...]
-    source: str
 
 
 def apply_operation(name: str, digits: str) -> str:

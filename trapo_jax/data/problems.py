@@ -2,16 +2,98 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import grain
 
-from trapo_jax.data.card_shuffles import Example
+from trapo_jax.data.examples import DataReport, Example
+from trapo_jax.data.templates import Template
 from trapo_jax.types import Expert, Problem, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_ENCODE_EXAMPLES = 256  # at once; the tokenizer runs them on all cores
+
+
+def encode_examples(
+    examples: Iterable[Example],
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    template: Template,
+    max_prompt_length: int,
+    overlong_prompts: Literal["drop", "truncate", "error"] = "drop",
+    max_expert_length: int | None = None,
+    overlong_experts: Literal["drop", "truncate"] = "drop",
+) -> tuple[list[Problem], DataReport]:
+    """Renders and tokenises examples; each expert solution gets EOS.
+
+    Examples with the same prompt and answer become one problem with the experts of all. BOS comes first where
+    the tokenizer puts it and the template has not.
+
+    Args:
+      examples: raw examples.
+      tokenizer: the policy's, with an EOS token.
+      template: from `make_template`.
+      max_prompt_length: longest prompt, in tokens, template included.
+      overlong_prompts: "drop" the example, "truncate" to the last tokens (BOS is kept), or "error".
+      max_expert_length: longest expert solution in tokens, EOS included; None for no limit.
+      overlong_experts: "drop" the solution (its problem stays), or "truncate" it: its first
+        `max_expert_length` tokens, then without EOS, because it does not end there.
+
+    Returns:
+      The problems in the order of the examples, and the counts.
+
+    Raises:
+      UserError: for a prompt that is too long under "error" or that the template refuses; with the
+        counts, if no problem is left.
+    """
+    encoder = _Encoder(tokenizer)
+    merged, num_read = _merge_duplicates(examples)
+    dropped, notes = Counter[str](), Counter[str]()
+    if num_read > len(merged):
+        dropped["joined to an equal problem"] = num_read - len(merged)
+    problems: list[Problem] = []
+    for start in range(0, len(merged), _ENCODE_EXAMPLES):
+        chunk = merged[start : start + _ENCODE_EXAMPLES]
+        texts = [template.render(example.prompt) for example in chunk]
+        prompts = [encoder.with_bos(ids) for ids in encoder.encode(texts)]
+        solutions = iter(encoder.encode([s for example in chunk for s in example.solutions]))
+        for example, text, prompt_ids in zip(chunk, texts, prompts, strict=True):
+            own = [next(solutions) for _ in example.solutions]
+            if len(prompt_ids) > max_prompt_length:
+                if overlong_prompts == "error":
+                    raise _overlong_prompt(text, len(prompt_ids), max_prompt_length)
+                if overlong_prompts == "drop":
+                    dropped[f"with a prompt over {max_prompt_length} tokens"] += 1
+                    continue
+                notes[f"prompts cut to {max_prompt_length} tokens"] += 1
+                prompt_ids = encoder.last_tokens(prompt_ids, max_prompt_length)
+                text = encoder.decode(prompt_ids)
+            if not prompt_ids:
+                dropped["with a prompt without tokens"] += 1
+                continue
+            experts = [
+                encoder.expert(ids, max_expert_length, overlong_experts, notes) for ids in own
+            ]
+            problems.append(
+                Problem(
+                    id=_content_id(example),
+                    prompt_ids=prompt_ids,
+                    answer=example.answer,
+                    experts=tuple(expert for expert in experts if expert is not None),
+                    prompt_text=text,
+                    source=example.source,
+                )
+            )
+    if without := sum(not problem.experts for problem in problems):
+        notes["problems without an expert"] = without
+    report = DataReport(num_read, len(problems), dict(dropped), dict(notes))
+    if not problems:
+        raise UserError(f"the data hold no usable problem: {report}")
+    return problems, report
 
 
 def encode_problems(
@@ -20,36 +102,18 @@ def encode_problems(
     *,
     max_prompt_length: int,
 ) -> list[Problem]:
-    """Tokenises examples; the prompt is the text as it stands, each expert solution gets EOS.
+    """Problems of an embedded task: the prompt is the text as it stands, and has to fit.
 
     Raises:
       UserError: for a prompt longer than `max_prompt_length` tokens.
     """
-    eos_id = tokenizer.eos_token_id
-    assert isinstance(eos_id, int)
-    problems = []
-    for example in examples:
-        prompt_ids = tuple(tokenizer.encode(example.prompt, add_special_tokens=False))
-        if len(prompt_ids) > max_prompt_length:
-            raise UserError(
-                f"data.max_prompt_length={max_prompt_length}: the prompt {example.prompt!r} has "
-                f"{len(prompt_ids)} tokens; raise data.max_prompt_length"
-            )
-        experts = []
-        for solution in example.solutions:
-            ids = tuple(tokenizer.encode(solution, add_special_tokens=False))
-            ends = [i + 1 for i, token in enumerate(ids) if "\n\n" in tokenizer.decode([token])]
-            experts.append(Expert((*ids, eos_id), tuple(ends)))
-        problems.append(
-            Problem(
-                id=_content_id(example),
-                prompt_ids=prompt_ids,
-                answer=example.answer,
-                experts=tuple(experts),
-                prompt_text=example.prompt,
-                source=example.source,
-            )
-        )
+    problems, _ = encode_examples(
+        examples,
+        tokenizer,
+        template=Template("none"),
+        max_prompt_length=max_prompt_length,
+        overlong_prompts="error",
+    )
     return problems
 
 
@@ -59,7 +123,15 @@ def problem_batches(problems: Sequence[Problem], *, batch_size: int, seed: int) 
     Every epoch is a new permutation; what its last batch would leave incomplete is left out, so
     that no batch holds a problem twice. Because a step number determines its batch, the position
     in the data is the step, and resuming needs no iterator state.
+
+    Raises:
+      UserError: if there are fewer problems than a batch holds.
     """
+    if len(problems) < batch_size:
+        raise UserError(
+            f"train.problems_per_step={batch_size}: more than the {len(problems)} training problems; "
+            "a batch would repeat problems"
+        )
     dataset = grain.MapDataset.source(list(problems)).seed(seed).shuffle()
     return dataset.batch(batch_size, drop_remainder=True, batch_fn=list).repeat()
 
@@ -73,6 +145,100 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     return digest.hexdigest()
 
 
+class _Encoder:
+    """A tokenizer, and what is looked up in its vocabulary once."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
+        self._tokenizer = tokenizer
+        num_ids = max(tokenizer.get_vocab().values()) + 1
+        # One int object for each id: a data set of 4e8 tokens is 3 GB of references, not 13 GB of ints.
+        self._ids = list(range(num_ids))
+        texts = tokenizer.batch_decode([[i] for i in range(num_ids)])
+        self._blank_line = {i for i, text in enumerate(texts) if "\n\n" in text}
+        self._newline_first = {i for i, text in enumerate(texts) if text.startswith("\n")}
+        self._newline_last = {i for i, text in enumerate(texts) if text.endswith("\n")}
+        assert isinstance(tokenizer.eos_token_id, int)
+        self._eos_id = tokenizer.eos_token_id
+        bos_id = tokenizer.bos_token_id
+        self._bos_id = bos_id if isinstance(bos_id, int) else None
+        self._adds_bos = self._bos_id is not None and self._bos_id in tokenizer.encode("")
+
+    def encode(self, texts: list[str]) -> list[tuple[int, ...]]:
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return [tuple(map(self._ids.__getitem__, ids)) for ids in encoded["input_ids"]]
+
+    def decode(self, ids: tuple[int, ...]) -> str:
+        text = self._tokenizer.decode(list(ids))
+        assert isinstance(text, str)
+        return text
+
+    def with_bos(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        if self._bos_id is not None and self._adds_bos and ids[:1] != (self._bos_id,):
+            return (self._bos_id, *ids)
+        return ids
+
+    def last_tokens(self, ids: tuple[int, ...], length: int) -> tuple[int, ...]:
+        """The end of a prompt, where the assistant begins, after its BOS if it has one."""
+        num_kept_first = int(ids[0] == self._bos_id)
+        return ids[:num_kept_first] + ids[len(ids) - length + num_kept_first :]
+
+    def expert(
+        self, ids: tuple[int, ...], max_length: int | None, overlong: str, notes: Counter[str]
+    ) -> Expert | None:
+        """The expert solution, or None if it is left out; notes what was done."""
+        while ids and ids[-1] == self._eos_id:  # spelled out in the data
+            ids = ids[:-1]
+        if not ids or self._eos_id in ids:
+            notes["experts left out: nothing, or EOS inside"] += 1
+            return None
+        ids = (*ids, self._eos_id)
+        if max_length is not None and len(ids) > max_length:
+            if overlong == "drop":
+                notes[f"experts left out: over {max_length} tokens"] += 1
+                return None
+            notes[f"experts cut to {max_length} tokens"] += 1
+            ids = ids[:max_length]
+        return Expert(ids, self._paragraph_ends(ids))
+
+    def _paragraph_ends(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Where a token contains a blank line, or completes one: some vocabularies have no such token."""
+        return tuple(
+            i + 1
+            for i, token in enumerate(ids)
+            if token in self._blank_line
+            or (token in self._newline_first and i > 0 and ids[i - 1] in self._newline_last)
+        )
+
+
+def _merge_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]:
+    """Examples of distinct ids, each with the experts of all that share its id; how many were read."""
+    merged: dict[str, Example] = {}
+    num_read = 0
+    for example in examples:
+        num_read += 1
+        first = merged.setdefault(_content_id(example), example)
+        if first is not example:
+            solutions = tuple(dict.fromkeys(first.solutions + example.solutions))
+            merged[_content_id(example)] = first._replace(solutions=solutions)
+    return list(merged.values()), num_read
+
+
+def _overlong_prompt(text: str, length: int, limit: int) -> UserError:
+    shown = repr(text) if len(text) <= 60 else repr(text[:60]) + "..."
+    return UserError(
+        f"data.max_prompt_length={limit}: the prompt {shown} has {length} tokens; "
+        "raise data.max_prompt_length"
+    )
+
+
 def _content_id(example: Example) -> str:
-    content = json.dumps([example.prompt, example.answer], ensure_ascii=False)
+    """From prompt and answer; text and the single user message of the same text are one prompt."""
+    prompt = example.prompt
+    if not isinstance(prompt, str) and len(prompt) == 1 and prompt[0].role == "user":
+        prompt = prompt[0].content
+    content = json.dumps([prompt, example.answer], ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

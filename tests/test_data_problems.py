@@ -1,0 +1,254 @@
+"""Examples to problems: lengths, experts, ids and counts, with a real byte-level BPE."""
+
+import hashlib
+import importlib.util
+import random
+import sys
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from trapo_jax.data import (
+    Example,
+    Message,
+    Template,
+    card_shuffles_splits,
+    encode_examples,
+    encode_problems,
+    fingerprint,
+    gsm_symbolic_splits,
+    make_template,
+    problem_batches,
+)
+from trapo_jax.data.templates import MATH_INSTRUCTION
+from trapo_jax.types import UserError
+
+TEXT = "First we add.\n\nThen we stop.\n\n\nÜber 7 €, (so) it is 2.\n"
+
+
+def train_tokenizer(*, adds_bos=False):
+    """A byte-level BPE of a few hundred words; `.\\n\\n` is one of them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["Stop.\n\n", "Go.\n\n", "No.\n\n"] * 9, trainer)
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_tokenizer()
+
+
+def encode(examples, tokenizer, **options):
+    options = {"template": Template("none"), "max_prompt_length": 100} | options
+    return encode_examples(examples, tokenizer, **options)
+
+
+def example(prompt="Q", answer="2", *solutions):
+    return Example(prompt, answer, solutions, "s")
+
+
+def test_prompt_and_experts_are_the_texts_and_eos(bpe):
+    (problem,), report = encode([example("What?", "2", TEXT, "It is 2.")], bpe)
+    assert bpe.decode(problem.prompt_ids) == problem.prompt_text == "What?"
+    assert [bpe.decode(e.token_ids) for e in problem.experts] == [TEXT + "</s>", "It is 2.</s>"]
+    assert (problem.answer, problem.source) == ("2", "s")
+    assert (report.num_read, report.num_kept, report.dropped, report.notes) == (1, 1, {}, {})
+
+
+def test_paragraph_ends_are_where_a_blank_line_is_complete(bpe):
+    (problem,), _ = encode([example("Q", "2", TEXT)], bpe)
+    (expert,) = problem.experts
+    prefixes = [bpe.decode(expert.token_ids[:end]) for end in expert.paragraph_ends]
+    first, second = "First we add.\n\n", "First we add.\n\nThen we stop.\n\n"
+    assert prefixes == [first, second, second + "\n"]
+
+
+def test_a_blank_line_of_two_tokens_ends_a_paragraph(tokenizer_of_bytes):
+    (problem,), _ = encode([example("Q", "2", "a\n\nb\nc\n\n\nd")], tokenizer_of_bytes)
+    assert problem.experts[0].paragraph_ends == (3, 8, 9)
+
+
+@pytest.fixture
+def tokenizer_of_bytes():
+    vocab = {"<s>": 0, "</s>": 1}
+    vocab |= {c: i + 2 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def test_template_is_rendered_before_tokens_are_counted(bpe):
+    template = make_template("qwen_math", bpe)
+    (problem,), _ = encode([example("What?")], bpe, template=template, max_prompt_length=1000)
+    assert problem.prompt_text == template.render("What?")
+    assert bpe.decode(problem.prompt_ids) == problem.prompt_text
+
+
+def test_bos_comes_first_exactly_once(bpe):
+    with_bos = train_tokenizer(adds_bos=True)
+    with_bos.chat_template = "{{ bos_token }}{{ messages[-1].content }}"
+    for template in (Template("none"), Template("chatml"), make_template("chat", with_bos)):
+        (problem,), _ = encode([example("What?", "2", "It")], with_bos, template=template)
+        assert problem.prompt_ids.count(0) == 1
+        assert problem.prompt_ids[0] == 0
+        assert 0 not in problem.experts[0].token_ids
+    (problem,), _ = encode([example("What?")], bpe)
+    assert 0 not in problem.prompt_ids
+
+
+LONG, SHORT = "x y z " * 20, "x y"
+
+
+def test_overlong_prompts_are_dropped_and_counted(bpe):
+    problems, report = encode([example(LONG), example(SHORT)], bpe, max_prompt_length=10)
+    assert [problem.prompt_text for problem in problems] == [SHORT]
+    assert report.dropped == {"with a prompt over 10 tokens": 1}
+
+
+def test_overlong_prompts_keep_their_end_and_bos():
+    options = {"max_prompt_length": 10, "overlong_prompts": "truncate"}
+    for adds_bos in (False, True):
+        tokenizer = train_tokenizer(adds_bos=adds_bos)
+        problems, report = encode([example(LONG + "!"), example(SHORT)], tokenizer, **options)
+        whole = tuple(tokenizer.encode(LONG + "!"))
+        expected = (0, *whole[-9:]) if adds_bos else whole[-10:]
+        assert problems[0].prompt_ids == expected
+        assert problems[0].prompt_text == tokenizer.decode(expected)
+        assert problems[1].prompt_text == SHORT
+        assert report.notes["prompts cut to 10 tokens"] == 1
+
+
+def test_overlong_prompts_are_an_error_where_asked(bpe):
+    with pytest.raises(UserError, match=r"max_prompt_length=10: the prompt 'x y z .*'\.\.\. has 1"):
+        encode([example(LONG)], bpe, max_prompt_length=10, overlong_prompts="error")
+
+
+def test_a_prompt_and_an_expert_of_exactly_the_limit_fit(bpe):
+    num_prompt, num_expert = len(bpe.encode(SHORT)), len(bpe.encode(LONG)) + 1
+    options = {"max_prompt_length": num_prompt, "max_expert_length": num_expert}
+    (problem,), report = encode([example(SHORT, "2", LONG)], bpe, **options)
+    assert len(problem.experts[0].token_ids) == num_expert
+    assert (report.dropped, report.notes) == ({}, {})
+
+
+def test_overlong_experts_are_dropped_and_the_problem_stays(bpe):
+    (problem,), report = encode([example("Q", "2", LONG, SHORT)], bpe, max_expert_length=10)
+    assert [bpe.decode(e.token_ids) for e in problem.experts] == [SHORT + "</s>"]
+    assert report.notes == {"experts left out: over 10 tokens": 1}
+    (problem,), report = encode([example("Q", "2", LONG)], bpe, max_expert_length=10)
+    assert problem.experts == ()
+    assert report.notes["problems without an expert"] == 1
+
+
+def test_truncated_experts_have_no_eos(bpe):
+    options = {"max_expert_length": 10, "overlong_experts": "truncate"}
+    (problem,), report = encode([example("Q", "2", "a\n\n" + LONG, SHORT)], bpe, **options)
+    cut, whole = problem.experts
+    assert cut.token_ids == tuple(bpe.encode("a\n\n" + LONG)[:10])
+    assert all(end <= 10 for end in cut.paragraph_ends)
+    assert whole.token_ids[-1] == bpe.eos_token_id
+    assert report.notes == {"experts cut to 10 tokens": 1}
+
+
+def test_eos_spelled_out_in_an_expert(bpe):
+    inside, at_the_end = "x</s>y", "x</s></s>"
+    (problem,), report = encode([example("Q", "2", inside, at_the_end)], bpe)
+    assert [bpe.decode(e.token_ids) for e in problem.experts] == ["x</s>"]
+    assert report.notes == {"experts left out: nothing, or EOS inside": 1}
+
+
+def test_equal_problems_become_one_with_the_experts_of_all(bpe):
+    chat = (Message("user", "Q"),)
+    rows = [example("Q", "2", "a"), example("R"), example("Q", "2", "b", "a"), example(chat)]
+    problems, report = encode(rows, bpe)
+    assert [problem.prompt_text for problem in problems] == ["Q", "R"]
+    assert [bpe.decode(e.token_ids) for e in problems[0].experts] == ["a</s>", "b</s>"]
+    assert report.dropped == {"joined to an equal problem": 2}
+    assert (report.num_read, report.num_kept) == (4, 2)
+
+
+def test_ids_come_from_prompt_and_answer_alone(bpe):
+    rows = [
+        example("Q", "2"),
+        example("Q", "3"),
+        example((Message("system", "S"), Message("user", "Q"))),
+    ]
+    template = Template("qwen_math")
+    options = {"template": template, "max_prompt_length": 1000}
+    problems, _ = encode(rows, bpe, **options)
+    assert len({problem.id for problem in problems}) == 3
+    again, _ = encode([example("Q", "2", "expert")._replace(source="other")], bpe)
+    assert again[0].id == problems[0].id
+    assert problems[0].id == hashlib.sha256(b'["Q", "2"]').hexdigest()[:16]
+
+
+def test_nothing_usable_stops_with_the_counts(bpe):
+    with pytest.raises(UserError, match="no usable problem: 0 of 1 kept; dropped: 1 with a prompt"):
+        encode([example(LONG)], bpe, max_prompt_length=10)
+    with pytest.raises(UserError, match="no usable problem: 0 of 0 kept"):
+        encode([], bpe)
+
+
+def test_chunks_do_not_show(bpe):
+    rng = random.Random(0)
+    rows = [example(str(i), "2", *["ab " * rng.randrange(5)] * (i % 3)) for i in range(600)]
+    problems, _ = encode(rows, bpe)
+    for i in (0, 255, 256, 511, 512, 599):
+        (alone,), _ = encode([rows[i]], bpe)
+        assert alone == problems[i]
+
+
+def test_encode_problems_is_the_text_as_it_stands(tokenizer):
+    examples = card_shuffles_splits(seed=0, num_train=4, num_validation=1, num_test=1)["train"]
+    problems, _ = encode(examples, tokenizer, max_prompt_length=16)
+    assert encode_problems(examples, tokenizer, max_prompt_length=16) == problems
+    assert fingerprint(problems) != fingerprint(problems[::-1])
+
+
+def test_fewer_problems_than_a_batch_is_one_line(bpe):
+    problems, _ = encode([example()], bpe)
+    with pytest.raises(UserError, match=r"train\.problems_per_step=2: more than the 1 training"):
+        problem_batches(problems, batch_size=2, seed=0)
+
+
+def has_reasoning_gym():
+    return importlib.util.find_spec("reasoning_gym") is not None
+
+
+@pytest.mark.skipif(not has_reasoning_gym(), reason="reasoning-gym (extra `tasks`) is missing")
+def test_gsm_symbolic():
+    sizes = {"num_train": 50, "num_validation": 20, "num_test": 30}
+    splits = gsm_symbolic_splits(seed=0, **sizes)
+    assert splits == gsm_symbolic_splits(seed=0, **sizes)
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [50, 20, 30]
+    prompts = {e.prompt for split in splits.values() for e in split}
+    assert len(prompts) == 100
+    # Nor do neighbouring seeds share problems.
+    other = gsm_symbolic_splits(seed=1, **sizes)
+    assert not prompts & {e.prompt for split in other.values() for e in split}
+    for e in splits["train"]:
+        assert e.prompt.endswith("\n" + MATH_INSTRUCTION)
+        assert e.solutions[0].endswith(f"\nThe final answer is \\boxed{{{e.answer}}}.")
+        assert "####" not in e.solutions[0]
+        float(e.answer)
+        assert Template("qwen_math").render(e.prompt).count(MATH_INSTRUCTION) == 1
+
+
+def test_without_reasoning_gym_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(UserError, match=r"pip install 'trapo-jax\[tasks\]'"):
+        gsm_symbolic_splits(seed=0, num_train=1, num_validation=1, num_test=1)

@@ -1,0 +1,239 @@
+"""Rows from real files; every malformed input is one line that names the file."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from trapo_jax.data import read_rows
+from trapo_jax.types import UserError
+
+ROWS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(600)]
+TABLE = pa.Table.from_pylist(ROWS)
+
+
+def write_parquet(path):
+    pq.write_table(TABLE, path, row_group_size=100)
+
+
+def write_jsonl(path):
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+def write_json(path):
+    path.write_text("\ufeff" + json.dumps(ROWS, indent=1))  # with the mark that Windows writes
+
+
+def write_arrow_stream(path):
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, TABLE.schema) as writer:
+        writer.write_table(TABLE)
+
+
+def write_arrow_file(path):
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, TABLE.schema) as writer:
+        writer.write_table(TABLE, max_chunksize=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.parquet", write_parquet),
+        ("a.jsonl", write_jsonl),
+        ("a.JSON", write_json),
+        ("stream.arrow", write_arrow_stream),
+        ("file.arrow", write_arrow_file),
+    ],
+)
+def test_a_file_gives_its_rows_and_nothing_is_left_beside_it(tmp_path, name, write):
+    file = tmp_path / name
+    write(file)
+    rows = list(read_rows([str(file)]))
+    assert [row.values for row in rows] == ROWS
+    assert [row.number for row in rows] == list(range(1, 601))
+    assert {row.file for row in rows} == {str(file)}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_folders_made_by_save_to_disk(tmp_path):
+    import datasets
+
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": data, "test": data.select(range(3))}).save_to_disk(
+        tmp_path / "two"
+    )
+    before = sorted(tmp_path.rglob("*"))
+    assert [row.values for row in read_rows([str(tmp_path / "one")])] == ROWS
+    assert [row.values for row in read_rows([str(tmp_path / "two")])] == ROWS
+    assert len(list(read_rows([str(tmp_path / "two")], split="test"))) == 3
+    with pytest.raises(UserError, match="no split 'dev'; it has train, test"):
+        list(read_rows([str(tmp_path / "two")], split="dev"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_several_files_and_globs_in_order(tmp_path):
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"name": name}) + "\n")
+    write_parquet(tmp_path / "x.parquet")
+    rows = list(read_rows([str(tmp_path / "x.parquet"), str(tmp_path / "*.jsonl")]))
+    assert [row.values["name"] for row in rows[600:]] == ["a", "b", "c"]
+    assert [row.number for row in rows[600:]] == [1, 1, 1]
+
+
+def test_blank_lines_count_but_are_no_rows(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"a": 1}\n\n{"a": 2}\n')
+    assert [(row.number, row.values["a"]) for row in read_rows([str(file)])] == [(1, 1), (3, 2)]
+
+
+def test_a_name_with_brackets_is_a_file_first(tmp_path):
+    file = tmp_path / "a[1].jsonl"
+    file.write_text('{"a": 1}\n')
+    assert len(list(read_rows([str(file)]))) == 1
+
+
+def truncated_parquet(path):
+    write_parquet(path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def corrupt_parquet(path):
+    write_parquet(path)
+    data = bytearray(path.read_bytes())
+    data[4:200] = b"\xff" * 196
+    path.write_bytes(data)
+
+
+def truncated_arrow(path):
+    write_arrow_stream(path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def lfs_pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+
+
+def bytes_of(data):
+    return lambda path: path.write_bytes(data)
+
+
+MALFORMED = [
+    ("absent.parquet", lambda path: None, r"no such file"),
+    ("empty.parquet", bytes_of(b""), r"empty file"),
+    ("empty.jsonl", bytes_of(b""), r"empty file"),
+    ("blank.jsonl", bytes_of(b"\n\n"), r"holds no rows"),
+    ("norows.parquet", lambda p: pq.write_table(TABLE.slice(0, 0), p), r"holds no rows"),
+    ("truncated.parquet", truncated_parquet, r"damaged or not readable \(.+\)"),
+    ("corrupt.parquet", corrupt_parquet, r"damaged or not readable \(.+\)"),
+    ("jsonl.parquet", write_jsonl, r"damaged or not readable \(.+\)"),
+    ("truncated.arrow", truncated_arrow, r"damaged or not readable \(.+\)"),
+    ("parquet.arrow", write_parquet, r"damaged or not readable \(.+\)"),
+    ("pointer.parquet", lfs_pointer, r"Git-LFS pointer.*git lfs pull"),
+    ("pointer.jsonl", lfs_pointer, r"Git-LFS pointer.*git lfs pull"),
+    ("latin1.jsonl", bytes_of(b'{"a": 1}\n{"a": "\xe9"}\n'), r", line 2: not UTF-8 \(byte 8"),
+    ("latin1.json", bytes_of(b'[{"a": 1},\n{"a": "\xe9"}]\n'), r", line 2: not UTF-8"),
+    ("utf16.jsonl", bytes_of('{"a": 1}\n'.encode("utf-16")), r", line 1: not UTF-8"),
+    ("cut.jsonl", bytes_of(b'{"a": 1}\n{"a": '), r", line 2: not JSON \(Expecting value"),
+    ("cut.json", bytes_of(b'[{"a": 1},\n{"a": '), r", line 2: not JSON \(Expecting value"),
+    ("deep.jsonl", bytes_of(b'{"a": ' + b"[" * 100_000), r", line 1: not JSON"),
+    ("longint.jsonl", bytes_of(b'{"a": ' + b"1" * 5000 + b"}"), r", line 1: not JSON"),
+    ("number.jsonl", bytes_of(b'{"a": 1}\n7\n'), r", line 2: a JSON int, not an object"),
+    ("numbers.json", bytes_of(b"[1, 2]"), r", row 1: a JSON int, not an object"),
+    ("data.csv", bytes_of(b"a,b\n"), r"format '.csv' unknown; have .parquet, .jsonl"),
+    ("data", bytes_of(b"a,b\n"), r"format 'without suffix' unknown"),
+    ("folder", lambda path: path.mkdir(), r"not one made by save_to_disk; give its files"),
+    ("*.parquet", lambda path: None, r"no file here matches"),
+    ("a\0b.parquet", lambda path: None, r"cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "message"), MALFORMED, ids=[m[0] for m in MALFORMED])
+def test_malformed_input_is_one_line_naming_the_file(tmp_path, name, make, message):
+    path = tmp_path / name
+    make(path)
+    with pytest.raises(UserError, match=message) as caught:
+        list(read_rows([str(path)]))
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saved_folder_that_was_truncated(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    data = next((tmp_path / "saved").glob("*.arrow"))
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"saved: damaged or not readable \(.+\)"):
+        list(read_rows([str(tmp_path / "saved")]))
+
+
+def test_nothing_given_and_a_missing_second_file(tmp_path):
+    with pytest.raises(UserError, match="no data"):
+        list(read_rows([]))
+    write_jsonl(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"b\.jsonl: no such file"):  # before the first is read
+        next(read_rows([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]))
+
+
+@pytest.fixture
+def unprivileged():
+    """Root may read everything: become nobody for the test."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", ["locked", "locked/a.jsonl", "readable/secret.jsonl"])
+def test_without_permission(tmp_path, name, request):
+    for folder in ("locked", "readable"):
+        (tmp_path / folder).mkdir()
+    for file in ("locked/a.jsonl", "readable/secret.jsonl"):
+        write_jsonl(tmp_path / file)
+    (tmp_path / "readable" / "secret.jsonl").chmod(0)
+    (tmp_path / "locked").chmod(0)
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(parent.stat().st_mode | 0o055)
+    request.getfixturevalue("unprivileged")
+    with pytest.raises(UserError, match="Permission denied") as caught:
+        list(read_rows([str(tmp_path / name)]))
+    assert str(caught.value).startswith(str(tmp_path / name))
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """What `HF_HUB_OFFLINE=1` sets; without it the client tries for half a minute."""
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("hub_id", ["nobody/nothing-here", "nobody/nothing-here:main"])
+def test_hub_ids_offline(offline, hub_id, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match="no such file here, and as a data set of the hub"
+    ) as caught:
+        list(read_rows([hub_id]))
+    assert str(caught.value).startswith(hub_id)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistyped_file_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^data/train\.parquet: no such file or folder$"):
+        list(read_rows(["data/train.parquet"]))
+
+
+def test_importing_the_room_imports_no_large_library():
+    heavy = ["datasets", "transformers", "reasoning_gym", "pandas", "pyarrow", "torch"]
+    code = f"import sys, trapo_jax.data; sys.exit(any(name in sys.modules for name in {heavy}))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

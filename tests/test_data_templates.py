@@ -1,0 +1,132 @@
+"""One template object for training and evaluation: exact texts, nothing twice, a hash that tells."""
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from trapo_jax.data import Message, Template, make_template
+from trapo_jax.types import UserError
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+QWEN_MATH = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\nWhat is 1 + 1?\n"
+    "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+DATED = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+USER = Message("user", "What is 1 + 1?")
+
+
+def make_tokenizer(chat_template=None, **special):
+    special = {"eos_token": "</s>", "bos_token": "<s>"} | special
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=chat_template, **special
+    )
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "What is 1 + 1?",
+        (USER,),
+        (Message("system", "You are a helpful assistant."), USER),
+        (Message("system", "Your task is to follow a systematic process."), USER),
+        f"What is 1 + 1?\n{INSTRUCTION}",
+        f"What is 1 + 1? {INSTRUCTION}\n",
+        (
+            Message("system", "You are a helpful assistant."),
+            Message("user", f"What is 1 + 1?{INSTRUCTION}"),
+        ),
+    ],
+)
+def test_qwen_math_is_the_papers_prompt_whatever_the_row_holds(prompt):
+    assert Template("qwen_math").render(prompt) == QWEN_MATH
+
+
+def test_qwen_math_keeps_earlier_turns():
+    turns = (Message("user", "Hi"), Message("assistant", "Yes?"), USER)
+    text = Template("qwen_math").render(turns)
+    assert "user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n" in text
+    assert text.count(INSTRUCTION) == 1
+
+
+def test_chatml_adds_nothing_of_its_own():
+    assert Template("chatml").render("Hi") == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert Template("chatml").render((Message("system", "Be kind."), USER)) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_none_is_the_text_as_it_stands():
+    assert Template("none").render("  ?rsm:48137=\n") == "  ?rsm:48137=\n"
+    assert Template("none").render((USER,)) == USER.content
+
+
+def test_chat_is_the_tokenizers_own_template():
+    template = make_template("chat", make_tokenizer(CHAT))
+    assert template.render("Hi") == template.render((Message("user", "Hi"),))
+    assert template.render("Hi") == "<s>[user] Hi [assistant]"
+
+
+def test_chat_does_not_depend_on_the_date():
+    assert make_template("chat", make_tokenizer(DATED)).render("Hi") == "26 Jul 2024"
+
+
+@pytest.mark.parametrize(
+    ("make", "prompt", "message"),
+    [
+        (
+            lambda: make_template("chat", make_tokenizer()),
+            "Hi",
+            "has no chat template; choose chatml",
+        ),
+        (
+            lambda: make_template("chat", make_tokenizer(CHAT)),
+            (Message("system", "Be kind."), USER),
+            r"refuses the messages system, user \(System role not supported\)",
+        ),
+        (lambda: make_template("chat", make_tokenizer("{% for %}")), "Hi", "refuses the messages"),
+        (
+            lambda: make_template("chat", make_tokenizer("{{ ''.__class__.__mro__[1] }}")),
+            "Hi",
+            r"refuses the messages user \(access to attribute '__class__'",
+        ),
+        (
+            lambda: Template("none"),
+            (Message("system", "Be kind."), USER),
+            "system, user, not one text",
+        ),
+        (lambda: Template("chatml"), QWEN_MATH, "would be wrapped twice"),
+        (lambda: Template("qwen_math"), QWEN_MATH, "would be wrapped twice"),
+    ],
+)
+def test_what_does_not_go_with_a_template_is_one_line(make, prompt, message):
+    with pytest.raises(UserError, match=message) as caught:
+        make().render(prompt)
+    assert "data.template" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_hashes_tell_templates_apart_and_stay():
+    templates = [
+        Template("none"),
+        Template("chatml"),
+        Template("qwen_math"),
+        make_template("chat", make_tokenizer(CHAT)),
+        make_template("chat", make_tokenizer(CHAT + " ")),
+        make_template("chat", make_tokenizer(CHAT, bos_token="<b>")),
+    ]
+    assert len({template.hash for template in templates}) == len(templates)
+    assert make_template("chat", make_tokenizer(CHAT)).hash == templates[3].hash
+    assert make_template("chatml", make_tokenizer(CHAT)).hash == templates[1].hash
+    assert all(len(template.hash) == 64 for template in templates)

@@ -1,0 +1,234 @@
+"""Rows from local files and from the Hugging Face hub.
+
+Local files are read in place, a piece at a time, and leave no cache behind: parquet and Arrow by pyarrow, JSON by
+line, so that a mistake has a line number. Folders made by `save_to_disk` and hub ids go through `datasets`
+(hub files into its usual cache).
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from glob import glob
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trapo_jax.types import UserError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.+-]+))?", re.ASCII)
+_READ_ROWS = 256
+# What pyarrow and datasets raise on a damaged or absent file; ArrowInvalid is a ValueError.
+_READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+
+
+class Row(NamedTuple):
+    """One row of the data.
+
+    Attributes:
+      file: the file or hub id it comes from.
+      number: 1 for its first row; in a JSONL file the line.
+      values: by column.
+    """
+
+    file: str
+    number: int
+    values: dict[str, Any]
+
+
+def read_rows(data: Sequence[str], *, split: str = "train") -> Iterator[Row]:
+    """The rows of all of `data`, in order; `itertools.islice` takes the first few.
+
+    Args:
+      data: files (`.parquet`, `.jsonl`, `.json`, `.arrow`), globs of such, folders made by
+        `save_to_disk`, and hub ids (`owner/name` or `owner/name:config`). What exists as a path is a path.
+      split: of hub ids and of folders that hold several; files have none.
+
+    Raises:
+      UserError: naming the file, and the line where there is one: nothing there, no permission, empty,
+        damaged, not UTF-8, a Git-LFS pointer, an unknown format; a hub id that cannot be reached.
+    """
+    if not data:
+        raise UserError("no data: give files, folders or hub ids")
+    places = [place for entry in data for place in _find(entry)]
+    for place in places:
+        number = 0
+        for number, values in _read(place, split):
+            yield Row(str(place), number, values)
+        if number == 0:
+            raise UserError(f"{place}: holds no rows")
+
+
+def _find(entry: str) -> list[Path | str]:
+    """The files and folders that an entry stands for; a hub id stays text."""
+    path = Path(entry).expanduser()
+    try:
+        path.stat()
+        return [path]
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"{entry}: cannot be read ({_reason(error)})") from error
+    if any(character in entry for character in "*?["):
+        if matches := sorted(glob(str(path), recursive=True)):
+            return [Path(match) for match in matches]
+        raise UserError(f"{entry}: no file here matches, or its folder may not be read")
+    if _HUB_ID.fullmatch(entry) and path.suffix.lower() not in _READERS:
+        return [entry]
+    raise UserError(f"{entry}: no such file or folder")
+
+
+def _read(place: Path | str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        if isinstance(place, str):
+            yield from enumerate(_hub_rows(place, split), start=1)
+        elif place.is_dir():
+            yield from enumerate(_folder_rows(place, split), start=1)
+        else:
+            yield from _file_reader(place)(place)
+    except _READ_ERRORS as error:
+        if isinstance(place, str):
+            raise UserError(
+                f"{place}: no such file here, and as a data set of the hub it cannot be had "
+                f"({_reason(error)})"
+            ) from error
+        raise UserError(f"{place}: damaged or not readable ({_reason(error)})") from error
+
+
+def _file_reader(path: Path):
+    """Who reads the file, by its name; what is plainly wrong with it is said first."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        known = ", ".join(_READERS)
+        raise UserError(f"{path}: format {path.suffix or 'without suffix'!r} unknown; have {known}")
+    with path.open("rb") as file:
+        head = file.read(len(LFS_POINTER))
+    if not head:
+        raise UserError(f"{path}: empty file")
+    if head == LFS_POINTER:
+        raise UserError(
+            f"{path}: a Git-LFS pointer, not the data; run `git lfs pull` where it lies"
+        )
+    return reader
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        number = 0
+        for batch in file.iter_batches(batch_size=_READ_ROWS):
+            for values in batch.to_pylist():
+                number += 1
+                yield number, values
+
+
+def _arrow_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Both Arrow IPC formats: files, and streams as `datasets` writes them."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        if is_file:
+            reader = pa.ipc.open_file(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            batches = iter(pa.ipc.open_stream(file))
+        number = 0
+        for batch in batches:
+            for start in range(0, batch.num_rows, _READ_ROWS):
+                for values in batch.slice(start, _READ_ROWS).to_pylist():
+                    number += 1
+                    yield number, values
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """One object a line, or one list of objects."""
+    with path.open("rb") as file:
+        lines = enumerate(file, start=1)
+        for number, line in lines:
+            if number == 1 and _text(path, number, line).lstrip().startswith("["):
+                whole = line + file.read()
+                yield from _json_list(path, whole)
+                return
+            text = _text(path, number, line)
+            if text.strip():
+                yield number, _json_object(path, "line", number, _parse_json(path, number, text))
+
+
+def _json_list(path: Path, whole: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        text = whole.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = whole.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
+    for number, value in enumerate(_parse_json(path, 1, text), start=1):
+        yield number, _json_object(path, "row", number, value)
+
+
+def _text(path: Path, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, line {number}: not UTF-8 (byte {error.start + 1}, {error.reason}); "
+            "convert the file, for example with iconv"
+        ) from error
+
+
+def _parse_json(path: Path, number: int, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = number + error.lineno - 1
+        raise UserError(
+            f"{path}, line {line}: not JSON ({error.msg} at column {error.colno}); one object a line, "
+            "or one list of objects"
+        ) from error
+    except (RecursionError, ValueError) as error:  # nested too deep, an integer too long
+        raise UserError(f"{path}, line {number}: not JSON ({_reason(error)})") from error
+
+
+def _json_object(path: Path, unit: str, number: int, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, {unit} {number}: a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _folder_rows(folder: Path, split: str) -> Iterator[Any]:
+    names = os.listdir(folder)
+    if "dataset_dict.json" not in names and "state.json" not in names:
+        raise UserError(
+            f"{folder}: a folder, but not one made by save_to_disk; give its files, for example "
+            f"{folder}/*.parquet"
+        )
+    import datasets
+
+    data = datasets.load_from_disk(str(folder))
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise UserError(f"{folder}: no split {split!r}; it has {', '.join(map(str, data))}")
+        data = data[split]
+    yield from data
+
+
+def _hub_rows(hub_id: str, split: str) -> Iterator[Any]:
+    import datasets
+
+    match = _HUB_ID.fullmatch(hub_id)
+    assert match is not None
+    yield from datasets.load_dataset(match[1], match[2], split=split)
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.strip().splitlines()[0]
+
+
+_READERS = {
+    ".parquet": _parquet_rows,
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".arrow": _arrow_rows,
+}
