@@ -19,6 +19,9 @@ MODULES = (
     "trapo_jax.losses.policy_gradient",
     "trapo_jax.losses.reductions",
     "trapo_jax.losses.trsft",
+    "trapo_jax.rewards.extraction",
+    "trapo_jax.rewards.math",
+    "trapo_jax.rewards.multiple_choice",
 )
 
 

@@ -39,6 +39,19 @@ def test_the_main_losses_are_at_the_top():
         assert getattr(trapo_jax, name) is getattr(losses, name)
 
 
+def test_the_package_imports_jax_only_when_a_loss_is_asked_for():
+    script = (
+        "import sys, trapo_jax\n"
+        "assert 'jax' not in sys.modules\n"
+        "assert {'trsft_loss', '__version__'} <= set(dir(trapo_jax))\n"
+        "from trapo_jax import trsft_loss\n"
+        "assert 'jax' in sys.modules and trsft_loss.__module__ == 'trapo_jax.losses.trsft'\n"
+        "assert not hasattr(trapo_jax, 'no_such_loss')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_the_losses_imports_jax_and_nothing_else_of_weight():
     script = (
         "import sys, trapo_jax.losses\n"

@@ -1,6 +1,12 @@
 """The loop over problems, with an engine that answers from a script; and evaluation."""
 
+import random
+import threading
+from concurrent.futures import Future
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trapo_jax.evaluate import evaluate, pass_at_k
 from trapo_jax.methods import make_method
@@ -44,13 +50,23 @@ class ScriptedEngine:
         pass
 
 
-def collect(reward_of, *, newest_first=False, method="trapo", problems=3):
+def at_once(verdict):
+    future = Future()
+    future.set_result(verdict)
+    return future
+
+
+def verdict(reward):
+    return Verdict.CORRECT if reward else Verdict.WRONG
+
+
+def collect(reward_of, *, newest_first=False, method="trapo", problems=3, score=None):
     method = make_method(method)
     engine = ScriptedEngine(newest_first=newest_first)
     groups = collect_rollouts(
         engine,
         Scheduler(method.micro_groups, 64),
-        lambda c: (Verdict.CORRECT, reward_of(c.request)),
+        score or (lambda c: at_once(verdict(reward_of(c.request)))),
         [problem(i) for i in range(problems)],
         step=1,
         params=SamplingParams(),
@@ -79,6 +95,77 @@ def test_groups_are_whole_in_order_and_guided_by_reward(newest_first):
     assert len({(r.problem.id, r.sample_index) for r in engine.seen}) == 22
 
 
+class LateVerifier:
+    """Holds verdicts back: every submission and every look may release some, by a coin."""
+
+    def __init__(self, reward_of, seed):
+        self.reward_of, self.random, self.held = reward_of, random.Random(seed), []
+        self.lock, self.over = threading.Lock(), False
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def __call__(self, completion):
+        future = Future()
+        with self.lock:
+            self.held.append((future, verdict(self.reward_of(completion.request))))
+            self.release()
+        return future
+
+    def release(self):
+        self.random.shuffle(self.held)
+        while self.held and self.random.random() < 0.4:
+            future, value = self.held.pop()
+            future.set_result(value)
+
+    def run(self):
+        while not self.over:
+            with self.lock:
+                self.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.over = True
+        self.thread.join()
+
+
+@settings(max_examples=30, deadline=None)
+@given(solved=st.sets(st.tuples(st.integers(0, 2), st.integers(0, 7))), seed=st.integers(0, 999))
+def test_late_verdicts_in_any_order_change_nothing(solved, seed):
+    reward = lambda r: float((int(r.problem.answer), r.sample_index) in solved)
+    expected, _ = collect(reward)
+    with LateVerifier(reward, seed) as score:
+        groups, _ = collect(reward, newest_first=bool(seed % 2), score=score)
+    assert groups == expected
+
+
+def test_decoding_goes_on_while_a_verdict_is_awaited():
+    """Problem 0's first verdict comes only when the other two problems are through."""
+    first, seen = Future(), []
+
+    def score(completion):
+        request = completion.request
+        seen.append((request.problem.answer, request.sample_index))
+        if (
+            len(seen) == 19
+        ):  # 3 problems: 4 unguided rollouts; two go on to their 8th, one waits at 4
+            first.set_result(Verdict.WRONG)
+        if seen[-1] == ("0", 0):
+            return first
+        return at_once(Verdict.CORRECT if request.problem.answer != "0" else Verdict.WRONG)
+
+    groups, _ = collect(None, score=score)
+    assert [len(group) for group in groups] == [8, 8, 8]
+    assert groups[0][0].verdict is Verdict.WRONG
+
+
+@pytest.mark.parametrize("failure", [Verdict.ERROR, Verdict.TIMEOUT])
+def test_a_failed_verdict_is_kept_and_earns_nothing(failure):
+    groups, _ = collect(None, score=lambda _: at_once(failure))
+    assert {(r.verdict, r.reward) for group in groups for r in group} == {(failure, 0.0)}
+
+
 def test_sft_samples_nothing():
     groups, engine = collect(lambda _: 1.0, method="sft")
     assert engine.seen == []
@@ -91,7 +178,7 @@ def test_same_problem_twice_is_refused():
         collect_rollouts(
             ScriptedEngine(newest_first=False),
             Scheduler(method.micro_groups, 64),
-            lambda _: (Verdict.WRONG, 0.0),
+            lambda _: at_once(Verdict.WRONG),
             [problem(1), problem(1)],
             step=1,
             params=SamplingParams(),
@@ -102,8 +189,10 @@ def test_evaluate_counts_by_source():
     problems = [Problem(f"{i:016x}", (1,), "", (), "", f"K={i % 2}") for i in range(4)]
     # Greedy solves problem 0 alone; of four samples problem 0 gets 4, problem 1 gets 1.
     right = {(0, j) for j in range(4)} | {(1, 2)}
-    is_correct = lambda c: (int(c.request.problem.id, 16), c.request.sample_index) in right
-    metrics = evaluate(ScriptedEngine(newest_first=True), is_correct, problems, num_samples=4)
+    score = lambda c: at_once(
+        verdict((int(c.request.problem.id, 16), c.request.sample_index) in right)
+    )
+    metrics = evaluate(ScriptedEngine(newest_first=True), score, problems, num_samples=4)
     assert metrics["eval/accuracy_greedy"] == 0.25
     assert metrics["eval/accuracy_sampled"] == 5 / 16
     assert metrics["eval/pass@1"] == 5 / 16
@@ -113,6 +202,18 @@ def test_evaluate_counts_by_source():
     assert metrics["eval/accuracy_greedy/K=1"] == 0.0
     assert metrics["eval/completion_len_mean"] == 2
     assert metrics["eval/truncated"] == 0
+    assert metrics["eval/error_rate"] == metrics["eval/timeout_rate"] == 0
+
+
+def test_evaluate_counts_completions_without_a_verdict():
+    failing = {0: Verdict.ERROR, 1: Verdict.TIMEOUT}
+    score = lambda c: at_once(failing.get(c.request.sample_index, Verdict.CORRECT))
+    problems = [Problem(f"{i:016x}", (1,), "") for i in range(2)]
+    metrics = evaluate(ScriptedEngine(newest_first=False), score, problems, num_samples=4)
+    assert metrics["eval/error_rate"] == 4 / 10  # the greedy completion has index 0 too
+    assert metrics["eval/timeout_rate"] == 2 / 10
+    assert metrics["eval/accuracy_greedy"] == 0
+    assert metrics["eval/accuracy_sampled"] == 0.5
 
 
 def test_pass_at_k_is_unbiased_by_enumeration():

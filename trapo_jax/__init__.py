@@ -1,14 +1,18 @@
 """TRAPO (Trust-Region Adaptive Policy Optimization, arXiv 2512.17636) in JAX.
 
-`trapo_jax.losses` is the loss library; `python -m trapo_jax.train` trains.
+`trapo_jax.losses` is the loss library; `python -m trapo_jax.train` trains. The losses named here are imported
+when they are asked for: reward workers import this package and must not import jax.
 """
 
-from trapo_jax.losses import (
-    attenuated_cross_entropy_from_logprobs,
-    policy_gradient_loss,
-    trsft_loss,
-    trsft_loss_from_logprobs,
-)
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trapo_jax.losses import (
+        attenuated_cross_entropy_from_logprobs,
+        policy_gradient_loss,
+        trsft_loss,
+        trsft_loss_from_logprobs,
+    )
 
 __version__ = "0.1.0"
 
@@ -19,3 +23,15 @@ __all__ = [
     "trsft_loss",
     "trsft_loss_from_logprobs",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from trapo_jax import losses
+
+        return getattr(losses, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -85,6 +85,19 @@ class SamplingConfig(_Section):
     """Tokens decoded between two looks at the queue."""
 
 
+class RewardsConfig(_Section):
+    verifier: Literal["card_shuffles", "math", "multiple_choice", "by_source"] = "card_shuffles"
+    """What judges a response; by_source is multiple_choice or math by the problem's source."""
+    workers: Positive = 2
+    """Processes in which math and by_source judge."""
+    timeout_secs: PositiveFloat = 5.0
+    """Limit for judging one response; a worker that exceeds it is killed and replaced."""
+    max_response_chars: Positive = 100_000
+    """Of a longer response only so many characters at its end are judged."""
+    max_error_rate: Fraction = 0.2
+    """Stop if a larger share of a step's rollouts gets no verdict (error or timeout)."""
+
+
 class TrainConfig(_Section):
     num_steps: Positive = 375
     """Optimiser steps."""
@@ -150,6 +163,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     method: MethodConfig = MethodConfig()
     sampling: SamplingConfig = SamplingConfig()
+    rewards: RewardsConfig = RewardsConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

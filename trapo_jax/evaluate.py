@@ -2,21 +2,30 @@
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from statistics import fmean
 
 from trapo_jax.sampling import RolloutEngine
-from trapo_jax.types import Completion, FinishReason, Problem, RolloutRequest, SamplingParams
+from trapo_jax.types import (
+    Completion,
+    FinishReason,
+    Problem,
+    RolloutRequest,
+    SamplingParams,
+    Verdict,
+)
 
 # In place of a training step in the random keys: every evaluation of a run draws the same numbers,
 # so that two of them differ by the policy alone.
 EVALUATION_STEP = 2**32 - 1
 
-IsCorrect = Callable[[Completion], bool]
+Score = Callable[[Completion], Future[Verdict]]
+Judged = tuple[Completion, Future[Verdict]]
 
 
 def evaluate(
     engine: RolloutEngine,
-    is_correct: IsCorrect,
+    score: Score,
     problems: Sequence[Problem],
     *,
     num_samples: int,
@@ -25,20 +34,23 @@ def evaluate(
 
     Args:
       engine: samples; must be idle, with the weights to evaluate.
-      is_correct: judges a completion.
+      score: a completion's verdict, now or later.
       problems: distinct problems.
       num_samples: n, samples per problem.
 
     Returns:
       Metrics: `eval/accuracy_greedy`, `eval/accuracy_sampled` (both also for each source),
       `eval/pass@k` for k = 1, 2, 4 .. n, `eval/truncated` (share of all completions that reached the
-      maximum length) and `eval/completion_len_mean`.
+      maximum length), `eval/completion_len_mean`, `eval/error_rate` and `eval/timeout_rate` (shares of
+      all completions without a verdict).
     """
-    greedy = _sample(engine, problems, num_samples=1, temperature=0.0)
-    sampled = _sample(engine, problems, num_samples=num_samples, temperature=1.0)
-    greedy_correct = {id_: is_correct(c[0]) for id_, c in greedy.items()}
-    num_correct = {id_: sum(map(is_correct, c)) for id_, c in sampled.items()}
-    completions = [c for group in (*greedy.values(), *sampled.values()) for c in group]
+    greedy = _sample(engine, score, problems, num_samples=1, temperature=0.0)
+    sampled = _sample(engine, score, problems, num_samples=num_samples, temperature=1.0)
+    greedy_correct = {id_: _num_correct(judged) for id_, judged in greedy.items()}
+    num_correct = {id_: _num_correct(judged) for id_, judged in sampled.items()}
+    everything = [pair for group in (*greedy.values(), *sampled.values()) for pair in group]
+    completions = [completion for completion, _ in everything]
+    verdicts = [verdict.result() for _, verdict in everything]
     metrics = {
         "eval/accuracy_greedy": fmean(greedy_correct.values()),
         "eval/accuracy_sampled": fmean(num_correct.values()) / num_samples,
@@ -55,6 +67,8 @@ def evaluate(
         )
     metrics["eval/truncated"] = fmean(c.finish_reason is FinishReason.LENGTH for c in completions)
     metrics["eval/completion_len_mean"] = fmean(len(c.token_ids) for c in completions)
+    metrics["eval/error_rate"] = fmean(v is Verdict.ERROR for v in verdicts)
+    metrics["eval/timeout_rate"] = fmean(v is Verdict.TIMEOUT for v in verdicts)
     return metrics
 
 
@@ -68,15 +82,24 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def _sample(
-    engine: RolloutEngine, problems: Sequence[Problem], *, num_samples: int, temperature: float
-) -> dict[str, list[Completion]]:
+    engine: RolloutEngine,
+    score: Score,
+    problems: Sequence[Problem],
+    *,
+    num_samples: int,
+    temperature: float,
+) -> dict[str, list[Judged]]:
     requests = [RolloutRequest(p, j) for p in problems for j in range(num_samples)]
     engine.submit(requests, step=EVALUATION_STEP, params=SamplingParams(temperature))
-    completions: dict[str, list[Completion]] = {problem.id: [] for problem in problems}
+    judged: dict[str, list[Judged]] = {problem.id: [] for problem in problems}
     while finished := engine.poll():
         for completion in finished:
-            completions[completion.request.problem.id].append(completion)
-    return completions
+            judged[completion.request.problem.id].append((completion, score(completion)))
+    return judged
+
+
+def _num_correct(judged: Sequence[Judged]) -> int:
+    return sum(verdict.result() is Verdict.CORRECT for _, verdict in judged)
 
 
 def _powers_of_2_up_to(number: int) -> list[int]:

@@ -1,14 +1,17 @@
 """The loop in which every problem of a batch advances alone.
 
 completions -> rewards -> scheduler -> new requests, until each group is whole. No problem waits for another,
-and no micro-group for a straggler that cannot change its guidance.
+and no micro-group for a straggler that cannot change its guidance; decoding goes on while verdicts are awaited.
+The outcome does not depend on the order in which completions and verdicts arrive.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from trapo_jax.sampling import RolloutEngine
 from trapo_jax.scheduler import Scheduler
 from trapo_jax.types import (
+    REWARDS,
     Completion,
     FinishReason,
     Problem,
@@ -18,7 +21,7 @@ from trapo_jax.types import (
     Verdict,
 )
 
-Score = Callable[[Completion], tuple[Verdict, float]]
+Score = Callable[[Completion], Future[Verdict]]
 
 
 def collect_rollouts(
@@ -35,7 +38,7 @@ def collect_rollouts(
     Args:
       engine: samples; must be idle, with the weights to sample from.
       scheduler: decides guidance.
-      score: a completion's verdict and reward.
+      score: a completion's verdict, now or later.
       problems: distinct problems.
       step: the optimiser step, part of the random keys.
       params: how tokens are drawn.
@@ -49,34 +52,40 @@ def collect_rollouts(
         raise ValueError("a batch holds the same problem twice")
     submitted: dict[str, set[int]] = {problem.id: set() for problem in problems}
     rollouts: dict[str, dict[int, Rollout]] = {problem.id: {} for problem in problems}
+    judging: dict[Future[Verdict], Completion] = {}
 
-    def finish(completion: Completion) -> None:
-        problem_id, index = completion.request.problem.id, completion.request.sample_index
-        verdict, reward = score(completion)
-        rollouts[problem_id][index] = Rollout(completion, verdict, reward)
-        states[problem_id] = scheduler.observe(states[problem_id], index, reward)
-
-    def release(problem_id: str) -> list[RolloutRequest]:
-        """New requests of the problem; rollouts with nothing to sample are finished on the way."""
-        to_sample: list[RolloutRequest] = []
-        pending = True
-        while pending:
+    def release(problem_ids: Iterable[str]) -> None:
+        """Hands new requests to the engine, or to the verifier if nothing is left to sample."""
+        for problem_id in problem_ids:
             ready = scheduler.ready(by_id[problem_id], states[problem_id])
             new = [r for r in ready if r.sample_index not in submitted[problem_id]]
             submitted[problem_id].update(r.sample_index for r in new)
             complete = [r for r in new if is_complete(r, scheduler.max_completion_length)]
-            to_sample += [r for r in new if r not in complete]
+            to_sample = [r for r in new if r not in complete]
+            engine.submit(to_sample, step=step, params=params)
             for request in complete:
-                finish(Completion(request, (), (), FinishReason.NOT_SAMPLED))
-            pending = bool(complete)  # their rewards may have released more
-        return to_sample
+                completion = Completion(request, (), (), FinishReason.NOT_SAMPLED)
+                judging[score(completion)] = completion
 
-    engine.submit([r for p in problems for r in release(p.id)], step=step, params=params)
-    while completions := engine.poll():
-        for completion in completions:
-            finish(completion)
-        touched = dict.fromkeys(c.request.problem.id for c in completions)
-        engine.submit([r for id_ in touched for r in release(id_)], step=step, params=params)
+    def take_verdicts() -> None:
+        """Observes what has been judged and releases what that allows, until there is no more."""
+        while done := [future for future in judging if future.done()]:
+            touched: dict[str, None] = {}  # an ordered set
+            for future in done:
+                completion, verdict = judging.pop(future), future.result()
+                id_, index = completion.request.problem.id, completion.request.sample_index
+                rollouts[id_][index] = Rollout(completion, verdict, REWARDS[verdict])
+                states[id_] = scheduler.observe(states[id_], index, REWARDS[verdict])
+                touched[id_] = None
+            release(touched)
+
+    release(states)
+    take_verdicts()
+    while (completions := engine.poll()) or judging:
+        judging.update((score(completion), completion) for completion in completions)
+        if not completions:
+            wait(judging, return_when=FIRST_COMPLETED)
+        take_verdicts()
     return [[rollouts[p.id][j] for j in range(scheduler.group_size)] for p in problems]
 
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -44,7 +45,7 @@ from trapo_jax.models import (
     load_params,
     read_config,
 )
-from trapo_jax.rewards import REWARDS, card_shuffles_verifier
+from trapo_jax.rewards import Verifier, make_verifier
 from trapo_jax.rollouts import collect_rollouts
 from trapo_jax.sampling import JaxEngine
 from trapo_jax.scheduler import Scheduler
@@ -80,20 +81,16 @@ class Parts:
     splits: dict[str, list[Problem]]
     scheduler: Scheduler
     engine: JaxEngine
-    verify: Any
+    verifier: Verifier
     optimizer: optax.GradientTransformation
     mesh: Mesh
     shardings: TrainState
     train_step: TrainStep
 
-    def score(self, completion: Completion) -> tuple[Verdict, float]:
-        """Verdict and reward of a completion's whole response, special tokens spelled out."""
+    def score(self, completion: Completion) -> Future[Verdict]:
+        """The verdict, now or later, on a completion's whole response, special tokens spelled out."""
         ids = (*completion.request.prefix_ids, *completion.token_ids)
-        verdict = self.verify(self.tokenizer.decode(ids), completion.request.problem)
-        return verdict, REWARDS[verdict]
-
-    def is_correct(self, completion: Completion) -> bool:
-        return self.score(completion)[0] is Verdict.CORRECT
+        return self.verifier.submit(self.tokenizer.decode(ids), completion.request.problem)
 
 
 @dataclasses.dataclass
@@ -183,7 +180,13 @@ def build(config: Config) -> tuple[Parts, Any]:
             seed=config.seed,
             sharding=replicated(mesh),
         ),
-        verify=card_shuffles_verifier(tokenizer.eos_token),
+        verifier=make_verifier(
+            config.rewards.verifier,
+            eos_text=tokenizer.eos_token,
+            num_workers=config.rewards.workers,
+            timeout_secs=config.rewards.timeout_secs,
+            max_response_chars=config.rewards.max_response_chars,
+        ),
         optimizer=optimizer,
         mesh=mesh,
         shardings=shardings,
@@ -250,6 +253,7 @@ def run(parts: Parts, params: Any, folder: Path) -> int:
             finish(parts, log, terminal, state, folder)
     finally:
         log.close()
+        parts.verifier.close()
     return 0
 
 
@@ -273,6 +277,7 @@ def train_one_step(
         step=step,
         params=SamplingParams(config.sampling.temperature),
     )
+    check_verdicts(groups, step, max_error_rate=config.rewards.max_error_rate)
     sampled = time.perf_counter()
     advantages = [
         group_advantages(
@@ -339,13 +344,28 @@ def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     return {
         "reward/mean": fmean(r.reward for r in rollouts),
         "reward/unguided_mean": fmean(unguided) if unguided else 0.0,
-        "reward/error_rate": fmean(v in (Verdict.ERROR, Verdict.TIMEOUT) for v in verdicts),
+        "reward/error_rate": fmean(v is Verdict.ERROR for v in verdicts),
+        "reward/timeout_rate": fmean(v is Verdict.TIMEOUT for v in verdicts),
         "guidance/ratio_mean": fmean(r.request.ratio for r in rollouts),
         # Share of problems by the last micro-group that needed the expert; 0: none did.
         **{f"guidance/level_{i}": fmean(level == i for level in levels) for i in range(4)},
         "completion/len_mean": fmean(lens) if lens else 0.0,
         "completion/truncated": fmean(reason == "length" for reason in finish_reasons),
     }
+
+
+def check_verdicts(
+    groups: Sequence[Sequence[Rollout]], step: int, *, max_error_rate: float
+) -> None:
+    """Stops a run whose rewards say little: a failed verdict counts as 0 in the advantages."""
+    verdicts = [rollout.verdict for group in groups for rollout in group]
+    errors, timeouts = verdicts.count(Verdict.ERROR), verdicts.count(Verdict.TIMEOUT)
+    if errors + timeouts > max_error_rate * len(verdicts):
+        raise TrainingFailed(
+            f"step {step}: of {len(verdicts)} rollouts the verifier failed on {errors} and timed out "
+            f"on {timeouts}, more than rewards.max_error_rate={max_error_rate}; warnings above, if "
+            "any, say why"
+        )
 
 
 def sample_record(parts: Parts, rollout: Rollout, advantage: float, step: int) -> dict[str, Any]:
@@ -376,7 +396,7 @@ def log_evaluation(
     parts.engine.update_weights(state.params, step)
     values = evaluate(
         parts.engine,
-        parts.is_correct,
+        parts.score,
         parts.splits[split],
         num_samples=parts.config.evaluation.num_samples,
     )

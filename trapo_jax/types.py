@@ -125,6 +125,9 @@ class Verdict(enum.StrEnum):
     TIMEOUT = "timeout"
 
 
+REWARDS = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0, Verdict.ERROR: 0.0, Verdict.TIMEOUT: 0.0}
+
+
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     """A completion with its reward in [0, 1]."""

@@ -1,16 +1,12 @@
-"""Verifiers: from a response's text to a verdict, and from a verdict to a reward."""
+"""The verifier of the embedded task."""
 
 import re
 from collections.abc import Callable
 
 from trapo_jax.types import Problem, Verdict
 
-Verifier = Callable[[str, Problem], Verdict]
 
-REWARDS = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0, Verdict.ERROR: 0.0, Verdict.TIMEOUT: 0.0}
-
-
-def card_shuffles_verifier(eos_text: str) -> Verifier:
+def card_shuffles_verifier(eos_text: str) -> Callable[[str, Problem], Verdict]:
     """Correct if the response ends in exactly `#ddddd` and EOS with the right digits and has one `#`.
 
     The response is prefix and completion with special tokens spelled out, so that an answer the

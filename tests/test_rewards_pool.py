@@ -1,0 +1,280 @@
+"""The pool with real processes: what hangs, dies or lies in one costs its own verdict and no other."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import hostile_verifiers
+import pytest
+
+from trapo_jax.rewards import InlineVerifier, VerifierPool, make_verifier, verify_math
+from trapo_jax.types import Problem, Verdict
+
+from conftest import REPOSITORY  # isort: skip
+
+PATIENT = {"num_workers": 1, "timeout_secs": 60.0}  # a limit that only what never ends exceeds
+HASTY = {"num_workers": 1, "timeout_secs": 2.0}
+
+
+def problem(answer="42", source="a source"):
+    return Problem("id", (1, 2), answer, source=source)
+
+
+def judge(pool, text, answer="42"):
+    return pool.submit(text, problem(answer)).result()
+
+
+@pytest.fixture(scope="module")
+def patient():
+    with VerifierPool(hostile_verifiers.verify, **PATIENT) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    with VerifierPool(hostile_verifiers.verify, **HASTY) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def math_pool():
+    with VerifierPool(verify_math, num_workers=2, timeout_secs=3.0) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("text", ["hang", "hold the GIL", "ignore signals"])
+def test_what_does_not_end_is_a_timeout(hasty, text):
+    assert judge(hasty, text) is Verdict.TIMEOUT
+    assert judge(hasty, "42") is Verdict.CORRECT
+
+
+@pytest.mark.parametrize("text", ["raise", "die", "exit", "fill memory", "recurse", "no verdict"])
+def test_what_goes_wrong_is_an_error(patient, text):
+    assert judge(patient, text) is Verdict.ERROR
+    assert judge(patient, "42") is Verdict.CORRECT
+
+
+def test_what_a_verifier_prints_is_no_verdict(patient):
+    assert judge(patient, "print") is Verdict.WRONG
+
+
+def test_an_idle_worker_that_is_killed_is_replaced(patient):
+    assert judge(patient, "42") is Verdict.CORRECT
+    for _ in range(2):
+        (pid,) = children_of(os.getpid(), "hostile_verifiers:verify 60.0")
+        os.kill(pid, signal.SIGKILL)
+        while is_running(pid):
+            time.sleep(0.01)
+        assert judge(patient, "42") is Verdict.CORRECT
+
+
+def test_what_failed_is_logged_once_without_the_text(caplog):
+    with VerifierPool(hostile_verifiers.verify, **PATIENT) as pool:
+        for _ in range(3):
+            judge(pool, "raise")
+    assert caplog.text.count("ValueError") == 1
+    assert "\x1b" not in caplog.text
+    assert "such text" not in caplog.text
+
+
+def test_hostile_texts_change_no_other_verdict(hasty):
+    """Bad and good ones interleaved, more than there are workers, all asked for at once."""
+    texts = ["42", "hang", "7", "die", "42", "raise", "hold the GIL", "7", "42"]
+    verdicts = [f.result() for f in [hasty.submit(text, problem()) for text in texts]]
+    c, w, e, t = Verdict.CORRECT, Verdict.WRONG, Verdict.ERROR, Verdict.TIMEOUT
+    assert verdicts == [c, t, w, e, c, e, t, w, c]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\x00\x1b[2J\r\n\u2028",
+        "\ud800 lone \udfff",
+        "\u202eright to left",
+        "\U0001f600",
+        '"}\n{"',
+    ],
+)
+def test_any_string_arrives_as_it_is(text):
+    with VerifierPool(hostile_verifiers.same_text, **PATIENT) as pool:
+        assert judge(pool, text, text) is Verdict.CORRECT
+
+
+def test_of_a_long_text_the_end_is_judged():
+    with VerifierPool(hostile_verifiers.length_is, max_response_chars=1000, **PATIENT) as pool:
+        assert judge(pool, "x" * 10**7, "1000") is Verdict.CORRECT
+        assert judge(pool, "x" * 999, "999") is Verdict.CORRECT
+    with VerifierPool(verify_math, max_response_chars=1000, **PATIENT) as pool:
+        assert judge(pool, "x" * 10**7 + r"\boxed{42}") is Verdict.CORRECT
+        assert judge(pool, r"\boxed{42}" + "x" * 10**7) is Verdict.WRONG
+
+
+@pytest.mark.parametrize("module", ["jax", "jaxlib", "flax", "transformers", "torch"])
+def test_a_worker_imports_nothing_heavy(module):
+    with VerifierPool(hostile_verifiers.has_module, **PATIENT) as pool:
+        assert judge(pool, module) is Verdict.WRONG
+        assert judge(pool, "trapo_jax.rewards") is Verdict.CORRECT
+
+
+def test_a_worker_does_not_import_the_main_module_again(tmp_path):
+    """As in `python -m trapo_jax.train`, whose main module imports jax."""
+    (tmp_path / "main_of_a_run.py").write_text(
+        "import jax, hostile_verifiers\n"
+        "from trapo_jax.rewards import VerifierPool\n"
+        "from trapo_jax.types import Problem\n"
+        "with VerifierPool(hostile_verifiers.has_module) as pool:\n"
+        "    print(pool.submit('jax', Problem('', (), '')).result())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY), str(REPOSITORY / "tests")])
+    result = subprocess.run(
+        [sys.executable, "-m", "main_of_a_run"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert result.stdout.strip() == "wrong", result.stderr
+
+
+def test_no_secret_reaches_a_worker(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws_secret")
+    monkeypatch.setenv("LANG", "C.UTF-8")
+    with VerifierPool(hostile_verifiers.has_variable, **PATIENT) as pool:
+        for text in ("hf_secret", "HF_TOKEN", "aws_secret", "AWS_"):
+            assert judge(pool, text) is Verdict.WRONG
+        assert judge(pool, "LANG=C.UTF-8") is Verdict.CORRECT
+
+
+def test_workers_end_with_the_pool_and_with_the_trainer():
+    with VerifierPool(hostile_verifiers.verify, num_workers=2, timeout_secs=61.0) as pool:
+        assert judge(pool, "42") is Verdict.CORRECT
+        assert len(children_of(os.getpid(), "hostile_verifiers:verify 61.0")) == 2
+    assert not children_of(os.getpid(), "hostile_verifiers:verify 61.0")
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit("42", problem())
+
+
+def test_a_busy_worker_whose_trainer_is_killed_ends():
+    script = (
+        "import hostile_verifiers, sys, time\n"
+        "from trapo_jax.rewards import VerifierPool\n"
+        "from trapo_jax.types import Problem\n"
+        "pool = VerifierPool(hostile_verifiers.verify, num_workers=1, timeout_secs=1.5)\n"
+        "pool.submit('42', Problem('', (), '')).result()\n"
+        "pool.submit('hold the GIL', Problem('', (), ''))\n"
+        "time.sleep(0.5)\n"  # the worker is at it
+        "print(flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment
+    ) as trainer:
+        trainer.stdout.readline()
+        workers = children_of(trainer.pid, "hostile_verifiers:verify")
+        trainer.kill()
+    assert len(workers) == 1
+    while is_running(workers[0]):  # pytest-timeout ends a test that waits for ever
+        time.sleep(0.05)
+
+
+def test_close_cancels_what_has_not_begun():
+    pool = VerifierPool(hostile_verifiers.verify, **HASTY)
+    futures = [pool.submit("hang", problem()) for _ in range(50)]
+    pool.close()
+    assert all(future.done() for future in futures)
+    assert sum(future.cancelled() for future in futures) >= 48
+
+
+def test_a_verifier_that_cannot_be_imported_is_an_error(tmp_path, monkeypatch, caplog):
+    (tmp_path / "fleeting.py").write_text("def verify(text, problem): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import fleeting
+
+    (tmp_path / "fleeting.py").unlink()
+    with VerifierPool(fleeting.verify, **PATIENT) as pool:
+        assert judge(pool, "42") is Verdict.ERROR
+    assert "fleeting" in caplog.text
+
+
+def test_a_function_that_has_no_importable_name_is_refused():
+    with pytest.raises(ValueError, match="top level"):
+        VerifierPool(lambda text, problem: Verdict.CORRECT)
+
+
+def test_inline_verifier_answers_at_once_and_never_raises(caplog):
+    with InlineVerifier(hostile_verifiers.verify) as verifier:
+        assert verifier.submit("42", problem()).done()
+        assert judge(verifier, "42") is Verdict.CORRECT
+        assert judge(verifier, "raise") is Verdict.ERROR
+
+
+def test_config_names_make_verifiers():
+    options = {"num_workers": 1, "timeout_secs": 60.0, "max_response_chars": 1000}
+    for name, source, text, answer in (
+        ("card_shuffles", "", "#12345<eos>", "12345"),
+        ("multiple_choice", "", "Answer: B", "B"),
+        ("math", "", r"\boxed{1/2}", "0.5"),
+        ("by_source", "math", r"\boxed{1/2}", "0.5"),
+        ("by_source", "ARC-Challenge", "Answer: B", "B"),
+    ):
+        with make_verifier(name, eos_text="<eos>", **options) as verifier:
+            assert verifier.submit(text, problem(answer, source)).result() is Verdict.CORRECT
+            assert verifier.submit("", problem(answer, source)).result() is Verdict.WRONG
+
+
+HOSTILE_MATH = {
+    "tower": r"\boxed{9**9**9**9}",
+    "latex tower": r"\boxed{9^{9^{9^{9}}}}",
+    "big power": r"\boxed{10^{10^8}}",
+    "factorial tower": r"\boxed{((9!)!)!}",
+    "20k braces": r"\boxed{" + "{" * 20_000 + "1" + "}" * 20_000 + "}",
+    "900 braces": r"\boxed{" + "{" * 900 + "1" + "}" * 900 + "}",
+    "300 fractions": r"\boxed{" + r"\frac{1}{" * 150 + "1" + "}" * 150 + "}",
+    "open braces": r"\boxed{" * 20_000,
+    "power of a sum": r"\boxed{(x+1)^{5000}}",
+    "sum of powers": r"\boxed{\sum_{k=1}^{10^9} \frac{1}{k^k}}",
+    "10 MB": "x" * 10**7,
+    "10 MB boxed": r"\boxed{" + "1" * 10**7 + "}",
+    "control characters": "\x00\x1b[31m\x07" + r"\boxed{4" + "\x00\x08" + "2}",
+    "lone surrogates": r"\boxed{" + "\ud800\udfff" + "}",
+    "other digits": r"\boxed{" + "\u0664\u0662 \uff14\uff12" + "}",
+    "right to left": r"\boxed{" + "\u202e24}",
+    "code": r"\boxed{__import__('os').system('kill -9 0')}",
+    "matrix": r"\boxed{\begin{pmatrix}" + r"1&" * 900 + r"1\end{pmatrix}}",
+    "blanks": "answer" + " " * 90_000 + "\n" * 9_000 + "####" + " " * 900,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_MATH)
+def test_hostile_mathematics_costs_its_own_verdict_only(math_pool, name):
+    hostile = math_pool.submit(HOSTILE_MATH[name], problem())
+    others = [math_pool.submit(rf"\boxed{{{n}}}", problem()) for n in (42, 41, 42)]
+    assert hostile.result() is not Verdict.CORRECT
+    assert [f.result() for f in others] == [Verdict.CORRECT, Verdict.WRONG, Verdict.CORRECT]
+
+
+def children_of(parent, part_of_command):
+    """Process ids of a process's children with this in their command line."""
+    listing = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "pid=,ppid=,stat=,args="],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split(None, 3) for line in listing.stdout.splitlines()]
+    return [
+        int(row[0])
+        for row in rows
+        if int(row[1]) == parent and row[2][0] != "Z" and part_of_command in row[-1]
+    ]
+
+
+def is_running(pid):
+    """Whether there is such a process and it has not ended (a zombie has)."""
+    listing = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return bool(listing.stdout.strip()) and listing.stdout.strip()[0] != "Z"
