@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import trapo_jax
-from trapo_jax.data import card_shuffles_splits, encode_problems, load_tokenizer
+from trapo_jax.data import card_shuffles_splits, encode_examples, load_tokenizer
 from trapo_jax.losses import (
     attenuated_cross_entropy_from_logprobs,
     probability_attenuation,
@@ -134,7 +134,7 @@ FOLDER = Path(trapo_jax.__file__).parent / "assets" / "card_shuffles_tiny"
 tokenizer, config = load_tokenizer(FOLDER), read_config(FOLDER)
 params = jax.device_put(load_params(FOLDER, config))
 examples = card_shuffles_splits(seed=0, num_train=256, num_validation=1, num_test=1)["train"]
-problems = encode_problems(examples, tokenizer, max_prompt_length=16)
+problems, _ = encode_examples(examples, tokenizer, max_prompt_length=16)
 
 row_len = max(len(x.prompt_ids) + len(x.experts[0].token_ids) for x in problems)
 token_ids = np.zeros((len(problems), row_len), np.int32)

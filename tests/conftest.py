@@ -46,10 +46,10 @@ def params(decoder):
 
 @pytest.fixture(scope="session")
 def problems(tokenizer):
-    from trapo_jax.data import card_shuffles_splits, encode_problems
+    from trapo_jax.data import card_shuffles_splits, encode_examples
 
     splits = card_shuffles_splits(seed=0, num_train=32, num_validation=8, num_test=8)
-    return encode_problems(splits["train"], tokenizer, max_prompt_length=16)
+    return encode_examples(splits["train"], tokenizer, max_prompt_length=16)[0]
 
 
 def run_command(*arguments, timeout=300, **environment):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from trapo_jax.data import card_shuffles_splits, encode_problems, problem_batches
+from trapo_jax.data import card_shuffles_splits, encode_examples, problem_batches
 from trapo_jax.data.card_shuffles import (
     OPERATIONS,
     UNFAMILIAR,
@@ -151,4 +151,4 @@ def test_long_prompts_are_refused(tokenizer):
 
     examples = card_shuffles_splits(seed=0, num_train=4, num_validation=1, num_test=1)["train"]
     with pytest.raises(UserError, match="max_prompt_length"):
-        encode_problems(examples, tokenizer, max_prompt_length=5)
+        encode_examples(examples, tokenizer, max_prompt_length=5, overlong_prompts="error")

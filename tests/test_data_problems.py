@@ -15,11 +15,11 @@ from trapo_jax.data import (
     Template,
     card_shuffles_splits,
     encode_examples,
-    encode_problems,
     fingerprint,
     gsm_symbolic_splits,
     make_template,
     problem_batches,
+    split_off,
 )
 from trapo_jax.data.templates import MATH_INSTRUCTION
 from trapo_jax.types import UserError
@@ -212,11 +212,23 @@ def test_chunks_do_not_show(bpe):
         assert alone == problems[i]
 
 
-def test_encode_problems_is_the_text_as_it_stands(tokenizer):
+def test_without_a_template_the_prompt_is_the_text_as_it_stands(tokenizer):
     examples = card_shuffles_splits(seed=0, num_train=4, num_validation=1, num_test=1)["train"]
-    problems, _ = encode(examples, tokenizer, max_prompt_length=16)
-    assert encode_problems(examples, tokenizer, max_prompt_length=16) == problems
+    problems, _ = encode_examples(examples, tokenizer, max_prompt_length=16)
+    assert [tokenizer.decode(p.prompt_ids) for p in problems] == [e.prompt for e in examples]
     assert fingerprint(problems) != fingerprint(problems[::-1])
+
+
+def test_a_split_held_out_is_disjoint_by_prompt_and_repeatable():
+    examples = [example(f"p{i % 10}", answer=str(i)) for i in range(30)]
+    rest, taken = split_off(examples, 4, seed=0)
+    assert sorted([*rest, *taken]) == sorted(examples)
+    assert len(taken) == 12
+    assert not {e.prompt for e in rest} & {e.prompt for e in taken}
+    assert split_off(examples, 4, seed=0) == (rest, taken)
+    assert split_off(examples, 4, seed=1)[1] != taken
+    with pytest.raises(UserError, match="10 problems cannot be held out of 10"):
+        split_off(examples, 10, seed=0)
 
 
 def test_fewer_problems_than_a_batch_is_one_line(bpe):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trapo_jax.evaluate import evaluate, pass_at_k
+from trapo_jax.evaluation import evaluate, pass_at_k
 from trapo_jax.methods import make_method
 from trapo_jax.rollouts import collect_rollouts
 from trapo_jax.scheduler import Scheduler

@@ -50,6 +50,7 @@ def test_run_leaves_what_was_promised(finished_run):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.yaml",
+        "data.json",
         "metrics.jsonl",
         "samples.jsonl",
         "tb",
@@ -201,7 +202,7 @@ def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finis
     import jax
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trapo_jax.data import card_shuffles_splits, encode_problems
+    from trapo_jax.data import card_shuffles_splits, encode_examples
     from trapo_jax.models import apply_decoder, load_params, read_config, unembedding
     from trapo_jax.sampling import JaxEngine
     from trapo_jax.types import RolloutRequest, SamplingParams
@@ -212,7 +213,7 @@ def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finis
     config = read_config(folder)
     params = jax.device_put(load_params(folder, config))
     splits = card_shuffles_splits(seed=0, num_train=1, num_validation=1, num_test=20)
-    problems = encode_problems(splits["test"], tokenizer, max_prompt_length=16)
+    problems, _ = encode_examples(splits["test"], tokenizer, max_prompt_length=16)
     engine = JaxEngine(
         config,
         num_slots=8,
@@ -247,3 +248,76 @@ def test_shipped_model_is_small_and_is_what_the_tool_describes():
     config = json.loads((TINY_MODEL / "config.json").read_text())
     assert (config["hidden_size"], config["num_hidden_layers"]) == (96, 3)
     assert (config["num_attention_heads"], config["intermediate_size"]) == (3, 256)
+
+
+def test_export_of_a_checkpoint_equals_the_run_s_own(finished_run, tmp_path):
+    folder, _ = finished_run
+    checkpoint = folder / "checkpoints" / "12"
+    arguments = ("trapo_jax.export", "--checkpoint", checkpoint, "--out", tmp_path / "out")
+    result = run_command(*arguments)
+    assert result.returncode == 0, result.stderr
+    for file in (folder / "hf").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    again = run_command(*arguments)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [("checkpoints/7", "no such step; there are: 9, 12"), ("hf", "not RUN/checkpoints/STEP")],
+)
+def test_export_of_something_else_is_one_line(checkpoint, message, finished_run, tmp_path):
+    from trapo_jax.export import load_checkpoint
+    from trapo_jax.types import UserError
+
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(finished_run[0] / checkpoint)
+
+
+def test_trains_on_files(tmp_path):
+    """The embedded task written as JSONL in TRL's columns: the same problems, so the same first step."""
+    from trapo_jax.data import card_shuffles_splits
+
+    splits = card_shuffles_splits(seed=0, num_train=16, num_validation=4, num_test=4)
+    for name, split in splits.items():
+        rows = [
+            {"prompt": e.prompt, "answer": e.answer, "solution": e.solutions[0], "source": e.source}
+            for e in split
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("train.num_steps=1", "evaluation.num_samples=2", "data.num_train=16")
+    procedural = train(tmp_path / "a", *common, "data.num_validation=4", "data.num_test=4")
+    files = [f"data.{name}_files={tmp_path}/{name}.jsonl" for name in splits]
+    from_files = train(
+        tmp_path / "b", *common, "data.source=files", "data.columns.preset=trl", *files
+    )
+    assert procedural.returncode == from_files.returncode == 0, from_files.stderr
+    assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
+    data = json.loads((tmp_path / "b" / "data.json").read_text())
+    assert data["template"]["kind"] == "none"
+    assert [stage["num_kept"] for stage in data["splits"]["train"]] == [16, 16]
+
+
+def test_splits_without_files_are_held_out(tmp_path):
+    from trapo_jax.config import load_config
+    from trapo_jax.train import read_splits
+
+    rows = [{"question": f"Q{i}", "answer": f"It is {i}.\n#### {i}"} for i in range(20)]
+    file = tmp_path / "gsm.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = {
+        "data.source": "files",
+        "data.train_files": str(file),
+        "data.columns.preset": "gsm8k",
+        "data.num_validation": "3",
+        "data.num_test": "5",
+    }
+    examples, reports = read_splits(load_config(None, list(overrides.items())).data)
+    assert {name: len(split) for name, split in examples.items()} == {
+        "train": 12,
+        "validation": 3,
+        "test": 5,
+    }
+    assert sorted(int(e.answer) for split in examples.values() for e in split) == list(range(20))
+    assert list(reports) == ["train"]

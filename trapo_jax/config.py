@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import pydantic
 import yaml
@@ -22,6 +22,13 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+# One string stands for a list of one.
+StringList = Annotated[
+    tuple[str, ...],
+    pydantic.BeforeValidator(
+        lambda x: (x,) if isinstance(x, str) else tuple(x) if isinstance(x, list) else x
+    ),
+]
 NotNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
@@ -36,23 +43,63 @@ class ModelConfig(_Section):
     """A Hugging Face model folder, or `card_shuffles_tiny`, the one that ships with the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matmul inputs; weights, logits, losses and reductions are float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes anew to save memory: nothing, all but matmuls, or whole layers."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention over whole rows; auto takes what the device and the shapes allow."""
+
+
+class ColumnsConfig(_Section):
+    preset: Literal["trl", "verl", "gsm8k"] = "verl"
+    """Which column is what: TRL's, verl's or GSM8K's layout; the fields below replace parts of it."""
+    prompt: str | None = None
+    """Path of the prompt: a column, or with dots a field in it; text or chat messages."""
+    answer: str | None = None
+    """Path of the answer that the verifier compares with."""
+    solutions: StringList | None = None
+    """Paths of expert solutions, in order of preference; a path that ends in ? may be missing."""
+    source: str | None = None
+    """Path of the name under which results are grouped."""
+    answer_marker: str | None = None
+    """The answer is what follows the last of these (GSM8K: ####)."""
 
 
 class DataConfig(_Section):
-    source: Literal["card_shuffles"] = "card_shuffles"
-    """Where problems come from."""
+    source: Literal["card_shuffles", "gsm_symbolic", "files"] = "card_shuffles"
+    """Where problems come from: the embedded task, reasoning-gym's gsm_symbolic (extra tasks), or files."""
     seed: NotNegative = 0
-    """Of procedural problems; independent of the run's seed, so that runs compare."""
+    """Of procedural problems and of held-out splits; independent of the run's seed, so that runs compare."""
     difficulty: Literal["late", "early"] = "late"
     """Card shuffles: hard after the third operation, or at the (unfamiliar) first."""
     num_train: Positive = 128
-    """Training problems."""
+    """Training problems of a procedural source."""
     num_validation: Positive = 256
-    """Validation problems, for evaluation during training."""
+    """Validation problems, for evaluation during training; of a source of files, how many are held out."""
     num_test: Positive = 256
-    """Test problems, for evaluation before and after training."""
+    """Test problems, for evaluation before and after training; of a source of files, as above."""
+    train_files: StringList = ()
+    """Parquet, JSONL or Arrow files, globs, saved folders or hub ids (owner/name or owner/name:config)."""
+    validation_files: StringList = ()
+    """The same for validation; none: held out of the training data."""
+    test_files: StringList = ()
+    """The same for testing; none: held out of the training data."""
+    train_split: str = "train"
+    """Split of a hub id or saved folder among train_files."""
+    validation_split: str = "validation"
+    """Split of a hub id or saved folder among validation_files."""
+    test_split: str = "test"
+    """Split of a hub id or saved folder among test_files."""
+    columns: ColumnsConfig = ColumnsConfig()
+    template: Literal["none", "chat", "chatml", "qwen_math"] = "none"
+    """How a prompt becomes text, for training and evaluation alike: as it stands, or by a chat template."""
     max_prompt_length: Positive = 16
     """Longest prompt, in tokens."""
+    overlong_prompts: Literal["drop", "truncate", "error"] = "error"
+    """What to do with a longer prompt; truncate keeps its end."""
+    max_expert_length: Positive | None = None
+    """Longest expert solution in tokens, EOS included; null for no limit."""
+    overlong_experts: Literal["drop", "truncate"] = "drop"
+    """Leave a longer solution out (its problem stays), or cut it; a cut one ends without EOS."""
 
 
 class MethodConfig(_Section):
@@ -172,7 +219,9 @@ class Config(_Section):
     @pydantic.model_validator(mode="after")
     def _fields_agree(self) -> Self:
         train, data = self.train, self.data
-        if train.problems_per_step > data.num_train:
+        if data.source == "files" and not data.train_files:
+            raise ValueError("data.train_files=[]: data.source=files needs them")
+        if data.source != "files" and train.problems_per_step > data.num_train:
             raise ValueError(
                 f"train.problems_per_step={train.problems_per_step}: more than "
                 f"data.num_train={data.num_train}; a batch would repeat problems"
@@ -315,6 +364,8 @@ def _type_name(field: Any) -> str:
             return getattr(annotation, "__name__", str(annotation))
         if hasattr(annotation, "__metadata__"):  # Annotated[int, ...]
             return name(arguments[0])
+        if get_origin(annotation) is tuple:
+            return f"list of {name(arguments[0])}"
         if all(isinstance(a, str) for a in arguments):  # Literal["a", "b"]
             return "|".join(arguments)
         return "|".join(name(a) for a in arguments)

@@ -20,21 +20,28 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import yaml
 from jax.sharding import Mesh
 
 from trapo_jax.advantages import group_advantages
 from trapo_jax.batch import build_batch, count_kinds
 from trapo_jax.checkpoint import CheckpointStore, abstract_like
-from trapo_jax.config import Config, config_from_command_line
+from trapo_jax.config import Config, DataConfig, config_from_command_line
 from trapo_jax.data import (
+    COLUMN_PRESETS,
+    DataReport,
+    Example,
     card_shuffles_splits,
-    encode_problems,
+    encode_examples,
+    examples_from_rows,
     fingerprint,
+    gsm_symbolic_splits,
     load_tokenizer,
+    make_template,
     problem_batches,
+    read_rows,
+    split_off,
 )
-from trapo_jax.evaluate import evaluate
+from trapo_jax.evaluation import evaluate
 from trapo_jax.methods import Method, make_method
 from trapo_jax.metrics import EVAL, TRAIN, RunLog, Terminal, fail, read_metrics
 from trapo_jax.models import (
@@ -44,9 +51,11 @@ from trapo_jax.models import (
     find_model,
     load_params,
     read_config,
+    read_eos_ids,
 )
 from trapo_jax.rewards import Verifier, make_verifier
 from trapo_jax.rollouts import collect_rollouts
+from trapo_jax.run_folder import check_run_folder, prepare_run_folder, write_atomically
 from trapo_jax.sampling import JaxEngine
 from trapo_jax.scheduler import Scheduler
 from trapo_jax.sharding import make_mesh, num_batch_shards, replicated
@@ -61,6 +70,7 @@ from trapo_jax.train_step import (
 from trapo_jax.types import Completion, Problem, Rollout, SamplingParams, UserError, Verdict
 
 ABOUT = "Trains a language model with TRAPO, GRPO or SFT; a run that is there already is resumed."
+DATA = "data.json"  # what the run trains on: fingerprint, template, what was dropped
 SUMMARY = "summary.json"  # written last: marks a run as complete
 EXIT_USER_ERROR, EXIT_TRAINING_FAILED = 2, 1
 
@@ -79,6 +89,7 @@ class Parts:
     decoder: DecoderConfig
     tokenizer: Any
     splits: dict[str, list[Problem]]
+    data_summary: dict[str, Any]  # goes to data.json
     scheduler: Scheduler
     engine: JaxEngine
     verifier: Verifier
@@ -108,11 +119,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "train", ABOUT, sys.argv[1:] if arguments is None else arguments
         )
         folder = Path(config.output_dir)
-        check_run_folder(folder, config)
+        check_run_folder(folder, config.to_yaml())
         if (folder / SUMMARY).exists():
             return show_complete(folder, config)
         parts, params = build(config)
-        prepare_run_folder(folder, config)
+        prepare_run_folder(folder, config.to_yaml())
+        if not (folder / DATA).exists():
+            write_atomically(folder / DATA, json.dumps(parts.data_summary, indent=2) + "\n")
         return run(parts, params, folder)
     except UserError as error:
         return fail(str(error), EXIT_USER_ERROR)
@@ -123,16 +136,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build(config: Config) -> tuple[Parts, Any]:
     """Builds every part from the config; returns them and the model's initial parameters."""
     model_folder = find_model(config.model.path)
-    decoder = read_config(model_folder, dtype=config.model.dtype)
+    decoder = read_config(
+        model_folder,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        attention=config.model.attention,
+    )
     tokenizer: Any = load_tokenizer(model_folder)
     d, s, t, m = config.data, config.sampling, config.train, config.method
-    examples = card_shuffles_splits(
-        seed=d.seed,
-        num_train=d.num_train,
-        num_validation=d.num_validation,
-        num_test=d.num_test,
-        difficulty=d.difficulty,
-    )
+    splits, data_summary = load_splits(d, tokenizer)
     method = make_method(
         m.name,
         preset=m.preset,
@@ -160,10 +172,8 @@ def build(config: Config) -> tuple[Parts, Any]:
         model_folder=model_folder,
         decoder=decoder,
         tokenizer=tokenizer,
-        splits={
-            name: encode_problems(split, tokenizer, max_prompt_length=d.max_prompt_length)
-            for name, split in examples.items()
-        },
+        splits=splits,
+        data_summary=data_summary,
         scheduler=Scheduler(
             method.micro_groups,
             s.max_completion_length,
@@ -176,7 +186,7 @@ def build(config: Config) -> tuple[Parts, Any]:
             max_prompt_length=d.max_prompt_length,
             max_completion_length=s.max_completion_length,
             segment_len=s.segment_len,
-            eos_ids=[tokenizer.eos_token_id],
+            eos_ids=read_eos_ids(model_folder, tokenizer.eos_token_id),
             seed=config.seed,
             sharding=replicated(mesh),
         ),
@@ -206,11 +216,70 @@ def build(config: Config) -> tuple[Parts, Any]:
     return parts, params
 
 
+def load_splits(
+    config: DataConfig, tokenizer: Any
+) -> tuple[dict[str, list[Problem]], dict[str, Any]]:
+    """Train, validation and test problems; and what was read, dropped and noted on the way."""
+    reports: dict[str, list[DataReport]] = {}
+    if config.source == "files":
+        examples, reports = read_splits(config)
+    else:
+        sizes = {
+            "num_train": config.num_train,
+            "num_validation": config.num_validation,
+            "num_test": config.num_test,
+        }
+        if config.source == "card_shuffles":
+            examples = card_shuffles_splits(seed=config.seed, difficulty=config.difficulty, **sizes)
+        else:
+            examples = gsm_symbolic_splits(seed=config.seed, **sizes)
+    template = make_template(config.template, tokenizer)
+    splits, counts = {}, {}
+    for name, split in examples.items():
+        splits[name], report = encode_examples(
+            split,
+            tokenizer,
+            template=template,
+            max_prompt_length=config.max_prompt_length,
+            overlong_prompts=config.overlong_prompts,
+            max_expert_length=config.max_expert_length,
+            overlong_experts=config.overlong_experts,
+        )
+        stages = [*reports.get(name, []), report]
+        counts[name] = [dataclasses.asdict(stage) for stage in stages]
+    return splits, {
+        "fingerprint": fingerprint(splits["train"]),
+        "template": {"kind": template.kind, "sha256": template.hash},
+        "splits": counts,
+    }
+
+
+def read_splits(config: DataConfig) -> tuple[dict[str, list[Example]], dict[str, list[DataReport]]]:
+    """Examples from files or the hub; a split without files of its own is held out of the training data."""
+    preset = COLUMN_PRESETS[config.columns.preset]
+    own = config.columns.model_dump(exclude={"preset"}, exclude_none=True)
+    columns = dataclasses.replace(preset, **own)
+    examples: dict[str, list[Example]] = {}
+    reports: dict[str, list[DataReport]] = {}
+    for name, files, split, size in (
+        ("train", config.train_files, config.train_split, 0),
+        ("validation", config.validation_files, config.validation_split, config.num_validation),
+        ("test", config.test_files, config.test_split, config.num_test),
+    ):
+        if files:
+            rows = read_rows(files, split=split)
+            examples[name], report = examples_from_rows(rows, columns)
+            reports[name] = [report]
+        else:
+            examples["train"], examples[name] = split_off(examples["train"], size, seed=config.seed)
+    return examples, reports
+
+
 def run(parts: Parts, params: Any, folder: Path) -> int:
     """Trains to the end, or to an interrupt, from the newest checkpoint if there is one."""
     config = parts.config
     store = CheckpointStore(folder / "checkpoints", keep=config.checkpoint.keep)
-    data_id = fingerprint(parts.splits["train"])
+    data_id = parts.data_summary["fingerprint"]
     state = init_state(params, parts.optimizer, parts.mesh)
     counters, offsets, first_step = Counters(), None, 0
     if steps := store.steps():
@@ -460,54 +529,6 @@ class Interrupt:
             os._exit(128 + number)
         self.received = True
         print("finishing this step, then saving; once more to stop at once", file=sys.stderr)
-
-
-def check_run_folder(folder: Path, config: Config) -> None:
-    """Refuses a folder that holds something else; nothing is created here."""
-    saved = folder / "config.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir={folder}: a file is in the way")
-    if saved.is_file():
-        theirs = yaml.safe_load(saved.read_text())
-        ours = yaml.safe_load(config.to_yaml())
-        theirs, ours = _flatten(theirs), _flatten(ours)
-        for field in sorted({*theirs, *ours} - {"output_dir"}):
-            there, here = theirs.get(field, "absent"), ours.get(field, "absent")
-            if there != here:
-                raise UserError(
-                    f"output_dir={folder}: holds a run with {field}={there}, not {here}; "
-                    f"give another output_dir, or {field}={there} to resume it"
-                )
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"output_dir={folder}: not empty and not a run; give another output_dir")
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"output_dir={folder}: {parent} is not writable")
-
-
-def prepare_run_folder(folder: Path, config: Config) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.yaml").exists():
-            write_atomically(folder / "config.yaml", config.to_yaml())
-    except OSError as error:
-        raise UserError(f"output_dir={folder}: {error.strerror}") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in data.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -11,9 +11,9 @@ from trapo_jax.data.columns import COLUMN_PRESETS, Columns, examples_from_rows
 from trapo_jax.data.examples import DataReport, Example, Message
 from trapo_jax.data.problems import (
     encode_examples,
-    encode_problems,
     fingerprint,
     problem_batches,
+    split_off,
 )
 from trapo_jax.data.reasoning_gym import gsm_symbolic_splits
 from trapo_jax.data.sources import Row, read_rows
@@ -31,7 +31,6 @@ __all__ = [
     "TemplateKind",
     "card_shuffles_splits",
     "encode_examples",
-    "encode_problems",
     "examples_from_rows",
     "fingerprint",
     "gsm_symbolic_splits",
@@ -39,4 +38,5 @@ __all__ = [
     "make_template",
     "problem_batches",
     "read_rows",
+    "split_off",
 ]

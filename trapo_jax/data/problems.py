@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from trapo_jax.types import Expert, Problem, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+PLAIN = Template()  # the text as it stands
 _ENCODE_EXAMPLES = 256  # at once; the tokenizer runs them on all cores
 
 
@@ -22,7 +24,7 @@ def encode_examples(
     examples: Iterable[Example],
     tokenizer: "PreTrainedTokenizerFast",
     *,
-    template: Template,
+    template: Template = PLAIN,
     max_prompt_length: int,
     overlong_prompts: Literal["drop", "truncate", "error"] = "drop",
     max_expert_length: int | None = None,
@@ -36,7 +38,7 @@ def encode_examples(
     Args:
       examples: raw examples.
       tokenizer: the policy's, with an EOS token.
-      template: from `make_template`.
+      template: from `make_template`; the text as it stands unless given.
       max_prompt_length: longest prompt, in tokens, template included.
       overlong_prompts: "drop" the example, "truncate" to the last tokens (BOS is kept), or "error".
       max_expert_length: longest expert solution in tokens, EOS included; None for no limit.
@@ -96,25 +98,28 @@ def encode_examples(
     return problems, report
 
 
-def encode_problems(
-    examples: Iterable[Example],
-    tokenizer: "PreTrainedTokenizerFast",
-    *,
-    max_prompt_length: int,
-) -> list[Problem]:
-    """Problems of an embedded task: the prompt is the text as it stands, and has to fit.
+def split_off(
+    examples: Sequence[Example], size: int, *, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Takes `size` examples out at random: the rest and what was taken, each in its order.
+
+    Examples with the same prompt stay together, so that the parts are disjoint by prompt.
 
     Raises:
-      UserError: for a prompt longer than `max_prompt_length` tokens.
+      UserError: if nothing would be left.
     """
-    problems, _ = encode_examples(
-        examples,
-        tokenizer,
-        template=Template("none"),
-        max_prompt_length=max_prompt_length,
-        overlong_prompts="error",
+    prompts = list(dict.fromkeys(example.prompt for example in examples))
+    if len(prompts) <= size:
+        raise UserError(
+            f"data: {size} problems cannot be held out of {len(prompts)}; give data.validation_files and "
+            "data.test_files, or lower data.num_validation and data.num_test"
+        )
+    taken = set(random.Random(seed).sample(range(len(prompts)), size))
+    held_out = {prompt for i, prompt in enumerate(prompts) if i in taken}
+    return (
+        [example for example in examples if example.prompt not in held_out],
+        [example for example in examples if example.prompt in held_out],
     )
-    return problems
 
 
 def problem_batches(problems: Sequence[Problem], *, batch_size: int, seed: int) -> Any:

@@ -4,6 +4,7 @@ from trapo_jax.models.decoder import (
     Decoder,
     DecoderConfig,
     KVCache,
+    Params,
     abstract_params,
     apply_decoder,
     unembedding,
@@ -14,7 +15,7 @@ from trapo_jax.models.hugging_face import (
     init_params,
     load_params,
 )
-from trapo_jax.models.hugging_face_config import ARCHITECTURES, read_config
+from trapo_jax.models.hugging_face_config import ARCHITECTURES, read_config, read_eos_ids
 from trapo_jax.models.rope import Rope
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "KVCache",
+    "Params",
     "Rope",
     "abstract_params",
     "apply_decoder",
@@ -30,5 +32,6 @@ __all__ = [
     "init_params",
     "load_params",
     "read_config",
+    "read_eos_ids",
     "unembedding",
 ]

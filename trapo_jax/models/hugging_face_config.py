@@ -87,6 +87,22 @@ def read_config(
     )
 
 
+def read_eos_ids(folder: Path, tokenizer_eos_id: int) -> list[int]:
+    """Token ids that end a completion: the tokenizer's, and those of `generation_config.json`.
+
+    Raises:
+      UserError: if that file is there and holds something else than ids.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return [tokenizer_eos_id]
+    given = read_json_object(path).get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise UserError(f"{path}: eos_token_id must be an id or a list of ids, found {given!r}")
+    return list(dict.fromkeys([tokenizer_eos_id, *ids]))
+
+
 def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool, ...]:
     """Which layers have a sliding window; empty if none has."""
     switched_off = family.startswith("qwen") and not fields.flag("use_sliding_window", False)

@@ -1,0 +1,63 @@
+"""A run's folder: whose it is, and how files get into it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trapo_jax.types import UserError
+
+
+def check_run_folder(folder: Path, config_text: str) -> None:
+    """Refuses a folder that holds something else or another run; nothing is created here.
+
+    Raises:
+      UserError: naming the folder and the field that differs.
+    """
+    saved = folder / "config.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir={folder}: a file is in the way")
+    if saved.is_file():
+        theirs = yaml.safe_load(saved.read_text())
+        ours = yaml.safe_load(config_text)
+        theirs, ours = _flatten(theirs), _flatten(ours)
+        for field in sorted({*theirs, *ours} - {"output_dir"}):
+            there, here = theirs.get(field, "absent"), ours.get(field, "absent")
+            if there != here:
+                raise UserError(
+                    f"output_dir={folder}: holds a run with {field}={there}, not {here}; "
+                    f"give another output_dir, or {field}={there} to resume it"
+                )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"output_dir={folder}: not empty and not a run; give another output_dir")
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"output_dir={folder}: {parent} is not writable")
+
+
+def prepare_run_folder(folder: Path, config_text: str) -> None:
+    """Makes the folder and writes the resolved config, where they are not there yet."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.yaml").exists():
+            write_atomically(folder / "config.yaml", config_text)
+    except OSError as error:
+        raise UserError(f"output_dir={folder}: {error.strerror}") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
