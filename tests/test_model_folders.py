@@ -1,6 +1,5 @@
 """Hugging Face folders in and out, whole, broken and hostile."""
 
-import contextlib
 import json
 import shutil
 import subprocess
@@ -173,8 +172,7 @@ def test_code_in_a_model_folder_never_runs(folder, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     config = read_config(folder)
     params = load_params(folder, config)
-    with contextlib.suppress(UserError):
-        load_tokenizer(folder)
+    assert load_tokenizer(folder).eos_token == "<eos>"
     export_model(params, config, source=folder, destination=tmp_path / "out")
     assert not witness.exists()
     assert not list((tmp_path / "out").glob("*.py"))
@@ -327,6 +325,18 @@ def test_broken_folders_are_named(what, folder):
     assert str(folder) in str(caught.value)
 
 
-def test_folder_without_tokenizer_is_named(folder):
-    with pytest.raises(UserError, match="no tokenizer that can be loaded"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"no tokenizer that can be loaded \(no tokenizer.json\)"),
+        ("{", "no tokenizer that can be loaded"),
+        ('{"version": "1.0"}', "no tokenizer that can be loaded"),
+    ],
+)
+def test_folder_without_a_good_tokenizer_is_named(content, message, folder):
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
         load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)

@@ -10,17 +10,23 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """Loads the tokenizer of a local folder; never fetches, never runs the folder's code.
+    """Loads `tokenizer.json` of a local folder; never fetches, never runs the folder's code.
+
+    Not `AutoTokenizer`, which looks for code that the folder names and asks on the terminal whether to run it.
 
     Raises:
       UserError: naming the folder, if there is none that can be read, or it has no EOS token.
     """
     import transformers  # seconds to import
 
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: no tokenizer that can be loaded (no tokenizer.json)")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
+            folder, local_files_only=True
+        )
+    except Exception as error:  # the Rust library raises plain Exception for a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: no tokenizer that can be loaded ({reason})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}/tokenizer_config.json: no eos_token; completions could not end")

@@ -1,0 +1,134 @@
+"""Holds our decoder and sampler against transformers (torch, float32, CPU), on any model folder.
+
+    python tools/compare_with_transformers.py --model models/smollm2_135m [--tokens 64]
+
+Prints the largest difference of logits on 20 prompts, padded together, and how many greedy continuations are the
+same token for token. Exit code 1 if the logits differ by more than 1e-4 or a continuation differs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from trapo_jax.data import load_tokenizer, make_template
+from trapo_jax.models import (
+    apply_decoder,
+    find_model,
+    load_params,
+    read_config,
+    read_eos_ids,
+    unembedding,
+)
+from trapo_jax.sampling import JaxEngine
+from trapo_jax.types import Problem, RolloutRequest, SamplingParams
+
+QUESTIONS = (
+    "What is 17 times 23?",
+    "Name three prime numbers larger than 50.",
+    "Who wrote Hamlet?",
+    "Explain photosynthesis in two sentences.",
+    "Write a haiku about the sea.",
+    "What is the capital of Australia?",
+    "Translate 'good morning' into French.",
+    "How many legs does a spider have?",
+    "A train goes 60 km in 45 minutes. How fast is it?",
+    "List the planets of the solar system.",
+    "What does HTTP stand for?",
+    "Why is the sky blue?",
+    "Give me a recipe for pancakes.",
+    "What is the derivative of x squared?",
+    "Sort these numbers: 9, 4, 7, 1.",
+    "Who was Marie Curie?",
+    "What is the boiling point of water in Fahrenheit?",
+    "Complete the sequence: 2, 4, 8, 16,",
+    "Is a tomato a fruit or a vegetable?",
+    "Tell me a joke about computers.",
+)
+TOLERANCE = 1e-4
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument("--tokens", type=int, default=64, help="of each continuation (default 64)")
+    args = parser.parse_args()
+    folder = find_model(args.model)
+    tokenizer: Any = load_tokenizer(folder)
+    template = make_template("chat" if tokenizer.chat_template else "none", tokenizer)
+    prompts = [
+        tokenizer.encode(template.render(question), add_special_tokens=False)
+        for question in QUESTIONS
+    ]
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    difference = compare_logits(folder, theirs, prompts)
+    print(f"logits: largest difference {difference:.1e} on {sum(map(len, prompts))} tokens")
+    same = compare_greedy(folder, theirs, prompts, tokenizer, args.tokens)
+    print(f"greedy: {same} of {len(prompts)} continuations of {args.tokens} tokens are the same")
+    return int(difference > TOLERANCE or same < len(prompts))
+
+
+def compare_logits(folder: Path, theirs: Any, prompts: list[list[int]]) -> float:
+    """All prompts in one right-padded batch of ours, one by one in theirs."""
+    config = read_config(folder)
+    params = load_params(folder, config)
+    longest = max(map(len, prompts))
+    token_ids = np.array([ids + [0] * (longest - len(ids)) for ids in prompts], np.int32)
+    positions = np.broadcast_to(np.arange(longest), token_ids.shape)
+    valid = positions < np.array([len(ids) for ids in prompts])[:, None]
+    hidden, _ = jax.jit(lambda *args: apply_decoder(config, *args))(
+        params, token_ids, positions, valid.astype(np.int32)
+    )
+    ours = np.asarray(hidden @ unembedding(params))
+    largest = 0.0
+    for row, ids in zip(ours, prompts, strict=True):
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids])).logits[0].numpy()
+        largest = max(largest, float(np.abs(row[: len(ids)] - logits).max()))
+    return largest
+
+
+def compare_greedy(
+    folder: Path, theirs: Any, prompts: list[list[int]], tokenizer: Any, num_tokens: int
+) -> int:
+    """How many continuations agree; ours of all prompts at once, theirs one by one."""
+    config = read_config(folder)
+    eos_ids = read_eos_ids(folder, tokenizer.eos_token_id)
+    engine = JaxEngine(
+        config,
+        num_slots=8,
+        max_prompt_length=max(map(len, prompts)),
+        max_completion_length=num_tokens,
+        segment_len=16,
+        eos_ids=eos_ids,
+        seed=0,
+    )
+    engine.update_weights(load_params(folder, config), 0)
+    problems = [Problem(f"{i:016x}", tuple(ids), "") for i, ids in enumerate(prompts)]
+    engine.submit(
+        [RolloutRequest(p, 0) for p in problems], step=0, params=SamplingParams(temperature=0.0)
+    )
+    ours = {}
+    while completions := engine.poll():
+        ours |= {c.request.problem.id: list(c.token_ids) for c in completions}
+    same = 0
+    for problem, ids in zip(problems, prompts, strict=True):
+        output = theirs.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=eos_ids,
+            pad_token_id=eos_ids[0],
+        )
+        same += output[0, len(ids) :].tolist() == ours[problem.id]
+    return same
+
+
+if __name__ == "__main__":
+    sys.exit(main())
