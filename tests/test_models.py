@@ -87,40 +87,45 @@ def their_logits(model, token_ids, mask=None):
         return model(torch.tensor(token_ids), attention_mask=mask).logits.numpy()
 
 
-def our_logits(folder, token_ids, segment_ids=None, positions=None):
-    config = read_config(folder)
-    params = load_params(folder, config)
-    if positions is None:
-        positions = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
-    segment_ids = np.ones_like(token_ids) if segment_ids is None else segment_ids
-    hidden, _ = apply_decoder(config, params, token_ids, positions, segment_ids)
-    return np.asarray(hidden @ unembedding(params))
+class Ours:
+    """A model folder as we compute it: whole rows, and token by token against a cache."""
 
-
-def decoded_logits(folder, token_ids):
-    """Token by token against a cache that is longer than the row."""
-    config = read_config(folder)
-    params = load_params(folder, config)
-    num_rows, length = token_ids.shape
-    shape = (config.num_layers, num_rows, config.num_kv_heads)
-    cache = KVCache(
-        jnp.full((*shape, config.head_dim, length + 3), 7.0),  # what is not valid must not matter
-        jnp.full((*shape, length + 3, config.head_dim), 7.0),
-    )
-    step = jax.jit(
-        lambda cache, ids, lens: apply_decoder(
-            config, params, ids[:, None], lens[:, None], cache=cache, cached_lens_S=lens
+    def __init__(self, folder):
+        self.config = read_config(folder)
+        self.params = load_params(folder, self.config)
+        self._rows = jax.jit(
+            lambda params, *rows: apply_decoder(self.config, params, *rows)[0] @ unembedding(params)
         )
-    )
-    logits = []
-    for t in range(length):
-        hidden, (keys, values) = step(cache, token_ids[:, t], jnp.full(num_rows, t))
-        logits.append(hidden @ unembedding(params))
+
+    def logits(self, token_ids, segment_ids=None, positions=None):
+        if positions is None:
+            positions = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
+        segment_ids = np.ones_like(token_ids) if segment_ids is None else segment_ids
+        return np.asarray(self._rows(self.params, token_ids, positions, segment_ids))
+
+    def decoded_logits(self, token_ids):
+        """The cache is longer than the row, and what is not valid in it must not matter."""
+        config, (num_rows, length) = self.config, token_ids.shape
+        shape = (config.num_layers, num_rows, config.num_kv_heads)
         cache = KVCache(
-            cache.keys.at[..., t].set(keys[:, :, 0]),
-            cache.values.at[..., t, :].set(values[:, :, 0]),
+            jnp.full((*shape, config.head_dim, length + 3), 7.0),
+            jnp.full((*shape, length + 3, config.head_dim), 7.0),
         )
-    return np.concatenate(logits, axis=1)
+
+        def step(cache, column):
+            t, ids = column
+            lens = jnp.full(num_rows, t)
+            hidden, (keys, values) = apply_decoder(
+                config, self.params, ids[:, None], lens[:, None], cache=cache, cached_lens_S=lens
+            )
+            cache = KVCache(
+                cache.keys.at[..., t].set(keys[:, :, 0]),
+                cache.values.at[..., t, :].set(values[:, :, 0]),
+            )
+            return cache, hidden[:, 0] @ unembedding(self.params)
+
+        columns = (jnp.arange(length), jnp.asarray(token_ids.T))
+        return np.asarray(jax.lax.scan(step, cache, columns)[1]).swapaxes(0, 1)
 
 
 def test_every_architecture_has_a_case():
@@ -130,26 +135,24 @@ def test_every_architecture_has_a_case():
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case, tmp_path):
     theirs = make_theirs(*CASES[case], tmp_path)
-    rng = np.random.default_rng(0)
-    token_ids = rng.integers(0, 50, (3, 40))
+    ours = Ours(tmp_path)
+    token_ids = np.random.default_rng(0).integers(0, 50, (3, 40))
     whole = their_logits(theirs, token_ids)
-    np.testing.assert_allclose(our_logits(tmp_path, token_ids), whole, atol=1e-4)
-    np.testing.assert_allclose(decoded_logits(tmp_path, token_ids), whole, atol=1e-4)
+    np.testing.assert_allclose(ours.logits(token_ids), whole, atol=1e-4)
+    np.testing.assert_allclose(ours.decoded_logits(token_ids), whole, atol=1e-4)
 
-    lens = np.array([40, 17, 1])
-    valid = np.arange(40) < lens[:, None]
+    valid = np.arange(40) < np.array([40, 17, 1])[:, None]
     padded = their_logits(theirs, token_ids, valid.astype(np.int64))
-    ours = our_logits(tmp_path, token_ids, valid.astype(np.int32))
-    np.testing.assert_allclose(ours[valid], padded[valid], atol=1e-4)
+    logits = ours.logits(token_ids, valid.astype(token_ids.dtype))
+    np.testing.assert_allclose(logits[valid], padded[valid], atol=1e-4)
 
-    packed = np.array([[1] * 11 + [2] * 25 + [0] * 4])
-    positions = np.array([[*range(11), *range(25), *[0] * 4]])
-    ours = our_logits(tmp_path, token_ids[:1], packed, positions)
-    np.testing.assert_allclose(ours[:, :11], their_logits(theirs, token_ids[:1, :11]), atol=1e-4)
-    np.testing.assert_allclose(
-        ours[:, 11:36], their_logits(theirs, token_ids[:1, 11:36]), atol=1e-4
-    )
-    assert np.isfinite(ours).all()
+    segments = np.tile([1] * 11 + [2] * 25 + [0] * 4, (3, 1))
+    positions = np.tile([*range(11), *range(25), *[0] * 4], (3, 1))
+    packed = ours.logits(token_ids, segments, positions)
+    for part in (slice(0, 11), slice(11, 36)):
+        alone = their_logits(theirs, token_ids[:, part])
+        np.testing.assert_allclose(packed[:, part], alone, atol=1e-4)
+    assert np.isfinite(packed).all()
 
 
 def test_tiny_model_equals_transformers():
@@ -159,7 +162,7 @@ def test_tiny_model_equals_transformers():
     theirs = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32)
     token_ids = np.random.default_rng(0).integers(0, 30, (3, 17))
     np.testing.assert_allclose(
-        our_logits(TINY_MODEL, token_ids), their_logits(theirs, token_ids), atol=1e-4
+        Ours(TINY_MODEL).logits(token_ids), their_logits(theirs, token_ids), atol=1e-4
     )
 
 
