@@ -12,6 +12,7 @@ import trapo_jax.losses
 NAMES = {"jnp": jnp} | {name: getattr(trapo_jax.losses, name) for name in trapo_jax.losses.__all__}
 MODULES = (
     "trapo_jax.data.card_shuffles",
+    "trapo_jax.data.columns",
     "trapo_jax.evaluation",
     "trapo_jax.losses.attenuation",
     "trapo_jax.losses.kl",

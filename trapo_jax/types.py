@@ -20,7 +20,7 @@ class Expert:
 
     Attributes:
       token_ids: the solution with EOS appended.
-      paragraph_ends: prefix lengths, ascending, whose last token contains a blank line.
+      paragraph_ends: prefix lengths, ascending, whose last token contains or completes a blank line.
     """
 
     token_ids: tuple[int, ...]

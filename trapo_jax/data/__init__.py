@@ -9,13 +9,13 @@ problems, report = encode_examples(examples, tokenizer, template=template, max_p
 from trapo_jax.data.card_shuffles import card_shuffles_splits
 from trapo_jax.data.columns import COLUMN_PRESETS, Columns, examples_from_rows
 from trapo_jax.data.examples import DataReport, Example, Message
+from trapo_jax.data.gsm_symbolic import gsm_symbolic_splits
 from trapo_jax.data.problems import (
     encode_examples,
     fingerprint,
     problem_batches,
     split_off,
 )
-from trapo_jax.data.reasoning_gym import gsm_symbolic_splits
 from trapo_jax.data.sources import Row, read_rows
 from trapo_jax.data.templates import Template, TemplateKind, make_template
 from trapo_jax.data.tokenizer import load_tokenizer
