@@ -13,6 +13,7 @@ COMMANDS = {"train", "evaluate", "export"}  # python -m trapo_jax.<name>; they s
 MAY_IMPORT = {
     "config": set(),
     "data": set(),
+    "splits": {"config", "data"},
     "scheduler": set(),
     "losses": set(),
     "models": set(),

@@ -301,7 +301,7 @@ def test_trains_on_files(tmp_path):
 
 def test_splits_without_files_are_held_out(tmp_path):
     from trapo_jax.config import load_config
-    from trapo_jax.train import read_splits
+    from trapo_jax.splits import read_splits
 
     rows = [{"question": f"Q{i}", "answer": f"It is {i}.\n#### {i}"} for i in range(20)]
     file = tmp_path / "gsm.jsonl"

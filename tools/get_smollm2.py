@@ -77,8 +77,7 @@ def convert(gguf: Path, folder: Path) -> None:
     # Not model.save_pretrained: it takes a model that came from GGUF for a quantised one.
     folder.mkdir()
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

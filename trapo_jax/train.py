@@ -25,22 +25,8 @@ from jax.sharding import Mesh
 from trapo_jax.advantages import group_advantages
 from trapo_jax.batch import build_batch, count_kinds
 from trapo_jax.checkpoint import CheckpointStore, abstract_like
-from trapo_jax.config import Config, DataConfig, config_from_command_line
-from trapo_jax.data import (
-    COLUMN_PRESETS,
-    DataReport,
-    Example,
-    card_shuffles_splits,
-    encode_examples,
-    examples_from_rows,
-    fingerprint,
-    gsm_symbolic_splits,
-    load_tokenizer,
-    make_template,
-    problem_batches,
-    read_rows,
-    split_off,
-)
+from trapo_jax.config import Config, config_from_command_line
+from trapo_jax.data import load_tokenizer, problem_batches
 from trapo_jax.evaluation import evaluate
 from trapo_jax.methods import Method, make_method
 from trapo_jax.metrics import EVAL, TRAIN, RunLog, Terminal, fail, read_metrics
@@ -59,6 +45,7 @@ from trapo_jax.run_folder import check_run_folder, prepare_run_folder, write_ato
 from trapo_jax.sampling import JaxEngine
 from trapo_jax.scheduler import Scheduler
 from trapo_jax.sharding import make_mesh, num_batch_shards, replicated
+from trapo_jax.splits import load_splits
 from trapo_jax.train_step import (
     TrainState,
     TrainStep,
@@ -214,65 +201,6 @@ def build(config: Config) -> tuple[Parts, Any]:
         ),
     )
     return parts, params
-
-
-def load_splits(
-    config: DataConfig, tokenizer: Any
-) -> tuple[dict[str, list[Problem]], dict[str, Any]]:
-    """Train, validation and test problems; and what was read, dropped and noted on the way."""
-    reports: dict[str, list[DataReport]] = {}
-    if config.source == "files":
-        examples, reports = read_splits(config)
-    else:
-        sizes = {
-            "num_train": config.num_train,
-            "num_validation": config.num_validation,
-            "num_test": config.num_test,
-        }
-        if config.source == "card_shuffles":
-            examples = card_shuffles_splits(seed=config.seed, difficulty=config.difficulty, **sizes)
-        else:
-            examples = gsm_symbolic_splits(seed=config.seed, **sizes)
-    template = make_template(config.template, tokenizer)
-    splits, counts = {}, {}
-    for name, split in examples.items():
-        splits[name], report = encode_examples(
-            split,
-            tokenizer,
-            template=template,
-            max_prompt_length=config.max_prompt_length,
-            overlong_prompts=config.overlong_prompts,
-            max_expert_length=config.max_expert_length,
-            overlong_experts=config.overlong_experts,
-        )
-        stages = [*reports.get(name, []), report]
-        counts[name] = [dataclasses.asdict(stage) for stage in stages]
-    return splits, {
-        "fingerprint": fingerprint(splits["train"]),
-        "template": {"kind": template.kind, "sha256": template.hash},
-        "splits": counts,
-    }
-
-
-def read_splits(config: DataConfig) -> tuple[dict[str, list[Example]], dict[str, list[DataReport]]]:
-    """Examples from files or the hub; a split without files of its own is held out of the training data."""
-    preset = COLUMN_PRESETS[config.columns.preset]
-    own = config.columns.model_dump(exclude={"preset"}, exclude_none=True)
-    columns = dataclasses.replace(preset, **own)
-    examples: dict[str, list[Example]] = {}
-    reports: dict[str, list[DataReport]] = {}
-    for name, files, split, size in (
-        ("train", config.train_files, config.train_split, 0),
-        ("validation", config.validation_files, config.validation_split, config.num_validation),
-        ("test", config.test_files, config.test_split, config.num_test),
-    ):
-        if files:
-            rows = read_rows(files, split=split)
-            examples[name], report = examples_from_rows(rows, columns)
-            reports[name] = [report]
-        else:
-            examples["train"], examples[name] = split_off(examples["train"], size, seed=config.seed)
-    return examples, reports
 
 
 def run(parts: Parts, params: Any, folder: Path) -> int:

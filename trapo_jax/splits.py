@@ -1,0 +1,92 @@
+"""From the config's `data` section to train, validation and test problems, and what was dropped on the way."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from trapo_jax.config import DataConfig
+from trapo_jax.data import (
+    COLUMN_PRESETS,
+    DataReport,
+    Example,
+    card_shuffles_splits,
+    encode_examples,
+    examples_from_rows,
+    fingerprint,
+    gsm_symbolic_splits,
+    make_template,
+    read_rows,
+    split_off,
+)
+from trapo_jax.types import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Splits = dict[str, list[Example]]
+Reports = dict[str, list[DataReport]]
+
+
+def load_splits(
+    config: DataConfig, tokenizer: "PreTrainedTokenizerFast"
+) -> tuple[dict[str, list[Problem]], dict[str, Any]]:
+    """Train, validation and test problems; and for data.json their fingerprint, the template, and
+    what was read, dropped and noted.
+
+    Raises:
+      UserError: for data that cannot be read, or of which nothing is usable.
+    """
+    examples, reports = read_splits(config)
+    template = make_template(config.template, tokenizer)
+    splits, counts = {}, {}
+    for name, split in examples.items():
+        splits[name], report = encode_examples(
+            split,
+            tokenizer,
+            template=template,
+            max_prompt_length=config.max_prompt_length,
+            overlong_prompts=config.overlong_prompts,
+            max_expert_length=config.max_expert_length,
+            overlong_experts=config.overlong_experts,
+        )
+        counts[name] = [dataclasses.asdict(stage) for stage in (*reports.get(name, []), report)]
+    return splits, {
+        "fingerprint": fingerprint(splits["train"]),
+        "template": {"kind": template.kind, "sha256": template.hash},
+        "splits": counts,
+    }
+
+
+def read_splits(config: DataConfig) -> tuple[Splits, Reports]:
+    """Raw examples of every split, and what became of the rows of those that were read from files."""
+    if config.source == "files":
+        return _from_files(config)
+    sizes = {
+        "num_train": config.num_train,
+        "num_validation": config.num_validation,
+        "num_test": config.num_test,
+    }
+    if config.source == "card_shuffles":
+        splits = card_shuffles_splits(seed=config.seed, difficulty=config.difficulty, **sizes)
+    else:
+        splits = gsm_symbolic_splits(seed=config.seed, **sizes)
+    return splits, {}
+
+
+def _from_files(config: DataConfig) -> tuple[Splits, Reports]:
+    """From files or the hub; a split without files of its own is held out of the training data."""
+    preset = COLUMN_PRESETS[config.columns.preset]
+    own = config.columns.model_dump(exclude={"preset"}, exclude_none=True)
+    columns = dataclasses.replace(preset, **own)
+    splits: Splits = {}
+    reports: Reports = {}
+    for name, files, split, size in (
+        ("train", config.train_files, config.train_split, 0),
+        ("validation", config.validation_files, config.validation_split, config.num_validation),
+        ("test", config.test_files, config.test_split, config.num_test),
+    ):
+        if files:
+            splits[name], report = examples_from_rows(read_rows(files, split=split), columns)
+            reports[name] = [report]
+        else:
+            splits["train"], splits[name] = split_off(splits["train"], size, seed=config.seed)
+    return splits, reports
