@@ -13,6 +13,7 @@ from trapo_jax.losses import (
     constant_mean_weights,
     constant_sum,
     constant_sum_weights,
+    segment_mean_weights,
     sequence_mean,
     sequence_mean_weights,
     token_mean,
@@ -242,3 +243,26 @@ def test_width_of_the_pad_changes_nothing(batch, name, width):
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+def test_segment_mean_weights_by_hand():
+    where = np.array([[True, True, False, True], [True, False, True, False]])
+    segment_ids = np.array([[1, 1, 2, 2], [2, 3, 0, 0]])  # segment 2 goes on in the next row
+    weights = segment_mean_weights(where, segment_ids, num_segments=7)
+    # Segments 0, 1 and 2 have masked tokens: one, two and two.
+    sixth = 1 / 6
+    expected = [[sixth, sixth, 0, sixth], [sixth, 0, 2 * sixth, 0]]
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    assert weights.dtype == jnp.float32
+
+
+def test_segment_mean_weights_of_one_segment_a_row_are_those_of_rows():
+    segment_ids = np.broadcast_to(np.arange(3)[:, None], WHERE.shape)
+    np.testing.assert_allclose(
+        segment_mean_weights(WHERE, segment_ids, num_segments=3), sequence_mean_weights(WHERE)
+    )
+
+
+def test_segment_mean_weights_of_an_empty_mask_are_zero():
+    weights = segment_mean_weights(np.zeros((2, 3), bool), np.ones((2, 3), int), num_segments=2)
+    np.testing.assert_array_equal(weights, 0.0)

@@ -1,9 +1,11 @@
 """Rollouts to one training batch: where every token gets its `TokenKind`, from lengths.
 
-One rollout a row, right-padded. Kinds never come from `ids != pad_id`: the pad may be EOS.
+Rollouts are packed into rows of a fixed length, so that hardly a token is pad, and rows are dealt out so
+that the devices of a micro-batch have equal work. Kinds never come from `ids != pad_id`: the pad may be EOS.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,12 +16,13 @@ def build_batch(
     groups: Sequence[Sequence[Rollout]],
     advantages: Sequence[np.ndarray],
     *,
-    num_micro_batches: int = 1,
-    rows_multiple: int = 1,
-    length_bucket: int = 32,
+    row_len: int,
+    micro_batch_rows: int,
+    num_shards: int = 1,
+    packed: bool = True,
     pad_id: int = 0,
 ) -> TrainBatch:
-    """Lays rollouts out in `[M, B, T]`.
+    """Lays rollouts out in `[M, B, T]`, with M = ceil(rollouts / B) whatever their lengths.
 
     Of the rollouts of a group that start from the same expert prefix, the first carries the expert
     loss (`EXPERT_TRAINED`); for the others the prefix is context (`EXPERT`).
@@ -27,57 +30,122 @@ def build_batch(
     Args:
       groups: the rollouts of each problem.
       advantages: float32 `[G]` for each problem.
-      num_micro_batches: M; rows are dealt out so that each micro-batch gets the same number.
-      rows_multiple: B is a multiple of this (the number of data-parallel shards); empty rows fill up.
-      length_bucket: T is the longest row rounded up to a multiple of this.
+      row_len: T, at least the longest rollout, in tokens.
+      micro_batch_rows: B, global; a multiple of `num_shards`.
+      num_shards: devices among which a micro-batch's rows are split, in equal blocks.
+      packed: several rollouts a row; otherwise one.
       pad_id: the token id in the pad; its value has no influence.
+
+    Raises:
+      ValueError: if a rollout is longer than a row, or the shards do not divide the rows.
     """
-    rows = [
-        (rollout, carries, advantage)
+    if micro_batch_rows % num_shards:
+        raise ValueError(f"{num_shards} shards do not divide micro_batch_rows {micro_batch_rows}")
+    segments = _segments(groups, advantages)
+    lens = [segment.length for segment in segments]
+    if max(lens) > row_len:
+        raise ValueError(f"a rollout of {max(lens)} tokens exceeds row_len {row_len}")
+    rows = pack(lens, row_len) if packed else [[i] for i in range(len(lens))]
+    batch = _empty_batch(-(-len(lens) // micro_batch_rows), micro_batch_rows, row_len, pad_id)
+    costs = [sum(lens[i] ** 2 for i in row) for row in rows]
+    places = deal(costs, micro_batch_rows, num_shards)
+    for row, place in zip(rows, places, strict=True):
+        start = 0
+        for i in row:
+            _write(batch, (*place, slice(start, start + lens[i])), segments[i], segment_id=1 + i)
+            start += lens[i]
+    batch = batch._replace(
+        num_rollouts=np.float32(len(segments)),
+        num_micro_batches=np.int32(-(-len(rows) // micro_batch_rows)),
+    )
+    _check(batch, segments)
+    return batch
+
+
+def pack(lens: Sequence[int], row_len: int) -> list[list[int]]:
+    """Indices of what shares a row: the longest first, each into the first row with room for it.
+
+    >>> pack([2, 5, 3, 4], row_len=7)
+    [[1, 0], [3, 2]]
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lens)), key=lambda i: (-lens[i], i)):
+        row = next((r for r, left in enumerate(room) if left >= lens[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(row_len)
+        rows[row].append(i)
+        room[row] -= lens[i]
+    return rows
+
+
+def deal(costs: Sequence[float], micro_batch_rows: int, num_shards: int) -> list[tuple[int, int]]:
+    """(micro-batch, row) for each row of tokens, so that the shards of a micro-batch wait little for each other.
+
+    Rows of similar cost share a micro-batch; within it each goes, the costliest first, to the shard that
+    has the least so far. Rows have equal lengths, so what differs is attention: the sum of squared
+    segment lengths, where a kernel skips what it need not see.
+
+    >>> deal([9, 1, 4, 8], micro_batch_rows=4, num_shards=2)
+    [(0, 0), (0, 1), (0, 3), (0, 2)]
+    """
+    rows_per_shard = micro_batch_rows // num_shards
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    places: list[tuple[int, int]] = [(0, 0)] * len(costs)
+    for start in range(0, len(order), micro_batch_rows):
+        loads, counts = [0.0] * num_shards, [0] * num_shards
+        for i in order[start : start + micro_batch_rows]:
+            shard = min(
+                (s for s in range(num_shards) if counts[s] < rows_per_shard),
+                key=lambda s: (loads[s], s),
+            )
+            places[i] = (start // micro_batch_rows, shard * rows_per_shard + counts[shard])
+            loads[shard] += costs[i]
+            counts[shard] += 1
+    return places
+
+
+def count_kinds(batch: TrainBatch) -> dict[str, int]:
+    """Tokens of each kind, by lower-case name; pad in the micro-batches that are computed."""
+    kinds = batch.kinds[: batch.num_micro_batches]
+    counts = np.bincount(kinds.ravel(), minlength=len(TokenKind))
+    return {kind.name.lower(): int(counts[kind]) for kind in TokenKind}
+
+
+def balance(batch: TrainBatch, num_shards: int) -> float:
+    """Attention's work of the mean device over that of the busiest, in (0, 1]; 1 where none waits."""
+    lens = np.bincount(batch.segment_ids.ravel())
+    lens[0] = 0
+    work = lens[batch.segment_ids].sum(axis=-1)  # a segment's length, for each of its tokens
+    by_shard = work.reshape(len(work), num_shards, -1).sum(axis=-1)
+    return float(by_shard.mean(axis=-1).sum() / by_shard.max(axis=-1).sum())
+
+
+class _Segment(NamedTuple):
+    """A rollout as it stands in a row."""
+
+    rollout: Rollout
+    carries: bool  # the expert loss
+    advantage: float
+
+    @property
+    def length(self) -> int:
+        request = self.rollout.request
+        num_new = len(self.rollout.completion.token_ids)
+        return len(request.problem.prompt_ids) + request.prefix_len + num_new
+
+
+def _segments(
+    groups: Sequence[Sequence[Rollout]], advantages: Sequence[np.ndarray]
+) -> list[_Segment]:
+    return [
+        _Segment(rollout, carries, float(advantage))
         for group, group_advantages in zip(groups, advantages, strict=True)
         for rollout, carries, advantage in zip(
             group, _carries_expert_loss(group), group_advantages, strict=True
         )
     ]
-    multiple = num_micro_batches * rows_multiple
-    num_rows = -(-len(rows) // multiple) * multiple
-    longest = max(_row_len(rollout) for rollout, _, _ in rows)
-    shape = (num_rows, -(-longest // length_bucket) * length_bucket)
-    token_ids = np.full(shape, pad_id, np.int32)
-    positions = np.zeros(shape, np.int32)
-    segment_ids = np.zeros(shape, np.int32)
-    kinds = np.full(shape, TokenKind.PAD, np.int8)
-    row_advantages = np.zeros(shape, np.float32)
-    sampler_logprobs = np.zeros(shape, np.float32)
-    for i, (rollout, carries, advantage) in enumerate(rows):
-        request = rollout.request
-        completion = rollout.completion
-        prefix_start = len(request.problem.prompt_ids)
-        start = prefix_start + request.prefix_len
-        end = start + len(completion.token_ids)
-        token_ids[i, :end] = (
-            *request.problem.prompt_ids,
-            *request.prefix_ids,
-            *completion.token_ids,
-        )
-        positions[i, :end] = np.arange(end)
-        segment_ids[i, :end] = 1
-        kinds[i, :prefix_start] = TokenKind.PROMPT
-        kinds[i, prefix_start:start] = TokenKind.EXPERT_TRAINED if carries else TokenKind.EXPERT
-        kinds[i, start:end] = TokenKind.COMPLETION
-        row_advantages[i, start:end] = advantage
-        sampler_logprobs[i, start:end] = completion.logprobs
-    arrays = (token_ids, positions, segment_ids, kinds, row_advantages, sampler_logprobs)
-    split = (x.reshape(num_micro_batches, -1, shape[1]) for x in arrays)
-    batch = TrainBatch(*split, num_rollouts=np.float32(len(rows)))
-    _check(batch, rows)
-    return batch
-
-
-def count_kinds(batch: TrainBatch) -> dict[str, int]:
-    """Tokens of each kind, by lower-case name."""
-    counts = np.bincount(batch.kinds.ravel(), minlength=len(TokenKind))
-    return {kind.name.lower(): int(counts[kind]) for kind in TokenKind}
 
 
 def _carries_expert_loss(group: Sequence[Rollout]) -> list[bool]:
@@ -90,22 +158,53 @@ def _carries_expert_loss(group: Sequence[Rollout]) -> list[bool]:
     return carries
 
 
-def _row_len(rollout: Rollout) -> int:
-    request = rollout.request
-    return len(request.problem.prompt_ids) + request.prefix_len + len(rollout.completion.token_ids)
+def _empty_batch(num_micro_batches: int, num_rows: int, row_len: int, pad_id: int) -> TrainBatch:
+    shape = (num_micro_batches, num_rows, row_len)
+    return TrainBatch(
+        token_ids=np.full(shape, pad_id, np.int32),
+        positions=np.zeros(shape, np.int32),
+        segment_ids=np.zeros(shape, np.int32),
+        kinds=np.full(shape, TokenKind.PAD, np.int8),
+        advantages=np.zeros(shape, np.float32),
+        sampler_logprobs=np.zeros(shape, np.float32),
+        num_rollouts=np.float32(0),
+        num_micro_batches=np.int32(0),
+    )
 
 
-def _check(batch: TrainBatch, rows: Sequence[tuple[Rollout, bool, float]]) -> None:
+def _write(batch: TrainBatch, place: tuple, segment: _Segment, *, segment_id: int) -> None:
+    """Writes a rollout into the tokens `place` of a batch."""
+    request, completion = segment.rollout.request, segment.rollout.completion
+    prefix_start = len(request.problem.prompt_ids)
+    start = prefix_start + request.prefix_len
+    batch.token_ids[place] = (
+        *request.problem.prompt_ids,
+        *request.prefix_ids,
+        *completion.token_ids,
+    )
+    batch.positions[place] = np.arange(segment.length)
+    batch.segment_ids[place] = segment_id
+    kinds = batch.kinds[place]  # a view, like the two below
+    kinds[:prefix_start] = TokenKind.PROMPT
+    kinds[prefix_start:start] = TokenKind.EXPERT_TRAINED if segment.carries else TokenKind.EXPERT
+    kinds[start:] = TokenKind.COMPLETION
+    batch.advantages[place][start:] = segment.advantage
+    batch.sampler_logprobs[place][start:] = completion.logprobs
+
+
+def _check(batch: TrainBatch, segments: Sequence[_Segment]) -> None:
     """The invariants of the kinds, on the host, for every batch."""
-    counts = count_kinds(batch)
+    requests = [segment.rollout.request for segment in segments]
     expected = {
-        "prompt": sum(len(r.request.problem.prompt_ids) for r, _, _ in rows),
-        "expert_trained": sum(r.request.prefix_len for r, carries, _ in rows if carries),
-        "expert": sum(r.request.prefix_len for r, carries, _ in rows if not carries),
-        "completion": sum(len(r.completion.token_ids) for r, _, _ in rows),
+        "prompt": sum(len(r.problem.prompt_ids) for r in requests),
+        "expert_trained": sum(s.rollout.request.prefix_len for s in segments if s.carries),
+        "expert": sum(s.rollout.request.prefix_len for s in segments if not s.carries),
+        "completion": sum(len(s.rollout.completion.token_ids) for s in segments),
     }
-    expected["pad"] = batch.kinds.size - sum(expected.values())
-    if counts != expected:
+    used = batch.kinds[: batch.num_micro_batches]
+    expected["pad"] = used.size - sum(expected.values())
+    counts = count_kinds(batch)
+    if counts != expected or (batch.kinds[batch.num_micro_batches :] != TokenKind.PAD).any():
         raise AssertionError(f"token kinds {counts} differ from the rollouts' lengths {expected}")
     if ((batch.kinds == TokenKind.PAD) != (batch.segment_ids == 0)).any():
         raise AssertionError("pad kinds and segment ids disagree")

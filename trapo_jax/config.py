@@ -150,8 +150,12 @@ class TrainConfig(_Section):
     """Optimiser steps."""
     problems_per_step: Positive = 8
     """Problems in one optimiser batch; each gets a group of rollouts."""
-    num_micro_batches: Positive = 2
-    """Pieces the batch is computed in; changes memory, not the result."""
+    packing: bool = True
+    """Several rollouts a row; false: one a row, the rest of it pad."""
+    row_length: Positive | None = None
+    """Tokens of a row; null: data.max_prompt_length + sampling.max_completion_length."""
+    per_device_rows: Positive = 4
+    """Rows a device computes at once; changes memory and speed, not the result."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate of AdamW."""
     warmup_steps: NotNegative = 10
@@ -226,7 +230,22 @@ class Config(_Section):
                 f"train.problems_per_step={train.problems_per_step}: more than "
                 f"data.num_train={data.num_train}; a batch would repeat problems"
             )
+        if self.row_len < self.longest_rollout_len:
+            raise ValueError(
+                f"train.row_length={train.row_length}: less than data.max_prompt_length + "
+                f"sampling.max_completion_length = {self.longest_rollout_len}; a rollout might not fit"
+            )
         return self
+
+    @property
+    def row_len(self) -> int:
+        """Tokens of a training row."""
+        return self.train.row_length or self.longest_rollout_len
+
+    @property
+    def longest_rollout_len(self) -> int:
+        """Tokens of the longest possible rollout."""
+        return self.data.max_prompt_length + self.sampling.max_completion_length
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -23,7 +23,7 @@ import optax
 from jax.sharding import Mesh
 
 from trapo_jax.advantages import group_advantages
-from trapo_jax.batch import build_batch, count_kinds
+from trapo_jax.batch import balance, build_batch, count_kinds
 from trapo_jax.checkpoint import CheckpointStore, abstract_like
 from trapo_jax.config import Config, config_from_command_line
 from trapo_jax.data import load_tokenizer, problem_batches
@@ -283,11 +283,14 @@ def train_one_step(
         )
         for group in groups
     ]
+    num_shards = num_batch_shards(parts.mesh)
     batch = build_batch(
         groups,
         advantages,
-        num_micro_batches=config.train.num_micro_batches,
-        rows_multiple=num_batch_shards(parts.mesh),
+        row_len=config.row_len,
+        micro_batch_rows=config.train.per_device_rows * num_shards,
+        num_shards=num_shards,
+        packed=config.train.packing,
         pad_id=parts.tokenizer.pad_token_id or 0,
     )
     state, device_metrics = parts.train_step(state, batch)
@@ -301,6 +304,8 @@ def train_one_step(
         **rollout_metrics(groups),
         **device_values,
         **{f"batch/{name}_tokens": count for name, count in kinds.items()},
+        "batch/pad_fraction": kinds["pad"] / sum(kinds.values()),
+        "batch/balance": balance(batch, num_shards),
         "tokens/trained": counters.tokens_trained,
         "tokens/sampled": counters.tokens_sampled,
         "problems/seen": counters.problems_seen,

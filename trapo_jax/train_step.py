@@ -16,7 +16,7 @@ from trapo_jax.losses import (
     constant_mean_weights,
     constant_sum_weights,
     linear_token_logprobs,
-    sequence_mean_weights,
+    segment_mean_weights,
     token_mean_weights,
 )
 from trapo_jax.methods import Normalizer, Term
@@ -161,21 +161,24 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
         weights = _term_weights(batch, terms, max_completion_length)
-        arrays = batch._replace(num_rollouts=jnp.zeros(batch.kinds.shape[0]))
 
-        def accumulate(carry, micro_batch_and_weights):
+        def micro_batch(index):
+            one = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+            return jax.tree.map(lambda x: one(x) if x.ndim else x, (batch, weights))
+
+        def accumulate(index, carry):
             grads, sums, max_gap = carry
             (_, (new_sums, gap)), new_grads = jax.value_and_grad(objective, has_aux=True)(
-                state.params, *micro_batch_and_weights
+                state.params, *micro_batch(index)
             )
             carry = jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums))
-            return (*carry, jnp.maximum(max_gap, gap)), None
+            return (*carry, jnp.maximum(max_gap, gap))
 
-        first = jax.tree.map(lambda x: x[0], (arrays, weights))
-        shapes = jax.eval_shape(objective, state.params, *first)[1]
+        shapes = jax.eval_shape(objective, state.params, *micro_batch(0))[1]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         initial = (jax.tree.map(jnp.zeros_like, state.params), *zeros)
-        (grads, sums, max_gap), _ = jax.lax.scan(accumulate, initial, (arrays, weights))
+        # A loop whose length is data: how many micro-batches a batch fills changes no shape.
+        grads, sums, max_gap = jax.lax.fori_loop(0, batch.num_micro_batches, accumulate, initial)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss/total"])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -193,7 +196,7 @@ def make_train_step(
     rows = batch_sharding(mesh)
     return jax.jit(
         train_step,
-        in_shardings=(shardings, TrainBatch(*[rows] * 6, num_rollouts=everywhere)),
+        in_shardings=(shardings, TrainBatch(*[rows] * 6, everywhere, everywhere)),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
@@ -209,7 +212,9 @@ def _term_weights(
         if normalizer == "token_mean":
             return token_mean_weights(mask)
         if normalizer == "sequence_mean":
-            return sequence_mean_weights(mask)
+            num_rows = kinds.shape[0] * kinds.shape[1]  # and at most as many rollouts
+            segment_ids = batch.segment_ids[..., 1:]
+            return segment_mean_weights(mask, segment_ids, num_segments=1 + num_rows)
         if normalizer == "constant_sum":
             return constant_sum_weights(mask, length=max_completion_length)
         return constant_mean_weights(

@@ -154,17 +154,20 @@ class TokenKind(enum.IntEnum):
 class TrainBatch(NamedTuple):
     """One optimiser batch. Arrays are `[M, B, T]`: micro-batches, rows, tokens; global sizes.
 
-    `kinds[..., t]`, `advantages[..., t]` and `sampler_logprobs[..., t]` belong to the token
-    `token_ids[..., t]`, which the position t - 1 of the same segment predicts.
+    A row holds one or several rollouts one after the other, each a segment. `kinds[..., t]`,
+    `advantages[..., t]` and `sampler_logprobs[..., t]` belong to the token `token_ids[..., t]`,
+    which the position t - 1 of the same segment predicts. M is as large as it can ever be, so that
+    shapes stay the same; the micro-batches from `num_micro_batches` on are all pad.
     """
 
     token_ids: Any  # int32
     positions: Any  # int32, 0 at a segment's first token
-    segment_ids: Any  # int32, 0 in the pad, else 1 ..
+    segment_ids: Any  # int32, 0 in the pad, else 1 + the rollout's number in the batch
     kinds: Any  # int8, TokenKind
     advantages: Any  # float32, the rollout's advantage on its completion, else 0
     sampler_logprobs: Any  # float32, on the completion, else 0
     num_rollouts: Any  # float32 [], rollouts in the whole batch
+    num_micro_batches: Any  # int32 [], micro-batches that hold any
 
 
 TokenArray = np.ndarray

@@ -10,6 +10,7 @@ micro-batches, packed into rows or spread over devices, which is why the gradien
     constant_mean   w = 1 / (length * number of sequences)
 """
 
+import jax
 import jax.numpy as jnp
 
 from trapo_jax.losses._common import Array, ArrayLike, check_positive, float32_where
@@ -26,6 +27,27 @@ def sequence_mean_weights(where: ArrayLike, *, axis: int = -1) -> Array:
     mask = jnp.asarray(where, jnp.float32)
     num_tokens = jnp.sum(mask, axis=axis, keepdims=True)
     return mask / jnp.maximum(1.0, num_tokens) / jnp.maximum(1.0, jnp.sum(num_tokens > 0))
+
+
+def segment_mean_weights(where: ArrayLike, segment_ids: ArrayLike, *, num_segments: int) -> Array:
+    """Weights of `sequence_mean` for packed rows, whose sequences are segments.
+
+    Args:
+      where: boolean `[...]`.
+      segment_ids: integers `[...]` in `[0, num_segments)`; equal ones, in whatever row, are one sequence.
+      num_segments: an upper bound of the ids, static.
+
+    Returns:
+      float32, the shape of `where`; segments without a masked token do not count.
+
+    Example:
+      >>> segment_mean_weights(jnp.array([True, True, True]), jnp.array([1, 1, 2]), num_segments=3)
+      Array([0.25, 0.25, 0.5 ], dtype=float32)
+    """
+    mask = jnp.asarray(where, jnp.float32)
+    num_tokens = jax.ops.segment_sum(mask.ravel(), jnp.ravel(segment_ids), num_segments)
+    per_segment = 1.0 / jnp.maximum(1.0, num_tokens) / jnp.maximum(1.0, jnp.sum(num_tokens > 0))
+    return mask * per_segment[jnp.asarray(segment_ids)]
 
 
 def constant_sum_weights(where: ArrayLike, *, length: ArrayLike) -> Array:
