@@ -224,7 +224,7 @@ def test_shards_of_a_micro_batch_get_equal_attention():
     batch = build(group, **options)
     full = batch._replace(segment_ids=batch.segment_ids[:1])  # the last micro-batch has few rows
     assert balance(full, 8) > 0.85
-    shuffled = rng.permuted(full.segment_ids, axis=1)
+    shuffled = rng.permutation(full.segment_ids, axis=1)
     assert balance(full._replace(segment_ids=shuffled), 8) < balance(full, 8)
 
 
