@@ -2,8 +2,12 @@
 
     python tools/compare_with_transformers.py --model models/smollm2_135m [--tokens 64]
 
-Prints the largest difference of logits on 20 prompts, padded together, and how many greedy continuations are the
-same token for token. Exit code 1 if the logits differ by more than 1e-4 or a continuation differs.
+Prints how far our logits and those of transformers are from the same model in float64, on 20 prompts, ours padded
+together; and how many greedy continuations are the same token for token. Exit code 1 if ours are further away
+than 1e-5 of the largest logit, or if a continuation differs.
+
+The yardstick is float64 because float32 does not resolve 1e-4 on a large model's logits: SmolLM2-135M's reach 40,
+and transformers' own float32 logits are 9e-5 from the float64 ones.
 """
 
 import argparse
@@ -50,7 +54,7 @@ QUESTIONS = (
     "Is a tomato a fruit or a vegetable?",
     "Tell me a joke about computers.",
 )
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5  # of the largest logit
 
 
 def main() -> int:
@@ -66,15 +70,21 @@ def main() -> int:
         for question in QUESTIONS
     ]
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    difference = compare_logits(folder, theirs, prompts)
-    print(f"logits: largest difference {difference:.1e} on {sum(map(len, prompts))} tokens")
+    ours_off, theirs_off, largest = compare_logits(folder, theirs, prompts)
+    print(
+        f"logits of {sum(map(len, prompts))} tokens, largest {largest:.0f}: furthest from float64 "
+        f"ours {ours_off:.1e}, transformers {theirs_off:.1e}"
+    )
     same = compare_greedy(folder, theirs, prompts, tokenizer, args.tokens)
     print(f"greedy: {same} of {len(prompts)} continuations of {args.tokens} tokens are the same")
-    return int(difference > TOLERANCE or same < len(prompts))
+    return int(ours_off > TOLERANCE * largest or same < len(prompts))
 
 
-def compare_logits(folder: Path, theirs: Any, prompts: list[list[int]]) -> float:
-    """All prompts in one right-padded batch of ours, one by one in theirs."""
+def compare_logits(
+    folder: Path, theirs: Any, prompts: list[list[int]]
+) -> tuple[float, float, float]:
+    """Largest distance from float64 of ours, all prompts in one right-padded batch, and of theirs, one by
+    one; and the largest logit."""
     config = read_config(folder)
     params = load_params(folder, config)
     longest = max(map(len, prompts))
@@ -85,12 +95,15 @@ def compare_logits(folder: Path, theirs: Any, prompts: list[list[int]]) -> float
         params, token_ids, positions, valid.astype(np.int32)
     )
     ours = np.asarray(hidden @ unembedding(params))
-    largest = 0.0
+    exact: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    distances = []
     for row, ids in zip(ours, prompts, strict=True):
         with torch.no_grad():
-            logits = theirs(torch.tensor([ids])).logits[0].numpy()
-        largest = max(largest, float(np.abs(row[: len(ids)] - logits).max()))
-    return largest
+            reference, single = (m(torch.tensor([ids])).logits[0].numpy() for m in (exact, theirs))
+        distances.append([np.abs(x - reference).max() for x in (row[: len(ids)], single)])
+        distances[-1].append(np.abs(reference).max())
+    ours_off, theirs_off, largest = np.max(distances, axis=0).tolist()
+    return ours_off, theirs_off, largest
 
 
 def compare_greedy(
