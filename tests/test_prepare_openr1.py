@@ -1,0 +1,163 @@
+"""tools/prepare_openr1.py, on small files in exactly the layouts of the two hub data sets."""
+
+import importlib.util
+import json
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from conftest import REPOSITORY
+
+from trapo_jax.data.columns import COLUMN_PRESETS, examples_from_rows
+from trapo_jax.data.sources import read_rows
+from trapo_jax.types import UserError
+
+LONG_SYSTEM = "Your task is to follow a systematic, thorough reasoning process."
+
+
+@pytest.fixture(scope="module")
+def tool():
+    path = REPOSITORY / "tools" / "prepare_openr1.py"
+    spec = importlib.util.spec_from_file_location("prepare_openr1", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["prepare_openr1"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def first_row(question, answer, solution):
+    return {
+        "data_source": "openr1",
+        "prompt": [
+            {"content": LONG_SYSTEM, "role": "system"},
+            {"content": question, "role": "user"},
+        ],
+        "target": [{"content": solution, "role": "assistant"}],
+        "ability": "math",
+        "reward_model": {"ground_truth": answer, "style": "rule"},
+        "extra_info": {"index": 0, "split": "train"},
+    }
+
+
+def second_row(question, answer, generations, complete=None):
+    flags = [True] * len(generations)
+    return {
+        "problem": question,
+        "solution": "By the book.",
+        "answer": answer,
+        "problem_type": "Algebra",
+        "question_type": "math-word-problem",
+        "source": "olympiads",
+        "uuid": "c1d2",
+        "is_reasoning_complete": flags if complete is None else complete,
+        "generations": generations,
+        "correctness_math_verify": flags,
+        "correctness_llama": None,
+        "finish_reasons": None,
+        "correctness_count": len(generations),
+        "messages": [{"content": question, "role": "user"}],
+    }
+
+
+def solution(thought, answer):
+    return f"<think>\n{thought}, so \\boxed{{{answer}}}\n</think>\n\nThe answer is \\boxed{{{answer}}}."
+
+
+FIRST = [
+    first_row("What is 1 + 1?", "2", solution("one and one", "2")),
+    first_row("What is 2 + 2?", "4", solution("wrong", "5")),  # the first solution is wrong
+    first_row("What is 3 + 3?", "6", solution("three and three", "6")),  # not in the second set
+    first_row("What is 4 + 4?", "8", solution("wrong", "9")),  # none is right
+    first_row("What is  1 + 1?", "2", solution("again", "2")),  # the same question
+    first_row("What is 5 + 5?", "", solution("five", "10")),
+]
+SECOND = [
+    second_row("What is 9 + 9?", "18", [solution("nobody asks", "18")]),
+    second_row(
+        "What is 1 + 1?",
+        "2",
+        [
+            solution("one and one", "2"),  # equal to the first
+            solution("cut", "2"),  # not complete
+            solution("wrong", "3"),
+            solution("another way", "2"),
+            solution("a third way", "2"),  # two are enough
+        ],
+        [True, False, True, True, True],
+    ),
+    second_row("What is 2 + 2?", "4", [solution("two and two", "\\frac{8}{2}")]),
+    second_row("What is 4 + 4?", "8", [solution("wrong too", "7")]),
+]
+
+
+def write(path, rows):
+    pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def test_problems_keep_their_right_solutions(tool, tmp_path):
+    out = tmp_path / "out" / "set.parquet"
+    first = write(tmp_path / "first.parquet", FIRST)
+    second = write(tmp_path / "second.parquet", SECOND)
+    report = tool.prepare(out, first, second, 1, 20.0)
+    rows = pa.parquet.read_table(out).to_pylist()
+    assert [row["prompt"] for row in rows] == [
+        [{"role": "user", "content": f"What is {n} + {n}?"}] for n in (1, 2, 3)
+    ]
+    assert [row["extra_info"]["answer_list"] for row in rows] == [
+        [solution("one and one", "2"), solution("another way", "2")],
+        [solution("two and two", "\\frac{8}{2}")],
+        [solution("three and three", "6")],
+    ]
+    assert all(row["target"][0]["content"] == row["extra_info"]["answer_list"][0] for row in rows)
+    assert report == {
+        "problems read": 6,
+        "problems dropped: a question seen before": 1,
+        "problems dropped: empty question or answer": 1,
+        "second solutions left out: the same as one before": 1,
+        "second solutions left out: incomplete": 1,
+        "problems in both sets": 3,
+        "first solutions dropped: wrong": 2,
+        "second solutions dropped: wrong": 2,
+        "problems with 2 solutions": 1,
+        "problems with 1 solution": 2,
+        "problems dropped: no right solution": 1,
+        "problems written": 3,
+    }
+    assert json.loads((tmp_path / "out" / "set.json").read_text()) == report
+    assert sorted(path.name for path in out.parent.iterdir()) == ["set.json", "set.parquet"]
+    # Training reads it as it is.
+    examples, _ = examples_from_rows(read_rows([str(out)]), COLUMN_PRESETS["verl"])
+    assert examples[0].solutions == (
+        "one and one, so \\boxed{2}",
+        "another way, so \\boxed{2}",
+    )
+    assert examples[0].source == "openr1"
+    with pytest.raises(UserError, match="exists already"):
+        tool.prepare(out, first, second, 1, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ([{"question": "1 + 1?"}], SECOND, "row 1: no field 'prompt'"),
+        ([{**FIRST[0], "prompt": "1 + 1?"}], SECOND, "'prompt' is not a list of chat messages"),
+        ([{**FIRST[0], "reward_model": None}], SECOND, "no field 'ground_truth'"),
+        (FIRST, [{"problem": "What is 1 + 1?"}], "row 1: no field 'generations'"),
+        ([FIRST[3]], [SECOND[3]], "no problem is left"),
+    ],
+)
+def test_other_layouts_are_one_line(tool, tmp_path, first, second, message):
+    files = [write(tmp_path / f"{i}.parquet", rows) for i, rows in enumerate((first, second))]
+    with pytest.raises(UserError, match=message) as error:
+        tool.prepare(tmp_path / "out.parquet", *files, 1, 20.0)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_out_must_be_parquet(tool, tmp_path):
+    with pytest.raises(UserError, match=r"ends in \.parquet"):
+        tool.prepare(tmp_path / "out.json", "a", "b", 1, 20.0)

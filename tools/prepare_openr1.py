@@ -1,0 +1,264 @@
+"""Builds the paper's training set: OpenR1-Math-46k-8192 with one more solution for each problem from OpenR1-Math-220k.
+
+    python tools/prepare_openr1.py --out data/openr1_46k_two_experts.parquet
+    python -m trapo_jax.train data.source=files data.train_files=data/openr1_46k_two_experts.parquet \\
+        data.columns.preset=verl data.template=qwen_math rewards.verifier=math ...
+
+Every solution is judged by the same verifier that training uses; a problem keeps those that are right, at most two,
+the first set's own in front. A problem of which none is right is dropped. Beside the parquet file, in verl's layout,
+stands a report (`.json`) of what was dropped, and why.
+
+`--problems` and `--solutions` are hub ids (12 GB to download together) or local parquet, JSONL or Arrow files in
+these layouts:
+
+  problems   prompt (chat messages), target (chat messages), reward_model.ground_truth, data_source
+  solutions  problem, generations (list of texts), is_reasoning_complete (list of booleans)
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+from typing import Any
+
+from trapo_jax.data.columns import expert_text
+from trapo_jax.data.sources import Row, read_rows
+from trapo_jax.metrics import fail
+from trapo_jax.rewards import Verifier, make_verifier
+from trapo_jax.types import Problem, UserError, Verdict
+
+PROBLEMS = "Elliott/Openr1-Math-46k-8192"
+SOLUTIONS = "open-r1/OpenR1-Math-220k:all"
+SOLUTIONS_SPLITS = ("default", "extended")
+MAX_EXPERTS = 2
+IN_FLIGHT = 256  # solutions handed to the verifier and not yet judged
+PROGRESS_SECS = 10.0
+
+
+@dataclasses.dataclass
+class Entry:
+    """A problem on its way through."""
+
+    question: str
+    answer: str
+    source: str
+    candidates: list[str]  # solutions in order of preference, not judged yet
+    num_own: int  # how many of them are the first set's
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="parquet file to write; must not exist"
+    )
+    parser.add_argument("--problems", default=PROBLEMS, help=f"default {PROBLEMS}")
+    parser.add_argument("--solutions", default=SOLUTIONS, help=f"default {SOLUTIONS}")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="verifier processes")
+    parser.add_argument("--timeout-secs", type=float, default=5.0, help="for one solution")
+    args = parser.parse_args()
+    try:
+        report = prepare(args.out, args.problems, args.solutions, args.workers, args.timeout_secs)
+    except UserError as error:
+        return fail(str(error), 2)
+    width = max(map(len, report))
+    for name, count in report.items():
+        print(f"{name:{width}}  {count:>7}")
+    print(f"wrote {args.out} and {report_path(args.out)}")
+    return 0
+
+
+def prepare(
+    out: Path, problems: str, solutions: str, num_workers: int, timeout_secs: float
+) -> dict[str, int]:
+    """Writes the data set and its report, and returns the report.
+
+    Raises:
+      UserError: for data that are missing, damaged or of another layout; if nothing is left.
+    """
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out}: give a name that ends in .parquet")
+    for path in (out, report_path(out)):
+        if path.exists():
+            raise UserError(f"{path}: exists already; give another --out")
+    counts: Counter[str] = Counter()
+    entries = read_problems(problems, counts)
+    add_solutions(entries, solutions, counts)
+    with make_verifier(
+        "math",
+        eos_text="",
+        num_workers=num_workers,
+        timeout_secs=timeout_secs,
+        max_response_chars=1_000_000,
+    ) as verifier:
+        verdicts = judge(verifier, entries.values())
+    rows = list(finished_rows(entries.values(), verdicts, counts))
+    if not rows:
+        raise UserError(f"no problem is left: {json.dumps(counts)}")
+    counts["problems written"] = len(rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_parquet(out, rows)
+    report_path(out).write_text(json.dumps(counts, indent=2) + "\n")
+    return dict(counts)
+
+
+def read_problems(data: str, counts: Counter[str]) -> dict[str, Entry]:
+    """The first set, by the question without its white space."""
+    entries: dict[str, Entry] = {}
+    for row in read_rows([data]):
+        counts["problems read"] += 1
+        question = last_content(row, "prompt")
+        answer = field(field_of(row, "reward_model"), "ground_truth", row)
+        own = last_content(row, "target") if row.values.get("target") else ""
+        if not question or not isinstance(answer, str) or not answer.strip():
+            counts["problems dropped: empty question or answer"] += 1
+        elif key(question) in entries:
+            counts["problems dropped: a question seen before"] += 1
+        else:
+            source = row.values.get("data_source") or "openr1"
+            candidates = [own] if own else []
+            entries[key(question)] = Entry(question, answer, source, candidates, len(candidates))
+    return entries
+
+
+def add_solutions(entries: dict[str, Entry], data: str, counts: Counter[str]) -> None:
+    """Adds the second set's complete solutions to the problems of the first, in its order."""
+    matched: set[str] = set()
+    for row in second_set(data):
+        question = field_of(row, "problem")
+        entry = entries.get(key(question)) if isinstance(question, str) else None
+        if entry is None:
+            continue
+        matched.add(key(entry.question))
+        generations = field_of(row, "generations") or []
+        complete = row.values.get("is_reasoning_complete") or [True] * len(generations)
+        for text, is_complete in zip(generations, complete, strict=False):
+            if not is_complete or not text:
+                counts["second solutions left out: incomplete"] += 1
+            elif expert_text(text) in map(expert_text, entry.candidates):
+                counts["second solutions left out: the same as one before"] += 1
+            else:
+                entry.candidates.append(text)
+    counts["problems in both sets"] = len(matched)
+
+
+def second_set(data: str) -> Iterator[Row]:
+    if data != SOLUTIONS:
+        yield from read_rows([data])
+        return
+    for split in SOLUTIONS_SPLITS:
+        yield from read_rows([data], split=split)
+
+
+def judge(verifier: Verifier, entries: Iterable[Entry]) -> dict[str, Verdict]:
+    """The verdict on every candidate that is needed: in order, until a problem has two right ones."""
+    verdicts: dict[str, Verdict] = {}
+    waiting = list(entries)
+    total, started, told = len(waiting), time.monotonic(), time.monotonic()
+    judging: dict[Future[Verdict], tuple[Entry, int, int]] = {}
+    waiting.reverse()
+
+    def ask(entry: Entry, index: int, num_right: int) -> None:
+        if num_right < MAX_EXPERTS and index < len(entry.candidates):
+            problem = Problem("", (), entry.answer)
+            judging[verifier.submit(entry.candidates[index], problem)] = (entry, index, num_right)
+
+    while waiting or judging:
+        while waiting and len(judging) < IN_FLIGHT:
+            ask(waiting.pop(), 0, 0)
+        done = wait(judging, return_when=FIRST_COMPLETED).done if judging else ()
+        for future in done:
+            entry, index, num_right = judging.pop(future)
+            verdict = verdicts[entry.candidates[index]] = future.result()
+            ask(entry, index + 1, num_right + (verdict is Verdict.CORRECT))
+        if time.monotonic() - told > PROGRESS_SECS:
+            told = time.monotonic()
+            rate = (total - len(waiting)) / (told - started)
+            left = len(waiting) / rate
+            print(
+                f"judged {total - len(waiting)} of {total} problems, {rate:.0f}/s, {left:.0f} s left"
+            )
+    return verdicts
+
+
+def finished_rows(
+    entries: Iterable[Entry], verdicts: dict[str, Verdict], counts: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows in verl's layout, of problems with a right solution; counts what became of the others."""
+    for index, entry in enumerate(entries):
+        right = []
+        for i, text in enumerate(entry.candidates):
+            verdict = verdicts.get(text)
+            if verdict is Verdict.CORRECT and len(right) < MAX_EXPERTS:
+                right.append(text)
+            elif verdict not in (None, Verdict.CORRECT):
+                which = "first" if i < entry.num_own else "second"
+                counts[f"{which} solutions dropped: {verdict}"] += 1
+        if not right:
+            counts["problems dropped: no right solution"] += 1
+            continue
+        counts[f"problems with {len(right)} solution{'s' * (len(right) > 1)}"] += 1
+        yield {
+            "data_source": entry.source,
+            "prompt": [{"role": "user", "content": entry.question}],
+            "target": [{"role": "assistant", "content": right[0]}],
+            "ability": "math",
+            "reward_model": {"ground_truth": entry.answer, "style": "rule"},
+            "extra_info": {"answer_list": right, "index": index, "split": "train"},
+        }
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    partial = path.with_name(path.name + ".partial")
+    try:
+        pa.parquet.write_table(pa.Table.from_pylist(rows), partial, row_group_size=1000)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def report_path(out: Path) -> Path:
+    return out.with_suffix(".json")
+
+
+def key(question: str) -> str:
+    return "".join(question.split())
+
+
+def field_of(row: Row, name: str) -> Any:
+    return field(row.values, name, row)
+
+
+def field(values: Any, name: str, row: Row) -> Any:
+    if not isinstance(values, dict) or name not in values:
+        raise UserError(
+            f"{row.file}, row {row.number}: no field {name!r}; --help shows the layouts"
+        )
+    return values[name]
+
+
+def last_content(row: Row, name: str) -> str:
+    """The text of a chat's last message."""
+    messages = field_of(row, name)
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{row.file}, row {row.number}: {name!r} is not a list of chat messages")
+    content = field(messages[-1], "content", row)
+    if not isinstance(content, str):
+        raise UserError(f"{row.file}, row {row.number}: {name!r}: its last content is not text")
+    return content.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
