@@ -266,3 +266,13 @@ def test_segment_mean_weights_of_one_segment_a_row_are_those_of_rows():
 def test_segment_mean_weights_of_an_empty_mask_are_zero():
     weights = segment_mean_weights(np.zeros((2, 3), bool), np.ones((2, 3), int), num_segments=2)
     np.testing.assert_array_equal(weights, 0.0)
+
+
+def test_segment_mean_weights_of_a_single_token_and_a_single_segment():
+    where = np.array([[True, False], [False, False]])
+    weights = segment_mean_weights(where, np.array([[1, 1], [2, 2]]), num_segments=3)
+    np.testing.assert_array_equal(weights, np.float32(where))
+
+
+def test_constant_mean_counts_rows_of_one_token():
+    assert constant_mean(np.ones((3, 1)), length=1.0) == 1.0

@@ -63,7 +63,7 @@ def verdict(reward):
 def collect(reward_of, *, newest_first=False, method="trapo", problems=3, score=None):
     method = make_method(method)
     engine = ScriptedEngine(newest_first=newest_first)
-    groups = collect_rollouts(
+    groups, _ = collect_rollouts(
         engine,
         Scheduler(method.micro_groups, 64),
         score or (lambda c: at_once(verdict(reward_of(c.request)))),

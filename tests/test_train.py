@@ -81,6 +81,7 @@ def test_metrics_have_the_names_that_scripts_rely_on(finished_run):
         "tokens/trained",
         "tokens/sampled",
         "time/sample_secs",
+        "time/reward_secs",
         "time/train_secs",
         *(f"guidance/level_{i}" for i in range(4)),
     ):

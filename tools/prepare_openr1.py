@@ -217,11 +217,11 @@ def finished_rows(
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow as pa
-    import pyarrow.parquet
+    import pyarrow.parquet as parquet
 
     partial = path.with_name(path.name + ".partial")
     try:
-        pa.parquet.write_table(pa.Table.from_pylist(rows), partial, row_group_size=1000)
+        parquet.write_table(pa.Table.from_pylist(rows), partial, row_group_size=1000)
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"--out {path}: {error.strerror or error}") from error

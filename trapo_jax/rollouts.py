@@ -5,8 +5,10 @@ and no micro-group for a straggler that cannot change its guidance; decoding goe
 The outcome does not depend on the order in which completions and verdicts arrive.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import NamedTuple
 
 from trapo_jax.sampling import RolloutEngine
 from trapo_jax.scheduler import Scheduler
@@ -24,6 +26,18 @@ from trapo_jax.types import (
 Score = Callable[[Completion], Future[Verdict]]
 
 
+class Collected(NamedTuple):
+    """What `collect_rollouts` brings.
+
+    Attributes:
+      groups: for each problem its G rollouts, by `sample_index`.
+      reward_secs: seconds in which the loop judged, or had nothing to decode and waited for verdicts.
+    """
+
+    groups: list[list[Rollout]]
+    reward_secs: float
+
+
 def collect_rollouts(
     engine: RolloutEngine,
     scheduler: Scheduler,
@@ -32,7 +46,7 @@ def collect_rollouts(
     *,
     step: int,
     params: SamplingParams,
-) -> list[list[Rollout]]:
+) -> Collected:
     """Samples a whole group for every problem, guided as its rewards ask for.
 
     Args:
@@ -42,9 +56,6 @@ def collect_rollouts(
       problems: distinct problems.
       step: the optimiser step, part of the random keys.
       params: how tokens are drawn.
-
-    Returns:
-      For each problem its G rollouts, by `sample_index`.
     """
     states = {problem.id: scheduler.start(problem) for problem in problems}
     by_id = {problem.id: problem for problem in problems}
@@ -53,6 +64,7 @@ def collect_rollouts(
     submitted: dict[str, set[int]] = {problem.id: set() for problem in problems}
     rollouts: dict[str, dict[int, Rollout]] = {problem.id: {} for problem in problems}
     judging: dict[Future[Verdict], Completion] = {}
+    reward_secs = 0.0
 
     def release(problem_ids: Iterable[str]) -> None:
         """Hands new requests to the engine, or to the verifier if nothing is left to sample."""
@@ -82,11 +94,14 @@ def collect_rollouts(
     release(states)
     take_verdicts()
     while (completions := engine.poll()) or judging:
+        started = time.perf_counter()
         judging.update((score(completion), completion) for completion in completions)
         if not completions:
             wait(judging, return_when=FIRST_COMPLETED)
         take_verdicts()
-    return [[rollouts[p.id][j] for j in range(scheduler.group_size)] for p in problems]
+        reward_secs += time.perf_counter() - started
+    groups = [[rollouts[p.id][j] for j in range(scheduler.group_size)] for p in problems]
+    return Collected(groups, reward_secs)
 
 
 def is_complete(request: RolloutRequest, max_completion_length: int) -> bool:

@@ -266,7 +266,7 @@ def train_one_step(
     config = parts.config
     started = time.perf_counter()
     parts.engine.update_weights(state.params, step - 1)
-    groups = collect_rollouts(
+    groups, reward_secs = collect_rollouts(
         parts.engine,
         parts.scheduler,
         parts.score,
@@ -309,7 +309,8 @@ def train_one_step(
         "tokens/trained": counters.tokens_trained,
         "tokens/sampled": counters.tokens_sampled,
         "problems/seen": counters.problems_seen,
-        "time/sample_secs": sampled - started,
+        "time/sample_secs": sampled - started - reward_secs,
+        "time/reward_secs": reward_secs,
         "time/train_secs": trained - sampled,
         "time/tokens_per_sec": (kinds["completion"] + kinds["expert_trained"])
         / (trained - started),

@@ -196,7 +196,7 @@ def make_train_step(
     rows = batch_sharding(mesh)
     return jax.jit(
         train_step,
-        in_shardings=(shardings, TrainBatch(*[rows] * 6, everywhere, everywhere)),
+        in_shardings=(shardings, TrainBatch(*(rows,) * 6, *(everywhere,) * 2)),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
