@@ -104,28 +104,46 @@ class Ours:
         return np.asarray(self._rows(self.params, token_ids, positions, segment_ids))
 
     def decoded_logits(self, token_ids):
-        """The cache is longer than the row, and what is not valid in it must not matter."""
+        """Three tokens at once, four more on top of them, the rest one by one, as an engine does.
+
+        The cache is longer than the row, and what is not valid in it must not matter.
+        """
         config, (num_rows, length) = self.config, token_ids.shape
         shape = (config.num_layers, num_rows, config.num_kv_heads)
         cache = KVCache(
             jnp.full((*shape, config.head_dim, length + 3), 7.0),
             jnp.full((*shape, length + 3, config.head_dim), 7.0),
         )
+        logits = []
+        for start, end in ((0, 3), (3, 7)):
+            cache, new = self._extend(cache, start, jnp.asarray(token_ids[:, start:end]))
+            logits.append(new)
 
         def step(cache, column):
             t, ids = column
-            lens = jnp.full(num_rows, t)
-            hidden, (keys, values) = apply_decoder(
-                config, self.params, ids[:, None], lens[:, None], cache=cache, cached_lens_S=lens
-            )
-            cache = KVCache(
-                cache.keys.at[..., t].set(keys[:, :, 0]),
-                cache.values.at[..., t, :].set(values[:, :, 0]),
-            )
-            return cache, hidden[:, 0] @ unembedding(self.params)
+            return self._extend(cache, t, ids[:, None])
 
-        columns = (jnp.arange(length), jnp.asarray(token_ids.T))
-        return np.asarray(jax.lax.scan(step, cache, columns)[1]).swapaxes(0, 1)
+        columns = (jnp.arange(7, length), jnp.asarray(token_ids[:, 7:].T))
+        one_by_one = jax.lax.scan(step, cache, columns)[1][:, :, 0].swapaxes(0, 1)
+        return np.concatenate([*logits, one_by_one], axis=1)
+
+    def _extend(self, cache, start, token_ids):
+        """The cache with these tokens, of positions `start` on, and their logits."""
+        num_rows, count = token_ids.shape
+        positions = start + jnp.arange(count)
+        hidden, (keys, values) = apply_decoder(
+            self.config,
+            self.params,
+            token_ids,
+            jnp.broadcast_to(positions, token_ids.shape),
+            cache=cache,
+            cached_lens_S=jnp.full(num_rows, start),
+        )
+        cache = KVCache(
+            cache.keys.at[..., positions].set(keys.transpose(0, 1, 3, 4, 2)),
+            cache.values.at[..., positions, :].set(values.swapaxes(2, 3)),
+        )
+        return cache, hidden @ unembedding(self.params)
 
 
 def test_every_architecture_has_a_case():

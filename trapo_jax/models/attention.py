@@ -1,4 +1,4 @@
-"""Attention behind two functions: whole rows, and one new token a slot against a cache."""
+"""Attention behind two functions: whole rows, and new tokens against a cache."""
 
 import functools
 from typing import Any, Literal
@@ -55,10 +55,10 @@ def row_attention(
     )
 
 
-def token_attention(
-    q_SNH: jax.Array,
-    k_SKH: jax.Array,
-    v_SKH: jax.Array,
+def cached_attention(
+    q_STNH: jax.Array,
+    k_STKH: jax.Array,
+    v_STKH: jax.Array,
     cached_k_SKHC: jax.Array,
     cached_v_SKCH: jax.Array,
     cached_lens_S: jax.Array,
@@ -67,30 +67,37 @@ def token_attention(
     window: int | None = None,
     is_local: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of one new token a slot to the slot's cache and to itself; `[S, N, H]`.
+    """Causal attention of T new tokens a slot to the slot's cache and to each other; `[S, T, N, H]`.
 
-    The new key and value come beside the cache, not in it: the layer only reads the cache, and all
+    The new keys and values come beside the cache, not in it: the layer only reads the cache, and all
     layers' new entries are written at once afterwards, in place. Keys are cached with the position
     last, so that both products contract along contiguous memory without a transposed copy.
     `scale`, `window` and `is_local` are those of `row_attention`.
     """
-    num_slots, num_heads, head_dim = q_SNH.shape
-    num_kv_heads, cache_len = k_SKH.shape[1], cached_k_SKHC.shape[-1]
+    num_slots, num_new, _, head_dim = q_STNH.shape
+    num_kv_heads, cache_len = k_STKH.shape[2], cached_k_SKHC.shape[-1]
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    q_SKGH = q_SNH.reshape(num_slots, num_kv_heads, -1, head_dim)
-    own_score = einsum("SKGH,SKH->SKG", q_SKGH, k_SKH)[..., None]
-    scores = einsum("SKGH,SKHC->SKGC", q_SKGH, cached_k_SKHC)
-    index, lens_S1 = jnp.arange(cache_len), cached_lens_S[:, None]
-    visible = index < lens_S1
+    q_STKGH = q_STNH.reshape(num_slots, num_new, num_kv_heads, -1, head_dim)
+    to_cached = einsum("STKGH,SKHC->SKGTC", q_STKGH, cached_k_SKHC)
+    to_new = einsum("STKGH,SUKH->SKGTU", q_STKGH, k_STKH)
+    query, cached, new = jnp.arange(num_new), jnp.arange(cache_len), jnp.arange(num_new)
+    sees_cached = jnp.broadcast_to(
+        cached < cached_lens_S[:, None, None], (num_slots, num_new, cache_len)
+    )
+    sees_new = new <= query[:, None]
     if window is not None:
-        near = lens_S1 - index < window
-        visible &= near if is_local is None else near | ~is_local
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([scores, own_score], -1) * scale)
-    weights = weights.astype(v_SKH.dtype)
-    values = einsum("SKGC,SKCH->SKGH", weights[..., :-1], cached_v_SKCH)
-    values += weights[..., -1:] * v_SKH[:, :, None]
-    return values.reshape(num_slots, num_heads, head_dim).astype(q_SNH.dtype)
+        near_cached = cached_lens_S[:, None, None] + query[:, None] - cached < window
+        near_new = query[:, None] - new < window
+        everywhere = False if is_local is None else ~is_local
+        sees_cached &= near_cached | everywhere
+        sees_new &= near_new | everywhere
+    to_cached = jnp.where(sees_cached[:, None, None], to_cached, -jnp.inf)
+    to_new = jnp.where(sees_new, to_new, -jnp.inf)
+    weights = jax.nn.softmax(jnp.concatenate([to_cached, to_new], axis=-1) * scale)
+    weights = weights.astype(v_STKH.dtype)
+    values = einsum("SKGTC,SKCH->STKGH", weights[..., :cache_len], cached_v_SKCH)
+    values += einsum("SKGTU,SUKH->STKGH", weights[..., cache_len:], v_STKH)
+    return values.reshape(q_STNH.shape).astype(q_STNH.dtype)
 
 
 def _choose(implementation: Implementation, q_BTNH: jax.Array) -> Literal["xla", "cudnn", "splash"]:

@@ -1,7 +1,7 @@
 """One decoder for the Llama, Qwen, Mistral and Gemma 3 families: stacked layers under `nnx.scan`, the KV
 cache an explicit argument.
 
-The same module runs whole rows (training, prefill) and single tokens against a cache (decoding). Outside
+The same module runs whole rows (training) and new tokens against a cache (prefill, decoding). Outside
 this package its parameters are a plain nested dict and the call is a pure function::
 
     hidden, _ = apply_decoder(config, params, token_ids, positions, segment_ids)
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trapo_jax.models.attention import Implementation, row_attention, token_attention
+from trapo_jax.models.attention import Implementation, cached_attention, row_attention
 from trapo_jax.models.rope import Angles, Rope, apply_rope, rope_angles
 
 Params = dict[str, Any]
@@ -75,7 +75,7 @@ class DecoderConfig:
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, laid out for `token_attention`."""
+    """Keys and values of all layers, laid out for `cached_attention`."""
 
     keys: jax.Array  # [L, S, K, H, C]
     values: jax.Array  # [L, S, K, C, H]
@@ -139,9 +139,9 @@ class Block(nnx.Module):
                 q_BTNH, k, v, segment_ids_BT, implementation=c.attention, **options
             )
         else:
-            attended = token_attention(
-                q_BTNH[:, 0], k[:, 0], v[:, 0], cache.keys, cache.values, cached_lens_S, **options
-            )[:, None]
+            attended = cached_attention(
+                q_BTNH, k, v, cache.keys, cache.values, cached_lens_S, **options
+            )
         attended = attended.reshape(*q.shape)
         attended = jnp.einsum("BTKGH,KGHD->BTD", attended, self.output[...].astype(dtype))
         if c.output_bias:
@@ -191,10 +191,10 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         cached_lens_S: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Runs whole rows, or one token a slot against a cache.
+        """Runs whole rows, or T new tokens a slot against a cache.
 
         Args:
-          token_ids_BT: int32; `[S, 1]` with a cache.
+          token_ids_BT: int32; with a cache `[S, T]`, what follows each slot's cached tokens.
           positions_BT: int32, 0 at the first token of a segment.
           segment_ids_BT: int32; tokens attend within their segment. Needed without a cache.
           cache: read, never written: the caller puts the new entries where it wants them.
