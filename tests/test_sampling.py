@@ -20,6 +20,8 @@ def make_engine(decoder, params, **options):
         "max_prompt_length": 16,
         "max_completion_length": 64,
         "segment_len": 4,
+        "num_contexts": 8,
+        "prefill_tokens": 64,
         "eos_ids": [EOS],
         "seed": 0,
     }

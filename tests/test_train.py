@@ -221,6 +221,8 @@ def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finis
         max_prompt_length=16,
         max_completion_length=64,
         segment_len=8,
+        num_contexts=4,
+        prefill_tokens=64,
         eos_ids=[tokenizer.eos_token_id],
         seed=0,
     )

@@ -118,6 +118,8 @@ def compare_greedy(
         max_prompt_length=max(map(len, prompts)),
         max_completion_length=num_tokens,
         segment_len=16,
+        num_contexts=len(prompts),
+        prefill_tokens=512,
         eos_ids=eos_ids,
         seed=0,
     )

@@ -130,6 +130,10 @@ class SamplingConfig(_Section):
     """Rows decoded at once."""
     segment_len: Positive = 8
     """Tokens decoded between two looks at the queue."""
+    num_contexts: Positive = 16
+    """Prompts and expert prefixes whose keys and values are kept for the other rollouts of their problem."""
+    prefill_tokens: Positive = 512
+    """Tokens of prompts and prefixes run through the model at once, at most; bounds memory."""
 
 
 class RewardsConfig(_Section):

@@ -55,6 +55,7 @@ from trapo_jax.types import Completion, Problem, RolloutRequest, UserError, Verd
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 SAMPLES, SCORES, PLOT = "samples.jsonl", "scores.json", "pass_at_k.png"
+NUM_CONTEXTS, PREFILL_TOKENS = 8, 512  # of the engine; problems come one after the other
 NO_EFFECT_ON_SAMPLES = ("out", "num_slots", "segment_len", "workers")
 
 
@@ -232,6 +233,8 @@ def sample_all(
         max_prompt_length=args.max_prompt_length,
         max_completion_length=args.max_completion_length,
         segment_len=args.segment_len,
+        num_contexts=NUM_CONTEXTS,
+        prefill_tokens=PREFILL_TOKENS,
         eos_ids=read_eos_ids(model.folder, tokenizer.eos_token_id),
         seed=args.seed,
     )

@@ -173,6 +173,8 @@ def build(config: Config) -> tuple[Parts, Any]:
             max_prompt_length=d.max_prompt_length,
             max_completion_length=s.max_completion_length,
             segment_len=s.segment_len,
+            num_contexts=s.num_contexts,
+            prefill_tokens=s.prefill_tokens,
             eos_ids=read_eos_ids(model_folder, tokenizer.eos_token_id),
             seed=config.seed,
             sharding=replicated(mesh),

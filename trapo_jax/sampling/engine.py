@@ -1,8 +1,9 @@
 """The rollout engine: fixed slots, refilled as rows finish.
 
-Requests wait in a queue. Whenever slots are free they are admitted: each *distinct* context (prompt and
-expert prefix) is run through the model once and its keys and values are copied to every slot that needs
-them. Then a segment of tokens is decoded for all slots at once, finished rows leave, and so on.
+Requests wait in a queue. Whenever slots are free they are admitted: a context (prompt and expert prefix) is run
+through the model once, as far as no context before it began alike (`contexts.py`), and its keys and values are
+copied to every slot that starts there. Then a segment of tokens is decoded for all slots at once, finished rows
+leave, and so on.
 
 The last context token is not prefilled: it is the first token fed to the decode step, so that every token is
 sampled by the same code. What is drawn depends on the request alone (seed, step, problem, sample
@@ -10,6 +11,7 @@ index, position): not on the slot, its neighbours, the number of slots or the or
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -19,11 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from trapo_jax.models import DecoderConfig, KVCache, apply_decoder, unembedding
+from trapo_jax.sampling.contexts import (
+    ContextTable,
+    Piece,
+    batches,
+    copy_rows,
+    empty_cache,
+    prefill,
+)
 from trapo_jax.sampling.draw import draw_tokens, request_key
 from trapo_jax.types import Completion, FinishReason, RolloutRequest, SamplingParams
 
-PREFILL_ROWS = 8  # distinct contexts run through the model at once
-SHORTEST_BUCKET = 16  # contexts are padded to this, or twice, four times ... this
+SHORTEST_COPY = 16  # a context is copied to a slot in this many positions, or twice, four times ...
 
 
 class RolloutEngine(Protocol):
@@ -44,11 +53,12 @@ class RolloutEngine(Protocol):
         ...
 
 
-class _Admitted(NamedTuple):
+class _Starting(NamedTuple):
     """A request that gets a slot; on the device, a column of them."""
 
     slot: Any
-    row: Any  # of the prefilled contexts
+    cached_len: Any
+    last_token: Any
     max_new: Any
     temperature: Any
     step: Any
@@ -56,11 +66,11 @@ class _Admitted(NamedTuple):
     sample_index: Any
 
 
-_ADMITTED_DTYPES = (np.int32,) * 3 + (np.float32,) + (np.uint32,) * 3
+_STARTING_DTYPES = (np.int32,) * 4 + (np.float32,) + (np.uint32,) * 3
 
 
 class _Slots(NamedTuple):
-    """Device state, one entry a slot. `contexts` and `new` count tokens."""
+    """Device state, one entry a slot. `new` counts tokens."""
 
     cache: KVCache
     cached_lens: jax.Array  # int32 [S]
@@ -74,6 +84,21 @@ class _Slots(NamedTuple):
     logprobs: jax.Array  # float32 [S, R]
 
 
+@dataclasses.dataclass
+class EngineCounters:
+    """What an engine has done so far.
+
+    Attributes:
+      prefilled_tokens: tokens of contexts run through the model.
+      decoded_tokens: tokens sampled.
+      slot_tokens: tokens that as many decode steps could have sampled with every slot at work.
+    """
+
+    prefilled_tokens: int = 0
+    decoded_tokens: int = 0
+    slot_tokens: int = 0
+
+
 class JaxEngine:
     """`RolloutEngine` in JAX, for one host.
 
@@ -83,6 +108,8 @@ class JaxEngine:
       max_prompt_length: longest prompt, in tokens.
       max_completion_length: longest prefix + completion, in tokens.
       segment_len: tokens decoded between two looks at the queue.
+      num_contexts: contexts whose keys and values are kept for requests that begin alike.
+      prefill_tokens: tokens of contexts run through the model at once, at most.
       eos_ids: token ids that end a completion.
       seed: the run's seed.
       sharding: where the slots lie; the default device if None.
@@ -96,6 +123,8 @@ class JaxEngine:
         max_prompt_length: int,
         max_completion_length: int,
         segment_len: int,
+        num_contexts: int,
+        prefill_tokens: int,
         eos_ids: Sequence[int],
         seed: int,
         sharding: jax.sharding.Sharding | None = None,
@@ -109,15 +138,17 @@ class JaxEngine:
         self._running: dict[int, RolloutRequest] = {}
         self._params: Any = None
         self.version = -1
-        slots = _empty_slots(
-            config,
-            num_slots,
-            cache_len=max_prompt_length + max_completion_length,
-            max_new=max_completion_length,
-        )
-        self._slots = jax.device_put(slots, sharding)
+        self.counters = EngineCounters()
+        self._prefill_tokens = prefill_tokens
+        self._table = ContextTable(num_contexts)
+        capacity = max_prompt_length + max_completion_length
+        contexts = empty_cache(config, num_contexts, capacity)
+        slots = _empty_slots(config, num_slots, cache_len=capacity, max_new=max_completion_length)
+        self._contexts, self._slots = jax.device_put((contexts, slots), sharding)
         self._free = list(range(num_slots))[::-1]
-        self._admit = jax.jit(functools.partial(_admit, config), donate_argnums=1)
+        self._prefill = jax.jit(functools.partial(prefill, config), donate_argnums=1)
+        self._copy_context = jax.jit(_copy_context, donate_argnums=0)
+        self._start = jax.jit(_start, static_argnames="copied_len", donate_argnums=0)
         self._decode = jax.jit(
             functools.partial(_decode, config, segment_len, tuple(eos_ids)), donate_argnums=1
         )
@@ -126,13 +157,19 @@ class JaxEngine:
     @property
     def num_compiled(self) -> int:
         """Programs compiled so far; constant after warm-up."""
-        programs: list[Any] = [self._admit, self._decode]
+        programs: list[Any] = [self._prefill, self._copy_context, self._start, self._decode]
         return sum(program._cache_size() for program in programs)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory for keys and values, over all devices' copies counted once; allocated at the start."""
+        return sum(x.nbytes for x in (*self._contexts, *self._slots.cache))
 
     def update_weights(self, params: Any, version: int) -> None:
         if self._waiting or self._running:
             raise RuntimeError("update_weights while completions are queued or running")
         self._params, self.version = params, version
+        self._table.clear()
 
     def submit(
         self, requests: Sequence[RolloutRequest], *, step: int, params: SamplingParams
@@ -153,8 +190,12 @@ class JaxEngine:
         while self._waiting or self._running:
             while self._waiting and self._free:
                 self._admit_wave()
-            self._slots = self._decode(self._params, self._slots)
-            active, num_new = jax.device_get((self._slots.active, self._slots.num_new))
+            self._slots, num_steps, num_tokens = self._decode(self._params, self._slots)
+            active, num_new, num_steps, num_tokens = jax.device_get(
+                (self._slots.active, self._slots.num_new, num_steps, num_tokens)
+            )
+            self.counters.decoded_tokens += int(num_tokens)
+            self.counters.slot_tokens += int(num_steps) * len(active)
             finished = [slot for slot in self._running if not active[slot]]
             if finished:
                 tokens, logprobs = jax.device_get((self._slots.tokens, self._slots.logprobs))
@@ -180,22 +221,33 @@ class JaxEngine:
         )
 
     def _admit_wave(self) -> None:
-        """Admits waiting requests: as many as there are free slots, from up to `PREFILL_ROWS`
-        distinct contexts. Shapes are fixed but for the bucketed context length."""
-        contexts: dict[tuple[int, ...], int] = {}
-        admitted: list[_Admitted] = []
+        """Admits waiting requests, as many as there are free slots and rows for their contexts."""
+        self._table.unpin()
+        pieces: dict[int, Piece] = {}
+        starting: list[_Starting] = []
+        rows: list[int] = []
         while self._waiting and self._free:
             request, step, params = self._waiting[0]
             context = request.problem.prompt_ids + request.prefix_ids
-            if context not in contexts and len(contexts) == PREFILL_ROWS:
+            # The last token of a context is the first that is decoded.
+            found = self._table.find(request.problem.id, context[:-1])
+            if found is None:
                 break
             self._waiting.popleft()
+            if found.copy is not None:  # of what is computed by now
+                self._run_pieces(pieces)
+                self._contexts = self._copy_context(self._contexts, *found.copy)
+            if found.piece is not None:
+                before = pieces.get(found.row)
+                pieces[found.row] = _joined(before, found.piece) if before else found.piece
             slot = self._free.pop()
             self._running[slot] = request
-            admitted.append(
-                _Admitted(
+            rows.append(found.row)
+            starting.append(
+                _Starting(
                     slot=slot,
-                    row=contexts.setdefault(context, len(contexts)),
+                    cached_len=len(context) - 1,
+                    last_token=context[-1],
                     max_new=self._budget(request),
                     temperature=params.temperature,
                     step=step,
@@ -203,31 +255,45 @@ class JaxEngine:
                     sample_index=request.sample_index,
                 )
             )
-        token_ids = np.zeros((PREFILL_ROWS, _context_bucket(max(map(len, contexts)))), np.int32)
-        lens = np.ones(PREFILL_ROWS, np.int32)
-        for context, row in contexts.items():
-            token_ids[row, : len(context)] = context
-            lens[row] = len(context)
+        self._run_pieces(pieces)
+        self._start_slots(rows, starting)
+
+    def _run_pieces(self, pieces: dict[int, Piece]) -> None:
+        """Computes what contexts lack, and empties `pieces`."""
+        for batch in batches(pieces.values(), self._prefill_tokens):
+            self._contexts = self._prefill(self._params, self._contexts, batch)
+            self.counters.prefilled_tokens += int(batch.lens.sum())
+        pieces.clear()
+
+    def _start_slots(self, rows: Sequence[int], starting: Sequence[_Starting]) -> None:
+        """Copies contexts to slots and sets these going. Shapes are fixed but for the length copied."""
         num_slots = self._slots.active.shape[0]
-        nobody = _Admitted(num_slots, 0, 1, 1.0, 0, 0, 0)  # its slot is out of range: dropped
-        admitted += [nobody] * (num_slots - len(admitted))
-        columns = (
-            np.asarray(column, dtype)
-            for column, dtype in zip(zip(*admitted, strict=True), _ADMITTED_DTYPES, strict=True)
+        num_idle = num_slots - len(starting)
+        nobody = _Starting(num_slots, 0, 0, 1, 1.0, 0, 0, 0)  # its slot is out of range: dropped
+        columns = zip(*starting, *[nobody] * num_idle, strict=True)
+        arrays = (np.asarray(c, dtype) for c, dtype in zip(columns, _STARTING_DTYPES, strict=True))
+        capacity = self._contexts.keys.shape[-1]
+        longest = max(SHORTEST_COPY, *(s.cached_len for s in starting))
+        self._slots = self._start(
+            self._slots,
+            self._contexts,
+            np.array([*rows, *[0] * num_idle], np.int32),
+            np.int32(len(starting)),
+            self._seed,
+            _Starting(*arrays),
+            copied_len=min(capacity, 1 << (longest - 1).bit_length()),
         )
-        self._slots = self._admit(
-            self._params, self._slots, token_ids, lens, self._seed, _Admitted(*columns)
-        )
+
+
+def _joined(piece: Piece, continuation: Piece) -> Piece:
+    """Two pieces of a row, one behind the other, as one."""
+    return piece._replace(token_ids=piece.token_ids + continuation.token_ids)
 
 
 def _empty_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_new: int) -> _Slots:
-    rows = (config.num_layers, num_slots, config.num_kv_heads)
     zeros = functools.partial(jnp.zeros, num_slots)
     return _Slots(
-        cache=KVCache(
-            keys=jnp.zeros((*rows, config.head_dim, cache_len), config.dtype),
-            values=jnp.zeros((*rows, cache_len, config.head_dim), config.dtype),
-        ),
+        cache=empty_cache(config, num_slots, cache_len),
         cached_lens=zeros(jnp.int32),
         last_token=zeros(jnp.int32),
         keys=jax.random.split(jax.random.key(0), num_slots),
@@ -240,48 +306,45 @@ def _empty_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_n
     )
 
 
-def _admit(
-    config: DecoderConfig, params, slots: _Slots, token_ids_UT, lens_U, seed, admitted: _Admitted
+def _copy_context(contexts: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
+    one = lambda row: jnp.asarray(row)[None]
+    length = contexts.keys.shape[-1]
+    return copy_rows(contexts, contexts, one(source), one(target), jnp.int32(1), length=length)
+
+
+def _start(
+    slots: _Slots, contexts: KVCache, rows, count, seed, starting: _Starting, *, copied_len: int
 ) -> _Slots:
-    """Prefills U distinct contexts and starts the admitted rows from them."""
-    num_contexts, context_len = token_ids_UT.shape
-    positions = jnp.broadcast_to(jnp.arange(context_len), token_ids_UT.shape)
-    segment_ids = (positions < lens_U[:, None]).astype(jnp.int32)
-    _, prefilled = apply_decoder(config, params, token_ids_UT, positions, segment_ids)
-    copied = min(context_len, slots.cache.keys.shape[-1])  # the rest is pad
-    new_keys, new_values = (new[:, admitted.row, :copied] for new in prefilled)  # [L, A, T, K, H]
-    cache = KVCache(
-        slots.cache.keys.at[:, admitted.slot, :, :, :copied].set(
-            new_keys.transpose(0, 1, 3, 4, 2), mode="drop"
-        ),
-        slots.cache.values.at[:, admitted.slot, :, :copied].set(
-            new_values.transpose(0, 1, 3, 2, 4), mode="drop"
-        ),
-    )
-    last_token_U = token_ids_UT[jnp.arange(num_contexts), lens_U - 1]
+    """Copies the contexts of the first `count` columns to their slots and sets these going."""
+    cache = copy_rows(contexts, slots.cache, rows, starting.slot, count, length=copied_len)
     keys = jax.vmap(request_key, in_axes=(None, 0, 0, 0))(
-        seed, admitted.step, admitted.problem_key, admitted.sample_index
+        seed, starting.step, starting.problem_key, starting.sample_index
     )
-    put = lambda old, new: old.at[admitted.slot].set(new, mode="drop")
+    put = lambda old, new: old.at[starting.slot].set(new, mode="drop")
     return slots._replace(
         cache=cache,
-        cached_lens=put(slots.cached_lens, lens_U[admitted.row] - 1),
-        last_token=put(slots.last_token, last_token_U[admitted.row]),
+        cached_lens=put(slots.cached_lens, starting.cached_len),
+        last_token=put(slots.last_token, starting.last_token),
         keys=put(slots.keys, keys),
-        temperature=put(slots.temperature, admitted.temperature),
-        max_new=put(slots.max_new, admitted.max_new),
+        temperature=put(slots.temperature, starting.temperature),
+        max_new=put(slots.max_new, starting.max_new),
         num_new=put(slots.num_new, 0),
         active=put(slots.active, True),
     )
 
 
-def _decode(config, segment_len: int, eos_ids: tuple[int, ...], params, slots: _Slots) -> _Slots:
-    """Up to `segment_len` tokens for every active slot; stops early when none is active."""
+def _decode(
+    config, segment_len: int, eos_ids: tuple[int, ...], params, slots: _Slots
+) -> tuple[_Slots, jax.Array, jax.Array]:
+    """Up to `segment_len` tokens for every active slot; stops early when none is active.
+
+    Returns the slots, the steps done and the tokens sampled, both int32 `[]`.
+    """
     output_projection = unembedding(params).astype(config.dtype)
     every_slot = jnp.arange(slots.active.shape[0])
 
     def one_token(carry):
-        count, s = carry
+        count, num_tokens, s = carry
         hidden, new = apply_decoder(
             config,
             params,
@@ -302,23 +365,24 @@ def _decode(config, segment_len: int, eos_ids: tuple[int, ...], params, slots: _
         )
         num_new = s.num_new + s.active
         is_eos = jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
-        return count + 1, s._replace(
-            cache=cache,
-            cached_lens=s.cached_lens + s.active,
-            last_token=jnp.where(s.active, token, s.last_token),
-            num_new=num_new,
-            active=s.active & ~is_eos & (num_new < s.max_new),
-            tokens=s.tokens.at[every_slot, where_new].set(token, mode="drop"),
-            logprobs=s.logprobs.at[every_slot, where_new].set(logprob, mode="drop"),
+        return (
+            count + 1,
+            num_tokens + jnp.sum(s.active),
+            s._replace(
+                cache=cache,
+                cached_lens=s.cached_lens + s.active,
+                last_token=jnp.where(s.active, token, s.last_token),
+                num_new=num_new,
+                active=s.active & ~is_eos & (num_new < s.max_new),
+                tokens=s.tokens.at[every_slot, where_new].set(token, mode="drop"),
+                logprobs=s.logprobs.at[every_slot, where_new].set(logprob, mode="drop"),
+            ),
         )
 
     def unfinished(carry):
-        count, s = carry
+        count, _, s = carry
         return (count < segment_len) & jnp.any(s.active)
 
-    return jax.lax.while_loop(unfinished, one_token, (0, slots))[1]
-
-
-def _context_bucket(length: int) -> int:
-    """16, 32, 64 ...: few shapes, hence few programs."""
-    return max(SHORTEST_BUCKET, 1 << (length - 1).bit_length())
+    zero = jnp.int32(0)
+    num_steps, num_tokens, slots = jax.lax.while_loop(unfinished, one_token, (zero, zero, slots))
+    return slots, num_steps, num_tokens

@@ -1,0 +1,213 @@
+"""Contexts: the keys and values of prompts and expert prefixes, computed once and copied to whoever starts there.
+
+A row holds one context. A context that continues one already held extends that row; one that shares only its
+beginning copies it. So a prompt is run through the model once a problem, and of an expert solution only what no
+earlier prefix of it had.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trapo_jax.models import DecoderConfig, KVCache, apply_decoder
+
+SHORTEST_PIECE = 16  # pieces of a context are padded to this, or twice, four times ... this
+MAX_PIECE_ROWS = 8  # pieces of different contexts run through the model at once
+
+TokenIds = tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """Tokens to be run through the model for a row, behind the `start` it holds."""
+
+    row: int
+    start: int
+    token_ids: TokenIds
+
+
+class PieceBatch(NamedTuple):
+    """Up to U pieces of at most T tokens; arrays for `prefill`."""
+
+    rows: np.ndarray  # int32 [U]
+    starts: np.ndarray  # int32 [U]
+    token_ids: np.ndarray  # int32 [U, T]
+    lens: np.ndarray  # int32 [U]; 0 for none
+
+
+class Found(NamedTuple):
+    """Where a context is, and what is to be done for it first.
+
+    Attributes:
+      row: that holds it, once `copy` and `piece` are done.
+      piece: what is to be computed; None for nothing.
+      copy: (from, to): the row to copy before that; None for none.
+    """
+
+    row: int
+    piece: Piece | None
+    copy: tuple[int, int] | None
+
+
+@dataclasses.dataclass
+class _Row:
+    token_ids: TokenIds = ()
+    problem_id: str = ""
+
+
+class ContextTable:
+    """Which row holds which context: the host's side. The least recently used row makes room.
+
+    Args:
+      num_rows: contexts held at once.
+    """
+
+    def __init__(self, num_rows: int):
+        self._rows = [_Row() for _ in range(num_rows)]
+        self._used: collections.OrderedDict[int, None] = collections.OrderedDict.fromkeys(
+            range(num_rows)
+        )  # the least recently used first
+        self._pinned: set[int] = set()
+
+    def clear(self) -> None:
+        """Forgets everything: the weights have changed."""
+        for row in self._rows:
+            row.token_ids, row.problem_id = (), ""
+
+    def unpin(self) -> None:
+        """Rows that were found until now may make room again."""
+        self._pinned.clear()
+
+    def find(self, problem_id: str, token_ids: TokenIds) -> Found | None:
+        """A row for a context, pinned until `unpin`; None if every row is pinned."""
+        best, shared = None, 0
+        for i, row in enumerate(self._rows):
+            if row.problem_id == problem_id:
+                common = _common_len(row.token_ids, token_ids)
+                if common > shared or best is None:
+                    best, shared = i, common
+        copy = None
+        if best is None or shared < min(len(token_ids), len(self._rows[best].token_ids)):
+            # Nothing of this problem, or it goes another way: a row of its own.
+            target = next((i for i in self._used if i not in self._pinned | {best}), None)
+            if target is None and best not in self._pinned:
+                target = best
+            if target is None:
+                return None
+            if best is not None and target != best and shared:
+                copy = (best, target)
+            self._rows[target] = _Row(token_ids[:shared], problem_id)
+            best = target
+        self._used.move_to_end(best)
+        self._pinned.add(best)
+        row = self._rows[best]
+        if shared == len(token_ids):
+            return Found(best, None, copy)
+        row.token_ids = token_ids
+        return Found(best, Piece(best, shared, token_ids[shared:]), copy)
+
+
+def batches(pieces: Iterable[Piece], max_tokens: int) -> Iterator[PieceBatch]:
+    """Cuts and groups pieces of different rows so that a batch holds at most `max_tokens`, padding included.
+
+    A long piece is cut into several, in order. Shapes are few: lengths are powers of two, and a batch has
+    one row or as many as there may be.
+    """
+    longest = max(SHORTEST_PIECE, max_tokens)
+    waiting = list(pieces)
+    while waiting:
+        by_size: dict[int, list[Piece]] = {}
+        rest = []
+        for piece in waiting:
+            head = piece._replace(token_ids=piece.token_ids[:longest])
+            size = max(SHORTEST_PIECE, 1 << (len(head.token_ids) - 1).bit_length())
+            by_size.setdefault(min(longest, size), []).append(head)
+            if len(piece.token_ids) > longest:
+                start = piece.start + longest
+                rest.append(Piece(piece.row, start, piece.token_ids[longest:]))
+        for size, group in sorted(by_size.items()):
+            num_rows = max(1, min(MAX_PIECE_ROWS, longest // size))
+            while group:
+                count = num_rows if len(group) > num_rows // 4 else 1
+                yield _stack(group[:count], count, size)
+                group = group[count:]
+        waiting = rest
+
+
+def prefill(config: DecoderConfig, params: Any, contexts: KVCache, batch: PieceBatch) -> KVCache:
+    """Runs pieces through the model and puts their keys and values behind what their rows hold.
+
+    Args:
+      config: the decoder's shape.
+      params: the decoder's parameters.
+      contexts: the rows' keys and values, `[L, R, K, H, C]` and `[L, R, K, C, H]`.
+      batch: the pieces.
+    """
+    index = jnp.arange(batch.token_ids.shape[1])
+    positions = batch.starts[:, None] + index
+    cached = KVCache(contexts.keys[:, batch.rows], contexts.values[:, batch.rows])
+    _, (keys, values) = apply_decoder(
+        config, params, batch.token_ids, positions, cache=cached, cached_lens_S=batch.starts
+    )
+    capacity = contexts.keys.shape[-1]
+    where = jnp.where(index < batch.lens[:, None], positions, capacity)  # beyond: dropped
+    rows = jnp.broadcast_to(batch.rows[:, None], where.shape)
+    by_token = lambda new: new.transpose(1, 2, 0, 3, 4)  # [U, T, L, K, H]
+    return KVCache(
+        contexts.keys.at[:, rows, :, :, where].set(by_token(keys), mode="drop"),
+        contexts.values.at[:, rows, :, where].set(by_token(values), mode="drop"),
+    )
+
+
+def copy_rows(
+    source: KVCache,
+    target: KVCache,
+    from_rows: jax.Array,
+    to_rows: jax.Array,
+    count: jax.Array,
+    *,
+    length: int,
+) -> KVCache:
+    """The first `length` positions of rows of `source`, into rows of `target`; the first `count` pairs."""
+
+    def one(i, target: KVCache) -> KVCache:
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, from_rows[i], 1, axis=1)
+        put = lambda x, row: jax.lax.dynamic_update_slice(x, row, (0, to_rows[i], 0, 0, 0))
+        return KVCache(
+            put(target.keys, take(source.keys)[..., :length]),
+            put(target.values, take(source.values)[..., :length, :]),
+        )
+
+    return jax.lax.fori_loop(0, count, one, target)
+
+
+def empty_cache(config: DecoderConfig, num_rows: int, length: int) -> KVCache:
+    rows = (config.num_layers, num_rows, config.num_kv_heads)
+    return KVCache(
+        keys=jnp.zeros((*rows, config.head_dim, length), config.dtype),
+        values=jnp.zeros((*rows, length, config.head_dim), config.dtype),
+    )
+
+
+def _stack(pieces: Sequence[Piece], num_rows: int, size: int) -> PieceBatch:
+    batch = PieceBatch(
+        rows=np.zeros(num_rows, np.int32),
+        starts=np.zeros(num_rows, np.int32),
+        token_ids=np.zeros((num_rows, size), np.int32),
+        lens=np.zeros(num_rows, np.int32),
+    )
+    for i, piece in enumerate(pieces):
+        batch.rows[i], batch.starts[i], batch.lens[i] = piece.row, piece.start, len(piece.token_ids)
+        batch.token_ids[i, : len(piece.token_ids)] = piece.token_ids
+    return batch
+
+
+def _common_len(a: TokenIds, b: TokenIds) -> int:
+    shorter = min(len(a), len(b))
+    if a[:shorter] == b[:shorter]:
+        return shorter
+    return next(i for i in range(shorter) if a[i] != b[i])
