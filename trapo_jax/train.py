@@ -225,6 +225,7 @@ def run(parts: Parts, params: Any, folder: Path) -> int:
                 terminal.say(f"resuming {folder} after step {first_step}")
             else:
                 terminal.say(f"{parts.method.name}: {parts.method.source}; run folder {folder}")
+                terminal.say(describe_memory(parts, state))
                 log_evaluation(parts, log, terminal, state, split="test", step=0)
             save = lambda step: store.save(
                 step,
@@ -256,6 +257,17 @@ def run(parts: Parts, params: Any, folder: Path) -> int:
     return 0
 
 
+def describe_memory(parts: Parts, state: TrainState) -> str:
+    """What the run holds on to, planned before it begins."""
+    s = parts.config.sampling
+    held = sum(x.nbytes for x in jax.tree.leaves(state))
+    return (
+        f"parameters and optimizer {held / 2**20:,.0f} MiB; keys and values of {s.num_slots} slots and "
+        f"{s.num_contexts} contexts of {parts.config.longest_rollout_len} tokens "
+        f"{parts.engine.cache_bytes / 2**20:,.0f} MiB"
+    )
+
+
 def train_one_step(
     parts: Parts,
     state: TrainState,
@@ -268,6 +280,7 @@ def train_one_step(
     config = parts.config
     started = time.perf_counter()
     parts.engine.update_weights(state.params, step - 1)
+    before = dataclasses.replace(parts.engine.counters)
     groups, reward_secs = collect_rollouts(
         parts.engine,
         parts.scheduler,
@@ -277,7 +290,7 @@ def train_one_step(
         params=SamplingParams(config.sampling.temperature),
     )
     check_verdicts(groups, step, max_error_rate=config.rewards.max_error_rate)
-    sampled = time.perf_counter()
+    sampled, after = time.perf_counter(), parts.engine.counters
     advantages = [
         group_advantages(
             np.array([rollout.reward for rollout in group]),
@@ -310,7 +323,10 @@ def train_one_step(
         "batch/balance": balance(batch, num_shards),
         "tokens/trained": counters.tokens_trained,
         "tokens/sampled": counters.tokens_sampled,
+        "tokens/prefilled": after.prefilled_tokens - before.prefilled_tokens,
         "problems/seen": counters.problems_seen,
+        "sampling/slot_utilization": (after.decoded_tokens - before.decoded_tokens)
+        / max(1, after.slot_tokens - before.slot_tokens),
         "time/sample_secs": sampled - started - reward_secs,
         "time/reward_secs": reward_secs,
         "time/train_secs": trained - sampled,
