@@ -124,7 +124,14 @@ def test_mistakes_are_one_line_and_leave_nothing(what, data, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "changes",
-    [["--samples", "0"], ["--temperature", "hot"], ["--temperature", "0"], ["--limit", "-1"]],
+    [
+        ["--samples", "0"],
+        ["--temperature", "hot"],
+        ["--temperature", "0"],
+        ["--limit", "-1"],
+        ["--top-p", "0"],
+        ["--top-k", "-1"],
+    ],
 )
 def test_values_out_of_range_are_refused(changes, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

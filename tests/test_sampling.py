@@ -8,7 +8,7 @@ import pytest
 from trapo_jax.losses import token_logprobs
 from trapo_jax.models import apply_decoder, unembedding
 from trapo_jax.sampling import JaxEngine
-from trapo_jax.sampling.draw import BLOCK_LEN, draw_tokens, inverse_cdf
+from trapo_jax.sampling.draw import BLOCK_LEN, draw_tokens, inverse_cdf, truncate
 from trapo_jax.types import Expert, FinishReason, Problem, RolloutRequest, SamplingParams
 
 EOS = 1
@@ -211,3 +211,44 @@ def test_temperature_zero_is_greedy_and_temperature_scales():
     np.testing.assert_allclose(
         logprobs[1], jax.nn.log_softmax(logits[1] / 0.5)[tokens[1]], rtol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "kept"),
+    [
+        (1.0, 0, [0, 1, 2, 3]),
+        (1.0, 2, [1, 2]),
+        (0.5, 0, [2]),  # 0.5 alone reaches it
+        (0.51, 0, [1, 2]),
+        (0.79, 0, [1, 2]),
+        (0.81, 0, [0, 1, 2, 3]),  # 0 and 3 are equally likely: both stay
+        (0.7, 3, [1, 2]),  # of the three first, scaled to 1: .5 / .9 and .8 / .9
+        (0.01, 0, [2]),
+    ],
+)
+def test_truncation_by_hand(top_p, top_k, kept):
+    logits = jnp.log(jnp.array([[0.1, 0.3, 0.5, 0.1]]))
+    got = truncate(logits, jnp.array([top_p]), jnp.array([top_k]))
+    assert np.flatnonzero(np.isfinite(got[0])).tolist() == kept
+    np.testing.assert_array_equal(got[0, kept], logits[0, kept])
+
+
+def test_top_k_of_one_is_greedy_with_the_whole_distribution_s_logprob(decoder, params, problems):
+    requests = requests_of(problems[:4])
+    engine = make_engine(decoder, params, with_truncation=True)
+    engine.submit(requests, step=1, params=SamplingParams(1.0, top_k=1))
+    completions = []
+    while finished := engine.poll():
+        completions += finished
+    greedy = sample(make_engine(decoder, params), requests, temperature=0.0)
+    for c in completions:
+        assert c.token_ids == greedy[c.request.problem.id, c.request.sample_index].token_ids
+        expected = trainer_logprobs(decoder, params, c, 1.0)
+        np.testing.assert_allclose(c.logprobs, expected, atol=1e-4)
+
+
+def test_an_engine_without_truncation_refuses_it(decoder, params, problems):
+    with pytest.raises(ValueError, match="with_truncation"):
+        make_engine(decoder, params).submit(
+            [RolloutRequest(problems[0], 0)], step=0, params=SamplingParams(top_p=0.9)
+        )

@@ -51,7 +51,14 @@ from trapo_jax.models import (
 from trapo_jax.rewards import extract_choice, extract_math_answer, make_verifier
 from trapo_jax.run_folder import check_run_folder, prepare_run_folder, write_atomically
 from trapo_jax.sampling import JaxEngine
-from trapo_jax.types import Completion, Problem, RolloutRequest, UserError, Verdict
+from trapo_jax.types import (
+    Completion,
+    Problem,
+    RolloutRequest,
+    SamplingParams,
+    UserError,
+    Verdict,
+)
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 SAMPLES, SCORES, PLOT = "samples.jsonl", "scores.json", "pass_at_k.png"
@@ -111,6 +118,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="samples of each problem (default 1)",
     )
     add("--temperature", type=_temperature, default=0.6, help="0 is greedy (default 0.6)")
+    add(
+        "--top-p",
+        type=_share,
+        default=1.0,
+        help="only the likeliest tokens that together have this probability (default 1: all)",
+    )
+    add("--top-k", type=_count, default=0, help="only so many of the likeliest (default 0: all)")
     add(
         "--max-prompt-length",
         type=_positive,
@@ -237,6 +251,7 @@ def sample_all(
         prefill_tokens=PREFILL_TOKENS,
         eos_ids=read_eos_ids(model.folder, tokenizer.eos_token_id),
         seed=args.seed,
+        with_truncation=args.top_p < 1 or args.top_k > 0,
     )
     engine.update_weights(model.params, 0)
     verifier = make_verifier(
@@ -252,7 +267,7 @@ def sample_all(
             engine,
             lambda c: verifier.submit(tokenizer.decode(c.token_ids), c.request.problem),
             requests,
-            temperature=args.temperature,
+            params=SamplingParams(args.temperature, args.top_p, args.top_k),
         )
         for completion, verdict in judged:
             record = make_record(completion, verdict, tokenizer)
@@ -415,14 +430,31 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
+    return int(text)
+
+
 def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _number(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number >= 0")
     return value
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 if __name__ == "__main__":

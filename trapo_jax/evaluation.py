@@ -77,7 +77,7 @@ def sample_problems(
     score: Score,
     requests: Sequence[RolloutRequest],
     *,
-    temperature: float,
+    params: SamplingParams,
 ) -> Iterator[tuple[Completion, Verdict]]:
     """Samples the requests and yields each with its verdict as soon as there is one.
 
@@ -85,9 +85,9 @@ def sample_problems(
       engine: must be idle, with the weights to evaluate.
       score: a completion's verdict, now or later.
       requests: what to sample, unguided.
-      temperature: of sampling; 0 is greedy.
+      params: how tokens are drawn.
     """
-    engine.submit(requests, step=EVALUATION_STEP, params=SamplingParams(temperature))
+    engine.submit(requests, step=EVALUATION_STEP, params=params)
     judging: dict[Future[Verdict], Completion] = {}
     while (completions := engine.poll()) or judging:
         judging.update((score(completion), completion) for completion in completions)
@@ -150,7 +150,7 @@ def evaluate(
 
     def take(count: int, temperature: float) -> list[Sample]:
         requests = [RolloutRequest(p, j) for p in problems for j in range(count)]
-        judged = sample_problems(engine, score, requests, temperature=temperature)
+        judged = sample_problems(engine, score, requests, params=SamplingParams(temperature))
         return [make_sample(completion, verdict) for completion, verdict in judged]
 
     greedy, sampled = take(1, 0.0), take(num_samples, 1.0)

@@ -98,9 +98,17 @@ class FinishReason(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. `temperature` 0 is greedy."""
+    """How tokens are drawn.
+
+    Attributes:
+      temperature: >= 0; 0 is greedy.
+      top_p: in (0, 1]; only the most likely tokens whose probabilities reach it. For evaluation.
+      top_k: >= 0; only so many of the most likely tokens, 0 for all. For evaluation.
+    """
 
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

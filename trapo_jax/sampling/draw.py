@@ -15,7 +15,11 @@ def request_key(seed: jax.Array, step: jax.Array, problem_key: jax.Array, sample
 
 
 def draw_tokens(
-    keys_S: jax.Array, positions_S: jax.Array, logits_SV: jax.Array, temperatures_S: jax.Array
+    keys_S: jax.Array,
+    positions_S: jax.Array,
+    logits_SV: jax.Array,
+    temperatures_S: jax.Array,
+    top_p_and_k_S: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One token a row from `softmax(logits / temperature)`, and its log-probability there.
 
@@ -30,9 +34,10 @@ def draw_tokens(
       positions_S: int32, the position the drawn token will have.
       logits_SV: float32.
       temperatures_S: float32, >= 0.
+      top_p_and_k_S: see `truncate`; None for the whole distribution, which needs no sort.
 
     Returns:
-      int32 `[S]` and float32 `[S]`.
+      int32 `[S]` and float32 `[S]`; the log-probability is that of the whole distribution.
     """
     greedy_S = temperatures_S == 0
     logits_SV = logits_SV / jnp.where(greedy_S, 1.0, temperatures_S)[:, None]
@@ -40,9 +45,26 @@ def draw_tokens(
     uniform_S = jax.vmap(
         lambda key, position: jax.random.uniform(jax.random.fold_in(key, position))
     )(keys_S, positions_S)
-    drawn_S = inverse_cdf(jnp.exp(logprobs_SV), uniform_S)
+    if top_p_and_k_S is None:
+        probs_SV = jnp.exp(logprobs_SV)
+    else:
+        probs_SV = jnp.exp(truncate(logprobs_SV, *top_p_and_k_S))
+    drawn_S = inverse_cdf(probs_SV, uniform_S)
     token_S = jnp.where(greedy_S, jnp.argmax(logits_SV, axis=-1), drawn_S).astype(jnp.int32)
     return token_S, jnp.take_along_axis(logprobs_SV, token_S[:, None], axis=-1)[:, 0]
+
+
+def truncate(logits_SV: jax.Array, top_p_S: jax.Array, top_k_S: jax.Array) -> jax.Array:
+    """The logits, -inf off the most likely tokens: the `top_k` first (0: all), and of these as many as it takes
+    for their probabilities to reach `top_p`. Tokens as likely as the last one stay."""
+    descending = jnp.sort(logits_SV, axis=-1, descending=True)
+    vocab_size = logits_SV.shape[-1]
+    among_k = jnp.arange(vocab_size) < jnp.where(top_k_S == 0, vocab_size, top_k_S)[:, None]
+    probs = jax.nn.softmax(jnp.where(among_k, descending, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    kept = among_k & (before < top_p_S[:, None])
+    lowest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits_SV >= lowest, logits_SV, -jnp.inf)
 
 
 def inverse_cdf(probs_SV: jax.Array, uniform_S: jax.Array) -> jax.Array:

@@ -61,12 +61,14 @@ class _Starting(NamedTuple):
     last_token: Any
     max_new: Any
     temperature: Any
+    top_p: Any
+    top_k: Any
     step: Any
     problem_key: Any
     sample_index: Any
 
 
-_STARTING_DTYPES = (np.int32,) * 4 + (np.float32,) + (np.uint32,) * 3
+_STARTING_DTYPES = (np.int32,) * 4 + (np.float32,) * 2 + (np.int32,) + (np.uint32,) * 3
 
 
 class _Slots(NamedTuple):
@@ -77,6 +79,8 @@ class _Slots(NamedTuple):
     last_token: jax.Array  # int32 [S], to be fed next; its position is cached_lens
     keys: jax.Array  # random keys [S]
     temperature: jax.Array  # float32 [S]
+    top_p: jax.Array  # float32 [S]
+    top_k: jax.Array  # int32 [S]
     max_new: jax.Array  # int32 [S]
     num_new: jax.Array  # int32 [S]
     active: jax.Array  # bool [S]
@@ -112,6 +116,7 @@ class JaxEngine:
       prefill_tokens: tokens of contexts run through the model at once, at most.
       eos_ids: token ids that end a completion.
       seed: the run's seed.
+      with_truncation: requests may ask for top-p and top-k, which costs a sort of the vocabulary a token.
       sharding: where the slots lie; the default device if None.
     """
 
@@ -127,6 +132,7 @@ class JaxEngine:
         prefill_tokens: int,
         eos_ids: Sequence[int],
         seed: int,
+        with_truncation: bool = False,
         sharding: jax.sharding.Sharding | None = None,
     ):
         self._max_prompt_length = max_prompt_length
@@ -140,6 +146,7 @@ class JaxEngine:
         self.version = -1
         self.counters = EngineCounters()
         self._prefill_tokens = prefill_tokens
+        self._with_truncation = with_truncation
         self._table = ContextTable(num_contexts)
         capacity = max_prompt_length + max_completion_length
         contexts = empty_cache(config, num_contexts, capacity)
@@ -150,7 +157,8 @@ class JaxEngine:
         self._copy_context = jax.jit(_copy_context, donate_argnums=0)
         self._start = jax.jit(_start, static_argnames="copied_len", donate_argnums=0)
         self._decode = jax.jit(
-            functools.partial(_decode, config, segment_len, tuple(eos_ids)), donate_argnums=1
+            functools.partial(_decode, config, segment_len, tuple(eos_ids), with_truncation),
+            donate_argnums=1,
         )
         self._eos_ids = frozenset(eos_ids)
 
@@ -174,6 +182,8 @@ class JaxEngine:
     def submit(
         self, requests: Sequence[RolloutRequest], *, step: int, params: SamplingParams
     ) -> None:
+        if (params.top_p < 1 or params.top_k) and not self._with_truncation:
+            raise ValueError("top_p and top_k need an engine with_truncation")
         for request in requests:
             if len(request.problem.prompt_ids) > self._max_prompt_length:
                 raise ValueError(
@@ -250,6 +260,8 @@ class JaxEngine:
                     last_token=context[-1],
                     max_new=self._budget(request),
                     temperature=params.temperature,
+                    top_p=params.top_p,
+                    top_k=params.top_k,
                     step=step,
                     problem_key=request.problem.key,
                     sample_index=request.sample_index,
@@ -269,7 +281,9 @@ class JaxEngine:
         """Copies contexts to slots and sets these going. Shapes are fixed but for the length copied."""
         num_slots = self._slots.active.shape[0]
         num_idle = num_slots - len(starting)
-        nobody = _Starting(num_slots, 0, 0, 1, 1.0, 0, 0, 0)  # its slot is out of range: dropped
+        nobody = _Starting(
+            num_slots, 0, 0, 1, 1.0, 1.0, 0, 0, 0, 0
+        )  # its slot is out of range: dropped
         columns = zip(*starting, *[nobody] * num_idle, strict=True)
         arrays = (np.asarray(c, dtype) for c, dtype in zip(columns, _STARTING_DTYPES, strict=True))
         capacity = self._contexts.keys.shape[-1]
@@ -298,6 +312,8 @@ def _empty_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_n
         last_token=zeros(jnp.int32),
         keys=jax.random.split(jax.random.key(0), num_slots),
         temperature=zeros(jnp.float32),
+        top_p=zeros(jnp.float32),
+        top_k=zeros(jnp.int32),
         max_new=zeros(jnp.int32),
         num_new=zeros(jnp.int32),
         active=zeros(bool),
@@ -327,6 +343,8 @@ def _start(
         last_token=put(slots.last_token, starting.last_token),
         keys=put(slots.keys, keys),
         temperature=put(slots.temperature, starting.temperature),
+        top_p=put(slots.top_p, starting.top_p),
+        top_k=put(slots.top_k, starting.top_k),
         max_new=put(slots.max_new, starting.max_new),
         num_new=put(slots.num_new, 0),
         active=put(slots.active, True),
@@ -334,7 +352,7 @@ def _start(
 
 
 def _decode(
-    config, segment_len: int, eos_ids: tuple[int, ...], params, slots: _Slots
+    config, segment_len: int, eos_ids: tuple[int, ...], with_truncation: bool, params, slots: _Slots
 ) -> tuple[_Slots, jax.Array, jax.Array]:
     """Up to `segment_len` tokens for every active slot; stops early when none is active.
 
@@ -354,7 +372,8 @@ def _decode(
             cached_lens_S=s.cached_lens,
         )
         logits = jnp.matmul(hidden[:, 0], output_projection, preferred_element_type=jnp.float32)
-        token, logprob = draw_tokens(s.keys, s.cached_lens + 1, logits, s.temperature)
+        truncation = (s.top_p, s.top_k) if with_truncation else None
+        token, logprob = draw_tokens(s.keys, s.cached_lens + 1, logits, s.temperature, truncation)
         # Inactive slots write out of range, which drops it.
         where_cached = jnp.where(s.active, s.cached_lens, s.cache.keys.shape[-1])
         where_new = jnp.where(s.active, s.num_new, s.tokens.shape[1])
