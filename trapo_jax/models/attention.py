@@ -74,29 +74,31 @@ def cached_attention(
     last, so that both products contract along contiguous memory without a transposed copy.
     `scale`, `window` and `is_local` are those of `row_attention`.
     """
-    num_slots, num_new, _, head_dim = q_STNH.shape
+    num_slots, num_new, num_heads, head_dim = q_STNH.shape
     num_kv_heads, cache_len = k_STKH.shape[2], cached_k_SKHC.shape[-1]
+    group = num_heads // num_kv_heads
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    q_STKGH = q_STNH.reshape(num_slots, num_new, num_kv_heads, -1, head_dim)
-    to_cached = einsum("STKGH,SKHC->SKGTC", q_STKGH, cached_k_SKHC)
-    to_new = einsum("STKGH,SUKH->SKGTU", q_STKGH, k_STKH)
-    query, cached, new = jnp.arange(num_new), jnp.arange(cache_len), jnp.arange(num_new)
-    sees_cached = jnp.broadcast_to(
-        cached < cached_lens_S[:, None, None], (num_slots, num_new, cache_len)
+    # Q: the queries of a key-value head, its group's heads times the new tokens. One plain batched matmul.
+    q_SKGTH = q_STNH.reshape(num_slots, num_new, num_kv_heads, group, head_dim).transpose(
+        0, 2, 3, 1, 4
     )
-    sees_new = new <= query[:, None]
+    q_SKQH = q_SKGTH.reshape(num_slots, num_kv_heads, group * num_new, head_dim)
+    to_cached = einsum("SKQH,SKHC->SKQC", q_SKQH, cached_k_SKHC)
+    to_new = einsum("SKQH,STKH->SKQT", q_SKQH, k_STKH)
+    query = jnp.tile(jnp.arange(num_new), group)[:, None]  # [Q, 1]: which new token asks
+    cached, new, lens = jnp.arange(cache_len), jnp.arange(num_new), cached_lens_S[:, None, None]
+    sees_cached, sees_new = cached < lens, new <= query
     if window is not None:
-        near_cached = cached_lens_S[:, None, None] + query[:, None] - cached < window
-        near_new = query[:, None] - new < window
         everywhere = False if is_local is None else ~is_local
-        sees_cached &= near_cached | everywhere
-        sees_new &= near_new | everywhere
-    to_cached = jnp.where(sees_cached[:, None, None], to_cached, -jnp.inf)
+        sees_cached &= (lens + query - cached < window) | everywhere
+        sees_new &= (query - new < window) | everywhere
+    to_cached = jnp.where(sees_cached[:, None], to_cached, -jnp.inf)
     to_new = jnp.where(sees_new, to_new, -jnp.inf)
     weights = jax.nn.softmax(jnp.concatenate([to_cached, to_new], axis=-1) * scale)
     weights = weights.astype(v_STKH.dtype)
-    values = einsum("SKGTC,SKCH->STKGH", weights[..., :cache_len], cached_v_SKCH)
-    values += einsum("SKGTU,SUKH->STKGH", weights[..., cache_len:], v_STKH)
+    values = einsum("SKQC,SKCH->SKQH", weights[..., :cache_len], cached_v_SKCH)
+    values += einsum("SKQT,STKH->SKQH", weights[..., cache_len:], v_STKH)
+    values = values.reshape(q_SKGTH.shape).transpose(0, 3, 1, 2, 4)
     return values.reshape(q_STNH.shape).astype(q_STNH.dtype)
 
 
