@@ -6,6 +6,7 @@ rewritten as `The final answer is \\boxed{42}.`; it is in the form that the prom
 """
 
 import random
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,9 @@ def gsm_symbolic_example(item: dict[str, Any]) -> Example | None:
 
 def _distinct_examples(seed: int) -> Iterator[Example]:
     try:
-        import reasoning_gym  # seconds to import
+        with warnings.catch_warnings():  # of what it imports, on the first time
+            warnings.simplefilter("ignore", SyntaxWarning)
+            import reasoning_gym  # seconds to import
     except ImportError as error:
         raise UserError(
             "data.source=gsm_symbolic: reasoning-gym is not installed; pip install 'trapo-jax[tasks]'"
