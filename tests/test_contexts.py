@@ -141,3 +141,17 @@ def test_two_experts_and_long_prefixes_in_pieces(decoder, params, problems):
         for completion in completions.values():
             expected = trainer_logprobs(decoder, params, completion, 1.0)
             np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_a_part_of_a_long_cache_is_looked_at(decoder, params, problems):
+    """Views of 256, 512 and all of 616 positions, by the longest row at work."""
+    rng = np.random.default_rng(0)
+    engine = make_engine(decoder, params, max_completion_length=600, num_slots=2)
+    problem = problems[0]
+    for prefix_len in (10, 230, 500):
+        expert = Expert(tuple(rng.choice(problem.experts[0].token_ids[:-1], 590).tolist()))
+        long = Problem(f"{prefix_len:016x}", problem.prompt_ids, "", (expert,))
+        requests = [RolloutRequest(long, 0, 0, 0, prefix_len), RolloutRequest(problem, 0)]
+        for completion in sample(engine, requests).values():
+            expected = trainer_logprobs(decoder, params, completion, 1.0)
+            np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)

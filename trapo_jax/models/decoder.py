@@ -190,6 +190,7 @@ class Decoder(nnx.Module):
         *,
         cache: KVCache | None = None,
         cached_lens_S: jax.Array | None = None,
+        view_len: int | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Runs whole rows, or T new tokens a slot against a cache.
 
@@ -199,6 +200,8 @@ class Decoder(nnx.Module):
           segment_ids_BT: int32; tokens attend within their segment. Needed without a cache.
           cache: read, never written: the caller puts the new entries where it wants them.
           cached_lens_S: int32, valid cache positions of each slot.
+          view_len: look at so many positions of the cache; None for all. Of more slots than S, the cache's
+            first S are meant.
 
         Returns:
           hidden `[B, T, D]` after the final norm, in `config.dtype`; and the new tokens' keys and
@@ -214,6 +217,9 @@ class Decoder(nnx.Module):
         is_local_L = jnp.asarray(c.local_layers) if is_mixed else None
 
         def one_layer(x, block, layer_cache, is_local):
+            if layer_cache is not None:  # sliced here, a layer at a time: nothing is copied twice
+                keys, values = (x[: len(token_ids_BT)] for x in layer_cache)
+                layer_cache = KVCache(keys[..., :view_len], values[..., :view_len, :])
             if is_mixed:
                 chosen = _choose(is_local, local_angles, angles)
             else:

@@ -13,6 +13,7 @@ index, position): not on the slot, its neighbours, the number of slots or the or
 import collections
 import dataclasses
 import functools
+import heapq
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +34,8 @@ from trapo_jax.sampling.draw import draw_tokens, request_key
 from trapo_jax.types import Completion, FinishReason, RolloutRequest, SamplingParams
 
 SHORTEST_COPY = 16  # a context is copied to a slot in this many positions, or twice, four times ...
+# A decode segment computes so many slots, and looks at so many positions of the cache, or twice, four times ...
+FEWEST_SLOTS, SHORTEST_VIEW = 8, 256
 
 
 class RolloutEngine(Protocol):
@@ -95,7 +98,7 @@ class EngineCounters:
     Attributes:
       prefilled_tokens: tokens of contexts run through the model.
       decoded_tokens: tokens sampled.
-      slot_tokens: tokens that as many decode steps could have sampled with every slot at work.
+      slot_tokens: tokens that as many decode steps could have sampled with every slot they computed active.
     """
 
     prefilled_tokens: int = 0
@@ -146,18 +149,21 @@ class JaxEngine:
         self.version = -1
         self.counters = EngineCounters()
         self._prefill_tokens = prefill_tokens
+        self._segment_len = segment_len
         self._with_truncation = with_truncation
         self._table = ContextTable(num_contexts)
         capacity = max_prompt_length + max_completion_length
         contexts = empty_cache(config, num_contexts, capacity)
         slots = _empty_slots(config, num_slots, cache_len=capacity, max_new=max_completion_length)
         self._contexts, self._slots = jax.device_put((contexts, slots), sharding)
-        self._free = list(range(num_slots))[::-1]
+        self._cached_lens = np.zeros(num_slots, np.int32)  # as on the device
+        self._free = list(range(num_slots))  # a heap: the lowest is taken first
         self._prefill = jax.jit(functools.partial(prefill, config), donate_argnums=1)
         self._copy_context = jax.jit(_copy_context, donate_argnums=0)
         self._start = jax.jit(_start, static_argnames="copied_len", donate_argnums=0)
         self._decode = jax.jit(
             functools.partial(_decode, config, segment_len, tuple(eos_ids), with_truncation),
+            static_argnames=("num_slots", "view_len"),
             donate_argnums=1,
         )
         self._eos_ids = frozenset(eos_ids)
@@ -200,12 +206,15 @@ class JaxEngine:
         while self._waiting or self._running:
             while self._waiting and self._free:
                 self._admit_wave()
-            self._slots, num_steps, num_tokens = self._decode(self._params, self._slots)
-            active, num_new, num_steps, num_tokens = jax.device_get(
-                (self._slots.active, self._slots.num_new, num_steps, num_tokens)
+            extent = self._extent()
+            self._slots, num_steps, num_tokens = self._decode(self._params, self._slots, **extent)
+            s = self._slots
+            active, num_new, cached_lens, num_steps, num_tokens = jax.device_get(
+                (s.active, s.num_new, s.cached_lens, num_steps, num_tokens)
             )
+            self._cached_lens = np.array(cached_lens)
             self.counters.decoded_tokens += int(num_tokens)
-            self.counters.slot_tokens += int(num_steps) * len(active)
+            self.counters.slot_tokens += int(num_steps) * extent["num_slots"]
             finished = [slot for slot in self._running if not active[slot]]
             if finished:
                 tokens, logprobs = jax.device_get((self._slots.tokens, self._slots.logprobs))
@@ -216,12 +225,21 @@ class JaxEngine:
                 ]
         return []
 
+    def _extent(self) -> dict[str, int]:
+        """The slots at work, and the positions of the cache that the next segment can reach."""
+        longest = max(int(self._cached_lens[slot]) for slot in self._running) + self._segment_len
+        _, num_slots, _, _, capacity = self._slots.cache.keys.shape
+        return {
+            "num_slots": min(num_slots, _power_of_2(max(FEWEST_SLOTS, max(self._running) + 1))),
+            "view_len": min(capacity, _power_of_2(max(SHORTEST_VIEW, longest))),
+        }
+
     def _budget(self, request: RolloutRequest) -> int:
         return self._max_completion_length - request.prefix_len
 
     def _leave(self, slot: int, tokens: np.ndarray, logprobs: np.ndarray) -> Completion:
         request = self._running.pop(slot)
-        self._free.append(slot)
+        heapq.heappush(self._free, slot)
         stopped = int(tokens[-1]) in self._eos_ids
         return Completion(
             request=request,
@@ -250,7 +268,7 @@ class JaxEngine:
             if found.piece is not None:
                 before = pieces.get(found.row)
                 pieces[found.row] = _joined(before, found.piece) if before else found.piece
-            slot = self._free.pop()
+            slot = heapq.heappop(self._free)
             self._running[slot] = request
             rows.append(found.row)
             starting.append(
@@ -279,6 +297,8 @@ class JaxEngine:
 
     def _start_slots(self, rows: Sequence[int], starting: Sequence[_Starting]) -> None:
         """Copies contexts to slots and sets these going. Shapes are fixed but for the length copied."""
+        for start in starting:
+            self._cached_lens[start.slot] = start.cached_len
         num_slots = self._slots.active.shape[0]
         num_idle = num_slots - len(starting)
         nobody = _Starting(
@@ -295,13 +315,18 @@ class JaxEngine:
             np.int32(len(starting)),
             self._seed,
             _Starting(*arrays),
-            copied_len=min(capacity, 1 << (longest - 1).bit_length()),
+            copied_len=min(capacity, _power_of_2(longest)),
         )
 
 
 def _joined(piece: Piece, continuation: Piece) -> Piece:
     """Two pieces of a row, one behind the other, as one."""
     return piece._replace(token_ids=piece.token_ids + continuation.token_ids)
+
+
+def _power_of_2(number: int) -> int:
+    """The smallest that is not less."""
+    return 1 << (number - 1).bit_length()
 
 
 def _empty_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_new: int) -> _Slots:
@@ -352,14 +377,27 @@ def _start(
 
 
 def _decode(
-    config, segment_len: int, eos_ids: tuple[int, ...], with_truncation: bool, params, slots: _Slots
+    config: DecoderConfig,
+    segment_len: int,
+    eos_ids: tuple[int, ...],
+    with_truncation: bool,
+    params: Any,
+    slots: _Slots,
+    *,
+    num_slots: int,
+    view_len: int,
 ) -> tuple[_Slots, jax.Array, jax.Array]:
     """Up to `segment_len` tokens for every active slot; stops early when none is active.
+
+    Only the first `num_slots` may be active, and hold at most `view_len - segment_len` positions: the rest of
+    the cache is not looked at.
 
     Returns the slots, the steps done and the tokens sampled, both int32 `[]`.
     """
     output_projection = unembedding(params).astype(config.dtype)
-    every_slot = jnp.arange(slots.active.shape[0])
+    every_slot = jnp.arange(num_slots)
+    cache, whole = slots.cache, slots._replace(cache=None)
+    slots = jax.tree.map(lambda x: x[:num_slots], whole)._replace(cache=cache)
 
     def one_token(carry):
         count, num_tokens, s = carry
@@ -370,6 +408,7 @@ def _decode(
             s.cached_lens[:, None],
             cache=s.cache,
             cached_lens_S=s.cached_lens,
+            view_len=view_len,
         )
         logits = jnp.matmul(hidden[:, 0], output_projection, preferred_element_type=jnp.float32)
         truncation = (s.top_p, s.top_k) if with_truncation else None
@@ -404,4 +443,6 @@ def _decode(
 
     zero = jnp.int32(0)
     num_steps, num_tokens, slots = jax.lax.while_loop(unfinished, one_token, (zero, zero, slots))
-    return slots, num_steps, num_tokens
+    put_back = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=0)
+    whole = jax.tree.map(put_back, whole, slots._replace(cache=None))
+    return whole._replace(cache=slots.cache), num_steps, num_tokens
