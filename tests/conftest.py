@@ -5,8 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import pytest
+# Small programs, each run a few times: most of their time is LLVM's. The commands' own processes, which
+# `run_command` starts, are compiled as users compile them.
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+USERS_FLAGS = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{USERS_FLAGS} {FAST_COMPILATION}"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
 TINY_MODEL = REPOSITORY / "trapo_jax" / "assets" / "card_shuffles_tiny"
@@ -17,6 +23,7 @@ CACHE_ENV = {
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    "XLA_FLAGS": USERS_FLAGS,
 }
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -301,9 +301,8 @@ class JaxEngine:
             self._cached_lens[start.slot] = start.cached_len
         num_slots = self._slots.active.shape[0]
         num_idle = num_slots - len(starting)
-        nobody = _Starting(
-            num_slots, 0, 0, 1, 1.0, 1.0, 0, 0, 0, 0
-        )  # its slot is out of range: dropped
+        # Its slot is out of range: dropped.
+        nobody = _Starting(num_slots, 0, 0, 1, 1.0, 1.0, 0, 0, 0, 0)
         columns = zip(*starting, *[nobody] * num_idle, strict=True)
         arrays = (np.asarray(c, dtype) for c, dtype in zip(columns, _STARTING_DTYPES, strict=True))
         capacity = self._contexts.keys.shape[-1]
