@@ -30,6 +30,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+LONGEST = ("test_train.py", "test_train_step.py", "test_models.py", "test_sampling.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: a file stays in one worker, and a long one at the end leaves the others idle."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from trapo_jax.data import load_tokenizer

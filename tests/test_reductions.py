@@ -276,3 +276,9 @@ def test_segment_mean_weights_of_a_single_token_and_a_single_segment():
 
 def test_constant_mean_counts_rows_of_one_token():
     assert constant_mean(np.ones((3, 1)), length=1.0) == 1.0
+
+
+def test_sequences_lie_along_the_last_axis_of_any_number():
+    where = np.array([[[True, True, False]], [[True, False, False]]])
+    weights = sequence_mean_weights(where)
+    np.testing.assert_allclose(weights, [[[0.25, 0.25, 0.0]], [[0.5, 0.0, 0.0]]])
