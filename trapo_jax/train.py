@@ -280,7 +280,7 @@ def train_one_step(
     config = parts.config
     started = time.perf_counter()
     parts.engine.update_weights(state.params, step - 1)
-    before = dataclasses.replace(parts.engine.counters)
+    before = parts.engine.counters
     groups, reward_secs = collect_rollouts(
         parts.engine,
         parts.scheduler,
@@ -290,7 +290,7 @@ def train_one_step(
         params=SamplingParams(config.sampling.temperature),
     )
     check_verdicts(groups, step, max_error_rate=config.rewards.max_error_rate)
-    sampled, after = time.perf_counter(), parts.engine.counters
+    sampled, engine_did = time.perf_counter(), parts.engine.counters - before
     advantages = [
         group_advantages(
             np.array([rollout.reward for rollout in group]),
@@ -323,10 +323,9 @@ def train_one_step(
         "batch/balance": balance(batch, num_shards),
         "tokens/trained": counters.tokens_trained,
         "tokens/sampled": counters.tokens_sampled,
-        "tokens/prefilled": after.prefilled_tokens - before.prefilled_tokens,
+        "tokens/prefilled": engine_did.prefilled_tokens,
         "problems/seen": counters.problems_seen,
-        "sampling/slot_utilization": (after.decoded_tokens - before.decoded_tokens)
-        / max(1, after.slot_tokens - before.slot_tokens),
+        "sampling/slot_utilization": engine_did.slot_utilization,
         "time/sample_secs": sampled - started - reward_secs,
         "time/reward_secs": reward_secs,
         "time/train_secs": trained - sampled,

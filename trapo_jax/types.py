@@ -7,8 +7,6 @@ import dataclasses
 import enum
 from typing import Any, NamedTuple
 
-import numpy as np
-
 
 class UserError(Exception):
     """Something the user can mend; printed as one line, without a traceback, exit code 2."""
@@ -176,6 +174,3 @@ class TrainBatch(NamedTuple):
     sampler_logprobs: Any  # float32, on the completion, else 0
     num_rollouts: Any  # float32 [], rollouts in the whole batch
     num_micro_batches: Any  # int32 [], micro-batches that hold any
-
-
-TokenArray = np.ndarray

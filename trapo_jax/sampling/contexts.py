@@ -124,7 +124,7 @@ def batches(pieces: Iterable[Piece], max_tokens: int) -> Iterator[PieceBatch]:
         rest = []
         for piece in waiting:
             head = piece._replace(token_ids=piece.token_ids[:longest])
-            size = max(SHORTEST_PIECE, 1 << (len(head.token_ids) - 1).bit_length())
+            size = max(SHORTEST_PIECE, power_of_2(len(head.token_ids)))
             by_size.setdefault(min(longest, size), []).append(head)
             if len(piece.token_ids) > longest:
                 start = piece.start + longest
@@ -164,7 +164,7 @@ def prefill(config: DecoderConfig, params: Any, contexts: KVCache, batch: PieceB
 
 
 def copy_rows(
-    source: KVCache,
+    source: KVCache | None,
     target: KVCache,
     from_rows: jax.Array,
     to_rows: jax.Array,
@@ -172,14 +172,18 @@ def copy_rows(
     *,
     length: int,
 ) -> KVCache:
-    """The first `length` positions of rows of `source`, into rows of `target`; the first `count` pairs."""
+    """The first `length` positions of rows of `source`, into rows of `target`; the first `count` pairs.
+
+    Without a source rows of the target are copied, one pair after the other.
+    """
 
     def one(i, target: KVCache) -> KVCache:
+        keys, values = target if source is None else source
         take = lambda x: jax.lax.dynamic_slice_in_dim(x, from_rows[i], 1, axis=1)
         put = lambda x, row: jax.lax.dynamic_update_slice(x, row, (0, to_rows[i], 0, 0, 0))
         return KVCache(
-            put(target.keys, take(source.keys)[..., :length]),
-            put(target.values, take(source.values)[..., :length, :]),
+            put(target.keys, take(keys)[..., :length]),
+            put(target.values, take(values)[..., :length, :]),
         )
 
     return jax.lax.fori_loop(0, count, one, target)
@@ -191,6 +195,11 @@ def empty_cache(config: DecoderConfig, num_rows: int, length: int) -> KVCache:
         keys=jnp.zeros((*rows, config.head_dim, length), config.dtype),
         values=jnp.zeros((*rows, length, config.head_dim), config.dtype),
     )
+
+
+def power_of_2(number: int) -> int:
+    """The smallest that is not less."""
+    return 1 << (number - 1).bit_length()
 
 
 def _stack(pieces: Sequence[Piece], num_rows: int, size: int) -> PieceBatch:

@@ -14,7 +14,8 @@ import collections
 import dataclasses
 import functools
 import heapq
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -28,6 +29,7 @@ from trapo_jax.sampling.contexts import (
     batches,
     copy_rows,
     empty_cache,
+    power_of_2,
     prefill,
 )
 from trapo_jax.sampling.draw import draw_tokens, request_key
@@ -35,7 +37,9 @@ from trapo_jax.types import Completion, FinishReason, RolloutRequest, SamplingPa
 
 SHORTEST_COPY = 16  # a context is copied to a slot in this many positions, or twice, four times ...
 # A decode segment computes so many slots, and looks at so many positions of the cache, or twice, four times ...
-FEWEST_SLOTS, SHORTEST_VIEW = 8, 256
+FEWEST_SLOTS, SHORTEST_VIEW = 2, 256
+# A segment ends early once one slot in so many is done: others wait for its place.
+SLOTS_A_LEAVE = 16
 
 
 class RolloutEngine(Protocol):
@@ -91,7 +95,7 @@ class _Slots(NamedTuple):
     logprobs: jax.Array  # float32 [S, R]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class EngineCounters:
     """What an engine has done so far.
 
@@ -104,6 +108,20 @@ class EngineCounters:
     prefilled_tokens: int = 0
     decoded_tokens: int = 0
     slot_tokens: int = 0
+
+    @property
+    def slot_utilization(self) -> float:
+        return self.decoded_tokens / max(1, self.slot_tokens)
+
+    def __add__(self, other: "EngineCounters") -> "EngineCounters":
+        return self._by_field(operator.add, other)
+
+    def __sub__(self, other: "EngineCounters") -> "EngineCounters":
+        return self._by_field(operator.sub, other)
+
+    def _by_field(self, operation: Callable[[int, int], int], other: "EngineCounters"):
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return EngineCounters(*(operation(a, b) for a, b in pairs))
 
 
 class JaxEngine:
@@ -160,6 +178,8 @@ class JaxEngine:
         self._free = list(range(num_slots))  # a heap: the lowest is taken first
         self._prefill = jax.jit(functools.partial(prefill, config), donate_argnums=1)
         self._copy_context = jax.jit(_copy_context, donate_argnums=0)
+        self._move = jax.jit(_move, donate_argnums=0)
+        self._rows = jax.jit(_rows)
         self._start = jax.jit(_start, static_argnames="copied_len", donate_argnums=0)
         self._decode = jax.jit(
             functools.partial(_decode, config, segment_len, tuple(eos_ids), with_truncation),
@@ -171,7 +191,14 @@ class JaxEngine:
     @property
     def num_compiled(self) -> int:
         """Programs compiled so far; constant after warm-up."""
-        programs: list[Any] = [self._prefill, self._copy_context, self._start, self._decode]
+        programs: list[Any] = [
+            self._prefill,
+            self._copy_context,
+            self._start,
+            self._move,
+            self._decode,
+            self._rows,
+        ]
         return sum(program._cache_size() for program in programs)
 
     @property
@@ -198,7 +225,7 @@ class JaxEngine:
                 )
             if not request.problem.prompt_ids:
                 raise ValueError(f"problem {request.problem.id}: empty prompt")
-            if self._budget(request) < 1:
+            if self.budget(request) < 1:
                 raise ValueError(f"problem {request.problem.id}: nothing to sample")
             self._waiting.append((request, step, params))
 
@@ -206,6 +233,7 @@ class JaxEngine:
         while self._waiting or self._running:
             while self._waiting and self._free:
                 self._admit_wave()
+            self._close_ranks()
             extent = self._extent()
             self._slots, num_steps, num_tokens = self._decode(self._params, self._slots, **extent)
             s = self._slots
@@ -213,16 +241,13 @@ class JaxEngine:
                 (s.active, s.num_new, s.cached_lens, num_steps, num_tokens)
             )
             self._cached_lens = np.array(cached_lens)
-            self.counters.decoded_tokens += int(num_tokens)
-            self.counters.slot_tokens += int(num_steps) * extent["num_slots"]
+            self.counters += EngineCounters(
+                decoded_tokens=int(num_tokens),
+                slot_tokens=int(num_steps) * extent["num_slots"],
+            )
             finished = [slot for slot in self._running if not active[slot]]
             if finished:
-                tokens, logprobs = jax.device_get((self._slots.tokens, self._slots.logprobs))
-                return [
-                    self._leave(slot, tokens[slot, :length], logprobs[slot, :length])
-                    for slot in finished
-                    for length in [num_new[slot]]
-                ]
+                return self._leave(finished, num_new)
         return []
 
     def _extent(self) -> dict[str, int]:
@@ -230,23 +255,50 @@ class JaxEngine:
         longest = max(int(self._cached_lens[slot]) for slot in self._running) + self._segment_len
         _, num_slots, _, _, capacity = self._slots.cache.keys.shape
         return {
-            "num_slots": min(num_slots, _power_of_2(max(FEWEST_SLOTS, max(self._running) + 1))),
-            "view_len": min(capacity, _power_of_2(max(SHORTEST_VIEW, longest))),
+            "num_slots": min(num_slots, _rounded_slots(max(self._running) + 1)),
+            "view_len": min(capacity, power_of_2(max(SHORTEST_VIEW, longest))),
         }
 
-    def _budget(self, request: RolloutRequest) -> int:
+    def budget(self, request: RolloutRequest) -> int:
+        """Tokens that may be sampled for a request."""
         return self._max_completion_length - request.prefix_len
 
-    def _leave(self, slot: int, tokens: np.ndarray, logprobs: np.ndarray) -> Completion:
-        request = self._running.pop(slot)
-        heapq.heappush(self._free, slot)
-        stopped = int(tokens[-1]) in self._eos_ids
-        return Completion(
-            request=request,
-            token_ids=tuple(tokens.tolist()),
-            logprobs=tuple(logprobs.tolist()),
-            finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
-        )
+    def _close_ranks(self) -> None:
+        """Moves those at work to the lowest slots, where that lets the decode step compute fewer of them."""
+        num_slots = _rounded_slots(len(self._running))
+        beyond = sorted(slot for slot in self._running if slot >= num_slots)
+        if not beyond:
+            return
+        pairs = [(slot, heapq.heappop(self._free)) for slot in beyond]
+        for old, new in pairs:
+            self._running[new] = self._running.pop(old)
+            self._cached_lens[new] = self._cached_lens[old]
+            heapq.heappush(self._free, old)
+        num_all = len(self._cached_lens)
+        fill = [(0, num_all)] * (num_all - len(pairs))
+        from_slots, to_slots = np.array([*pairs, *fill], np.int32).T
+        self._slots = self._move(self._slots, from_slots, to_slots, np.int32(len(pairs)))
+
+    def _leave(self, finished: Sequence[int], num_new: np.ndarray) -> list[Completion]:
+        """Completions of slots, which are free again."""
+        rows = np.zeros(power_of_2(len(finished)), np.int32)
+        rows[: len(finished)] = finished
+        tokens, logprobs = jax.device_get(self._rows(self._slots, rows))
+        completions = []
+        for i, slot in enumerate(finished):
+            request = self._running.pop(slot)
+            heapq.heappush(self._free, slot)
+            length = num_new[slot]
+            stopped = int(tokens[i, length - 1]) in self._eos_ids
+            completions.append(
+                Completion(
+                    request=request,
+                    token_ids=tuple(tokens[i, :length].tolist()),
+                    logprobs=tuple(logprobs[i, :length].tolist()),
+                    finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+                )
+            )
+        return completions
 
     def _admit_wave(self) -> None:
         """Admits waiting requests, as many as there are free slots and rows for their contexts."""
@@ -276,7 +328,7 @@ class JaxEngine:
                     slot=slot,
                     cached_len=len(context) - 1,
                     last_token=context[-1],
-                    max_new=self._budget(request),
+                    max_new=self.budget(request),
                     temperature=params.temperature,
                     top_p=params.top_p,
                     top_k=params.top_k,
@@ -292,7 +344,7 @@ class JaxEngine:
         """Computes what contexts lack, and empties `pieces`."""
         for batch in batches(pieces.values(), self._prefill_tokens):
             self._contexts = self._prefill(self._params, self._contexts, batch)
-            self.counters.prefilled_tokens += int(batch.lens.sum())
+            self.counters += EngineCounters(prefilled_tokens=int(batch.lens.sum()))
         pieces.clear()
 
     def _start_slots(self, rows: Sequence[int], starting: Sequence[_Starting]) -> None:
@@ -314,18 +366,18 @@ class JaxEngine:
             np.int32(len(starting)),
             self._seed,
             _Starting(*arrays),
-            copied_len=min(capacity, _power_of_2(longest)),
+            copied_len=min(capacity, power_of_2(longest)),
         )
+
+
+def _rounded_slots(number: int) -> int:
+    """Slots that the decode step computes for so many at work: there is a program for each outcome."""
+    return power_of_2(max(FEWEST_SLOTS, number))
 
 
 def _joined(piece: Piece, continuation: Piece) -> Piece:
     """Two pieces of a row, one behind the other, as one."""
     return piece._replace(token_ids=piece.token_ids + continuation.token_ids)
-
-
-def _power_of_2(number: int) -> int:
-    """The smallest that is not less."""
-    return 1 << (number - 1).bit_length()
 
 
 def _empty_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_new: int) -> _Slots:
@@ -349,7 +401,21 @@ def _empty_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_n
 def _copy_context(contexts: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
     one = lambda row: jnp.asarray(row)[None]
     length = contexts.keys.shape[-1]
-    return copy_rows(contexts, contexts, one(source), one(target), jnp.int32(1), length=length)
+    return copy_rows(None, contexts, one(source), one(target), jnp.int32(1), length=length)
+
+
+def _move(slots: _Slots, from_slots: jax.Array, to_slots: jax.Array, count: jax.Array) -> _Slots:
+    """The first `count` of `from_slots` go on in `to_slots`; of the others `to_slots` is out of range."""
+    length = slots.cache.keys.shape[-1]
+    cache = copy_rows(None, slots.cache, from_slots, to_slots, count, length=length)
+    put = lambda x: x.at[to_slots].set(x[from_slots], mode="drop")
+    moved = jax.tree.map(put, slots._replace(cache=None))
+    left = jnp.where(jnp.arange(len(to_slots)) < count, from_slots, len(to_slots))
+    return moved._replace(cache=cache, active=moved.active.at[left].set(False, mode="drop"))
+
+
+def _rows(slots: _Slots, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return slots.tokens[rows], slots.logprobs[rows]
 
 
 def _start(
@@ -386,7 +452,7 @@ def _decode(
     num_slots: int,
     view_len: int,
 ) -> tuple[_Slots, jax.Array, jax.Array]:
-    """Up to `segment_len` tokens for every active slot; stops early when none is active.
+    """Up to `segment_len` tokens for every active slot; stops early once a share of the slots is done.
 
     Only the first `num_slots` may be active, and hold at most `view_len - segment_len` positions: the rest of
     the cache is not looked at.
@@ -436,9 +502,12 @@ def _decode(
             ),
         )
 
+    num_active = jnp.sum(slots.active)
+    enough_done = jnp.clip(num_active, 1, max(1, num_slots // SLOTS_A_LEAVE))
+
     def unfinished(carry):
         count, _, s = carry
-        return (count < segment_len) & jnp.any(s.active)
+        return (count < segment_len) & (num_active - jnp.sum(s.active) < enough_done)
 
     zero = jnp.int32(0)
     num_steps, num_tokens, slots = jax.lax.while_loop(unfinished, one_token, (zero, zero, slots))

@@ -1,0 +1,360 @@
+"""Compares rollout engines on the same weights, prompts and sampled lengths, side by side in one run.
+
+    python tools/bench_rollout.py --model models/smollm2_135m --workload uniform
+    python tools/bench_rollout.py --model models/smollm2_135m --workload trapo --engines ours,barrier
+    python tools/bench_rollout.py ... --engines ours,transformers,tunix --tunix-python VENV/bin/python --json FILE
+
+Engines: `ours`; `barrier`, ours made to finish every micro-group of all problems before the next begins;
+`transformers` (`generate`, torch); `tunix` (its own sampler, in an environment of its own).
+Each runs in a process of its own and is asked in turn, A B A B ..., after one round that compiles.
+
+Workloads: `uniform` is 1, 16 and 64 rows of 64 new tokens each. `trapo` is one step of TRAPO's `paper` guidance on
+32 problems: ragged prompts and experts, rewards and completion lengths drawn in advance (log-normal), so that every
+engine decodes the same tokens; with it `grpo`, the same number of tokens as eight unguided rollouts a problem.
+An engine that cannot refill its rows takes the rounds in batches of `--slots`.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from trapo_jax.methods import MICRO_GROUPS
+from trapo_jax.models import abstract_params, find_model, read_config
+from trapo_jax.scheduler import Scheduler
+from trapo_jax.types import Expert, MicroGroup, Problem
+
+ENGINES = ("ours", "barrier", "transformers", "tunix")
+WORKER = Path(__file__).with_name("bench_rollout_worker.py")
+UNIFORM_ROWS = (1, 16, 64)
+UNIFORM_PROMPT, UNIFORM_NEW = 32, 64
+NUM_PROBLEMS = 32
+UNGUIDED = MicroGroup(8, 0.0, -1.0)
+
+Job = dict[str, Any]
+
+
+def main() -> int:
+    args = parse()
+    console = Console()
+    folder = find_model(args.model)
+    jobs = make_jobs(args, read_config(folder).vocab_size)
+    workers = [Worker(name, folder, args) for name in args.engines]
+    for worker in workers:
+        if not worker.is_installed:
+            console.print(f"{worker.name} is not installed here and left out")
+    results: dict[str, dict[str, list[dict]]] = {}
+    for job in jobs:
+        able = [w for w in workers if w.is_installed and w.name in job.get("only", ENGINES)]
+        rounds = [worker for _ in range(1 + args.repeats) for worker in able]
+        for worker in track(rounds, description=job["name"], console=console):
+            by_engine = results.setdefault(job["name"], {})
+            by_engine.setdefault(worker.name, []).append(worker.run(job))
+    for worker in workers:
+        worker.close()
+    limits = measure_limits(folder, sorted({1, *UNIFORM_ROWS, args.slots}))
+    report = [
+        summary(job, name, rounds[1:], rounds[0], limits)
+        for job in jobs
+        for name, rounds in results.get(job["name"], {}).items()
+    ]
+    show(console, report, limits)
+    if args.json:
+        args.json.write_text(json.dumps({"limits": limits, "results": report}, indent=2) + "\n")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument(
+        "--engines",
+        default="ours,barrier,transformers",
+        type=lambda text: text.split(","),
+        help=f"of {', '.join(ENGINES)}",
+    )
+    parser.add_argument("--workload", choices=("uniform", "trapo"), default="trapo")
+    parser.add_argument("--slots", type=int, default=16, help="rows at once, trapo (default 16)")
+    parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default 3)")
+    parser.add_argument(
+        "--median-len",
+        type=int,
+        default=24,
+        help="trapo: median of a whole response's length, in tokens (default 24)",
+    )
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "--tunix-python", default=sys.executable, help="a Python where google-tunix is installed"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    args = parser.parse_args()
+    for name in args.engines:
+        if name not in ENGINES:
+            parser.error(f"--engines: no {name!r}; there are {', '.join(ENGINES)}")
+    return args
+
+
+# The workloads: what every engine is to decode, drawn in advance.
+
+
+def make_jobs(args: argparse.Namespace, vocab_size: int) -> list[Job]:
+    rng = np.random.default_rng(0)
+    if args.workload == "uniform":
+        return [uniform_job(rng, rows, vocab_size) for rows in UNIFORM_ROWS]
+    trapo = trapo_job(rng, args.slots, args.median_len, vocab_size)
+    return [trapo, grpo_job(trapo)]
+
+
+def uniform_job(rng: np.random.Generator, num_rows: int, vocab_size: int) -> Job:
+    problems = [
+        {
+            "prompt": random_ids(rng, UNIFORM_PROMPT, vocab_size),
+            "expert": [],
+            "rewards": [0.0],
+            "num_new": [UNIFORM_NEW],
+        }
+        for _ in range(num_rows)
+    ]
+    return finished_job(f"uniform {num_rows}", problems, [MicroGroup(1, 0.0, -1.0)], num_rows)
+
+
+def trapo_job(rng: np.random.Generator, slots: int, median_len: int, vocab_size: int) -> Job:
+    problems = []
+    for _ in range(NUM_PROBLEMS):
+        solve_rate = rng.beta(0.6, 0.9)  # many hopeless, some easy, few between
+        problems.append(
+            {
+                "prompt": random_ids(rng, log_normal(rng, 48, 0.4, 16, 128), vocab_size),
+                "expert": random_ids(
+                    rng, log_normal(rng, median_len, 0.5, 8, 4 * median_len), vocab_size
+                ),
+                "rewards": [float(rng.random() < solve_rate) for _ in range(8)],
+                "num_new": [log_normal(rng, median_len, 0.9, 2, 8 * median_len) for _ in range(8)],
+            }
+        )
+    job = finished_job("trapo", problems, MICRO_GROUPS["paper"], slots)
+    for row in (row for rows in job["rounds"] for row in rows):  # a guided rollout has less to say
+        problem, j = problems[row["problem"]], row["sample"]
+        share = 1 - row["prefix_len"] / max(1, len(problem["expert"]))
+        problem["num_new"][j] = row["num_new"] = max(1, round(problem["num_new"][j] * share))
+    return job
+
+
+def grpo_job(trapo: Job) -> Job:
+    """Eight unguided rollouts a problem, as many tokens in all."""
+    tokens = sum(row["num_new"] for rows in trapo["rounds"] for row in rows)
+    lens = np.array([problem["unguided_len"] for problem in trapo["problems"]], float)
+    scaled = np.maximum(1, np.floor(lens * tokens / lens.sum())).astype(int)
+    for i in range(tokens - int(scaled.sum())):  # what rounding left over
+        scaled.flat[i % scaled.size] += 1
+    problems = [
+        {**problem, "num_new": row.tolist()}
+        for problem, row in zip(trapo["problems"], scaled, strict=True)
+    ]
+    return {
+        **finished_job("grpo", problems, [UNGUIDED], trapo["slots"]),
+        "only": ["ours"],
+    }
+
+
+def finished_job(
+    name: str, problems: list[dict], micro_groups: Sequence[MicroGroup], slots: int
+) -> Job:
+    """Adds the rounds: what the guidance comes to, one list of rows a micro-group."""
+    rounds: list[list[dict]] = [[] for _ in micro_groups]
+    longest = max(max(*p["num_new"], len(p["expert"])) for p in problems)
+    scheduler = Scheduler(tuple(micro_groups), longest)
+    for i, p in enumerate(problems):
+        p.setdefault("unguided_len", list(p["num_new"]))
+        experts = (Expert(tuple(p["expert"])),) if p["expert"] else ()
+        problem = Problem(f"{i:016x}", tuple(p["prompt"]), "", experts)
+        state = scheduler.start(problem)
+        for rows in rounds:  # whose rewards settle the next one's guidance
+            for request in scheduler.ready(problem, state):
+                j = request.sample_index
+                state = scheduler.observe(state, j, p["rewards"][j])
+                if request.prefix_len < len(p["expert"]) or not request.prefix_len:
+                    rows.append(
+                        {
+                            "problem": i,
+                            "sample": j,
+                            "prefix_len": request.prefix_len,
+                            "num_new": p["num_new"][j],
+                        }
+                    )
+    return {
+        "name": name,
+        "problems": problems,
+        "micro_groups": [[g.size, g.ratio, g.threshold] for g in micro_groups],
+        "rounds": [rows for rows in rounds if rows],
+        "slots": slots,
+    }
+
+
+def random_ids(rng: np.random.Generator, length: int, vocab_size: int) -> list[int]:
+    return rng.integers(3, vocab_size, length).tolist()
+
+
+def log_normal(rng: np.random.Generator, median: float, sigma: float, low: int, high: int) -> int:
+    return int(np.clip(round(rng.lognormal(math.log(median), sigma)), low, high))
+
+
+# The engines' processes.
+
+
+class Worker:
+    """An engine in a process of its own."""
+
+    def __init__(self, name: str, folder: Path, args: argparse.Namespace):
+        self.name = name
+        python = args.tunix_python if name == "tunix" else sys.executable
+        command = [python, str(WORKER), name, str(folder), args.dtype]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self.is_installed = self._reply() is not None
+
+    def run(self, job: Job) -> dict[str, Any]:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        reply = self._reply()
+        if reply is None:
+            sys.exit(f"{self.name} ended with code {self._process.wait()} during {job['name']}")
+        return reply
+
+    def close(self) -> None:
+        self._process.communicate()
+
+    def _reply(self) -> dict[str, Any] | None:
+        """The next one; None if the process has ended."""
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+
+# What the machine allows.
+
+
+def measure_limits(folder: Path, rows: Sequence[int]) -> dict[str, Any]:
+    """Tokens a second if decoding were the model's matmuls alone, and memory's bandwidth in GB/s."""
+    config = read_config(folder)
+    shapes = [
+        (config.width, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim),
+        (config.num_heads * config.head_dim, config.width),
+        (config.width, 2 * config.mlp_width),
+        (config.mlp_width, config.width),
+    ]
+    weights = [jnp.ones(s, config.dtype) for _ in range(config.num_layers) for s in shapes]
+    weights.append(jnp.ones((config.width, config.vocab_size), config.dtype))
+
+    @jax.jit
+    def matmuls(weights, x):
+        return sum(jnp.sum(x[:, : w.shape[0]] @ w) for w in weights)
+
+    by_rows = {}
+    for n in rows:
+        x = jnp.ones((n, max(w.shape[0] for w in weights)), config.dtype)
+        by_rows[n] = n / median_secs(lambda x=x: matmuls(weights, x))
+    big = jnp.ones(2**27, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
+    return {
+        "matmul_tokens_per_sec": by_rows,
+        "memory_gb_per_sec": 2 * big.nbytes / median_secs(lambda: copy(big)) / 1e9,
+        "weight_bytes": parameters * jnp.dtype(config.dtype).itemsize,
+        "device": str(jax.devices()[0].device_kind),
+    }
+
+
+def median_secs(call: Any, repeats: int = 7) -> float:
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+# What came out.
+
+
+def summary(job: Job, engine: str, rounds: list[dict], warm_up: dict, limits: dict) -> dict:
+    seconds = statistics.median(r["seconds"] for r in rounds)
+    tokens = sum(row["num_new"] for rows in job["rounds"] for row in rows)
+    slots = job["slots"]
+    bound = limits["matmul_tokens_per_sec"].get(slots)
+    return {
+        "workload": job["name"],
+        "engine": engine,
+        "seconds": seconds,
+        "all_seconds": [r["seconds"] for r in rounds],
+        "tokens": tokens,
+        "tokens_per_sec": tokens / seconds,
+        "share_of_matmul_bound": tokens / seconds / bound if bound else None,
+        "slot_utilization": rounds[-1].get("slot_utilization"),
+        "prefilled_tokens": rounds[-1].get("prefilled_tokens"),
+        "compiles_after_warm_up": rounds[-1].get("compiles"),
+        "warm_up_seconds": warm_up["seconds"],
+        "peak_mib": max(r["peak_mib"] for r in rounds),
+    }
+
+
+def show(console: Console, report: list[dict], limits: dict) -> None:
+    table = Table(title="medians; `ours` = 1", title_justify="left")
+    columns = (
+        "workload",
+        "engine",
+        "tokens/s",
+        "time",
+        "ratio",
+        "of matmul bound",
+        "slots in use",
+        "prefilled",
+        "compiles",
+        "peak MiB",
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("workload", "engine") else "right")
+    ours = {r["workload"]: r["seconds"] for r in report if r["engine"] == "ours"}
+    show_share = lambda x: "" if x is None else f"{x:.0%}"
+    show_count = lambda x: "" if x is None else f"{x:,}"
+    for r in report:
+        base = ours.get(r["workload"])
+        table.add_row(
+            r["workload"],
+            r["engine"],
+            f"{r['tokens_per_sec']:,.0f}",
+            f"{r['seconds']:.2f} s",
+            f"{r['seconds'] / base:.2f}" if base else "",
+            show_share(r["share_of_matmul_bound"]),
+            show_share(r["slot_utilization"]),
+            show_count(r["prefilled_tokens"]),
+            show_count(r["compiles_after_warm_up"]),
+            f"{r['peak_mib']:,.0f}",
+        )
+    console.print(table)
+    bounds = ", ".join(f"{n}: {v:,.0f}" for n, v in limits["matmul_tokens_per_sec"].items())
+    console.print(
+        f"{limits['device']}: the model's matmuls alone allow, by rows, tokens/s {bounds}; memory "
+        f"{limits['memory_gb_per_sec']:.1f} GB/s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

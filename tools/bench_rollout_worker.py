@@ -1,0 +1,288 @@
+"""One engine of `bench_rollout.py`, in a process of its own: jobs in on standard input, times out on standard output.
+
+    python tools/bench_rollout_worker.py ENGINE MODEL_FOLDER DTYPE
+
+Imports what its engine needs and nothing else: Tunix lives in an environment without trapo_jax.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+Job = dict[str, Any]
+
+
+class Ours:
+    """Our engine: every problem advances alone (`barrier` False), or round by round."""
+
+    def __init__(self, folder: Path, dtype: str, *, barrier: bool):
+        import dataclasses
+
+        from trapo_jax.models import load_params, read_config
+
+        self.config = dataclasses.replace(read_config(folder), dtype=dtype)
+        self.params = load_params(folder, self.config)
+        self.barrier = barrier
+        self.engines: dict[str, Any] = {}
+
+    def run(self, job: Job) -> dict[str, Any]:
+        if job["name"] not in self.engines:
+            self.engines[job["name"]] = scripted_engine(self.config, job)
+        engine = self.engines[job["name"]]
+        before, compiled = engine.counters, engine.num_compiled
+        started = time.perf_counter()
+        engine.update_weights(self.params, 0)
+        (run_in_rounds if self.barrier else run_freely)(engine, job)
+        seconds = time.perf_counter() - started
+        done = engine.counters - before
+        return {
+            "seconds": seconds,
+            "slot_utilization": done.slot_utilization,
+            "prefilled_tokens": done.prefilled_tokens,
+            "compiles": engine.num_compiled - compiled,
+        }
+
+
+def scripted_engine(config, job: Job):
+    """A `JaxEngine` that samples as many tokens a rollout as the job says."""
+    from trapo_jax.sampling import JaxEngine
+
+    problems = job["problems"]
+    new = {(f"{i:016x}", j): n for i, p in enumerate(problems) for j, n in enumerate(p["num_new"])}
+
+    class ScriptedEngine(JaxEngine):
+        def budget(self, request) -> int:
+            return new[request.problem.id, request.sample_index]
+
+    return ScriptedEngine(
+        config,
+        num_slots=job["slots"],
+        max_prompt_length=max(len(p["prompt"]) for p in problems),
+        max_completion_length=max(*new.values(), *(len(p["expert"]) for p in problems)),
+        segment_len=16,
+        num_contexts=len(problems),
+        prefill_tokens=512,
+        eos_ids=[],
+        seed=0,
+    )
+
+
+def make_problems(job: Job) -> list:
+    from trapo_jax.types import Expert, Problem
+
+    return [
+        Problem(
+            f"{i:016x}",
+            tuple(p["prompt"]),
+            "",
+            (Expert(tuple(p["expert"])),) if p["expert"] else (),
+        )
+        for i, p in enumerate(job["problems"])
+    ]
+
+
+def run_freely(engine, job: Job) -> None:
+    from concurrent.futures import Future
+
+    from trapo_jax.rollouts import collect_rollouts
+    from trapo_jax.scheduler import Scheduler
+    from trapo_jax.types import MicroGroup, SamplingParams, Verdict
+
+    def score(completion):
+        request, verdict = completion.request, Future()
+        solved = job["problems"][int(request.problem.id, 16)]["rewards"][request.sample_index]
+        verdict.set_result(Verdict.CORRECT if solved else Verdict.WRONG)
+        return verdict
+
+    micro_groups = tuple(MicroGroup(*group) for group in job["micro_groups"])
+    longest = max(max(*p["num_new"], len(p["expert"])) for p in job["problems"])
+    collect_rollouts(
+        engine,
+        Scheduler(micro_groups, longest),
+        score,
+        make_problems(job),
+        step=1,
+        params=SamplingParams(),
+    )
+
+
+def run_in_rounds(engine, job: Job) -> None:
+    from trapo_jax.types import RolloutRequest, SamplingParams
+
+    problems = make_problems(job)
+    for rows in job["rounds"]:
+        requests = [
+            RolloutRequest(problems[row["problem"]], row["sample"], 0, 0, row["prefix_len"])
+            for row in rows
+        ]
+        engine.submit(requests, step=1, params=SamplingParams())
+        while engine.poll():
+            pass
+
+
+def batches(job: Job):
+    """(contexts, how many tokens to sample for each) of what an engine without refill runs at once."""
+    for rows in job["rounds"]:
+        for start in range(0, len(rows), job["slots"]):
+            batch = rows[start : start + job["slots"]]
+            experts = [job["problems"][row["problem"]]["expert"] for row in batch]
+            yield (
+                [
+                    job["problems"][row["problem"]]["prompt"] + expert[: row["prefix_len"]]
+                    for row, expert in zip(batch, experts, strict=True)
+                ],
+                [row["num_new"] for row in batch],
+            )
+
+
+class Transformers:
+    """`generate` with its KV cache; rows that are done are padded until the longest is."""
+
+    def __init__(self, folder: Path, dtype: str):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.torch = torch
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model = self.model.eval().to(device)
+        self.model.generation_config.eos_token_id = None  # lengths are the job's
+
+    def run(self, job: Job) -> dict[str, Any]:
+        prefilled, started = 0, time.perf_counter()
+        for contexts, num_new in batches(job):
+            self.generate(contexts, max(num_new))
+            prefilled += sum(map(len, contexts))
+        return {"seconds": time.perf_counter() - started, "prefilled_tokens": prefilled}
+
+    def generate(self, contexts: list[list[int]], num_new: int) -> None:
+        longest = max(map(len, contexts))
+        pad = lambda ids, fill: [fill] * (longest - len(ids)) + ids
+        tensor = lambda rows: self.torch.tensor(rows, device=self.model.device)
+        with self.torch.inference_mode():
+            self.model.generate(
+                input_ids=tensor([pad(ids, 0) for ids in contexts]),
+                attention_mask=tensor([pad([1] * len(ids), 0) for ids in contexts]),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=num_new,
+                pad_token_id=0,
+            )
+
+
+class Tunix:
+    """Tunix's own sampler. Lengths are rounded up to few, as it compiles for each; warm-up compiles them."""
+
+    def __init__(self, folder: Path, dtype: str):
+        import jax.numpy as jnp
+        from tunix.models.llama3 import model, params  # pyright: ignore[reportMissingImports]
+
+        shape = json.loads((folder / "config.json").read_text())
+        rope = shape.get("rope_parameters") or shape
+        self.config = model.ModelConfig(
+            num_layers=shape["num_hidden_layers"],
+            vocab_size=shape["vocab_size"],
+            embed_dim=shape["hidden_size"],
+            hidden_dim=shape["intermediate_size"],
+            num_heads=shape["num_attention_heads"],
+            head_dim=shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"],
+            num_kv_heads=shape["num_key_value_heads"],
+            rope_theta=rope["rope_theta"],
+            norm_eps=shape["rms_norm_eps"],
+            weight_tying=shape["tie_word_embeddings"],
+        )
+        self.model = params.create_model_from_safe_tensors(
+            str(folder), self.config, dtype=getattr(jnp, dtype)
+        )
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from tunix.generate.sampler import (  # pyright: ignore[reportMissingImports]
+            CacheConfig,
+            Sampler,
+        )
+
+        work = [
+            (contexts, rounded(max(map(len, contexts))), rounded(max(num_new)))
+            for contexts, num_new in batches(job)
+        ]
+        if getattr(self, "job_name", None) != job["name"]:
+            self.job_name = job["name"]
+            cache = CacheConfig(
+                cache_size=max(prompt + new for _, prompt, new in work),
+                num_layers=self.config.num_layers,
+                num_kv_heads=self.config.num_kv_heads,
+                head_dim=self.config.head_dim,
+            )
+            self.sampler = Sampler(self.model, TokenIds(), cache)
+        prefilled, started = 0, time.perf_counter()
+        for contexts, prompt_len, num_new in work:
+            self.sampler(
+                [" ".join(map(str, ids)) for ids in contexts],
+                max_generation_steps=num_new,
+                max_prompt_length=prompt_len,
+                temperature=1.0,
+                top_p=1.0,
+                eos_tokens=[TokenIds.NEVER],
+            )
+            prefilled += sum(map(len, contexts))
+        return {"seconds": time.perf_counter() - started, "prefilled_tokens": prefilled}
+
+
+class TokenIds:
+    """A tokenizer of numbers, for an API that wants text."""
+
+    NEVER = -1
+
+    def encode(self, text: str, **_) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids, **_) -> str:
+        return " ".join(map(str, ids))
+
+    def bos_id(self) -> int:
+        return self.NEVER
+
+    def eos_id(self) -> int:
+        return self.NEVER
+
+    def pad_id(self) -> int:
+        return 0
+
+
+def rounded(length: int) -> int:
+    return -(-length // 32) * 32
+
+
+ENGINES = {
+    "ours": lambda folder, dtype: Ours(folder, dtype, barrier=False),
+    "barrier": lambda folder, dtype: Ours(folder, dtype, barrier=True),
+    "transformers": Transformers,
+    "tunix": Tunix,
+}
+
+
+def main() -> int:
+    name, folder, dtype = sys.argv[1:]
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no reply
+    try:
+        engine = ENGINES[name](Path(folder), dtype)
+    except ModuleNotFoundError as e:
+        print(f"{name}: {e}", file=sys.stderr)
+        return 1
+    print(json.dumps({"engine": name}), file=replies, flush=True)
+    for line in sys.stdin:
+        reply = engine.run(json.loads(line))
+        reply["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(reply), file=replies, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
