@@ -106,6 +106,13 @@ def test_shift_changes_the_value_as_its_formula_says():
     np.testing.assert_allclose(loss, [above, below], rtol=1e-6)
 
 
+def test_a_shift_of_one_is_no_shift_of_zero():
+    value = attenuated_cross_entropy_from_logprobs(
+        jnp.log(jnp.array([0.5])), attenuation=shifted_clip_attenuation(0.1, 1.0)
+    )
+    np.testing.assert_allclose(value, [np.log(2 / 1.5)], rtol=1e-6)
+
+
 def test_clip_is_the_shift_of_zero():
     logprobs = jnp.log(jnp.array([0.5, 0.1, 0.02]))
     shifted = attenuated_cross_entropy_from_logprobs(

@@ -246,7 +246,7 @@ class TokenIds:
         return " ".join(map(str, ids))
 
     def bos_id(self) -> int:
-        return self.NEVER
+        return 0  # taken for none: nothing is put before a prompt
 
     def eos_id(self) -> int:
         return self.NEVER

@@ -1,12 +1,17 @@
 """A run's folder: whose it is, and how files get into it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from trapo_jax.types import UserError
+
+LOCK = ".lock"
 
 
 def check_run_folder(folder: Path, config_text: str) -> None:
@@ -44,6 +49,25 @@ def prepare_run_folder(folder: Path, config_text: str) -> None:
             write_atomically(folder / "config.yaml", config_text)
     except OSError as error:
         raise UserError(f"output_dir={folder}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def only_process_in(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of a run folder for as long as this one is at work there, even if it is killed.
+
+    Raises:
+      UserError: if another process is at work.
+    """
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"output_dir={folder}: another process is training there; wait for its end or give "
+            "another output_dir"
+        ) from error
+    with lock:
+        yield
 
 
 def write_atomically(path: Path, text: str) -> None:

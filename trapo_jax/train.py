@@ -41,7 +41,12 @@ from trapo_jax.models import (
 )
 from trapo_jax.rewards import Verifier, make_verifier
 from trapo_jax.rollouts import collect_rollouts
-from trapo_jax.run_folder import check_run_folder, prepare_run_folder, write_atomically
+from trapo_jax.run_folder import (
+    check_run_folder,
+    only_process_in,
+    prepare_run_folder,
+    write_atomically,
+)
 from trapo_jax.sampling import JaxEngine
 from trapo_jax.scheduler import Scheduler
 from trapo_jax.sharding import make_mesh, num_batch_shards, replicated
@@ -111,9 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return show_complete(folder, config)
         parts, params = build(config)
         prepare_run_folder(folder, config.to_yaml())
-        if not (folder / DATA).exists():
-            write_atomically(folder / DATA, json.dumps(parts.data_summary, indent=2) + "\n")
-        return run(parts, params, folder)
+        with only_process_in(folder):
+            if not (folder / DATA).exists():
+                write_atomically(folder / DATA, json.dumps(parts.data_summary, indent=2) + "\n")
+            return run(parts, params, folder)
     except UserError as error:
         return fail(str(error), EXIT_USER_ERROR)
     except TrainingFailed as error:

@@ -1,13 +1,16 @@
 """One decoder for every model, configured and filled from a Hugging Face folder."""
 
 from trapo_jax.models.decoder import (
+    Cache,
     Decoder,
     DecoderConfig,
     KVCache,
     Params,
     abstract_params,
     apply_decoder,
+    by_layer,
     unembedding,
+    unstack,
 )
 from trapo_jax.models.hugging_face import (
     export_model,
@@ -20,6 +23,7 @@ from trapo_jax.models.rope import Rope
 
 __all__ = [
     "ARCHITECTURES",
+    "Cache",
     "Decoder",
     "DecoderConfig",
     "KVCache",
@@ -27,6 +31,7 @@ __all__ = [
     "Rope",
     "abstract_params",
     "apply_decoder",
+    "by_layer",
     "export_model",
     "find_model",
     "init_params",
@@ -34,4 +39,5 @@ __all__ = [
     "read_config",
     "read_eos_ids",
     "unembedding",
+    "unstack",
 ]

@@ -22,11 +22,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trapo_jax.models import DecoderConfig, KVCache, apply_decoder, unembedding
+from trapo_jax.models import (
+    Cache,
+    DecoderConfig,
+    KVCache,
+    apply_decoder,
+    by_layer,
+    unembedding,
+    unstack,
+)
 from trapo_jax.sampling.contexts import (
     ContextTable,
     Piece,
     batches,
+    cache_len,
     copy_rows,
     empty_cache,
     power_of_2,
@@ -40,6 +49,7 @@ SHORTEST_COPY = 16  # a context is copied to a slot in this many positions, or t
 FEWEST_SLOTS, SHORTEST_VIEW = 2, 256
 # A segment ends early once one slot in so many is done: others wait for its place.
 SLOTS_A_LEAVE = 16
+FETCHED_SLOTS = 8
 
 
 class RolloutEngine(Protocol):
@@ -81,7 +91,7 @@ _STARTING_DTYPES = (np.int32,) * 4 + (np.float32,) * 2 + (np.int32,) + (np.uint3
 class _Slots(NamedTuple):
     """Device state, one entry a slot. `new` counts tokens."""
 
-    cache: KVCache
+    cache: Cache
     cached_lens: jax.Array  # int32 [S]
     last_token: jax.Array  # int32 [S], to be fed next; its position is cached_lens
     keys: jax.Array  # random keys [S]
@@ -139,6 +149,8 @@ class JaxEngine:
       seed: the run's seed.
       with_truncation: requests may ask for top-p and top-k, which costs a sort of the vocabulary a token.
       sharding: where the slots lie; the default device if None.
+      stacked: keep weights and caches of all layers in one array, as they are trained, and share the weights;
+        otherwise a copy of each layer's (`models.unstack`). None for what suits the device.
     """
 
     def __init__(
@@ -155,6 +167,7 @@ class JaxEngine:
         seed: int,
         with_truncation: bool = False,
         sharding: jax.sharding.Sharding | None = None,
+        stacked: bool | None = None,
     ):
         self._max_prompt_length = max_prompt_length
         self._max_completion_length = max_completion_length
@@ -171,8 +184,12 @@ class JaxEngine:
         self._with_truncation = with_truncation
         self._table = ContextTable(num_contexts)
         capacity = max_prompt_length + max_completion_length
-        contexts = empty_cache(config, num_contexts, capacity)
-        slots = _empty_slots(config, num_slots, cache_len=capacity, max_new=max_completion_length)
+        if stacked is None:
+            stacked = jax.default_backend() != "cpu"
+        self._unstack = None if stacked else jax.jit(unstack)
+        make_cache = functools.partial(empty_cache, config, length=capacity, stacked=stacked)
+        contexts = make_cache(num_contexts)
+        slots = _empty_slots(make_cache(num_slots), num_slots, max_new=max_completion_length)
         self._contexts, self._slots = jax.device_put((contexts, slots), sharding)
         self._cached_lens = np.zeros(num_slots, np.int32)  # as on the device
         self._free = list(range(num_slots))  # a heap: the lowest is taken first
@@ -204,12 +221,13 @@ class JaxEngine:
     @property
     def cache_bytes(self) -> int:
         """Memory for keys and values, over all devices' copies counted once; allocated at the start."""
-        return sum(x.nbytes for x in (*self._contexts, *self._slots.cache))
+        return sum(x.nbytes for x in jax.tree.leaves((self._contexts, self._slots.cache)))
 
     def update_weights(self, params: Any, version: int) -> None:
         if self._waiting or self._running:
             raise RuntimeError("update_weights while completions are queued or running")
-        self._params, self.version = params, version
+        self._params = params if self._unstack is None else self._unstack(params)
+        self.version = version
         self._table.clear()
 
     def submit(
@@ -253,10 +271,10 @@ class JaxEngine:
     def _extent(self) -> dict[str, int]:
         """The slots at work, and the positions of the cache that the next segment can reach."""
         longest = max(int(self._cached_lens[slot]) for slot in self._running) + self._segment_len
-        _, num_slots, _, _, capacity = self._slots.cache.keys.shape
+        num_slots = _rounded_slots(max(self._running) + 1)
         return {
-            "num_slots": min(num_slots, _rounded_slots(max(self._running) + 1)),
-            "view_len": min(capacity, power_of_2(max(SHORTEST_VIEW, longest))),
+            "num_slots": min(len(self._cached_lens), num_slots),
+            "view_len": min(cache_len(self._slots.cache), power_of_2(max(SHORTEST_VIEW, longest))),
         }
 
     def budget(self, request: RolloutRequest) -> int:
@@ -281,9 +299,7 @@ class JaxEngine:
 
     def _leave(self, finished: Sequence[int], num_new: np.ndarray) -> list[Completion]:
         """Completions of slots, which are free again."""
-        rows = np.zeros(power_of_2(len(finished)), np.int32)
-        rows[: len(finished)] = finished
-        tokens, logprobs = jax.device_get(self._rows(self._slots, rows))
+        tokens, logprobs = self._fetch(finished)
         completions = []
         for i, slot in enumerate(finished):
             request = self._running.pop(slot)
@@ -299,6 +315,18 @@ class JaxEngine:
                 )
             )
         return completions
+
+    def _fetch(self, slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and logprobs of slots, so many at a time that one program does."""
+        parts = []
+        for start in range(0, len(slots), FETCHED_SLOTS):
+            wanted = slots[start : start + FETCHED_SLOTS]
+            rows = np.zeros(FETCHED_SLOTS, np.int32)
+            rows[: len(wanted)] = wanted
+            part = jax.device_get(self._rows(self._slots, rows))
+            parts.append([x[: len(wanted)] for x in part])
+        tokens, logprobs = (np.concatenate(x) for x in zip(*parts, strict=True))
+        return tokens, logprobs
 
     def _admit_wave(self) -> None:
         """Admits waiting requests, as many as there are free slots and rows for their contexts."""
@@ -357,7 +385,7 @@ class JaxEngine:
         nobody = _Starting(num_slots, 0, 0, 1, 1.0, 1.0, 0, 0, 0, 0)
         columns = zip(*starting, *[nobody] * num_idle, strict=True)
         arrays = (np.asarray(c, dtype) for c, dtype in zip(columns, _STARTING_DTYPES, strict=True))
-        capacity = self._contexts.keys.shape[-1]
+        capacity = cache_len(self._contexts)
         longest = max(SHORTEST_COPY, *(s.cached_len for s in starting))
         self._slots = self._start(
             self._slots,
@@ -380,10 +408,10 @@ def _joined(piece: Piece, continuation: Piece) -> Piece:
     return piece._replace(token_ids=piece.token_ids + continuation.token_ids)
 
 
-def _empty_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_new: int) -> _Slots:
+def _empty_slots(cache: Cache, num_slots: int, *, max_new: int) -> _Slots:
     zeros = functools.partial(jnp.zeros, num_slots)
     return _Slots(
-        cache=empty_cache(config, num_slots, cache_len),
+        cache=cache,
         cached_lens=zeros(jnp.int32),
         last_token=zeros(jnp.int32),
         keys=jax.random.split(jax.random.key(0), num_slots),
@@ -398,15 +426,15 @@ def _empty_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_n
     )
 
 
-def _copy_context(contexts: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
+def _copy_context(contexts: Cache, source: jax.Array, target: jax.Array) -> Cache:
     one = lambda row: jnp.asarray(row)[None]
-    length = contexts.keys.shape[-1]
+    length = cache_len(contexts)
     return copy_rows(None, contexts, one(source), one(target), jnp.int32(1), length=length)
 
 
 def _move(slots: _Slots, from_slots: jax.Array, to_slots: jax.Array, count: jax.Array) -> _Slots:
     """The first `count` of `from_slots` go on in `to_slots`; of the others `to_slots` is out of range."""
-    length = slots.cache.keys.shape[-1]
+    length = cache_len(slots.cache)
     cache = copy_rows(None, slots.cache, from_slots, to_slots, count, length=length)
     put = lambda x: x.at[to_slots].set(x[from_slots], mode="drop")
     moved = jax.tree.map(put, slots._replace(cache=None))
@@ -419,7 +447,7 @@ def _rows(slots: _Slots, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _start(
-    slots: _Slots, contexts: KVCache, rows, count, seed, starting: _Starting, *, copied_len: int
+    slots: _Slots, contexts: Cache, rows, count, seed, starting: _Starting, *, copied_len: int
 ) -> _Slots:
     """Copies the contexts of the first `count` columns to their slots and sets these going."""
     cache = copy_rows(contexts, slots.cache, rows, starting.slot, count, length=copied_len)
@@ -479,13 +507,17 @@ def _decode(
         truncation = (s.top_p, s.top_k) if with_truncation else None
         token, logprob = draw_tokens(s.keys, s.cached_lens + 1, logits, s.temperature, truncation)
         # Inactive slots write out of range, which drops it.
-        where_cached = jnp.where(s.active, s.cached_lens, s.cache.keys.shape[-1])
+        where_cached = jnp.where(s.active, s.cached_lens, cache_len(s.cache))
         where_new = jnp.where(s.active, s.num_new, s.tokens.shape[1])
-        new_keys, new_values = (entry[:, :, 0].swapaxes(0, 1) for entry in new)  # [S, L, K, H]
-        cache = KVCache(
-            s.cache.keys.at[:, every_slot, :, :, where_cached].set(new_keys, mode="drop"),
-            s.cache.values.at[:, every_slot, :, where_cached].set(new_values, mode="drop"),
-        )
+
+        def put(cache: KVCache, entries: tuple[jax.Array, jax.Array]) -> KVCache:
+            keys, values = (x[:, 0] for x in entries)  # [S, K, H]
+            return KVCache(
+                cache.keys.at[every_slot, :, :, where_cached].set(keys, mode="drop"),
+                cache.values.at[every_slot, :, where_cached].set(values, mode="drop"),
+            )
+
+        cache = by_layer(put, s.cache, new)
         num_new = s.num_new + s.active
         is_eos = jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
         return (
