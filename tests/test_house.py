@@ -1,8 +1,11 @@
 """The shape of the house: no import circle, every room in its place."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 
 from conftest import REPOSITORY  # isort: skip
 
@@ -52,6 +55,32 @@ def test_data_flows_one_way():
     assert rooms - {"__init__"} - COMMANDS == set(MAY_IMPORT)
     for room, allowed in MAY_IMPORT.items():
         assert set(rooms_imported(room)) <= allowed | LEAVES, room
+
+
+def test_what_is_imported_is_declared():
+    """Else it is there by accident: another package, or an extra, happens to bring it."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["tasks"]]
+    declared = {canonical(re.match(r"[\w.-]+", text)[0]) for text in wanted}
+    providers = metadata.packages_distributions()
+    for file in PACKAGE.rglob("*.py"):
+        for name in modules_imported(file) - {"trapo_jax"} - set(sys.stdlib_module_names):
+            assert {canonical(d) for d in providers[name]} & declared, f"{file}: {name}"
+
+
+def modules_imported(file):
+    """Top-level names of the modules a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_every_module_imports_on_its_own():

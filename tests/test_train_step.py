@@ -321,6 +321,14 @@ def test_metrics_by_hand(params):
     np.testing.assert_allclose(
         metrics["loss/total"], metrics["loss/trsft"] + metrics["loss/policy_gradient"], rtol=1e-5
     )
+    probs = np.exp(logprobs[expert])
+    pull = np.minimum(1, probs / ALPHA) * (1 - probs)
+    inside = pull[probs >= ALPHA].sum() / pull.sum()
+    np.testing.assert_allclose(metrics["expert/gradient_share_inside"], inside, rtol=1e-4)
+    histogram = np.histogram(probs, bins=10, range=(0, 1))[0] / probs.size
+    logged = [metrics[f"expert/prob_from_{i / 10:.1f}"] for i in range(10)]
+    np.testing.assert_allclose(logged, histogram, rtol=1e-5)
+    assert np.count_nonzero(histogram) > 1
 
 
 def test_non_finite_gradient_changes_nothing_but_is_counted(params):

@@ -4,8 +4,8 @@
     python tools/bench_rollout.py --model models/smollm2_135m --workload trapo --engines ours,barrier
     python tools/bench_rollout.py ... --engines ours,transformers,tunix --tunix-python VENV/bin/python --json FILE
 
-Engines: `ours`; `barrier`, ours made to finish every micro-group of all problems before the next begins;
-`transformers` (`generate`, torch); `tunix` (its own sampler, in an environment of its own).
+Engines: `ours`; `barrier`, ours made to finish a micro-group of all problems before the next begins; `unshared`, the
+same with the prompt run through the model for every rollout, as in the authors' loop; `transformers` (`generate`, torch); `tunix` (its own sampler, in an environment of its own).
 Each runs in a process of its own and is asked in turn, A B A B ..., after one round that compiles.
 
 Workloads: `uniform` is 1, 16 and 64 rows of 64 new tokens each. `trapo` is one step of TRAPO's `paper` guidance on
@@ -37,7 +37,7 @@ from trapo_jax.models import abstract_params, find_model, read_config
 from trapo_jax.scheduler import Scheduler
 from trapo_jax.types import Expert, MicroGroup, Problem
 
-ENGINES = ("ours", "barrier", "transformers", "tunix")
+ENGINES = ("ours", "barrier", "unshared", "transformers", "tunix")
 WORKER = Path(__file__).with_name("bench_rollout_worker.py")
 UNIFORM_ROWS = (1, 16, 64)
 UNIFORM_PROMPT, UNIFORM_NEW = 32, 64
@@ -49,7 +49,7 @@ Job = dict[str, Any]
 
 def main() -> int:
     args = parse()
-    console = Console()
+    console = Console(width=max(120, Console().width))
     folder = find_model(args.model)
     jobs = make_jobs(args, read_config(folder).vocab_size)
     workers = [Worker(name, folder, args) for name in args.engines]
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument(
         "--engines",
-        default="ours,barrier,transformers",
+        default="ours,barrier,unshared,transformers",
         type=lambda text: text.split(","),
         help=f"of {', '.join(ENGINES)}",
     )

@@ -5,11 +5,14 @@
 Imports what its engine needs and nothing else: Tunix lives in an environment without trapo_jax.
 """
 
+import dataclasses
+import functools
 import json
 import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,14 @@ Job = dict[str, Any]
 
 
 class Ours:
-    """Our engine: every problem advances alone (`barrier` False), or round by round."""
+    """Our engine; `run_rollouts(engine, job)` says in which order it is given work."""
 
-    def __init__(self, folder: Path, dtype: str, *, barrier: bool):
-        import dataclasses
-
+    def __init__(self, folder: Path, dtype: str, run_rollouts: Callable[[Any, Job], None]):
         from trapo_jax.models import load_params, read_config
 
         self.config = dataclasses.replace(read_config(folder), dtype=dtype)
         self.params = load_params(folder, self.config)
-        self.barrier = barrier
+        self.run_rollouts = run_rollouts
         self.engines: dict[str, Any] = {}
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -36,7 +37,7 @@ class Ours:
         before, compiled = engine.counters, engine.num_compiled
         started = time.perf_counter()
         engine.update_weights(self.params, 0)
-        (run_in_rounds if self.barrier else run_freely)(engine, job)
+        self.run_rollouts(engine, job)
         seconds = time.perf_counter() - started
         done = engine.counters - before
         return {
@@ -56,7 +57,7 @@ def scripted_engine(config, job: Job):
 
     class ScriptedEngine(JaxEngine):
         def budget(self, request) -> int:
-            return new[request.problem.id, request.sample_index]
+            return new[request.problem.id[:16], request.sample_index]
 
     return ScriptedEngine(
         config,
@@ -110,15 +111,18 @@ def run_freely(engine, job: Job) -> None:
     )
 
 
-def run_in_rounds(engine, job: Job) -> None:
+def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
+    """A micro-group of every problem, then the next; prompts shared by the rollouts of a problem or not."""
     from trapo_jax.types import RolloutRequest, SamplingParams
 
     problems = make_problems(job)
     for rows in job["rounds"]:
-        requests = [
-            RolloutRequest(problems[row["problem"]], row["sample"], 0, 0, row["prefix_len"])
-            for row in rows
-        ]
+        requests = []
+        for row in rows:
+            problem = problems[row["problem"]]
+            if not shared_prompts:  # keys and values are found by the problem's id
+                problem = dataclasses.replace(problem, id=f"{problem.id}/{row['sample']}")
+            requests.append(RolloutRequest(problem, row["sample"], 0, 0, row["prefix_len"]))
         engine.submit(requests, step=1, params=SamplingParams())
         while engine.poll():
             pass
@@ -260,8 +264,11 @@ def rounded(length: int) -> int:
 
 
 ENGINES = {
-    "ours": lambda folder, dtype: Ours(folder, dtype, barrier=False),
-    "barrier": lambda folder, dtype: Ours(folder, dtype, barrier=True),
+    "ours": functools.partial(Ours, run_rollouts=run_freely),
+    "barrier": functools.partial(Ours, run_rollouts=run_in_rounds),
+    "unshared": functools.partial(
+        Ours, run_rollouts=functools.partial(run_in_rounds, shared_prompts=False)
+    ),
     "transformers": Transformers,
     "tunix": Tunix,
 }

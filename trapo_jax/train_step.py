@@ -29,6 +29,8 @@ from trapo_jax.sharding import (
 )
 from trapo_jax.types import TokenKind, TrainBatch
 
+PROB_BINS = 10  # of the histogram of the expert tokens' probabilities
+
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[["TrainState", TrainBatch], tuple["TrainState", Metrics]]
 
@@ -140,15 +142,25 @@ def make_train_step(
             with_entropy=True,
             where=own | expert,
         )
-        losses = {}
+        losses, pull = {}, jnp.zeros_like(logprobs)
         for term in terms:
-            mask = kinds == term.kind
-            values = term.loss(logprobs, batch.advantages[:, 1:], mask)
-            losses[term.name] = term.weight * jnp.sum(values * weights[term.name])
+
+            def token_losses(logprobs, term=term):
+                values = term.loss(logprobs, batch.advantages[:, 1:], kinds == term.kind)
+                return term.weight * values * weights[term.name]
+
+            losses[term.name] = jnp.sum(token_losses(logprobs))
+            if term.kind == TokenKind.EXPERT_TRAINED:
+                slopes = jax.grad(lambda x, f=token_losses: jnp.sum(f(x)))(
+                    jax.lax.stop_gradient(logprobs)
+                )
+                pull += jnp.abs(slopes)
         entropy = jnp.sum(entropies * weights["entropy"])
         total = sum(losses.values()) - entropy_weight * entropy
         gap = jnp.abs(logprobs - batch.sampler_logprobs[:, 1:])
-        probs = jnp.exp(logprobs)
+        probs = jnp.exp(jax.lax.stop_gradient(logprobs))
+        pull *= 1 - probs  # half the L1 norm of a token's gradient by its logits
+        bins = jnp.clip((probs * PROB_BINS).astype(jnp.int32), 0, PROB_BINS - 1)
         sums = {
             **{f"loss/{name}": value for name, value in losses.items()},
             "loss/total": total,
@@ -156,6 +168,11 @@ def make_train_step(
             "policy/logprob_gap_sum": jnp.sum(jnp.where(own, gap, 0.0)),
             "expert/prob_sum": jnp.sum(jnp.where(expert, probs, 0.0)),
             "expert/num_below_alpha": jnp.sum(expert & (probs < alpha)),
+            "expert/pull": jnp.sum(pull),
+            "expert/pull_inside": jnp.sum(jnp.where(probs >= alpha, pull, 0.0)),
+            "expert/num_by_bin": jnp.stack(
+                [jnp.sum(expert & (bins == i), dtype=jnp.float32) for i in range(PROB_BINS)]
+            ),
         }
         return total, (sums, jnp.max(jnp.where(own, gap, 0.0)))
 
@@ -226,6 +243,12 @@ def _term_weights(
 
 
 def _metrics(sums, max_gap, batch, grad_norm, finite) -> Metrics:
+    """What a step tells of itself, over the whole batch.
+
+    `expert/prob_from_x` is the share of trained expert tokens whose probability lies in [x, x + 0.1);
+    `expert/gradient_share_inside` the part of their gradient (L1 norm by the logits) that comes from tokens of
+    probability alpha or more.
+    """
     kinds = batch.kinds[..., 1:]
     num_own = jnp.maximum(1, jnp.sum(kinds == TokenKind.COMPLETION))
     num_expert = jnp.maximum(1, jnp.sum(kinds == TokenKind.EXPERT_TRAINED))
@@ -236,6 +259,12 @@ def _metrics(sums, max_gap, batch, grad_norm, finite) -> Metrics:
         "policy/logprob_gap_max": max_gap,
         "expert/prob_mean": sums["expert/prob_sum"] / num_expert,
         "expert/share_below_alpha": sums["expert/num_below_alpha"] / num_expert,
+        "expert/gradient_share_inside": sums["expert/pull_inside"]
+        / jnp.where(sums["expert/pull"] == 0, 1.0, sums["expert/pull"]),
+        **{
+            f"expert/prob_from_{i / PROB_BINS:.1f}": count / num_expert
+            for i, count in enumerate(sums["expert/num_by_bin"])
+        },
         "optimizer/grad_norm": grad_norm,
         "optimizer/skipped": 1 - finite.astype(jnp.int32),
     }

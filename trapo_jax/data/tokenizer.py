@@ -1,5 +1,6 @@
 """The tokenizer of a Hugging Face folder."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     Raises:
       UserError: naming the folder, if there is none that can be read, or it has no EOS token.
     """
+    # Its tokenizers are all that is used here: no advice to install torch for its models.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers  # seconds to import
 
     if not (folder / "tokenizer.json").is_file():

@@ -3,7 +3,8 @@
 Requests wait in a queue. Whenever slots are free they are admitted: a context (prompt and expert prefix) is run
 through the model once, as far as no context before it began alike (`contexts.py`), and its keys and values are
 copied to every slot that starts there. Then a segment of tokens is decoded for all slots at once, finished rows
-leave, and so on.
+leave, and so on. A segment ends early once enough rows are done for others to take their places; when none wait,
+the rows at work move to the lowest slots, so that fewer are computed.
 
 The last context token is not prefilled: it is the first token fed to the decode step, so that every token is
 sampled by the same code. What is drawn depends on the request alone (seed, step, problem, sample

@@ -1,0 +1,83 @@
+"""tools/bench_rollout.py: every engine is given the same work, and ours does no more than that."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, TINY_MODEL
+
+sys.path.insert(0, str(REPOSITORY / "tools"))
+
+import bench_rollout
+from bench_rollout_worker import Ours, batches, run_freely, run_in_rounds
+
+VOCAB_SIZE = 24
+
+
+@pytest.fixture(scope="module")
+def job():
+    return bench_rollout.trapo_job(np.random.default_rng(1), 8, 6, VOCAB_SIZE)
+
+
+def rows_of(job):
+    return [row for rows in job["rounds"] for row in rows]
+
+
+def test_rounds_are_what_the_rewards_lead_to(job):
+    first, *later = job["rounds"]
+    assert [(r["problem"], r["sample"], r["prefix_len"]) for r in first] == [
+        (i, j, 0) for i in range(bench_rollout.NUM_PROBLEMS) for j in range(4)
+    ]
+    second = {(r["problem"], r["sample"]): r for r in later[0]}
+    for i, problem in enumerate(job["problems"]):
+        guided = np.mean(problem["rewards"][:4]) < 0.5
+        expected = int(0.2 * len(problem["expert"])) if guided else 0
+        assert [second[i, j]["prefix_len"] for j in (4, 5)] == [expected] * 2
+
+
+def test_grpo_samples_as_many_tokens(job):
+    grpo = bench_rollout.grpo_job(job)
+    count = lambda job: sum(row["num_new"] for row in rows_of(job))
+    assert count(grpo) == count(job)
+    assert len(rows_of(grpo)) == 8 * bench_rollout.NUM_PROBLEMS
+
+
+def test_batches_hold_every_row_once_within_the_slots(job):
+    contexts = [context for batch, _ in batches(job) for context in batch]
+    assert sorted(map(len, contexts)) == sorted(
+        len(job["problems"][row["problem"]]["prompt"]) + row["prefix_len"] for row in rows_of(job)
+    )
+    assert max(len(batch) for batch, _ in batches(job)) <= job["slots"]
+
+
+@pytest.mark.parametrize("run_rollouts", [run_freely, run_in_rounds])
+def test_prefilled_tokens_are_prompts_and_distinct_extensions_exactly(job, run_rollouts):
+    """Of a problem its prompt and the longest prefix that is sampled from, but for the one token that decoding
+    takes."""
+    longest = dict.fromkeys(range(len(job["problems"])), 0)
+    for row in rows_of(job):
+        longest[row["problem"]] = max(longest[row["problem"]], row["prefix_len"])
+    expected = sum(len(job["problems"][i]["prompt"]) + n - 1 for i, n in longest.items())
+    reply = Ours(TINY_MODEL, "float32", run_rollouts).run(job)
+    assert reply["prefilled_tokens"] == expected
+
+
+def test_the_command_compares_and_writes_json(tmp_path):
+    file = tmp_path / "bench.json"
+    options = ["--workload", "uniform", "--engines", "ours,tunix", "--repeats", "1"]
+    result = subprocess.run(
+        [sys.executable, "tools/bench_rollout.py", "--model", TINY_MODEL, *options, "--json", file],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "tunix is not installed here and left out" in result.stdout
+    report = json.loads(file.read_text())
+    assert [r["workload"] for r in report["results"]] == ["uniform 1", "uniform 16", "uniform 64"]
+    for r in report["results"]:
+        assert r["tokens"] == 64 * int(r["workload"].split()[1])
+        assert r["compiles_after_warm_up"] == 0
