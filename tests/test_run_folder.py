@@ -30,5 +30,9 @@ def test_a_second_process_is_refused_until_the_first_is_gone_even_killed(tmp_pat
         raise AssertionError("two processes in one folder")
     holder.kill()
     holder.wait()
-    with only_process_in(tmp_path):
-        pass
+    for _ in range(
+        2
+    ):  # and again in the same process, though something still holds on to the error
+        with pytest.raises(KeyError) as error, only_process_in(tmp_path):
+            raise KeyError
+        assert error.tb

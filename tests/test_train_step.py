@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from trapo_jax.batch import build_batch
 from trapo_jax.losses import linear_token_logprobs
@@ -381,6 +382,76 @@ def test_optimizer_warms_up_decays_and_spares_norms(params):
     np.testing.assert_allclose(updates["embedding"], -0.1 * params["embedding"], rtol=1e-5)
     np.testing.assert_array_equal(updates["layers"]["mlp_norm"], 0.0)
     np.testing.assert_array_equal(updates["final_norm"], 0.0)
+
+
+def test_muon_orthogonalises_every_head_and_leaves_the_rest_to_adamw(params):
+    """Each matrix's update has singular values near 1, times 0.2 sqrt(its longer side); embeddings follow Adam."""
+    settings = {
+        "learning_rate": 1.0,
+        "warmup_steps": 0,
+        "num_steps": 1,
+        "decay_start": 1.0,
+        "final_learning_rate_ratio": 1.0,
+        "adam_b1": 0.9,
+        "adam_b2": 0.9,
+        "weight_decay": 0.1,
+        "max_grad_norm": 1e9,
+    }
+    grads = jax.tree.map(
+        lambda x: jnp.asarray(np.random.default_rng(x.size).normal(size=x.shape), x.dtype), params
+    )
+    optimizer = make_optimizer(**settings, name="muon")
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    layers = {
+        name: np.asarray(update + 0.1 * params["layers"][name])  # without the decay
+        for name, update in updates["layers"].items()
+    }
+    matrices = {
+        "qkv": np.moveaxis(layers["qkv"], 1, 3),  # [L, K, J, D, H]
+        "output": layers["output"],
+        "gate_up": np.moveaxis(layers["gate_up"], 1, 2),
+        "down": layers["down"],
+    }
+    for name, matrix in matrices.items():
+        values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape[-2:]) ** 0.5)
+        assert values.min() > 0.5, name
+        assert values.max() < 1.5, name
+    adamw = optax.adamw(1.0, b1=0.9, b2=0.9, weight_decay=0.0, nesterov=True)
+    expected, _ = adamw.update(grads, adamw.init(params), params)
+    for tree in (updates, expected):
+        tree |= {"mlp_norm": tree["layers"]["mlp_norm"]}
+    expected["embedding"] -= 0.1 * params["embedding"]
+    for name in ("embedding", "final_norm", "mlp_norm"):
+        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-4)
+
+
+def test_muon_trains_with_its_state_sharded_like_the_parameters(params):
+    groups, advantages = ragged_groups()
+    optimizer = make_optimizer(
+        learning_rate=1e-2,
+        warmup_steps=0,
+        num_steps=10,
+        decay_start=1.0,
+        final_learning_rate_ratio=1.0,
+        adam_b1=0.9,
+        adam_b2=0.95,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        name="muon",
+    )
+    batch, method = build(groups, advantages), make_method("sft")
+    before = sgd_step(method, batch, params)[1]["loss/total"]
+    state = sgd_step(method, batch, params, optimizer=optimizer)[2]
+    after = sgd_step(method, batch, jax.device_get(state.params))[1]["loss/total"]
+    assert after < before
+    flat, _ = jax.tree_util.tree_flatten_with_path(state.opt_state)
+    moments = {
+        path[-1].key: x.sharding.spec
+        for path, x in flat
+        if isinstance(path[-1], jax.tree_util.DictKey) and x.ndim > 1
+    }
+    assert moments["qkv"] == P(None, "fsdp", "tp", None, None)
+    assert moments["embedding"] == P("tp", "fsdp")
 
 
 def test_same_gradient_on_eight_devices():

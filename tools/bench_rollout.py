@@ -10,13 +10,14 @@ Each runs in a process of its own and is asked in turn, A B A B ..., after one r
 
 Workloads: `uniform` is 1, 16 and 64 rows of 64 new tokens each. `trapo` is one step of TRAPO's `paper` guidance on
 32 problems: ragged prompts and experts, rewards and completion lengths drawn in advance (log-normal), so that every
-engine decodes the same tokens; with it `grpo`, the same number of tokens as eight unguided rollouts a problem.
+engine brings the same tokens (in batches, rows that are done are padded until the longest is); with it `grpo`, the same number of tokens as eight unguided rollouts a problem.
 An engine that cannot refill its rows takes the rounds in batches of `--slots`.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def main() -> int:
             by_engine.setdefault(worker.name, []).append(worker.run(job))
     for worker in workers:
         worker.close()
-    limits = measure_limits(folder, sorted({1, *UNIFORM_ROWS, args.slots}))
+    limits = measure_limits(folder, args.dtype, sorted({1, *UNIFORM_ROWS, args.slots}))
     report = [
         summary(job, name, rounds[1:], rounds[0], limits)
         for job in jobs
@@ -157,7 +158,7 @@ def trapo_job(rng: np.random.Generator, slots: int, median_len: int, vocab_size:
 
 def grpo_job(trapo: Job) -> Job:
     """Eight unguided rollouts a problem, as many tokens in all."""
-    tokens = sum(row["num_new"] for rows in trapo["rounds"] for row in rows)
+    tokens = num_tokens(trapo)
     lens = np.array([problem["unguided_len"] for problem in trapo["problems"]], float)
     scaled = np.maximum(1, np.floor(lens * tokens / lens.sum())).astype(int)
     for i in range(tokens - int(scaled.sum())):  # what rounding left over
@@ -206,6 +207,10 @@ def finished_job(
     }
 
 
+def num_tokens(job: Job) -> int:
+    return sum(row["num_new"] for rows in job["rounds"] for row in rows)
+
+
 def random_ids(rng: np.random.Generator, length: int, vocab_size: int) -> list[int]:
     return rng.integers(3, vocab_size, length).tolist()
 
@@ -225,7 +230,11 @@ class Worker:
         python = args.tunix_python if name == "tunix" else sys.executable
         command = [python, str(WORKER), name, str(folder), args.dtype]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        # The workers share a GPU's memory.
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, env=environment
+        )
         self.is_installed = self._reply() is not None
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -235,6 +244,8 @@ class Worker:
         reply = self._reply()
         if reply is None:
             sys.exit(f"{self.name} ended with code {self._process.wait()} during {job['name']}")
+        if reply["decoded_tokens"] != num_tokens(job):
+            sys.exit(f"{self.name} decoded {reply['decoded_tokens']} of {num_tokens(job)} tokens")
         return reply
 
     def close(self) -> None:
@@ -250,9 +261,9 @@ class Worker:
 # What the machine allows.
 
 
-def measure_limits(folder: Path, rows: Sequence[int]) -> dict[str, Any]:
+def measure_limits(folder: Path, dtype: str, rows: Sequence[int]) -> dict[str, Any]:
     """Tokens a second if decoding were the model's matmuls alone, and memory's bandwidth in GB/s."""
-    config = read_config(folder)
+    config = read_config(folder, dtype=dtype)
     shapes = [
         (config.width, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim),
         (config.num_heads * config.head_dim, config.width),
@@ -296,8 +307,7 @@ def median_secs(call: Any, repeats: int = 7) -> float:
 
 def summary(job: Job, engine: str, rounds: list[dict], warm_up: dict, limits: dict) -> dict:
     seconds = statistics.median(r["seconds"] for r in rounds)
-    tokens = sum(row["num_new"] for rows in job["rounds"] for row in rows)
-    slots = job["slots"]
+    tokens, slots = num_tokens(job), job["slots"]
     bound = limits["matmul_tokens_per_sec"].get(slots)
     return {
         "workload": job["name"],
@@ -309,9 +319,11 @@ def summary(job: Job, engine: str, rounds: list[dict], warm_up: dict, limits: di
         "share_of_matmul_bound": tokens / seconds / bound if bound else None,
         "slot_utilization": rounds[-1].get("slot_utilization"),
         "prefilled_tokens": rounds[-1].get("prefilled_tokens"),
-        "compiles_after_warm_up": rounds[-1].get("compiles"),
+        "compiles_after_warm_up": sum(r["compiles"] for r in rounds)
+        if "compiles" in rounds[0]
+        else None,
         "warm_up_seconds": warm_up["seconds"],
-        "peak_mib": max(r["peak_mib"] for r in rounds),
+        "process_peak_mib": max(r["peak_mib"] for r in rounds),
     }
 
 
@@ -327,7 +339,7 @@ def show(console: Console, report: list[dict], limits: dict) -> None:
         "slots in use",
         "prefilled",
         "compiles",
-        "peak MiB",
+        "process peak MiB",
     )
     for name in columns:
         table.add_column(name, justify="left" if name in ("workload", "engine") else "right")
@@ -346,7 +358,7 @@ def show(console: Console, report: list[dict], limits: dict) -> None:
             show_share(r["slot_utilization"]),
             show_count(r["prefilled_tokens"]),
             show_count(r["compiles_after_warm_up"]),
-            f"{r['peak_mib']:,.0f}",
+            f"{r['process_peak_mib']:,.0f}",
         )
     console.print(table)
     bounds = ", ".join(f"{n}: {v:,.0f}" for n, v in limits["matmul_tokens_per_sec"].items())

@@ -20,20 +20,28 @@ Job = dict[str, Any]
 
 
 class Ours:
-    """Our engine; `run_rollouts(engine, job)` says in which order it is given work."""
+    """Our engine; `run_rollouts(engine, job)` says in which order it is given work.
+
+    Timed with `update_weights`, which every training step calls.
+    """
 
     def __init__(self, folder: Path, dtype: str, run_rollouts: Callable[[Any, Job], None]):
+        import jax
+
         from trapo_jax.models import load_params, read_config
 
-        self.config = dataclasses.replace(read_config(folder), dtype=dtype)
+        jax.config.update("jax_default_matmul_precision", "highest")  # no TF32, as in torch
+        self.config = read_config(folder, dtype=dtype)
         self.params = load_params(folder, self.config)
         self.run_rollouts = run_rollouts
-        self.engines: dict[str, Any] = {}
+        self.job_name = ""
+        self.engine: Any = None
 
     def run(self, job: Job) -> dict[str, Any]:
-        if job["name"] not in self.engines:
-            self.engines[job["name"]] = scripted_engine(self.config, job)
-        engine = self.engines[job["name"]]
+        if job["name"] != self.job_name:
+            self.engine = None  # its memory first
+            self.job_name, self.engine = job["name"], scripted_engine(self.config, job)
+        engine = self.engine
         before, compiled = engine.counters, engine.num_compiled
         started = time.perf_counter()
         engine.update_weights(self.params, 0)
@@ -42,6 +50,7 @@ class Ours:
         done = engine.counters - before
         return {
             "seconds": seconds,
+            "decoded_tokens": done.decoded_tokens,
             "slot_utilization": done.slot_utilization,
             "prefilled_tokens": done.prefilled_tokens,
             "compiles": engine.num_compiled - compiled,
@@ -157,18 +166,21 @@ class Transformers:
         self.model.generation_config.eos_token_id = None  # lengths are the job's
 
     def run(self, job: Job) -> dict[str, Any]:
-        prefilled, started = 0, time.perf_counter()
+        prefilled, decoded, started = 0, 0, time.perf_counter()
         for contexts, num_new in batches(job):
-            self.generate(contexts, max(num_new))
+            length = self.generate(contexts, max(num_new))
             prefilled += sum(map(len, contexts))
-        return {"seconds": time.perf_counter() - started, "prefilled_tokens": prefilled}
+            decoded += sum(min(length, n) for n in num_new)
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "prefilled_tokens": prefilled, "decoded_tokens": decoded}
 
-    def generate(self, contexts: list[list[int]], num_new: int) -> None:
+    def generate(self, contexts: list[list[int]], num_new: int) -> int:
+        """Returns how many tokens each row got."""
         longest = max(map(len, contexts))
         pad = lambda ids, fill: [fill] * (longest - len(ids)) + ids
         tensor = lambda rows: self.torch.tensor(rows, device=self.model.device)
         with self.torch.inference_mode():
-            self.model.generate(
+            rows = self.model.generate(
                 input_ids=tensor([pad(ids, 0) for ids in contexts]),
                 attention_mask=tensor([pad([1] * len(ids), 0) for ids in contexts]),
                 do_sample=True,
@@ -178,10 +190,12 @@ class Transformers:
                 max_new_tokens=num_new,
                 pad_token_id=0,
             )
+        return rows.shape[1] - longest
 
 
 class Tunix:
-    """Tunix's own sampler. Lengths are rounded up to few, as it compiles for each; warm-up compiles them."""
+    """Tunix's own sampler. It compiles for every length of a batch: prompts are padded to few lengths, and the buffer is
+    always as long as the longest needs, though it stops where the batch at hand does."""
 
     def __init__(self, folder: Path, dtype: str):
         import jax.numpy as jnp
@@ -212,30 +226,44 @@ class Tunix:
         )
 
         work = [
-            (contexts, rounded(max(map(len, contexts))), rounded(max(num_new)))
+            (contexts, rounded(max(map(len, contexts))), num_new)
             for contexts, num_new in batches(job)
         ]
         if getattr(self, "job_name", None) != job["name"]:
             self.job_name = job["name"]
             cache = CacheConfig(
-                cache_size=max(prompt + new for _, prompt, new in work),
+                cache_size=max(prompt + max(num_new) for _, prompt, num_new in work),
                 num_layers=self.config.num_layers,
                 num_kv_heads=self.config.num_kv_heads,
                 head_dim=self.config.head_dim,
             )
-            self.sampler = Sampler(self.model, TokenIds(), cache)
-        prefilled, started = 0, time.perf_counter()
+            self.sampler = fixed_buffer(Sampler)(self.model, TokenIds(), cache)
+        prefilled, decoded, started = 0, 0, time.perf_counter()
         for contexts, prompt_len, num_new in work:
-            self.sampler(
+            rows = self.sampler(
                 [" ".join(map(str, ids)) for ids in contexts],
-                max_generation_steps=num_new,
+                max_generation_steps=max(num_new),
                 max_prompt_length=prompt_len,
                 temperature=1.0,
                 top_p=1.0,
                 eos_tokens=[TokenIds.NEVER],
             )
             prefilled += sum(map(len, contexts))
-        return {"seconds": time.perf_counter() - started, "prefilled_tokens": prefilled}
+            decoded += sum(min(len(ids), n) for ids, n in zip(rows.tokens, num_new, strict=True))
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "prefilled_tokens": prefilled, "decoded_tokens": decoded}
+
+
+def fixed_buffer(sampler_class):
+    """The sampler, with one length of token buffer for all batches; how far it decodes is data."""
+
+    class FixedBuffer(sampler_class):
+        def init_sample_state(self, *args, total_sampling_steps: int, **kwargs):
+            longest = self.cache_config.cache_size
+            state = super().init_sample_state(*args, total_sampling_steps=longest, **kwargs)
+            return dataclasses.replace(state, total_sampling_steps=total_sampling_steps)
+
+    return FixedBuffer
 
 
 class TokenIds:

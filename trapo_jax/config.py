@@ -129,7 +129,7 @@ class SamplingConfig(_Section):
     num_slots: Positive = 32
     """Rows decoded at once."""
     segment_len: Positive = 8
-    """Tokens decoded between two looks at the queue."""
+    """Tokens decoded between two looks at the queue, at most."""
     num_contexts: Positive = 16
     """Prompts and expert prefixes whose keys and values are kept for the other rollouts of their problem."""
     prefill_tokens: Positive = 512
@@ -160,8 +160,10 @@ class TrainConfig(_Section):
     """Tokens of a row; null: data.max_prompt_length + sampling.max_completion_length."""
     per_device_rows: Positive = 4
     """Rows a device computes at once; changes memory and speed, not the result."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon orthogonalises the updates of attention and MLP matrices; AdamW updates the rest."""
     learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate, of Muon too: its updates are scaled to the size of AdamW's."""
     warmup_steps: NotNegative = 10
     """Linear warm-up from 0; a shorter run ends within it."""
     decay_start: Fraction = 0.5
@@ -172,8 +174,10 @@ class TrainConfig(_Section):
     """AdamW's decay of the first moment."""
     adam_b2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
     """AdamW's decay of the second moment."""
+    muon_beta: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Muon's decay of the momentum."""
     weight_decay: NotNegativeFloat = 0.01
-    """AdamW's weight decay, on matrices only."""
+    """Weight decay, on matrices only."""
     max_grad_norm: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""
     max_skipped_steps: Positive = 5

@@ -66,8 +66,10 @@ def only_process_in(folder: Path) -> Iterator[None]:
             f"output_dir={folder}: another process is training there; wait for its end or give "
             "another output_dir"
         ) from error
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -90,15 +90,24 @@ def param_shardings(params: Any, mesh: Mesh, rules: Rules = Rules()) -> Any:
 def optimizer_shardings(
     optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh
 ) -> Any:
-    """Shardings of the optimiser state: moments lie like their parameters, the rest everywhere."""
-    abstract = jax.eval_shape(optimizer.init, params)
-    return optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        abstract,
-        shardings,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    """Shardings of the optimiser state: what has a parameter's path and shape lies like it, the rest everywhere.
+
+    By path, as optimisers for a part of the parameters (Muon) leave holes in the trees of their states.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    by_path = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(flat, jax.tree.leaves(shardings), strict=True)
+    }
+
+    def find(path, leaf):
+        for start in range(len(path)):
+            shape, sharding = by_path.get(path[start:], (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(find, jax.eval_shape(optimizer.init, params))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -156,6 +156,8 @@ def build(config: Config) -> tuple[Parts, Any]:
         adam_b2=t.adam_b2,
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
+        name=t.optimizer,
+        muon_beta=t.muon_beta,
     )
     shardings = state_shardings(abstract_params(decoder), optimizer, mesh)
     params = load_params(model_folder, decoder, shardings.params)

@@ -5,11 +5,12 @@ gradients of micro-batches are summed. So the update does not depend on how the 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.sharding import Mesh
 
 from trapo_jax.losses import (
@@ -32,6 +33,7 @@ from trapo_jax.types import TokenKind, TrainBatch
 PROB_BINS = 10  # of the histogram of the expert tokens' probabilities
 
 Metrics = dict[str, jax.Array]
+OptimizerName = Literal["adamw", "muon"]
 TrainStep = Callable[["TrainState", TrainBatch], tuple["TrainState", Metrics]]
 
 
@@ -55,8 +57,15 @@ def make_optimizer(
     adam_b2: float,
     weight_decay: float,
     max_grad_norm: float,
+    name: OptimizerName = "adamw",
+    muon_beta: float = 0.95,
 ) -> optax.GradientTransformation:
-    """AdamW with clipping: linear warm-up, constant, linear decay. No weight decay on norms and biases."""
+    """AdamW or Muon, with clipping: linear warm-up, constant, linear decay. No weight decay on norms and biases.
+
+    Muon orthogonalises the momentum of every matrix of attention (of each head) and MLP, scaled to the root mean
+    square of AdamW's updates (arXiv 2502.16982), so that learning rates carry over; AdamW with
+    Nesterov momentum updates the rest.
+    """
     begin = max(warmup_steps, round(decay_start * num_steps))
     schedule = optax.join_schedules(
         [
@@ -70,15 +79,23 @@ def make_optimizer(
         ],
         [warmup_steps, begin],
     )
+    rate = lambda count: schedule(count + 1)  # the first step has a learning rate, too
+    if name == "muon":  # its own weight decay could not spare the norms
+        directions = optax.contrib.muon(
+            1.0,
+            beta=muon_beta,
+            adam_b1=adam_b1,
+            adam_b2=adam_b2,
+            muon_weight_dimension_numbers=_muon_axes,
+            consistent_rms=0.2,
+        )
+    else:
+        directions = optax.chain(optax.scale_by_adam(b1=adam_b1, b2=adam_b2), optax.scale(-1.0))
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(
-            lambda count: schedule(count + 1),  # the first step has a learning rate, too
-            b1=adam_b1,
-            b2=adam_b2,
-            weight_decay=weight_decay,
-            mask=_is_matrix,
-        ),
+        directions,
+        optax.add_decayed_weights(-weight_decay, _is_matrix),
+        optax.scale_by_schedule(rate),
     )
 
 
@@ -268,6 +285,20 @@ def _metrics(sums, max_gap, batch, grad_norm, finite) -> Metrics:
         "optimizer/grad_norm": grad_norm,
         "optimizer/skipped": 1 - finite.astype(jnp.int32),
     }
+
+
+# Axes of the matrices that Muon orthogonalises, (in, out); one for each index of the others: layers, heads, parts.
+MUON_AXES = {"qkv": (1, 4), "output": (3, 4), "gate_up": (1, 3), "down": (1, 2)}
+
+
+def _muon_axes(params: Any) -> Any:
+    """Which axes make a matrix, for each parameter; None for what AdamW updates."""
+
+    def axes(path, _):
+        found = MUON_AXES.get(path[-1].key)
+        return found and optax.contrib.MuonDimensionNumbers(*found)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def _is_matrix(params: Any) -> Any:

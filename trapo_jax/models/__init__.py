@@ -1,16 +1,13 @@
 """One decoder for every model, configured and filled from a Hugging Face folder."""
 
 from trapo_jax.models.decoder import (
-    Cache,
     Decoder,
     DecoderConfig,
     KVCache,
     Params,
     abstract_params,
     apply_decoder,
-    by_layer,
     unembedding,
-    unstack,
 )
 from trapo_jax.models.hugging_face import (
     export_model,
@@ -23,7 +20,6 @@ from trapo_jax.models.rope import Rope
 
 __all__ = [
     "ARCHITECTURES",
-    "Cache",
     "Decoder",
     "DecoderConfig",
     "KVCache",
@@ -31,7 +27,6 @@ __all__ = [
     "Rope",
     "abstract_params",
     "apply_decoder",
-    "by_layer",
     "export_model",
     "find_model",
     "init_params",
@@ -39,5 +34,4 @@ __all__ = [
     "read_config",
     "read_eos_ids",
     "unembedding",
-    "unstack",
 ]

@@ -75,13 +75,10 @@ class DecoderConfig:
 
 
 class KVCache(NamedTuple):
-    """Keys and values, laid out for `cached_attention`: of all layers `[L, ...]`, or of one in a list of them."""
+    """Keys and values of all layers, laid out for `cached_attention`."""
 
-    keys: jax.Array  # [S, K, H, C]
-    values: jax.Array  # [S, K, C, H]
-
-
-Cache = KVCache | list[KVCache]
+    keys: jax.Array  # [L, S, K, H, C]
+    values: jax.Array  # [L, S, K, C, H]
 
 
 class Block(nnx.Module):
@@ -168,12 +165,9 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to final hidden states; the projection to logits belongs to the losses.
+    """Token ids to final hidden states; the projection to logits belongs to the losses."""
 
-    Layers are stacked, one compiled for all, or (`unstack`) listed: see there.
-    """
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stacked: bool = True):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
 
         @nnx.split_rngs(splits=config.num_layers)
@@ -182,10 +176,7 @@ class Decoder(nnx.Module):
             return Block(config, rngs=rngs)
 
         self.embedding = nnx.Param(_normal(rngs, config.width, config.vocab_size, config.width))
-        if stacked:
-            self.layers = stacked_blocks(rngs)
-        else:
-            self.layers = nnx.List(Block(config, rngs=rngs) for _ in range(config.num_layers))
+        self.layers = stacked_blocks(rngs)
         self.final_norm = _norm_scale(config, config.width)
         if not config.tied_embeddings:
             self.unembedding = nnx.Param(
@@ -198,25 +189,24 @@ class Decoder(nnx.Module):
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None = None,
         *,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         cached_lens_S: jax.Array | None = None,
         view_len: int | None = None,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Runs whole rows, or T new tokens a slot against a cache.
 
         Args:
           token_ids_BT: int32; with a cache `[S, T]`, what follows each slot's cached tokens.
           positions_BT: int32, 0 at the first token of a segment.
           segment_ids_BT: int32; tokens attend within their segment. Needed without a cache.
-          cache: read, never written: the caller puts the new entries where it wants them. Stacked or listed as
-            the layers are.
+          cache: read, never written: the caller puts the new entries where it wants them.
           cached_lens_S: int32, valid cache positions of each slot.
           view_len: look at so many positions of the cache; None for all. Of more slots than S, the cache's
             first S are meant.
 
         Returns:
-          hidden `[B, T, D]` after the final norm, in `config.dtype`; and the new tokens' (keys, values), each
-          `[L, B, T, K, H]`, or a list of them by layer.
+          hidden `[B, T, D]` after the final norm, in `config.dtype`; and the new tokens' keys and
+          values, each `[L, B, T, K, H]`.
         """
         c = self.config
         # The scale is rounded to the dtype, as where these weights come from.
@@ -237,46 +227,18 @@ class Decoder(nnx.Module):
                 chosen = local_angles if any(c.local_layers) else angles
             return block(x, chosen, segment_ids_BT, layer_cache, cached_lens_S, is_local)
 
-        if isinstance(self.layers, nnx.List):
-            new_entries = []
-            for i, block in enumerate(self.layers):
-                layer_cache = None if cache is None else cache[i]
-                is_local = None if is_local_L is None else is_local_L[i]
-                x_BTD, entries = one_layer(x_BTD, block, layer_cache, is_local)
-                new_entries.append(entries)
-        else:
-            run_layers = nnx.scan(
-                _remat(one_layer, c.remat),
-                in_axes=(nnx.Carry, 0, 0, 0),
-                out_axes=(nnx.Carry, 0),
-            )
-            x_BTD, new_entries = run_layers(x_BTD, self.layers, cache, is_local_L)
+        run_layers = nnx.scan(
+            _remat(one_layer, c.remat),
+            in_axes=(nnx.Carry, 0, 0, 0),
+            out_axes=(nnx.Carry, 0),
+        )
+        x_BTD, new_entries = run_layers(x_BTD, self.layers, cache, is_local_L)
         return rms_norm(x_BTD, self.final_norm[...] + c.norm_offset, c.norm_epsilon), new_entries
 
 
 def apply_decoder(config: DecoderConfig, params: Params, *args, **kwargs):
     """`Decoder.__call__` as a pure function of the parameters; same arguments and results."""
-    graph = _decoder_graph(config, not isinstance(next(iter(params["layers"])), int))
-    return nnx.merge(graph, params)(*args, **kwargs)
-
-
-def unstack(params: Params) -> Params:
-    """The parameters with their layers listed, each in arrays of its own.
-
-    XLA copies a layer's slice of stacked arrays on CPU before it computes with it: half of a decode step of
-    one row. Listed layers are compiled one by one, which takes longer.
-    """
-    layers = params["layers"]
-    num_layers = len(jax.tree.leaves(layers)[0])
-    listed = {i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num_layers)}
-    return {**params, "layers": listed}
-
-
-def by_layer(function: Callable, *trees: Any) -> Any:
-    """`function` of every layer's part of what is stacked or listed by layers."""
-    if isinstance(trees[0], list):
-        return [function(*parts) for parts in zip(*trees, strict=True)]
-    return jax.vmap(function)(*trees)
+    return nnx.merge(_decoder_graph(config), params)(*args, **kwargs)
 
 
 def abstract_params(config: DecoderConfig) -> Params:
@@ -312,12 +274,12 @@ def _norm_scale(config: DecoderConfig, size: int) -> nnx.Param:
 
 
 @functools.cache
-def _decoder_graph(config: DecoderConfig, stacked: bool) -> nnx.GraphDef:
-    return nnx.split(_abstract_decoder(config, stacked=stacked))[0]
+def _decoder_graph(config: DecoderConfig) -> nnx.GraphDef:
+    return nnx.split(_abstract_decoder(config))[0]
 
 
-def _abstract_decoder(config: DecoderConfig, *, stacked: bool = True) -> Decoder:
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), stacked=stacked))
+def _abstract_decoder(config: DecoderConfig) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
 def _normal(rngs: nnx.Rngs, fan_in: int, *shape: int) -> jax.Array:

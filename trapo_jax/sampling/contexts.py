@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trapo_jax.models import Cache, DecoderConfig, KVCache, apply_decoder, by_layer
+from trapo_jax.models import DecoderConfig, KVCache, apply_decoder
 
 SHORTEST_PIECE = 16  # pieces of a context are padded to this, or twice, four times ... this
 MAX_PIECE_ROWS = 8  # pieces of different contexts run through the model at once
@@ -138,80 +138,63 @@ def batches(pieces: Iterable[Piece], max_tokens: int) -> Iterator[PieceBatch]:
         waiting = rest
 
 
-def prefill(config: DecoderConfig, params: Any, contexts: Cache, batch: PieceBatch) -> Cache:
+def prefill(config: DecoderConfig, params: Any, contexts: KVCache, batch: PieceBatch) -> KVCache:
     """Runs pieces through the model and puts their keys and values behind what their rows hold.
 
     Args:
       config: the decoder's shape.
       params: the decoder's parameters.
-      contexts: the rows' keys and values.
+      contexts: the rows' keys and values, `[L, R, K, H, C]` and `[L, R, K, C, H]`.
       batch: the pieces.
     """
     index = jnp.arange(batch.token_ids.shape[1])
     positions = batch.starts[:, None] + index
-    rows = batch.rows[:, None]
-    where = jnp.where(
-        index < batch.lens[:, None], positions, cache_len(contexts)
-    )  # beyond: dropped
-    cached = by_layer(lambda c: KVCache(c.keys[batch.rows], c.values[batch.rows]), contexts)
-    _, new = apply_decoder(
+    cached = KVCache(contexts.keys[:, batch.rows], contexts.values[:, batch.rows])
+    _, (keys, values) = apply_decoder(
         config, params, batch.token_ids, positions, cache=cached, cached_lens_S=batch.starts
     )
-
-    def put(cache: KVCache, entries: tuple[jax.Array, jax.Array]) -> KVCache:
-        keys, values = entries  # [U, T, K, H]
-        return KVCache(
-            cache.keys.at[rows, :, :, where].set(keys, mode="drop"),
-            cache.values.at[rows, :, where].set(values, mode="drop"),
-        )
-
-    return by_layer(put, contexts, new)
+    capacity = contexts.keys.shape[-1]
+    where = jnp.where(index < batch.lens[:, None], positions, capacity)  # beyond: dropped
+    rows = jnp.broadcast_to(batch.rows[:, None], where.shape)
+    by_token = lambda new: new.transpose(1, 2, 0, 3, 4)  # [U, T, L, K, H]
+    return KVCache(
+        contexts.keys.at[:, rows, :, :, where].set(by_token(keys), mode="drop"),
+        contexts.values.at[:, rows, :, where].set(by_token(values), mode="drop"),
+    )
 
 
 def copy_rows(
-    source: Cache | None,
-    target: Cache,
+    source: KVCache | None,
+    target: KVCache,
     from_rows: jax.Array,
     to_rows: jax.Array,
     count: jax.Array,
     *,
     length: int,
-) -> Cache:
+) -> KVCache:
     """The first `length` positions of rows of `source`, into rows of `target`; the first `count` pairs.
 
     Without a source rows of the target are copied, one pair after the other.
     """
 
-    def one_pair(i, target: Cache) -> Cache:
-        def one_layer(source: KVCache, target: KVCache) -> KVCache:
-            take = lambda x: jax.lax.dynamic_slice_in_dim(x, from_rows[i], 1, axis=0)
-            put = lambda x, row: jax.lax.dynamic_update_slice(x, row, (to_rows[i], 0, 0, 0))
-            return KVCache(
-                put(target.keys, take(source.keys)[..., :length]),
-                put(target.values, take(source.values)[..., :length, :]),
-            )
-
-        return by_layer(one_layer, target if source is None else source, target)
-
-    return jax.lax.fori_loop(0, count, one_pair, target)
-
-
-def empty_cache(config: DecoderConfig, num_rows: int, length: int, *, stacked: bool) -> Cache:
-    def zeros(*layers: int) -> KVCache:
-        rows = (*layers, num_rows, config.num_kv_heads)
+    def one(i, target: KVCache) -> KVCache:
+        keys, values = target if source is None else source
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, from_rows[i], 1, axis=1)
+        put = lambda x, row: jax.lax.dynamic_update_slice(x, row, (0, to_rows[i], 0, 0, 0))
         return KVCache(
-            keys=jnp.zeros((*rows, config.head_dim, length), config.dtype),
-            values=jnp.zeros((*rows, length, config.head_dim), config.dtype),
+            put(target.keys, take(keys)[..., :length]),
+            put(target.values, take(values)[..., :length, :]),
         )
 
-    if stacked:
-        return zeros(config.num_layers)
-    return [zeros() for _ in range(config.num_layers)]
+    return jax.lax.fori_loop(0, count, one, target)
 
 
-def cache_len(cache: Cache) -> int:
-    """Positions it has room for."""
-    return jax.tree.leaves(cache)[0].shape[-1]
+def empty_cache(config: DecoderConfig, num_rows: int, length: int) -> KVCache:
+    rows = (config.num_layers, num_rows, config.num_kv_heads)
+    return KVCache(
+        keys=jnp.zeros((*rows, config.head_dim, length), config.dtype),
+        values=jnp.zeros((*rows, length, config.head_dim), config.dtype),
+    )
 
 
 def power_of_2(number: int) -> int:

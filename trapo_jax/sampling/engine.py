@@ -3,7 +3,7 @@
 Requests wait in a queue. Whenever slots are free they are admitted: a context (prompt and expert prefix) is run
 through the model once, as far as no context before it began alike (`contexts.py`), and its keys and values are
 copied to every slot that starts there. Then a segment of tokens is decoded for all slots at once, finished rows
-leave, and so on. A segment ends early once enough rows are done for others to take their places; when none wait,
+leave, and so on. A segment ends early once enough rows are done, as others may wait for their places; when none do,
 the rows at work move to the lowest slots, so that fewer are computed.
 
 The last context token is not prefilled: it is the first token fed to the decode step, so that every token is
@@ -23,20 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trapo_jax.models import (
-    Cache,
-    DecoderConfig,
-    KVCache,
-    apply_decoder,
-    by_layer,
-    unembedding,
-    unstack,
-)
+from trapo_jax.models import DecoderConfig, KVCache, apply_decoder, unembedding
 from trapo_jax.sampling.contexts import (
     ContextTable,
     Piece,
     batches,
-    cache_len,
     copy_rows,
     empty_cache,
     power_of_2,
@@ -48,7 +39,7 @@ from trapo_jax.types import Completion, FinishReason, RolloutRequest, SamplingPa
 SHORTEST_COPY = 16  # a context is copied to a slot in this many positions, or twice, four times ...
 # A decode segment computes so many slots, and looks at so many positions of the cache, or twice, four times ...
 FEWEST_SLOTS, SHORTEST_VIEW = 2, 256
-# A segment ends early once one slot in so many is done: others wait for its place.
+# A segment ends early once one slot in so many is done: others may wait for its place.
 SLOTS_A_LEAVE = 16
 FETCHED_SLOTS = 8
 
@@ -92,7 +83,7 @@ _STARTING_DTYPES = (np.int32,) * 4 + (np.float32,) * 2 + (np.int32,) + (np.uint3
 class _Slots(NamedTuple):
     """Device state, one entry a slot. `new` counts tokens."""
 
-    cache: Cache
+    cache: KVCache
     cached_lens: jax.Array  # int32 [S]
     last_token: jax.Array  # int32 [S], to be fed next; its position is cached_lens
     keys: jax.Array  # random keys [S]
@@ -143,15 +134,13 @@ class JaxEngine:
       num_slots: rows decoded at once.
       max_prompt_length: longest prompt, in tokens.
       max_completion_length: longest prefix + completion, in tokens.
-      segment_len: tokens decoded between two looks at the queue.
+      segment_len: tokens decoded between two looks at the queue, at most.
       num_contexts: contexts whose keys and values are kept for requests that begin alike.
       prefill_tokens: tokens of contexts run through the model at once, at most.
       eos_ids: token ids that end a completion.
       seed: the run's seed.
       with_truncation: requests may ask for top-p and top-k, which costs a sort of the vocabulary a token.
       sharding: where the slots lie; the default device if None.
-      stacked: keep weights and caches of all layers in one array, as they are trained, and share the weights;
-        otherwise a copy of each layer's (`models.unstack`). None for what suits the device.
     """
 
     def __init__(
@@ -168,7 +157,6 @@ class JaxEngine:
         seed: int,
         with_truncation: bool = False,
         sharding: jax.sharding.Sharding | None = None,
-        stacked: bool | None = None,
     ):
         self._max_prompt_length = max_prompt_length
         self._max_completion_length = max_completion_length
@@ -185,12 +173,8 @@ class JaxEngine:
         self._with_truncation = with_truncation
         self._table = ContextTable(num_contexts)
         capacity = max_prompt_length + max_completion_length
-        if stacked is None:
-            stacked = jax.default_backend() != "cpu"
-        self._unstack = None if stacked else jax.jit(unstack)
-        make_cache = functools.partial(empty_cache, config, length=capacity, stacked=stacked)
-        contexts = make_cache(num_contexts)
-        slots = _empty_slots(make_cache(num_slots), num_slots, max_new=max_completion_length)
+        contexts = empty_cache(config, num_contexts, capacity)
+        slots = _empty_slots(config, num_slots, cache_len=capacity, max_new=max_completion_length)
         self._contexts, self._slots = jax.device_put((contexts, slots), sharding)
         self._cached_lens = np.zeros(num_slots, np.int32)  # as on the device
         self._free = list(range(num_slots))  # a heap: the lowest is taken first
@@ -227,8 +211,7 @@ class JaxEngine:
     def update_weights(self, params: Any, version: int) -> None:
         if self._waiting or self._running:
             raise RuntimeError("update_weights while completions are queued or running")
-        self._params = params if self._unstack is None else self._unstack(params)
-        self.version = version
+        self._params, self.version = params, version
         self._table.clear()
 
     def submit(
@@ -275,7 +258,9 @@ class JaxEngine:
         num_slots = _rounded_slots(max(self._running) + 1)
         return {
             "num_slots": min(len(self._cached_lens), num_slots),
-            "view_len": min(cache_len(self._slots.cache), power_of_2(max(SHORTEST_VIEW, longest))),
+            "view_len": min(
+                self._slots.cache.keys.shape[-1], power_of_2(max(SHORTEST_VIEW, longest))
+            ),
         }
 
     def budget(self, request: RolloutRequest) -> int:
@@ -386,7 +371,7 @@ class JaxEngine:
         nobody = _Starting(num_slots, 0, 0, 1, 1.0, 1.0, 0, 0, 0, 0)
         columns = zip(*starting, *[nobody] * num_idle, strict=True)
         arrays = (np.asarray(c, dtype) for c, dtype in zip(columns, _STARTING_DTYPES, strict=True))
-        capacity = cache_len(self._contexts)
+        capacity = self._contexts.keys.shape[-1]
         longest = max(SHORTEST_COPY, *(s.cached_len for s in starting))
         self._slots = self._start(
             self._slots,
@@ -409,10 +394,10 @@ def _joined(piece: Piece, continuation: Piece) -> Piece:
     return piece._replace(token_ids=piece.token_ids + continuation.token_ids)
 
 
-def _empty_slots(cache: Cache, num_slots: int, *, max_new: int) -> _Slots:
+def _empty_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_new: int) -> _Slots:
     zeros = functools.partial(jnp.zeros, num_slots)
     return _Slots(
-        cache=cache,
+        cache=empty_cache(config, num_slots, cache_len),
         cached_lens=zeros(jnp.int32),
         last_token=zeros(jnp.int32),
         keys=jax.random.split(jax.random.key(0), num_slots),
@@ -427,15 +412,15 @@ def _empty_slots(cache: Cache, num_slots: int, *, max_new: int) -> _Slots:
     )
 
 
-def _copy_context(contexts: Cache, source: jax.Array, target: jax.Array) -> Cache:
+def _copy_context(contexts: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
     one = lambda row: jnp.asarray(row)[None]
-    length = cache_len(contexts)
+    length = contexts.keys.shape[-1]
     return copy_rows(None, contexts, one(source), one(target), jnp.int32(1), length=length)
 
 
 def _move(slots: _Slots, from_slots: jax.Array, to_slots: jax.Array, count: jax.Array) -> _Slots:
     """The first `count` of `from_slots` go on in `to_slots`; of the others `to_slots` is out of range."""
-    length = cache_len(slots.cache)
+    length = slots.cache.keys.shape[-1]
     cache = copy_rows(None, slots.cache, from_slots, to_slots, count, length=length)
     put = lambda x: x.at[to_slots].set(x[from_slots], mode="drop")
     moved = jax.tree.map(put, slots._replace(cache=None))
@@ -448,7 +433,7 @@ def _rows(slots: _Slots, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _start(
-    slots: _Slots, contexts: Cache, rows, count, seed, starting: _Starting, *, copied_len: int
+    slots: _Slots, contexts: KVCache, rows, count, seed, starting: _Starting, *, copied_len: int
 ) -> _Slots:
     """Copies the contexts of the first `count` columns to their slots and sets these going."""
     cache = copy_rows(contexts, slots.cache, rows, starting.slot, count, length=copied_len)
@@ -508,17 +493,13 @@ def _decode(
         truncation = (s.top_p, s.top_k) if with_truncation else None
         token, logprob = draw_tokens(s.keys, s.cached_lens + 1, logits, s.temperature, truncation)
         # Inactive slots write out of range, which drops it.
-        where_cached = jnp.where(s.active, s.cached_lens, cache_len(s.cache))
+        where_cached = jnp.where(s.active, s.cached_lens, s.cache.keys.shape[-1])
         where_new = jnp.where(s.active, s.num_new, s.tokens.shape[1])
-
-        def put(cache: KVCache, entries: tuple[jax.Array, jax.Array]) -> KVCache:
-            keys, values = (x[:, 0] for x in entries)  # [S, K, H]
-            return KVCache(
-                cache.keys.at[every_slot, :, :, where_cached].set(keys, mode="drop"),
-                cache.values.at[every_slot, :, where_cached].set(values, mode="drop"),
-            )
-
-        cache = by_layer(put, s.cache, new)
+        new_keys, new_values = (entry[:, :, 0].swapaxes(0, 1) for entry in new)  # [S, L, K, H]
+        cache = KVCache(
+            s.cache.keys.at[:, every_slot, :, :, where_cached].set(new_keys, mode="drop"),
+            s.cache.values.at[:, every_slot, :, where_cached].set(new_values, mode="drop"),
+        )
         num_new = s.num_new + s.active
         is_eos = jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
         return (
