@@ -11,7 +11,7 @@ from conftest import REPOSITORY, TINY_MODEL
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
 import bench_rollout
-from bench_rollout_worker import Ours, batches, run_freely, run_in_rounds
+from bench_rollout_worker import Ours, batches, run_freely
 
 VOCAB_SIZE = 24
 
@@ -51,15 +51,14 @@ def test_batches_hold_every_row_once_within_the_slots(job):
     assert max(len(batch) for batch, _ in batches(job)) <= job["slots"]
 
 
-@pytest.mark.parametrize("run_rollouts", [run_freely, run_in_rounds])
-def test_prefilled_tokens_are_prompts_and_distinct_extensions_exactly(job, run_rollouts):
+def test_prefilled_tokens_are_prompts_and_distinct_extensions_exactly(job):
     """Of a problem its prompt and the longest prefix that is sampled from, but for the one token that decoding
     takes."""
     longest = dict.fromkeys(range(len(job["problems"])), 0)
     for row in rows_of(job):
         longest[row["problem"]] = max(longest[row["problem"]], row["prefix_len"])
     expected = sum(len(job["problems"][i]["prompt"]) + n - 1 for i, n in longest.items())
-    reply = Ours(TINY_MODEL, "float32", run_rollouts).run(job)
+    reply = Ours(TINY_MODEL, "float32", run_freely).run(job)
     assert reply["prefilled_tokens"] == expected
     assert reply["decoded_tokens"] == bench_rollout.num_tokens(job)
 

@@ -49,6 +49,7 @@ def test_run_leaves_what_was_promised(finished_run):
     folder, result = finished_run
     names = {path.name for path in folder.iterdir()}
     assert names == {
+        ".lock",
         "config.yaml",
         "data.json",
         "metrics.jsonl",
