@@ -5,12 +5,14 @@
     python tools/bench_rollout.py ... --engines ours,transformers,tunix --tunix-python VENV/bin/python --json FILE
 
 Engines: `ours`; `barrier`, ours made to finish a micro-group of all problems before the next begins; `unshared`, the
-same with the prompt run through the model for every rollout, as in the authors' loop; `transformers` (`generate`, torch); `tunix` (its own sampler, in an environment of its own).
+same with the prompt run through the model for every rollout, as in the authors' loop; `transformers` (`generate`,
+torch); `tunix` (its own sampler, in an environment of its own).
 Each runs in a process of its own and is asked in turn, A B A B ..., after one round that compiles.
 
 Workloads: `uniform` is 1, 16 and 64 rows of 64 new tokens each. `trapo` is one step of TRAPO's `paper` guidance on
 32 problems: ragged prompts and experts, rewards and completion lengths drawn in advance (log-normal), so that every
-engine brings the same tokens (in batches, rows that are done are padded until the longest is); with it `grpo`, the same number of tokens as eight unguided rollouts a problem.
+engine brings the same tokens (in batches, rows that are done are padded until the longest is); with it `grpo`, the
+same number of tokens as eight unguided rollouts a problem.
 An engine that cannot refill its rows takes the rounds in batches of `--slots`.
 """
 
