@@ -13,8 +13,10 @@ os.environ["XLA_FLAGS"] = f"{USERS_FLAGS} {FAST_COMPILATION}"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "tools"))
 TINY_MODEL = REPOSITORY / "trapo_jax" / "assets" / "card_shuffles_tiny"
 
 # Each worker and each child process compiles the same programs: share them.
@@ -77,3 +79,30 @@ def run_command(*arguments, timeout=300, **environment):
         timeout=timeout,
         env={**os.environ, **CACHE_ENV, **environment},
     )
+
+
+# A short run of the default job, for whoever stops, spoils or repeats it.
+JOB = (
+    "train.num_steps=12",
+    "train.warmup_steps=2",
+    "checkpoint.every=3",
+    "checkpoint.keep_best=1",
+    "evaluation.every=5",
+    "evaluation.num_samples=2",
+    "data.num_validation=16",
+    "data.num_test=24",
+)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, worker_id):
+    """The job's folder and what it printed, after a run without a fault; one run serves all workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+    folder, output = root / "uninterrupted", root / "uninterrupted.txt"
+    with FileLock(root / "uninterrupted.lock"):
+        if not output.exists():
+            result = run_command("trapo_jax.train", f"output_dir={folder}", *JOB)
+            assert result.returncode == 0, result.stderr
+            output.write_text(result.stdout)
+    return folder, output.read_text()

@@ -1,4 +1,4 @@
-"""Run by test_train_step: gradients on meshes of forced host devices equal those on one device."""
+"""Run by test_train_step: gradients and samples on meshes of forced host devices equal those on one device."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,9 @@ from test_train_step import (  # noqa: E402
     sgd_step,
 )
 
-from trapo_jax.sharding import make_mesh  # noqa: E402
+from trapo_jax.sampling import JaxEngine  # noqa: E402
+from trapo_jax.sharding import make_mesh, param_shardings  # noqa: E402
+from trapo_jax.types import RolloutRequest, SamplingParams  # noqa: E402
 
 
 def main() -> None:
@@ -42,7 +44,40 @@ def main() -> None:
         difference = relative_difference(gradient, reference)
         assert difference < 1e-5, (data, fsdp, tp, difference)
         assert state.params["layers"]["down"].sharding.spec == P(None, "tp", "fsdp")
+    problems = [group[0].request.problem for group in groups]
+    expected = sample(make_mesh(data=1, fsdp=1, tp=1, devices=jax.devices()[:1]), params, problems)
+    assert len(expected) == 24
+    for data, fsdp, tp in [*shapes, (1, 1, 2)]:
+        mesh = make_mesh(data=data, fsdp=fsdp, tp=tp, devices=jax.devices()[: data * fsdp * tp])
+        assert sample(mesh, params, problems) == expected, (data, fsdp, tp)
     print(f"{len(shapes)} meshes agree")
+
+
+def sample(mesh, params, problems):
+    """The tokens of six rollouts a problem, half of them guided; weights come as training leaves them."""
+    engine = JaxEngine(
+        CONFIG,
+        num_slots=3,
+        max_prompt_length=8,
+        max_completion_length=24,
+        segment_len=4,
+        num_contexts=4,
+        prefill_tokens=32,
+        eos_ids=[1],
+        seed=0,
+        mesh=mesh,
+    )
+    engine.update_weights(jax.device_put(params, param_shardings(params, mesh)), 0)
+    requests = [
+        RolloutRequest(problem, j, 0, 0 if j % 2 else -1, 3 if j % 2 else 0)
+        for problem in problems
+        for j in range(6)
+    ]
+    engine.submit(requests, step=1, params=SamplingParams())
+    tokens = {}
+    while completions := engine.poll():
+        tokens |= {(c.request.problem.id, c.request.sample_index): c.token_ids for c in completions}
+    return tokens
 
 
 if __name__ == "__main__":

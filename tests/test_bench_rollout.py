@@ -4,14 +4,11 @@ import json
 import subprocess
 import sys
 
+import bench_rollout
 import numpy as np
 import pytest
-from conftest import REPOSITORY, TINY_MODEL
-
-sys.path.insert(0, str(REPOSITORY / "tools"))
-
-import bench_rollout
 from bench_rollout_worker import Ours, batches, run_freely
+from conftest import REPOSITORY, TINY_MODEL
 
 VOCAB_SIZE = 24
 

@@ -10,7 +10,7 @@ from importlib import metadata
 from conftest import REPOSITORY  # isort: skip
 
 PACKAGE = REPOSITORY / "trapo_jax"
-LEAVES = {"types"}
+LEAVES = {"types", "processes"}
 COMMANDS = {"train", "evaluate", "export"}  # python -m trapo_jax.<name>; they see every room
 # A stage may look into these rooms besides the leaves.
 MAY_IMPORT = {
@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "scheduler": set(),
     "losses": set(),
     "models": set(),
-    "sampling": {"models"},
+    "sampling": {"models", "sharding"},
     "rewards": set(),
     "advantages": set(),
     "batch": set(),
@@ -30,8 +30,10 @@ MAY_IMPORT = {
     "rollouts": {"sampling", "scheduler"},
     "evaluation": {"sampling"},
     "checkpoint": set(),
+    "health": set(),
     "metrics": set(),
     "run_folder": set(),
+    "processes": set(),
     "types": set(),
 }
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,21 +11,11 @@ import pytest
 
 from trapo_jax.metrics import read_metrics
 
-from conftest import CACHE_ENV, REPOSITORY, TINY_MODEL, run_command  # isort: skip
-
-SHORT = (
-    "train.num_steps=12",
-    "train.warmup_steps=2",
-    "checkpoint.every=3",
-    "evaluation.every=5",
-    "evaluation.num_samples=2",
-    "data.num_validation=16",
-    "data.num_test=24",
-)
+from conftest import CACHE_ENV, JOB, REPOSITORY, TINY_MODEL, run_command  # isort: skip
 
 
 def train(folder, *arguments, **options):
-    return run_command("trapo_jax.train", f"output_dir={folder}", *SHORT, *arguments, **options)
+    return run_command("trapo_jax.train", f"output_dir={folder}", *JOB, *arguments, **options)
 
 
 def untimed(folder):
@@ -37,16 +26,8 @@ def untimed(folder):
     ]
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    result = train(folder)
-    assert result.returncode == 0, result.stderr
-    return folder, result
-
-
 def test_run_leaves_what_was_promised(finished_run):
-    folder, result = finished_run
+    folder, output = finished_run
     names = {path.name for path in folder.iterdir()}
     assert names == {
         ".lock",
@@ -59,9 +40,15 @@ def test_run_leaves_what_was_promised(finished_run):
         "hf",
         "summary.json",
     }
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"9", "12"}
-    assert "accuracy_greedy" in result.stdout
-    assert str(folder / "hf") in result.stdout
+    scores = {
+        r["step"]: r["eval/accuracy_sampled"]
+        for r in read_metrics(folder)
+        if r["kind"] == "eval" and r["split"] == "validation"
+    }
+    best = max(scores, key=lambda step: (scores[step], -step))  # the first that was as good
+    assert {int(p.name) for p in (folder / "checkpoints").iterdir()} == {best, 9, 12}
+    assert "accuracy_greedy" in output
+    assert str(folder / "hf") in output
 
 
 def test_metrics_have_the_names_that_scripts_rely_on(finished_run):
@@ -118,7 +105,7 @@ def test_other_seed_other_metrics(finished_run, tmp_path):
 
 def start(folder):
     return subprocess.Popen(
-        [sys.executable, "-m", "trapo_jax.train", f"output_dir={folder}", *SHORT],
+        [sys.executable, "-m", "trapo_jax.train", f"output_dir={folder}", *JOB],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -136,12 +123,10 @@ def wait_for_step(process, folder, step):
     raise AssertionError(process.communicate())
 
 
-@pytest.mark.parametrize("step", [1, 8])
-def test_killed_and_rerun_equals_uninterrupted(finished_run, tmp_path, step):
-    """SIGKILL before the first checkpoint, and between later ones."""
+def test_killed_before_the_first_checkpoint_and_rerun_equals_uninterrupted(finished_run, tmp_path):
     folder = tmp_path / "killed"
     process = start(folder)
-    wait_for_step(process, folder, step)
+    wait_for_step(process, folder, 1)
     process.kill()
     process.wait()
     assert not (folder / "summary.json").exists()
@@ -153,20 +138,6 @@ def test_killed_and_rerun_equals_uninterrupted(finished_run, tmp_path, step):
     assert (folder / "hf" / "model.safetensors").read_bytes() == (
         finished_run[0] / "hf" / "model.safetensors"
     ).read_bytes()
-
-
-def test_interrupt_saves_says_how_to_resume_and_resumes(finished_run, tmp_path):
-    folder = tmp_path / "interrupted"
-    process = start(folder)
-    wait_for_step(process, folder, 4)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert "the same command resumes it" in stdout
-    result = train(folder)
-    assert result.returncode == 0
-    assert "resuming" in result.stdout
-    assert untimed(folder) == untimed(finished_run[0])
 
 
 def test_complete_run_is_shown_again_not_overwritten(finished_run):
@@ -193,6 +164,23 @@ def test_other_methods_run_in_the_same_step(tmp_path, method):
     assert record["guidance/ratio_mean"] == (1.0 if method == "sft" else 0.0)
     assert ("loss/cross_entropy" in record) == (method == "sft")
     assert ("loss/policy_gradient" in record) == (method == "grpo")
+
+
+def test_several_updates_a_batch_move_the_policy_off_the_old_one(tmp_path):
+    result = train(
+        tmp_path / "r",
+        "train.num_steps=2",
+        "train.num_iterations=3",
+        "method.clip_low=0.2",
+        "method.clip_high=0.2",
+        "method.kl_weight=0.1",
+        "train.learning_rate=1e-2",
+    )
+    assert result.returncode == 0, result.stderr
+    first, second = (r for r in read_metrics(tmp_path / "r") if r["kind"] == "train")
+    assert first["policy/ratio_max"] > 1.01
+    assert first["policy/logprob_gap_max"] < 1e-4  # between the sampler and the old policy
+    assert 0 < first["loss/kl"] < second["loss/kl"]
 
 
 def test_reference_preset_runs(tmp_path):
@@ -269,7 +257,7 @@ def test_export_of_a_checkpoint_equals_the_run_s_own(finished_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
-    [("checkpoints/7", "no such step; there are: 9, 12"), ("hf", "not RUN/checkpoints/STEP")],
+    [("checkpoints/7", "no such step; there are: .*9, 12"), ("hf", "not RUN/checkpoints/STEP")],
 )
 def test_export_of_something_else_is_one_line(checkpoint, message, finished_run, tmp_path):
     from trapo_jax.export import load_checkpoint

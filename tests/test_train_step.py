@@ -16,11 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 from trapo_jax.batch import build_batch
 from trapo_jax.losses import linear_token_logprobs
-from trapo_jax.methods import Normalizer, make_method
+from trapo_jax.methods import Normalizer, TokenInputs, make_method
 from trapo_jax.models import DecoderConfig, Rope, apply_decoder, init_params, unembedding
 from trapo_jax.sharding import make_mesh
 from trapo_jax.train_step import (
     init_state,
+    make_batch_logprobs,
     make_optimizer,
     make_train_step,
     state_shardings,
@@ -95,11 +96,10 @@ def one_device_mesh():
 def make_step(method, params, mesh, optimizer, *, entropy_weight=0.0):
     return make_train_step(
         CONFIG,
-        method.terms,
+        method,
         optimizer,
         mesh,
         state_shardings(params, optimizer, mesh),
-        alpha=ALPHA,
         entropy_weight=entropy_weight,
         temperature=1.0,
         max_completion_length=MAX_LENGTH,
@@ -190,7 +190,8 @@ def objective_by_logits(logits, batch, method):
     total = 0.0
     for term in method.terms:
         mask = batch.kinds[0][:, 1:] == term.kind
-        values = term.loss(logprobs, batch.advantages[0][:, 1:], mask)
+        old = jax.lax.stop_gradient(logprobs)
+        values = term.loss(TokenInputs(logprobs, old, None, batch.advantages[0][:, 1:], mask))
         total += term.weight * jnp.sum(values * weights[term.name][0])
     return total
 
@@ -332,6 +333,93 @@ def test_metrics_by_hand(params):
     assert np.count_nonzero(histogram) > 1
 
 
+def batch_logprobs(batch, params):
+    mesh = one_device_mesh()
+    shardings = state_shardings(params, optax.sgd(1.0), mesh).params
+    build = make_batch_logprobs(CONFIG, mesh, shardings, temperature=1.0, chunk_size=7)
+    return build(jax.device_put(params, shardings), batch)
+
+
+def other_policy(params, size=0.3):
+    """Parameters near `params`: another policy on the same batch."""
+    noise = lambda x: size * np.random.default_rng(x.size).normal(size=x.shape) * np.std(x)
+    return jax.tree.map(lambda x: np.float32(x + noise(x)), params)
+
+
+def test_clipped_update_and_divergence_equal_independent_float64(params):
+    """A second update on a batch: ratios on both sides of the bounds, and a third policy as the reference."""
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages)
+    old, ref = (np.asarray(batch_logprobs(batch, other_policy(params, x))) for x in (0.3, 0.1))
+    method = make_method("grpo", clip_low=0.1, clip_high=0.2, kl_weight=0.5)
+    gradient, metrics, _ = sgd_step(
+        method, batch._replace(old_logprobs=old, ref_logprobs=ref), params
+    )
+    forward = lambda p: (
+        apply_decoder(CONFIG, p, batch.token_ids[0], batch.positions[0], batch.segment_ids[0])[0]
+        @ unembedding(p)
+    )
+    logits, pull_back = jax.vjp(forward, params)
+    by_logits = np.zeros(logits.shape)
+    clipped = {-1: 0, 1: 0}
+    kl, ratios = 0.0, []
+    for b, t in zip(*np.nonzero(batch.kinds[0] == TokenKind.COMPLETION), strict=True):
+        z = np.asarray(logits[b, t - 1], np.float64)
+        p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+        y, advantage = batch.token_ids[0, b, t], float(batch.advantages[0, b, t])
+        ratio = p[y] / np.exp(np.float64(old[0, b, t]))
+        ratios.append(ratio)
+        slope = -advantage * ratio
+        if (advantage > 0 and ratio > 1.2) or (advantage < 0 and ratio < 0.9):
+            clipped[int(np.sign(advantage))] += 1
+            slope = 0.0
+        from_ref = np.exp(np.float64(ref[0, b, t])) / p[y]
+        kl += from_ref - np.log(from_ref) - 1
+        slope += 0.5 * (1 - from_ref)
+        by_logits[b, t - 1] += slope * (np.eye(len(p))[y] - p)
+    scale = 1 / (MAX_LENGTH * float(batch.num_rollouts))
+    assert min(clipped.values()) > 0
+    (expected,) = pull_back(jnp.asarray(scale * by_logits, jnp.float32))
+    assert relative_difference(gradient, jax.device_get(expected)) < 1e-5
+    np.testing.assert_allclose(metrics["loss/kl"], 0.5 * scale * kl, rtol=1e-4)
+    np.testing.assert_allclose(metrics["policy/ratio_mean"], np.mean(ratios), rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/ratio_max"], max(ratios), rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics["policy/clipped_share"], sum(clipped.values()) / len(ratios), rtol=1e-5
+    )
+
+
+def test_old_logprobs_of_the_same_policy_change_nothing(params):
+    """So one update a batch needs no forward pass for them."""
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=7)
+    method = make_method("trapo", clip_low=0.2, clip_high=0.2)
+    with_old = batch._replace(old_logprobs=batch_logprobs(batch, params))
+    without, metrics, _ = sgd_step(method, batch, params)
+    gradient, same_metrics, _ = sgd_step(method, with_old, params)
+    assert relative_difference(gradient, without) < 1e-5
+    for name, value in metrics.items():
+        np.testing.assert_allclose(same_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert metrics["policy/ratio_max"] == 1
+    assert metrics["policy/clipped_share"] == 0
+
+
+def test_one_update_compiles_to_one_forward_and_one_backward_pass(params):
+    """Its FLOPs are three times those of a forward pass: none is spent on old log-probabilities."""
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages, micro_batch_rows=8)
+    method, mesh, optimizer = make_method("trapo"), one_device_mesh(), optax.sgd(1.0)
+    shardings = state_shardings(params, optimizer, mesh)
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, mesh), params)
+    flops = lambda program: program.compile().cost_analysis()["flops"]
+    forward = make_batch_logprobs(
+        CONFIG, mesh, shardings.params, temperature=1.0, chunk_size=7
+    ).lower(state.params, batch)
+    step = make_step(method, params, mesh, optimizer)
+    ratio = flops(step.lower(state, batch)) / flops(forward)
+    assert 2 < ratio < 3.5
+
+
 def test_non_finite_gradient_changes_nothing_but_is_counted(params):
     groups, advantages = ragged_groups()
     method = make_method("trapo")
@@ -344,6 +432,23 @@ def test_non_finite_gradient_changes_nothing_but_is_counted(params):
     for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(new, old)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.opt_state)))
+
+
+def test_nan_in_masked_slots_changes_nothing(params):
+    """Whatever stands beside the tokens that a loss is for."""
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=7)
+    own = batch.kinds == TokenKind.COMPLETION
+    spoiled = batch._replace(
+        advantages=np.where(own, batch.advantages, np.nan),
+        sampler_logprobs=np.where(own, batch.sampler_logprobs, np.nan),
+    )
+    method = make_method("trapo")
+    gradient, metrics, _ = sgd_step(method, batch, params)
+    same_gradient, same_metrics, _ = sgd_step(method, spoiled, params)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(same_gradient), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert metrics == same_metrics
 
 
 def test_optimizer_warms_up_decays_and_spares_norms(params):

@@ -115,6 +115,12 @@ class MethodConfig(_Section):
         None
     )
     """What sums of token losses are divided by; null for the method's own."""
+    clip_low: Fraction | None = None
+    """Clip the ratio of new to old policy below 1 - clip_low; null for no lower bound."""
+    clip_high: NotNegativeFloat | None = None
+    """Clip the ratio above 1 + clip_high; null for no upper bound."""
+    kl_weight: NotNegativeFloat = 0.0
+    """Weight of the divergence (k3) from the model the run began with, which is then held in memory too."""
     scale_advantages_by_std: bool = False
     """Divide a group's advantages by their standard deviation."""
     entropy_weight: NotNegativeFloat = 0.0
@@ -154,6 +160,8 @@ class TrainConfig(_Section):
     """Optimiser steps."""
     problems_per_step: Positive = 8
     """Problems in one optimiser batch; each gets a group of rollouts."""
+    num_iterations: Positive = 1
+    """Updates on each optimiser batch; with more than one, set method.clip_low and method.clip_high."""
     packing: bool = True
     """Several rollouts a row; false: one a row, the rest of it pad."""
     row_length: Positive | None = None
@@ -198,6 +206,19 @@ class CheckpointConfig(_Section):
     """Steps between checkpoints; one is always written at the end."""
     keep: Positive = 2
     """Newest checkpoints kept."""
+    keep_every: NotNegative = 0
+    """Keep those of every so many steps, too; 0 for none."""
+    keep_best: NotNegative = 0
+    """Keep so many of the best by sampled accuracy on the validation split, too; each is saved when it is found."""
+
+
+class LimitsConfig(_Section):
+    max_logprob_gap: PositiveFloat = 0.2
+    """Stop if sampler and trainer differ by more in a step's mean log-probability of own tokens."""
+    warn_after_steps: Positive = 20
+    """Warn if for so many steps all completions were cut off, or no problem had unequal rewards."""
+    stuck_after_secs: PositiveFloat = 3600.0
+    """End the process, showing where it stands, if nothing happens for so long."""
 
 
 class MeshConfig(_Section):
@@ -226,6 +247,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    limits: LimitsConfig = LimitsConfig()
     mesh: MeshConfig = MeshConfig()
 
     @pydantic.model_validator(mode="after")
@@ -237,6 +259,10 @@ class Config(_Section):
             raise ValueError(
                 f"train.problems_per_step={train.problems_per_step}: more than "
                 f"data.num_train={data.num_train}; a batch would repeat problems"
+            )
+        if self.checkpoint.keep_best and not self.evaluation.every:
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best}: evaluation.every=0 finds none"
             )
         if self.row_len < self.longest_rollout_len:
             raise ValueError(

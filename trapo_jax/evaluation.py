@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trapo_jax.processes import gather, my_share
 from trapo_jax.sampling import RolloutEngine
 from trapo_jax.types import (
     Completion,
@@ -149,9 +150,15 @@ def evaluate(
     """
 
     def take(count: int, temperature: float) -> list[Sample]:
-        requests = [RolloutRequest(p, j) for p in problems for j in range(count)]
+        """Of all problems; every process samples its share."""
+        requests = [RolloutRequest(p, j) for p in my_share(problems) for j in range(count)]
         judged = sample_problems(engine, score, requests, params=SamplingParams(temperature))
-        return [make_sample(completion, verdict) for completion, verdict in judged]
+        mine = [make_sample(completion, verdict) for completion, verdict in judged]
+        return [
+            Sample(*fields)._replace(verdict=Verdict(fields[2]))
+            for of_process in gather(mine)
+            for fields in of_process
+        ]
 
     greedy, sampled = take(1, 0.0), take(num_samples, 1.0)
     overall = score_samples(sampled)

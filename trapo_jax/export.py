@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from trapo_jax.checkpoint import CheckpointStore, abstract_like
+from trapo_jax.checkpoint import CheckpointStore, DamagedCheckpoint, abstract_like
 from trapo_jax.config import load_config
 from trapo_jax.metrics import fail
 from trapo_jax.models import (
@@ -51,9 +51,9 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
     """A checkpoint's parameters on the default device, their decoder, and the model folder it began from.
 
     Raises:
-      UserError: naming the path, if it is not a checkpoint of a run.
+      UserError: naming the path, if it is not a checkpoint of a run, or damaged.
     """
-    store = CheckpointStore(path.absolute().parent, keep=1)
+    store = CheckpointStore(path.absolute().parent)
     saved_config = path.absolute().parents[1] / "config.yaml"
     if not path.name.isdecimal() or not saved_config.is_file():
         raise UserError(f"--checkpoint {path}: not RUN/checkpoints/STEP of a training run")
@@ -66,6 +66,10 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
     abstract = abstract_params(decoder)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = abstract_like(abstract, jax.tree.map(lambda _: device, abstract))
+    try:
+        store.verify(int(path.name))
+    except DamagedCheckpoint as error:
+        raise UserError(f"--checkpoint {path}: {error}; take another step") from error
     return store.restore_params(int(path.name), placed), decoder, source
 
 

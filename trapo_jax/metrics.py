@@ -14,7 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from trapo_jax.types import UserError
+
 TRAIN, EVAL = "train", "eval"
+TENSORBOARD = "tb"
 PLAIN_LINES = 20  # progress lines of a run whose output is not a terminal
 
 
@@ -24,21 +27,25 @@ class RunLog:
     Args:
       folder: the run folder.
       offsets: what `offsets()` returned at the checkpoint that is resumed from, None at the start;
-        everything written since is cut off, so that no step appears twice.
-      purge_from: first step whose TensorBoard points are to be forgotten.
+        everything written since is cut off, TensorBoard's files included, so that no step appears twice.
+
+    Raises:
+      UserError: if a file is shorter than it was at the checkpoint.
     """
 
     FILES = ("metrics.jsonl", "samples.jsonl")
 
-    def __init__(self, folder: Path, *, offsets: Mapping[str, int] | None, purge_from: int):
+    def __init__(self, folder: Path, *, offsets: Mapping[str, int] | None):
         from tensorboardX import SummaryWriter  # seconds to import
 
-        self._files = {}
-        for name in self.FILES:
-            file = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
-            file.truncate(offsets[name] if offsets else 0)
-            self._files[name] = file
-        self._tensorboard = SummaryWriter(str(folder / "tb"), purge_step=purge_from)
+        self._folder = folder
+        offsets = offsets or dict.fromkeys(self.FILES, 0)
+        _cut(folder, offsets, self.FILES)
+        self._files = {
+            name: open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
+            for name in self.FILES
+        }
+        self._tensorboard = SummaryWriter(str(folder / TENSORBOARD))
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl: `step`, `kind`, and the values (NaN and inf as null)."""
@@ -54,11 +61,13 @@ class RunLog:
             self._write("samples.jsonl", record)
 
     def offsets(self) -> dict[str, int]:
-        """Lengths of the files in bytes, after forcing them to disk."""
+        """Lengths of the files in bytes, by path in the folder, after forcing them to disk."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        return {name: file.tell() for name, file in self._files.items()}
+        self._tensorboard.flush()
+        paths = [*(self._folder / name for name in self._files), *_event_files(self._folder)]
+        return {path.relative_to(self._folder).as_posix(): path.stat().st_size for path in paths}
 
     def close(self) -> None:
         for file in self._files.values():
@@ -69,6 +78,46 @@ class RunLog:
         clean = {k: None if _not_finite(v) else v for k, v in record.items()}
         self._files[name].write(json.dumps(clean, ensure_ascii=True, allow_nan=False) + "\n")
         self._files[name].flush()
+
+
+class NoLog(RunLog):
+    """Of the processes that write nothing."""
+
+    def __init__(self):
+        pass
+
+    def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def offsets(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def _cut(folder: Path, offsets: Mapping[str, int], needed: Sequence[str]) -> None:
+    """Cuts the files of a log at `offsets`, and removes the event files that were not there then."""
+    paths = {path.relative_to(folder).as_posix(): path for path in _event_files(folder)}
+    paths |= {name: folder / name for name in needed}
+    for name, path in paths.items():
+        length = path.stat().st_size if path.exists() else 0
+        if name not in offsets:
+            path.unlink()
+        elif length > offsets[name]:
+            os.truncate(path, offsets[name])
+        elif length < offsets[name] and name in needed:
+            raise UserError(
+                f"{path}: {length} bytes, but it had {offsets[name]} at the checkpoint; put it back, or "
+                "give another output_dir"
+            )
+
+
+def _event_files(folder: Path) -> list[Path]:
+    return sorted((folder / TENSORBOARD).glob("events.*"))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -82,10 +131,10 @@ def _not_finite(value: Any) -> bool:
 
 
 class Terminal:
-    """Live progress on a terminal, plain lines elsewhere."""
+    """Live progress on a terminal, plain lines elsewhere; a quiet one says nothing."""
 
-    def __init__(self, num_steps: int, *, first_step: int):
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, num_steps: int, *, first_step: int, quiet: bool = False):
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._num_steps = num_steps
         self._first_step = first_step
         self._started = time.monotonic()
@@ -127,7 +176,7 @@ class Terminal:
         elif step % max(1, self._num_steps // PLAIN_LINES) == 0 or step == self._num_steps:
             done = step - self._first_step
             left = (time.monotonic() - self._started) / done * (self._num_steps - step)
-            print(f"step {step}/{self._num_steps}  {status}  {left:.0f} s left", flush=True)
+            self.say(f"step {step}/{self._num_steps}  {status}  {left:.0f} s left")
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table = Table(title=title, title_justify="left")

@@ -8,8 +8,11 @@ The outcome does not depend on the order in which completions and verdicts arriv
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+
+from trapo_jax.processes import gather_shares
 from trapo_jax.sampling import RolloutEngine
 from trapo_jax.scheduler import Scheduler
 from trapo_jax.types import (
@@ -102,6 +105,37 @@ def collect_rollouts(
         reward_secs += time.perf_counter() - started
     groups = [[rollouts[p.id][j] for j in range(scheduler.group_size)] for p in problems]
     return Collected(groups, reward_secs)
+
+
+def share_rollouts(
+    mine: Sequence[Sequence[Rollout]], problems: Sequence[Problem]
+) -> list[list[Rollout]]:
+    """The groups of all `problems`, of which every process has sampled its share."""
+    if jax.process_count() == 1:
+        return [list(group) for group in mine]
+    groups = gather_shares([[_to_json(rollout) for rollout in group] for group in mine])
+    return [
+        [_from_json(record, problem) for record in group]
+        for group, problem in zip(groups, problems, strict=True)
+    ]
+
+
+def _to_json(rollout: Rollout) -> list[Any]:
+    request, completion = rollout.request, rollout.completion
+    place = (request.sample_index, request.micro_group, request.expert_index, request.prefix_len)
+    sampled = (completion.token_ids, completion.logprobs, completion.finish_reason)
+    return [*place, request.ratio, *sampled, rollout.verdict]
+
+
+def _from_json(record: list[Any], problem: Problem) -> Rollout:
+    *place, token_ids, logprobs, finish_reason, verdict = record
+    completion = Completion(
+        RolloutRequest(problem, *place),
+        tuple(token_ids),
+        tuple(logprobs),
+        FinishReason(finish_reason),
+    )
+    return Rollout(completion, Verdict(verdict), REWARDS[Verdict(verdict)])
 
 
 def is_complete(request: RolloutRequest, max_completion_length: int) -> bool:

@@ -5,7 +5,9 @@ Parameters name their axes (`PARAM_AXES`); `Rules` map those names to mesh axes.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +15,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trapo_jax.types import UserError
-
-BATCH_AXES = ("data", "fsdp")
+from trapo_jax.types import BATCH_AXES, UserError
 
 # The logical axes of every parameter of the decoder, by its name; stacked ones begin with "layers".
 PARAM_AXES: dict[str, tuple[str | None, ...]] = {
@@ -48,13 +48,14 @@ class Rules:
     mlp: str | None = "tp"
 
 
-def make_mesh(*, data: int, fsdp: int, tp: int) -> Mesh:
-    """A (data, fsdp, tp) mesh over all devices; `data` = -1 takes what the others leave.
+def make_mesh(*, data: int, fsdp: int, tp: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """A (data, fsdp, tp) mesh over the devices, all if None; `data` = -1 takes what the others leave.
 
     Raises:
       UserError: if the axes do not multiply to the number of devices.
     """
-    num_devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    num_devices = len(devices)
     if data == -1:
         data = max(1, num_devices // (fsdp * tp))
     if data * fsdp * tp != num_devices:
@@ -62,7 +63,20 @@ def make_mesh(*, data: int, fsdp: int, tp: int) -> Mesh:
             f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tp={tp} is not the number of devices, "
             f"{num_devices}"
         )
-    return jax.make_mesh((data, fsdp, tp), ("data", "fsdp", "tp"), (AxisType.Auto,) * 3)
+    return jax.make_mesh(
+        (data, fsdp, tp), ("data", "fsdp", "tp"), (AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def on_mesh(function: Callable, mesh: Mesh) -> Callable:
+    """The function, traced with the mesh set: the model asks for it where it splits activations."""
+
+    @functools.wraps(function)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
 
 
 def param_shardings(params: Any, mesh: Mesh, rules: Rules = Rules()) -> Any:

@@ -5,13 +5,15 @@
 config -> data -> scheduler -> sampler -> rewards -> advantages -> batch -> train step -> checkpoint, metrics
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from statistics import fmean
@@ -24,12 +26,19 @@ from jax.sharding import Mesh
 
 from trapo_jax.advantages import group_advantages
 from trapo_jax.batch import balance, build_batch, count_kinds
-from trapo_jax.checkpoint import CheckpointStore, abstract_like
+from trapo_jax.checkpoint import CheckpointStore, DamagedCheckpoint, Retention, abstract_like
 from trapo_jax.config import Config, config_from_command_line
 from trapo_jax.data import load_tokenizer, problem_batches
 from trapo_jax.evaluation import evaluate
+from trapo_jax.health import (
+    EXIT_TRAINING_FAILED,
+    Health,
+    TrainingFailed,
+    Watchdog,
+    check_space,
+)
 from trapo_jax.methods import Method, make_method
-from trapo_jax.metrics import EVAL, TRAIN, RunLog, Terminal, fail, read_metrics
+from trapo_jax.metrics import EVAL, TRAIN, NoLog, RunLog, Terminal, fail, read_metrics
 from trapo_jax.models import (
     DecoderConfig,
     abstract_params,
@@ -39,8 +48,17 @@ from trapo_jax.models import (
     read_config,
     read_eos_ids,
 )
+from trapo_jax.processes import (
+    fetch,
+    from_main,
+    gather,
+    is_main,
+    join_processes,
+    my_share,
+    wait_for_all,
+)
 from trapo_jax.rewards import Verifier, make_verifier
-from trapo_jax.rollouts import collect_rollouts
+from trapo_jax.rollouts import collect_rollouts, share_rollouts
 from trapo_jax.run_folder import (
     check_run_folder,
     only_process_in,
@@ -49,26 +67,34 @@ from trapo_jax.run_folder import (
 )
 from trapo_jax.sampling import JaxEngine
 from trapo_jax.scheduler import Scheduler
-from trapo_jax.sharding import make_mesh, num_batch_shards, replicated
+from trapo_jax.sharding import make_mesh, num_batch_shards
 from trapo_jax.splits import load_splits
 from trapo_jax.train_step import (
     TrainState,
     TrainStep,
     init_state,
+    make_batch_logprobs,
     make_optimizer,
     make_train_step,
+    place_batch,
     state_shardings,
 )
-from trapo_jax.types import Completion, Problem, Rollout, SamplingParams, UserError, Verdict
+from trapo_jax.types import (
+    Completion,
+    Problem,
+    Rollout,
+    SamplingParams,
+    TrainBatch,
+    UserError,
+    Verdict,
+)
 
 ABOUT = "Trains a language model with TRAPO, GRPO or SFT; a run that is there already is resumed."
 DATA = "data.json"  # what the run trains on: fingerprint, template, what was dropped
 SUMMARY = "summary.json"  # written last: marks a run as complete
-EXIT_USER_ERROR, EXIT_TRAINING_FAILED = 2, 1
-
-
-class TrainingFailed(Exception):
-    """The run cannot go on; what was committed stays."""
+EXIT_USER_ERROR = 2
+LOG_BYTES = 4 * 2**20  # room that a step's records need on the disk, generously
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +115,13 @@ class Parts:
     mesh: Mesh
     shardings: TrainState
     train_step: TrainStep
+    batch_logprobs: Callable[[Any, TrainBatch], jax.Array]
+    ref_params: Any  # of the model the run began with; None if no loss needs them
+    watchdog: Watchdog
 
     def score(self, completion: Completion) -> Future[Verdict]:
         """The verdict, now or later, on a completion's whole response, special tokens spelled out."""
+        self.watchdog.beat("sampling")
         ids = (*completion.request.prefix_ids, *completion.token_ids)
         return self.verifier.submit(self.tokenizer.decode(ids), completion.request.problem)
 
@@ -106,28 +136,42 @@ class Counters:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    folder = Path()
     try:
         config = config_from_command_line(
             "train", ABOUT, sys.argv[1:] if arguments is None else arguments
         )
         folder = Path(config.output_dir)
-        check_run_folder(folder, config.to_yaml())
+        join_processes()
+        if is_main():
+            check_run_folder(folder, config.to_yaml())
         if (folder / SUMMARY).exists():
             return show_complete(folder, config)
-        parts, params = build(config)
-        prepare_run_folder(folder, config.to_yaml())
-        with only_process_in(folder):
-            if not (folder / DATA).exists():
-                write_atomically(folder / DATA, json.dumps(parts.data_summary, indent=2) + "\n")
-            return run(parts, params, folder)
+        parts, state = build(config)
+        with contextlib.ExitStack() as stack:
+            if is_main():
+                prepare_run_folder(folder, config.to_yaml())
+                stack.enter_context(only_process_in(folder))
+                if not (folder / DATA).exists():
+                    write_atomically(folder / DATA, json.dumps(parts.data_summary, indent=2) + "\n")
+            wait_for_all("run folder prepared")
+            return run(parts, state, folder)
     except UserError as error:
         return fail(str(error), EXIT_USER_ERROR)
     except TrainingFailed as error:
         return fail(str(error), EXIT_TRAINING_FAILED)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        return fail(
+            f"output_dir={folder}: {error.strerror}; make room, and the same command resumes from the "
+            "last checkpoint",
+            EXIT_TRAINING_FAILED,
+        )
 
 
-def build(config: Config) -> tuple[Parts, Any]:
-    """Builds every part from the config; returns them and the model's initial parameters."""
+def build(config: Config) -> tuple[Parts, TrainState]:
+    """Builds every part from the config; returns them and the state before the first step."""
     model_folder = find_model(config.model.path)
     decoder = read_config(
         model_folder,
@@ -144,12 +188,15 @@ def build(config: Config) -> tuple[Parts, Any]:
         alpha=m.alpha,
         expert_weight=m.expert_weight,
         normalizer=m.normalizer,
+        clip_low=m.clip_low,
+        clip_high=m.clip_high,
+        kl_weight=m.kl_weight,
     )
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tp=config.mesh.tp)
     optimizer = make_optimizer(
         learning_rate=t.learning_rate,
-        warmup_steps=t.warmup_steps,
-        num_steps=t.num_steps,
+        warmup_steps=t.warmup_steps * t.num_iterations,  # the optimiser counts updates
+        num_steps=t.num_steps * t.num_iterations,
         decay_start=t.decay_start,
         final_learning_rate_ratio=t.final_learning_rate_ratio,
         adam_b1=t.adam_b1,
@@ -160,7 +207,8 @@ def build(config: Config) -> tuple[Parts, Any]:
         muon_beta=t.muon_beta,
     )
     shardings = state_shardings(abstract_params(decoder), optimizer, mesh)
-    params = load_params(model_folder, decoder, shardings.params)
+    load = lambda: load_params(model_folder, decoder, shardings.params)
+    state = init_state(load(), optimizer, mesh)
     parts = Parts(
         config=config,
         method=method,
@@ -185,7 +233,7 @@ def build(config: Config) -> tuple[Parts, Any]:
             prefill_tokens=s.prefill_tokens,
             eos_ids=read_eos_ids(model_folder, tokenizer.eos_token_id),
             seed=config.seed,
-            sharding=replicated(mesh),
+            mesh=mesh,
         ),
         verifier=make_verifier(
             config.rewards.verifier,
@@ -199,70 +247,136 @@ def build(config: Config) -> tuple[Parts, Any]:
         shardings=shardings,
         train_step=make_train_step(
             decoder,
-            method.terms,
+            method,
             optimizer,
             mesh,
             shardings,
-            alpha=method.alpha,
             entropy_weight=m.entropy_weight,
             temperature=s.temperature,
             max_completion_length=s.max_completion_length,
             chunk_size=t.logprob_chunk_size,
         ),
+        batch_logprobs=make_batch_logprobs(
+            decoder,
+            mesh,
+            shardings.params,
+            temperature=s.temperature,
+            chunk_size=t.logprob_chunk_size,
+        ),
+        ref_params=load() if method.needs_reference else None,
+        watchdog=Watchdog(config.limits.stuck_after_secs),
     )
-    return parts, params
+    return parts, state
 
 
-def run(parts: Parts, params: Any, folder: Path) -> int:
-    """Trains to the end, or to an interrupt, from the newest checkpoint if there is one."""
-    config = parts.config
-    store = CheckpointStore(folder / "checkpoints", keep=config.checkpoint.keep)
-    data_id = parts.data_summary["fingerprint"]
-    state = init_state(params, parts.optimizer, parts.mesh)
-    counters, offsets, first_step = Counters(), None, 0
-    if steps := store.steps():
-        state, host = store.restore(steps[-1], abstract_like(state, parts.shardings))
-        if host["data_fingerprint"] != data_id:
-            raise UserError(f"{folder}: the run's training data differ; give another output_dir")
-        counters, offsets, first_step = Counters(**host["counters"]), host["offsets"], steps[-1]
-    log = RunLog(folder, offsets=offsets, purge_from=first_step + 1)
+def run(parts: Parts, state: TrainState, folder: Path) -> int:
+    """Trains to the end, or to an interrupt, from the newest intact checkpoint if there is one."""
+    config, watchdog = parts.config, parts.watchdog
+    keep = config.checkpoint
+    store = CheckpointStore(
+        folder / "checkpoints", Retention(keep.keep, keep.keep_every, keep.keep_best)
+    )
+    state, host, first_step = resume(parts, store, state, folder)
+    counters = Counters(**host["counters"]) if host else Counters()
+    log = RunLog(folder, offsets=host and host["offsets"]) if is_main() else NoLog()
+    health = Health(
+        max_logprob_gap=config.limits.max_logprob_gap,
+        max_skipped_steps=config.train.max_skipped_steps,
+        warn_after_steps=config.limits.warn_after_steps,
+    )
     interrupt = Interrupt()
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
     try:
-        with Terminal(config.train.num_steps, first_step=first_step) as terminal:
+        with Terminal(
+            config.train.num_steps, first_step=first_step, quiet=not is_main()
+        ) as terminal:
             if first_step:
                 terminal.say(f"resuming {folder} after step {first_step}")
             else:
                 terminal.say(f"{parts.method.name}: {parts.method.source}; run folder {folder}")
                 terminal.say(describe_memory(parts, state))
                 log_evaluation(parts, log, terminal, state, split="test", step=0)
-            save = lambda step: store.save(
-                step,
-                state,
-                {
+
+            def save(step: int, score: float | None) -> None:
+                watchdog.beat(f"saving step {step}")
+                check_space(folder, state_bytes + LOG_BYTES, "a checkpoint")
+                of_host = {
                     "counters": dataclasses.asdict(counters),
                     "offsets": log.offsets(),
-                    "data_fingerprint": data_id,
-                },
-            )
+                    "data_fingerprint": parts.data_summary["fingerprint"],
+                }
+                store.save(step, state, of_host, score=score)
+
             batches = problem_batches(
                 parts.splits["train"], batch_size=config.train.problems_per_step, seed=config.seed
             )
             for step in range(first_step + 1, config.train.num_steps + 1):
+                watchdog.beat(f"working on step {step}")
+                check_space(folder, LOG_BYTES, "a step's record")
                 state, values = train_one_step(parts, state, batches[step - 1], counters, log, step)
                 terminal.step(step, values)
-                last = step == config.train.num_steps
+                for warning in health.observe(step, values):
+                    terminal.say(f"warning: {warning}")
+                last, score = step == config.train.num_steps, None
+                interrupted = any(gather(interrupt.received))
                 if _is_due(step, config.evaluation.every) and not last:
-                    log_evaluation(parts, log, terminal, state, split="validation", step=step)
-                if last or interrupt.received or _is_due(step, config.checkpoint.every):
-                    save(step)
-                if interrupt.received and not last:
+                    found = log_evaluation(
+                        parts, log, terminal, state, split="validation", step=step
+                    )
+                    score = found["eval/accuracy_sampled"]
+                due = last or interrupted or _is_due(step, config.checkpoint.every)
+                if due or (keep.keep_best and is_better(score, store.best_score())):
+                    save(step, score)
+                if interrupted and not last:
                     terminal.say(f"stopped after step {step}; the same command resumes it")
                     return 0
             finish(parts, log, terminal, state, folder)
     finally:
+        watchdog.close()
         log.close()
         parts.verifier.close()
     return 0
+
+
+def resume(
+    parts: Parts, store: CheckpointStore, state: TrainState, folder: Path
+) -> tuple[TrainState, dict[str, Any] | None, int]:
+    """The newest intact checkpoint's state, host state and step; those at the start if there is none.
+
+    Raises:
+      UserError: if the run's data were others, or there are checkpoints but none is intact.
+    """
+    step = from_main(newest_intact(store, folder) if is_main() else None)
+    if step is None:
+        return state, None, 0
+    abstract = abstract_like(state, parts.shardings)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()  # not both in memory
+    state, host = store.restore(step, abstract)
+    if host["data_fingerprint"] != parts.data_summary["fingerprint"]:
+        raise UserError(f"{folder}: the run's training data differ; give another output_dir")
+    return state, host, step
+
+
+def newest_intact(store: CheckpointStore, folder: Path) -> int | None:
+    """The step of the newest checkpoint without a fault, None if there are none; the damaged are put aside."""
+    for step in reversed(store.steps()):
+        try:
+            store.verify(step)
+            return step
+        except DamagedCheckpoint as error:
+            aside = store.put_aside(step)
+            print(f"warning: {error}; it is kept as {aside}", file=sys.stderr)
+    if damaged := store.damaged():
+        raise UserError(
+            f"{folder}: none of its checkpoints is intact ({', '.join(p.name for p in damaged)}); give "
+            "another output_dir"
+        )
+    return None
+
+
+def is_better(score: float | None, best: float | None) -> bool:
+    return score is not None and (best is None or score > best)
 
 
 def describe_memory(parts: Parts, state: TrainState) -> str:
@@ -289,16 +403,19 @@ def train_one_step(
     started = time.perf_counter()
     parts.engine.update_weights(state.params, step - 1)
     before = parts.engine.counters
-    groups, reward_secs = collect_rollouts(
+    mine, reward_secs = collect_rollouts(
         parts.engine,
         parts.scheduler,
         parts.score,
-        problems,
+        my_share(problems),
         step=step,
         params=SamplingParams(config.sampling.temperature),
     )
+    parts.engine.release_weights()
+    groups = share_rollouts(mine, problems)
     check_verdicts(groups, step, max_error_rate=config.rewards.max_error_rate)
     sampled, engine_did = time.perf_counter(), parts.engine.counters - before
+    prefilled_tokens = sum(gather(engine_did.prefilled_tokens))
     advantages = [
         group_advantages(
             np.array([rollout.reward for rollout in group]),
@@ -316,8 +433,7 @@ def train_one_step(
         packed=config.train.packing,
         pad_id=parts.tokenizer.pad_token_id or 0,
     )
-    state, device_metrics = parts.train_step(state, batch)
-    device_values = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+    state, device_values = update(parts, state, batch)
     trained = time.perf_counter()
     kinds = count_kinds(batch)
     counters.tokens_trained += kinds["completion"] + kinds["expert_trained"]
@@ -331,12 +447,13 @@ def train_one_step(
         "batch/balance": balance(batch, num_shards),
         "tokens/trained": counters.tokens_trained,
         "tokens/sampled": counters.tokens_sampled,
-        "tokens/prefilled": engine_did.prefilled_tokens,
+        "tokens/prefilled": prefilled_tokens,
         "problems/seen": counters.problems_seen,
         "sampling/slot_utilization": engine_did.slot_utilization,
         "time/sample_secs": sampled - started - reward_secs,
         "time/reward_secs": reward_secs,
         "time/train_secs": trained - sampled,
+        "optimizer/skipped_in_a_row": int(state.num_skipped_in_a_row),
         "time/tokens_per_sec": (kinds["completion"] + kinds["expert_trained"])
         / (trained - started),
     }
@@ -350,12 +467,23 @@ def train_one_step(
             for rollout, advantage in zip(group, group_advantages, strict=True)
         ]
     )
-    if int(state.num_skipped_in_a_row) >= config.train.max_skipped_steps:
-        raise TrainingFailed(
-            f"step {step}: the loss or its gradient was not finite for "
-            f"{config.train.max_skipped_steps} steps in a row; lower train.learning_rate"
-        )
     return state, values
+
+
+def update(
+    parts: Parts, state: TrainState, batch: TrainBatch
+) -> tuple[TrainState, dict[str, float]]:
+    """Updates the policy `train.num_iterations` times on a batch. Returns the last update's metrics."""
+    num_iterations = parts.config.train.num_iterations
+    batch = place_batch(batch, parts.mesh)
+    if num_iterations > 1:  # a single update is made from the old policy itself
+        batch = batch._replace(old_logprobs=parts.batch_logprobs(state.params, batch))
+    if parts.ref_params is not None:
+        batch = batch._replace(ref_logprobs=parts.batch_logprobs(parts.ref_params, batch))
+    device_metrics = {}
+    for _ in range(num_iterations):
+        state, device_metrics = parts.train_step(state, batch)
+    return state, {name: float(value) for name, value in jax.device_get(device_metrics).items()}
 
 
 def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
@@ -372,6 +500,7 @@ def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     return {
         "reward/mean": fmean(r.reward for r in rollouts),
         "reward/unguided_mean": fmean(unguided) if unguided else 0.0,
+        "reward/groups_with_signal": fmean(len({r.reward for r in group}) > 1 for group in groups),
         "reward/error_rate": fmean(v is Verdict.ERROR for v in verdicts),
         "reward/timeout_rate": fmean(v is Verdict.TIMEOUT for v in verdicts),
         "guidance/ratio_mean": fmean(r.request.ratio for r in rollouts),
@@ -421,6 +550,7 @@ def log_evaluation(
 ) -> dict[str, float]:
     """Evaluates, logs and prints one line."""
     started = time.perf_counter()
+    parts.watchdog.beat(f"evaluating after step {step}")
     parts.engine.update_weights(state.params, step)
     values = evaluate(
         parts.engine,
@@ -442,7 +572,9 @@ def finish(parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, fol
     """Final evaluation, export and table; `summary.json`, written last, marks the run complete."""
     num_steps = parts.config.train.num_steps
     after = log_evaluation(parts, log, terminal, state, split="test", step=num_steps)
-    params = jax.device_get(state.params)
+    params = fetch(state.params)
+    if not is_main():
+        return
     export_model(params, parts.decoder, source=parts.model_folder, destination=folder / "hf")
     log.offsets()
     before = next(r for r in read_metrics(folder) if r["kind"] == EVAL and r["split"] == "test")

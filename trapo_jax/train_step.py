@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from jax.sharding import Mesh
@@ -20,10 +21,11 @@ from trapo_jax.losses import (
     segment_mean_weights,
     token_mean_weights,
 )
-from trapo_jax.methods import Normalizer, Term
+from trapo_jax.methods import Method, Normalizer, Term, TokenInputs
 from trapo_jax.models import DecoderConfig, apply_decoder, unembedding
 from trapo_jax.sharding import (
     batch_sharding,
+    on_mesh,
     optimizer_shardings,
     param_shardings,
     replicated,
@@ -100,10 +102,11 @@ def make_optimizer(
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step, placed on the mesh."""
+    """The state before the first step, placed on the mesh; arrays that lie there already are taken over."""
     shardings = state_shardings(params, optimizer, mesh)
     build = lambda params: TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0))
-    return jax.jit(build, out_shardings=shardings)(jax.device_put(params, shardings.params))
+    params = jax.device_put(params, shardings.params)
+    return jax.jit(build, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def state_shardings(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -116,12 +119,11 @@ def state_shardings(params: Any, optimizer: optax.GradientTransformation, mesh: 
 
 def make_train_step(
     config: DecoderConfig,
-    terms: Sequence[Term],
+    method: Method,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     shardings: TrainState,
     *,
-    alpha: float,
     entropy_weight: float,
     temperature: float,
     max_completion_length: int,
@@ -131,88 +133,67 @@ def make_train_step(
 
     Args:
       config: the decoder's shape.
-      terms: the objective.
+      method: its terms are the objective.
       optimizer: an optax transformation.
       mesh: where the step runs.
       shardings: of the state, from `state_shardings`.
-      alpha: trust-region bound, for the metrics.
       entropy_weight: of the bonus on the mean entropy at own tokens.
       temperature: of the distribution that was sampled from and is trained.
       max_completion_length: L of the constant normalisers, in tokens.
       chunk_size: tokens whose logits are held at once.
     """
 
-    def objective(params, micro_batch, weights):
-        """A micro-batch's share of the objective, and sums for the metrics."""
-        batch: TrainBatch = micro_batch
-        hidden, _ = apply_decoder(
-            config, params, batch.token_ids, batch.positions, batch.segment_ids
-        )
+    def objective(params, batch: TrainBatch, weights):
+        """A micro-batch's share of the objective; sums and maxima for the metrics."""
         kinds = batch.kinds[:, 1:]
-        own, expert = kinds == TokenKind.COMPLETION, kinds == TokenKind.EXPERT_TRAINED
-        logprobs, entropies = linear_token_logprobs(
-            hidden[:, :-1],
-            unembedding(params).astype(config.dtype),
-            batch.token_ids[:, 1:],
-            chunk_size=chunk_size,
-            temperature=temperature,
-            with_entropy=True,
-            where=own | expert,
+        logprobs, entropies = _score_tokens(config, params, batch, temperature, chunk_size)
+        now = jax.lax.stop_gradient(logprobs)
+        inputs = TokenInputs(
+            logprobs,
+            now if batch.old_logprobs is None else batch.old_logprobs[:, 1:],
+            None if batch.ref_logprobs is None else batch.ref_logprobs[:, 1:],
+            batch.advantages[:, 1:],
+            jnp.zeros_like(kinds, bool),
         )
-        losses, pull = {}, jnp.zeros_like(logprobs)
-        for term in terms:
+        losses, pull = {}, jnp.zeros_like(now)
+        for term in method.terms:
 
-            def token_losses(logprobs, term=term):
-                values = term.loss(logprobs, batch.advantages[:, 1:], kinds == term.kind)
-                return term.weight * values * weights[term.name]
+            def loss(logprobs, term=term):
+                values = term.loss(inputs._replace(logprobs=logprobs, where=kinds == term.kind))
+                return jnp.sum(term.weight * values * weights[term.name])
 
-            losses[term.name] = jnp.sum(token_losses(logprobs))
+            losses[term.name] = loss(logprobs)
             if term.kind == TokenKind.EXPERT_TRAINED:
-                slopes = jax.grad(lambda x, f=token_losses: jnp.sum(f(x)))(
-                    jax.lax.stop_gradient(logprobs)
-                )
-                pull += jnp.abs(slopes)
+                pull += jnp.abs(jax.grad(loss)(now))
         entropy = jnp.sum(entropies * weights["entropy"])
         total = sum(losses.values()) - entropy_weight * entropy
-        gap = jnp.abs(logprobs - batch.sampler_logprobs[:, 1:])
-        probs = jnp.exp(jax.lax.stop_gradient(logprobs))
-        pull *= 1 - probs  # half the L1 norm of a token's gradient by its logits
-        bins = jnp.clip((probs * PROB_BINS).astype(jnp.int32), 0, PROB_BINS - 1)
+        own_sums, maxima = _own_statistics(inputs._replace(logprobs=now), batch, method)
         sums = {
             **{f"loss/{name}": value for name, value in losses.items()},
             "loss/total": total,
             "policy/entropy": entropy,
-            "policy/logprob_gap_sum": jnp.sum(jnp.where(own, gap, 0.0)),
-            "expert/prob_sum": jnp.sum(jnp.where(expert, probs, 0.0)),
-            "expert/num_below_alpha": jnp.sum(expert & (probs < alpha)),
-            "expert/pull": jnp.sum(pull),
-            "expert/pull_inside": jnp.sum(jnp.where(probs >= alpha, pull, 0.0)),
-            "expert/num_by_bin": jnp.stack(
-                [jnp.sum(expert & (bins == i), dtype=jnp.float32) for i in range(PROB_BINS)]
-            ),
+            **own_sums,
+            **_expert_statistics(jnp.exp(now), pull, kinds, method.alpha),
         }
-        return total, (sums, jnp.max(jnp.where(own, gap, 0.0)))
+        return total, (sums, maxima)
 
     def train_step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
-        weights = _term_weights(batch, terms, max_completion_length)
-
-        def micro_batch(index):
-            one = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
-            return jax.tree.map(lambda x: one(x) if x.ndim else x, (batch, weights))
+        weights = _term_weights(batch, method.terms, max_completion_length)
 
         def accumulate(index, carry):
-            grads, sums, max_gap = carry
-            (_, (new_sums, gap)), new_grads = jax.value_and_grad(objective, has_aux=True)(
-                state.params, *micro_batch(index)
+            grads, sums, maxima = carry
+            (_, (new_sums, new_maxima)), new_grads = jax.value_and_grad(objective, has_aux=True)(
+                state.params, *_micro_batch((batch, weights), index)
             )
-            carry = jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums))
-            return (*carry, jnp.maximum(max_gap, gap))
+            grads, sums = jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums))
+            return grads, sums, jax.tree.map(jnp.maximum, maxima, new_maxima)
 
-        shapes = jax.eval_shape(objective, state.params, *micro_batch(0))[1]
+        first = _micro_batch((batch, weights), 0)
+        shapes = jax.eval_shape(objective, state.params, *first)[1]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         initial = (jax.tree.map(jnp.zeros_like, state.params), *zeros)
         # A loop whose length is data: how many micro-batches a batch fills changes no shape.
-        grads, sums, max_gap = jax.lax.fori_loop(0, batch.num_micro_batches, accumulate, initial)
+        grads, sums, maxima = jax.lax.fori_loop(0, batch.num_micro_batches, accumulate, initial)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss/total"])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -224,16 +205,125 @@ def make_train_step(
             step=state.step + 1,
             num_skipped_in_a_row=jnp.where(finite, 0, state.num_skipped_in_a_row + 1),
         )
-        return new_state, _metrics(sums, max_gap, batch, grad_norm, finite)
+        return new_state, _metrics(sums, maxima, batch, grad_norm, finite)
 
-    everywhere = replicated(mesh)
-    rows = batch_sharding(mesh)
     return jax.jit(
-        train_step,
-        in_shardings=(shardings, TrainBatch(*(rows,) * 6, *(everywhere,) * 2)),
-        out_shardings=(shardings, everywhere),
+        on_mesh(train_step, mesh),
+        in_shardings=(shardings, _batch_shardings(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def make_batch_logprobs(
+    config: DecoderConfig,
+    mesh: Mesh,
+    param_shardings: Any,
+    *,
+    temperature: float,
+    chunk_size: int,
+) -> Callable[[Any, TrainBatch], jax.Array]:
+    """Builds the jitted `(params, batch) -> logprobs`, for `TrainBatch.old_logprobs` and `ref_logprobs`.
+
+    Its result is float32 `[M, B, T]`: the log-probability of every trained token, 0 elsewhere. For the
+    arguments see `make_train_step`.
+    """
+
+    def batch_logprobs(params: Any, batch: TrainBatch) -> jax.Array:
+        def write(index, logprobs):
+            one = _micro_batch(batch, index)
+            values, _ = _score_tokens(config, params, one, temperature, chunk_size)
+            values = jnp.pad(values, ((0, 0), (1, 0)))  # no token predicts the first
+            return jax.lax.dynamic_update_index_in_dim(logprobs, values, index, axis=0)
+
+        zeros = jnp.zeros(batch.kinds.shape, jnp.float32)
+        return jax.lax.fori_loop(0, batch.num_micro_batches, write, zeros)
+
+    return jax.jit(
+        on_mesh(batch_logprobs, mesh),
+        in_shardings=(param_shardings, _batch_shardings(mesh)),
+        out_shardings=batch_sharding(mesh),
+    )
+
+
+def place_batch(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
+    """The batch, which every process holds whole, on the mesh; each device gets its rows."""
+
+    def place(x, sharding):
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return TrainBatch(
+        *(
+            None if x is None else place(np.asarray(x), sharding)
+            for x, sharding in zip(batch, _batch_shardings(mesh), strict=True)
+        )
+    )
+
+
+def _batch_shardings(mesh: Mesh) -> TrainBatch:
+    rows, everywhere = batch_sharding(mesh), replicated(mesh)
+    return TrainBatch(*(rows,) * 6, *(everywhere,) * 2, *(rows,) * 2)
+
+
+def _micro_batch(tree: Any, index: jax.Array | int) -> Any:
+    """The micro-batch `index` of arrays `[M, ...]`; scalars stay."""
+    one = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    return jax.tree.map(lambda x: one(x) if x.ndim else x, tree)
+
+
+def _score_tokens(
+    config: DecoderConfig, params: Any, batch: TrainBatch, temperature: float, chunk_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability and entropy at each trained token of a micro-batch, `[B, T - 1]`; 0 elsewhere."""
+    hidden, _ = apply_decoder(config, params, batch.token_ids, batch.positions, batch.segment_ids)
+    kinds = batch.kinds[:, 1:]
+    return linear_token_logprobs(
+        hidden[:, :-1],
+        unembedding(params).astype(config.dtype),
+        batch.token_ids[:, 1:],
+        chunk_size=chunk_size,
+        temperature=temperature,
+        with_entropy=True,
+        where=(kinds == TokenKind.COMPLETION) | (kinds == TokenKind.EXPERT_TRAINED),
+    )
+
+
+def _own_statistics(
+    inputs: TokenInputs, batch: TrainBatch, method: Method
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Sums and maxima over own tokens: the gap to the sampler, the ratio to the old policy, what is clipped."""
+    own = batch.kinds[:, 1:] == TokenKind.COMPLETION
+    # Before the first update, where both have the same weights.
+    gap = jnp.where(own, jnp.abs(inputs.old_logprobs - batch.sampler_logprobs[:, 1:]), 0.0)
+    ratio = jnp.exp(jnp.where(own, inputs.logprobs - inputs.old_logprobs, 0.0))
+    lowest = -jnp.inf if method.clip_low is None else 1 - method.clip_low
+    highest = jnp.inf if method.clip_high is None else 1 + method.clip_high
+    # Only where the clipped value is the smaller one does clipping take the gradient away.
+    clipped = (ratio < lowest) & (inputs.advantages < 0)
+    clipped |= (ratio > highest) & (inputs.advantages > 0)
+    sums = {
+        "policy/logprob_gap_sum": jnp.sum(gap),
+        "policy/ratio_sum": jnp.sum(jnp.where(own, ratio, 0.0)),
+        "policy/num_clipped": jnp.sum(own & clipped, dtype=jnp.float32),
+    }
+    return sums, {"policy/logprob_gap_max": jnp.max(gap), "policy/ratio_max": jnp.max(ratio)}
+
+
+def _expert_statistics(
+    probs: jax.Array, pull: jax.Array, kinds: jax.Array, alpha: float
+) -> dict[str, jax.Array]:
+    """Sums over trained expert tokens; `pull` is the size of the gradient by each token's logprob."""
+    expert = kinds == TokenKind.EXPERT_TRAINED
+    pull = pull * (1 - probs)  # half the L1 norm of a token's gradient by its logits
+    bins = jnp.clip((probs * PROB_BINS).astype(jnp.int32), 0, PROB_BINS - 1)
+    by_bin = [jnp.sum(expert & (bins == i), dtype=jnp.float32) for i in range(PROB_BINS)]
+    return {
+        "expert/prob_sum": jnp.sum(jnp.where(expert, probs, 0.0)),
+        "expert/num_below_alpha": jnp.sum(expert & (probs < alpha)),
+        "expert/pull": jnp.sum(pull),
+        "expert/pull_inside": jnp.sum(jnp.where(probs >= alpha, pull, 0.0)),
+        "expert/num_by_bin": jnp.stack(by_bin),
+    }
 
 
 def _term_weights(
@@ -259,12 +349,12 @@ def _term_weights(
     return {**by_term, "entropy": token_mean_weights(kinds == TokenKind.COMPLETION)}
 
 
-def _metrics(sums, max_gap, batch, grad_norm, finite) -> Metrics:
+def _metrics(sums, maxima, batch, grad_norm, finite) -> Metrics:
     """What a step tells of itself, over the whole batch.
 
     `expert/prob_from_x` is the share of trained expert tokens whose probability lies in [x, x + 0.1);
     `expert/gradient_share_inside` the part of their gradient (L1 norm by the logits) that comes from tokens of
-    probability alpha or more.
+    probability alpha or more; `policy/clipped_share` the part of own tokens whose gradient is clipped away.
     """
     kinds = batch.kinds[..., 1:]
     num_own = jnp.maximum(1, jnp.sum(kinds == TokenKind.COMPLETION))
@@ -273,7 +363,9 @@ def _metrics(sums, max_gap, batch, grad_norm, finite) -> Metrics:
         **{name: value for name, value in sums.items() if name.startswith("loss/")},
         "policy/entropy": sums["policy/entropy"],
         "policy/logprob_gap_mean": sums["policy/logprob_gap_sum"] / num_own,
-        "policy/logprob_gap_max": max_gap,
+        "policy/ratio_mean": sums["policy/ratio_sum"] / num_own,
+        "policy/clipped_share": sums["policy/num_clipped"] / num_own,
+        **maxima,
         "expert/prob_mean": sums["expert/prob_sum"] / num_expert,
         "expert/share_below_alpha": sums["expert/num_below_alpha"] / num_expert,
         "expert/gradient_share_inside": sums["expert/pull_inside"]

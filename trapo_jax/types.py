@@ -7,6 +7,9 @@ import dataclasses
 import enum
 from typing import Any, NamedTuple
 
+BATCH_AXES = ("data", "fsdp")  # of the mesh: along which rows of a batch are split
+TENSOR_AXIS = "tp"  # along which heads, MLP and vocabulary are
+
 
 class UserError(Exception):
     """Something the user can mend; printed as one line, without a traceback, exit code 2."""
@@ -174,3 +177,6 @@ class TrainBatch(NamedTuple):
     sampler_logprobs: Any  # float32, on the completion, else 0
     num_rollouts: Any  # float32 [], rollouts in the whole batch
     num_micro_batches: Any  # int32 [], micro-batches that hold any
+    # float32 on the completion, else 0; None where no loss asks for them
+    old_logprobs: Any = None  # under the policy before the batch's first update; None: of this one
+    ref_logprobs: Any = None  # under the model the run began with

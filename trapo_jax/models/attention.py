@@ -5,8 +5,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-Implementation = Literal["auto", "xla", "cudnn", "splash"]
+from trapo_jax.types import BATCH_AXES, TENSOR_AXIS
+
+Implementation = Literal["auto", "xla", "cudnn", "splash", "splash_interpreted"]
+SPLASH_BLOCKS = (512, 256, 128)  # tokens of a tile: the largest that divides the row
 
 
 def row_attention(
@@ -28,16 +32,18 @@ def row_attention(
       scale: factor of the scores, usually `H ** -0.5`.
       window: a token sees itself and the `window - 1` before it; None for all.
       is_local: bool scalar; where False the window does not apply. None: it applies.
-      implementation: "xla" anywhere; "cudnn" on NVIDIA GPUs, half precision; "splash" on TPUs (elsewhere
-        its slow interpreter), T and H multiples of 128; "auto" takes what the device and the shapes
-        allow.
+      implementation: "xla" anywhere; "cudnn" on NVIDIA GPUs, half precision; "splash" on TPUs, T and H
+        multiples of 128, and "splash_interpreted" anywhere, slowly; "auto" takes what the device and the
+        shapes allow.
     """
     chosen = _choose(implementation, q_BTNH)
-    if chosen == "splash":
-        local = functools.partial(_splash_attention, scale=scale, window=window)
+    if chosen in ("splash", "splash_interpreted"):
+        interpret = chosen == "splash_interpreted"
+        splash = functools.partial(_splash_attention, scale=scale, interpret=interpret)
+        local = functools.partial(splash, window=window)
         if window is None or is_local is None:
             return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-        full = functools.partial(_splash_attention, scale=scale, window=None)
+        full = functools.partial(splash, window=None)
         return jax.lax.cond(is_local, local, full, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
     mask = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     if window is not None:
@@ -102,7 +108,7 @@ def cached_attention(
     return values.reshape(q_STNH.shape).astype(q_STNH.dtype)
 
 
-def _choose(implementation: Implementation, q_BTNH: jax.Array) -> Literal["xla", "cudnn", "splash"]:
+def _choose(implementation: Implementation, q_BTNH: jax.Array) -> Any:
     if implementation != "auto":
         return implementation
     device = jax.default_backend()
@@ -113,26 +119,50 @@ def _choose(implementation: Implementation, q_BTNH: jax.Array) -> Literal["xla",
     return "xla"
 
 
-def _splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, window):
-    """Pallas' block-sparse flash attention: no `[T, T]` scores, and no work on what is masked."""
+def _splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, window, interpret):
+    """Pallas' block-sparse flash attention: no `[T, T]` scores, and no work on what is masked.
+
+    The compiler cannot split a kernel by itself: each device runs it on its rows and heads.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    length, num_heads = q_BTNH.shape[1:3]
-    shape = (length, length)
-    mask = splash.CausalMask(shape)
-    if window is not None:
-        mask &= splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
-    kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * num_heads),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=jax.default_backend() != "tpu",
-    )
+    def on_a_device(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+        length, num_heads = q_BTNH.shape[1:3]
+        mask = splash.CausalMask((length, length))
+        if window is not None:
+            mask &= splash.LocalMask((length, length), window_size=(window - 1, 0), offset=0)
+        block = next(size for size in SPLASH_BLOCKS if length % size == 0)
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * num_heads),
+            block_sizes=splash.BlockSizes(
+                block_q=block,
+                block_kv=block,
+                block_q_dkv=block,
+                block_kv_dkv=block,
+                block_q_dq=block,
+                block_kv_dq=block,
+            ),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
 
-    def one_row(q_TNH, k_TKH, v_TKH, segment_ids_T):
-        heads_first = (x.swapaxes(0, 1) for x in (q_TNH * scale, k_TKH, v_TKH))
-        segments = splash.SegmentIds(segment_ids_T, segment_ids_T)
-        attended: Any = kernel(*heads_first, segment_ids=segments)
-        return attended.swapaxes(0, 1)
+        def one_row(q_TNH, k_TKH, v_TKH, segment_ids_T):
+            heads_first = (x.swapaxes(0, 1) for x in (q_TNH * scale, k_TKH, v_TKH))
+            segments = splash.SegmentIds(segment_ids_T, segment_ids_T)
+            attended: Any = kernel(*heads_first, segment_ids=segments)
+            return attended.swapaxes(0, 1)
 
-    return jax.vmap(one_row)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return jax.vmap(one_row)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return on_a_device(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    heads, rows = P(BATCH_AXES, None, TENSOR_AXIS, None), P(BATCH_AXES, None)
+    return jax.shard_map(
+        on_a_device,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, rows),
+        out_specs=heads,
+        check_vma=False,
+    )(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)

@@ -18,9 +18,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from trapo_jax.models.attention import Implementation, cached_attention, row_attention
 from trapo_jax.models.rope import Angles, Rope, apply_rope, rope_angles
+from trapo_jax.types import BATCH_AXES
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
@@ -75,10 +77,10 @@ class DecoderConfig:
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, laid out for `cached_attention`."""
+    """Keys and values of all layers, laid out for `cached_attention`; or in their place their shardings."""
 
-    keys: jax.Array  # [L, S, K, H, C]
-    values: jax.Array  # [L, S, K, C, H]
+    keys: Any  # [L, S, K, H, C]
+    values: Any  # [L, S, K, C, H]
 
 
 class Block(nnx.Module):
@@ -211,7 +213,7 @@ class Decoder(nnx.Module):
         c = self.config
         # The scale is rounded to the dtype, as where these weights come from.
         scale = jnp.asarray(c.embedding_scale, c.dtype)
-        x_BTD = self.embedding[...][token_ids_BT].astype(c.dtype) * scale
+        x_BTD = _split_rows(self.embedding[...][token_ids_BT].astype(c.dtype) * scale)
         angles = rope_angles(positions_BT, c.rope, c.head_dim)
         local_angles = rope_angles(positions_BT, c.local_rope or c.rope, c.head_dim)
         is_mixed = len(set(c.local_layers)) > 1
@@ -225,7 +227,8 @@ class Decoder(nnx.Module):
                 chosen = _choose(is_local, local_angles, angles)
             else:
                 chosen = local_angles if any(c.local_layers) else angles
-            return block(x, chosen, segment_ids_BT, layer_cache, cached_lens_S, is_local)
+            x, new_entries = block(x, chosen, segment_ids_BT, layer_cache, cached_lens_S, is_local)
+            return _split_rows(x), new_entries
 
         run_layers = nnx.scan(
             _remat(one_layer, c.remat),
@@ -255,6 +258,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
     return (x32 * inverse * scale).astype(x.dtype)
+
+
+def _split_rows(x_BTD: jax.Array) -> jax.Array:
+    """Where a mesh is set: rows over its batch axes, so that weights travel, not activations."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x_BTD
+    return jax.lax.with_sharding_constraint(x_BTD, P(BATCH_AXES, None, None))
 
 
 def _choose(condition: jax.Array, if_true: Angles, if_false: Angles) -> Angles:

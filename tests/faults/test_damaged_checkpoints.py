@@ -1,0 +1,138 @@
+"""Bits flipped, files cut short or gone: detected, named, and fallen back from."""
+
+import random
+import shutil
+
+import inject_faults
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trapo_jax.checkpoint import MANIFEST, CheckpointStore, DamagedCheckpoint, abstract_like
+
+from conftest import JOB  # isort: skip
+
+STATE = {"w": jnp.arange(4096.0).reshape(64, 64) / 7, "n": jnp.int32(4)}
+HOST = {"counters": {"a": 1}, "name": "x"}
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(3, STATE, HOST)
+    store.save(6, STATE, HOST)
+    return store
+
+
+def files_of(tmp_path, step):
+    folder = tmp_path / "checkpoints" / str(step)
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def abstract():
+    return abstract_like(STATE, jax.tree.map(lambda x: x.sharding, STATE))
+
+
+def assert_detected(store, path, tmp_path):
+    name = path.relative_to(tmp_path / "checkpoints" / "6").as_posix()
+    with pytest.raises(DamagedCheckpoint) as error:
+        store.verify(6)
+    assert "checkpoint 6" in str(error.value)
+    assert name in str(error.value)
+
+
+def test_every_flipped_bit_is_detected_and_its_file_named(store, tmp_path):
+    rng = random.Random(0)
+    files = [path for path in files_of(tmp_path, 6) if path.stat().st_size]
+    assert any(path.name == MANIFEST for path in files)
+    for i in range(50):
+        path = files[i % len(files)]
+        intact = path.read_bytes()
+        flipped = bytearray(intact)
+        flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        assert_detected(store, path, tmp_path)
+        path.write_bytes(intact)
+    store.verify(6)
+
+
+def test_every_file_cut_short_is_detected_and_named(store, tmp_path):
+    rng = random.Random(1)
+    files = [path for path in files_of(tmp_path, 6) if path.stat().st_size]
+    for i in range(20):
+        path = files[i % len(files)]
+        intact = path.read_bytes()
+        path.write_bytes(intact[: rng.randrange(len(intact))])
+        assert_detected(store, path, tmp_path)
+        path.write_bytes(intact)
+    store.verify(6)
+
+
+def test_every_deleted_file_is_detected_and_named(store, tmp_path):
+    files = files_of(tmp_path, 6)
+    for i in range(10):
+        path = files[i % len(files)]
+        intact = path.read_bytes()
+        path.unlink()
+        assert_detected(store, path, tmp_path)
+        path.write_bytes(intact)
+    store.verify(6)
+
+
+def test_a_file_too_many_is_detected(store, tmp_path):
+    (tmp_path / "checkpoints" / "6" / "more").write_text("")
+    with pytest.raises(DamagedCheckpoint, match="checkpoint 6: more does not belong to it"):
+        store.verify(6)
+
+
+def test_what_is_put_aside_is_kept_and_no_checkpoint(store):
+    first = store.put_aside(6)
+    assert store.steps() == [3]
+    store.save(6, STATE, HOST)
+    second = store.put_aside(6)
+    for step in (9, 12, 15):
+        store.save(step, STATE, HOST)
+    assert store.damaged() == sorted([first, second])
+    state, host = store.restore(15, abstract())
+    np.testing.assert_array_equal(state["w"], STATE["w"])
+    assert host == HOST
+
+
+def test_a_run_falls_back_to_the_checkpoint_before_and_ends_the_same(finished_run, tmp_path):
+    uninterrupted, folder = finished_run[0], tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(str(uninterrupted), str(folder)))
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "hf")
+    array = max((folder / "checkpoints" / "12").rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 4
+    array.write_bytes(content)
+    output = inject_faults.complete(folder, JOB)
+    (warning,) = [line for line in output.splitlines() if line.startswith("warning")]
+    assert f"checkpoint 12: {array.relative_to(folder / 'checkpoints' / '12')}" in warning
+    _, second, *_ = sorted(int(p.name) for p in (uninterrupted / "checkpoints").iterdir())[::-1]
+    assert f"resuming {folder} after step {second}" in output
+    shutil.rmtree(folder / "checkpoints" / "12.damaged")
+    assert inject_faults.differences(folder, uninterrupted) == []
+
+
+def test_a_run_without_an_intact_checkpoint_is_left_as_it_is(finished_run, tmp_path):
+    uninterrupted, folder = finished_run[0], tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(str(uninterrupted), str(folder)))
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "hf")
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / MANIFEST).unlink()
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    for _ in range(2):  # nor is it started over the next time
+        process = inject_faults.start(folder, JOB)
+        output = process.communicate()[0]
+        assert process.returncode == 2
+        assert "none of its checkpoints is intact (" in output
+        assert "12.damaged" in output.splitlines()[-1]
+        assert (folder / "metrics.jsonl").read_bytes() == metrics

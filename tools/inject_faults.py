@@ -1,0 +1,203 @@
+"""Kills real runs at random moments, resumes them, and compares every bit with a run that was never stopped.
+
+    python tools/inject_faults.py [--kills 20] [--seed 0] [--folder DIR]
+
+The run is the default job, shortened. Each fault prints its seed, when it struck and what it hit; the comparison
+covers `metrics.jsonl` (timings aside), `samples.jsonl`, and parameters, optimiser state and host state of
+the last checkpoint. Exit code 1 if anything differs.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+NUM_STEPS = 40
+JOB = (
+    f"train.num_steps={NUM_STEPS}",
+    "train.warmup_steps=4",
+    "checkpoint.every=4",
+    "evaluation.every=10",
+    "evaluation.num_samples=2",
+    "data.num_validation=16",
+    "data.num_test=24",
+)
+TOLERANCE_ON_ANOTHER_MESH = 1e-5
+
+
+def start(folder: Path, job: Sequence[str] = JOB, **environment: str) -> subprocess.Popen:
+    """Starts, or resumes, the job in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "trapo_jax.train", f"output_dir={folder}", *job],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def complete(folder: Path, job: Sequence[str] = JOB, **environment: str) -> str:
+    """Runs the job to its end; returns what it printed."""
+    process = start(folder, job, **environment)
+    output = process.communicate()[0]
+    if process.returncode:
+        raise RuntimeError(f"{folder}: exit code {process.returncode}\n{output}")
+    return output
+
+
+def interrupt(
+    folder: Path, number: signal.Signals, after_secs: float, job: Sequence[str] = JOB
+) -> str:
+    """Starts the job, sends it a signal and waits for its end; returns what it had reached."""
+    process = start(folder, job)
+    try:
+        process.wait(after_secs)
+    except subprocess.TimeoutExpired:
+        process.send_signal(number)
+    process.communicate()
+    return progress(folder)
+
+
+def progress(folder: Path) -> str:
+    """The last record of the metrics, and the folders of checkpoints, unfinished ones included."""
+    lines = read_lines(folder / "metrics.jsonl")
+    last = json.loads(lines[-1]) if lines else None
+    reached = f"after {last['kind']} {last['step']}" if last else "before any record"
+    checkpoints = folder / "checkpoints"
+    names = sorted(p.name for p in checkpoints.iterdir()) if checkpoints.is_dir() else []
+    return f"{reached}; checkpoints: {' '.join(names) or 'none'}"
+
+
+def read_lines(path: Path) -> list[str]:
+    """The whole lines of a file that may have been cut."""
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str]:
+    """What differs between two finished runs, in words; with a tolerance, in numbers only relative to it."""
+    found = []
+    records, their_records = (
+        [_untimed(line) for line in read_lines(folder / "metrics.jsonl")]
+        for folder in (ours, theirs)
+    )
+    if not _same_records(records, their_records, tolerance):
+        found.append("metrics.jsonl")
+    if tolerance == 0 and _bytes(ours, "samples.jsonl") != _bytes(theirs, "samples.jsonl"):
+        found.append("samples.jsonl")
+    state, host = read_checkpoint(ours)
+    their_state, their_host = read_checkpoint(theirs)
+    if host["counters"] != their_host["counters"]:
+        found.append("counters")
+    for name, leaf in their_state.items():
+        if not _same_array(state[name], leaf, tolerance):
+            found.append(name)
+    return found
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Every array of the last checkpoint by its path, and the host's state."""
+    import jax
+
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")  # as CheckpointStore does
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with context:
+        shapes = ocp.checkpointables_metadata(str(newest.absolute())).metadata["state"]
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
+        )
+        loaded = ocp.load_checkpointables(str(newest.absolute()), {"state": abstract, "host": None})
+    flat, _ = jax.tree_util.tree_flatten_with_path(loaded["state"])
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in flat}, loaded["host"]
+
+
+def _untimed(line: str) -> dict[str, Any]:
+    return {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
+
+
+# What depends on the devices of a run, or is nothing but rounding.
+OF_THE_MESH = ("batch/pad", "batch/balance", "sampling/slot_utilization", "policy/logprob_gap")
+
+
+def _bytes(folder: Path, name: str) -> bytes:
+    return (folder / name).read_bytes()
+
+
+def _same_records(ours: list[dict], theirs: list[dict], tolerance: float) -> bool:
+    if tolerance == 0 or len(ours) != len(theirs):
+        return ours == theirs
+    is_same = lambda a, b: (
+        np.isclose(a, b, rtol=tolerance, atol=tolerance) if isinstance(a, float) else a == b
+    )
+    return all(
+        a.keys() == b.keys()
+        and all(is_same(a[k], b[k]) for k in a if not k.startswith(OF_THE_MESH))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def _same_array(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> bool:
+    if tolerance == 0:
+        return ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes()
+    return np.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="random moments of a SIGKILL")
+    parser.add_argument("--seed", type=int, default=0, help="of the first fault; the others follow")
+    parser.add_argument("--folder", type=Path, help="for the runs; a temporary one if not given")
+    args = parser.parse_args()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="inject_faults_"))
+    started = time.monotonic()
+    complete(folder / "uninterrupted")
+    whole_secs = time.monotonic() - started
+    print(f"uninterrupted run: {whole_secs:.0f} s; runs in {folder}", flush=True)
+    faults: list[tuple[str, Callable[[Path, random.Random], str]]] = [
+        ("SIGKILL", lambda f, rng: interrupt(f, signal.SIGKILL, rng.uniform(0.1, 1) * whole_secs))
+    ] * args.kills
+    faults.append(
+        ("SIGTERM", lambda f, rng: interrupt(f, signal.SIGTERM, rng.uniform(0.3, 0.9) * whole_secs))
+    )
+    faults.append(("two kills in a row", lambda f, rng: _two_kills(f, rng, whole_secs)))
+    num_bad = 0
+    for i, (name, strike) in enumerate(faults):
+        run = folder / f"fault_{args.seed + i}"
+        reached = strike(run, random.Random(args.seed + i))
+        complete(run)
+        found = differences(run, folder / "uninterrupted")
+        num_bad += bool(found)
+        print(
+            f"{i + 1}/{len(faults)} seed {args.seed + i}: {name} {reached} -> "
+            f"{'differs in ' + ', '.join(found) if found else 'equal, bit for bit'}",
+            flush=True,
+        )
+    print(f"{len(faults) - num_bad} of {len(faults)} runs equal the uninterrupted one")
+    return int(num_bad > 0)
+
+
+def _two_kills(folder: Path, rng: random.Random, whole_secs: float) -> str:
+    reached = [
+        interrupt(folder, signal.SIGKILL, rng.uniform(0.3, 0.6) * whole_secs) for _ in range(2)
+    ]
+    return " and ".join(reached)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
