@@ -11,7 +11,12 @@ from conftest import REPOSITORY  # isort: skip
 
 PACKAGE = REPOSITORY / "trapo_jax"
 LEAVES = {"types", "processes"}
-COMMANDS = {"train", "evaluate", "export"}  # python -m trapo_jax.<name>; they see every room
+COMMANDS = {
+    "train",
+    "evaluate",
+    "export",
+    "plan",
+}  # python -m trapo_jax.<name>; they see every room
 # A stage may look into these rooms besides the leaves.
 MAY_IMPORT = {
     "config": set(),
@@ -34,6 +39,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "run_folder": set(),
     "processes": set(),
+    "program_cost": set(),
     "types": set(),
 }
 

@@ -46,7 +46,9 @@ def test_run_leaves_what_was_promised(finished_run):
         if r["kind"] == "eval" and r["split"] == "validation"
     }
     best = max(scores, key=lambda step: (scores[step], -step))  # the first that was as good
-    assert {int(p.name) for p in (folder / "checkpoints").iterdir()} == {best, 9, 12}
+    saved = {3, 6, 9, 12} | {step for step in scores if scores[step] > scores.get(step - 5, -1)}
+    kept = {best, *sorted(saved)[-2:]}
+    assert {int(p.name) for p in (folder / "checkpoints").iterdir()} == kept
     assert "accuracy_greedy" in output
     assert str(folder / "hf") in output
 
@@ -174,13 +176,12 @@ def test_several_updates_a_batch_move_the_policy_off_the_old_one(tmp_path):
         "method.clip_low=0.2",
         "method.clip_high=0.2",
         "method.kl_weight=0.1",
-        "train.learning_rate=1e-2",
     )
     assert result.returncode == 0, result.stderr
     first, second = (r for r in read_metrics(tmp_path / "r") if r["kind"] == "train")
-    assert first["policy/ratio_max"] > 1.01
+    assert first["policy/ratio_max"] > 1.001
     assert first["policy/logprob_gap_max"] < 1e-4  # between the sampler and the old policy
-    assert 0 < first["loss/kl"] < second["loss/kl"]
+    assert 0 < first["loss/kl"] < second["loss/kl"] < 0.1
 
 
 def test_reference_preset_runs(tmp_path):
@@ -257,7 +258,7 @@ def test_export_of_a_checkpoint_equals_the_run_s_own(finished_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
-    [("checkpoints/7", "no such step; there are: .*9, 12"), ("hf", "not RUN/checkpoints/STEP")],
+    [("checkpoints/7", "no such step; there are: .*12"), ("hf", "not RUN/checkpoints/STEP")],
 )
 def test_export_of_something_else_is_one_line(checkpoint, message, finished_run, tmp_path):
     from trapo_jax.export import load_checkpoint

@@ -224,8 +224,8 @@ class LimitsConfig(_Section):
 class MeshConfig(_Section):
     data: Annotated[int, Field(ge=-1)] = -1
     """Devices along which the batch is split; -1 for all that are left."""
-    fsdp: Positive = 1
-    """Devices along which batch and parameters are split."""
+    fsdp: Annotated[int, Field(ge=-1)] = 1
+    """Devices along which batch and parameters are split; -1 for all that are left."""
     tp: Positive = 1
     """Devices along which heads, MLP and vocabulary are split."""
 
@@ -259,6 +259,11 @@ class Config(_Section):
             raise ValueError(
                 f"train.problems_per_step={train.problems_per_step}: more than "
                 f"data.num_train={data.num_train}; a batch would repeat problems"
+            )
+        if 0 in (self.mesh.data, self.mesh.fsdp) or self.mesh.data == self.mesh.fsdp == -1:
+            raise ValueError(
+                f"mesh.data={self.mesh.data}, mesh.fsdp={self.mesh.fsdp}: give numbers of devices, or -1 "
+                "for one of them"
             )
         if self.checkpoint.keep_best and not self.evaluation.every:
             raise ValueError(

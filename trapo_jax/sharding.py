@@ -49,13 +49,15 @@ class Rules:
 
 
 def make_mesh(*, data: int, fsdp: int, tp: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A (data, fsdp, tp) mesh over the devices, all if None; `data` = -1 takes what the others leave.
+    """A (data, fsdp, tp) mesh over the devices, all if None; `data` or `fsdp` = -1 takes what the others leave.
 
     Raises:
       UserError: if the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     num_devices = len(devices)
+    if fsdp == -1:
+        fsdp = max(1, num_devices // (data * tp))
     if data == -1:
         data = max(1, num_devices // (fsdp * tp))
     if data * fsdp * tp != num_devices:

@@ -180,32 +180,11 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         attention=config.model.attention,
     )
     tokenizer: Any = load_tokenizer(model_folder)
-    d, s, t, m = config.data, config.sampling, config.train, config.method
+    d, s, t = config.data, config.sampling, config.train
     splits, data_summary = load_splits(d, tokenizer)
-    method = make_method(
-        m.name,
-        preset=m.preset,
-        alpha=m.alpha,
-        expert_weight=m.expert_weight,
-        normalizer=m.normalizer,
-        clip_low=m.clip_low,
-        clip_high=m.clip_high,
-        kl_weight=m.kl_weight,
-    )
+    method = build_method(config)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tp=config.mesh.tp)
-    optimizer = make_optimizer(
-        learning_rate=t.learning_rate,
-        warmup_steps=t.warmup_steps * t.num_iterations,  # the optimiser counts updates
-        num_steps=t.num_steps * t.num_iterations,
-        decay_start=t.decay_start,
-        final_learning_rate_ratio=t.final_learning_rate_ratio,
-        adam_b1=t.adam_b1,
-        adam_b2=t.adam_b2,
-        weight_decay=t.weight_decay,
-        max_grad_norm=t.max_grad_norm,
-        name=t.optimizer,
-        muon_beta=t.muon_beta,
-    )
+    optimizer = build_optimizer(config)
     shardings = state_shardings(abstract_params(decoder), optimizer, mesh)
     load = lambda: load_params(model_folder, decoder, shardings.params)
     state = init_state(load(), optimizer, mesh)
@@ -245,17 +224,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         optimizer=optimizer,
         mesh=mesh,
         shardings=shardings,
-        train_step=make_train_step(
-            decoder,
-            method,
-            optimizer,
-            mesh,
-            shardings,
-            entropy_weight=m.entropy_weight,
-            temperature=s.temperature,
-            max_completion_length=s.max_completion_length,
-            chunk_size=t.logprob_chunk_size,
-        ),
+        train_step=build_train_step(config, decoder, method, optimizer, mesh, shardings),
         batch_logprobs=make_batch_logprobs(
             decoder,
             mesh,
@@ -267,6 +236,58 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         watchdog=Watchdog(config.limits.stuck_after_secs),
     )
     return parts, state
+
+
+def build_method(config: Config) -> Method:
+    m = config.method
+    return make_method(
+        m.name,
+        preset=m.preset,
+        alpha=m.alpha,
+        expert_weight=m.expert_weight,
+        normalizer=m.normalizer,
+        clip_low=m.clip_low,
+        clip_high=m.clip_high,
+        kl_weight=m.kl_weight,
+    )
+
+
+def build_optimizer(config: Config) -> optax.GradientTransformation:
+    t = config.train
+    return make_optimizer(
+        learning_rate=t.learning_rate,
+        warmup_steps=t.warmup_steps * t.num_iterations,  # the optimiser counts updates
+        num_steps=t.num_steps * t.num_iterations,
+        decay_start=t.decay_start,
+        final_learning_rate_ratio=t.final_learning_rate_ratio,
+        adam_b1=t.adam_b1,
+        adam_b2=t.adam_b2,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        name=t.optimizer,
+        muon_beta=t.muon_beta,
+    )
+
+
+def build_train_step(
+    config: Config,
+    decoder: DecoderConfig,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    shardings: TrainState,
+) -> TrainStep:
+    return make_train_step(
+        decoder,
+        method,
+        optimizer,
+        mesh,
+        shardings,
+        entropy_weight=config.method.entropy_weight,
+        temperature=config.sampling.temperature,
+        max_completion_length=config.sampling.max_completion_length,
+        chunk_size=config.train.logprob_chunk_size,
+    )
 
 
 def run(parts: Parts, state: TrainState, folder: Path) -> int:
@@ -411,7 +432,7 @@ def train_one_step(
         step=step,
         params=SamplingParams(config.sampling.temperature),
     )
-    parts.engine.release_weights()
+    parts.engine.release()
     groups = share_rollouts(mine, problems)
     check_verdicts(groups, step, max_error_rate=config.rewards.max_error_rate)
     sampled, engine_did = time.perf_counter(), parts.engine.counters - before

@@ -31,12 +31,12 @@ class Piece(NamedTuple):
 
 
 class PieceBatch(NamedTuple):
-    """Up to U pieces of at most T tokens; arrays for `prefill`."""
+    """Up to U pieces of at most T tokens; arrays for `prefill`, or in their place their shapes."""
 
-    rows: np.ndarray  # int32 [U]
-    starts: np.ndarray  # int32 [U]
-    token_ids: np.ndarray  # int32 [U, T]
-    lens: np.ndarray  # int32 [U]; 0 for none
+    rows: Any  # int32 [U]
+    starts: Any  # int32 [U]
+    token_ids: Any  # int32 [U, T]
+    lens: Any  # int32 [U]; 0 for none
 
 
 class Found(NamedTuple):

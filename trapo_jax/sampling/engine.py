@@ -111,7 +111,7 @@ class JaxEngine:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory for keys and values on each device; allocated at the start."""
+        """Memory for keys and values on each device, held from an update of the weights to `release`."""
         return self._replicas[0].cache_bytes
 
     def budget(self, request: RolloutRequest) -> int:
@@ -128,10 +128,10 @@ class JaxEngine:
         self.version = version
         self._home.clear()
 
-    def release_weights(self) -> None:
-        """Lets go of the weights until the next update: their memory is the training step's."""
+    def release(self) -> None:
+        """Lets go of the weights and the cache until the next update: their memory is the training step's."""
         for replica in self._replicas:
-            replica.update_weights(None)
+            replica.release()
 
     def submit(
         self, requests: Sequence[RolloutRequest], *, step: int, params: SamplingParams
@@ -192,10 +192,7 @@ def _place(params: Any, shardings: Any, config: DecoderConfig) -> Any:
     Shared with the caller where they are so already.
     """
 
-    def dtype(path, x):
-        return x.dtype if path[-1].key.endswith("norm") else config.dtype
-
-    dtypes = jax.tree_util.tree_map_with_path(dtype, params)
+    dtypes = sampling_dtypes(params, config)
     is_there = lambda x, sharding, dtype: (
         isinstance(x, jax.Array)
         and x.dtype == dtype
@@ -205,6 +202,15 @@ def _place(params: Any, shardings: Any, config: DecoderConfig) -> Any:
         return jax.device_put(params, shardings)
     cast = lambda params: jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
     return jax.jit(cast, out_shardings=shardings)(params)
+
+
+def sampling_dtypes(params: Any, config: DecoderConfig) -> Any:
+    """What each of the weights is sampled in: matrices as the matmuls want them, the norms' scales as they are."""
+
+    def dtype(path, x):
+        return x.dtype if path[-1].key.endswith("norm") else config.dtype
+
+    return jax.tree_util.tree_map_with_path(dtype, params)
 
 
 def _view(x: jax.Array, mesh: Mesh) -> jax.Array:

@@ -118,17 +118,18 @@ class Replica:
         self._table = ContextTable(num_contexts)
         self._cached_lens = np.zeros(num_slots, np.int32)  # as on the device
         self._free = list(range(num_slots))  # a heap: the lowest is taken first
-        capacity = max_prompt_length + max_completion_length
-        self._contexts, self._slots = jax.jit(
-            lambda: empty_state(
-                config,
-                num_contexts=num_contexts,
-                num_slots=num_slots,
-                cache_len=capacity,
-                max_new=max_completion_length,
-            ),
-            out_shardings=state_shardings(mesh),
-        )()
+        self._capacity = capacity = max_prompt_length + max_completion_length
+        init = lambda: empty_state(
+            config,
+            num_contexts=num_contexts,
+            num_slots=num_slots,
+            cache_len=capacity,
+            max_new=max_completion_length,
+        )
+        self._init = jax.jit(init, out_shardings=state_shardings(mesh))
+        self._shapes = jax.eval_shape(init)
+        self._contexts: Any = None
+        self._slots: Any = None
         self._programs = make_programs(
             config,
             mesh,
@@ -152,17 +153,20 @@ class Replica:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory for keys and values on each of its devices; allocated at the start."""
-        held = sum(x.nbytes for x in jax.tree.leaves((self._contexts, self._slots.cache)))
-        return held // self.mesh.size
+        """Memory for keys and values on each of its devices."""
+        contexts, slots = self._shapes
+        leaves = jax.tree.leaves((contexts, slots.cache))
+        return sum(x.size * x.dtype.itemsize for x in leaves) // self.mesh.size
 
     def update_weights(self, params: Any) -> None:
-        """Samples from these weights, which lie on its devices (None: lets go of those it has).
-
-        Nothing cached of the old ones is used.
-        """
+        """Samples from these weights, which lie on its devices; nothing cached of the old ones is used."""
+        if self._contexts is None:
+            self._contexts, self._slots = self._init()
         self._params = params
         self._table.clear()
+
+    def release(self) -> None:
+        self._params = self._contexts = self._slots = None
 
     def submit(self, waiting: Waiting) -> None:
         self._waiting.append(waiting)
@@ -194,9 +198,7 @@ class Replica:
         num_slots = _rounded_slots(max(self._running) + 1)
         return {
             "num_slots": min(len(self._cached_lens), num_slots),
-            "view_len": min(
-                self._slots.cache.keys.shape[-1], power_of_2(max(SHORTEST_VIEW, longest))
-            ),
+            "view_len": min(self._capacity, power_of_2(max(SHORTEST_VIEW, longest))),
         }
 
     def _close_ranks(self) -> None:
@@ -299,13 +301,12 @@ class Replica:
         """Copies contexts to slots and sets these going. Shapes are fixed but for the length copied."""
         for start in starting:
             self._cached_lens[start.slot] = start.cached_len
-        num_slots = self._slots.active.shape[0]
+        num_slots = len(self._cached_lens)
         num_idle = num_slots - len(starting)
         # Its slot is out of range: dropped.
         nobody = Starting(num_slots, 0, 0, 1, 1.0, 1.0, 0, 0, 0, 0)
         columns = zip(*starting, *[nobody] * num_idle, strict=True)
         arrays = (np.asarray(c, dtype) for c, dtype in zip(columns, STARTING_DTYPES, strict=True))
-        capacity = self._contexts.keys.shape[-1]
         longest = max(SHORTEST_COPY, *(s.cached_len for s in starting))
         self._slots = self._programs.start_slots(
             self._slots,
@@ -314,7 +315,7 @@ class Replica:
             np.int32(len(starting)),
             self._seed,
             Starting(*arrays),
-            copied_len=min(capacity, power_of_2(longest)),
+            copied_len=min(self._capacity, power_of_2(longest)),
         )
 
 

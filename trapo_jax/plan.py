@@ -1,0 +1,453 @@
+"""What a run would need and reach on devices that are not here.
+
+    python -m trapo_jax.plan --config FILE --topology v5p:2x2x4 [--topology v5e:4x4 ...] [--json] [FIELD=VALUE ...]
+
+Compiles the real train step, prefill and decode step ahead of time, for a TPU topology (extra `tpu`; no TPU is
+needed) or for so many forced host devices (`cpu:8`), and holds what they take against the chips' memory and
+published peaks. Of the model only its config.json is read.
+
+The times are bounds, not forecasts: what the FLOPs, the memory traffic or the collectives alone would take at the
+published peak. The train step is planned with every row full.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+from trapo_jax.checkpoint import abstract_like
+from trapo_jax.config import Config, load_config, parse_command_line
+from trapo_jax.metrics import fail
+from trapo_jax.models import DecoderConfig, abstract_params, find_model, read_config
+from trapo_jax.program_cost import Traffic, matmul_flops, traffic
+from trapo_jax.sampling.contexts import MAX_PIECE_ROWS, PieceBatch
+from trapo_jax.sampling.decode import empty_state, make_programs, state_shardings
+from trapo_jax.sampling.engine import SAMPLING_RULES, sampling_dtypes
+from trapo_jax.sharding import batch_sharding, make_mesh, num_batch_shards, param_shardings
+from trapo_jax.train import build_method, build_optimizer, build_train_step
+from trapo_jax.train_step import TrainState
+from trapo_jax.train_step import state_shardings as train_shardings
+from trapo_jax.types import TENSOR_AXIS, TrainBatch, UserError
+
+EXIT_USER_ERROR, EXIT_DOES_NOT_FIT = 2, 1
+GIB = 2**30
+# FLOPs of attention for a head, a pair of tokens and an entry of the head: two matmuls forward; of the flash kernel's
+# backward pass seven, as it computes the scores anew, twice; what is useful of these are four.
+FORWARD, KERNEL_BACKWARD, USEFUL_BACKWARD = 4, 14, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of a device.
+
+    Attributes:
+      memory: bytes.
+      flops: a second, bfloat16.
+      memory_bandwidth: bytes a second.
+      link_bandwidth: bytes a second, in one direction, of one link to a neighbour.
+      wraps: a dimension of the topology whose size is a multiple of this is a ring, another a line.
+    """
+
+    memory: float
+    flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    wraps: int
+
+
+# cloud.google.com/tpu/docs/v5e, /v5p, /v6e: a chip's interconnect bandwidth over its 4 (v5p: 6) links.
+CHIPS = {
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 50e9, wraps=16),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 100e9, wraps=4),
+    "v6e": Chip(32 * GIB, 918e12, 1600e9, 100e9, wraps=16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to plan for; `chip` is None for host devices, of which nothing is published."""
+
+    name: str
+    chip: Chip | None
+    dims: tuple[int, ...]
+    devices: Sequence[Any]
+
+    @property
+    def interconnect(self) -> float:
+        """Bytes a second that a device receives, at most; of a line the end has one link only."""
+        assert self.chip
+        links = sum(2 if n % self.chip.wraps == 0 else 1 for n in self.dims if n > 1)
+        return links * self.chip.link_bandwidth
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program, on one device.
+
+    Attributes:
+      name: what it is.
+      arguments, temporaries: bytes; results that take the place of arguments are not counted again.
+      flops: that it executes.
+      useful_flops: without what is computed anew to save memory.
+      traffic: bytes that it moves.
+      compile_secs: to compile it here.
+    """
+
+    name: str
+    arguments: float
+    temporaries: float
+    flops: float
+    useful_flops: float
+    traffic: Traffic
+    compile_secs: float
+
+    def bounds(self, topology: Topology) -> dict[str, float]:
+        """Seconds by what bounds it."""
+        chip = topology.chip
+        assert chip
+        return {
+            "compute": self.flops / chip.flops,
+            "memory": self.traffic.memory / chip.memory_bandwidth,
+            "interconnect": sum(self.traffic.collectives.values()) / topology.interconnect
+            if self.traffic.collectives
+            else 0.0,
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trapo_jax.plan",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="FIELD=VALUE replaces fields of the config, as in trapo_jax.train.",
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of the run; the defaults without it")
+    parser.add_argument(
+        "--topology",
+        action="append",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help="v5e:4x4, v5p:2x2x4, v6e:4x4 ..., or cpu:8 for host devices; may be given several times",
+    )
+    parser.add_argument("--json", action="store_true", help="one object on standard output instead")
+    parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE")
+    args = parser.parse_args(arguments)
+    console = Console(stderr=args.json, highlight=False, width=max(110, Console().width))
+    try:
+        config = load_config(args.config, parse_command_line(args.overrides)[1])
+        plans = []
+        for name in args.topology:
+            plans.append(make_plan(config, find_topology(name), console))
+            show_plan(plans[-1], console)
+        if len(plans) > 1:
+            show_comparison(plans, console)
+    except UserError as error:
+        return fail(str(error), EXIT_USER_ERROR)
+    if args.json:
+        print(json.dumps({"plans": plans}))
+    return 0 if all(plan["fits"] in (True, None) for plan in plans) else EXIT_DOES_NOT_FIT
+
+
+def find_topology(name: str) -> Topology:
+    """The devices of `CHIP:SHAPE`.
+
+    Raises:
+      UserError: if there is no such thing, or no compiler for it here.
+    """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if not found or found[1] not in {*CHIPS, "cpu"}:
+        raise UserError(f"--topology {name}: give {', '.join(CHIPS)} or cpu, a colon and a shape")
+    kind, dims = found[1], tuple(int(n) for n in found[2].split("x"))
+    if kind == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", math.prod(dims))
+        if jax.device_count() != math.prod(dims):
+            raise UserError(f"--topology {name}: one number of host devices a command")
+        return Topology(name, None, dims, jax.devices())
+    try:
+        described = topologies.get_topology_desc(name, platform="tpu")
+    except Exception as error:  # libtpu raises what it likes
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f'--topology {name}: no compiler for it ({reason}); pip install "trapo_jax[tpu]"'
+        ) from error
+    return Topology(name, CHIPS[kind], dims, described.devices)
+
+
+def make_plan(config: Config, topology: Topology, console: Console) -> dict[str, Any]:
+    """Compiles the programs of a run for the topology; plain data, sizes in bytes on one device."""
+    decoder = read_config(
+        find_model(config.model.path),
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        attention=config.model.attention,
+    )
+    if topology.chip and decoder.attention == "auto":  # auto looks at the devices that are here
+        divides = config.row_len % 128 == 0 and decoder.head_dim % 128 == 0
+        decoder = dataclasses.replace(decoder, attention="splash" if divides else "xla")
+    mesh = make_mesh(
+        data=config.mesh.data,
+        fsdp=config.mesh.fsdp,
+        tp=config.mesh.tp,
+        devices=topology.devices,
+    )
+    console.print(f"compiling for {topology.name}, mesh {dict(mesh.shape)} ...")
+    train = plan_train_step(config, decoder, mesh)
+    prefill, decode = plan_sampling(config, decoder, mesh)
+    programs = [train, prefill, decode]
+    state, sampler = train.arguments, decode.arguments
+    plan: dict[str, Any] = {
+        "topology": topology.name,
+        "mesh": dict(mesh.shape),
+        "num_params": sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(decoder))),
+        "attention": decoder.attention,
+        "row_len": config.row_len,
+        "programs": {p.name: dataclasses.asdict(p) for p in programs},
+        "training_bytes": state + train.temporaries,
+        "sampling_bytes": state + sampler + max(prefill.temporaries, decode.temporaries),
+        "fits": None,
+        "advice": [],
+    }
+    if topology.chip:
+        plan["memory"] = topology.chip.memory
+        needed = {name: plan[f"{name}_bytes"] for name in ("training", "sampling")}
+        plan["fits"] = max(needed.values()) <= topology.chip.memory
+        plan["advice"] = [
+            advice
+            for name, size in needed.items()
+            if size > topology.chip.memory
+            for advice in ADVICE[name]
+        ]
+        for program in programs:
+            bounds = program.bounds(topology)
+            plan["programs"][program.name] |= {
+                "bounds_secs": bounds,
+                "bound_by": max(bounds, key=bounds.__getitem__),
+                "mfu_bound": program.useful_flops / topology.chip.flops / max(bounds.values()),
+            }
+    return plan
+
+
+ADVICE = {
+    "training": (
+        "more devices along mesh.fsdp (parameters and optimizer)",
+        "model.remat=full, train.per_device_rows=1, smaller train.logprob_chunk_size (temporaries)",
+    ),
+    "sampling": (
+        "more devices along mesh.tp (weights and cache of a replica)",
+        "smaller sampling.num_slots, sampling.num_contexts or sampling.max_completion_length (cache)",
+    ),
+}
+
+
+def plan_train_step(config: Config, decoder: DecoderConfig, mesh: Mesh) -> Program:
+    """The train step on a batch of which every row is full."""
+    method, optimizer = build_method(config), build_optimizer(config)
+    params = abstract_params(decoder)
+    shardings = train_shardings(params, optimizer, mesh)
+    step = build_train_step(config, decoder, method, optimizer, mesh, shardings)
+    state = jax.eval_shape(
+        lambda p: TrainState(p, optimizer.init(p), jnp.int32(0), jnp.int32(0)), params
+    )
+    num_rows = config.train.per_device_rows * num_batch_shards(mesh)
+    num_rollouts = config.train.problems_per_step * method.group_size
+    num_micro_batches = -(-num_rollouts // num_rows)
+    batch = abstract_batch(num_micro_batches, num_rows, config.row_len, mesh)
+    tokens = num_micro_batches * num_rows * config.row_len
+    matrices = sum(
+        math.prod(x.shape)
+        for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
+        if len(x.shape) > 2 or path[-1].key == "unembedding"
+    )
+    if decoder.tied_embeddings:
+        matrices += decoder.width * decoder.vocab_size
+    pairs = decoder.num_layers * num_micro_batches * num_rows * config.row_len**2 / 2
+    per_pair = decoder.num_heads * decoder.head_dim * pairs
+    in_kernel = 0.0
+    if decoder.attention == "splash":
+        forwards = 2 if decoder.remat == "full" else 1
+        in_kernel = (forwards * FORWARD + KERNEL_BACKWARD) * per_pair
+    return compile_program(
+        "train step",
+        step,
+        (abstract_like(state, shardings), batch),
+        num_devices=mesh.size,
+        extra_flops=in_kernel,
+        useful_flops=6 * matrices * tokens + (FORWARD + USEFUL_BACKWARD) * per_pair,
+        unknown_trips=num_micro_batches,
+    )
+
+
+def plan_sampling(config: Config, decoder: DecoderConfig, mesh: Mesh) -> tuple[Program, Program]:
+    """Prefill of full pieces, and one decode step of all slots with all of the cache in view; of one replica."""
+    s = config.sampling
+    row = mesh.devices.reshape(-1, mesh.shape[TENSOR_AXIS])[0]
+    replica = Mesh(row, (TENSOR_AXIS,), axis_types=(AxisType.Auto,))
+    programs = make_programs(decoder, replica, segment_len=1, eos_ids=[0], with_truncation=False)
+    capacity = config.longest_rollout_len
+    shapes = jax.eval_shape(
+        lambda: empty_state(
+            decoder,
+            num_contexts=s.num_contexts,
+            num_slots=s.num_slots,
+            cache_len=capacity,
+            max_new=s.max_completion_length,
+        )
+    )
+    contexts, slots = abstract_like(shapes, state_shardings(replica))
+    params = abstract_params(decoder)
+    params = jax.tree.map(
+        lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype),
+        params,
+        sampling_dtypes(params, decoder),
+    )
+    params = abstract_like(params, param_shardings(params, replica, SAMPLING_RULES))
+    num_rows = min(MAX_PIECE_ROWS, max(1, s.prefill_tokens // 512))
+    length = s.prefill_tokens // num_rows
+    everywhere = NamedSharding(replica, P())
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
+    pieces = PieceBatch(ints(num_rows), ints(num_rows), ints(num_rows, length), ints(num_rows))
+    prefill = compile_program(
+        "prefill", programs.prefill, (params, contexts, pieces), num_devices=replica.size
+    )
+    decode = compile_program(
+        "decode step",
+        programs.decode_segment,
+        (params, slots),
+        {"num_slots": s.num_slots, "view_len": capacity},
+        num_devices=replica.size,
+    )
+    held = sum(device_bytes(x) for x in jax.tree.leaves(contexts))
+    return prefill, dataclasses.replace(decode, arguments=decode.arguments + held)
+
+
+def compile_program(
+    name: str,
+    jitted: Any,
+    arguments: tuple,
+    options: dict[str, Any] | None = None,
+    *,
+    num_devices: int,
+    extra_flops: float = 0.0,
+    useful_flops: float | None = None,
+    unknown_trips: int = 1,
+) -> Program:
+    """Compiles for where the arguments lie.
+
+    Args:
+      extra_flops: of kernels, over all devices.
+      useful_flops: over all devices; None for all that are executed.
+      unknown_trips: of loops whose length is data.
+    """
+    traced = jitted.trace(*arguments, **(options or {}))
+    started = time.monotonic()
+    compiled = traced.lower().compile()
+    seconds = time.monotonic() - started
+    memory: Any = compiled.memory_analysis()
+    flops = matmul_flops(traced.jaxpr, unknown_trips=unknown_trips) + extra_flops
+    return Program(
+        name=name,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes
+        + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+        flops=flops / num_devices,
+        useful_flops=(flops if useful_flops is None else useful_flops) / num_devices,
+        traffic=traffic(compiled.as_text() or "", unknown_trips=unknown_trips),
+        compile_secs=seconds,
+    )
+
+
+def abstract_batch(num_micro_batches: int, num_rows: int, row_len: int, mesh: Mesh) -> TrainBatch:
+    rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, P())
+    array = lambda dtype: jax.ShapeDtypeStruct(
+        (num_micro_batches, num_rows, row_len), dtype, sharding=rows
+    )
+    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
+    ints, floats = array(jnp.int32), array(jnp.float32)
+    return TrainBatch(
+        token_ids=ints,
+        positions=ints,
+        segment_ids=ints,
+        kinds=array(jnp.int8),
+        advantages=floats,
+        sampler_logprobs=floats,
+        num_rollouts=scalar(jnp.float32),
+        num_micro_batches=scalar(jnp.int32),
+    )
+
+
+def device_bytes(x: jax.ShapeDtypeStruct) -> float:
+    assert x.sharding is not None
+    return math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+
+
+def show_plan(plan: dict[str, Any], console: Console) -> None:
+    title = (
+        f"{plan['topology']}, mesh {plan['mesh']}: {plan['num_params'] / 1e9:.2f}B parameters, rows of "
+        f"{plan['row_len']} tokens, attention {plan['attention']}; on one device"
+    )
+    table = Table(title=title, title_justify="left")
+    columns = ("", "arguments", "temporaries", "FLOPs", "memory", "collectives", "bound", "MFU <=")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for name, p in plan["programs"].items():
+        moved = p["traffic"]["collectives"]
+        bounds = p.get("bounds_secs")
+        table.add_row(
+            name,
+            f"{p['arguments'] / GIB:.2f} GiB",
+            f"{p['temporaries'] / GIB:.2f} GiB",
+            f"{p['flops']:.3g}",
+            f"{p['traffic']['memory'] / GIB:,.1f} GiB",
+            "\n".join(f"{kind} {size / GIB:,.2f} GiB" for kind, size in moved.items()) or "none",
+            "\n".join(f"{kind} {seconds:.3g} s" for kind, seconds in bounds.items())
+            if bounds
+            else "",
+            f"{p['mfu_bound']:.0%}" if bounds else "",
+        )
+    console.print(table)
+    for phase in ("training", "sampling"):
+        size = plan[f"{phase}_bytes"]
+        of = f" of {plan['memory'] / GIB:.0f} GiB" if "memory" in plan else ""
+        console.print(f"{phase}: {size / GIB:.2f}{of or ' GiB'}")
+    for advice in plan["advice"]:
+        console.print(f"does not fit; try {advice}")
+
+
+def show_comparison(plans: Sequence[dict[str, Any]], console: Console) -> None:
+    table = Table(title="compared", title_justify="left")
+    for i, column in enumerate(
+        ("topology", "fits", "training", "sampling", "train step >=", "bound by", "MFU <=")
+    ):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for plan in plans:
+        step = plan["programs"]["train step"]
+        bounds = step.get("bounds_secs")
+        table.add_row(
+            plan["topology"],
+            {True: "yes", False: "no", None: "?"}[plan["fits"]],
+            f"{plan['training_bytes'] / GIB:.1f} GiB",
+            f"{plan['sampling_bytes'] / GIB:.1f} GiB",
+            f"{max(bounds.values()):.1f} s" if bounds else "",
+            step.get("bound_by", ""),
+            f"{step['mfu_bound']:.0%}" if bounds else "",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
