@@ -191,7 +191,7 @@ class TrainConfig(_Section):
     max_skipped_steps: Positive = 5
     """Stop after this many steps in a row with a non-finite loss or gradient."""
     logprob_chunk_size: Positive = 4096
-    """Tokens whose logits are held at once."""
+    """Tokens whose logits are held at once, on each device."""
 
 
 class EvaluationConfig(_Section):

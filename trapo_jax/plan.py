@@ -2,7 +2,7 @@
 
     python -m trapo_jax.plan --config FILE --topology v5p:2x2x4 [--topology v5e:4x4 ...] [--json] [FIELD=VALUE ...]
 
-Compiles the real train step, prefill and decode step ahead of time, for a TPU topology (extra `tpu`; no TPU is
+Compiles the real train step, prefill and decode segment ahead of time, for a TPU topology (extra `tpu`; no TPU is
 needed) or for so many forced host devices (`cpu:8`), and holds what they take against the chips' memory and
 published peaks. Of the model only its config.json is read.
 
@@ -12,12 +12,14 @@ published peak. The train step is planned with every row full.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
+import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,13 @@ from trapo_jax.types import TENSOR_AXIS, TrainBatch, UserError
 
 EXIT_USER_ERROR, EXIT_DOES_NOT_FIT = 2, 1
 GIB = 2**30
+# libtpu compiles only: it need not look for a machine around it, nor for other processes at its TPU.
+WITHOUT_A_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 # FLOPs of attention for a head, a pair of tokens and an entry of the head: two matmuls forward; of the flash kernel's
 # backward pass seven, as it computes the scores anew, twice; what is useful of these are four.
 FORWARD, KERNEL_BACKWARD, USEFUL_BACKWARD = 4, 14, 8
@@ -178,13 +187,14 @@ def find_topology(name: str) -> Topology:
         if jax.device_count() != math.prod(dims):
             raise UserError(f"--topology {name}: one number of host devices a command")
         return Topology(name, None, dims, jax.devices())
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f'--topology {name}: no compiler for it; pip install "trapo_jax[tpu]"')
+    os.environ.update(WITHOUT_A_TPU)
     try:
         described = topologies.get_topology_desc(name, platform="tpu")
     except Exception as error:  # libtpu raises what it likes
         reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f'--topology {name}: no compiler for it ({reason}); pip install "trapo_jax[tpu]"'
-        ) from error
+        raise UserError(f"--topology {name}: libtpu knows no such topology ({reason})") from error
     return Topology(name, CHIPS[kind], dims, described.devices)
 
 
@@ -271,7 +281,7 @@ def plan_train_step(config: Config, decoder: DecoderConfig, mesh: Mesh) -> Progr
     matrices = sum(
         math.prod(x.shape)
         for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
-        if len(x.shape) > 2 or path[-1].key == "unembedding"
+        if (len(x.shape) > 2 and not path[-1].key.endswith("bias")) or path[-1].key == "unembedding"
     )
     if decoder.tied_embeddings:
         matrices += decoder.width * decoder.vocab_size
@@ -293,11 +303,13 @@ def plan_train_step(config: Config, decoder: DecoderConfig, mesh: Mesh) -> Progr
 
 
 def plan_sampling(config: Config, decoder: DecoderConfig, mesh: Mesh) -> tuple[Program, Program]:
-    """Prefill of full pieces, and one decode step of all slots with all of the cache in view; of one replica."""
+    """Prefill of full pieces, and a segment of decoding, all slots and all of the cache in view; of one replica."""
     s = config.sampling
     row = mesh.devices.reshape(-1, mesh.shape[TENSOR_AXIS])[0]
     replica = Mesh(row, (TENSOR_AXIS,), axis_types=(AxisType.Auto,))
-    programs = make_programs(decoder, replica, segment_len=1, eos_ids=[0], with_truncation=False)
+    programs = make_programs(
+        decoder, replica, segment_len=s.segment_len, eos_ids=[0], with_truncation=False
+    )
     capacity = config.longest_rollout_len
     shapes = jax.eval_shape(
         lambda: empty_state(
@@ -325,11 +337,12 @@ def plan_sampling(config: Config, decoder: DecoderConfig, mesh: Mesh) -> tuple[P
         "prefill", programs.prefill, (params, contexts, pieces), num_devices=replica.size
     )
     decode = compile_program(
-        "decode step",
+        f"decode {s.segment_len} tokens",
         programs.decode_segment,
         (params, slots),
         {"num_slots": s.num_slots, "view_len": capacity},
         num_devices=replica.size,
+        unknown_trips=s.segment_len,
     )
     held = sum(device_bytes(x) for x in jax.tree.leaves(contexts))
     return prefill, dataclasses.replace(decode, arguments=decode.arguments + held)
@@ -400,25 +413,28 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
         f"{plan['topology']}, mesh {plan['mesh']}: {plan['num_params'] / 1e9:.2f}B parameters, rows of "
         f"{plan['row_len']} tokens, attention {plan['attention']}; on one device"
     )
+    programs = plan["programs"]
     table = Table(title=title, title_justify="left")
-    columns = ("", "arguments", "temporaries", "FLOPs", "memory", "collectives", "bound", "MFU <=")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for name, p in plan["programs"].items():
-        moved = p["traffic"]["collectives"]
-        bounds = p.get("bounds_secs")
-        table.add_row(
-            name,
-            f"{p['arguments'] / GIB:.2f} GiB",
-            f"{p['temporaries'] / GIB:.2f} GiB",
-            f"{p['flops']:.3g}",
-            f"{p['traffic']['memory'] / GIB:,.1f} GiB",
-            "\n".join(f"{kind} {size / GIB:,.2f} GiB" for kind, size in moved.items()) or "none",
-            "\n".join(f"{kind} {seconds:.3g} s" for kind, seconds in bounds.items())
-            if bounds
-            else "",
-            f"{p['mfu_bound']:.0%}" if bounds else "",
-        )
+    table.add_column("")
+    for name in programs:
+        table.add_column(name, justify="right")
+
+    def row(name: str, text: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(name, *(text(p) for p in programs.values()))
+
+    row("arguments", lambda p: f"{p['arguments'] / GIB:,.2f} GiB")
+    row("temporaries", lambda p: f"{p['temporaries'] / GIB:,.2f} GiB")
+    row("FLOPs", lambda p: f"{p['flops']:.3g}")
+    row("memory traffic", lambda p: f"{p['traffic']['memory'] / GIB:,.1f} GiB")
+    for kind in sorted({k for p in programs.values() for k in p["traffic"]["collectives"]}):
+        moved = lambda p, kind=kind: p["traffic"]["collectives"].get(kind, 0.0)
+        row(kind, lambda p, moved=moved: f"{moved(p) / GIB:,.2f} GiB" if moved(p) else "")
+    if "memory" in plan:
+        for kind in ("compute", "memory", "interconnect"):
+            row(f"{kind} alone", lambda p, kind=kind: f"{p['bounds_secs'][kind]:.3g} s")
+        row("bound by", lambda p: p["bound_by"])
+        row("MFU at most", lambda p: f"{p['mfu_bound']:.0%}")
+    row("compiled in", lambda p: f"{p['compile_secs']:.0f} s")
     console.print(table)
     for phase in ("training", "sampling"):
         size = plan[f"{phase}_bytes"]

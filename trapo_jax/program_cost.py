@@ -7,7 +7,7 @@ traced program (before the compiler fuses them), memory traffic and collectives 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 BYTES = {
@@ -16,7 +16,7 @@ BYTES = {
     **dict.fromkeys(("f32", "s32", "u32"), 4),
     **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
 }
-COLLECTIVES = (
+COLLECTIVES: tuple[str, ...] = (
     "all-gather",
     "all-reduce",
     "reduce-scatter",
@@ -48,10 +48,17 @@ NO_TRAFFIC = frozenset(
         "copy-done",
     ]
 )
+VIEWS = ("bitcast", "copy", "reshape")
+UPDATE_OPERAND = {"dynamic-update-slice": 1, "scatter": 2}  # written into operand 0, in place
 
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+INDEX = re.compile(r"index=(\d+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+CHANNEL = re.compile(r"channel_id=(\d+)")
+# One collective, cut into pieces that run beside the rounds of a loop: start, pieces and end all show it whole.
+CHAINED = 'chain_id="'
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -127,55 +134,78 @@ def traffic(hlo_text: str, *, unknown_trips: int = 1) -> Traffic:
       unknown_trips: of loops whose length is data.
     """
     computations, entry = _parse(hlo_text)
-    memory = _Fold(computations, unknown_trips, lambda body: _memory_bytes(body, computations))
-    kinds = {
-        kind: _Fold(
-            computations,
-            unknown_trips,
-            lambda body, kind=kind: _collective_bytes(body, kind),
-            into_fusions=True,
-        )(entry)
-        for kind in COLLECTIVES
-    }
-    return Traffic(memory(entry), {kind: total for kind, total in kinds.items() if total})
+    calls = _Calls(computations, unknown_trips)
+    calls.follow(entry, times=1, in_fusion=False)
+    memory, collectives = 0.0, dict.fromkeys(COLLECTIVES, 0.0)
+    pieces: dict[str, tuple[int, str, float]] = {}  # of a collective cut up by its channel
+    for (name, in_fusion), times in calls.times.items():
+        body = computations[name]
+        memory += 0.0 if in_fusion else times * _memory_bytes(body, computations)
+        for instruction in body:
+            kind = instruction.op.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            size = _collective_bytes(instruction, body)
+            if CHAINED not in instruction.rest:
+                collectives[kind] += times * size
+                continue
+            channel = CHANNEL.findall(instruction.rest)[0]
+            fewest = min(times, pieces.get(channel, (times, "", 0.0))[0])
+            pieces[channel] = (fewest, kind, size)
+    for times, kind, size in pieces.values():
+        collectives[kind] += times * size
+    return Traffic(memory, {kind: total for kind, total in collectives.items() if total})
 
 
-class _Fold:
-    """Sums `own` over a computation and what it calls, loops by their trips."""
+class _Calls:
+    """How often each computation runs; loops count by their trips.
 
-    def __init__(
-        self,
-        computations: dict[str, list[_Instruction]],
-        unknown_trips: int,
-        own: Callable[[list[_Instruction]], float],
-        *,
-        into_fusions: bool = False,
-    ):
+    Attributes:
+      times: by name, and whether it is part of a fusion.
+    """
+
+    def __init__(self, computations: dict[str, list[_Instruction]], unknown_trips: int):
+        self.times: dict[tuple[str, bool], int] = {}
         self._computations = computations
         self._unknown_trips = unknown_trips
-        self._own = own
-        self._into_fusions = into_fusions
-        self._known: dict[str, float] = {}
 
-    def __call__(self, name: str) -> float:
-        if name not in self._known:
-            body = self._computations.get(name, [])
-            self._known[name] = self._own(body) + sum(map(self._called, body))
-        return self._known[name]
+    def follow(self, name: str, *, times: int, in_fusion: bool) -> None:
+        """Counts a computation that runs so many more times, and all it calls."""
+        if name not in self._computations:
+            return
+        self.times[name, in_fusion] = self.times.get((name, in_fusion), 0) + times
+        for i in self._computations[name]:
+            if i.op not in ("while", "call", "conditional", "fusion", "async-start"):
+                continue  # reductions and the like call a scalar function
+            trips = self._trips(i) if i.op == "while" else 1
+            names = CALLED.findall(i.rest)
+            for branches in BRANCHES.findall(i.rest):
+                names += [branch.strip().lstrip("%") for branch in branches.split(",")]
+            for called in names:
+                self.follow(called, times=times * trips, in_fusion=in_fusion or i.op == "fusion")
 
-    def _called(self, instruction: _Instruction) -> float:
-        if instruction.op == "fusion" and not self._into_fusions:
-            return 0.0
-        if instruction.op not in ("while", "call", "conditional", "fusion", "async-start"):
-            return 0.0  # reductions and the like call a scalar function
-        found = TRIPS.search(instruction.rest)
-        trips = 1
-        if instruction.op == "while":
-            trips = int(found[1]) if found else self._unknown_trips
-        names = CALLED.findall(instruction.rest)
-        for branches in BRANCHES.findall(instruction.rest):
-            names += [branch.strip().lstrip("%") for branch in branches.split(",")]
-        return trips * sum(map(self, names))
+    def _trips(self, loop: _Instruction) -> int:
+        """As the compiler says, or from a condition that compares a counter with a constant."""
+        if found := TRIPS.search(loop.rest):
+            return int(found[1])
+        ((condition, body),) = LOOP.findall(loop.rest)
+        inside = {i.name: i for i in self._computations.get(condition, [])}
+        for i in inside.values():
+            if i.op != "compare" or "direction=LT" not in i.rest:
+                continue
+            counter, limit = (inside[name] for name in i.operands)
+            if limit.op == "constant" and (index := INDEX.search(counter.rest)):
+                return -(-int(limit.arguments) // self._stride(body, int(index[1])))
+        return self._unknown_trips
+
+    def _stride(self, body: str, index: int) -> int:
+        """What is added to the loop's `index`-th value in a round; unrolled loops add more than 1."""
+        instructions = self._computations.get(body, [])
+        inside = {i.name: i for i in instructions}
+        step = inside.get(instructions[-1].operands[index])
+        constants = [inside[n] for n in step.operands if n in inside] if step else []
+        values = [int(i.arguments) for i in constants if i.op == "constant"]
+        return values[0] if step and step.op == "add" and len(values) == 1 else 1
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -226,18 +256,13 @@ def _all_bytes_of(type_: str) -> float:
     return _bytes_of(re.sub(r"\{[^}]*\}", "", type_))
 
 
-def _collective_bytes(body: list[_Instruction], kind: str) -> float:
-    """What the collectives of a computation bring: the size of the larger of operand and result."""
-    types = {i.name: i.type for i in body}
-    total = 0.0
-    for i in body:
-        if i.op in (kind, f"{kind}-start"):
-            arrays = [*ARRAY.finditer(i.type)]
-            result = max((_all_bytes_of(m[0]) for m in arrays), default=0.0)
-            result = _all_bytes_of(i.type) if i.op == kind else result
-            operands = sum(_all_bytes_of(types.get(name, "")) for name in i.operands)
-            total += max(result, operands)
-    return total
+def _collective_bytes(i: _Instruction, body: list[_Instruction]) -> float:
+    """What a collective brings: the size of the larger of operand and result."""
+    sizes = [_all_bytes_of(array[0]) for array in ARRAY.finditer(i.type)]
+    # The type of a start names the operand, too.
+    result = max(sizes, default=0.0) if i.op.endswith("-start") else sum(sizes)
+    operands = sum(_all_bytes_of(o.type) for o in body if o.name in i.operands)
+    return max(result, operands)
 
 
 def _memory_bytes(body: list[_Instruction], computations: dict[str, list[_Instruction]]) -> float:
@@ -248,40 +273,65 @@ def _memory_bytes(body: list[_Instruction], computations: dict[str, list[_Instru
             continue
         if i.op == "dynamic-slice":
             total += 2 * _bytes_of(i.type)
-        elif i.op == "dynamic-update-slice":
-            total += 2 * _bytes_of(types.get(i.operands[1], ""))
+        elif i.op in UPDATE_OPERAND:
+            total += 2 * _bytes_of(types.get(i.operands[UPDATE_OPERAND[i.op]], ""))
         elif i.op == "fusion":
-            (called,) = CALLED.findall(i.rest)[:1]
-            total += _fusion_bytes(i, types, computations.get(called, []))
+            total += _fusion_bytes(i, types, computations)
         else:
-            total += _bytes_of(i.type) + sum(_bytes_of(types.get(n, "")) for n in i.operands)
+            arrays = [_bytes_of(array[0]) for array in ARRAY.finditer(i.type)]
+            # The type of a start names the operand, too.
+            total += max(arrays, default=0.0) if i.op.endswith("-start") else sum(arrays)
+            total += sum(_bytes_of(types.get(n, "")) for n in i.operands)
     return total
 
 
-def _fusion_bytes(fusion: _Instruction, types: dict[str, str], inside: list[_Instruction]) -> float:
-    """A fusion's operands and result; of an operand that it only slices, the slices; of one that it updates, these."""
+def _fusion_bytes(
+    fusion: _Instruction, types: dict[str, str], computations: dict[str, list[_Instruction]]
+) -> float:
+    """A fusion's operands and result; of an operand that it only slices, the slices; of one that it updates, these.
+
+    What it only hands on, such as the buffers of a collective that runs beside it, is not touched.
+    """
+    (called, *_) = CALLED.findall(fusion.rest)
+    inside = computations[called]
     inner_types = {i.name: i.type for i in inside}
-    parameters = {int(i.arguments): i.name for i in inside if i.op == "parameter"}
-    aliases: dict[str, str] = {}
-    for i in inside:  # what is only another view of a parameter
-        if i.op in ("bitcast", "copy", "reshape") and i.operands:
-            aliases[i.name] = aliases.get(i.operands[0], i.operands[0])
-    total, updated = 0.0, 0.0
+    reads, updates = 0.0, 0.0
     for number, operand in enumerate(fusion.operands):
-        name = parameters.get(number, "")
-        users = [
-            i
-            for i in inside
-            if i.op not in ("bitcast", "copy", "reshape")
-            and name in [aliases.get(o, o) for o in i.operands]
-        ]
-        if users and all(i.op == "dynamic-slice" for i in users):
-            total += sum(_bytes_of(i.type) for i in users)
-        elif users and all(
-            i.op == "dynamic-update-slice" and aliases.get(i.operands[0], i.operands[0]) == name
-            for i in users
-        ):
-            updated += sum(2 * _bytes_of(inner_types.get(i.operands[1], "")) for i in users)
+        read, updated = _parameter_bytes(called, number, types.get(operand, ""), computations)
+        reads, updates = reads + read, updates + updated
+    if updates:
+        return reads + updates
+    root = inside[-1]
+    if root.op != "tuple":
+        return reads + _bytes_of(fusion.type)
+    handed_on = {i.name for i in inside if i.op == "parameter" or CHAINED in i.rest}
+    return reads + sum(_bytes_of(inner_types[n]) for n in root.operands if n not in handed_on)
+
+
+def _parameter_bytes(
+    name: str, number: int, type_: str, computations: dict[str, list[_Instruction]]
+) -> tuple[float, float]:
+    """Of the `number`-th parameter of a fused computation: bytes read, and bytes read and written in place."""
+    inside = computations[name]
+    types = {i.name: i.type for i in inside}
+    (own,) = [i.name for i in inside if i.op == "parameter" and int(i.arguments) == number]
+    views = {own}  # the parameter, seen otherwise
+    reads, updates = 0.0, 0.0
+    for i in inside:
+        if not views & set(i.operands) or CHAINED in i.rest or i.op == "tuple":
+            continue
+        if i.op in VIEWS:
+            views.add(i.name)
+        elif i.op == "dynamic-slice" and i.operands[0] in views:
+            reads += _bytes_of(i.type)
+        elif i.op in UPDATE_OPERAND and i.operands[0] in views:
+            updates += 2 * _bytes_of(types.get(i.operands[UPDATE_OPERAND[i.op]], ""))
+        elif i.op == "fusion":
+            (called, *_) = CALLED.findall(i.rest)
+            for inner, operand in enumerate(i.operands):
+                if operand in views:
+                    read, updated = _parameter_bytes(called, inner, type_, computations)
+                    reads, updates = reads + read, updates + updated
         else:
-            total += _bytes_of(types.get(operand, ""))
-    return total + (updated or _bytes_of(fusion.type))
+            reads += _bytes_of(type_)
+    return min(reads, _bytes_of(type_)), updates

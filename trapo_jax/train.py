@@ -230,7 +230,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
             mesh,
             shardings.params,
             temperature=s.temperature,
-            chunk_size=t.logprob_chunk_size,
+            chunk_size=t.logprob_chunk_size * num_batch_shards(mesh),
         ),
         ref_params=load() if method.needs_reference else None,
         watchdog=Watchdog(config.limits.stuck_after_secs),
@@ -286,7 +286,7 @@ def build_train_step(
         entropy_weight=config.method.entropy_weight,
         temperature=config.sampling.temperature,
         max_completion_length=config.sampling.max_completion_length,
-        chunk_size=config.train.logprob_chunk_size,
+        chunk_size=config.train.logprob_chunk_size * num_batch_shards(mesh),
     )
 
 

@@ -140,7 +140,7 @@ def make_train_step(
       entropy_weight: of the bonus on the mean entropy at own tokens.
       temperature: of the distribution that was sampled from and is trained.
       max_completion_length: L of the constant normalisers, in tokens.
-      chunk_size: tokens whose logits are held at once.
+      chunk_size: tokens whose logits are held at once, over all devices.
     """
 
     def objective(params, batch: TrainBatch, weights):

@@ -1,0 +1,109 @@
+"""`trapo_jax.plan`: the real programs, compiled for devices that are not here."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+
+from trapo_jax.plan import find_topology
+from trapo_jax.types import UserError
+
+from conftest import REPOSITORY, run_command  # isort: skip
+
+ARCHITECTURE = REPOSITORY / "configs" / "architectures" / "qwen2_5_math_7b"
+SMALL = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2048,
+}
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """The 7B model's architecture with fewer and smaller layers; heads of 128, as the TPU's kernel wants them."""
+    folder = tmp_path_factory.mktemp("small")
+    config = json.loads((ARCHITECTURE / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **SMALL}))
+    return folder
+
+
+def plan(model, topology, *arguments):
+    result = run_command(
+        "trapo_jax.plan",
+        *("--config", REPOSITORY / "configs" / "qwen2_5_math_7b_openr1.yaml", "--json"),
+        *("--topology", topology, f"model.path={model}"),
+        *("data.max_prompt_length=256", "sampling.max_completion_length=768"),
+        *("train.problems_per_step=4", "sampling.num_slots=4", "sampling.prefill_tokens=512"),
+        *arguments,
+    )
+    return result, (json.loads(result.stdout)["plans"][0] if result.stdout else None)
+
+
+def test_host_devices(small_model):
+    result, found = plan(small_model, "cpu:4", "mesh.tp=2")
+    assert result.returncode == 0, result.stderr
+    assert found["mesh"] == {"data": 1, "fsdp": 2, "tp": 2}
+    layer = 512 * 8 * 128 + 8 * 128 + 4 * 128 * 512 + 3 * 512 * 1024 + 2 * 512
+    num_params = 3 * layer + 2 * 2048 * 512 + 512
+    assert found["num_params"] == num_params
+    step = found["programs"]["train step"]
+    # Parameters and two moments in float32, split over four devices but for the norms; and the batch.
+    assert step["arguments"] == pytest.approx(12 * num_params / 4, rel=0.05)
+    matrices = num_params - 2048 * 512 - 3 * (2 * 512 + 8 * 128) - 512
+    tokens = 4 * 8 * 1024
+    pairs = 3 * tokens * 1024 / 2 * 4 * 128
+    assert step["useful_flops"] == pytest.approx((6 * matrices * tokens + 12 * pairs) / 4)
+    # Full remat: a forward pass more; and attention as whole squares, not triangles.
+    assert 8 / 6 * 0.9 < step["flops"] / step["useful_flops"] < 8 / 6 * 1.6
+    assert step["traffic"]["collectives"]["all-gather"] > 0
+    assert found["fits"] is None  # nothing is published of this machine
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)"
+)
+def test_a_tpu_topology(small_model):
+    result, found = plan(small_model, "v5e:2x2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    assert found["fits"] is True
+    assert found["attention"] == "splash"
+    step = found["programs"]["train step"]
+    scores = 4 * 1024 * 1024 * 4  # of one row's heads, in float32
+    assert step["temporaries"] < 16 * scores + 2**25  # three layers would keep 12 of them
+    gathered = (
+        2 * found["num_params"] * 8 * 3
+    )  # bfloat16, each of eight micro-batches, three passes
+    moved = sum(step["traffic"]["collectives"].values())
+    assert 0.5 * gathered < moved < 2 * gathered
+    assert 0 < step["mfu_bound"] < 1
+    assert set(step["bounds_secs"]) == {"compute", "memory", "interconnect"}
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2xa", "v5p:", "gpu:8"])
+def test_a_topology_that_there_is_not(name):
+    with pytest.raises(UserError, match=f"--topology {name}: give v5e, v5p, v6e or cpu"):
+        find_topology(name)
+
+
+def test_a_mesh_that_does_not_fit_is_one_line(small_model):
+    result, _ = plan(small_model, "cpu:4", "mesh.tp=3")
+    assert result.returncode == 2
+    assert "mesh.tp=3" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_the_shipped_configs_name_models_that_are_read(tmp_path):
+    from trapo_jax.config import load_config
+    from trapo_jax.models import read_config
+
+    for config in sorted((REPOSITORY / "configs").glob("qwen*.yaml")):
+        name = config.stem.removesuffix("_openr1")
+        folder = tmp_path / name
+        shutil.copytree(REPOSITORY / "configs" / "architectures" / name, folder)
+        assert load_config(config, []).row_len == 9216
+        assert read_config(folder).num_layers in (28, 36)
