@@ -268,9 +268,10 @@ def test_export_of_something_else_is_one_line(checkpoint, message, finished_run,
         load_checkpoint(finished_run[0] / checkpoint)
 
 
-def test_trains_on_files(tmp_path):
+def test_trains_on_files(tmp_path, capsys):
     """The embedded task written as JSONL in TRL's columns: the same problems, so the same first step."""
     from trapo_jax.data import card_shuffles_splits
+    from trapo_jax.train import main
 
     splits = card_shuffles_splits(seed=0, num_train=16, num_validation=4, num_test=4)
     for name, split in splits.items():
@@ -282,14 +283,20 @@ def test_trains_on_files(tmp_path):
     common = ("train.num_steps=1", "evaluation.num_samples=2", "data.num_train=16")
     procedural = train(tmp_path / "a", *common, "data.num_validation=4", "data.num_test=4")
     files = [f"data.{name}_files={tmp_path}/{name}.jsonl" for name in splits]
-    from_files = train(
-        tmp_path / "b", *common, "data.source=files", "data.columns.preset=trl", *files
-    )
+    common += ("data.source=files", "data.columns.preset=trl", *files)
+    from_files = train(tmp_path / "b", *common)
     assert procedural.returncode == from_files.returncode == 0, from_files.stderr
     assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
     data = json.loads((tmp_path / "b" / "data.json").read_text())
     assert data["template"]["kind"] == "none"
     assert [stage["num_kept"] for stage in data["splits"]["train"]] == [16, 16]
+    # Such a run does not go on with other data.
+    (tmp_path / "b" / "summary.json").unlink()
+    file = tmp_path / "train.jsonl"
+    file.write_text(file.read_text().replace('"answer": "', '"answer": "1', 1))
+    assert main([f"output_dir={tmp_path / 'b'}", *JOB, *common]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"data.train_files={file} does not give the problems that the run began with" in line
 
 
 def test_splits_without_files_are_held_out(tmp_path):
