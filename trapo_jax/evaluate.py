@@ -8,6 +8,7 @@ Every sample goes to samples.jsonl as soon as it is judged; the same command goe
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -148,7 +149,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0 draws the same sample every time: --samples must be 1")
-    args.out = args.out or Path("evaluations") / Path(args.model.rstrip("/")).name
+    args.out = args.out or Path("evaluations") / os.path.basename(os.path.abspath(args.model))
     return args
 
 

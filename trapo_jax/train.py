@@ -10,7 +10,6 @@ import dataclasses
 import errno
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from trapo_jax.evaluation import evaluate
 from trapo_jax.health import (
     EXIT_TRAINING_FAILED,
     Health,
+    Interrupt,
     TrainingFailed,
     Watchdog,
     check_space,
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = config_from_command_line(
             "train", ABOUT, sys.argv[1:] if arguments is None else arguments
         )
-        folder = Path(config.output_dir)
+        folder = Path(os.path.expanduser(config.output_dir))
         join_processes()
         changes, is_complete = from_main(look_into(folder, config) if is_main() else None)
         if is_complete:
@@ -648,21 +648,6 @@ def show_complete(folder: Path, config: Config) -> int:
     terminal.say(f"{folder}: this run is complete; for another give another output_dir")
     print_summary(terminal, json.loads((folder / SUMMARY).read_text()), folder)
     return 0
-
-
-class Interrupt:
-    """SIGINT and SIGTERM let the step finish; a second one ends the process at once."""
-
-    def __init__(self):
-        self.received = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, _) -> None:
-        if self.received:
-            os._exit(128 + number)
-        self.received = True
-        print("finishing this step, then saving; once more to stop at once", file=sys.stderr)
 
 
 def _is_due(step: int, every: int) -> bool:
