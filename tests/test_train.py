@@ -1,17 +1,13 @@
-"""Whole runs in processes of their own: the same again, killed and resumed, interrupted, exported."""
+"""Whole runs in processes of their own: the same again, other methods, exported."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
 from trapo_jax.metrics import read_metrics
 
-from conftest import CACHE_ENV, JOB, REPOSITORY, TINY_MODEL, run_command  # isort: skip
+from conftest import JOB, TINY_MODEL, run_command  # isort: skip
 
 
 def train(folder, *arguments, **options):
@@ -103,43 +99,6 @@ def test_same_seed_same_metrics(finished_run, tmp_path):
 def test_other_seed_other_metrics(finished_run, tmp_path):
     assert train(tmp_path / "other", "seed=1", "train.num_steps=3").returncode == 0
     assert untimed(tmp_path / "other")[1] != untimed(finished_run[0])[1]
-
-
-def start(folder):
-    return subprocess.Popen(
-        [sys.executable, "-m", "trapo_jax.train", f"output_dir={folder}", *JOB],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **CACHE_ENV},
-    )
-
-
-def wait_for_step(process, folder, step):
-    metrics = folder / "metrics.jsonl"
-    while process.poll() is None:
-        if metrics.exists() and f'"step": {step}, "kind": "train"' in metrics.read_text():
-            return
-        time.sleep(0.005)
-    raise AssertionError(process.communicate())
-
-
-def test_killed_before_the_first_checkpoint_and_rerun_equals_uninterrupted(finished_run, tmp_path):
-    folder = tmp_path / "killed"
-    process = start(folder)
-    wait_for_step(process, folder, 1)
-    process.kill()
-    process.wait()
-    assert not (folder / "summary.json").exists()
-    assert train(folder).returncode == 0
-    assert untimed(folder) == untimed(finished_run[0])
-    assert (folder / "samples.jsonl").read_bytes() == (
-        finished_run[0] / "samples.jsonl"
-    ).read_bytes()
-    assert (folder / "hf" / "model.safetensors").read_bytes() == (
-        finished_run[0] / "hf" / "model.safetensors"
-    ).read_bytes()
 
 
 def test_complete_run_is_shown_again_not_overwritten(finished_run):

@@ -107,24 +107,27 @@ def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str
     return found
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Every array of the last checkpoint by its path, and the host's state."""
+def read_checkpoint(
+    folder: Path, step: int | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Every array of a checkpoint, the last unless given, by its path, and the host's state."""
     import jax
 
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")  # as CheckpointStore does
     context = ocp.Context()
     context.checkpointables.registry = registry
-    newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    steps = [int(path.name) for path in (folder / "checkpoints").iterdir()]
+    path = str((folder / "checkpoints" / str(step or max(steps))).absolute())
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with context:
-        shapes = ocp.checkpointables_metadata(str(newest.absolute())).metadata["state"]
+        shapes = ocp.checkpointables_metadata(path).metadata["state"]
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
         )
-        loaded = ocp.load_checkpointables(str(newest.absolute()), {"state": abstract, "host": None})
+        loaded = ocp.load_checkpointables(path, {"state": abstract, "host": None})
     flat, _ = jax.tree_util.tree_flatten_with_path(loaded["state"])
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in flat}, loaded["host"]
+    return {jax.tree_util.keystr(name): np.asarray(x) for name, x in flat}, loaded["host"]
 
 
 def _untimed(line: str) -> dict[str, Any]:
