@@ -79,14 +79,14 @@ def test_two_processes_train_as_one_and_one_can_go_on(finished_run, tmp_path):
 
 
 def test_a_process_that_hangs_ends_the_other_with_a_message(tmp_path):
-    processes = start_two(tmp_path / "run", "limits.stuck_after_secs=15")
+    processes = start_two(tmp_path / "run", "limits.stuck_after_secs=25")
     wait_for(processes, tmp_path / "run" / "metrics.jsonl", '"step": 1, "kind": "train"')
     processes[1].send_signal(signal.SIGSTOP)
     output = processes[0].communicate(timeout=120)[0]
     processes[1].kill()
     processes[1].wait()
     assert processes[0].returncode == 1
-    assert "nothing has happened for limits.stuck_after_secs=15 seconds while" in output
+    assert "nothing has happened for limits.stuck_after_secs=25 seconds while" in output
     assert "maybe because another process died" in output
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import yaml
 
+from trapo_jax.config import read_yaml
 from trapo_jax.data import (
     COLUMN_PRESETS,
     Example,
@@ -195,7 +196,7 @@ def resolve_model(name: str) -> tuple[Model, dict[str, Any]]:
         source = find_model(name)
         decoder = read_config(source)
         return Model(source, decoder, load_params(source, decoder)), {}
-    run_config = yaml.safe_load(saved.read_text())
+    run_config = read_yaml(saved)
     if (folder / "hf").is_dir():
         source = folder / "hf"
         decoder = read_config(source)

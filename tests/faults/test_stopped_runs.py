@@ -54,17 +54,21 @@ def unfinish(run, folder):
 
 def test_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run, tmp_path):
     """Killed before the first checkpoint, killed at a random moment, and asked to stop. On the way it listens to
-    nobody, and keeps no secret."""
+    nobody, keeps no secret, and writes nowhere else."""
     folder, rng = tmp_path / "run", random.Random(SEED)
+    elsewhere = [tmp_path / name for name in ("home", "tmp")]
+    for other in elsewhere:
+        other.mkdir()
+    environment = {**SECRETS, "HOME": str(elsewhere[0]), "TMPDIR": str(elsewhere[1])}
     moments = [(1, 0.0), (rng.randrange(4, 8), rng.uniform(0, 0.5))]
     for step, delay in moments:
-        process = start(folder, **SECRETS)
+        process = start(folder, **environment)
         wait_for_step(process, folder, step)
         time.sleep(delay)
         process.kill()
         process.communicate()
         print(f"seed {SEED}: {delay:.2f} s after step {step}: {inject_faults.progress(folder)}")
-    process = start(folder, **SECRETS)
+    process = start(folder, **environment)
     wait_for_step(process, folder, 9)
     assert not listening(process.pid)
     process.send_signal(signal.SIGTERM)
@@ -72,11 +76,12 @@ def test_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run, tmp_
     assert process.returncode == 0, output
     step = checkpoints(folder)[-1]
     assert f"stopped after step {step}; the same command resumes it" in output
-    assert f"resuming {folder} after step {step}\n" in complete(folder, **SECRETS)
+    assert f"resuming {folder} after step {step}\n" in complete(folder, **environment)
     assert inject_faults.differences(folder, finished_run[0]) == []
     model = Path("hf", "model.safetensors")
     assert (folder / model).read_bytes() == (finished_run[0] / model).read_bytes()
     assert [step for step, _ in scalars(folder, "loss/total")] == list(range(1, 13))
+    assert not [path for other in elsewhere for path in other.rglob("*")]
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert not [
         f for f in files for secret in SECRETS.values() if secret.encode() in f.read_bytes()
