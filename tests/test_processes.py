@@ -95,6 +95,21 @@ def test_half_a_description_of_the_job_is_refused():
         join_processes({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"})
 
 
+def test_no_device_is_one_line():
+    script = "from trapo_jax.train import main; import sys; sys.exit(main())"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cuda"},
+        cwd=REPOSITORY,
+    )
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert "error: JAX finds no device, JAX_PLATFORMS=cuda" in line
+    assert "Traceback" not in result.stderr
+
+
 def test_one_process_opens_no_port():
     for environment in (
         {},

@@ -76,6 +76,19 @@ def test_a_run_may_become_longer_if_its_learning_rate_does_not_depend_on_it(fold
         check_run_folder(tmp_path / "decaying", text(train__num_steps="400"))
 
 
+def test_a_run_of_another_version_may_lack_what_may_differ_only(folder):
+    config = folder / "config.yaml"
+    whole = config.read_text()
+    config.write_text(whole.replace("  stuck_after_secs: 3600.0\n", ""))
+    ours = text(train__decay_start="1")
+    assert check_run_folder(folder, ours) == {"limits.stuck_after_secs": ("absent", 3600.0)}
+    config.write_text(whole.replace("  adam_b1: 0.9\n", ""))
+    with pytest.raises(
+        UserError, match=r"of another version, with other fields \(train.adam_b1\); give"
+    ):
+        check_run_folder(folder, ours)
+
+
 def test_what_may_differ_are_fields():
     names = [name for name, *_ in list_fields()]
     for field in MAY_DIFFER:

@@ -82,6 +82,11 @@ def _changes(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> Chan
         there, here = theirs.get(field, "absent"), ours.get(field, "absent")
         if there == here:
             continue
+        if "absent" in (there, here) and not _may_differ(field):
+            raise UserError(
+                f"output_dir={folder}: holds a run of another version, with other fields ({field}); "
+                "give another output_dir"
+            )
         is_longer = field == NUM_STEPS and isinstance(there, int) and here > there
         if not (_may_differ(field) or (is_longer and ours[DECAY_START] == 1)):
             reason = f"; its learning rate depends on it unless {DECAY_START}=1" * is_longer

@@ -12,6 +12,8 @@ from pathlib import Path
 import inject_faults
 import pytest
 
+from trapo_jax.train import main as train
+
 from conftest import CACHE_ENV, JOB  # isort: skip
 
 SEED = 20261124
@@ -52,7 +54,7 @@ def unfinish(run, folder):
     return checkpoints(folder)[-1]
 
 
-def test_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run, tmp_path):
+def test_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run, tmp_path, capsys):
     """Killed before the first checkpoint, killed at a random moment, and asked to stop. On the way it listens to
     nobody, keeps no secret, and writes nowhere else."""
     folder, rng = tmp_path / "run", random.Random(SEED)
@@ -65,6 +67,10 @@ def test_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run, tmp_
         process = start(folder, **environment)
         wait_for_step(process, folder, step)
         time.sleep(delay)
+        if step == 1:
+            process.send_signal(signal.SIGSTOP)  # it is still at work there
+            assert train([f"output_dir={folder}", *JOB]) == 2
+            assert "another process is training there" in capsys.readouterr().err
         process.kill()
         process.communicate()
         print(f"seed {SEED}: {delay:.2f} s after step {step}: {inject_faults.progress(folder)}")
