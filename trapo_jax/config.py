@@ -384,7 +384,7 @@ def _parse_scalar(name: str, text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"command line: {name}={_short(text)}: not a YAML value") from error
+        raise UserError(f"command line: {name}={text!r:.200}: not a YAML value") from error
 
 
 def _set(data: dict[str, Any], name: str, value: Any) -> None:
