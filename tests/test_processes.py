@@ -48,46 +48,41 @@ def finish(processes):
 
 
 def wait_for(processes, path, text=""):
+    """Until the folder is there, or a file with this text in it."""
     while not (path.exists() and (path.is_dir() or text in path.read_text())):
         assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
         time.sleep(0.05)
 
 
 def test_two_processes_train_as_one_and_one_can_go_on(finished_run, tmp_path):
-    """The default job by two processes, killed; again by two, of which one is asked to stop; to its end by one."""
+    """The default job by two processes, until one is asked to stop; again by two, until one hangs; to its end by one."""
     folder = tmp_path / "run"
     processes = start_two(folder)
-    wait_for(processes, folder / "checkpoints" / "3")
-    for process in processes:
-        process.kill()
-        process.wait()
-    processes = start_two(folder)
-    wait_for(processes, folder / "metrics.jsonl", '"step": 6, "kind": "train"')
+    wait_for(processes, folder / "metrics.jsonl", '"step": 1, "kind": "train"')
     processes[1].send_signal(signal.SIGTERM)
     main, other = finish(processes)
-    assert re.search("resuming .* after step [3-5]", main)
-    step = re.search(r"stopped after step (\d+); the same command resumes it", main)[1]
+    first = int(re.search(r"stopped after step (\d+); the same command resumes it", main)[1])
     assert "stopped after step" not in other  # process 0 alone tells
+
+    processes = start_two(folder, "checkpoint.every=1", "limits.stuck_after_secs=25")
+    wait_for(processes, folder / "checkpoints" / str(first + 2))
+    processes[1].send_signal(signal.SIGSTOP)
+    output = processes[0].communicate()[0]
+    processes[1].kill()
+    processes[1].wait()
+    assert processes[0].returncode == 1
+    assert f"resuming {folder} after step {first}, checkpoint.every=1 (was 3)" in output
+    assert "nothing has happened for limits.stuck_after_secs=25 seconds while" in output
+    assert "maybe because another process died" in output
+
     result = run_command("trapo_jax.train", f"output_dir={folder}", *JOB)
-    assert f"resuming {folder} after step {step}\n" in result.stdout, result.stderr
+    assert re.search("resuming .* after step [2-9],", result.stdout), result.stderr
     tolerance = inject_faults.TOLERANCE_ON_ANOTHER_MESH
     assert inject_faults.differences(folder, finished_run[0], tolerance=tolerance) == []
     records = read_metrics(folder)
     assert max(record.get("policy/logprob_gap_max", 0) for record in records) < 1e-4
     assert (folder / "samples.jsonl").read_text().count("\n") == 12 * 4 * 8
     assert (folder / "hf" / "model.safetensors").is_file()
-
-
-def test_a_process_that_hangs_ends_the_other_with_a_message(tmp_path):
-    processes = start_two(tmp_path / "run", "limits.stuck_after_secs=25")
-    wait_for(processes, tmp_path / "run" / "metrics.jsonl", '"step": 1, "kind": "train"')
-    processes[1].send_signal(signal.SIGSTOP)
-    output = processes[0].communicate(timeout=120)[0]
-    processes[1].kill()
-    processes[1].wait()
-    assert processes[0].returncode == 1
-    assert "nothing has happened for limits.stuck_after_secs=25 seconds while" in output
-    assert "maybe because another process died" in output
 
 
 def test_half_a_description_of_the_job_is_refused():
