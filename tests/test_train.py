@@ -1,4 +1,5 @@
-"""Whole runs in processes of their own: the same again, other methods, exported."""
+"""Whole runs in processes of their own: shown again, other methods, exported. That the same seed gives the
+same run, bit for bit, is seen in tests/faults/test_stopped_runs.py, where runs begin anew as well."""
 
 import json
 
@@ -89,11 +90,6 @@ def test_samples_can_be_read(finished_run):
         response = sample["prefix"] + sample["completion"]
         if sample["reward"]:
             assert response.endswith(f"#{sample['answer']}<eos>")
-
-
-def test_same_seed_same_metrics(finished_run, tmp_path):
-    assert train(tmp_path / "again").returncode == 0
-    assert untimed(tmp_path / "again") == untimed(finished_run[0])
 
 
 def test_other_seed_other_metrics(finished_run, tmp_path):
