@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from trapo_jax.data import Message, Template, make_template
+from trapo_jax.data import Message, Template, make_template, templates
 from trapo_jax.types import UserError
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -72,14 +72,12 @@ def test_none_is_the_text_as_it_stands():
     assert Template("none").render((USER,)) == USER.content
 
 
-def test_chat_is_the_tokenizers_own_template():
-    template = make_template("chat", make_tokenizer(CHAT))
-    assert template.render("Hi") == template.render((Message("user", "Hi"),))
-    assert template.render("Hi") == "<s>[user] Hi [assistant]"
-
-
-def test_chat_does_not_depend_on_the_date():
-    assert make_template("chat", make_tokenizer(DATED)).render("Hi") == "26 Jul 2024"
+def test_chat_is_the_tokenizers_own_template_and_does_not_depend_on_the_date():
+    template = make_template("chat", make_tokenizer(DATED + CHAT))
+    prompts = ["Hi", (Message("user", "Hi"),), "\ud800\x1b\u2028\n"]
+    first, second, third = template.render_all(prompts)
+    assert first == second == "26 Jul 2024<s>[user] Hi [assistant]"
+    assert third == f"26 Jul 2024<s>[user] {prompts[2]} [assistant]"
 
 
 @pytest.mark.parametrize(
@@ -114,6 +112,36 @@ def test_what_does_not_go_with_a_template_is_one_line(make, prompt, message):
     with pytest.raises(UserError, match=message) as caught:
         make().render(prompt)
     assert "data.template" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("hostile", "message"),
+    [
+        (LOOP, "takes more than 1 s for one prompt; choose another template"),
+        ("{{ 9 ** (9 ** 9) }}", "takes more than 1 s for one prompt"),  # within one C function
+        ("{{ 'x' * 10 ** 11 }}", r"refuses the messages user \(MemoryError\)"),
+    ],
+)
+def test_a_hostile_template_costs_one_line(hostile, message, monkeypatch):
+    monkeypatch.setattr(templates, "CHAT_SECS", 1.0)
+    template = make_template(
+        "chat", make_tokenizer("{% if messages[0].content == 'B' %}" + hostile + "{% endif %}")
+    )
+    with pytest.raises(UserError, match=message) as caught:
+        template.render_all(["A", "B", "C"])
+    assert "data.template=chat" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_sees_no_secret_and_a_worker_that_fails_is_one_line(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(templates, "CHAT_WORKER", ("/bin/sh", "-c", "echo $HF_TOKEN. >&2; exit 3"))
+    with pytest.raises(UserError, match=r"cannot be run \(\.\); choose another") as caught:
+        make_template("chat", make_tokenizer(CHAT)).render("Hi")
     assert "\n" not in str(caught.value)
 
 

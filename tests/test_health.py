@@ -1,6 +1,9 @@
 """What a run notices: each sign alone, when it warns and when it stops."""
 
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -84,3 +87,27 @@ def test_too_little_space_is_named(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(TrainingFailed, match=rf"output_dir={tmp_path}: .* a checkpoint needs"):
         check_space(tmp_path, 2 * free, "a checkpoint")
+
+
+BUSY = """
+import time
+from trapo_jax.health import Interrupt
+interrupt = Interrupt()
+print("at work", flush=True)
+while not interrupt.received:
+    time.sleep(0.01)
+print("finishing", flush=True)
+9**9**9  # as a compiled program: looks for no signal until it is done
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_process_at_once(second):
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "at work\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "finishing\n"
+        process.send_signal(second)
+        assert process.wait() == -second

@@ -10,7 +10,7 @@ from importlib import metadata
 from conftest import REPOSITORY  # isort: skip
 
 PACKAGE = REPOSITORY / "trapo_jax"
-LEAVES = {"types", "processes"}
+LEAVES = {"types", "processes", "untrusted"}
 COMMANDS = {
     "train",
     "evaluate",
@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "processes": set(),
     "program_cost": set(),
     "types": set(),
+    "untrusted": set(),
 }
 
 

@@ -1,17 +1,14 @@
-"""Whole runs in processes of their own: the same again, killed and resumed, interrupted, exported."""
+"""Whole runs in processes of their own: shown again, other methods, exported. That the same seed gives the
+same run, bit for bit, is seen in tests/faults/test_stopped_runs.py, where runs begin anew as well."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
 from trapo_jax.metrics import read_metrics
 
-from conftest import CACHE_ENV, JOB, REPOSITORY, TINY_MODEL, run_command  # isort: skip
+from conftest import JOB, TINY_MODEL, run_command  # isort: skip
 
 
 def train(folder, *arguments, **options):
@@ -95,51 +92,9 @@ def test_samples_can_be_read(finished_run):
             assert response.endswith(f"#{sample['answer']}<eos>")
 
 
-def test_same_seed_same_metrics(finished_run, tmp_path):
-    assert train(tmp_path / "again").returncode == 0
-    assert untimed(tmp_path / "again") == untimed(finished_run[0])
-
-
 def test_other_seed_other_metrics(finished_run, tmp_path):
     assert train(tmp_path / "other", "seed=1", "train.num_steps=3").returncode == 0
     assert untimed(tmp_path / "other")[1] != untimed(finished_run[0])[1]
-
-
-def start(folder):
-    return subprocess.Popen(
-        [sys.executable, "-m", "trapo_jax.train", f"output_dir={folder}", *JOB],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **CACHE_ENV},
-    )
-
-
-def wait_for_step(process, folder, step):
-    metrics = folder / "metrics.jsonl"
-    while process.poll() is None:
-        if metrics.exists() and f'"step": {step}, "kind": "train"' in metrics.read_text():
-            return
-        time.sleep(0.005)
-    raise AssertionError(process.communicate())
-
-
-def test_killed_before_the_first_checkpoint_and_rerun_equals_uninterrupted(finished_run, tmp_path):
-    folder = tmp_path / "killed"
-    process = start(folder)
-    wait_for_step(process, folder, 1)
-    process.kill()
-    process.wait()
-    assert not (folder / "summary.json").exists()
-    assert train(folder).returncode == 0
-    assert untimed(folder) == untimed(finished_run[0])
-    assert (folder / "samples.jsonl").read_bytes() == (
-        finished_run[0] / "samples.jsonl"
-    ).read_bytes()
-    assert (folder / "hf" / "model.safetensors").read_bytes() == (
-        finished_run[0] / "hf" / "model.safetensors"
-    ).read_bytes()
 
 
 def test_complete_run_is_shown_again_not_overwritten(finished_run):
@@ -268,9 +223,10 @@ def test_export_of_something_else_is_one_line(checkpoint, message, finished_run,
         load_checkpoint(finished_run[0] / checkpoint)
 
 
-def test_trains_on_files(tmp_path):
+def test_trains_on_files(tmp_path, capsys):
     """The embedded task written as JSONL in TRL's columns: the same problems, so the same first step."""
     from trapo_jax.data import card_shuffles_splits
+    from trapo_jax.train import main
 
     splits = card_shuffles_splits(seed=0, num_train=16, num_validation=4, num_test=4)
     for name, split in splits.items():
@@ -282,14 +238,20 @@ def test_trains_on_files(tmp_path):
     common = ("train.num_steps=1", "evaluation.num_samples=2", "data.num_train=16")
     procedural = train(tmp_path / "a", *common, "data.num_validation=4", "data.num_test=4")
     files = [f"data.{name}_files={tmp_path}/{name}.jsonl" for name in splits]
-    from_files = train(
-        tmp_path / "b", *common, "data.source=files", "data.columns.preset=trl", *files
-    )
+    common += ("data.source=files", "data.columns.preset=trl", *files)
+    from_files = train(tmp_path / "b", *common)
     assert procedural.returncode == from_files.returncode == 0, from_files.stderr
     assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
     data = json.loads((tmp_path / "b" / "data.json").read_text())
     assert data["template"]["kind"] == "none"
     assert [stage["num_kept"] for stage in data["splits"]["train"]] == [16, 16]
+    # Such a run does not go on with other data.
+    (tmp_path / "b" / "summary.json").unlink()
+    file = tmp_path / "train.jsonl"
+    file.write_text(file.read_text().replace('"answer": "', '"answer": "1', 1))
+    assert main([f"output_dir={tmp_path / 'b'}", *JOB, *common]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"data.train_files={file} does not give the problems that the run began with" in line
 
 
 def test_splits_without_files_are_held_out(tmp_path):

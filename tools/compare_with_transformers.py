@@ -66,8 +66,7 @@ def main() -> int:
     tokenizer: Any = load_tokenizer(folder)
     template = make_template("chat" if tokenizer.chat_template else "none", tokenizer)
     prompts = [
-        tokenizer.encode(template.render(question), add_special_tokens=False)
-        for question in QUESTIONS
+        tokenizer.encode(text, add_special_tokens=False) for text in template.render_all(QUESTIONS)
     ]
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours_off, theirs_off, largest = compare_logits(folder, theirs, prompts)

@@ -4,7 +4,7 @@
 
 The run is the default job, shortened. Each fault prints its seed, when it struck and what it hit; the comparison
 covers `metrics.jsonl` (timings aside), `samples.jsonl`, and parameters, optimiser state and host state of
-the last checkpoint. Exit code 1 if anything differs.
+the last checkpoint. One run goes on on another mesh, and ends equal to 1e-5. Exit code 1 if anything differs.
 """
 
 import argparse
@@ -16,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from orbax.checkpoint import v1 as ocp
@@ -107,24 +108,27 @@ def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str
     return found
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Every array of the last checkpoint by its path, and the host's state."""
+def read_checkpoint(
+    folder: Path, step: int | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Every array of a checkpoint, the last unless given, by its path, and the host's state."""
     import jax
 
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")  # as CheckpointStore does
     context = ocp.Context()
     context.checkpointables.registry = registry
-    newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    steps = [int(path.name) for path in (folder / "checkpoints").iterdir()]
+    path = str((folder / "checkpoints" / str(step or max(steps))).absolute())
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with context:
-        shapes = ocp.checkpointables_metadata(str(newest.absolute())).metadata["state"]
+        shapes = ocp.checkpointables_metadata(path).metadata["state"]
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
         )
-        loaded = ocp.load_checkpointables(str(newest.absolute()), {"state": abstract, "host": None})
+        loaded = ocp.load_checkpointables(path, {"state": abstract, "host": None})
     flat, _ = jax.tree_util.tree_flatten_with_path(loaded["state"])
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in flat}, loaded["host"]
+    return {jax.tree_util.keystr(name): np.asarray(x) for name, x in flat}, loaded["host"]
 
 
 def _untimed(line: str) -> dict[str, Any]:
@@ -169,27 +173,44 @@ def main() -> int:
     complete(folder / "uninterrupted")
     whole_secs = time.monotonic() - started
     print(f"uninterrupted run: {whole_secs:.0f} s; runs in {folder}", flush=True)
-    faults: list[tuple[str, Callable[[Path, random.Random], str]]] = [
-        ("SIGKILL", lambda f, rng: interrupt(f, signal.SIGKILL, rng.uniform(0.1, 1) * whole_secs))
-    ] * args.kills
-    faults.append(
-        ("SIGTERM", lambda f, rng: interrupt(f, signal.SIGTERM, rng.uniform(0.3, 0.9) * whole_secs))
-    )
-    faults.append(("two kills in a row", lambda f, rng: _two_kills(f, rng, whole_secs)))
+    faults = plan_faults(args.kills, whole_secs)
     num_bad = 0
-    for i, (name, strike) in enumerate(faults):
+    for i, fault in enumerate(faults):
         run = folder / f"fault_{args.seed + i}"
-        reached = strike(run, random.Random(args.seed + i))
-        complete(run)
-        found = differences(run, folder / "uninterrupted")
+        reached = fault.strike(run, random.Random(args.seed + i))
+        complete(run, **fault.environment)
+        found = differences(run, folder / "uninterrupted", tolerance=fault.tolerance)
         num_bad += bool(found)
+        equal = f"equal to {fault.tolerance:g}" if fault.tolerance else "equal, bit for bit"
         print(
-            f"{i + 1}/{len(faults)} seed {args.seed + i}: {name} {reached} -> "
-            f"{'differs in ' + ', '.join(found) if found else 'equal, bit for bit'}",
+            f"{i + 1}/{len(faults)} seed {args.seed + i}: {fault.name} {reached} -> "
+            f"{'differs in ' + ', '.join(found) if found else equal}",
             flush=True,
         )
     print(f"{len(faults) - num_bad} of {len(faults)} runs equal the uninterrupted one")
     return int(num_bad > 0)
+
+
+class Fault(NamedTuple):
+    """What happens to a run, the environment in which it then goes on, and how equal it is to end."""
+
+    name: str
+    strike: Callable[[Path, random.Random], str]
+    environment: Mapping[str, str] = MappingProxyType({})
+    tolerance: float = 0.0
+
+
+def plan_faults(num_kills: int, whole_secs: float) -> list[Fault]:
+    """So many kills at any moment of a run that takes so long, and one of each other kind."""
+    kill = lambda f, rng: interrupt(f, signal.SIGKILL, rng.uniform(0.1, 1) * whole_secs)
+    stop = lambda f, rng: interrupt(f, signal.SIGTERM, rng.uniform(0.3, 0.9) * whole_secs)
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    return [
+        *[Fault("SIGKILL", kill)] * num_kills,
+        Fault("SIGTERM", stop),
+        Fault("two kills in a row", lambda f, rng: _two_kills(f, rng, whole_secs)),
+        Fault("SIGTERM, then two devices", stop, {"XLA_FLAGS": flags}, TOLERANCE_ON_ANOTHER_MESH),
+    ]
 
 
 def _two_kills(folder: Path, rng: random.Random, whole_secs: float) -> str:

@@ -8,7 +8,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -300,8 +300,18 @@ def load_config(file: Path | None, overrides: Sequence[tuple[str, str]]) -> Conf
     for name, text in overrides:
         _set(data, name, _parse_scalar(name, text))
     try:
+        text = json.dumps(data, default=str)
+    except (
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:  # a date for a key, a list within itself
+        raise UserError(
+            f"{file or 'command line'}: not plain fields and values ({error})"
+        ) from error
+    try:
         # Strict JSON mode: no "3" for 3, no true for 1; lists and dicts as YAML gives them.
-        return Config.model_validate_json(json.dumps(data, default=str), strict=True)
+        return Config.model_validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         given = {name for name, _ in overrides}
         lines = [_explain(e, file=file, overrides=given) for e in error.errors()]
@@ -327,6 +337,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{file}{line}: not valid YAML ({problem})") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, the 31st of February
+        raise UserError(f"{file}: not valid YAML ({error})") from error
     if not isinstance(data, dict):
         raise UserError(f"{file}: expected fields such as 'seed: 0', found {_short(data)}")
     return data
@@ -349,6 +361,10 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{_short(key)} cannot be a field", problem_mark=key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"duplicate key {key!r}", problem_mark=key_node.start_mark
@@ -367,8 +383,8 @@ _Loader.add_implicit_resolver(
 def _parse_scalar(name: str, text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"command line: {name}: {text!r} is not a YAML value") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"command line: {name}={text!r:.200}: not a YAML value") from error
 
 
 def _set(data: dict[str, Any], name: str, value: Any) -> None:
@@ -475,6 +491,8 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
         if not name:
             raise UserError(f"command line: {argument!r} names no field")
         if is_option and name == "config":
+            if file is not None:
+                raise UserError(f"command line: --config twice, {file} and {value}; give one file")
             file = Path(value)
         else:
             overrides.append((name, value))

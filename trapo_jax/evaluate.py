@@ -8,6 +8,7 @@ Every sample goes to samples.jsonl as soon as it is judged; the same command goe
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import yaml
 
+from trapo_jax.config import read_yaml
 from trapo_jax.data import (
     COLUMN_PRESETS,
     Example,
@@ -148,7 +150,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0 draws the same sample every time: --samples must be 1")
-    args.out = args.out or Path("evaluations") / Path(args.model.rstrip("/")).name
+    args.out = args.out or Path("evaluations") / os.path.basename(os.path.abspath(args.model))
     return args
 
 
@@ -194,7 +196,7 @@ def resolve_model(name: str) -> tuple[Model, dict[str, Any]]:
         source = find_model(name)
         decoder = read_config(source)
         return Model(source, decoder, load_params(source, decoder)), {}
-    run_config = yaml.safe_load(saved.read_text())
+    run_config = read_yaml(saved)
     if (folder / "hf").is_dir():
         source = folder / "hf"
         decoder = read_config(source)

@@ -1,9 +1,10 @@
-"""What a run notices about itself: signs that it learns nothing or samples wrongly, a full disk, a stuck step."""
+"""What a run notices: signs that it learns nothing or samples wrongly, a full disk, a stuck step, a wish that it stop."""
 
 import faulthandler
 import math
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -117,6 +118,23 @@ class Watchdog:
                 faulthandler.dump_traceback(sys.stderr)
                 sys.stderr.flush()
                 os._exit(EXIT_TRAINING_FAILED)
+
+
+class Interrupt:
+    """SIGINT and SIGTERM let the step finish; a second one ends the process at once."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.received = False
+        for number in self.NUMBERS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, *_) -> None:
+        self.received = True
+        for number in self.NUMBERS:  # by the kernel: Python would first let a compiled program end
+            signal.signal(number, signal.SIG_DFL)
+        print("finishing this step, then saving; once more to stop at once", file=sys.stderr)
 
 
 def check_space(folder: Path, needed_bytes: int, what: str) -> None:

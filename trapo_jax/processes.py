@@ -28,7 +28,7 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
     SLURM and under MPI by what these provide. A job of one process opens no port.
 
     Raises:
-      UserError: if only some of the three variables are set.
+      UserError: if only some of the three variables are set, or JAX finds no device.
     """
     given = {name: environment[name] for name in BY_HAND if name in environment}
     if given and len(given) < len(BY_HAND):
@@ -39,6 +39,16 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
         jax.distributed.initialize(address, int(num_processes), int(process_id))
     elif _num_processes(environment) > 1:
         jax.distributed.initialize()
+    try:
+        jax.devices()
+    # The latter where the platform's plugin is not installed.
+    except (RuntimeError, AssertionError) as error:
+        platforms = environment.get("JAX_PLATFORMS") or "any"
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"JAX finds no device, JAX_PLATFORMS={platforms}{reason and f' ({reason})'}; unset it to "
+            "take what there is"
+        ) from error
 
 
 def _num_processes(environment: Mapping[str, str]) -> int:

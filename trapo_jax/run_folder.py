@@ -1,6 +1,7 @@
-"""A run's folder: whose it is, and how files get into it."""
+"""A run's folder: whose it is, what a resumed run may change, and how files get into it."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,43 +13,118 @@ from filelock import FileLock, Timeout
 from trapo_jax.types import UserError
 
 LOCK = ".lock"
+CONFIG, CHANGES = "config.yaml", "changes.jsonl"
+
+# What a resumed run may change: where and how fast it computes, what it keeps and says, and when it stops or warns.
+# What it computes stays the same, but for the rounding of sums. A name with a dot at its end is a whole section.
+MAY_DIFFER = (
+    "output_dir",
+    "log_samples",
+    "model.remat",
+    "model.attention",
+    "sampling.num_slots",
+    "sampling.segment_len",
+    "sampling.num_contexts",
+    "sampling.prefill_tokens",
+    "rewards.workers",
+    "rewards.max_error_rate",
+    "train.packing",
+    "train.row_length",
+    "train.per_device_rows",
+    "train.logprob_chunk_size",
+    "train.max_skipped_steps",
+    "evaluation.every",
+    "checkpoint.",
+    "limits.",
+    "mesh.",
+)
+NUM_STEPS, DECAY_START = "train.num_steps", "train.decay_start"
+
+Changes = dict[str, tuple[Any, Any]]  # by field: what it was, what it is
 
 
-def check_run_folder(folder: Path, config_text: str) -> None:
+def check_run_folder(folder: Path, config_text: str) -> Changes:
     """Refuses a folder that holds something else or another run; nothing is created here.
+
+    Returns:
+      The fields of `MAY_DIFFER` that a run in the folder was given otherwise, `output_dir` aside; and
+      `train.num_steps`, if the run is to be longer and its learning rate does not depend on the length.
 
     Raises:
       UserError: naming the folder and the field that differs.
     """
-    saved = folder / "config.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir={folder}: a file is in the way")
-    if saved.is_file():
-        theirs = yaml.safe_load(saved.read_text())
-        ours = yaml.safe_load(config_text)
-        theirs, ours = _flatten(theirs), _flatten(ours)
-        for field in sorted({*theirs, *ours} - {"output_dir"}):
-            there, here = theirs.get(field, "absent"), ours.get(field, "absent")
-            if there != here:
-                raise UserError(
-                    f"output_dir={folder}: holds a run with {field}={there}, not {here}; "
-                    f"give another output_dir, or {field}={there} to resume it"
-                )
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"output_dir={folder}: not empty and not a run; give another output_dir")
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    saved = folder / CONFIG
+    changes: Changes = {}
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            folder.stat()  # `exists` would take a name that cannot be for one that is not there yet
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"output_dir={folder}: a file is in the way")
+        if saved.is_file():
+            changes = _changes(folder, _read_config(saved), _flatten(yaml.safe_load(config_text)))
+        elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+            raise UserError(
+                f"output_dir={folder}: not empty and not a run; give another output_dir"
+            )
+        parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        raise UserError(f"output_dir={folder}: {getattr(error, 'strerror', error)}") from error
+    if not parent.is_dir():
+        raise UserError(f"output_dir={folder}: {parent} is a file")
     if not os.access(parent, os.W_OK):
         raise UserError(f"output_dir={folder}: {parent} is not writable")
+    return changes
+
+
+def _changes(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> Changes:
+    changes: Changes = {}
+    for field in sorted({*theirs, *ours} - {"output_dir"}):
+        there, here = theirs.get(field, "absent"), ours.get(field, "absent")
+        if there == here:
+            continue
+        if "absent" in (there, here) and not _may_differ(field):
+            raise UserError(
+                f"output_dir={folder}: holds a run of another version, with other fields ({field}); "
+                "give another output_dir"
+            )
+        is_longer = field == NUM_STEPS and isinstance(there, int) and here > there
+        if not (_may_differ(field) or (is_longer and ours[DECAY_START] == 1)):
+            reason = f"; its learning rate depends on it unless {DECAY_START}=1" * is_longer
+            raise UserError(
+                f"output_dir={folder}: holds a run with {field}={there}, not {here}{reason}; "
+                f"give another output_dir, or {field}={there} to resume it"
+            )
+        changes[field] = (there, here)
+    return changes
+
+
+def _may_differ(field: str) -> bool:
+    return any(field.startswith(x) if x.endswith(".") else field == x for x in MAY_DIFFER)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return _flatten(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not the config of a run; give another output_dir") from error
 
 
 def prepare_run_folder(folder: Path, config_text: str) -> None:
     """Makes the folder and writes the resolved config, where they are not there yet."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.yaml").exists():
-            write_atomically(folder / "config.yaml", config_text)
+        if not (folder / CONFIG).exists():
+            write_atomically(folder / CONFIG, config_text)
     except OSError as error:
         raise UserError(f"output_dir={folder}: {error.strerror}") from error
+
+
+def record_changes(folder: Path, config_text: str, changes: Changes, *, after_step: int) -> None:
+    """Puts the new config in the place of the old, and a line in `changes.jsonl` that says what is new."""
+    record = {name: {"was": was, "is": now} for name, (was, now) in changes.items()}
+    with open(folder / CHANGES, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"after_step": after_step, "changed": record}) + "\n")
+    write_atomically(folder / CONFIG, config_text)
 
 
 @contextlib.contextmanager
@@ -60,12 +136,15 @@ def only_process_in(folder: Path) -> Iterator[None]:
     """
     lock = FileLock(folder / LOCK, timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise UserError(
             f"output_dir={folder}: another process is training there; wait for its end or give "
             "another output_dir"
         ) from error
+    except OSError as error:
+        raise UserError(f"output_dir={folder}: {error.strerror}") from error
     try:
         yield
     finally:

@@ -10,7 +10,6 @@ import dataclasses
 import errno
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,12 +26,13 @@ from jax.sharding import Mesh
 from trapo_jax.advantages import group_advantages
 from trapo_jax.batch import balance, build_batch, count_kinds
 from trapo_jax.checkpoint import CheckpointStore, DamagedCheckpoint, Retention, abstract_like
-from trapo_jax.config import Config, config_from_command_line
+from trapo_jax.config import Config, DataConfig, config_from_command_line
 from trapo_jax.data import load_tokenizer, problem_batches
 from trapo_jax.evaluation import evaluate
 from trapo_jax.health import (
     EXIT_TRAINING_FAILED,
     Health,
+    Interrupt,
     TrainingFailed,
     Watchdog,
     check_space,
@@ -60,9 +60,12 @@ from trapo_jax.processes import (
 from trapo_jax.rewards import Verifier, make_verifier
 from trapo_jax.rollouts import collect_rollouts, share_rollouts
 from trapo_jax.run_folder import (
+    NUM_STEPS,
+    Changes,
     check_run_folder,
     only_process_in,
     prepare_run_folder,
+    record_changes,
     write_atomically,
 )
 from trapo_jax.sampling import JaxEngine
@@ -141,21 +144,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = config_from_command_line(
             "train", ABOUT, sys.argv[1:] if arguments is None else arguments
         )
-        folder = Path(config.output_dir)
+        folder = Path(os.path.expanduser(config.output_dir))
         join_processes()
-        if is_main():
-            check_run_folder(folder, config.to_yaml())
-        if (folder / SUMMARY).exists():
+        changes, is_complete = from_main(look_into(folder, config) if is_main() else None)
+        if is_complete:
             return show_complete(folder, config)
         parts, state = build(config)
         with contextlib.ExitStack() as stack:
             if is_main():
-                prepare_run_folder(folder, config.to_yaml())
                 stack.enter_context(only_process_in(folder))
+                prepare_run_folder(folder, config.to_yaml())
                 if not (folder / DATA).exists():
                     write_atomically(folder / DATA, json.dumps(parts.data_summary, indent=2) + "\n")
             wait_for_all("run folder prepared")
-            return run(parts, state, folder)
+            return run(parts, state, folder, changes)
     except UserError as error:
         return fail(str(error), EXIT_USER_ERROR)
     except TrainingFailed as error:
@@ -168,6 +170,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "last checkpoint",
             EXIT_TRAINING_FAILED,
         )
+
+
+def look_into(folder: Path, config: Config) -> tuple[Changes, bool]:
+    """What is new about a run that is there already, and whether it has nothing left to do."""
+    changes = check_run_folder(folder, config.to_yaml())
+    return changes, (folder / SUMMARY).exists() and NUM_STEPS not in changes
 
 
 def build(config: Config) -> tuple[Parts, TrainState]:
@@ -290,7 +298,7 @@ def build_train_step(
     )
 
 
-def run(parts: Parts, state: TrainState, folder: Path) -> int:
+def run(parts: Parts, state: TrainState, folder: Path, changes: Changes) -> int:
     """Trains to the end, or to an interrupt, from the newest intact checkpoint if there is one."""
     config, watchdog = parts.config, parts.watchdog
     keep = config.checkpoint
@@ -298,6 +306,9 @@ def run(parts: Parts, state: TrainState, folder: Path) -> int:
         folder / "checkpoints", Retention(keep.keep, keep.keep_every, keep.keep_best)
     )
     state, host, first_step = resume(parts, store, state, folder)
+    if is_main() and changes:
+        (folder / SUMMARY).unlink(missing_ok=True)  # of a run that goes on
+        record_changes(folder, config.to_yaml(), changes, after_step=first_step)
     counters = Counters(**host["counters"]) if host else Counters()
     log = RunLog(folder, offsets=host and host["offsets"]) if is_main() else NoLog()
     health = Health(
@@ -312,7 +323,8 @@ def run(parts: Parts, state: TrainState, folder: Path) -> int:
             config.train.num_steps, first_step=first_step, quiet=not is_main()
         ) as terminal:
             if first_step:
-                terminal.say(f"resuming {folder} after step {first_step}")
+                new = "".join(f", {name}={now} (was {was})" for name, (was, now) in changes.items())
+                terminal.say(f"resuming {folder} after step {first_step}{new}")
             else:
                 terminal.say(f"{parts.method.name}: {parts.method.source}; run folder {folder}")
                 terminal.say(describe_memory(parts, state))
@@ -375,8 +387,18 @@ def resume(
         leaf.delete()  # not both in memory
     state, host = store.restore(step, abstract)
     if host["data_fingerprint"] != parts.data_summary["fingerprint"]:
-        raise UserError(f"{folder}: the run's training data differ; give another output_dir")
+        raise UserError(
+            f"output_dir={folder}: {name_data(parts.config.data)} does not give the problems that the run began "
+            "with (data.json); put them back or give another output_dir"
+        )
     return state, host, step
+
+
+def name_data(data: DataConfig) -> str:
+    """The field that says what is trained on."""
+    if data.source == "files":
+        return f"data.train_files={', '.join(data.train_files)}"
+    return f"data.source={data.source}"
 
 
 def newest_intact(store: CheckpointStore, folder: Path) -> int | None:
@@ -626,21 +648,6 @@ def show_complete(folder: Path, config: Config) -> int:
     terminal.say(f"{folder}: this run is complete; for another give another output_dir")
     print_summary(terminal, json.loads((folder / SUMMARY).read_text()), folder)
     return 0
-
-
-class Interrupt:
-    """SIGINT and SIGTERM let the step finish; a second one ends the process at once."""
-
-    def __init__(self):
-        self.received = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, _) -> None:
-        if self.received:
-            os._exit(128 + number)
-        self.received = True
-        print("finishing this step, then saving; once more to stop at once", file=sys.stderr)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from trapo_jax.checkpoint import MANIFEST, CheckpointStore, DamagedCheckpoint, abstract_like
+from trapo_jax.train import main as train
 
-from conftest import JOB  # isort: skip
+from conftest import CACHE_ENV, JOB  # isort: skip
 
 STATE = {"w": jnp.arange(4096.0).reshape(64, 64) / 7, "n": jnp.int32(4)}
 HOST = {"counters": {"a": 1}, "name": "x"}
@@ -102,15 +103,13 @@ def test_what_is_put_aside_is_kept_and_no_checkpoint(store):
 def test_a_run_falls_back_to_the_checkpoint_before_and_ends_the_same(finished_run, tmp_path):
     uninterrupted, folder = finished_run[0], tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
-    config = folder / "config.yaml"
-    config.write_text(config.read_text().replace(str(uninterrupted), str(folder)))
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "hf")
     array = max((folder / "checkpoints" / "12").rglob("*"), key=lambda p: p.stat().st_size)
     content = bytearray(array.read_bytes())
     content[len(content) // 2] ^= 4
     array.write_bytes(content)
-    output = inject_faults.complete(folder, JOB)
+    output = inject_faults.complete(folder, JOB, **CACHE_ENV)
     (warning,) = [line for line in output.splitlines() if line.startswith("warning")]
     assert f"checkpoint 12: {array.relative_to(folder / 'checkpoints' / '12')}" in warning
     _, second, *_ = sorted(int(p.name) for p in (uninterrupted / "checkpoints").iterdir())[::-1]
@@ -119,20 +118,17 @@ def test_a_run_falls_back_to_the_checkpoint_before_and_ends_the_same(finished_ru
     assert inject_faults.differences(folder, uninterrupted) == []
 
 
-def test_a_run_without_an_intact_checkpoint_is_left_as_it_is(finished_run, tmp_path):
-    uninterrupted, folder = finished_run[0], tmp_path / "run"
-    shutil.copytree(uninterrupted, folder)
-    config = folder / "config.yaml"
-    config.write_text(config.read_text().replace(str(uninterrupted), str(folder)))
+def test_a_run_without_an_intact_checkpoint_is_left_as_it_is(finished_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run[0], folder)
     (folder / "summary.json").unlink()
-    shutil.rmtree(folder / "hf")
     for checkpoint in (folder / "checkpoints").iterdir():
         (checkpoint / MANIFEST).unlink()
-    metrics = (folder / "metrics.jsonl").read_bytes()
+    files = ("metrics.jsonl", "samples.jsonl", "config.yaml")
+    before = [(folder / name).read_bytes() for name in files]
     for _ in range(2):  # nor is it started over the next time
-        process = inject_faults.start(folder, JOB)
-        output = process.communicate()[0]
-        assert process.returncode == 2
-        assert "none of its checkpoints is intact (" in output
-        assert "12.damaged" in output.splitlines()[-1]
-        assert (folder / "metrics.jsonl").read_bytes() == metrics
+        assert train([f"output_dir={folder}", *JOB, "checkpoint.keep=3"]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "none of its checkpoints is intact (" in error
+        assert "12.damaged" in error
+        assert [(folder / name).read_bytes() for name in files] == before

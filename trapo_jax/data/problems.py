@@ -58,9 +58,10 @@ def encode_examples(
     if num_read > len(merged):
         dropped["joined to an equal problem"] = num_read - len(merged)
     problems: list[Problem] = []
+    rendered = template.render_all([example.prompt for example in merged])
     for start in range(0, len(merged), _ENCODE_EXAMPLES):
         chunk = merged[start : start + _ENCODE_EXAMPLES]
-        texts = [template.render(example.prompt) for example in chunk]
+        texts = rendered[start : start + _ENCODE_EXAMPLES]
         prompts = [encoder.with_bos(ids) for ids in encoder.encode(texts)]
         solutions = iter(encoder.encode([s for example in chunk for s in example.solutions]))
         for example, text, prompt_ids in zip(chunk, texts, prompts, strict=True):

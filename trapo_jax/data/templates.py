@@ -3,15 +3,24 @@
 `qwen_math` is the prompt of the paper's data and evaluation. It owns the system line: a system message in the
 row (the released MATH-500 holds one about a "Thought section") is replaced, and an instruction that the user
 text ends with already is not added again.
+
+A tokenizer's own template is a program from outside: it runs in a process of its own (`chat_worker.py`), without
+secrets, within limits of time and memory.
 """
 
 import dataclasses
 import hashlib
 import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from trapo_jax.data.examples import Message, Prompt
 from trapo_jax.types import UserError
+from trapo_jax.untrusted import child_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -23,6 +32,9 @@ MATH_INSTRUCTION = "Please reason step by step, and put your final answer within
 # Llama 3's templates print today's date unless told one; this is the one they fall back on themselves.
 DATE = "26 Jul 2024"
 _TURN = "<|im_start|>"
+CHAT_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py")))
+CHAT_SECS = 10.0  # for one prompt, of which a template makes thousands a second
+CHAT_MEMORY_BYTES = 2 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,43 +60,55 @@ class Template:
         Raises:
           UserError: if the prompt does not go with the template.
         """
+        return self.render_all([prompt])[0]
+
+    def render_all(self, prompts: Sequence[Prompt]) -> list[str]:
+        """`render` of each prompt; with "chat" one process does them all."""
         if self.kind == "none":
-            return _plain_text(prompt)
-        messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+            return [_plain_text(prompt) for prompt in prompts]
+        chats = [(Message("user", p),) if isinstance(p, str) else p for p in prompts]
         if self.kind == "chat":
-            return self._chat(messages)
-        return _chatml(_with_math_instruction(messages) if self.kind == "qwen_math" else messages)
+            return self._chat(chats)
+        if self.kind == "qwen_math":
+            chats = [_with_math_instruction(messages) for messages in chats]
+        return [_chatml(messages) for messages in chats]
 
     @property
     def hash(self) -> str:
         """SHA-256 over kind and content: equal hashes, equal texts."""
         content: list[object] = [self.kind]
         if self.tokenizer is not None:
-            special = {name: str(text) for name, text in self.tokenizer.special_tokens_map.items()}
-            content += [self.tokenizer.chat_template, special, DATE]
+            content += [self.tokenizer.chat_template, self._special_tokens(), DATE]
         elif self.kind != "none":
             content.append(self.render("{prompt}"))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def _chat(self, messages: tuple[Message, ...]) -> str:
-        import jinja2
-
+    def _special_tokens(self) -> dict[str, str]:
         assert self.tokenizer is not None
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [message._asdict() for message in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-                date_string=DATE,
-            )
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"data.template=chat: the tokenizer's chat template refuses the messages "
-                f"{_roles(messages)} ({reason}); choose another template"
-            ) from error
-        assert isinstance(text, str)
-        return text
+        return {name: str(text) for name, text in self.tokenizer.special_tokens_map.items()}
+
+    def _chat(self, chats: Sequence[tuple[Message, ...]]) -> list[str]:
+        assert self.tokenizer is not None
+        variables = {**self._special_tokens(), "date_string": DATE}
+        setting = {"template": self.tokenizer.chat_template, "variables": variables}
+        requests = [setting, *([message._asdict() for message in chat] for chat in chats)]
+        worker = subprocess.run(
+            [*CHAT_WORKER, str(CHAT_SECS), str(CHAT_MEMORY_BYTES)],
+            input="".join(json.dumps(request) + "\n" for request in requests),
+            capture_output=True,
+            text=True,
+            env=child_environment(),
+        )
+        replies = [json.loads(line) for line in worker.stdout.splitlines()]
+        for chat, reply in zip(chats, replies, strict=False):
+            if "refusal" in reply:
+                raise _refused(f"refuses the messages {_roles(chat)} ({reply['refusal']})")
+        if worker.returncode == -signal.SIGALRM:
+            raise _refused(f"takes more than {CHAT_SECS:g} s for one prompt")
+        if worker.returncode or len(replies) < len(chats):
+            reason = worker.stderr.strip().splitlines()[-1:] or [f"exit code {worker.returncode}"]
+            raise _refused(f"cannot be run ({reason[0]})")
+        return [reply["text"] for reply in replies]
 
 
 def make_template(kind: TemplateKind, tokenizer: "PreTrainedTokenizerFast") -> Template:
@@ -135,3 +159,9 @@ def _chatml(messages: tuple[Message, ...]) -> str:
 
 def _roles(messages: tuple[Message, ...]) -> str:
     return ", ".join(message.role for message in messages)
+
+
+def _refused(what: str) -> UserError:
+    return UserError(
+        f"data.template=chat: the tokenizer's chat template {what}; choose another template"
+    )

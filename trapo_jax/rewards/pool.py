@@ -11,7 +11,6 @@ is killed breaks pebble's pool for good; and answers are unpickled. POSIX only, 
 
 import json
 import logging
-import os
 import queue
 import socket
 import subprocess
@@ -23,8 +22,8 @@ from concurrent.futures import Future
 from typing import Any, Self
 
 from trapo_jax.types import Problem, Verdict
+from trapo_jax.untrusted import child_environment
 
-ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 COMMAND = (sys.executable, "-P", "-m", "trapo_jax.rewards.worker")
 START_SECS = 120.0
 MAX_REPLY_BYTES = 4096
@@ -167,7 +166,7 @@ class _Worker:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=_environment(),
+                env=child_environment(),
                 start_new_session=True,  # Ctrl-C is the trainer's
             )
 
@@ -213,16 +212,3 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         self._socket.close()
-
-
-def _environment() -> dict[str, str]:
-    """Nothing secret: the allowed names, the import path, and what makes a worker small and its
-    verdicts repeatable (sympy's order of terms depends on hashes)."""
-    allowed = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    return {
-        **allowed,
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        "PYTHONHASHSEED": "0",
-        "OPENBLAS_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-    }

@@ -6,18 +6,17 @@ Started by `VerifierPool`. Only strings come in and only a verdict and an except
 pickle, and never a parsed answer, whose very `repr` may hang. Imports no jax.
 """
 
-import contextlib
 import functools
 import importlib
 import json
 import os
-import resource
 import signal
 import socket
 import sys
 from collections.abc import Callable
 
 from trapo_jax.types import Problem, Verdict
+from trapo_jax.untrusted import limit_memory
 
 
 def main(function: str, timeout_secs: str, memory_bytes: str) -> None:
@@ -38,7 +37,7 @@ def main(function: str, timeout_secs: str, memory_bytes: str) -> None:
             getattr(module, "warm_up", lambda: None)()
         except Exception as error:
             return reply(failure=f"{type(error).__name__}: {error}"[:500])
-        _limit_memory(int(memory_bytes))
+        limit_memory(int(memory_bytes))
         reply(ready=True)
         for line in lines:
             if not _answer(line, verify, reply, float(timeout_secs)):
@@ -62,12 +61,6 @@ def _answer(line: bytes, verify: Callable, reply: Callable, timeout_secs: float)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
     return True
-
-
-def _limit_memory(num_bytes: int) -> None:
-    for limit, value in ((resource.RLIMIT_AS, num_bytes), (resource.RLIMIT_CORE, 0)):
-        with contextlib.suppress(ValueError, OSError):  # macOS refuses the first
-            resource.setrlimit(limit, (value, value))
 
 
 def _reply(lines, **fields) -> None:

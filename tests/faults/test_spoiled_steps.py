@@ -1,0 +1,63 @@
+"""A whole run in which one gradient is not finite and the verifier fails now and then: it goes on, and says so."""
+
+import inject_faults
+import numpy as np
+from test_stopped_runs import unfinish
+
+from trapo_jax.metrics import read_metrics
+
+from conftest import JOB, run_command  # isort: skip
+
+SPOILED = """
+import itertools, sys
+import numpy as np
+from trapo_jax import train
+from trapo_jax.rewards import InlineVerifier, card_shuffles_verifier
+
+build_batch, batches = train.build_batch, itertools.count()
+
+def spoil_the_first(groups, advantages, **options):
+    if next(batches) == 0:
+        advantages = [np.full_like(a, np.nan) for a in advantages]
+    return build_batch(groups, advantages, **options)
+
+def fail_once_in_a_hundred(name, *, eos_text, **_):
+    verify, answers = card_shuffles_verifier(eos_text), itertools.count(1)
+    def sometimes(text, problem):
+        if next(answers) % 100 == 0:
+            raise ValueError
+        return verify(text, problem)
+    return InlineVerifier(sometimes)
+
+train.build_batch, train.make_verifier = spoil_the_first, fail_once_in_a_hundred
+sys.exit(train.main())
+"""
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_is_counted_and_named(finished_run, tmp_path):
+    """Steps 11 and 12 after a resume; a verifier that fails once in a hundred stops nothing and is counted, too."""
+    folder, script = tmp_path / "run", tmp_path / "spoiled.py"
+    before = unfinish(finished_run[0], folder)
+    assert before == 10
+    script.write_text(SPOILED)
+    job = (f"output_dir={folder}", *JOB, "checkpoint.every=1")
+    result = run_command("spoiled", *job, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    warnings = [line for line in result.stdout.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        "warning: step 11: no update was made, as loss/policy_gradient was not finite"
+    ]
+    records = {r["step"]: r for r in read_metrics(folder) if r["kind"] == "train"}
+    assert [records[step]["optimizer/skipped"] for step in (10, 11, 12)] == [0, 1, 0]
+    assert [records[step]["optimizer/skipped_in_a_row"] for step in (10, 11, 12)] == [0, 1, 0]
+    assert records[11]["loss/policy_gradient"] is None
+    assert [records[step]["reward/error_rate"] * 64 for step in (10, 11, 12)] == [0, 0, 1]
+    states = {}
+    for step in (10, 11, 12):
+        states[step] = inject_faults.read_checkpoint(folder, step)[0]
+    assert len(states[10]) > 20
+    for name, value in states[10].items():
+        if "params" in name:
+            np.testing.assert_array_equal(states[11][name], value)
+    moved = [n for n, x in states[12].items() if "params" in n and (x != states[11][n]).any()]
+    assert len(moved) == sum("params" in name for name in states[12])

@@ -1,0 +1,134 @@
+"""SECURITY.md's promises about code from outside, held against every file of the package."""
+
+import ast
+import re
+import tomllib
+
+import pytest
+
+from conftest import REPOSITORY  # isort: skip
+
+PACKAGE = REPOSITORY / "trapo_jax"
+# Modules that run or unpickle what they read, or a shell.
+MODULES = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "code",
+    "torch",
+}
+# Built-in functions that run text; a method of that name (`model.eval()`) is none.
+BUILT_INS = {"eval", "exec", "compile", "__import__"}
+# Functions of modules, by the last two parts of their names.
+FUNCTIONS = {
+    "os.system",
+    "os.popen",
+    "torch.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+}
+KEYWORDS = {"shell", "allow_pickle", "trust_remote_code"}  # which may be nothing but False
+SAFE_LOADER = "_Loader"  # config.py's, a SafeLoader
+
+
+def violations(text):
+    """What of a file's text runs code that it reads: (line, what)."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            found = [node.module] if (node.module or "").split(".")[0] in MODULES else []
+        elif isinstance(node, ast.Call):
+            found = list(calls(node))
+        elif isinstance(node, ast.Name) and node.id in BUILT_INS:
+            found = [node.id]  # `run = eval`
+        else:
+            found = []
+        for what in found:
+            yield node.lineno, what
+
+
+def calls(node):
+    name = ast.unparse(node.func)
+    if ".".join(name.split(".")[-2:]) in FUNCTIONS and not is_safe_yaml(node):
+        yield name
+    for keyword in node.keywords:
+        given = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+        if keyword.arg in KEYWORDS and not given:
+            yield keyword.arg
+
+
+def is_safe_yaml(node):
+    return any(isinstance(a, ast.Name) and a.id == SAFE_LOADER for a in node.args)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "from dill import loads",
+        "import torch.nn",
+        "import numpy as np\nnp.load('x', allow_pickle=True)",
+        "np.load('x', allow_pickle=flag)",
+        "eval('1')",
+        "run = exec",
+        "__import__('os')",
+        "import os\nos.system('ls')",
+        "subprocess.run('ls', shell=True)",
+        "AutoModel.from_pretrained('x', trust_remote_code=True)",
+        "yaml.load(text, yaml.Loader)",
+    ],
+)
+def test_what_runs_code_is_found(text):
+    assert list(violations(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "jax.eval_shape(f)",
+        "model.eval()",
+        "re.compile('a')",
+        "step.lower(x).compile()",
+        "np.load('x')",
+    ],
+)
+def test_what_runs_no_code_is_not(text):
+    assert not list(violations(text))
+
+
+def test_the_package_runs_no_code_that_it_reads():
+    found = {}
+    for file in PACKAGE.rglob("*.py"):
+        if here := list(violations(file.read_text())):
+            found[file.name] = here
+    assert not found
+
+
+def test_yaml_is_read_by_a_safe_loader():
+    import yaml
+
+    from trapo_jax import config
+
+    assert issubclass(config._Loader, yaml.SafeLoader)
+    with pytest.raises(yaml.YAMLError):
+        yaml.load("!!python/object/apply:os.system ['true']", config._Loader)
+
+
+@pytest.mark.parametrize(
+    ("package", "fixed"),
+    [("transformers", (5, 3)), ("jinja2", (3, 1, 6)), ("pyyaml", (5, 4)), ("pyarrow", (14, 0, 1))],
+)
+def test_versions_with_known_holes_are_excluded(package, fixed):
+    """transformers: CVE-2026-4372, CVE-2026-5241; jinja2: CVE-2025-27516; PyYAML: CVE-2020-14343; PyArrow: CVE-2023-47248."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    (wanted,) = [text for text in project["dependencies"] if re.match(rf"{package}\b", text)]
+    lowest = re.search(r">=([\d.]+)", wanted)[1]
+    assert tuple(map(int, lowest.split("."))) >= fixed

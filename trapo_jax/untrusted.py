@@ -1,0 +1,29 @@
+"""What a process is given that works on text or templates from outside: no secrets, and only so much memory."""
+
+import contextlib
+import os
+import resource
+import sys
+
+# Reaches such a process; nothing else of the environment does.
+ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+
+
+def child_environment() -> dict[str, str]:
+    """The allowed names, the import path, and what makes such a process small and what it says repeatable
+    (sympy's order of terms depends on hashes)."""
+    allowed = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    return {
+        **allowed,
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "PYTHONHASHSEED": "0",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def limit_memory(num_bytes: int) -> None:
+    """Limits this process's address space, where the platform can (macOS cannot), and its core dumps to none."""
+    for limit, value in ((resource.RLIMIT_AS, num_bytes), (resource.RLIMIT_CORE, 0)):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(limit, (value, value))
