@@ -68,10 +68,12 @@ def test_budget_ends_a_run_and_a_buffer_survives_a_resume(tmp_path):
         folder,
         **{
             "method.name": "relift",
-            "method.constants.buffer_size": "3",
+            "method.constants.buffer_size": "2",
+            "train.problems_per_step": "4",
+            "data.num_train": "16",
             "train.num_steps": "50",
             "train.budget_unit": "problems",
-            "train.budget": "8",
+            "train.budget": "16",
             "checkpoint.every": "2",
         },
     )
@@ -84,9 +86,10 @@ def test_budget_ends_a_run_and_a_buffer_survives_a_resume(tmp_path):
     assert rates[3] == pytest.approx(
         2e-4 * (0.1 + 0.9 * 0.5)
     )  # three quarters of the run were over
-    updates_of_buffer = [r for r in expected if "buffer/loss/cross_entropy" in r]
-    assert updates_of_buffer
-    assert any(r in updates_of_buffer for r in expected[2:])  # after the checkpoint, with its state
+    # So that it shows: the buffer's optimiser was used before the checkpoint and after, and problems were waiting.
+    assert ["buffer/loss/total" in r for r in expected] == [True] * 4
+    host = json.loads((folder / "checkpoints" / "2" / "host" / "data.json").read_text())
+    assert len(host["method_state"]["unsolved"]) == 1
     written = {
         name: (folder / name).read_bytes() for name in ("samples.jsonl", "hf/model.safetensors")
     }

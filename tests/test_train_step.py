@@ -214,23 +214,28 @@ def objective_by_logits(logits, batch, method):
     return total
 
 
-def method_of_every_normalizer():
-    """TRAPO's two terms, each with every normaliser at once."""
+def method_of_every_term():
+    """TRAPO's two terms, each with every normaliser at once, and every other term of the family."""
     methods = [make_method("trapo", normalizer=name) for name in get_args(Normalizer)]
     terms = tuple(
         dataclasses.replace(term, name=f"{term.name}/{term.normalizer}", weight=0.3 + 0.1 * i)
         for i, method in enumerate(methods)
         for term in method.terms
     )
-    terms += make_method("grpo", entropy_weight=0.1).terms[1:]
+    others = {
+        term.name: term
+        for name in ("luffy", "srft", "chord_phi", "prefix_rft", "relift")
+        for term in make_method(name, entropy_weight=0.1).terms
+    }
+    terms += tuple(others.values())
     return dataclasses.replace(methods[0], terms=terms)
 
 
 def test_gradient_does_not_depend_on_the_layout(params):
     """Micro-batches of any size, packed or not: the same gradient and metrics."""
     groups, advantages = ragged_groups()
-    method = method_of_every_normalizer()
-    assert len(method.terms) == 9
+    method = method_of_every_term()
+    assert len({term.name for term in method.terms}) == len(method.terms) == 18
     whole = sgd_step(method, build(groups, advantages), params)
     layouts = [
         {"micro_batch_rows": 1},
