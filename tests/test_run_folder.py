@@ -71,7 +71,7 @@ def test_a_run_may_become_longer_if_its_learning_rate_does_not_depend_on_it(fold
     assert check_run_folder(folder, longer) == {"train.num_steps": (375, 400)}
     prepare_run_folder(tmp_path / "decaying", text())
     with pytest.raises(
-        UserError, match=r"not 400; its learning rate depends on it unless train.decay_start=1"
+        UserError, match=r"not 400; its schedules depend on it unless train.decay_start=1"
     ):
         check_run_folder(tmp_path / "decaying", text(train__num_steps="400"))
 

@@ -39,6 +39,7 @@ MAY_DIFFER = (
     "mesh.",
 )
 NUM_STEPS, DECAY_START = "train.num_steps", "train.decay_start"
+SCHEDULED_METHODS = ("sft_then_grpo", "prefix_rft")  # what they do depends on the run's length
 
 Changes = dict[str, tuple[Any, Any]]  # by field: what it was, what it is
 
@@ -88,8 +89,9 @@ def _changes(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> Chan
                 "give another output_dir"
             )
         is_longer = field == NUM_STEPS and isinstance(there, int) and here > there
-        if not (_may_differ(field) or (is_longer and ours[DECAY_START] == 1)):
-            reason = f"; its learning rate depends on it unless {DECAY_START}=1" * is_longer
+        is_scheduled = ours[DECAY_START] != 1 or ours["method.name"] in SCHEDULED_METHODS
+        if not (_may_differ(field) or (is_longer and not is_scheduled)):
+            reason = f"; its schedules depend on it unless {DECAY_START}=1" * is_longer
             raise UserError(
                 f"output_dir={folder}: holds a run with {field}={there}, not {here}{reason}; "
                 f"give another output_dir, or {field}={there} to resume it"
