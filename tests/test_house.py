@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "health": set(),
     "metrics": set(),
     "run_folder": set(),
+    "samples": set(),
     "processes": set(),
     "program_cost": set(),
     "types": set(),

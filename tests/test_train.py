@@ -93,6 +93,9 @@ def test_samples_can_be_read(finished_run):
         response = sample["prefix"] + sample["completion"]
         if sample["reward"]:
             assert response.endswith(f"#{sample['answer']}<eos>")
+        tokens = sample["tokens"]
+        assert "".join(tokens["pieces"]) == response
+        assert len({len(tokens[name]) for name in tokens}) == 1
 
 
 def test_same_seed_same_metrics(finished_run, tmp_path):

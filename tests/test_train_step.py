@@ -113,7 +113,7 @@ def sgd_step(method, batch, params, *, mesh=None, entropy_weight=0.0, optimizer=
     optimizer = optimizer or optax.sgd(1.0)
     step = make_step(method, params, mesh, optimizer, entropy_weight=entropy_weight)
     old = jax.device_get(params)
-    state, metrics = step(init_state(params, optimizer, mesh), batch)
+    state, metrics, _ = step(init_state(params, optimizer, mesh), batch)
     gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), old, state.params)
     return gradient, jax.device_get(metrics), state
 
@@ -246,7 +246,7 @@ def test_lengths_compile_nothing_anew(params):
         groups, advantages = ragged_groups(seed)
         batch = build(groups, advantages, packed=True, micro_batch_rows=3)
         numbers.add(int(batch.num_micro_batches))
-        state, _ = step(state, batch)
+        state, _, _ = step(state, batch)
     assert len(numbers) > 1
     assert step._cache_size() == 1
 
@@ -331,6 +331,23 @@ def test_metrics_by_hand(params):
     logged = [metrics[f"expert/prob_from_{i / 10:.1f}"] for i in range(10)]
     np.testing.assert_allclose(logged, histogram, rtol=1e-5)
     assert np.count_nonzero(histogram) > 1
+
+
+def test_the_trace_holds_each_trained_token_s_logprob_and_gradient_weight(params):
+    """Wherever its row lies; by the loss terms together, here without clipping and of weight 2 on the expert."""
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=3)
+    mesh, optimizer = one_device_mesh(), optax.sgd(1.0)
+    step = make_step(make_method("trapo", expert_weight=2.0), params, mesh, optimizer)
+    _, _, trace = step(init_state(params, optimizer, mesh), batch)
+    logprobs = np.asarray(batch_logprobs(batch, params))
+    np.testing.assert_allclose(trace.logprobs, logprobs, rtol=1e-5)
+    expected = np.where(batch.kinds == TokenKind.COMPLETION, np.abs(batch.advantages), 0.0)
+    expert = batch.kinds == TokenKind.EXPERT_TRAINED
+    expected[expert] = 2 * np.minimum(1, np.exp(logprobs[expert]) / ALPHA)
+    expected /= MAX_LENGTH * batch.num_rollouts
+    np.testing.assert_allclose(trace.gradient_weights, expected, rtol=1e-4)
+    assert np.count_nonzero(expected) > expert.sum() > 0
 
 
 def batch_logprobs(batch, params):

@@ -75,8 +75,8 @@ class RunLog:
         self._tensorboard.close()
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
-        clean = {k: None if _not_finite(v) else v for k, v in record.items()}
-        self._files[name].write(json.dumps(clean, ensure_ascii=True, allow_nan=False) + "\n")
+        text = json.dumps(_finite(record), ensure_ascii=True, allow_nan=False)
+        self._files[name].write(text + "\n")
         self._files[name].flush()
 
 
@@ -126,8 +126,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def _not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and inf, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {name: _finite(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Terminal:

@@ -65,11 +65,13 @@ from trapo_jax.run_folder import (
     prepare_run_folder,
     write_atomically,
 )
+from trapo_jax.samples import fetch_response_traces, sample_record
 from trapo_jax.sampling import JaxEngine
 from trapo_jax.scheduler import Scheduler
 from trapo_jax.sharding import make_mesh, num_batch_shards
 from trapo_jax.splits import load_splits
 from trapo_jax.train_step import (
+    TokenTrace,
     TrainState,
     TrainStep,
     init_state,
@@ -454,7 +456,9 @@ def train_one_step(
         packed=config.train.packing,
         pad_id=parts.tokenizer.pad_token_id or 0,
     )
-    state, device_values = update(parts, state, batch)
+    state, device_values, trace = update(parts, state, batch)
+    logged = [rollout for group in groups[: config.log_samples] for rollout in group]
+    traces = fetch_response_traces(trace, batch, len(logged))
     trained = time.perf_counter()
     kinds = count_kinds(batch)
     counters.tokens_trained += kinds["completion"] + kinds["expert_trained"]
@@ -481,11 +485,10 @@ def train_one_step(
     log.metrics(TRAIN, step, values)
     log.samples(
         [
-            sample_record(parts, rollout, float(advantage), step)
-            for group, group_advantages in list(zip(groups, advantages, strict=True))[
-                : config.log_samples
-            ]
-            for rollout, advantage in zip(group, group_advantages, strict=True)
+            sample_record(rollout, float(advantage), seen, decode=parts.tokenizer.decode, step=step)
+            for rollout, seen, advantage in zip(
+                logged, traces, np.concatenate(advantages), strict=False
+            )
         ]
     )
     return state, values
@@ -493,18 +496,19 @@ def train_one_step(
 
 def update(
     parts: Parts, state: TrainState, batch: TrainBatch
-) -> tuple[TrainState, dict[str, float]]:
-    """Updates the policy `train.num_iterations` times on a batch. Returns the last update's metrics."""
+) -> tuple[TrainState, dict[str, float], TokenTrace]:
+    """Updates the policy `train.num_iterations` times on a batch. Returns the last update's metrics and trace."""
     num_iterations = parts.config.train.num_iterations
     batch = place_batch(batch, parts.mesh)
     if num_iterations > 1:  # a single update is made from the old policy itself
         batch = batch._replace(old_logprobs=parts.batch_logprobs(state.params, batch))
     if parts.ref_params is not None:
         batch = batch._replace(ref_logprobs=parts.batch_logprobs(parts.ref_params, batch))
-    device_metrics = {}
+    device_metrics, trace = {}, TokenTrace(None, None)
     for _ in range(num_iterations):
-        state, device_metrics = parts.train_step(state, batch)
-    return state, {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        state, device_metrics, trace = parts.train_step(state, batch)
+    values = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+    return state, values, trace
 
 
 def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
@@ -544,26 +548,6 @@ def check_verdicts(
             f"on {timeouts}, more than rewards.max_error_rate={max_error_rate}; warnings above, if "
             "any, say why"
         )
-
-
-def sample_record(parts: Parts, rollout: Rollout, advantage: float, step: int) -> dict[str, Any]:
-    """A line of samples.jsonl."""
-    request, decode = rollout.request, parts.tokenizer.decode
-    return {
-        "step": step,
-        "problem_id": request.problem.id,
-        "sample_index": request.sample_index,
-        "micro_group": request.micro_group,
-        "prompt": request.problem.prompt_text,
-        "prefix": decode(request.prefix_ids),
-        "completion": decode(rollout.completion.token_ids),
-        "answer": request.problem.answer,
-        "verdict": str(rollout.verdict),
-        "reward": rollout.reward,
-        "advantage": advantage,
-        "ratio": request.ratio,
-        "finish_reason": str(rollout.completion.finish_reason),
-    }
 
 
 def log_evaluation(
