@@ -39,6 +39,7 @@ def test_run_leaves_what_was_promised(finished_run):
         "checkpoints",
         "hf",
         "summary.json",
+        "report.html",
     }
     scores = {
         r["step"]: r["eval/accuracy_sampled"]

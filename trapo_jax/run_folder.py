@@ -26,7 +26,7 @@ def check_run_folder(folder: Path, config_text: str) -> None:
     if saved.is_file():
         theirs = yaml.safe_load(saved.read_text())
         ours = yaml.safe_load(config_text)
-        theirs, ours = _flatten(theirs), _flatten(ours)
+        theirs, ours = flatten(theirs), flatten(ours)
         for field in sorted({*theirs, *ours} - {"output_dir"}):
             there, here = theirs.get(field, "absent"), ours.get(field, "absent")
             if there != here:
@@ -79,11 +79,12 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted names, as the command line has them."""
     flat = {}
     for name, value in data.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat

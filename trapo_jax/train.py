@@ -57,6 +57,7 @@ from trapo_jax.processes import (
     my_share,
     wait_for_all,
 )
+from trapo_jax.report import REPORT, write_report
 from trapo_jax.rewards import Verifier, make_verifier
 from trapo_jax.rollouts import collect_rollouts, share_rollouts
 from trapo_jax.run_folder import (
@@ -565,6 +566,7 @@ def log_evaluation(
     )
     seconds = time.perf_counter() - started
     log.metrics(EVAL, step, {"split": split, **values, "time/eval_secs": seconds})
+    terminal.evaluated(values["eval/accuracy_sampled"])
     best = f"pass@{parts.config.evaluation.num_samples}"
     terminal.say(
         f"step {step}: {split} accuracy greedy {values['eval/accuracy_greedy']:.3f}, "
@@ -574,7 +576,7 @@ def log_evaluation(
 
 
 def finish(parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, folder: Path) -> None:
-    """Final evaluation, export and table; `summary.json`, written last, marks the run complete."""
+    """Final evaluation, export, report and table; `summary.json`, written last, marks the run complete."""
     num_steps = parts.config.train.num_steps
     after = log_evaluation(parts, log, terminal, state, split="test", step=num_steps)
     params = fetch(state.params)
@@ -582,6 +584,7 @@ def finish(parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, fol
         return
     export_model(params, parts.decoder, source=parts.model_folder, destination=folder / "hf")
     log.offsets()
+    write_report([folder], folder / REPORT)
     before = next(r for r in read_metrics(folder) if r["kind"] == EVAL and r["split"] == "test")
     summary = {"before": {name: before[name] for name in after}, "after": after}
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -598,8 +601,9 @@ def print_summary(terminal: Terminal, summary: dict[str, Any], folder: Path) -> 
     terminal.table("test set", ["", "before", "after"], rows)
     for name, what in (
         ("hf", "the model, for transformers and vLLM"),
+        (REPORT, "curves, and a reader for rollouts; open it in a browser"),
         ("metrics.jsonl", "every step; tb/ holds the same for TensorBoard"),
-        ("samples.jsonl", "rollouts to read"),
+        ("samples.jsonl", "rollouts, token by token"),
     ):
         terminal.say(f"{folder / name}: {what}")
 
