@@ -367,7 +367,7 @@ _Loader.add_implicit_resolver(
 def _parse_scalar(name: str, text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, TypeError) as error:  # a mapping as a key is a TypeError
         raise UserError(f"command line: {name}: {text!r} is not a YAML value") from error
 
 
@@ -385,7 +385,7 @@ def _set(data: dict[str, Any], name: str, value: Any) -> None:
 
 def _explain(error: Any, *, file: Path | None, overrides: set[str]) -> str:
     """One line: where, field, value, what is wrong, what to do."""
-    name = ".".join(str(part) for part in error["loc"])
+    name = ".".join(str(part) for part in error["loc"]).replace("\n", "\\n")
     from_command_line = any(name == o or name.startswith(o + ".") for o in overrides)
     where = "command line" if from_command_line or file is None else str(file)
     if error["type"] == "extra_forbidden":

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -150,6 +150,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class _Panel(Progress):
+    """The bar, and under it, so that 80 columns suffice, how things stand."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (task.fields["status"] for task in self.tasks)
+
+
 class Terminal:
     """Live progress on a terminal, plain lines elsewhere; a quiet one says nothing."""
 
@@ -161,10 +169,10 @@ class Terminal:
         self._accuracy: float | None = None
         self._progress: Progress | None = None
         if self.console.is_terminal:
-            self._progress = Progress(
+            self._progress = _Panel(
                 TextColumn("training"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[status]}"),
+                BarColumn(bar_width=32),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} "),
                 TimeRemainingColumn(),
                 TextColumn("left"),
                 console=self.console,

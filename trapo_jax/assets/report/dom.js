@@ -35,7 +35,7 @@ function table(caption, header, rows) {
   const cell = (content) =>
     content instanceof Node ? make("td", {}, content)
       : typeof content === "string" ? make("td", { class: "text" }, content) : make("td", {}, number(content));
-  return make("div", { class: "wide", tabindex: 0, role: "region", "aria-label": caption },
+  return make("div", { class: "wide", tabindex: 0, role: "group", "aria-label": caption },
     make("table", {},
       make("thead", {}, make("tr", {}, ...header.map((name, i) =>
         make("th", { scope: "col", class: typeof rows[0]?.[i] === "string" ? "text" : null }, name)))),
