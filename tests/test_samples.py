@@ -48,7 +48,7 @@ def test_a_response_s_tokens_are_found_wherever_they_lie(packed):
     advantages = [np.float32([0.5, -0.5, 0.25, 0])]
     batch = build_batch([GROUP], advantages, row_len=9, micro_batch_rows=2, packed=packed)
     trace = (jnp.asarray(batch.token_ids, jnp.float32), jnp.asarray(batch.token_ids, jnp.float32))
-    traces = fetch_response_traces(trace, batch, 3)
+    traces = fetch_response_traces(trace, batch, range(3))
     assert len(traces) == 3
     for r, seen in zip(GROUP, traces, strict=False):
         response = [*r.request.prefix_ids, *r.completion.token_ids]
@@ -58,14 +58,17 @@ def test_a_response_s_tokens_are_found_wherever_they_lie(packed):
         [TokenKind.EXPERT_TRAINED] * 2 + [TokenKind.COMPLETION] * 4,
         [TokenKind.EXPERT] * 2 + [TokenKind.COMPLETION] * 2,
     ]
-    assert fetch_response_traces(trace, batch, 0) == []
+    assert fetch_response_traces(trace, batch, []) == []
+    of_last, of_none = fetch_response_traces(trace, batch, [3, 4])
+    assert of_last.kinds.tolist() == [TokenKind.EXPERT_TRAINED] * 3
+    assert of_none is None
 
 
 def test_a_record_has_an_entry_a_token_and_null_where_none_was_trained():
     advantages = [np.float32([0.5, -0.5, 0.25, 0])]
     batch = build_batch([GROUP], advantages, row_len=9, micro_batch_rows=2)
     logprobs = jnp.where(batch.kinds > TokenKind.EXPERT, -0.123456, 0.0)
-    seen = fetch_response_traces((logprobs, -logprobs), batch, 3)[2]
+    (seen,) = fetch_response_traces((logprobs, -logprobs), batch, [2])
     record = sample_record(GROUP[2], 0.25, seen, decode=decode, step=5)
     assert record["tokens"] == {
         "pieces": ["<20>", " <21>", "<35>", " <36>"],
@@ -75,6 +78,12 @@ def test_a_record_has_an_entry_a_token_and_null_where_none_was_trained():
     }
     assert (record["step"], record["sample_index"], record["advantage"]) == (5, 2, 0.25)
     assert (record["prefix"], record["completion"]) == ("<20> <21>", "<35> <36>")
+
+
+def test_a_rollout_that_took_no_part_has_texts_and_kinds():
+    tokens = sample_record(GROUP[1], None, None, decode=decode, step=5)["tokens"]
+    assert tokens["kinds"] == "224444"
+    assert tokens["logprobs"] == tokens["gradient_weights"] == [None] * 6
 
 
 def decode_bytes(ids):

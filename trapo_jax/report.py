@@ -249,7 +249,7 @@ def thin(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, list[floa
 def _is_known(name: str, record: Mapping[str, Any]) -> bool:
     """Of steps that trained no expert token there is nothing to say about expert tokens."""
     return record.get(name) is not None and (
-        not name.startswith("expert/") or record["batch/expert_trained_tokens"] > 0
+        not name.startswith("expert/") or record.get("batch/expert_trained_tokens", 0) > 0
     )
 
 

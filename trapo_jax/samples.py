@@ -21,28 +21,31 @@ class ResponseTrace(NamedTuple):
     gradient_weights: np.ndarray  # float32, |d objective / d logprob|; 0 where not trained
 
 
-def fetch_response_traces(trace: Any, batch: TrainBatch, num_rollouts: int) -> list[ResponseTrace]:
-    """Of the batch's first `num_rollouts` rollouts; every process must ask, and each gets all.
+def fetch_response_traces(
+    trace: Any, batch: TrainBatch, numbers: Sequence[int]
+) -> list[ResponseTrace | None]:
+    """Of some of the batch's rollouts, None for those that are not in it; every process must ask, and each gets all.
 
     Args:
       trace: the train step's `TokenTrace`; of its rows only those that are needed leave the devices.
       batch: as it was built, on the host.
-      num_rollouts: 0 .. the number of rollouts in the batch.
+      numbers: of the rollouts, as `build_batch` was given them, from 0.
     """
-    if num_rollouts == 0:
+    if not numbers:
         return []
-    m, b, t = np.nonzero((batch.segment_ids > 0) & (batch.segment_ids <= num_rollouts))
-    _, first = np.unique(batch.segment_ids[m, b, t], return_index=True)
-    rows = (m[first], b[first])  # of each rollout
-    logprobs, gradient_weights = fetch(_take_rows(tuple(trace), *rows))
+    m, b, t = np.nonzero(batch.segment_ids)
+    found, first = np.unique(batch.segment_ids[m, b, t], return_index=True)
+    place = dict(zip(found.tolist(), zip(m[first], b[first], strict=True), strict=True))
+    # As many places whatever is in the batch: a program for each number would be compiled.
+    places = np.array([place.get(1 + number, (0, 0)) for number in numbers]).T
+    logprobs, gradient_weights = fetch(_take_rows(tuple(trace), *places))
     of_responses = []
-    for i, (kinds, segment_ids) in enumerate(
-        zip(batch.kinds[rows], batch.segment_ids[rows], strict=True)
-    ):
-        response = (segment_ids == 1 + i) & (kinds != TokenKind.PROMPT)
-        of_responses.append(
-            ResponseTrace(kinds[response], logprobs[i, response], gradient_weights[i, response])
-        )
+    for i, number in enumerate(numbers):
+        kinds = batch.kinds[tuple(places[:, i])]
+        segment_ids = batch.segment_ids[tuple(places[:, i])]
+        response = (segment_ids == 1 + number) & (kinds != TokenKind.PROMPT)
+        seen = ResponseTrace(kinds[response], logprobs[i, response], gradient_weights[i, response])
+        of_responses.append(seen if response.any() else None)
     return of_responses
 
 
@@ -51,16 +54,23 @@ _take_rows = jax.jit(lambda arrays, m, b: [x[m, b] for x in arrays])
 
 def sample_record(
     rollout: Rollout,
-    advantage: float,
-    trace: ResponseTrace,
+    advantage: float | None,
+    trace: ResponseTrace | None,
     *,
     decode: Callable[[Sequence[int]], str],
     step: int,
 ) -> dict[str, Any]:
-    """A line of samples.jsonl. Lists in `tokens` have an entry a token of the response; null: not trained."""
+    """A line of samples.jsonl. Lists in `tokens` have an entry a token of the response; null: not trained.
+
+    Without a trace the rollout took no part in the update.
+    """
     request, completion_ids = rollout.request, rollout.completion.token_ids
     prefix, completion = decode(request.prefix_ids), decode(completion_ids)
-    trained = np.isin(trace.kinds, TRAINED)
+    if trace is None:
+        trace = _no_trace(rollout)
+        trained = np.zeros(len(trace.kinds), bool)
+    else:
+        trained = np.isin(trace.kinds, TRAINED)
     return {
         "step": step,
         "problem_id": request.problem.id,
@@ -85,6 +95,13 @@ def sample_record(
             "gradient_weights": _rounded(trace.gradient_weights, trained),
         },
     }
+
+
+def _no_trace(rollout: Rollout) -> ResponseTrace:
+    num_own = len(rollout.completion.token_ids)
+    kinds = [TokenKind.EXPERT] * rollout.request.prefix_len + [TokenKind.COMPLETION] * num_own
+    zeros = np.zeros(len(kinds), np.float32)
+    return ResponseTrace(np.array(kinds, np.int8), zeros, zeros)
 
 
 def token_pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:

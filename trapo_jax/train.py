@@ -459,7 +459,7 @@ def train_one_step(
     )
     state, device_values, trace = update(parts, state, batch)
     logged = [rollout for group in groups[: config.log_samples] for rollout in group]
-    traces = fetch_response_traces(trace, batch, len(logged))
+    traces = fetch_response_traces(trace, batch, range(len(logged)))
     trained = time.perf_counter()
     kinds = count_kinds(batch)
     counters.tokens_trained += kinds["completion"] + kinds["expert_trained"]
