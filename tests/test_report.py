@@ -117,6 +117,16 @@ def test_what_is_not_a_run_is_one_line_and_exit_code_2(name, tmp_path, capsys):
     assert not list(tmp_path.rglob("report.html"))
 
 
+def test_a_report_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(Config().to_yaml())
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert main([str(tmp_path), "--out", str(tmp_path / "absent" / "report.html")]) == 2
+    expected = (
+        f"error: {tmp_path}/absent/report.html: No such file or directory; give another --out"
+    )
+    assert capsys.readouterr().err == expected + "\n"
+
+
 def test_progress_tells_of_the_last_evaluation_and_fits_80_columns(monkeypatch, capsys):
     values = {
         "reward/mean": 0.5312,

@@ -77,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_report(args.runs, out)
     except UserError as error:
         return fail(str(error), EXIT_USER_ERROR)
+    except OSError as error:
+        return fail(f"{out}: {error.strerror}; give another --out", EXIT_USER_ERROR)
     print(f"wrote {printable(str(out))}")
     return 0
 
@@ -85,18 +87,15 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     """Writes the report of the runs in `folders`; `out` is there whole or not at all.
 
     Raises:
-      UserError: naming the folder or the line that is not a run's, or the file that cannot be written.
+      UserError: naming the folder or the line that is not a run's.
+      OSError: if the file cannot be written.
     """
     names = _names(folders)
     runs = [
         read_run(folder, name, most_bytes=MOST_BYTES // len(folders))
         for folder, name in zip(folders, names, strict=True)
     ]
-    page = make_page({"runs": runs}, title=", ".join(names))
-    try:
-        write_atomically(out, page)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}; give another --out") from error
+    write_atomically(out, make_page({"runs": runs}, title=", ".join(names)))
 
 
 def make_page(data: Mapping[str, Any], *, title: str) -> str:
