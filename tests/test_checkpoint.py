@@ -9,7 +9,7 @@ import pytest
 
 from trapo_jax.advantages import group_advantages
 from trapo_jax.checkpoint import CheckpointStore, Retention, abstract_like
-from trapo_jax.metrics import RunLog, printable, read_metrics
+from trapo_jax.metrics import RunLog, read_metrics
 from trapo_jax.types import UserError
 
 STATE = {"w": jnp.arange(6.0).reshape(2, 3) / 7, "n": jnp.int32(4)}
@@ -80,10 +80,6 @@ def test_log_shorter_than_at_the_checkpoint_is_refused(tmp_path):
     ):
         RunLog(tmp_path, offsets=offsets)
     assert (tmp_path / "metrics.jsonl").read_text() == "{}"
-
-
-def test_terminal_escapes_are_neutralised():
-    assert printable("a\x1b[31m\x07\nb") == "a\\x1b[31m\\x07\nb"
 
 
 def test_advantages_by_hand():

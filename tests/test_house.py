@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate",
     "export",
     "plan",
+    "report",
 }  # python -m trapo_jax.<name>; they see every room
 # A stage may look into these rooms besides the leaves.
 MAY_IMPORT = {
@@ -39,6 +40,7 @@ MAY_IMPORT = {
     "health": set(),
     "metrics": set(),
     "run_folder": set(),
+    "samples": set(),
     "processes": set(),
     "program_cost": set(),
     "types": set(),

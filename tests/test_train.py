@@ -36,6 +36,7 @@ def test_run_leaves_what_was_promised(finished_run):
         "checkpoints",
         "hf",
         "summary.json",
+        "report.html",
     }
     scores = {
         r["step"]: r["eval/accuracy_sampled"]
@@ -90,6 +91,9 @@ def test_samples_can_be_read(finished_run):
         response = sample["prefix"] + sample["completion"]
         if sample["reward"]:
             assert response.endswith(f"#{sample['answer']}<eos>")
+        tokens = sample["tokens"]
+        assert "".join(tokens["pieces"]) == response
+        assert len({len(tokens[name]) for name in tokens}) == 1
 
 
 def test_other_seed_other_metrics(finished_run, tmp_path):

@@ -128,7 +128,7 @@ def sgd_step(method, batch, params, *, mesh=None, optimizer=None):
     optimizer = optimizer or optax.sgd(1.0)
     step = make_step(method, params, mesh, optimizer)
     old = jax.device_get(params)
-    state, metrics = step(init_state(params, optimizer, mesh), batch, coefficients(method))
+    state, metrics, _ = step(init_state(params, optimizer, mesh), batch, coefficients(method))
     gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), old, state.params)
     return gradient, jax.device_get(metrics), state
 
@@ -273,7 +273,7 @@ def test_lengths_compile_nothing_anew(params):
         batch = build(groups, advantages, packed=True, micro_batch_rows=3)
         numbers.add(int(batch.num_micro_batches))
         rate = {"learning_rate": np.float32(seed)}
-        state, _ = step(state, batch, {**coefficients(method), **rate})
+        state, _, _ = step(state, batch, {**coefficients(method), **rate})
     assert len(numbers) > 1
     assert step._cache_size() == 1
 
@@ -358,6 +358,24 @@ def test_metrics_by_hand(params):
     logged = [metrics[f"expert/prob_from_{i / 10:.1f}"] for i in range(10)]
     np.testing.assert_allclose(logged, histogram, rtol=1e-5)
     assert np.count_nonzero(histogram) > 1
+
+
+def test_the_trace_holds_each_trained_token_s_logprob_and_gradient_weight(params):
+    """Wherever its row lies; by the loss terms together, here without clipping and of weight 2 on the expert."""
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=3)
+    mesh, optimizer = one_device_mesh(), optax.sgd(1.0)
+    method = make_method("trapo", expert_weight=2.0)
+    step = make_step(method, params, mesh, optimizer)
+    _, _, trace = step(init_state(params, optimizer, mesh), batch, coefficients(method))
+    logprobs = np.asarray(batch_logprobs(batch, params))
+    np.testing.assert_allclose(trace.logprobs, logprobs, rtol=1e-5)
+    expected = np.where(batch.kinds == TokenKind.COMPLETION, np.abs(batch.advantages), 0.0)
+    expert = batch.kinds == TokenKind.EXPERT_TRAINED
+    expected[expert] = 2 * np.minimum(1, np.exp(logprobs[expert]) / ALPHA)
+    expected /= MAX_LENGTH * batch.num_rollouts
+    np.testing.assert_allclose(trace.gradient_weights, expected, rtol=1e-4)
+    assert np.count_nonzero(expected) > expert.sum() > 0
 
 
 def batch_logprobs(batch, params):
@@ -456,14 +474,14 @@ def test_non_finite_or_too_large_gradient_changes_nothing_but_is_counted(params)
     for number, spoil in enumerate((np.nan, 1e5), start=1):
         bad = [a.copy() for a in advantages]
         bad[0][0] = spoil
-        state, metrics = step(state, build(groups, bad), coefficients(method))
+        state, metrics, _ = step(state, build(groups, bad), coefficients(method))
         assert metrics["optimizer/skipped"] == 1
         assert np.isfinite(metrics["optimizer/grad_norm"]) == (number == 2)
         assert (state.step, state.num_skipped_in_a_row) == (number, number)
         for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
             np.testing.assert_array_equal(new, old)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.opt_state)))
-    state, metrics = step(state, build(groups, advantages), coefficients(method))
+    state, metrics, _ = step(state, build(groups, advantages), coefficients(method))
     assert (metrics["optimizer/skipped"], state.num_skipped_in_a_row) == (0, 0)
 
 
@@ -515,7 +533,7 @@ def test_learning_rate_scales_the_update(params):
     whole = sgd_step(method, batch, params)[0]
     step = make_step(method, params, mesh, optimizer)
     numbers = {**coefficients(method), "learning_rate": np.float32(0.25)}
-    state, _ = step(init_state(params, optimizer, mesh), batch, numbers)
+    state, _, _ = step(init_state(params, optimizer, mesh), batch, numbers)
     quarter = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, state.params)
     assert relative_difference(jax.tree.map(lambda x: 4 * x, quarter), whole) < 1e-5
 

@@ -412,7 +412,7 @@ _Loader.add_implicit_resolver(
 def _parse_scalar(name: str, text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"command line: {name}={text!r:.200}: not a YAML value") from error
 
 
@@ -430,7 +430,7 @@ def _set(data: dict[str, Any], name: str, value: Any) -> None:
 
 def _explain(error: Any, *, file: Path | None, overrides: set[str]) -> str:
     """One line: where, field, value, what is wrong, what to do."""
-    name = ".".join(str(part) for part in error["loc"])
+    name = ".".join(str(part) for part in error["loc"]).replace("\n", "\\n")
     from_command_line = any(name == o or name.startswith(o + ".") for o in overrides)
     where = "command line" if from_command_line or file is None else str(file)
     if error["type"] == "extra_forbidden":

@@ -5,11 +5,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -53,7 +53,7 @@ class RunLog:
         prefix = f"{values['split']}/" if "split" in values else ""
         for name, value in values.items():
             if not isinstance(value, str):
-                self._tensorboard.add_scalar(prefix + name, value, step)
+                self._tensorboard.add_scalar(printable(prefix + name), value, step)
 
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Lines of samples.jsonl."""
@@ -75,8 +75,8 @@ class RunLog:
         self._tensorboard.close()
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
-        clean = {k: None if _not_finite(v) else v for k, v in record.items()}
-        self._files[name].write(json.dumps(clean, ensure_ascii=True, allow_nan=False) + "\n")
+        text = json.dumps(_finite(record), ensure_ascii=True, allow_nan=False)
+        self._files[name].write(text + "\n")
         self._files[name].flush()
 
 
@@ -122,12 +122,40 @@ def _event_files(folder: Path) -> list[Path]:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl."""
-    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return list(read_records(folder / "metrics.jsonl"))
 
 
-def _not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a .jsonl file, but for a last one that is still being written.
+
+    Raises:
+      UserError: naming the line that is none.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not a JSON record") from error
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and inf, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {name: _finite(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Panel(Progress):
+    """The bar, and under it, so that 80 columns suffice, how things stand."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (task.fields["status"] for task in self.tasks)
 
 
 class Terminal:
@@ -138,12 +166,13 @@ class Terminal:
         self._num_steps = num_steps
         self._first_step = first_step
         self._started = time.monotonic()
+        self._accuracy: float | None = None
         self._progress: Progress | None = None
         if self.console.is_terminal:
-            self._progress = Progress(
+            self._progress = _Panel(
                 TextColumn("training"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[status]}"),
+                BarColumn(bar_width=32),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} "),
                 TimeRemainingColumn(),
                 TextColumn("left"),
                 console=self.console,
@@ -165,10 +194,16 @@ class Terminal:
         """A line that stays. The text is shown as it is: no markup, no control characters."""
         self.console.print(Text(printable(text)))
 
+    def evaluated(self, accuracy: float) -> None:
+        """The last evaluation found this; shown from now on."""
+        self._accuracy = accuracy
+
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Step `step` (1 ..) has been done with these metrics."""
+        accuracy = "" if self._accuracy is None else f"accuracy {self._accuracy:.2f}  "
         status = (
-            f"reward {values['reward/mean']:.2f}  guided {values['guidance/ratio_mean']:.2f}  "
+            f"reward {values['reward/mean']:.2f}  {accuracy}"
+            f"guided {values['guidance/ratio_mean']:.2f}  "
             f"{values['time/tokens_per_sec']:,.0f} tokens/s"
         )
         if self._progress:
@@ -179,20 +214,30 @@ class Terminal:
             self.say(f"step {step}/{self._num_steps}  {status}  {left:.0f} s left")
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table that stays; names of sources stand in it, so its texts are shown as `say` does."""
         table = Table(title=title, title_justify="left")
         for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i == 0 else "right")
+            table.add_column(Text(printable(name)), justify="left" if i == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         self.console.print(table)
 
 
-def printable(text: str) -> str:
-    """The text without control characters: completions may hold terminal escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+def printable(text: str, *, keep: str = "") -> str:
+    """The text with all that does not print spelled out: completions may hold terminal escapes, new lines and such.
+
+    >>> printable("\\x1b[31mred\\nstep 9: accuracy 1.000")
+    '\\\\x1b[31mred\\\\nstep 9: accuracy 1.000'
+    """
+    return "".join(c if c.isprintable() or c in keep else _spelled(c) for c in text)
+
+
+def _spelled(character: str) -> str:
+    """As Python spells it; lone surrogates, control and format characters among others."""
+    return character.encode("unicode_escape").decode()
 
 
 def fail(message: str, code: int) -> int:
     """Prints an error to standard error and returns the exit code."""
-    print(f"error: {printable(message)}", file=sys.stderr)
+    print("error:", printable(message, keep="\n"), file=sys.stderr)  # a line for each mistake
     return code

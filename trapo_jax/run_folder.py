@@ -62,7 +62,7 @@ def check_run_folder(folder: Path, config_text: str) -> Changes:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"output_dir={folder}: a file is in the way")
         if saved.is_file():
-            changes = _changes(folder, _read_config(saved), _flatten(yaml.safe_load(config_text)))
+            changes = _changes(folder, _read_config(saved), flatten(yaml.safe_load(config_text)))
         elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
             raise UserError(
                 f"output_dir={folder}: not empty and not a run; give another output_dir"
@@ -106,7 +106,7 @@ def _may_differ(field: str) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        return _flatten(yaml.safe_load(path.read_text()))
+        return flatten(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not the config of a run; give another output_dir") from error
 
@@ -160,11 +160,12 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted names, as the command line has them."""
     flat = {}
     for name, value in data.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat

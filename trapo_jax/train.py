@@ -57,6 +57,7 @@ from trapo_jax.processes import (
     my_share,
     wait_for_all,
 )
+from trapo_jax.report import REPORT, write_report
 from trapo_jax.rewards import Verifier, make_verifier
 from trapo_jax.rollouts import collect_rollouts, share_rollouts
 from trapo_jax.run_folder import (
@@ -68,11 +69,13 @@ from trapo_jax.run_folder import (
     record_changes,
     write_atomically,
 )
+from trapo_jax.samples import fetch_response_traces, sample_record
 from trapo_jax.sampling import JaxEngine
 from trapo_jax.scheduler import Scheduler
 from trapo_jax.sharding import make_mesh, num_batch_shards
 from trapo_jax.splits import load_splits
 from trapo_jax.train_step import (
+    TokenTrace,
     TrainState,
     TrainStep,
     init_state,
@@ -516,14 +519,17 @@ def train_one_step(
     check_verdicts(groups, step, max_error_rate=config.rewards.max_error_rate)
     sampled, engine_did = time.perf_counter(), parts.engine.counters - before
     prefilled_tokens = sum(gather(engine_did.prefilled_tokens))
+    logged = [rollout for group in groups[: config.log_samples] for rollout in group]
     counters.count_rollouts(groups, prefilled_tokens=prefilled_tokens, cost=parts.token_cost)
     selected = parts.method.select(what_was_sampled(parts, groups, moment, progress.method_state))
     progress.method_state = selected.state
     trained_before = counters.tokens_trained
-    values = {}
+    values, traces = {}, [None] * len(logged)
     for chosen in selected.updates:
-        state, of_update = update(parts, state, chosen, moment, counters)
+        state, of_update, trace, host_batch = update(parts, state, chosen, moment, counters)
         values = merge_updates(values, of_update, chosen.optimizer)
+        seen = fetch_response_traces(trace, host_batch, row_numbers(logged, chosen.rows))
+        traces = [old or new for old, new in zip(traces, seen, strict=True)]
     trained = time.perf_counter()
     counters.seconds += from_main(trained - started)
     values = {
@@ -550,9 +556,14 @@ def train_one_step(
     advantages = {id(row.completion): row.advantage for row in rows}
     log.samples(
         [
-            sample_record(parts, rollout, advantages.get(id(rollout.completion)), step)
-            for group in groups[: config.log_samples]
-            for rollout in group
+            sample_record(
+                rollout,
+                advantages.get(id(rollout.completion)),
+                trace,
+                decode=parts.tokenizer.decode,
+                step=step,
+            )
+            for rollout, trace in zip(logged, traces, strict=True)
         ]
     )
     return state, values
@@ -581,8 +592,11 @@ def what_was_sampled(
 
 def update(
     parts: Parts, state: TrainState, chosen: Update, moment: Moment, counters: Counters
-) -> tuple[TrainState, dict[str, float]]:
-    """Updates the policy `train.num_iterations` times from the chosen rows. Returns the last update's metrics."""
+) -> tuple[TrainState, dict[str, float], TokenTrace, TrainBatch]:
+    """Updates the policy `train.num_iterations` times from the chosen rows.
+
+    Returns the new state, the last update's metrics and trace, and the batch on the host.
+    """
     config, method = parts.config, parts.method
     num_iterations = config.train.num_iterations
     host_batch = build_rows(parts, chosen.rows)
@@ -599,20 +613,24 @@ def update(
     )
     index = method.optimizers.index(chosen.optimizer)
     state = swap_optimizer(state, index)
-    device_metrics, learning_rate = {}, 0.0
+    device_metrics, learning_rate, trace = {}, 0.0, TokenTrace(None, None)
     for i in range(num_iterations):
         steps = moment.step - 1 + (i + 1) / num_iterations
         position = max(steps, moment.progress * config.train.num_steps)
         learning_rate = chosen.learning_rate_scale * parts.learning_rate(steps, position)
         coefficients = method.coefficients(moment, learning_rate=learning_rate)
-        state, device_metrics = parts.train_step(state, batch, coefficients)
+        state, device_metrics, trace = parts.train_step(state, batch, coefficients)
     state = swap_optimizer(state, index)
     values = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-    return state, {
-        **values,
-        "optimizer/learning_rate": learning_rate,
-        **batch_metrics(host_batch, num_batch_shards(parts.mesh)),
-    }
+    values["optimizer/learning_rate"] = learning_rate
+    values |= batch_metrics(host_batch, num_batch_shards(parts.mesh))
+    return state, values, trace, host_batch
+
+
+def row_numbers(rollouts: Sequence[Rollout], rows: Sequence[TrainRow]) -> list[int]:
+    """The number of each rollout among an update's rows; one past the end where it is none of them."""
+    numbers = {id(row.completion): number for number, row in enumerate(rows)}
+    return [numbers.get(id(rollout.completion), len(rows)) for rollout in rollouts]
 
 
 def build_rows(parts: Parts, rows: Sequence[TrainRow]) -> TrainBatch:
@@ -689,28 +707,6 @@ def check_verdicts(
         )
 
 
-def sample_record(
-    parts: Parts, rollout: Rollout, advantage: float | None, step: int
-) -> dict[str, Any]:
-    """A line of samples.jsonl; the advantage is None where the rollout was not trained."""
-    request, decode = rollout.request, parts.tokenizer.decode
-    return {
-        "step": step,
-        "problem_id": request.problem.id,
-        "sample_index": request.sample_index,
-        "micro_group": request.micro_group,
-        "prompt": request.problem.prompt_text,
-        "prefix": decode(request.prefix_ids),
-        "completion": decode(rollout.completion.token_ids),
-        "answer": request.problem.answer,
-        "verdict": str(rollout.verdict),
-        "reward": rollout.reward,
-        "advantage": advantage,
-        "ratio": request.ratio,
-        "finish_reason": str(rollout.completion.finish_reason),
-    }
-
-
 def log_evaluation(
     parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, *, split: str, step: int
 ) -> dict[str, float]:
@@ -726,6 +722,7 @@ def log_evaluation(
     )
     seconds = time.perf_counter() - started
     log.metrics(EVAL, step, {"split": split, **values, "time/eval_secs": seconds})
+    terminal.evaluated(values["eval/accuracy_sampled"])
     best = f"pass@{parts.config.evaluation.num_samples}"
     terminal.say(
         f"step {step}: {split} accuracy greedy {values['eval/accuracy_greedy']:.3f}, "
@@ -737,13 +734,14 @@ def log_evaluation(
 def finish(
     parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, folder: Path, step: int
 ) -> None:
-    """Final evaluation, export and table; `summary.json`, written last, marks the run complete."""
+    """Final evaluation, export, report and table; `summary.json`, written last, marks the run complete."""
     after = log_evaluation(parts, log, terminal, state, split="test", step=step)
     params = fetch(state.params)
     if not is_main():
         return
     export_model(params, parts.decoder, source=parts.model_folder, destination=folder / "hf")
     log.offsets()
+    write_report([folder], folder / REPORT)
     before = next(r for r in read_metrics(folder) if r["kind"] == EVAL and r["split"] == "test")
     summary = {"before": {name: before[name] for name in after}, "after": after}
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -760,8 +758,9 @@ def print_summary(terminal: Terminal, summary: dict[str, Any], folder: Path) -> 
     terminal.table("test set", ["", "before", "after"], rows)
     for name, what in (
         ("hf", "the model, for transformers and vLLM"),
+        (REPORT, "curves, and a reader for rollouts; open it in a browser"),
         ("metrics.jsonl", "every step; tb/ holds the same for TensorBoard"),
-        ("samples.jsonl", "rollouts to read"),
+        ("samples.jsonl", "rollouts, token by token"),
     ):
         terminal.say(f"{folder / name}: {what}")
 

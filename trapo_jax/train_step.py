@@ -1,4 +1,4 @@
-"""One optimiser step: `(TrainState, TrainBatch, coefficients) -> (TrainState, metrics)`, jitted and sharded.
+"""One optimiser step: `(TrainState, TrainBatch, coefficients) -> (TrainState, metrics, trace)`, jitted and sharded.
 
 What changes with time, the learning rate and the weights of terms, comes in as data: `Method.coefficients`. The step
 counts nothing, and nothing is compiled anew. The weights of every loss term's reduction are taken over the whole batch before the first micro-batch runs, and
@@ -39,7 +39,9 @@ PROB_BINS = 10  # of the histogram of the expert tokens' probabilities
 Metrics = dict[str, jax.Array]
 OptimizerName = Literal["adamw", "muon"]
 Coefficients = Mapping[str, Any]  # float32 [] each: term name -> weight, and "learning_rate"
-TrainStep = Callable[["TrainState", TrainBatch, Coefficients], tuple["TrainState", Metrics]]
+TrainStep = Callable[
+    ["TrainState", TrainBatch, Coefficients], tuple["TrainState", Metrics, "TokenTrace"]
+]
 
 
 class TrainState(NamedTuple):
@@ -50,6 +52,13 @@ class TrainState(NamedTuple):
     step: Any  # int32 [], optimiser steps done, skipped ones included
     num_skipped_in_a_row: Any  # int32 []
     other_opt_states: Any = ()  # of the method's other optimisers; the step leaves them alone
+
+
+class TokenTrace(NamedTuple):
+    """What the update saw of every trained token, float32 `[M, B, T]` laid out like the batch; 0 elsewhere."""
+
+    logprobs: Any
+    gradient_weights: Any  # |d objective / d logprob|, of the loss terms together
 
 
 def make_learning_rate(
@@ -175,7 +184,7 @@ def make_train_step(
     """
 
     def objective(params, batch: TrainBatch, weights, *, coefficients, num_segments):
-        """A micro-batch's share of the objective; sums and maxima for the metrics."""
+        """A micro-batch's share of the objective; sums and maxima for the metrics; the trace."""
         kinds = batch.kinds[:, 1:]
         logprobs, entropies = _score_tokens(config, params, batch, temperature, chunk_size)
         now = jax.lax.stop_gradient(logprobs)
@@ -189,16 +198,17 @@ def make_train_step(
             batch.segment_ids[:, 1:],
             num_segments,
         )
-        losses, pull = {}, jnp.zeros_like(now)
-        for term in method.terms:
 
-            def loss(logprobs, term=term):
-                values = term.loss(inputs._replace(logprobs=logprobs, where=kinds == term.kind))
-                return jnp.sum(coefficients[term.name] * values * weights[term.name])
+        def term_losses(logprobs):
+            of_term = {}
+            for term in method.terms:
+                seen = inputs._replace(logprobs=logprobs, where=kinds == term.kind)
+                values = coefficients[term.name] * term.loss(seen) * weights[term.name]
+                of_term[term.name] = jnp.sum(values)
+            return of_term
 
-            losses[term.name] = loss(logprobs)
-            if term.kind == TokenKind.EXPERT_TRAINED:
-                pull += jnp.abs(jax.grad(loss)(now))
+        losses = term_losses(logprobs)
+        pull = jnp.abs(jax.grad(lambda logprobs: sum(term_losses(logprobs).values()))(now))
         entropy = jnp.sum(entropies * weights["entropy"])
         total = sum(losses.values())
         own_sums, maxima = _own_statistics(inputs._replace(logprobs=now), batch, method)
@@ -209,28 +219,35 @@ def make_train_step(
             **own_sums,
             **_expert_statistics(jnp.exp(now), pull, kinds, method.alpha),
         }
-        return total, (sums, maxima)
+        at_tokens = lambda x: jnp.pad(x, ((0, 0), (1, 0)))  # no token predicts the first
+        return total, (sums, maxima, TokenTrace(at_tokens(now), at_tokens(pull)))
 
     def train_step(
         state: TrainState, batch: TrainBatch, coefficients: Coefficients
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, Metrics, TokenTrace]:
         weights = _term_weights(batch, method.terms, max_completion_length)
         share = partial(objective, coefficients=coefficients, num_segments=_num_segments(batch))
 
         def accumulate(index, carry):
-            grads, sums, maxima = carry
-            (_, (new_sums, new_maxima)), new_grads = jax.value_and_grad(share, has_aux=True)(
+            grads, sums, maxima, trace = carry
+            (_, new), new_grads = jax.value_and_grad(share, has_aux=True)(
                 state.params, *_micro_batch((batch, weights), index)
             )
+            new_sums, new_maxima, new_trace = new
             grads, sums = jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums))
-            return grads, sums, jax.tree.map(jnp.maximum, maxima, new_maxima)
+            maxima = jax.tree.map(jnp.maximum, maxima, new_maxima)
+            write = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, index, axis=0)
+            return grads, sums, maxima, jax.tree.map(write, trace, new_trace)
 
         first = _micro_batch((batch, weights), 0)
-        shapes = jax.eval_shape(share, state.params, *first)[1]
+        *shapes, _ = jax.eval_shape(share, state.params, *first)[1]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        initial = (jax.tree.map(jnp.zeros_like, state.params), *zeros)
+        untraced = TokenTrace(*(jnp.zeros(batch.kinds.shape, jnp.float32) for _ in range(2)))
+        initial = (jax.tree.map(jnp.zeros_like, state.params), *zeros, untraced)
         # A loop whose length is data: how many micro-batches a batch fills changes no shape.
-        grads, sums, maxima = jax.lax.fori_loop(0, batch.num_micro_batches, accumulate, initial)
+        grads, sums, maxima, trace = jax.lax.fori_loop(
+            0, batch.num_micro_batches, accumulate, initial
+        )
         grad_norm = optax.tree.norm(grads)
         applied = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss/total"])
         applied &= grad_norm <= method.max_applied_grad_norm
@@ -244,12 +261,12 @@ def make_train_step(
             step=state.step + 1,
             num_skipped_in_a_row=jnp.where(applied, 0, state.num_skipped_in_a_row + 1),
         )
-        return new_state, _metrics(sums, maxima, batch, grad_norm, applied)
+        return new_state, _metrics(sums, maxima, batch, grad_norm, applied), trace
 
     return jax.jit(
         on_mesh(train_step, mesh),
         in_shardings=(shardings, _batch_shardings(mesh), replicated(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        out_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
         donate_argnums=0,
     )
 
@@ -353,7 +370,9 @@ def _expert_statistics(
 ) -> dict[str, jax.Array]:
     """Sums over trained expert tokens; `pull` is the size of the gradient by each token's logprob."""
     expert = kinds == TokenKind.EXPERT_TRAINED
-    pull = pull * (1 - probs)  # half the L1 norm of a token's gradient by its logits
+    pull = jnp.where(
+        expert, pull * (1 - probs), 0.0
+    )  # half the L1 norm of the gradient by the logits
     bins = jnp.clip((probs * PROB_BINS).astype(jnp.int32), 0, PROB_BINS - 1)
     by_bin = [jnp.sum(expert & (bins == i), dtype=jnp.float32) for i in range(PROB_BINS)]
     return {

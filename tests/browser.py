@@ -1,0 +1,40 @@
+"""A headless Chromium for the tests that need one; without it they are skipped, and say so."""
+
+import contextlib
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+
+
+@dataclasses.dataclass
+class Opened:
+    """A page, and what it did that a report must not do."""
+
+    page: object
+    complaints: list  # console messages, errors, dialogs
+    requests: list  # but for the file itself
+
+
+@contextlib.contextmanager
+def opened(file, **options):
+    """Opens a file; `options` are of playwright's new_page."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (pages in a browser)"
+    )
+    if CHROMIUM is None:
+        pytest.skip("no chromium on the PATH (pages in a browser)")
+    with playwright.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = chromium.new_page(**options)
+        url, seen = Path(file).absolute().as_uri(), Opened(page, [], [])
+        page.on("console", lambda message: seen.complaints.append(message.text))
+        page.on("pageerror", lambda error: seen.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (seen.complaints.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda r: r.url == url or seen.requests.append(r.url))
+        page.goto(url)
+        yield seen
+        chromium.close()

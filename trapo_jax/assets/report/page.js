@@ -1,0 +1,101 @@
+"use strict";
+// The page, from DATA.runs: see `read_run` in report.py for what a run is.
+
+function state(run) {
+  return run.complete ? `complete, ${run.num_steps} steps` : `step ${run.step} of ${run.num_steps}`;
+}
+
+function summary() {
+  const spent = (run) => Object.values(run.seconds).reduce((a, b) => a + b);
+  const runs = DATA.runs.map((run, i) => [make("span", {}, swatch(i), run.name), run.method, state(run),
+    run.tokens.sampled, run.tokens.trained, seconds(spent(run))]);
+  const names = [...new Set(DATA.runs.flatMap((run) => run.scores.map(([name]) => name)))];
+  const score = (run, name, k) => run.scores.find((row) => row[0] === name)?.[k] ?? null;
+  const heads = DATA.runs.flatMap((run) => (DATA.runs.length > 1 ? [`${run.name}: before`, `${run.name}: after`] : ["before", "after"]));
+  const noted = [...new Set(DATA.runs.flatMap((run) => run.noted))];
+  const fields = [...new Set(DATA.runs.flatMap((run) => Object.keys(run.settings)))];
+  const settings = (chosen) => table("Settings", ["setting", ...DATA.runs.map((run) => run.name)],
+    chosen.map((field) => [field, ...DATA.runs.map((run) => run.settings[field] ?? "–")]));
+  return [
+    table("Runs", ["run", "method", "state", "tokens sampled", "tokens trained", "time"], runs),
+    make("div", { class: "columns" },
+      make("div", {}, make("h3", {}, "Test set"),
+        table("Test set, before and after", ["score", ...heads], names.map((name) =>
+          [name, ...DATA.runs.flatMap((run) => [fixed(score(run, name, 1)), fixed(score(run, name, 2))])]))),
+      make("div", {}, make("h3", {}, "Settings"), settings(noted), folded("All settings", () => settings(fields)))),
+  ];
+}
+
+// Which runs the curves show.
+function runToggles() {
+  const toggle = (i) => (event) => charts.forEach(({ chart, runs }) => chart.batch(() => runs.forEach((run, k) => {
+    if (run === i) chart.setSeries(k, { show: event.target.checked });
+  })));
+  return make("fieldset", {}, make("legend", {}, "Runs"), ...DATA.runs.map((run, i) => make("label", {},
+    make("input", { type: "checkbox", checked: true, change: toggle(i) }), " ", swatch(i), run.name)));
+}
+
+function timeTable() {
+  const rows = DATA.runs.map((run) => {
+    const total = Object.values(run.seconds).reduce((a, b) => a + b) || 1;
+    return [run.name, ...Object.values(run.seconds).map((s) => `${seconds(s)} (${Math.round((100 * s) / total)} %)`)];
+  });
+  return table("Where the time went", ["run", ...Object.keys(DATA.runs[0].seconds)], rows);
+}
+
+function curves() {
+  const averaged = Math.max(...DATA.runs.map((run) => run.averaged));
+  const some = (metric) => (run) => run.columns[metric].some((v) => v !== null && v !== 0);
+  const each = (has, build) => DATA.runs.flatMap((run, i) => (has(run)
+    ? [build(run.columns, i, DATA.runs.length > 1 ? `: ${run.name}` : "")] : []));
+  const part = (name, tone, values) => ({ name, color: `--part-${tone}`, values });
+  return [
+    make("p", { class: "muted" }, "Thin: " + (averaged > 1 ? `the mean of ${averaged} steps` : "each step")
+      + ", bold: a running mean. Drag over a chart to look closer, double-click to go back."),
+    DATA.runs.length > 1 ? runToggles() : null,
+    make("div", { class: "charts" }, ...[
+      lineChart({ title: "Reward", about: "mean over all rollouts, guided ones too", metric: "reward/mean", scales: SHARE }),
+      lineChart({ title: "Reward without guidance", about: "mean over the rollouts that had no expert prefix", metric: "reward/unguided_mean", scales: SHARE }),
+      accuracyChart({ title: "Accuracy, sampled", about: "line: validation set; large points: test set", field: "sampled" }),
+      accuracyChart({ title: "Accuracy, greedy", about: "line: validation set; large points: test set", field: "greedy" }),
+      lineChart({ title: "Entropy", about: "of the policy at its own tokens, nats", metric: "policy/entropy" }),
+      lineChart({ title: "Completion length", about: "mean, tokens", metric: "completion/len_mean" }),
+      lineChart({ title: "Truncated", about: "share of rollouts that ended at the length limit", metric: "completion/truncated", scales: SHARE }),
+      ...each(some("guidance/ratio_mean"), (c, i, of) => stackChart({ run: i, title: `Guidance level${of}`,
+        about: "share of problems by the last micro-group that was given the expert",
+        parts: [0, 1, 2, 3].map((k) => part(k ? `micro-group ${k + 1}` : "needed none", k, c[`guidance/level_${k}`])) })),
+      ...each(some("batch/expert_trained_tokens"), (c, i, of) => stackChart({ run: i, title: `Expert gradient${of}`,
+        about: "share that comes from tokens inside and outside the trust region (p ≥ alpha, p < alpha)",
+        parts: [part("inside", 3, c["expert/gradient_share_inside"]),
+          part("outside", 1, c["expert/gradient_share_inside"].map((v) => (v === null ? null : 1 - v)))] })),
+      ...each(some("batch/expert_trained_tokens"), (c, i, of) => heatMap({ run: i, title: `Probability of expert tokens${of}`,
+        about: "the stronger, the more of the trained expert tokens have this probability",
+        bins: [...Array(10).keys()].map((k) => c[`expert/prob_from_${(k / 10).toFixed(1)}`]) })),
+      lineChart({ title: "Throughput", about: "trained tokens a second, sampling and judging included", metric: "time/tokens_per_sec" }),
+      ...each(some("time/train_secs"), (c, i, of) => stackChart({ run: i, title: `Seconds a step${of}`, about: "without evaluations and saving; the slowest steps, which compile, go beyond the chart",
+        scales: { y: { range: () => [0, mostly(c["time/train_secs"].map((s, k) => s + c["time/sample_secs"][k] + c["time/reward_secs"][k]))] } },
+        parts: [part("sampling", 1, c["time/sample_secs"]), part("waiting for rewards", 2, c["time/reward_secs"]), part("training", 3, c["time/train_secs"])] })),
+    ].filter((chart) => chart !== null)),
+    make("h3", {}, "Where the time went"),
+    timeTable(),
+  ].filter((node) => node !== null);
+}
+
+// light or dark: as the system has it until the button says otherwise.
+function themes() {
+  const system = matchMedia("(prefers-color-scheme: dark)"), button = document.getElementById("theme");
+  let chosen = "system";
+  const apply = () => {
+    document.documentElement.dataset.theme = chosen === "system" ? (system.matches ? "dark" : "light") : chosen;
+    button.textContent = `Theme: ${chosen}`;
+    charts.forEach(({ chart }) => chart.redraw(false));
+  };
+  button.addEventListener("click", () => { chosen = { system: "light", light: "dark", dark: "system" }[chosen]; apply(); });
+  system.addEventListener("change", apply);
+  apply();
+}
+
+themes();
+document.getElementById("summary").append(...summary());
+document.getElementById("curves").append(...curves());
+document.getElementById("rollouts").append(reader());
