@@ -195,6 +195,8 @@ class TrainConfig(_Section):
 
 
 class EvaluationConfig(_Section):
+    splits: tuple[Literal["validation", "test"], ...] = ("test",)
+    """What is scored before and after training."""
     every: NotNegative = 125
     """Steps between evaluations on the validation split; 0 for none during training."""
     num_samples: Positive = 8

@@ -92,6 +92,7 @@ from trapo_jax.types import (
 ABOUT = "Trains a language model with TRAPO, GRPO or SFT; a run that is there already is resumed."
 DATA = "data.json"  # what the run trains on: fingerprint, template, what was dropped
 SUMMARY = "summary.json"  # written last: marks a run as complete
+EVALUATIONS = "evaluations"  # folder: each problem's results, a file an evaluation
 EXIT_USER_ERROR = 2
 LOG_BYTES = 4 * 2**20  # room that a step's records need on the disk, generously
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -316,7 +317,8 @@ def run(parts: Parts, state: TrainState, folder: Path) -> int:
             else:
                 terminal.say(f"{parts.method.name}: {parts.method.source}; run folder {folder}")
                 terminal.say(describe_memory(parts, state))
-                log_evaluation(parts, log, terminal, state, split="test", step=0)
+                for split in config.evaluation.splits:
+                    log_evaluation(parts, log, terminal, state, split=split, step=0)
 
             def save(step: int, score: float | None) -> None:
                 watchdog.beat(f"saving step {step}")
@@ -569,16 +571,18 @@ def sample_record(parts: Parts, rollout: Rollout, advantage: float, step: int) -
 def log_evaluation(
     parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, *, split: str, step: int
 ) -> dict[str, float]:
-    """Evaluates, logs and prints one line."""
+    """Evaluates, logs and prints one line; each problem's results go to a file of their own."""
     started = time.perf_counter()
     parts.watchdog.beat(f"evaluating after step {step}")
     parts.engine.update_weights(state.params, step)
-    values = evaluate(
+    values, of_problems = evaluate(
         parts.engine,
         parts.score,
         parts.splits[split],
         num_samples=parts.config.evaluation.num_samples,
     )
+    if is_main():
+        write_evaluation(Path(parts.config.output_dir), split, step, of_problems)
     seconds = time.perf_counter() - started
     log.metrics(EVAL, step, {"split": split, **values, "time/eval_secs": seconds})
     best = f"pass@{parts.config.evaluation.num_samples}"
@@ -589,29 +593,43 @@ def log_evaluation(
     return values
 
 
+def write_evaluation(folder: Path, split: str, step: int, problems: dict[str, list]) -> None:
+    """`evaluations/<split>_<step>.json`: columns, an entry a problem; see `Evaluation.problems`."""
+    path = folder / EVALUATIONS / f"{split}_{step}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps(problems) + "\n")
+
+
 def finish(parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, folder: Path) -> None:
-    """Final evaluation, export and table; `summary.json`, written last, marks the run complete."""
+    """Final evaluations, export and tables; `summary.json`, written last, marks the run complete."""
     num_steps = parts.config.train.num_steps
-    after = log_evaluation(parts, log, terminal, state, split="test", step=num_steps)
+    after = {
+        split: log_evaluation(parts, log, terminal, state, split=split, step=num_steps)
+        for split in parts.config.evaluation.splits
+    }
     params = fetch(state.params)
     if not is_main():
         return
     export_model(params, parts.decoder, source=parts.model_folder, destination=folder / "hf")
     log.offsets()
-    before = next(r for r in read_metrics(folder) if r["kind"] == EVAL and r["split"] == "test")
-    summary = {"before": {name: before[name] for name in after}, "after": after}
+    first = {r["split"]: r for r in reversed(read_metrics(folder)) if r["kind"] == EVAL}
+    summary = {
+        split: {"before": {name: first[split][name] for name in values}, "after": values}
+        for split, values in after.items()
+    }
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     print_summary(terminal, summary, folder)
 
 
 def print_summary(terminal: Terminal, summary: dict[str, Any], folder: Path) -> None:
-    before, after = summary["before"], summary["after"]
-    rows = [
-        [name.removeprefix("eval/"), f"{before[name]:.3f}", f"{after[name]:.3f}"]
-        for name in sorted(after)
-        if "accuracy" in name or "pass@" in name
-    ]
-    terminal.table("test set", ["", "before", "after"], rows)
+    for split, values in summary.items():
+        before, after = values["before"], values["after"]
+        rows = [
+            [name.removeprefix("eval/"), f"{before[name]:.3f}", f"{after[name]:.3f}"]
+            for name in sorted(after)
+            if "accuracy" in name or "pass@" in name
+        ]
+        terminal.table(f"{split} set", ["", "before", "after"], rows)
     for name, what in (
         ("hf", "the model, for transformers and vLLM"),
         ("metrics.jsonl", "every step; tb/ holds the same for TensorBoard"),
