@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trapo_jax.batch import balance, build_batch, count_kinds, deal, pack
+from trapo_jax.methods.selection import first_of_each_prefix, rows_of_group
 from trapo_jax.types import (
     Completion,
     Expert,
@@ -41,7 +42,8 @@ def rollout(index, prefix_len, tokens, *, expert=0, problem=PROBLEM, reward=0.0)
 def build(group, advantages=None, **options):
     values = np.arange(1, len(group) + 1) / 10 if advantages is None else advantages
     options = {"row_len": 8, "micro_batch_rows": len(group), "packed": False, **options}
-    return build_batch([group], [np.float32(values)], **options)
+    rows = rows_of_group(group, np.float32(values), first_of_each_prefix(group))
+    return build_batch(rows, **options)
 
 
 def rows(array):
@@ -84,10 +86,10 @@ def test_every_kind_of_every_token():
         rows(batch.advantages),
         [
             [0, 0, 0.1, 0.1, 0, 0, 0, 0],
-            [0, 0, 0, 0, 0.2, 0.2, 0.2, 0],
+            [0, 0, 0.2, 0.2, 0.2, 0.2, 0.2, 0],
             [0, 0, 0, 0, 0.3, 0, 0, 0],
-            [0, 0, 0, 0, 0, 0, 0, 0],
-            [0, 0, 0, 0, 0.5, 0, 0, 0],
+            [0, 0, 0.4, 0.4, 0.4, 0.4, 0.4, 0],
+            [0, 0, 0.5, 0.5, 0.5, 0, 0, 0],
         ],
         rtol=1e-6,
     )
@@ -124,7 +126,7 @@ def test_every_kind_of_every_token_packed():
         *[[_] * 12] * 3,
     ]
     assert rows(batch.token_ids)[0] == [1, 2, 5, 6, 3, 3, EOS, 1, 2, 5, 6, EOS]
-    assert rows(batch.advantages)[1] == pytest.approx([0] * 11 + [0.5])
+    assert rows(batch.advantages)[1] == pytest.approx([0, 0, *[0.4] * 5, 0, 0, *[0.5] * 3])
     assert rows(batch.sampler_logprobs)[0] == pytest.approx(
         [0] * 4 + [-0.1, -0.2, -0.3] + [0] * 4 + [-0.1]
     )
@@ -160,15 +162,23 @@ def test_empty_rows_fill_up_the_last_micro_batch():
     assert batch.num_rollouts == 5
 
 
-def test_each_group_has_its_own_carriers():
+def test_of_a_prefix_one_rollout_of_each_group_carries_the_loss():
+    assert first_of_each_prefix(EVERY_KIND) == [False, True, False, True, True]
     other = Problem("b" * 16, (1,), "x", PROBLEM.experts)
-    batch = build_batch(
-        [[rollout(0, 2, [3])], [rollout(0, 2, [3], problem=other)]],
-        [np.zeros(1, np.float32)] * 2,
-        row_len=16,
-        micro_batch_rows=1,
-    )
-    assert count_kinds(batch)["expert_trained"] == 4
+    groups = [[rollout(0, 2, [3])], [rollout(0, 2, [3], problem=other)]]
+    assert [first_of_each_prefix(group) for group in groups] == [[True], [True]]
+
+
+def test_rows_that_are_not_there_are_pad():
+    rows = rows_of_group(EVERY_KIND[:1], np.ones(1), [False])
+    batch = build_batch(rows, row_len=8, micro_batch_rows=2, max_rows=5)
+    assert batch.kinds.shape == (3, 2, 8)
+    assert (batch.num_micro_batches, batch.num_rollouts) == (1, 1)
+    none = build_batch([], row_len=8, micro_batch_rows=2, max_rows=5)
+    assert none.kinds.shape == (3, 2, 8)
+    assert (none.num_micro_batches, count_kinds(none)["pad"], balance(none, 2)) == (0, 0, 1.0)
+    with pytest.raises(ValueError, match="5 rows, but max_rows 4"):
+        build(EVERY_KIND, max_rows=4)
 
 
 def test_shape_does_not_depend_on_lengths():

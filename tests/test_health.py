@@ -10,6 +10,7 @@ GOOD = {
     "loss/trsft": 1.0,
     "loss/policy_gradient": -0.1,
     "loss/total": 0.9,
+    "optimizer/grad_norm": 1.0,
     "optimizer/skipped": 0.0,
     "optimizer/skipped_in_a_row": 0,
     "policy/logprob_gap_mean": 1e-6,
@@ -38,8 +39,11 @@ def test_a_skipped_update_names_the_term():
     }
     (warning,) = health().observe(7, values)
     assert warning == "step 7: no update was made, as loss/trsft was not finite"
-    (warning,) = health().observe(7, {**values, "loss/trsft": 1.0, "loss/total": 1.0})
+    all_finite = {**values, "loss/trsft": 1.0, "loss/total": 1.0, "optimizer/grad_norm": 99.0}
+    (warning,) = health().observe(7, {**all_finite, "optimizer/grad_norm": float("inf")})
     assert warning == "step 7: no update was made, as the gradient was not finite"
+    (warning,) = health().observe(7, all_finite)
+    assert "the gradient's norm of 99 is more than the method applies" in warning
     with pytest.raises(TrainingFailed, match=r"step 9: loss/trsft .*train.max_skipped_steps=3"):
         health().observe(9, {**values, "optimizer/skipped_in_a_row": 3})
 

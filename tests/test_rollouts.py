@@ -65,7 +65,7 @@ def collect(reward_of, *, newest_first=False, method="trapo", problems=3, score=
     engine = ScriptedEngine(newest_first=newest_first)
     groups, _ = collect_rollouts(
         engine,
-        Scheduler(method.micro_groups, 64),
+        lambda _: Scheduler(method.micro_groups, 64),
         score or (lambda c: at_once(verdict(reward_of(c.request)))),
         [problem(i) for i in range(problems)],
         step=1,
@@ -177,7 +177,7 @@ def test_same_problem_twice_is_refused():
     with pytest.raises(ValueError, match="same problem twice"):
         collect_rollouts(
             ScriptedEngine(newest_first=False),
-            Scheduler(method.micro_groups, 64),
+            lambda _: Scheduler(method.micro_groups, 64),
             lambda _: at_once(Verdict.WRONG),
             [problem(1), problem(1)],
             step=1,

@@ -17,11 +17,13 @@ from jax.sharding import PartitionSpec as P
 from trapo_jax.batch import build_batch
 from trapo_jax.losses import linear_token_logprobs
 from trapo_jax.methods import Normalizer, TokenInputs, make_method
+from trapo_jax.methods.selection import first_of_each_prefix, rows_of_group
 from trapo_jax.models import DecoderConfig, Rope, apply_decoder, init_params, unembedding
 from trapo_jax.sharding import make_mesh
 from trapo_jax.train_step import (
     init_state,
     make_batch_logprobs,
+    make_learning_rate,
     make_optimizer,
     make_train_step,
     state_shardings,
@@ -30,6 +32,7 @@ from trapo_jax.types import (
     Completion,
     Expert,
     FinishReason,
+    Moment,
     Problem,
     Rollout,
     RolloutRequest,
@@ -84,7 +87,12 @@ def ragged_groups(seed=0):
 def build(groups, advantages, **options):
     """All rollouts in one micro-batch, one a row, unless the options say otherwise."""
     options = {"row_len": 20, "micro_batch_rows": 8 * len(groups), "packed": False, **options}
-    return build_batch(groups, advantages, **options)
+    rows = [
+        row
+        for group, values in zip(groups, advantages, strict=True)
+        for row in rows_of_group(group, values, first_of_each_prefix(group))
+    ]
+    return build_batch(rows, **options)
 
 
 def one_device_mesh():
@@ -93,27 +101,31 @@ def one_device_mesh():
     )
 
 
-def make_step(method, params, mesh, optimizer, *, entropy_weight=0.0):
+def coefficients(method):
+    """For an optimiser that brings its own learning rate."""
+    return method.coefficients(Moment(1, 0.0, 0), learning_rate=1.0)
+
+
+def make_step(method, params, mesh, optimizer):
     return make_train_step(
         CONFIG,
         method,
         optimizer,
         mesh,
         state_shardings(params, optimizer, mesh),
-        entropy_weight=entropy_weight,
         temperature=1.0,
         max_completion_length=MAX_LENGTH,
         chunk_size=7,
     )
 
 
-def sgd_step(method, batch, params, *, mesh=None, entropy_weight=0.0, optimizer=None):
+def sgd_step(method, batch, params, *, mesh=None, optimizer=None):
     """One step with learning rate 1 and no clipping: the update is minus the gradient."""
     mesh = mesh or one_device_mesh()
     optimizer = optimizer or optax.sgd(1.0)
-    step = make_step(method, params, mesh, optimizer, entropy_weight=entropy_weight)
+    step = make_step(method, params, mesh, optimizer)
     old = jax.device_get(params)
-    state, metrics = step(init_state(params, optimizer, mesh), batch)
+    state, metrics = step(init_state(params, optimizer, mesh), batch, coefficients(method))
     gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), old, state.params)
     return gradient, jax.device_get(metrics), state
 
@@ -191,7 +203,11 @@ def objective_by_logits(logits, batch, method):
     for term in method.terms:
         mask = batch.kinds[0][:, 1:] == term.kind
         old = jax.lax.stop_gradient(logprobs)
-        values = term.loss(TokenInputs(logprobs, old, None, batch.advantages[0][:, 1:], mask))
+        values = term.loss(
+            TokenInputs(
+                logprobs, old, None, batch.advantages[0][:, 1:], mask, old, batch.segment_ids[0], 1
+            )
+        )
         total += term.weight * jnp.sum(values * weights[term.name][0])
     return total
 
@@ -204,6 +220,7 @@ def method_of_every_normalizer():
         for i, method in enumerate(methods)
         for term in method.terms
     )
+    terms += make_method("grpo", entropy_weight=0.1).terms[1:]
     return dataclasses.replace(methods[0], terms=terms)
 
 
@@ -211,8 +228,8 @@ def test_gradient_does_not_depend_on_the_layout(params):
     """Micro-batches of any size, packed or not: the same gradient and metrics."""
     groups, advantages = ragged_groups()
     method = method_of_every_normalizer()
-    assert len(method.terms) == 8
-    whole = sgd_step(method, build(groups, advantages), params, entropy_weight=0.1)
+    assert len(method.terms) == 9
+    whole = sgd_step(method, build(groups, advantages), params)
     layouts = [
         {"micro_batch_rows": 1},
         {"packed": True},
@@ -220,7 +237,7 @@ def test_gradient_does_not_depend_on_the_layout(params):
         {"packed": True, "row_len": 33, "micro_batch_rows": 7},
     ]
     for layout in layouts:
-        other = sgd_step(method, build(groups, advantages, **layout), params, entropy_weight=0.1)
+        other = sgd_step(method, build(groups, advantages, **layout), params)
         assert relative_difference(other[0], whole[0]) < 1e-5, layout
         for name, value in whole[1].items():
             np.testing.assert_allclose(other[1][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
@@ -239,14 +256,16 @@ def test_lengths_compile_nothing_anew(params):
     """Rollouts of other lengths fill other numbers of rows: the program is the same."""
     optimizer = optax.sgd(0.01)
     mesh = one_device_mesh()
-    step = make_step(make_method("trapo"), params, mesh, optimizer)
+    method = make_method("trapo")
+    step = make_step(method, params, mesh, optimizer)
     state = init_state(params, optimizer, mesh)
     numbers = set()
     for seed in range(8):
         groups, advantages = ragged_groups(seed)
         batch = build(groups, advantages, packed=True, micro_batch_rows=3)
         numbers.add(int(batch.num_micro_batches))
-        state, _ = step(state, batch)
+        rate = {"learning_rate": np.float32(seed)}
+        state, _ = step(state, batch, {**coefficients(method), **rate})
     assert len(numbers) > 1
     assert step._cache_size() == 1
 
@@ -290,9 +309,9 @@ def test_grpo_ignores_the_expert(params):
 def test_entropy_bonus_raises_entropy(params):
     groups, advantages = ragged_groups()
     batch = build(groups, [np.zeros_like(a) for a in advantages])
-    method = make_method("grpo")
+    method = make_method("grpo", entropy_weight=1.0)
     before = sgd_step(method, batch, params)[1]["policy/entropy"]
-    _, _, state = sgd_step(method, batch, params, entropy_weight=1.0, optimizer=optax.sgd(0.1))
+    _, _, state = sgd_step(method, batch, params, optimizer=optax.sgd(0.1))
     after = sgd_step(method, batch, jax.device_get(state.params))[1]["policy/entropy"]
     assert after > before
 
@@ -416,7 +435,7 @@ def test_one_update_compiles_to_one_forward_and_one_backward_pass(params):
         CONFIG, mesh, shardings.params, temperature=1.0, chunk_size=7
     ).lower(state.params, batch)
     step = make_step(method, params, mesh, optimizer)
-    ratio = flops(step.lower(state, batch)) / flops(forward)
+    ratio = flops(step.lower(state, batch, coefficients(method))) / flops(forward)
     assert 2 < ratio < 3.5
 
 
@@ -451,37 +470,37 @@ def test_nan_in_masked_slots_changes_nothing(params):
     assert metrics == same_metrics
 
 
-def test_optimizer_warms_up_decays_and_spares_norms(params):
-    optimizer = make_optimizer(
+def test_learning_rate_warms_up_and_decays():
+    rate = make_learning_rate(
         learning_rate=1.0,
         warmup_steps=2,
         num_steps=10,
         decay_start=0.5,
         final_learning_rate_ratio=0.1,
-        adam_b1=0.0,
-        adam_b2=0.0,
-        weight_decay=0.0,
-        max_grad_norm=1e9,
     )
-    state = optimizer.init({"w": jnp.zeros(1)})
-    rates = []
-    for _ in range(10):
-        updates, state = optimizer.update({"w": jnp.ones(1)}, state, {"w": jnp.zeros(1)})
-        rates.append(-float(updates["w"][0]))
+    rates = [rate(step, step) for step in range(1, 11)]
+    expected = [0.5, 1.0, 1.0, 1.0, 1.0, 0.82, 0.64, 0.46, 0.28, 0.1]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    # A budget that ends the run after five steps: warm-up as ever, decay at twice the pace.
     np.testing.assert_allclose(
-        rates, [0.5, 1.0, 1.0, 1.0, 1.0, 0.82, 0.64, 0.46, 0.28, 0.1], rtol=1e-5
+        [rate(step, 2 * step) for step in range(1, 6)], [0.5, 1.0, 0.82, 0.46, 0.1], rtol=1e-5
     )
-    decaying = make_optimizer(
-        learning_rate=1.0,
-        warmup_steps=0,
-        num_steps=1,
-        decay_start=1.0,
-        final_learning_rate_ratio=1.0,
-        adam_b1=0.9,
-        adam_b2=0.9,
-        weight_decay=0.1,
-        max_grad_norm=1.0,
-    )
+
+
+def test_learning_rate_scales_the_update(params):
+    groups, advantages = ragged_groups()
+    batch, method, mesh = build(groups, advantages), make_method("trapo"), one_device_mesh()
+    optimizer = optax.sgd(1.0)
+    whole = sgd_step(method, batch, params)[0]
+    step = make_step(method, params, mesh, optimizer)
+    numbers = {**coefficients(method), "learning_rate": np.float32(0.25)}
+    state, _ = step(init_state(params, optimizer, mesh), batch, numbers)
+    quarter = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, state.params)
+    assert relative_difference(jax.tree.map(lambda x: 4 * x, quarter), whole) < 1e-5
+
+
+def test_weight_decay_spares_norms(params):
+    decaying = make_optimizer(adam_b1=0.9, adam_b2=0.9, weight_decay=0.1, max_grad_norm=1.0)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = decaying.update(zeros, decaying.init(params), params)
     np.testing.assert_allclose(updates["embedding"], -0.1 * params["embedding"], rtol=1e-5)
@@ -492,11 +511,6 @@ def test_optimizer_warms_up_decays_and_spares_norms(params):
 def test_muon_orthogonalises_every_head_and_leaves_the_rest_to_adamw(params):
     """Each matrix's update has singular values near 1, times 0.2 sqrt(its longer side); embeddings follow Adam."""
     settings = {
-        "learning_rate": 1.0,
-        "warmup_steps": 0,
-        "num_steps": 1,
-        "decay_start": 1.0,
-        "final_learning_rate_ratio": 1.0,
         "adam_b1": 0.9,
         "adam_b2": 0.9,
         "weight_decay": 0.1,
@@ -532,18 +546,10 @@ def test_muon_orthogonalises_every_head_and_leaves_the_rest_to_adamw(params):
 
 def test_muon_trains_with_its_state_sharded_like_the_parameters(params):
     groups, advantages = ragged_groups()
-    optimizer = make_optimizer(
-        learning_rate=1e-2,
-        warmup_steps=0,
-        num_steps=10,
-        decay_start=1.0,
-        final_learning_rate_ratio=1.0,
-        adam_b1=0.9,
-        adam_b2=0.95,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        name="muon",
+    muon = make_optimizer(
+        adam_b1=0.9, adam_b2=0.95, weight_decay=0.0, max_grad_norm=1.0, name="muon"
     )
+    optimizer = optax.chain(muon, optax.scale(1e-2))
     batch, method = build(groups, advantages), make_method("sft")
     before = sgd_step(method, batch, params)[1]["loss/total"]
     state = sgd_step(method, batch, params, optimizer=optimizer)[2]

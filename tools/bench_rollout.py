@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from trapo_jax.methods import MICRO_GROUPS
+from trapo_jax.methods import make_method
 from trapo_jax.models import abstract_params, find_model, read_config
 from trapo_jax.scheduler import Scheduler
 from trapo_jax.types import Expert, MicroGroup, Problem
@@ -150,7 +150,7 @@ def trapo_job(rng: np.random.Generator, slots: int, median_len: int, vocab_size:
                 "num_new": [log_normal(rng, median_len, 0.9, 2, 8 * median_len) for _ in range(8)],
             }
         )
-    job = finished_job("trapo", problems, MICRO_GROUPS["paper"], slots)
+    job = finished_job("trapo", problems, make_method("trapo").micro_groups, slots)
     for row in (row for rows in job["rounds"] for row in rows):  # a guided rollout has less to say
         problem, j = problems[row["problem"]], row["sample"]
         share = 1 - row["prefix_len"] / max(1, len(problem["expert"]))

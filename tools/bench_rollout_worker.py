@@ -112,7 +112,7 @@ def run_freely(engine, job: Job) -> None:
     longest = max(max(*p["num_new"], len(p["expert"])) for p in job["problems"])
     collect_rollouts(
         engine,
-        Scheduler(micro_groups, longest),
+        lambda _: Scheduler(micro_groups, longest),
         score,
         make_problems(job),
         step=1,

@@ -1,64 +1,67 @@
-"""Rollouts to one training batch: where every token gets its `TokenKind`, from lengths.
+"""Rows to one training batch: where every token gets its `TokenKind`, from lengths.
 
 Rollouts are packed into rows of a fixed length, so that hardly a token is pad, and rows are dealt out so
 that the devices of a micro-batch have equal work. Kinds never come from `ids != pad_id`: the pad may be EOS.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from trapo_jax.types import Rollout, TokenKind, TrainBatch
+from trapo_jax.types import TokenKind, TrainBatch, TrainRow
 
 
 def build_batch(
-    groups: Sequence[Sequence[Rollout]],
-    advantages: Sequence[np.ndarray],
+    rows: Sequence[TrainRow],
     *,
     row_len: int,
     micro_batch_rows: int,
+    max_rows: int | None = None,
     num_shards: int = 1,
     packed: bool = True,
     pad_id: int = 0,
 ) -> TrainBatch:
-    """Lays rollouts out in `[M, B, T]`, with M = ceil(rollouts / B) whatever their lengths.
+    """Lays rows out in `[M, B, T]`, with M = ceil(max_rows / B) whatever their number and lengths.
 
-    Of the rollouts of a group that start from the same expert prefix, the first carries the expert
-    loss (`EXPERT_TRAINED`); for the others the prefix is context (`EXPERT`).
+    A row without a trained token takes no place, but counts in `num_rollouts`.
 
     Args:
-      groups: the rollouts of each problem.
-      advantages: float32 `[G]` for each problem.
-      row_len: T, at least the longest rollout, in tokens.
+      rows: rollouts and expert solutions; none at all gives a batch of pad.
+      row_len: T, at least the longest of them, in tokens.
       micro_batch_rows: B, global; a multiple of `num_shards`.
+      max_rows: so many rows at most; None for as many as there are.
       num_shards: devices among which a micro-batch's rows are split, in equal blocks.
-      packed: several rollouts a row; otherwise one.
+      packed: several rollouts a row of the batch; otherwise one.
       pad_id: the token id in the pad; its value has no influence.
 
     Raises:
-      ValueError: if a rollout is longer than a row, or the shards do not divide the rows.
+      ValueError: if a rollout is longer than a row, there are too many, or the shards do not divide the rows.
     """
     if micro_batch_rows % num_shards:
         raise ValueError(f"{num_shards} shards do not divide micro_batch_rows {micro_batch_rows}")
-    segments = _segments(groups, advantages)
-    lens = [segment.length for segment in segments]
-    if max(lens) > row_len:
+    max_rows = len(rows) if max_rows is None else max_rows
+    if len(rows) > max_rows:
+        raise ValueError(f"{len(rows)} rows, but max_rows {max_rows}")
+    lens = [row.length if row.num_trained else 0 for row in rows]
+    if max(lens, default=0) > row_len:
         raise ValueError(f"a rollout of {max(lens)} tokens exceeds row_len {row_len}")
-    rows = pack(lens, row_len) if packed else [[i] for i in range(len(lens))]
-    batch = _empty_batch(-(-len(lens) // micro_batch_rows), micro_batch_rows, row_len, pad_id)
-    costs = [sum(lens[i] ** 2 for i in row) for row in rows]
+    members = [i for i, length in enumerate(lens) if length]
+    packs = [[i] for i in members]
+    if packed:
+        packs = [[members[j] for j in group] for group in pack([lens[i] for i in members], row_len)]
+    batch = _empty_batch(-(-max_rows // micro_batch_rows), micro_batch_rows, row_len, pad_id)
+    costs = [sum(lens[i] ** 2 for i in together) for together in packs]
     places = deal(costs, micro_batch_rows, num_shards)
-    for row, place in zip(rows, places, strict=True):
+    for together, place in zip(packs, places, strict=True):
         start = 0
-        for i in row:
-            _write(batch, (*place, slice(start, start + lens[i])), segments[i], segment_id=1 + i)
+        for i in together:
+            _write(batch, (*place, slice(start, start + lens[i])), rows[i], segment_id=1 + i)
             start += lens[i]
     batch = batch._replace(
-        num_rollouts=np.float32(len(segments)),
-        num_micro_batches=np.int32(-(-len(rows) // micro_batch_rows)),
+        num_rollouts=np.float32(max(1, len(rows))),  # a denominator
+        num_micro_batches=np.int32(-(-len(packs) // micro_batch_rows)),
     )
-    _check(batch, segments)
+    _check(batch, [rows[i] for i in members])
     return batch
 
 
@@ -119,43 +122,8 @@ def balance(batch: TrainBatch, num_shards: int) -> float:
     lens[0] = 0
     work = lens[batch.segment_ids].sum(axis=-1)  # a segment's length, for each of its tokens
     by_shard = work.reshape(len(work), num_shards, -1).sum(axis=-1)
-    return float(by_shard.mean(axis=-1).sum() / by_shard.max(axis=-1).sum())
-
-
-class _Segment(NamedTuple):
-    """A rollout as it stands in a row."""
-
-    rollout: Rollout
-    carries: bool  # the expert loss
-    advantage: float
-
-    @property
-    def length(self) -> int:
-        request = self.rollout.request
-        num_new = len(self.rollout.completion.token_ids)
-        return len(request.problem.prompt_ids) + request.prefix_len + num_new
-
-
-def _segments(
-    groups: Sequence[Sequence[Rollout]], advantages: Sequence[np.ndarray]
-) -> list[_Segment]:
-    return [
-        _Segment(rollout, carries, float(advantage))
-        for group, group_advantages in zip(groups, advantages, strict=True)
-        for rollout, carries, advantage in zip(
-            group, _carries_expert_loss(group), group_advantages, strict=True
-        )
-    ]
-
-
-def _carries_expert_loss(group: Sequence[Rollout]) -> list[bool]:
-    seen: set[tuple[int, int]] = set()
-    carries = []
-    for rollout in group:
-        prefix = (rollout.request.expert_index, rollout.request.prefix_len)
-        carries.append(rollout.request.prefix_len > 0 and prefix not in seen)
-        seen.add(prefix)
-    return carries
+    busiest = by_shard.max(axis=-1).sum()
+    return float(by_shard.mean(axis=-1).sum() / busiest) if busiest else 1.0
 
 
 def _empty_batch(num_micro_batches: int, num_rows: int, row_len: int, pad_id: int) -> TrainBatch:
@@ -172,34 +140,33 @@ def _empty_batch(num_micro_batches: int, num_rows: int, row_len: int, pad_id: in
     )
 
 
-def _write(batch: TrainBatch, place: tuple, segment: _Segment, *, segment_id: int) -> None:
-    """Writes a rollout into the tokens `place` of a batch."""
-    request, completion = segment.rollout.request, segment.rollout.completion
+def _write(batch: TrainBatch, place: tuple, row: TrainRow, *, segment_id: int) -> None:
+    """Writes a row into the tokens `place` of a batch."""
+    request, completion = row.completion.request, row.completion
     prefix_start = len(request.problem.prompt_ids)
-    start = prefix_start + request.prefix_len
+    start = request.start_len
     batch.token_ids[place] = (
         *request.problem.prompt_ids,
         *request.prefix_ids,
         *completion.token_ids,
     )
-    batch.positions[place] = np.arange(segment.length)
+    batch.positions[place] = np.arange(row.length)
     batch.segment_ids[place] = segment_id
     kinds = batch.kinds[place]  # a view, like the two below
     kinds[:prefix_start] = TokenKind.PROMPT
-    kinds[prefix_start:start] = TokenKind.EXPERT_TRAINED if segment.carries else TokenKind.EXPERT
+    kinds[prefix_start:start] = TokenKind.EXPERT_TRAINED if row.trains_expert else TokenKind.EXPERT
     kinds[start:] = TokenKind.COMPLETION
-    batch.advantages[place][start:] = segment.advantage
+    batch.advantages[place][prefix_start if row.trains_expert else start :] = row.advantage
     batch.sampler_logprobs[place][start:] = completion.logprobs
 
 
-def _check(batch: TrainBatch, segments: Sequence[_Segment]) -> None:
+def _check(batch: TrainBatch, rows: Sequence[TrainRow]) -> None:
     """The invariants of the kinds, on the host, for every batch."""
-    requests = [segment.rollout.request for segment in segments]
     expected = {
-        "prompt": sum(len(r.problem.prompt_ids) for r in requests),
-        "expert_trained": sum(s.rollout.request.prefix_len for s in segments if s.carries),
-        "expert": sum(s.rollout.request.prefix_len for s in segments if not s.carries),
-        "completion": sum(len(s.rollout.completion.token_ids) for s in segments),
+        "prompt": sum(len(row.completion.request.problem.prompt_ids) for row in rows),
+        "expert_trained": sum(row.num_expert_trained for row in rows),
+        "expert": sum(row.completion.request.prefix_len - row.num_expert_trained for row in rows),
+        "completion": sum(row.num_own for row in rows),
     }
     used = batch.kinds[: batch.num_micro_batches]
     expected["pad"] = used.size - sum(expected.values())

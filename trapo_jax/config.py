@@ -103,26 +103,45 @@ class DataConfig(_Section):
 
 
 class MethodConfig(_Section):
-    name: Literal["trapo", "grpo", "sft"] = "trapo"
-    """Training method."""
+    name: Literal[
+        "trapo",
+        "grpo",
+        "sft",
+        "sft_then_grpo",
+        "micro_group_grpo",
+        "micro_group_sft",
+        "micro_group_luffy",
+        "luffy",
+        "rl_plus_sft",
+        "relift",
+        "hpt",
+        "srft",
+        "chord",
+        "chord_phi",
+        "uft",
+        "prefix_rft",
+    ] = "trapo"
+    """Training method; --print-method shows its formulas and constants."""
     preset: Literal["paper", "reference"] = "paper"
-    """TRAPO's guidance as in the paper or as in its released code."""
+    """Guidance of TRAPO and its ablations (micro_group_*) as in the paper or as in its released code."""
+    constants: dict[str, Any] = {}
+    """Constants of the method that differ from its own; --print-method lists them."""
     alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """TrSFT's trust-region bound: expert tokens below this probability get a reduced gradient."""
-    expert_weight: NotNegativeFloat = 1.0
-    """Weight of the loss on expert tokens."""
+    expert_weight: NotNegativeFloat | None = None
+    """Weight of the loss on expert tokens; null for the method's own."""
     normalizer: Literal["token_mean", "sequence_mean", "constant_sum", "constant_mean"] | None = (
         None
     )
     """What sums of token losses are divided by; null for the method's own."""
     clip_low: Fraction | None = None
-    """Clip the ratio of new to old policy below 1 - clip_low; null for no lower bound."""
+    """Clip the ratio of new to old policy below 1 - clip_low; null for the method's own, mostly no bound."""
     clip_high: NotNegativeFloat | None = None
-    """Clip the ratio above 1 + clip_high; null for no upper bound."""
-    kl_weight: NotNegativeFloat = 0.0
-    """Weight of the divergence (k3) from the model the run began with, which is then held in memory too."""
-    scale_advantages_by_std: bool = False
-    """Divide a group's advantages by their standard deviation."""
+    """Clip the ratio above 1 + clip_high; null for the method's own, mostly no bound."""
+    kl_weight: NotNegativeFloat | None = None
+    """Weight of the divergence (k3) from the model the run began with, which is then held in memory too; null for the method's own, mostly 0."""
+    scale_advantages_by_std: bool | None = None
+    """Divide a group's advantages by their standard deviation; null for the method's own, mostly false."""
     entropy_weight: NotNegativeFloat = 0.0
     """Weight of the entropy bonus on own tokens."""
 
@@ -157,7 +176,13 @@ class RewardsConfig(_Section):
 
 class TrainConfig(_Section):
     num_steps: Positive = 375
-    """Optimiser steps."""
+    """Optimiser steps, at most."""
+    budget_unit: Literal[
+        "steps", "trained_tokens", "sampled_tokens", "flops", "problems", "seconds"
+    ] = "steps"
+    """What train.budget counts; flops by formula, seconds of sampling, judging and training."""
+    budget: PositiveFloat | None = None
+    """The run ends after the first step at which so much is spent; null for train.num_steps alone."""
     problems_per_step: Positive = 8
     """Problems in one optimiser batch; each gets a group of rollouts."""
     num_iterations: Positive = 1
@@ -175,7 +200,7 @@ class TrainConfig(_Section):
     warmup_steps: NotNegative = 10
     """Linear warm-up from 0; a shorter run ends within it."""
     decay_start: Fraction = 0.5
-    """Share of the run after which the learning rate falls linearly."""
+    """Share of the run, by steps or by train.budget, after which the learning rate falls linearly."""
     final_learning_rate_ratio: Fraction = 0.1
     """Learning rate at the end, as a share of the peak."""
     adam_b1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
@@ -255,6 +280,10 @@ class Config(_Section):
     @pydantic.model_validator(mode="after")
     def _fields_agree(self) -> Self:
         train, data = self.train, self.data
+        if train.budget is None and train.budget_unit != "steps":
+            raise ValueError(
+                f"train.budget=null: train.budget_unit={train.budget_unit} needs a number"
+            )
         if data.source == "files" and not data.train_files:
             raise ValueError("data.train_files=[]: data.source=files needs them")
         if data.source != "files" and train.problems_per_step > data.num_train:
@@ -424,8 +453,10 @@ def _type_name(field: Any) -> str:
             return getattr(annotation, "__name__", str(annotation))
         if hasattr(annotation, "__metadata__"):  # Annotated[int, ...]
             return name(arguments[0])
-        if get_origin(annotation) is tuple:
+        if get_origin(annotation) in (tuple, list):
             return f"list of {name(arguments[0])}"
+        if get_origin(annotation) is dict:
+            return f"{name(arguments[1])} by name"
         if all(isinstance(a, str) for a in arguments):  # Literal["a", "b"]
             return "|".join(arguments)
         return "|".join(name(a) for a in arguments)
@@ -439,6 +470,7 @@ usage: python -m trapo_jax.{command} [--config FILE] [FIELD=VALUE ...]
 {about}
 
   --config FILE     YAML file; without it, the defaults below (= configs/smoke_cpu.yaml)
+  --print-method    shows the method's formulas, constants and source, and does nothing else
   FIELD=VALUE       overrides a field; also --FIELD VALUE and --FIELD=VALUE
   --help            this text
 

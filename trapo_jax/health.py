@@ -40,11 +40,11 @@ class Health:
         """
         warnings = []
         if values["optimizer/skipped"]:
-            what = _not_finite(values)
-            warnings.append(f"step {step}: no update was made, as {what} was not finite")
+            why = _why_skipped(values)
+            warnings.append(f"step {step}: no update was made, as {why}")
             if values["optimizer/skipped_in_a_row"] >= self._max_skipped_steps:
                 raise TrainingFailed(
-                    f"step {step}: {what} was not finite, and so for "
+                    f"step {step}: {why}, and so for "
                     f"train.max_skipped_steps={self._max_skipped_steps} updates in a row; lower "
                     "train.learning_rate"
                 )
@@ -77,10 +77,15 @@ class Health:
         return [f"step {step}: for {self._warn_after_steps} steps {text}"]
 
 
-def _not_finite(values: Mapping[str, float]) -> str:
-    """The terms that were not finite, or the gradient if all were."""
+def _why_skipped(values: Mapping[str, float]) -> str:
+    """The terms that were not finite, or the gradient if all were, or a gradient that the method will not apply."""
     names = [name for name in values if name.startswith("loss/") and name != "loss/total"]
-    return " and ".join(n for n in names if not math.isfinite(values[n])) or "the gradient"
+    if terms := [name for name in names if not math.isfinite(values[name])]:
+        return f"{' and '.join(terms)} was not finite"
+    norm = values["optimizer/grad_norm"]
+    if not math.isfinite(norm):
+        return "the gradient was not finite"
+    return f"the gradient's norm of {norm:.3g} is more than the method applies"
 
 
 class Watchdog:

@@ -40,9 +40,9 @@ from trapo_jax.sampling.decode import empty_state, make_programs, state_sharding
 from trapo_jax.sampling.engine import SAMPLING_RULES, sampling_dtypes
 from trapo_jax.sharding import batch_sharding, make_mesh, num_batch_shards, param_shardings
 from trapo_jax.train import build_method, build_optimizer, build_train_step
-from trapo_jax.train_step import TrainState
+from trapo_jax.train_step import new_state
 from trapo_jax.train_step import state_shardings as train_shardings
-from trapo_jax.types import TENSOR_AXIS, TrainBatch, UserError
+from trapo_jax.types import TENSOR_AXIS, Moment, TrainBatch, UserError
 
 EXIT_USER_ERROR, EXIT_DOES_NOT_FIT = 2, 1
 GIB = 2**30
@@ -258,14 +258,13 @@ def plan_train_step(config: Config, decoder: DecoderConfig, mesh: Mesh) -> Progr
     """The train step on a batch of which every row is full."""
     method, optimizer = build_method(config), build_optimizer(config)
     params = abstract_params(decoder)
-    shardings = train_shardings(params, optimizer, mesh)
+    num_optimizers = len(method.optimizers)
+    shardings = train_shardings(params, optimizer, mesh, num_optimizers)
     step = build_train_step(config, decoder, method, optimizer, mesh, shardings)
-    state = jax.eval_shape(
-        lambda p: TrainState(p, optimizer.init(p), jnp.int32(0), jnp.int32(0)), params
-    )
+    state = jax.eval_shape(lambda p: new_state(p, optimizer, num_optimizers), params)
     num_rows = config.train.per_device_rows * num_batch_shards(mesh)
-    num_rollouts = config.train.problems_per_step * method.group_size
-    num_micro_batches = -(-num_rollouts // num_rows)
+    num_micro_batches = -(-method.max_rows(config.train.problems_per_step) // num_rows)
+    coefficients = method.coefficients(Moment(1, 0.0, config.seed), learning_rate=1.0)
     batch = abstract_batch(num_micro_batches, num_rows, config.row_len, mesh)
     tokens = num_micro_batches * num_rows * config.row_len
     matrices = sum(
@@ -284,7 +283,7 @@ def plan_train_step(config: Config, decoder: DecoderConfig, mesh: Mesh) -> Progr
     return compile_program(
         "train step",
         step,
-        (abstract_like(state, shardings), batch),
+        (abstract_like(state, shardings), batch, coefficients),
         num_devices=mesh.size,
         extra_flops=in_kernel,
         useful_flops=6 * matrices * tokens + (FORWARD + USEFUL_BACKWARD) * per_pair,

@@ -43,7 +43,7 @@ class Collected(NamedTuple):
 
 def collect_rollouts(
     engine: RolloutEngine,
-    scheduler: Scheduler,
+    scheduler_of: Callable[[Problem], Scheduler],
     score: Score,
     problems: Sequence[Problem],
     *,
@@ -54,13 +54,14 @@ def collect_rollouts(
 
     Args:
       engine: samples; must be idle, with the weights to sample from.
-      scheduler: decides guidance.
+      scheduler_of: what decides the guidance of a problem.
       score: a completion's verdict, now or later.
       problems: distinct problems.
       step: the optimiser step, part of the random keys.
       params: how tokens are drawn.
     """
-    states = {problem.id: scheduler.start(problem) for problem in problems}
+    schedulers = {problem.id: scheduler_of(problem) for problem in problems}
+    states = {problem.id: schedulers[problem.id].start(problem) for problem in problems}
     by_id = {problem.id: problem for problem in problems}
     if len(by_id) != len(problems):
         raise ValueError("a batch holds the same problem twice")
@@ -72,6 +73,7 @@ def collect_rollouts(
     def release(problem_ids: Iterable[str]) -> None:
         """Hands new requests to the engine, or to the verifier if nothing is left to sample."""
         for problem_id in problem_ids:
+            scheduler = schedulers[problem_id]
             ready = scheduler.ready(by_id[problem_id], states[problem_id])
             new = [r for r in ready if r.sample_index not in submitted[problem_id]]
             submitted[problem_id].update(r.sample_index for r in new)
@@ -90,7 +92,7 @@ def collect_rollouts(
                 completion, verdict = judging.pop(future), future.result()
                 id_, index = completion.request.problem.id, completion.request.sample_index
                 rollouts[id_][index] = Rollout(completion, verdict, REWARDS[verdict])
-                states[id_] = scheduler.observe(states[id_], index, REWARDS[verdict])
+                states[id_] = schedulers[id_].observe(states[id_], index, REWARDS[verdict])
                 touched[id_] = None
             release(touched)
 
@@ -103,7 +105,7 @@ def collect_rollouts(
             wait(judging, return_when=FIRST_COMPLETED)
         take_verdicts()
         reward_secs += time.perf_counter() - started
-    groups = [[rollouts[p.id][j] for j in range(scheduler.group_size)] for p in problems]
+    groups = [[rollouts[p.id][j] for j in sorted(rollouts[p.id])] for p in problems]
     return Collected(groups, reward_secs)
 
 

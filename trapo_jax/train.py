@@ -9,26 +9,26 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from trapo_jax.advantages import group_advantages
 from trapo_jax.batch import balance, build_batch, count_kinds
+from trapo_jax.budget import Budget, Counters, TokenCost
 from trapo_jax.checkpoint import CheckpointStore, DamagedCheckpoint, Retention, abstract_like
 from trapo_jax.config import Config, config_from_command_line
-from trapo_jax.data import load_tokenizer, problem_batches
+from trapo_jax.data import draw_problems, load_tokenizer, problem_batches
 from trapo_jax.evaluation import evaluate
 from trapo_jax.health import (
     EXIT_TRAINING_FAILED,
@@ -37,7 +37,7 @@ from trapo_jax.health import (
     Watchdog,
     check_space,
 )
-from trapo_jax.methods import Method, make_method
+from trapo_jax.methods import Method, Sampled, Update, describe, make_method
 from trapo_jax.metrics import EVAL, TRAIN, NoLog, RunLog, Terminal, fail, read_metrics
 from trapo_jax.models import (
     DecoderConfig,
@@ -74,22 +74,29 @@ from trapo_jax.train_step import (
     TrainStep,
     init_state,
     make_batch_logprobs,
+    make_learning_rate,
     make_optimizer,
     make_train_step,
     place_batch,
     state_shardings,
+    swap_optimizer,
 )
 from trapo_jax.types import (
     Completion,
+    Moment,
     Problem,
     Rollout,
     SamplingParams,
     TrainBatch,
+    TrainRow,
     UserError,
     Verdict,
 )
 
-ABOUT = "Trains a language model with TRAPO, GRPO or SFT; a run that is there already is resumed."
+ABOUT = (
+    "Trains a language model with TRAPO or another method; a run that is there already is resumed."
+)
+PRINT_METHOD = "--print-method"
 DATA = "data.json"  # what the run trains on: fingerprint, template, what was dropped
 SUMMARY = "summary.json"  # written last: marks a run as complete
 EVALUATIONS = "evaluations"  # folder: each problem's results, a file an evaluation
@@ -108,17 +115,30 @@ class Parts:
     decoder: DecoderConfig
     tokenizer: Any
     splits: dict[str, list[Problem]]
+    problems: dict[str, Problem]  # those of training, by id
     data_summary: dict[str, Any]  # goes to data.json
-    scheduler: Scheduler
     engine: JaxEngine
     verifier: Verifier
     optimizer: optax.GradientTransformation
     mesh: Mesh
     shardings: TrainState
     train_step: TrainStep
+    learning_rate: Callable[[float, float], float]
+    budget: Budget
+    token_cost: TokenCost
     batch_logprobs: Callable[[Any, TrainBatch], jax.Array]
     ref_params: Any  # of the model the run began with; None if no loss needs them
     watchdog: Watchdog
+
+    def scheduler_at(self, moment: Moment) -> Callable[[Problem], Scheduler]:
+        """What decides the guidance of each problem of a step."""
+        method, longest = self.method, self.config.sampling.max_completion_length
+        return lambda problem: Scheduler(
+            method.micro_groups_at(moment, problem),
+            longest,
+            method.prefix_boundary,
+            method.second_expert_last,
+        )
 
     def score(self, completion: Completion) -> Future[Verdict]:
         """The verdict, now or later, on a completion's whole response, special tokens spelled out."""
@@ -128,27 +148,37 @@ class Parts:
 
 
 @dataclasses.dataclass
-class Counters:
-    """Cumulative over the run; part of the checkpoint."""
+class Progress:
+    """What a run carries from step to step besides the policy; part of the checkpoint."""
 
-    tokens_trained: int = 0
-    tokens_sampled: int = 0
-    problems_seen: int = 0
+    counters: Counters
+    method_state: Mapping[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    folder = Path()
+    given = sys.argv[1:] if arguments is None else arguments
+    rest = [argument for argument in given if argument != PRINT_METHOD]
     try:
-        config = config_from_command_line(
-            "train", ABOUT, sys.argv[1:] if arguments is None else arguments
-        )
-        folder = Path(config.output_dir)
+        config = config_from_command_line("train", ABOUT, rest)
+        method = build_method(config)
+    except UserError as error:
+        return fail(str(error), EXIT_USER_ERROR)
+    if PRINT_METHOD in given:
+        print(describe(method))
+        return 0
+    return train(config, method)
+
+
+def train(config: Config, method: Method) -> int:
+    """Trains by a method, one of the family or your own; returns the exit code."""
+    folder = Path(config.output_dir)
+    try:
         join_processes()
         if is_main():
             check_run_folder(folder, config.to_yaml())
         if (folder / SUMMARY).exists():
             return show_complete(folder, config)
-        parts, state = build(config)
+        parts, state = build(config, method)
         with contextlib.ExitStack() as stack:
             if is_main():
                 prepare_run_folder(folder, config.to_yaml())
@@ -171,8 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
 
-def build(config: Config) -> tuple[Parts, TrainState]:
-    """Builds every part from the config; returns them and the state before the first step."""
+def build(config: Config, method: Method) -> tuple[Parts, TrainState]:
+    """Builds every part; returns them and the state before the first step."""
     model_folder = find_model(config.model.path)
     decoder = read_config(
         model_folder,
@@ -183,12 +213,12 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     tokenizer: Any = load_tokenizer(model_folder)
     d, s, t = config.data, config.sampling, config.train
     splits, data_summary = load_splits(d, tokenizer)
-    method = build_method(config)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tp=config.mesh.tp)
     optimizer = build_optimizer(config)
-    shardings = state_shardings(abstract_params(decoder), optimizer, mesh)
+    num_optimizers = len(method.optimizers)
+    shardings = state_shardings(abstract_params(decoder), optimizer, mesh, num_optimizers)
     load = lambda: load_params(model_folder, decoder, shardings.params)
-    state = init_state(load(), optimizer, mesh)
+    state = init_state(load(), optimizer, mesh, num_optimizers)
     parts = Parts(
         config=config,
         method=method,
@@ -196,13 +226,8 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         decoder=decoder,
         tokenizer=tokenizer,
         splits=splits,
+        problems={problem.id: problem for problem in splits["train"]},
         data_summary=data_summary,
-        scheduler=Scheduler(
-            method.micro_groups,
-            s.max_completion_length,
-            method.prefix_boundary,
-            method.second_expert_last,
-        ),
         engine=JaxEngine(
             decoder,
             num_slots=s.num_slots,
@@ -226,6 +251,9 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         mesh=mesh,
         shardings=shardings,
         train_step=build_train_step(config, decoder, method, optimizer, mesh, shardings),
+        learning_rate=build_learning_rate(config),
+        budget=Budget(t.budget_unit, t.budget, t.num_steps),
+        token_cost=token_cost(decoder),
         batch_logprobs=make_batch_logprobs(
             decoder,
             mesh,
@@ -244,23 +272,21 @@ def build_method(config: Config) -> Method:
     return make_method(
         m.name,
         preset=m.preset,
+        constants=m.constants,
         alpha=m.alpha,
         expert_weight=m.expert_weight,
         normalizer=m.normalizer,
         clip_low=m.clip_low,
         clip_high=m.clip_high,
         kl_weight=m.kl_weight,
+        scale_by_std=m.scale_advantages_by_std,
+        entropy_weight=m.entropy_weight,
     )
 
 
 def build_optimizer(config: Config) -> optax.GradientTransformation:
     t = config.train
     return make_optimizer(
-        learning_rate=t.learning_rate,
-        warmup_steps=t.warmup_steps * t.num_iterations,  # the optimiser counts updates
-        num_steps=t.num_steps * t.num_iterations,
-        decay_start=t.decay_start,
-        final_learning_rate_ratio=t.final_learning_rate_ratio,
         adam_b1=t.adam_b1,
         adam_b2=t.adam_b2,
         weight_decay=t.weight_decay,
@@ -268,6 +294,28 @@ def build_optimizer(config: Config) -> optax.GradientTransformation:
         name=t.optimizer,
         muon_beta=t.muon_beta,
     )
+
+
+def build_learning_rate(config: Config) -> Callable[[float, float], float]:
+    t = config.train
+    return make_learning_rate(
+        learning_rate=t.learning_rate,
+        warmup_steps=t.warmup_steps,
+        num_steps=t.num_steps,
+        decay_start=t.decay_start,
+        final_learning_rate_ratio=t.final_learning_rate_ratio,
+    )
+
+
+def token_cost(decoder: DecoderConfig) -> TokenCost:
+    """What a token costs, for `Counters.flops`."""
+    shapes = jax.tree_util.tree_flatten_with_path(abstract_params(decoder))[0]
+    num_params = sum(
+        math.prod(x.shape)
+        for path, x in shapes
+        if path[-1].key != "embedding" or decoder.tied_embeddings
+    )
+    return TokenCost(num_params, 4 * decoder.num_layers * decoder.num_heads * decoder.head_dim)
 
 
 def build_train_step(
@@ -284,7 +332,6 @@ def build_train_step(
         optimizer,
         mesh,
         shardings,
-        entropy_weight=config.method.entropy_weight,
         temperature=config.sampling.temperature,
         max_completion_length=config.sampling.max_completion_length,
         chunk_size=config.train.logprob_chunk_size,
@@ -299,7 +346,11 @@ def run(parts: Parts, state: TrainState, folder: Path) -> int:
         folder / "checkpoints", Retention(keep.keep, keep.keep_every, keep.keep_best)
     )
     state, host, first_step = resume(parts, store, state, folder)
-    counters = Counters(**host["counters"]) if host else Counters()
+    progress = (
+        Progress(Counters(**host["counters"]), host["method_state"])
+        if host
+        else Progress(Counters(), {})
+    )
     log = RunLog(folder, offsets=host and host["offsets"]) if is_main() else NoLog()
     health = Health(
         max_logprob_gap=config.limits.max_logprob_gap,
@@ -324,7 +375,8 @@ def run(parts: Parts, state: TrainState, folder: Path) -> int:
                 watchdog.beat(f"saving step {step}")
                 check_space(folder, state_bytes + LOG_BYTES, "a checkpoint")
                 of_host = {
-                    "counters": dataclasses.asdict(counters),
+                    "counters": dataclasses.asdict(progress.counters),
+                    "method_state": progress.method_state,
                     "offsets": log.offsets(),
                     "data_fingerprint": parts.data_summary["fingerprint"],
                 }
@@ -333,16 +385,20 @@ def run(parts: Parts, state: TrainState, folder: Path) -> int:
             batches = problem_batches(
                 parts.splits["train"], batch_size=config.train.problems_per_step, seed=config.seed
             )
-            for step in range(first_step + 1, config.train.num_steps + 1):
+            step, share = first_step, parts.budget.progress(progress.counters, first_step)
+            while share < 1:
+                step += 1
                 watchdog.beat(f"working on step {step}")
                 check_space(folder, LOG_BYTES, "a step's record")
-                state, values = train_one_step(parts, state, batches[step - 1], counters, log, step)
+                state, values = train_one_step(parts, state, batches[step - 1], progress, log, step)
                 terminal.step(step, values)
                 for warning in health.observe(step, values):
                     terminal.say(f"warning: {warning}")
-                last, score = step == config.train.num_steps, None
+                share_before, share = share, values["budget/progress"]
+                last, score = share >= 1, None
                 interrupted = any(gather(interrupt.received))
-                if _is_due(step, config.evaluation.every) and not last:
+                is_time = _passes(share_before, share, config.evaluation.times)
+                if (is_time or _is_due(step, config.evaluation.every)) and not last:
                     found = log_evaluation(
                         parts, log, terminal, state, split="validation", step=step
                     )
@@ -353,7 +409,7 @@ def run(parts: Parts, state: TrainState, folder: Path) -> int:
                 if interrupted and not last:
                     terminal.say(f"stopped after step {step}; the same command resumes it")
                     return 0
-            finish(parts, log, terminal, state, folder)
+            finish(parts, log, terminal, state, folder, step)
     finally:
         watchdog.close()
         log.close()
@@ -417,18 +473,19 @@ def train_one_step(
     parts: Parts,
     state: TrainState,
     problems: Sequence[Problem],
-    counters: Counters,
+    progress: Progress,
     log: RunLog,
     step: int,
 ) -> tuple[TrainState, dict[str, float]]:
     """Samples, scores, trains, logs. Returns the new state and the step's metrics."""
-    config = parts.config
+    config, counters = parts.config, progress.counters
     started = time.perf_counter()
+    moment = Moment(step, parts.budget.progress(counters, step - 1), config.seed)
     parts.engine.update_weights(state.params, step - 1)
     before = parts.engine.counters
     mine, reward_secs = collect_rollouts(
         parts.engine,
-        parts.scheduler,
+        parts.scheduler_at(moment),
         parts.score,
         my_share(problems),
         step=step,
@@ -439,74 +496,138 @@ def train_one_step(
     check_verdicts(groups, step, max_error_rate=config.rewards.max_error_rate)
     sampled, engine_did = time.perf_counter(), parts.engine.counters - before
     prefilled_tokens = sum(gather(engine_did.prefilled_tokens))
-    advantages = [
-        group_advantages(
-            np.array([rollout.reward for rollout in group]),
-            scale_by_std=config.method.scale_advantages_by_std,
-        )
-        for group in groups
-    ]
-    num_shards = num_batch_shards(parts.mesh)
-    batch = build_batch(
-        groups,
-        advantages,
-        row_len=config.row_len,
-        micro_batch_rows=config.train.per_device_rows * num_shards,
-        num_shards=num_shards,
-        packed=config.train.packing,
-        pad_id=parts.tokenizer.pad_token_id or 0,
-    )
-    state, device_values = update(parts, state, batch)
+    counters.count_rollouts(groups, prefilled_tokens=prefilled_tokens, cost=parts.token_cost)
+    selected = parts.method.select(what_was_sampled(parts, groups, moment, progress.method_state))
+    progress.method_state = selected.state
+    trained_before = counters.tokens_trained
+    values = {}
+    for chosen in selected.updates:
+        state, of_update = update(parts, state, chosen, moment, counters)
+        values = merge_updates(values, of_update, chosen.optimizer)
     trained = time.perf_counter()
-    kinds = count_kinds(batch)
-    counters.tokens_trained += kinds["completion"] + kinds["expert_trained"]
-    counters.tokens_sampled += kinds["completion"]
-    counters.problems_seen += len(problems)
+    counters.seconds += from_main(trained - started)
     values = {
         **rollout_metrics(groups),
-        **device_values,
-        **{f"batch/{name}_tokens": count for name, count in kinds.items()},
-        "batch/pad_fraction": kinds["pad"] / sum(kinds.values()),
-        "batch/balance": balance(batch, num_shards),
+        **values,
         "tokens/trained": counters.tokens_trained,
+        "tokens/expert_trained": counters.tokens_expert_trained,
+        "tokens/prompt": counters.tokens_prompt,
         "tokens/sampled": counters.tokens_sampled,
         "tokens/prefilled": prefilled_tokens,
         "problems/seen": counters.problems_seen,
+        "budget/flops": counters.flops,
+        "budget/progress": parts.budget.progress(counters, step),
         "sampling/slot_utilization": engine_did.slot_utilization,
         "time/sample_secs": sampled - started - reward_secs,
         "time/reward_secs": reward_secs,
         "time/train_secs": trained - sampled,
+        "time/budget_secs": counters.seconds,
         "optimizer/skipped_in_a_row": int(state.num_skipped_in_a_row),
-        "time/tokens_per_sec": (kinds["completion"] + kinds["expert_trained"])
-        / (trained - started),
+        "time/tokens_per_sec": (counters.tokens_trained - trained_before) / (trained - started),
     }
     log.metrics(TRAIN, step, values)
+    rows = [row for chosen in selected.updates for row in chosen.rows]
+    advantages = {id(row.completion): row.advantage for row in rows}
     log.samples(
         [
-            sample_record(parts, rollout, float(advantage), step)
-            for group, group_advantages in list(zip(groups, advantages, strict=True))[
-                : config.log_samples
-            ]
-            for rollout, advantage in zip(group, group_advantages, strict=True)
+            sample_record(parts, rollout, advantages.get(id(rollout.completion)), step)
+            for group in groups[: config.log_samples]
+            for rollout in group
         ]
     )
     return state, values
 
 
+def what_was_sampled(
+    parts: Parts,
+    groups: Sequence[Sequence[Rollout]],
+    moment: Moment,
+    method_state: Mapping[str, Any],
+) -> Sampled:
+    """What the method decides by."""
+    config = parts.config
+    num_extra = parts.method.extra_rows_per_problem * config.train.problems_per_step
+    return Sampled(
+        groups=groups,
+        moment=moment,
+        state=method_state,
+        extra_problems=draw_problems(
+            parts.splits["train"], count=num_extra, seed=config.seed, step=moment.step
+        ),
+        problems=parts.problems,
+        max_completion_length=config.sampling.max_completion_length,
+    )
+
+
 def update(
-    parts: Parts, state: TrainState, batch: TrainBatch
+    parts: Parts, state: TrainState, chosen: Update, moment: Moment, counters: Counters
 ) -> tuple[TrainState, dict[str, float]]:
-    """Updates the policy `train.num_iterations` times on a batch. Returns the last update's metrics."""
-    num_iterations = parts.config.train.num_iterations
-    batch = place_batch(batch, parts.mesh)
+    """Updates the policy `train.num_iterations` times from the chosen rows. Returns the last update's metrics."""
+    config, method = parts.config, parts.method
+    num_iterations = config.train.num_iterations
+    host_batch = build_rows(parts, chosen.rows)
+    batch = place_batch(host_batch, parts.mesh)
     if num_iterations > 1:  # a single update is made from the old policy itself
         batch = batch._replace(old_logprobs=parts.batch_logprobs(state.params, batch))
     if parts.ref_params is not None:
         batch = batch._replace(ref_logprobs=parts.batch_logprobs(parts.ref_params, batch))
-    device_metrics = {}
-    for _ in range(num_iterations):
-        state, device_metrics = parts.train_step(state, batch)
-    return state, {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+    counters.count_update(
+        chosen.rows,
+        num_iterations=num_iterations,
+        num_forward=(num_iterations > 1) + (parts.ref_params is not None),
+        cost=parts.token_cost,
+    )
+    index = method.optimizers.index(chosen.optimizer)
+    state = swap_optimizer(state, index)
+    device_metrics, learning_rate = {}, 0.0
+    for i in range(num_iterations):
+        steps = moment.step - 1 + (i + 1) / num_iterations
+        position = max(steps, moment.progress * config.train.num_steps)
+        learning_rate = chosen.learning_rate_scale * parts.learning_rate(steps, position)
+        coefficients = method.coefficients(moment, learning_rate=learning_rate)
+        state, device_metrics = parts.train_step(state, batch, coefficients)
+    state = swap_optimizer(state, index)
+    values = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+    return state, {
+        **values,
+        "optimizer/learning_rate": learning_rate,
+        **batch_metrics(host_batch, num_batch_shards(parts.mesh)),
+    }
+
+
+def build_rows(parts: Parts, rows: Sequence[TrainRow]) -> TrainBatch:
+    """The rows in the shape that every update has."""
+    config, num_shards = parts.config, num_batch_shards(parts.mesh)
+    return build_batch(
+        rows,
+        row_len=config.row_len,
+        micro_batch_rows=config.train.per_device_rows * num_shards,
+        max_rows=parts.method.max_rows(config.train.problems_per_step),
+        num_shards=num_shards,
+        packed=config.train.packing,
+        pad_id=parts.tokenizer.pad_token_id or 0,
+    )
+
+
+def batch_metrics(batch: TrainBatch, num_shards: int) -> dict[str, float]:
+    """What a batch is made of."""
+    kinds = count_kinds(batch)
+    return {
+        **{f"batch/{name}_tokens": count for name, count in kinds.items()},
+        "batch/pad_fraction": kinds["pad"] / max(1, sum(kinds.values())),
+        "batch/balance": balance(batch, num_shards),
+    }
+
+
+def merge_updates(
+    first: Mapping[str, float], following: Mapping[str, float], optimizer: str
+) -> dict[str, float]:
+    """Metrics of a step's updates: the first's as they are, the others' by the name of their optimiser."""
+    if not first:
+        return dict(following)
+    skipped = max(first["optimizer/skipped"], following["optimizer/skipped"])
+    named = {f"{optimizer}/{name}": value for name, value in following.items()}
+    return {**first, **named, "optimizer/skipped": skipped}
 
 
 def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
@@ -548,8 +669,10 @@ def check_verdicts(
         )
 
 
-def sample_record(parts: Parts, rollout: Rollout, advantage: float, step: int) -> dict[str, Any]:
-    """A line of samples.jsonl."""
+def sample_record(
+    parts: Parts, rollout: Rollout, advantage: float | None, step: int
+) -> dict[str, Any]:
+    """A line of samples.jsonl; the advantage is None where the rollout was not trained."""
     request, decode = rollout.request, parts.tokenizer.decode
     return {
         "step": step,
@@ -600,11 +723,12 @@ def write_evaluation(folder: Path, split: str, step: int, problems: dict[str, li
     write_atomically(path, json.dumps(problems) + "\n")
 
 
-def finish(parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, folder: Path) -> None:
+def finish(
+    parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, folder: Path, step: int
+) -> None:
     """Final evaluations, export and tables; `summary.json`, written last, marks the run complete."""
-    num_steps = parts.config.train.num_steps
     after = {
-        split: log_evaluation(parts, log, terminal, state, split=split, step=num_steps)
+        split: log_evaluation(parts, log, terminal, state, split=split, step=step)
         for split in parts.config.evaluation.splits
     }
     params = fetch(state.params)
@@ -663,6 +787,11 @@ class Interrupt:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _passes(before: float, after: float, times: int) -> bool:
+    """Whether one of the moments that cut a run into `times + 1` equal parts lies between two of its shares."""
+    return int(before * (times + 1)) < int(after * (times + 1))
 
 
 if __name__ == "__main__":

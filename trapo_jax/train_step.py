@@ -1,10 +1,12 @@
-"""One optimiser step: `(TrainState, TrainBatch) -> (TrainState, metrics)`, jitted and sharded.
+"""One optimiser step: `(TrainState, TrainBatch, coefficients) -> (TrainState, metrics)`, jitted and sharded.
 
-The weights of every loss term's reduction are taken over the whole batch before the first micro-batch runs, and
+What changes with time, the learning rate and the weights of terms, comes in as data: `Method.coefficients`. The step
+counts nothing, and nothing is compiled anew. The weights of every loss term's reduction are taken over the whole batch before the first micro-batch runs, and
 gradients of micro-batches are summed. So the update does not depend on how the batch is cut.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -36,7 +38,8 @@ PROB_BINS = 10  # of the histogram of the expert tokens' probabilities
 
 Metrics = dict[str, jax.Array]
 OptimizerName = Literal["adamw", "muon"]
-TrainStep = Callable[["TrainState", TrainBatch], tuple["TrainState", Metrics]]
+Coefficients = Mapping[str, Any]  # float32 [] each: term name -> weight, and "learning_rate"
+TrainStep = Callable[["TrainState", TrainBatch, Coefficients], tuple["TrainState", Metrics]]
 
 
 class TrainState(NamedTuple):
@@ -46,15 +49,38 @@ class TrainState(NamedTuple):
     opt_state: Any
     step: Any  # int32 [], optimiser steps done, skipped ones included
     num_skipped_in_a_row: Any  # int32 []
+    other_opt_states: Any = ()  # of the method's other optimisers; the step leaves them alone
 
 
-def make_optimizer(
+def make_learning_rate(
     *,
     learning_rate: float,
     warmup_steps: int,
     num_steps: int,
     decay_start: float,
     final_learning_rate_ratio: float,
+) -> Callable[[float, float], float]:
+    """Linear warm-up, constant, linear decay, as a function of `(step, position)`.
+
+    `step` counts from the start, 1 at the end of the first step. `position` is how far the run has come, in
+    `num_steps`-ths: `step` itself, or more where a budget will end the run sooner.
+    """
+    begin = max(warmup_steps, round(decay_start * num_steps))
+    warmup = jax.jit(optax.linear_schedule(0.0, learning_rate, warmup_steps))
+    decay = optax.linear_schedule(
+        learning_rate, learning_rate * final_learning_rate_ratio, max(1, num_steps - begin)
+    )
+    main = jax.jit(optax.join_schedules([optax.constant_schedule(learning_rate), decay], [begin]))
+
+    def rate(step: float, position: float) -> float:
+        now: Any = warmup(step) if step < warmup_steps else main(position)
+        return float(now)
+
+    return rate
+
+
+def make_optimizer(
+    *,
     adam_b1: float,
     adam_b2: float,
     weight_decay: float,
@@ -62,26 +88,12 @@ def make_optimizer(
     name: OptimizerName = "adamw",
     muon_beta: float = 0.95,
 ) -> optax.GradientTransformation:
-    """AdamW or Muon, with clipping: linear warm-up, constant, linear decay. No weight decay on norms and biases.
+    """AdamW or Muon, with clipping, for a learning rate of 1: the step scales its updates. No weight decay on norms and biases.
 
     Muon orthogonalises the momentum of every matrix of attention (of each head) and MLP, scaled to the root mean
     square of AdamW's updates (arXiv 2502.16982), so that learning rates carry over; AdamW with
     Nesterov momentum updates the rest.
     """
-    begin = max(warmup_steps, round(decay_start * num_steps))
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, learning_rate, warmup_steps),
-            optax.constant_schedule(learning_rate),
-            optax.linear_schedule(
-                learning_rate,
-                learning_rate * final_learning_rate_ratio,
-                max(1, num_steps - begin),
-            ),
-        ],
-        [warmup_steps, begin],
-    )
-    rate = lambda count: schedule(count + 1)  # the first step has a learning rate, too
     if name == "muon":  # its own weight decay could not spare the norms
         directions = optax.contrib.muon(
             1.0,
@@ -97,24 +109,45 @@ def make_optimizer(
         optax.clip_by_global_norm(max_grad_norm),
         directions,
         optax.add_decayed_weights(-weight_decay, _is_matrix),
-        optax.scale_by_schedule(rate),
     )
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step, placed on the mesh; arrays that lie there already are taken over."""
-    shardings = state_shardings(params, optimizer, mesh)
-    build = lambda params: TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0))
+def new_state(
+    params: Any, optimizer: optax.GradientTransformation, num_optimizers: int = 1
+) -> TrainState:
+    """The state before the first step, with so many optimiser states."""
+    others = tuple(optimizer.init(params) for _ in range(num_optimizers - 1))
+    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), others)
+
+
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, num_optimizers: int = 1
+) -> TrainState:
+    """`new_state`, placed on the mesh; arrays that lie there already are taken over."""
+    shardings = state_shardings(params, optimizer, mesh, num_optimizers)
+    build = lambda params: new_state(params, optimizer, num_optimizers)
     params = jax.device_put(params, shardings.params)
     return jax.jit(build, out_shardings=shardings, donate_argnums=0)(params)
 
 
-def state_shardings(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(
+    params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, num_optimizers: int = 1
+) -> TrainState:
     """Where each leaf of the state lies; `params` may be shapes."""
     for_params = param_shardings(params, mesh)
     for_optimizer = optimizer_shardings(optimizer, params, for_params, mesh)
     everywhere = replicated(mesh)
-    return TrainState(for_params, for_optimizer, everywhere, everywhere)
+    others = (for_optimizer,) * (num_optimizers - 1)
+    return TrainState(for_params, for_optimizer, everywhere, everywhere, others)
+
+
+def swap_optimizer(state: TrainState, index: int) -> TrainState:
+    """Exchanges the optimiser state in use (0) with another; the same again puts it back."""
+    if index == 0:
+        return state
+    others = list(state.other_opt_states)
+    mine, others[index - 1] = others[index - 1], state.opt_state
+    return state._replace(opt_state=mine, other_opt_states=tuple(others))
 
 
 def make_train_step(
@@ -124,7 +157,6 @@ def make_train_step(
     mesh: Mesh,
     shardings: TrainState,
     *,
-    entropy_weight: float,
     temperature: float,
     max_completion_length: int,
     chunk_size: int,
@@ -134,16 +166,15 @@ def make_train_step(
     Args:
       config: the decoder's shape.
       method: its terms are the objective.
-      optimizer: an optax transformation.
+      optimizer: an optax transformation, for a learning rate of 1.
       mesh: where the step runs.
       shardings: of the state, from `state_shardings`.
-      entropy_weight: of the bonus on the mean entropy at own tokens.
       temperature: of the distribution that was sampled from and is trained.
       max_completion_length: L of the constant normalisers, in tokens.
       chunk_size: tokens whose logits are held at once.
     """
 
-    def objective(params, batch: TrainBatch, weights):
+    def objective(params, batch: TrainBatch, weights, *, coefficients, num_segments):
         """A micro-batch's share of the objective; sums and maxima for the metrics."""
         kinds = batch.kinds[:, 1:]
         logprobs, entropies = _score_tokens(config, params, batch, temperature, chunk_size)
@@ -154,19 +185,22 @@ def make_train_step(
             None if batch.ref_logprobs is None else batch.ref_logprobs[:, 1:],
             batch.advantages[:, 1:],
             jnp.zeros_like(kinds, bool),
+            entropies,
+            batch.segment_ids[:, 1:],
+            num_segments,
         )
         losses, pull = {}, jnp.zeros_like(now)
         for term in method.terms:
 
             def loss(logprobs, term=term):
                 values = term.loss(inputs._replace(logprobs=logprobs, where=kinds == term.kind))
-                return jnp.sum(term.weight * values * weights[term.name])
+                return jnp.sum(coefficients[term.name] * values * weights[term.name])
 
             losses[term.name] = loss(logprobs)
             if term.kind == TokenKind.EXPERT_TRAINED:
                 pull += jnp.abs(jax.grad(loss)(now))
         entropy = jnp.sum(entropies * weights["entropy"])
-        total = sum(losses.values()) - entropy_weight * entropy
+        total = sum(losses.values())
         own_sums, maxima = _own_statistics(inputs._replace(logprobs=now), batch, method)
         sums = {
             **{f"loss/{name}": value for name, value in losses.items()},
@@ -177,39 +211,44 @@ def make_train_step(
         }
         return total, (sums, maxima)
 
-    def train_step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: TrainBatch, coefficients: Coefficients
+    ) -> tuple[TrainState, Metrics]:
         weights = _term_weights(batch, method.terms, max_completion_length)
+        share = partial(objective, coefficients=coefficients, num_segments=_num_segments(batch))
 
         def accumulate(index, carry):
             grads, sums, maxima = carry
-            (_, (new_sums, new_maxima)), new_grads = jax.value_and_grad(objective, has_aux=True)(
+            (_, (new_sums, new_maxima)), new_grads = jax.value_and_grad(share, has_aux=True)(
                 state.params, *_micro_batch((batch, weights), index)
             )
             grads, sums = jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums))
             return grads, sums, jax.tree.map(jnp.maximum, maxima, new_maxima)
 
         first = _micro_batch((batch, weights), 0)
-        shapes = jax.eval_shape(objective, state.params, *first)[1]
+        shapes = jax.eval_shape(share, state.params, *first)[1]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         initial = (jax.tree.map(jnp.zeros_like, state.params), *zeros)
         # A loop whose length is data: how many micro-batches a batch fills changes no shape.
         grads, sums, maxima = jax.lax.fori_loop(0, batch.num_micro_batches, accumulate, initial)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss/total"])
+        applied = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss/total"])
+        applied &= grad_norm <= method.max_applied_grad_norm
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda x: coefficients["learning_rate"] * x, updates)
         params = optax.apply_updates(state.params, updates)
-        keep = lambda new, old: jnp.where(finite, new, old)
-        new_state = TrainState(
+        keep = lambda new, old: jnp.where(applied, new, old)
+        new_state = state._replace(
             params=jax.tree.map(keep, params, state.params),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             step=state.step + 1,
-            num_skipped_in_a_row=jnp.where(finite, 0, state.num_skipped_in_a_row + 1),
+            num_skipped_in_a_row=jnp.where(applied, 0, state.num_skipped_in_a_row + 1),
         )
-        return new_state, _metrics(sums, maxima, batch, grad_norm, finite)
+        return new_state, _metrics(sums, maxima, batch, grad_norm, applied)
 
     return jax.jit(
         on_mesh(train_step, mesh),
-        in_shardings=(shardings, _batch_shardings(mesh)),
+        in_shardings=(shardings, _batch_shardings(mesh), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
@@ -336,9 +375,8 @@ def _term_weights(
         if normalizer == "token_mean":
             return token_mean_weights(mask)
         if normalizer == "sequence_mean":
-            num_rows = kinds.shape[0] * kinds.shape[1]  # and at most as many rollouts
             segment_ids = batch.segment_ids[..., 1:]
-            return segment_mean_weights(mask, segment_ids, num_segments=1 + num_rows)
+            return segment_mean_weights(mask, segment_ids, num_segments=_num_segments(batch))
         if normalizer == "constant_sum":
             return constant_sum_weights(mask, length=max_completion_length)
         return constant_mean_weights(
@@ -349,7 +387,13 @@ def _term_weights(
     return {**by_term, "entropy": token_mean_weights(kinds == TokenKind.COMPLETION)}
 
 
-def _metrics(sums, maxima, batch, grad_norm, finite) -> Metrics:
+def _num_segments(batch: TrainBatch) -> int:
+    """Above every segment id: a batch holds no more rollouts than it would with one a row."""
+    num_micro_batches, num_rows, _ = batch.kinds.shape
+    return 1 + num_micro_batches * num_rows
+
+
+def _metrics(sums, maxima, batch, grad_norm, applied) -> Metrics:
     """What a step tells of itself, over the whole batch.
 
     `expert/prob_from_x` is the share of trained expert tokens whose probability lies in [x, x + 0.1);
@@ -375,7 +419,7 @@ def _metrics(sums, maxima, batch, grad_norm, finite) -> Metrics:
             for i, count in enumerate(sums["expert/num_by_bin"])
         },
         "optimizer/grad_norm": grad_norm,
-        "optimizer/skipped": 1 - finite.astype(jnp.int32),
+        "optimizer/skipped": 1 - applied.astype(jnp.int32),
     }
 
 

@@ -90,6 +90,11 @@ class RolloutRequest:
             return ()
         return self.problem.experts[self.expert_index].token_ids[: self.prefix_len]
 
+    @property
+    def start_len(self) -> int:
+        """Tokens before the first sampled one: prompt and prefix."""
+        return len(self.problem.prompt_ids) + self.prefix_len
+
 
 class FinishReason(enum.StrEnum):
     STOP = "stop"  # the model sampled EOS
@@ -150,6 +155,52 @@ class Rollout:
         return self.completion.request
 
 
+class Moment(NamedTuple):
+    """When a step happens.
+
+    Attributes:
+      step: 1 at the first.
+      progress: share of the run that was over before the step, in [0, 1).
+      seed: of the run.
+    """
+
+    step: int
+    progress: float
+    seed: int
+
+
+class TrainRow(NamedTuple):
+    """A rollout, or an expert's solution, as it is trained.
+
+    Attributes:
+      completion: its prompt, its expert prefix, and what was sampled, if anything.
+      advantage: of its tokens.
+      trains_expert: the prefix is trained; otherwise it is context.
+    """
+
+    completion: Completion
+    advantage: float
+    trains_expert: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt, prefix and completion."""
+        return self.completion.request.start_len + self.num_own
+
+    @property
+    def num_own(self) -> int:
+        return len(self.completion.token_ids)
+
+    @property
+    def num_expert_trained(self) -> int:
+        return self.completion.request.prefix_len if self.trains_expert else 0
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens with a loss."""
+        return self.num_own + self.num_expert_trained
+
+
 class TokenKind(enum.IntEnum):
     """What a token of a training row is; every mask derives from it."""
 
@@ -173,10 +224,10 @@ class TrainBatch(NamedTuple):
     positions: Any  # int32, 0 at a segment's first token
     segment_ids: Any  # int32, 0 in the pad, else 1 + the rollout's number in the batch
     kinds: Any  # int8, TokenKind
-    advantages: Any  # float32, the rollout's advantage on its completion, else 0
+    advantages: Any  # float32, the rollout's advantage on what is trained of it, else 0
     sampler_logprobs: Any  # float32, on the completion, else 0
     num_rollouts: Any  # float32 [], rollouts in the whole batch
     num_micro_batches: Any  # int32 [], micro-batches that hold any
-    # float32 on the completion, else 0; None where no loss asks for them
+    # float32 on what is trained, else 0; None where no loss asks for them
     old_logprobs: Any = None  # under the policy before the batch's first update; None: of this one
     ref_logprobs: Any = None  # under the model the run began with

@@ -11,6 +11,7 @@ from trapo_jax.data.columns import COLUMN_PRESETS, Columns, examples_from_rows
 from trapo_jax.data.examples import DataReport, Example, Message
 from trapo_jax.data.gsm_symbolic import gsm_symbolic_splits
 from trapo_jax.data.problems import (
+    draw_problems,
     encode_examples,
     fingerprint,
     problem_batches,
@@ -30,6 +31,7 @@ __all__ = [
     "Template",
     "TemplateKind",
     "card_shuffles_splits",
+    "draw_problems",
     "encode_examples",
     "examples_from_rows",
     "fingerprint",

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import grain
+import numpy as np
 
 from trapo_jax.data.examples import DataReport, Example
 from trapo_jax.data.templates import Template
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PLAIN = Template()  # the text as it stands
+EXTRA_PROBLEMS = 1  # a stream of random numbers of its own, beside the order of the batches
 _ENCODE_EXAMPLES = 256  # at once; the tokenizer runs them on all cores
 
 
@@ -139,6 +141,30 @@ def problem_batches(problems: Sequence[Problem], *, batch_size: int, seed: int) 
         )
     dataset = grain.MapDataset.source(list(problems)).seed(seed).shuffle()
     return dataset.batch(batch_size, drop_remainder=True, batch_fn=list).repeat()
+
+
+def draw_problems(
+    problems: Sequence[Problem], *, count: int, seed: int, step: int
+) -> list[Problem]:
+    """`count` problems with experts for a step, beside its batch: endless permutations, cut into pieces.
+
+    A step number determines its problems. One comes twice only when all have come as often.
+
+    Raises:
+      UserError: if no problem has an expert, but some are asked for.
+    """
+    with_expert = [problem for problem in problems if problem.experts] if count else []
+    if count and not with_expert:
+        raise UserError("method.name: it learns from experts, but no training problem has one")
+    orders: dict[int, np.ndarray] = {}
+    drawn = []
+    for position in range((step - 1) * count, step * count):
+        epoch, index = divmod(position, len(with_expert))
+        if epoch not in orders:
+            random = np.random.default_rng([seed, EXTRA_PROBLEMS, epoch])
+            orders[epoch] = random.permutation(len(with_expert))
+        drawn.append(with_expert[orders[epoch][index]])
+    return drawn
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:

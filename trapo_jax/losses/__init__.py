@@ -13,6 +13,11 @@ from trapo_jax.losses.attenuation import (
     unit_attenuation,
     variance_attenuation,
 )
+from trapo_jax.losses.entropy_weighting import (
+    entropy_weighted_cross_entropy,
+    segment_mean,
+    top_of_segment,
+)
 from trapo_jax.losses.kl import kl_penalty
 from trapo_jax.losses.logprobs import entropy, linear_token_logprobs, token_logprobs
 from trapo_jax.losses.policy_gradient import (
@@ -44,10 +49,12 @@ __all__ = [
     "constant_sum",
     "constant_sum_weights",
     "entropy",
+    "entropy_weighted_cross_entropy",
     "kl_penalty",
     "linear_token_logprobs",
     "policy_gradient_loss",
     "probability_attenuation",
+    "segment_mean",
     "segment_mean_weights",
     "sequence_mean",
     "sequence_mean_weights",
@@ -57,6 +64,7 @@ __all__ = [
     "token_logprobs",
     "token_mean",
     "token_mean_weights",
+    "top_of_segment",
     "trsft_loss",
     "trsft_loss_from_logprobs",
     "trsft_optimum",

@@ -1,0 +1,107 @@
+"""What losses that look at the policy's own uncertainty need: SRFT's weights, Prefix-RFT's choice of tokens."""
+
+import jax
+import jax.numpy as jnp
+
+from trapo_jax.losses._common import Array, ArrayLike, float32_where, zero_where_masked
+
+
+def entropy_weighted_cross_entropy(
+    logprobs: ArrayLike,
+    entropies: ArrayLike,
+    *,
+    sign: float,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Cross-entropy weighted by a function of an entropy: `-exp(sign * H) * logprob`.
+
+    Args:
+      logprobs: `[...]` log-probabilities of the tokens, in `[-inf, 0]`.
+      entropies: broadcastable to `logprobs`, H >= 0; gradient does not flow into it.
+      sign: -1 weakens tokens of uncertain policies (SRFT's expert tokens), 1 strengthens them (its own).
+      where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient.
+
+    Returns:
+      float32 `[...]`, unreduced.
+
+    References:
+      SRFT, as ported by Unify-Post-Training (`compute_token_on_off_policy_srft_loss`).
+
+    Example:
+      >>> entropy_weighted_cross_entropy(jnp.array([-1.0]), jnp.log(jnp.array([2.0])), sign=-1.0)
+      Array([0.5], dtype=float32)
+    """
+    logprobs = float32_where(logprobs, where)
+    entropies = jax.lax.stop_gradient(float32_where(entropies, where))
+    return zero_where_masked(-jnp.exp(sign * entropies) * logprobs, where)
+
+
+def segment_mean(
+    values: ArrayLike,
+    segment_ids: ArrayLike,
+    *,
+    num_segments: int,
+    where: ArrayLike | None = None,
+) -> Array:
+    """At each element, the mean of its segment's masked values.
+
+    Args:
+      values: `[...]`.
+      segment_ids: integers `[...]` in `[0, num_segments)`; equal ones are one segment.
+      num_segments: an upper bound of the ids, static.
+      where: boolean, broadcastable to `values`: what counts; all True if None.
+
+    Returns:
+      float32 `[...]`, at elements that do not count too; 0 for a segment of which none counts.
+
+    Example:
+      >>> segment_mean(jnp.array([1.0, 3.0, 5.0]), jnp.array([1, 1, 2]), num_segments=3)
+      Array([2., 2., 5.], dtype=float32)
+    """
+    values = float32_where(values, where)
+    mask = jnp.broadcast_to(True if where is None else jnp.asarray(where), values.shape)
+    ids = jnp.asarray(segment_ids)
+    total = lambda x: jax.ops.segment_sum(x.ravel(), ids.ravel(), num_segments)
+    means = total(values) / jnp.maximum(1.0, total(mask.astype(jnp.float32)))
+    return means[ids]
+
+
+def top_of_segment(
+    values: ArrayLike,
+    segment_ids: ArrayLike,
+    *,
+    share: float,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Which masked elements are among their segment's largest, `ceil(share * n)` of n; the first where equal.
+
+    Args:
+      values: `[..., T]`.
+      segment_ids: integers `[..., T]`; a segment's elements lie in one row.
+      share: in (0, 1].
+      where: boolean, broadcastable to `values`: what counts; all True if None.
+
+    Returns:
+      bool `[..., T]`, False where masked.
+
+    Example:
+      >>> top_of_segment(jnp.array([3.0, 1.0, 2.0]), jnp.array([1, 1, 1]), share=0.5)
+      Array([ True, False,  True], dtype=bool)
+    """
+    values = float32_where(values, where)
+    mask = jnp.broadcast_to(True if where is None else jnp.asarray(where), values.shape)
+    # What counts comes first in its segment, and the largest first of it.
+    ids = jnp.broadcast_to(jnp.asarray(segment_ids), values.shape)
+    order = jnp.lexsort((-values, ~mask, ids))
+    sorted_ids, counts = (jnp.take_along_axis(x, order, -1) for x in (ids, mask))
+    place = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
+    is_first = jnp.diff(sorted_ids, prepend=sorted_ids[..., :1] - 1, axis=-1) != 0
+    start = jax.lax.cummax(jnp.where(is_first, place, 0), axis=values.ndim - 1)
+    before = jnp.cumsum(counts, axis=-1) - counts  # of what counts, in the row up to here
+    is_last = jnp.roll(is_first, -1, axis=-1).at[..., -1].set(True)
+    end = jax.lax.cummin(
+        jnp.where(is_last, place, values.shape[-1]), axis=values.ndim - 1, reverse=True
+    )
+    num = jnp.take_along_axis(before + counts, end, -1) - jnp.take_along_axis(before, start, -1)
+    top = counts & (place - start < jnp.ceil(share * num))
+    return jnp.take_along_axis(top, jnp.argsort(order, axis=-1), -1)

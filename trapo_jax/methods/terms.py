@@ -1,0 +1,200 @@
+"""Terms that methods are made of. Each is a pure loss of `trapo_jax.losses` on one kind of token.
+
+p is a token's probability, A the advantage of its rollout, rho = pi / pi_old, H an entropy, sg stop_gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from trapo_jax.losses import (
+    attenuated_cross_entropy_from_logprobs,
+    entropy_weighted_cross_entropy,
+    kl_penalty,
+    policy_gradient_loss,
+    segment_mean,
+    shaped_policy_gradient_loss,
+    top_of_segment,
+    trsft_loss_from_logprobs,
+    unit_attenuation,
+    variance_attenuation,
+)
+from trapo_jax.methods.method import Normalizer, Schedule, Term, TokenInputs
+from trapo_jax.types import TokenKind
+
+OWN, EXPERT = TokenKind.COMPLETION, TokenKind.EXPERT_TRAINED
+Weight = float | Schedule
+
+
+def policy_gradient(
+    normalizer: Normalizer,
+    *,
+    weight: Weight = 1.0,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+) -> Term:
+    """The policy gradient on own tokens, clipped where a bound is given."""
+    clipped = clip_low is not None or clip_high is not None
+    return Term(
+        name="policy_gradient",
+        kind=OWN,
+        loss=lambda x: policy_gradient_loss(
+            x.logprobs,
+            x.old_logprobs,
+            x.advantages,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            where=x.where,
+        ),
+        weight=weight,
+        normalizer=normalizer,
+        formula="-min(A * rho, A * clip(rho, 1 - clip_low, 1 + clip_high))"
+        if clipped
+        else "-A * rho",
+    )
+
+
+def divergence(weight: float, normalizer: Normalizer) -> Term:
+    """KL(policy || the model the run began with) at own tokens, k3."""
+    return Term(
+        name="kl",
+        kind=OWN,
+        loss=lambda x: kl_penalty(x.logprobs, x.ref_logprobs, estimator="k3", where=x.where),
+        weight=weight,
+        normalizer=normalizer,
+        formula="pi_ref / pi - log(pi_ref / pi) - 1",
+    )
+
+
+def entropy_bonus(weight: float, kind: TokenKind) -> Term:
+    """Minus the mean entropy at the tokens of a kind."""
+    return Term(
+        name="entropy" if kind == OWN else "expert_entropy",
+        kind=kind,
+        loss=lambda x: jnp.where(x.where, -x.entropies, 0.0),
+        weight=weight,
+        normalizer="token_mean",
+        formula="-H",
+    )
+
+
+def trsft(alpha: float, weight: Weight, normalizer: Normalizer) -> Term:
+    """TRAPO: cross-entropy inside a trust region."""
+    return Term(
+        name="trsft",
+        kind=EXPERT,
+        loss=lambda x: trsft_loss_from_logprobs(x.logprobs, alpha=alpha, where=x.where),
+        weight=weight,
+        normalizer=normalizer,
+        formula="-log p if p >= alpha else 1 - log(alpha) - p / alpha",
+    )
+
+
+def cross_entropy(weight: Weight, normalizer: Normalizer) -> Term:
+    """Supervised fine-tuning on the expert's tokens."""
+    return Term(
+        name="cross_entropy",
+        kind=EXPERT,
+        loss=lambda x: attenuated_cross_entropy_from_logprobs(
+            x.logprobs, attenuation=unit_attenuation(), where=x.where
+        ),
+        weight=weight,
+        normalizer=normalizer,
+        formula="-log p",
+    )
+
+
+def variance_weighted_cross_entropy(weight: Weight, normalizer: Normalizer) -> Term:
+    """CHORD-phi: cross-entropy whose gradient is scaled by p (1 - p)."""
+    return Term(
+        name="phi_cross_entropy",
+        kind=EXPERT,
+        loss=lambda x: attenuated_cross_entropy_from_logprobs(
+            x.logprobs, attenuation=variance_attenuation().weight, where=x.where
+        ),
+        weight=weight,
+        normalizer=normalizer,
+        formula="-log p * sg[p * (1 - p)]",
+    )
+
+
+def shaped_policy_gradient(gamma: float, weight: Weight, normalizer: Normalizer) -> Term:
+    """LUFFY: the policy gradient on the expert's tokens, in favour of the unlikely ones."""
+    return Term(
+        name="shaped_policy_gradient",
+        kind=EXPERT,
+        loss=lambda x: shaped_policy_gradient_loss(
+            x.logprobs, x.advantages, gamma=gamma, where=x.where
+        ),
+        weight=weight,
+        normalizer=normalizer,
+        formula="-A * p / (p + gamma)",
+    )
+
+
+def _mean_entropy(x: TokenInputs) -> jax.Array:
+    """At each token, the mean entropy of its rollout's tokens of the term's kind."""
+    return segment_mean(x.entropies, x.segment_ids, num_segments=x.num_segments, where=x.where)
+
+
+def confident_cross_entropy(weight: Weight, normalizer: Normalizer) -> Term:
+    """SRFT: the less supervision the less sure the policy is of the expert's solution."""
+    return Term(
+        name="confident_cross_entropy",
+        kind=EXPERT,
+        loss=lambda x: entropy_weighted_cross_entropy(
+            x.logprobs, _mean_entropy(x), sign=-1.0, where=x.where
+        ),
+        weight=weight,
+        normalizer=normalizer,
+        formula="-e^(-sg H) * log p, H the solution's mean entropy",
+    )
+
+
+def own_successes(weight: Weight, normalizer: Normalizer) -> Term:
+    """SRFT: own rollouts of full reward, more strongly the less sure the policy was."""
+
+    def loss(x: TokenInputs) -> jax.Array:
+        where = x.where & (x.advantages > 0)
+        return entropy_weighted_cross_entropy(x.logprobs, _mean_entropy(x), sign=1.0, where=where)
+
+    return Term(
+        name="own_successes",
+        kind=OWN,
+        loss=loss,
+        weight=weight,
+        normalizer=normalizer,
+        formula="-e^(sg H) * log p where r = 1, H the completion's mean entropy",
+    )
+
+
+def own_failures(weight: Weight, normalizer: Normalizer) -> Term:
+    """SRFT: own rollouts of less than full reward are made less likely."""
+    return Term(
+        name="own_failures",
+        kind=OWN,
+        loss=lambda x: jnp.where(x.where & (x.advantages < 0), x.logprobs, 0.0),
+        weight=weight,
+        normalizer=normalizer,
+        formula="log p where r < 1",
+    )
+
+
+def uncertain_prefix_policy_gradient(
+    top_share: float, weight: Weight, normalizer: Normalizer
+) -> Term:
+    """Prefix-RFT: the policy gradient on the prefix's tokens of highest entropy."""
+
+    def loss(x: TokenInputs) -> jax.Array:
+        where = top_of_segment(
+            jax.lax.stop_gradient(x.entropies), x.segment_ids, share=top_share, where=x.where
+        )
+        return policy_gradient_loss(x.logprobs, x.old_logprobs, x.advantages, where=where)
+
+    return Term(
+        name="prefix_policy_gradient",
+        kind=EXPERT,
+        loss=loss,
+        weight=weight,
+        normalizer=normalizer,
+        formula="-A * rho at the prefix's tokens of highest entropy, so large a share: top_share",
+    )
