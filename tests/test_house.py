@@ -16,6 +16,8 @@ COMMANDS = {
     "evaluate",
     "export",
     "plan",
+    "compare",
+    "check_step",
 }  # python -m trapo_jax.<name>; they see every room
 # A stage may look into these rooms besides the leaves.
 MAY_IMPORT = {
@@ -36,6 +38,7 @@ MAY_IMPORT = {
     "rollouts": {"sampling", "scheduler"},
     "statistics": set(),
     "evaluation": {"sampling", "statistics"},
+    "comparison": {"config", "metrics", "run_folder", "statistics"},
     "checkpoint": set(),
     "health": set(),
     "metrics": set(),

@@ -224,6 +224,8 @@ class EvaluationConfig(_Section):
     """What is scored before and after training."""
     every: NotNegative = 125
     """Steps between evaluations on the validation split; 0 for none during training."""
+    times: NotNegative = 0
+    """Evaluations on the validation split at equal shares of the run, besides; 0 for none."""
     num_samples: Positive = 8
     """Samples per problem at temperature 1, for accuracy and pass@k."""
 
