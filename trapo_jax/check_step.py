@@ -42,7 +42,7 @@ from trapo_jax.types import (
 )
 
 EXIT_BROKEN, EXIT_USER_ERROR = 1, 2
-NUM_PROBLEMS = 2
+ROW_MULTIPLE = 128  # as some attention kernels want it
 STAGES = (0.0, 0.99)  # a method may do one thing at the start of a run and another at the end
 TOLERANCE = 1e-4  # of the gradient's norm; the differences are float32's
 
@@ -86,7 +86,7 @@ def check_step(config: Config) -> float:
     step = build_train_step(config, decoder, method, optimizer, mesh, shardings)
     state = init_state(load_params(folder, decoder, shardings.params), optimizer, mesh)
     splits, _ = load_splits(config.data, load_tokenizer(folder))
-    problems = [p for p in splits["train"] if p.experts][:NUM_PROBLEMS]
+    problems = two_short_ones(splits["train"], config.sampling.max_completion_length)
     largest = 0.0
     for moment, update in made_up_updates(config, method, problems):
         coefficients = method.coefficients(moment, learning_rate=1.0)
@@ -99,12 +99,32 @@ def check_step(config: Config) -> float:
     return largest
 
 
+def two_short_ones(problems: Sequence[Problem], max_completion_length: int) -> list[Problem]:
+    """The problem with the shortest expert and the next one whose length differs: a mean of means of equally long
+    rows would be right.
+
+    Raises:
+      UserError: if there are no experts to make rollouts of.
+    """
+    length = lambda problem: len(problem.experts[0].token_ids)
+    fit = sorted(
+        (p for p in problems if p.experts and length(p) <= max_completion_length), key=length
+    )
+    if len(fit) < 2:
+        raise UserError(
+            "data: no two training problems have an expert solution of at most "
+            f"sampling.max_completion_length={max_completion_length} tokens to check the train step with"
+        )
+    return [fit[0], next((p for p in fit if length(p) > length(fit[0])), fit[1])]
+
+
 def cut_into(update: Update, num_rows: int, config: Config, mesh: Mesh) -> TrainBatch:
     """The update's rows in micro-batches of so many, or of the next number that the devices can share."""
     num_shards = num_batch_shards(mesh)
+    longest = max(row.length for row in update.rows)
     batch = build_batch(
         update.rows,
-        row_len=config.row_len,
+        row_len=min(config.row_len, -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE),
         micro_batch_rows=-(-num_rows // num_shards) * num_shards,
         num_shards=num_shards,
         packed=False,
@@ -134,15 +154,21 @@ def compare_gradients(whole: Any, cut: Any, name: str) -> float:
 def made_up_updates(
     config: Config, method: Method, problems: Sequence[Problem]
 ) -> Iterator[tuple[Moment, Update]]:
-    """What the method trains, early and late in a run, of rollouts in which all of its guidance is used."""
+    """What the method trains, early and late in a run, of rollouts in which all of its guidance is used; no
+    rollout of the first problem is right, every other one of the rest."""
     rng = np.random.default_rng(0)
     for stage in STAGES:
         moment = Moment(1, stage, config.seed)
         groups = []
-        for problem in problems:
+        for i, problem in enumerate(problems):
             micro_groups = method.micro_groups_at(moment, problem)
             ratios = [group.ratio for group in micro_groups for _ in range(group.size)]
-            groups.append([_made_up_rollout(rng, problem, j, r) for j, r in enumerate(ratios)])
+            groups.append(
+                [
+                    _made_up_rollout(rng, problem, j, ratio, right=i > 0 and j % 2 == 0)
+                    for j, ratio in enumerate(ratios)
+                ]
+            )
         sampled = Sampled(
             groups=groups,
             moment=moment,
@@ -156,9 +182,9 @@ def made_up_updates(
 
 
 def _made_up_rollout(
-    rng: np.random.Generator, problem: Problem, index: int, ratio: float
+    rng: np.random.Generator, problem: Problem, index: int, ratio: float, *, right: bool
 ) -> Rollout:
-    """The expert's solution with some tokens exchanged, cut anywhere after the prefix; one of two is right."""
+    """A prefix of the expert's solution, and some of its tokens in any order."""
     solution = np.array(problem.experts[0].token_ids)
     prefix_len = int(ratio * len(solution))
     request = RolloutRequest(problem, index, 0, 0 if prefix_len else -1, prefix_len, ratio)
@@ -170,7 +196,6 @@ def _made_up_rollout(
         tuple(rng.uniform(-2, 0, len(tokens)).tolist()),
         FinishReason.STOP if len(tokens) else FinishReason.NOT_SAMPLED,
     )
-    right = index % 2 == 0
     return Rollout(completion, Verdict.CORRECT if right else Verdict.WRONG, float(right))
 
 
