@@ -12,7 +12,7 @@ from test_train_step import (  # noqa: E402
     CONFIG,
     build,
     init_params,
-    method_of_every_normalizer,
+    method_of_every_term,
     ragged_groups,
     relative_difference,
     sgd_step,
@@ -27,7 +27,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     groups, advantages = ragged_groups()
     params = jax.device_get(init_params(CONFIG, seed=0))
-    method = method_of_every_normalizer()
+    method = method_of_every_term()
     reference = sgd_step(method, build(groups, advantages), params)[0]
     shapes = [(8, 1, 1), (4, 2, 1), (2, 2, 2)]
     for data, fsdp, tp in shapes:

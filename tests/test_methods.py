@@ -389,9 +389,9 @@ def test_objective_equals_independent_float64(name):
 def test_hpt_takes_the_expert_of_what_its_gate_closes_on():
     method = make_method("hpt", constants={"gate": 1})
     sampled = sample(method)
-    ((update, batch),) = batches_of(method, sampled)
-    kinds = [(row.num_own > 0, row.num_expert_trained) for row in update.rows]
     (update,) = method.select(sampled).updates
+    kinds = [(row.num_own > 0, row.num_expert_trained) for row in update.rows]
+    assert kinds == [(False, 5)] + [(True, 0)] * 24
     own = [r for group in sampled.groups[1:] for r in group]
     assert [row.completion for row in update.rows[1:]] == [r.completion for r in own]
 

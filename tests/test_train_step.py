@@ -21,12 +21,14 @@ from trapo_jax.methods.selection import first_of_each_prefix, rows_of_group
 from trapo_jax.models import DecoderConfig, Rope, apply_decoder, init_params, unembedding
 from trapo_jax.sharding import make_mesh
 from trapo_jax.train_step import (
+    TrainState,
     init_state,
     make_batch_logprobs,
     make_learning_rate,
     make_optimizer,
     make_train_step,
     state_shardings,
+    swap_optimizer,
 )
 from trapo_jax.types import (
     Completion,
@@ -212,23 +214,28 @@ def objective_by_logits(logits, batch, method):
     return total
 
 
-def method_of_every_normalizer():
-    """TRAPO's two terms, each with every normaliser at once."""
+def method_of_every_term():
+    """TRAPO's two terms, each with every normaliser at once, and every other term of the family."""
     methods = [make_method("trapo", normalizer=name) for name in get_args(Normalizer)]
     terms = tuple(
         dataclasses.replace(term, name=f"{term.name}/{term.normalizer}", weight=0.3 + 0.1 * i)
         for i, method in enumerate(methods)
         for term in method.terms
     )
-    terms += make_method("grpo", entropy_weight=0.1).terms[1:]
+    others = {
+        term.name: term
+        for name in ("luffy", "srft", "chord_phi", "prefix_rft", "relift")
+        for term in make_method(name, entropy_weight=0.1).terms
+    }
+    terms += tuple(others.values())
     return dataclasses.replace(methods[0], terms=terms)
 
 
 def test_gradient_does_not_depend_on_the_layout(params):
     """Micro-batches of any size, packed or not: the same gradient and metrics."""
     groups, advantages = ragged_groups()
-    method = method_of_every_normalizer()
-    assert len(method.terms) == 9
+    method = method_of_every_term()
+    assert len({term.name for term in method.terms}) == len(method.terms) == 18
     whole = sgd_step(method, build(groups, advantages), params)
     layouts = [
         {"micro_batch_rows": 1},
@@ -439,18 +446,31 @@ def test_one_update_compiles_to_one_forward_and_one_backward_pass(params):
     assert 2 < ratio < 3.5
 
 
-def test_non_finite_gradient_changes_nothing_but_is_counted(params):
+def test_non_finite_or_too_large_gradient_changes_nothing_but_is_counted(params):
     groups, advantages = ragged_groups()
-    method = make_method("trapo")
-    optimizer = optax.adam(1e-3)
-    bad = [a.copy() for a in advantages]
-    bad[0][0] = np.nan
-    _, metrics, state = sgd_step(method, build(groups, bad), params, optimizer=optimizer)
-    assert metrics["optimizer/skipped"] == 1
-    assert (state.step, state.num_skipped_in_a_row) == (1, 1)
-    for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(new, old)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.opt_state)))
+    method = dataclasses.replace(make_method("trapo"), max_applied_grad_norm=10.0)
+    optimizer, mesh = optax.adam(1e-3), one_device_mesh()
+    step = make_step(method, params, mesh, optimizer)
+    state = init_state(params, optimizer, mesh)
+    for number, spoil in enumerate((np.nan, 1e5), start=1):
+        bad = [a.copy() for a in advantages]
+        bad[0][0] = spoil
+        state, metrics = step(state, build(groups, bad), coefficients(method))
+        assert metrics["optimizer/skipped"] == 1
+        assert np.isfinite(metrics["optimizer/grad_norm"]) == (number == 2)
+        assert (state.step, state.num_skipped_in_a_row) == (number, number)
+        for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+            np.testing.assert_array_equal(new, old)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.opt_state)))
+    state, metrics = step(state, build(groups, advantages), coefficients(method))
+    assert (metrics["optimizer/skipped"], state.num_skipped_in_a_row) == (0, 0)
+
+
+def test_swapping_optimizer_states_twice_puts_them_back():
+    state = TrainState("params", "main", 7, 0, ("second", "third"))
+    swapped = swap_optimizer(state, 2)
+    assert (swapped.opt_state, swapped.other_opt_states) == ("third", ("second", "main"))
+    assert swap_optimizer(swapped, 2) == swap_optimizer(state, 0) == state
 
 
 def test_nan_in_masked_slots_changes_nothing(params):

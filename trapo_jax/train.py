@@ -411,6 +411,7 @@ def run(parts: Parts, state: TrainState, folder: Path) -> int:
                     return 0
             finish(parts, log, terminal, state, folder, step)
     finally:
+        interrupt.close()
         watchdog.close()
         log.close()
         parts.verifier.close()
@@ -775,8 +776,12 @@ class Interrupt:
 
     def __init__(self):
         self.received = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, _) -> None:
         if self.received:

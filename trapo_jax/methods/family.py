@@ -13,12 +13,12 @@ Departures from the papers, and why:
 - Of rollouts that start from the same expert prefix one alone carries the expert's loss.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 from trapo_jax.methods import selection, terms
-from trapo_jax.methods.common import Common, MicroGroupTable, as_micro_groups, share, size, times
+from trapo_jax.methods.common import Common, share, size, times
 from trapo_jax.methods.guidance import (
     ALWAYS,
     BinomialHints,
@@ -30,7 +30,13 @@ from trapo_jax.methods.guidance import (
     whole_expert,
 )
 from trapo_jax.methods.method import Method, Schedule, Term
-from trapo_jax.types import MicroGroup, Moment, UserError
+from trapo_jax.methods.micro_grouped import (
+    micro_group_grpo,
+    micro_group_luffy,
+    micro_group_sft,
+    trapo,
+)
+from trapo_jax.types import MicroGroup, Moment
 
 
 def sft(common: Common) -> Method:
@@ -87,116 +93,6 @@ def sft_then_grpo(
         source="SFT, then GRPO; a baseline of arXiv 2512.17636, Table 1",
         notes=("until sft_share of the run is over the batches hold experts only, then none",),
         **common.of_method(),
-    )
-
-
-def _micro_grouped(
-    common: Common,
-    expert_terms: Sequence[Term],
-    *,
-    micro_groups: MicroGroupTable,
-    prefix_boundary: str,
-    second_expert_last: bool,
-    source: str,
-) -> Method:
-    """TRAPO's guidance with some loss on the expert's tokens."""
-    carriers = selection.first_of_each_prefix if expert_terms else selection.no_prefix
-    if prefix_boundary not in ("exact", "paragraph"):
-        raise UserError(
-            f"method.constants.prefix_boundary={prefix_boundary!r}: give exact or paragraph"
-        )
-    return Method(
-        name="",
-        micro_groups=as_micro_groups(micro_groups),
-        prefix_boundary=prefix_boundary,
-        second_expert_last=second_expert_last,
-        select=partial(
-            selection.train_all,
-            advantages=common.advantages(selection.advantages_over_group),
-            carriers=carriers,
-        ),
-        terms=(*common.own_terms(), *expert_terms),
-        source=source,
-        **common.of_method(),
-    )
-
-
-def trapo(
-    common: Common,
-    *,
-    micro_groups: MicroGroupTable,
-    prefix_boundary: str,
-    second_expert_last: bool,
-) -> Method:
-    """TRAPO: micro-groups, and TrSFT on the expert's tokens (Sections 3.1 to 3.3, Table 5)."""
-    common = common.or_else(expert_weight=1.0)
-    normalizer = common.normalize_by("constant_mean")
-    return _micro_grouped(
-        common,
-        (terms.trsft(common.alpha, common.weight, normalizer),),
-        micro_groups=micro_groups,
-        prefix_boundary=prefix_boundary,
-        second_expert_last=second_expert_last,
-        source="TRAPO, arXiv 2512.17636",
-    )
-
-
-def micro_group_grpo(
-    common: Common,
-    *,
-    micro_groups: MicroGroupTable,
-    prefix_boundary: str,
-    second_expert_last: bool,
-) -> Method:
-    """TRAPO's guidance alone: the expert's tokens are context."""
-    return _micro_grouped(
-        common,
-        (),
-        micro_groups=micro_groups,
-        prefix_boundary=prefix_boundary,
-        second_expert_last=second_expert_last,
-        source="micro-groups alone, an ablation of arXiv 2512.17636, Table 2",
-    )
-
-
-def micro_group_sft(
-    common: Common,
-    *,
-    micro_groups: MicroGroupTable,
-    prefix_boundary: str,
-    second_expert_last: bool,
-) -> Method:
-    """TRAPO's guidance with plain cross-entropy on the expert's tokens."""
-    common = common.or_else(expert_weight=1.0)
-    normalizer = common.normalize_by("constant_mean")
-    return _micro_grouped(
-        common,
-        (terms.cross_entropy(common.weight, normalizer),),
-        micro_groups=micro_groups,
-        prefix_boundary=prefix_boundary,
-        second_expert_last=second_expert_last,
-        source="micro-groups and plain SFT loss, an ablation of arXiv 2512.17636, Table 2",
-    )
-
-
-def micro_group_luffy(
-    common: Common,
-    *,
-    micro_groups: MicroGroupTable,
-    prefix_boundary: str,
-    second_expert_last: bool,
-    gamma: float = 0.1,
-) -> Method:
-    """TRAPO's guidance with LUFFY's loss on the expert's tokens, by the advantage of the row that carries them."""
-    common = common.or_else(expert_weight=1.0)
-    normalizer = common.normalize_by("constant_mean")
-    return _micro_grouped(
-        common,
-        (terms.shaped_policy_gradient(gamma, common.weight, normalizer),),
-        micro_groups=micro_groups,
-        prefix_boundary=prefix_boundary,
-        second_expert_last=second_expert_last,
-        source="micro-groups and LUFFY's loss, an ablation of arXiv 2512.17636, Table 2",
     )
 
 
