@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from trapo_jax import compare
 from trapo_jax.comparison import (
     Comparison,
     Failure,
@@ -30,6 +32,8 @@ from trapo_jax.comparison.curves import common_grid
 from trapo_jax.comparison.report import find_differences, find_warnings, score_rows
 from trapo_jax.comparison.results import UNITS, progress
 from trapo_jax.types import UserError
+
+from conftest import REPOSITORY  # isort: skip
 
 NUM_PROBLEMS, NUM_SAMPLES = 40, 4
 LEARNING_RATES = "learning_rate=1e-4,3e-4"
@@ -79,6 +83,17 @@ def test_runs_differ_in_method_seed_and_swept_fields_alone():
     assert all(config == common[0] for config in common)
     assert [run.config.train.learning_rate for run in final[:2]] == [3e-4, 1e-4]
     assert final[0].config.train.num_steps == 20
+
+
+@pytest.mark.parametrize(
+    "name", ["smoke_cpu", "qwen2_5_math_1_5b_openr1", "qwen2_5_math_7b_openr1"]
+)
+def test_the_shipped_configs_can_be_compared_with(name):
+    file = REPOSITORY / "configs" / f"{name}.yaml"
+    asked = make_grid("out", match="trained_tokens", budget=1e6)
+    for run in replace(asked, config_file=file).final_runs([Trial("trapo"), Trial("sft")]):
+        assert (run.config.train.budget_unit, run.config.train.budget) == ("trained_tokens", 1e6)
+        assert run.config.evaluation.times == 4
 
 
 @pytest.mark.parametrize(
@@ -352,3 +367,33 @@ def test_curves_are_compared_where_all_seeds_have_been(tmp_path):
     assert curves[:, -1].tolist() == [r.curve[-1].accuracy for r in results]
     middle = [(r.curve[0].accuracy + r.curve[1].accuracy) / 2 for r in results]
     assert curves[:, len(x) // 2] == pytest.approx(middle)
+
+
+def test_the_command_tunes_runs_new_seeds_and_says_what_failed(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def do_made_up_runs(runs, **_):
+        asked.append(runs)
+        failed = [run for run in runs if (run.trial.method, run.seed) == ("grpo", 1)]
+        for run in runs:
+            if run not in failed:
+                write_run(run, 0.7 if run.config.train.learning_rate == 3e-4 else 0.3)
+        return [Failure(run, "error: no space") for run in failed]
+
+    monkeypatch.setattr(compare, "check_steps", lambda *_: "cpu")
+    monkeypatch.setattr(compare, "do_runs", do_made_up_runs)
+    arguments = ["--methods", "trapo,grpo", "--seeds", "2", "--match", "steps", "--budget", "20"]
+    arguments += ["--sweep", LEARNING_RATES, "--out", str(tmp_path / "out")]
+    assert compare.main([*arguments, f"evaluation.num_samples={NUM_SAMPLES}"]) == 1
+    tuning, final = asked
+    assert [run.seed for run in tuning] == [1000] * 4
+    assert {(run.trial.setting, run.seed) for run in final} == {
+        ("learning_rate=3e-4", 0),
+        ("learning_rate=3e-4", 1),
+    }
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "failed: grpo (learning_rate=3e-4), seed 1: error: no space" in text
+    assert "| grpo | learning_rate=3e-4 | 1 of 2 |" in text
+    assert text.count("| chosen |") == 2
+    assert f"    python -m trapo_jax.compare {' '.join(arguments)}" in text
+    assert text in capsys.readouterr().out

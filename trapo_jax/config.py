@@ -298,9 +298,10 @@ class Config(_Section):
                 f"mesh.data={self.mesh.data}, mesh.fsdp={self.mesh.fsdp}: give numbers of devices, or -1 "
                 "for one of them"
             )
-        if self.checkpoint.keep_best and not self.evaluation.every:
+        if self.checkpoint.keep_best and not (self.evaluation.every or self.evaluation.times):
             raise ValueError(
-                f"checkpoint.keep_best={self.checkpoint.keep_best}: evaluation.every=0 finds none"
+                f"checkpoint.keep_best={self.checkpoint.keep_best}: evaluation.every=0 and "
+                "evaluation.times=0 find none"
             )
         if self.row_len < self.longest_rollout_len:
             raise ValueError(
