@@ -79,7 +79,7 @@ def describe(c: Comparison, curves: Image | None) -> tuple[Document, dict[str, T
             f"Every run may spend {c.grid.budget:,.12g} {unit}; base model, data and their order, template, verifier and "
             'evaluation are the same. Scored on the test split once, after training; "accuracy" is of samples at '
             f"temperature 1, {_num_samples(c)} a problem. Intervals: 95 %, paired bootstrap over seeds and problems, "
-            "Student's t for the number of seeds."
+            "Student's t for the number of seeds; that of a single seed covers the choice of problems alone."
         ),
         *map(Warning_, find_warnings(c)),
         Heading("Scores on the test split"),
