@@ -10,6 +10,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from test_train_step import (  # noqa: E402
     CONFIG,
+    NO_TIES,
     build,
     init_params,
     method_of_every_term,
@@ -25,7 +26,7 @@ from trapo_jax.types import RolloutRequest, SamplingParams  # noqa: E402
 
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
-    groups, advantages = ragged_groups()
+    groups, advantages = ragged_groups(NO_TIES)
     params = jax.device_get(init_params(CONFIG, seed=0))
     method = method_of_every_term()
     reference = sgd_step(method, build(groups, advantages), params)[0]

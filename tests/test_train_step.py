@@ -56,6 +56,7 @@ CONFIG = DecoderConfig(
 )
 MAX_LENGTH = 12
 ALPHA = 0.1
+NO_TIES = 1  # seed of groups in which no prefix has two tokens of one entropy: rounding would choose between them
 
 
 def ragged_groups(seed=0):
@@ -233,7 +234,7 @@ def method_of_every_term():
 
 def test_gradient_does_not_depend_on_the_layout(params):
     """Micro-batches of any size, packed or not: the same gradient and metrics."""
-    groups, advantages = ragged_groups()
+    groups, advantages = ragged_groups(NO_TIES)
     method = method_of_every_term()
     assert len({term.name for term in method.terms}) == len(method.terms) == 18
     whole = sgd_step(method, build(groups, advantages), params)
