@@ -1,6 +1,7 @@
 """Comparisons: which runs there are, doing them, and what the report says of results that are made up here."""
 
 import csv
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -125,6 +126,7 @@ text = pathlib.Path(sys.argv[2]).read_text()
 folder = pathlib.Path(re.search("output_dir: (.*)", text)[1])
 seed = int(re.search("^seed: (.*)", text, re.M)[1])
 folder.mkdir(exist_ok=True)
+(folder / "start").write_text(str(time.time_ns()))
 (folder / "config.yaml").write_text(text)
 with open(folder / "started", "a") as file:
     file.write("x")
@@ -138,6 +140,7 @@ if seed == 7:
 if seed == 1 and not (folder / "mended").exists():
     sys.exit("error: <b>train.learning_rate</b>")
 (folder / "summary.json").write_text("{}")
+(folder / "end").write_text(str(time.time_ns()))
 """
 
 
@@ -163,10 +166,27 @@ def test_a_failed_run_is_reported_and_alone_repeated(trainer):
     (failure,) = do_runs(runs, jobs=2, environment=os.environ, say=lines.append)
     assert failure.run is runs[1]
     assert failure.reason.startswith("error: <b>train.learning_rate</b> (exit code 1; ")
-    assert "2 of 3 runs complete" in lines[-1]
+    assert "2 of 3 runs complete, 0 at work, 0 waiting; " in lines[-1]
+    assert " runs an hour, " in lines[-1]
     (runs[1].folder / "mended").touch()
     assert do_runs(runs, jobs=2, environment=os.environ, say=lines.append) == []
     assert started(runs) == [1, 2, 1]
+
+
+def test_no_more_runs_at_a_time_than_jobs(trainer):
+    runs = make_grid(trainer, methods=("trapo", "grpo", "sft"), seeds=1).final_runs(
+        [Trial("trapo"), Trial("grpo"), Trial("sft")]
+    )
+    assert do_runs(runs, jobs=1, environment=os.environ, say=print) == []
+    read = lambda run, name: int((run.folder / name).read_text())
+    for first, second in itertools.pairwise(runs):
+        assert read(first, "end") < read(second, "start")
+
+
+def test_runs_share_the_cores(monkeypatch):
+    monkeypatch.setattr(compare, "num_cores", lambda: 8)
+    assert compare.share_of_cores(3) == {"NPROC": "2", "OMP_NUM_THREADS": "2"}
+    assert compare.share_of_cores(16)["NPROC"] == "1"
 
 
 def test_a_folder_with_another_run_is_refused_before_anything_begins(trainer):
