@@ -94,3 +94,15 @@ def test_one_seed_speaks_for_problems_alone():
     found = estimate(of_problem[None])
     theirs = stats.ttest_1samp(of_problem, 0.0)
     assert found.p_value == pytest.approx(theirs.pvalue, rel=0.1)
+
+
+def test_methods_that_do_not_differ_are_seldom_said_to():
+    """Seeds, problems and samples vary, around no difference."""
+    rng = np.random.default_rng(3)
+    p_values = [
+        estimate(
+            rng.normal(0, 0.08, (5, 1)) + rng.normal(0, 0.1, (1, 20)) + rng.normal(0, 0.2, (5, 20))
+        ).p_value
+        for _ in range(100)
+    ]
+    assert sum(p < 0.05 for p in p_values) <= 5
