@@ -110,8 +110,9 @@ def compare(args: argparse.Namespace, command: str) -> int:
         out=args.out,
     )
     trials = grid.trials()
-    # Complains of the config before anything is begun.
-    examples = grid.final_runs([of_method[0] for of_method in trials.values()])[: len(trials)]
+    # Complains of a trial's config before anything is begun.
+    planned = grid.tuning_runs([trial for of_method in trials.values() for trial in of_method])
+    examples = list({run.trial.method: run for run in planned}.values())
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -147,10 +148,10 @@ def check_steps(runs: Sequence[Run], environment: Mapping[str, str], terminal: T
             files[-1].write_text(run.config.to_yaml())
         command = [sys.executable, "-m", "trapo_jax.check_step", *map(str, files)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    lines = done.stderr.splitlines() if done.returncode else done.stdout.splitlines()
     if done.returncode:
-        raise UserError(f"check of the train steps: {lines[-1].removeprefix('error: ')}")
-    found = json.loads(lines[-1])
+        said = done.stderr.splitlines() or [f"it ended with exit code {done.returncode}"]
+        raise UserError(f"check of the train steps: {said[-1].removeprefix('error: ')}")
+    found = json.loads(done.stdout.splitlines()[-1])
     largest = max(found["largest_differences"].values())
     terminal.say(f"checked: no gradient differs by more than {largest:.1g} of its norm")
     return found["device"]

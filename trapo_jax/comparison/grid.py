@@ -70,11 +70,9 @@ def do_runs(
             time.sleep(LOOK_EVERY_SECS)
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)
-                if not is_complete(job.run):
-                    failures.append(Failure(job.run, _reason(job)))
-                    say(f"failed: {job.run.name}: {failures[-1].reason}")
-                clock.ended(job.run, len(active), len(waiting))
-            clock.maybe_say(len(active), len(waiting))
+                failures += _failure(job)
+                clock.say(len(active), len(waiting), f"{job.run.name} ended; ")
+            clock.say_at_times(len(active), len(waiting))
     except KeyboardInterrupt:
         _stop(active)
         raise Interrupted from None
@@ -111,11 +109,15 @@ def _start(run: Run, environment: Mapping[str, str]) -> _Job:
     return _Job(run, process)
 
 
-def _reason(job: _Job) -> str:
+def _failure(job: _Job) -> list[Failure]:
+    """What went wrong with a run that has ended; nothing if it is complete."""
+    if is_complete(job.run):
+        return []
     lines = [line for line in log_file(job.run).read_text(errors="replace").splitlines() if line]
     errors = [line for line in lines if line.startswith("error: ")]
     last = (errors or lines or ["it printed nothing"])[-1]
-    return f"{last[:300]} (exit code {job.process.returncode}; {log_file(job.run)})"
+    reason = f"{last[:300]} (exit code {job.process.returncode}; {log_file(job.run)})"
+    return [Failure(job.run, reason)]
 
 
 def _stop(active: Sequence[_Job]) -> None:
@@ -143,14 +145,11 @@ class _Clock:
         """In runs; those at work count by the share of their budget that is spent."""
         return sum(progress(run) for run in self._runs)
 
-    def ended(self, run: Run, num_active: int, num_waiting: int) -> None:
-        self._say_now(num_active, num_waiting, f"{run.name} ended; ")
-
-    def maybe_say(self, num_active: int, num_waiting: int) -> None:
+    def say_at_times(self, num_active: int, num_waiting: int) -> None:
         if time.monotonic() - self._last_said >= SAY_EVERY_SECS:
-            self._say_now(num_active, num_waiting, "")
+            self.say(num_active, num_waiting)
 
-    def _say_now(self, num_active: int, num_waiting: int, first: str) -> None:
+    def say(self, num_active: int, num_waiting: int, first: str = "") -> None:
         self._last_said = now = time.monotonic()
         done, hours = self._work_done(), (now - self._started) / 3600
         rate = (done - self._done_before) / hours
