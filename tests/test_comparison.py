@@ -168,6 +168,7 @@ def test_a_failed_run_is_reported_and_alone_repeated(trainer):
     assert failure.reason.startswith("error: <b>train.learning_rate</b> (exit code 1; ")
     assert "2 of 3 runs complete, 0 at work, 0 waiting; " in lines[-1]
     assert " runs an hour, " in lines[-1]
+    assert any(line.startswith(f"trapo, seed 1 failed: {failure.reason}; ") for line in lines)
     (runs[1].folder / "mended").touch()
     assert do_runs(runs, jobs=2, environment=os.environ, say=lines.append) == []
     assert started(runs) == [1, 2, 1]

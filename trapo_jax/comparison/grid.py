@@ -70,8 +70,10 @@ def do_runs(
             time.sleep(LOOK_EVERY_SECS)
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)
-                failures += _failure(job)
-                clock.say(len(active), len(waiting), f"{job.run.name} ended; ")
+                failed = _failure(job)
+                failures += failed
+                what = f"failed: {failed[0].reason}" if failed else "complete"
+                clock.say(len(active), len(waiting), f"{job.run.name} {what}; ")
             clock.say_at_times(len(active), len(waiting))
     except KeyboardInterrupt:
         _stop(active)
