@@ -4,7 +4,7 @@ import pytest
 
 from trapo_jax.evaluation import (
     Sample,
-    bootstrap_interval,
+    problem_columns,
     score_samples,
     scores_by_source,
     shares_noise,
@@ -58,19 +58,22 @@ def test_uneven_groups_are_refused():
         score_samples([*group("a", RIGHT), *group("b", RIGHT, WRONG)])
 
 
-def test_interval_holds_the_mean_and_narrows_with_more_problems():
-    few, many = [0.0, 1.0] * 10, [0.0, 1.0] * 200
-    low, high = bootstrap_interval(few)
-    assert 0.25 <= low < 0.5 < high <= 0.75
-    # 95 % of a mean of n fair coins: +- 1.96 * 0.5 / sqrt(n)
-    assert bootstrap_interval(many) == pytest.approx((0.451, 0.549), abs=0.01)
-    assert bootstrap_interval(few) == (low, high)
-    assert bootstrap_interval([1.0] * 5) == (1.0, 1.0)
-
-
 def test_shared_noise_is_told_from_luck():
     short = ((1, 2), -1.0)
     long = (tuple(range(30)), -45.0)
     other = (tuple(range(30)), -45.0)
     assert not shares_noise([short, short, long])
     assert shares_noise([short, long, other])
+
+
+def test_results_of_each_problem_in_one_order():
+    greedy = [*group("b", RIGHT, source="y"), *group("a", ERROR, source="x")]
+    sampled = [*group("b", RIGHT, WRONG), *group("a", RIGHT, RIGHT)]
+    sampled[0] = sampled[0]._replace(completion_len=13)
+    assert problem_columns(greedy, sampled) == {
+        "id": ["a", "b"],
+        "source": ["x", "y"],
+        "greedy": [0, 1],
+        "correct": [2, 1],
+        "len": [10, 11.5],
+    }

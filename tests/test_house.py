@@ -17,6 +17,8 @@ COMMANDS = {
     "export",
     "plan",
     "report",
+    "compare",
+    "check_step",
 }  # python -m trapo_jax.<name>; they see every room
 # A stage may look into these rooms besides the leaves.
 MAY_IMPORT = {
@@ -35,7 +37,9 @@ MAY_IMPORT = {
     "sharding": set(),
     "train_step": {"losses", "methods", "models", "sharding"},
     "rollouts": {"sampling", "scheduler"},
-    "evaluation": {"sampling"},
+    "statistics": set(),
+    "evaluation": {"sampling", "statistics"},
+    "comparison": {"config", "metrics", "run_folder", "statistics"},
     "checkpoint": set(),
     "health": set(),
     "metrics": set(),

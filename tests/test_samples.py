@@ -37,7 +37,7 @@ GROUP = [
     rollout(3, 3, ()),
 ]
 
-# The second is the first with its prefix: it trains it.
+# Of the two that start from one prefix, the first trains it.
 ROWS = [
     TrainRow(r.completion, advantage, trains_expert)
     for r, advantage, trains_expert in zip(

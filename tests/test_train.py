@@ -30,6 +30,7 @@ def test_run_leaves_what_was_promised(finished_run):
         ".lock",
         "config.yaml",
         "data.json",
+        "evaluations",
         "metrics.jsonl",
         "samples.jsonl",
         "tb",
@@ -80,6 +81,22 @@ def test_metrics_have_the_names_that_scripts_rely_on(finished_run):
     assert abs(sum(last[f"guidance/level_{i}"] for i in range(4)) - 1) < 1e-6
     assert last["tokens/sampled"] == sum(r["batch/completion_tokens"] for r in train_records)
     assert max(r["policy/logprob_gap_max"] for r in train_records) < 1e-4
+
+
+def test_each_problem_s_results_give_the_scores(finished_run):
+    folder, _ = finished_run
+    assert {p.name for p in (folder / "evaluations").iterdir()} == {
+        "test_0.json",
+        "validation_5.json",
+        "validation_10.json",
+        "test_12.json",
+    }
+    problems = json.loads((folder / "evaluations" / "test_12.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())["test"]["after"]
+    assert len(set(problems["id"])) == 24
+    assert sum(problems["correct"]) / (24 * 2) == summary["eval/accuracy_sampled"]
+    assert sum(problems["greedy"]) / 24 == summary["eval/accuracy_greedy"]
+    assert 0 < summary["eval/entropy"] < 3
 
 
 def test_samples_can_be_read(finished_run):

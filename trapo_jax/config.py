@@ -6,6 +6,7 @@ becomes one line that names the field, where it was set, the value and the way o
 
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Hashable, Iterator, Sequence
@@ -220,8 +221,12 @@ class TrainConfig(_Section):
 
 
 class EvaluationConfig(_Section):
+    splits: tuple[Literal["validation", "test"], ...] = ("test",)
+    """What is scored before and after training."""
     every: NotNegative = 125
     """Steps between evaluations on the validation split; 0 for none during training."""
+    times: NotNegative = 0
+    """Evaluations on the validation split at equal shares of the run, besides; 0 for none."""
     num_samples: Positive = 8
     """Samples per problem at temperature 1, for accuracy and pass@k."""
 
@@ -294,9 +299,10 @@ class Config(_Section):
                 f"mesh.data={self.mesh.data}, mesh.fsdp={self.mesh.fsdp}: give numbers of devices, or -1 "
                 "for one of them"
             )
-        if self.checkpoint.keep_best and not self.evaluation.every:
+        if self.checkpoint.keep_best and not (self.evaluation.every or self.evaluation.times):
             raise ValueError(
-                f"checkpoint.keep_best={self.checkpoint.keep_best}: evaluation.every=0 finds none"
+                f"checkpoint.keep_best={self.checkpoint.keep_best}: evaluation.every=0 and "
+                "evaluation.times=0 find none"
             )
         if self.row_len < self.longest_rollout_len:
             raise ValueError(
@@ -304,6 +310,11 @@ class Config(_Section):
                 f"sampling.max_completion_length = {self.longest_rollout_len}; a rollout might not fit"
             )
         return self
+
+    @property
+    def run_folder(self) -> Path:
+        """`output_dir`, a ~ in it expanded."""
+        return Path(os.path.expanduser(self.output_dir))
 
     @property
     def row_len(self) -> int:

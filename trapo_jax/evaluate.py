@@ -294,7 +294,6 @@ def make_record(completion: Completion, verdict: Verdict, tokenizer: Any) -> dic
         "prompt": problem.prompt_text,
         "completion": text,
         "gold": problem.answer,
-        "logprob": sum(completion.logprobs),
         "token_ids": completion.token_ids,
     }
 

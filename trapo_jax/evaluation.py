@@ -11,10 +11,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from statistics import fmean
 from typing import NamedTuple
 
-import numpy as np
-
 from trapo_jax.processes import gather, my_share
 from trapo_jax.sampling import RolloutEngine
+from trapo_jax.statistics import bootstrap_interval, pass_at_k
 from trapo_jax.types import (
     Completion,
     FinishReason,
@@ -27,7 +26,6 @@ from trapo_jax.types import (
 # In place of a training step in the random keys: every evaluation of a run draws the same numbers,
 # so that two of them differ by the policy alone.
 EVALUATION_STEP = 2**32 - 1
-NUM_RESAMPLES = 2_000
 # Two equal samples that are this unlikely (in nats) share their noise, not their luck.
 IMPOSSIBLE_TWICE = -20.0
 
@@ -43,6 +41,7 @@ class Sample(NamedTuple):
     truncated: bool
     completion_len: int
     answer: str | None = None  # as it is written, for the majority vote
+    logprob: float = 0.0  # of the whole completion, under the distribution it was drawn from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +127,26 @@ def score_samples(samples: Sequence[Sample]) -> Scores:
     )
 
 
+class Evaluation(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+      metrics: by name, over all problems.
+      problems: columns, an entry a problem: `id`, `source`, `greedy` (1 if right), `correct` (of the samples
+        drawn at temperature 1), `len` (their mean, in tokens).
+    """
+
+    metrics: dict[str, float]
+    problems: dict[str, list]
+
+
 def evaluate(
     engine: RolloutEngine,
     score: Score,
     problems: Sequence[Problem],
     *,
     num_samples: int,
-) -> dict[str, float]:
+) -> Evaluation:
     """Samples each problem once greedily and `num_samples` times at temperature 1, unguided.
 
     Args:
@@ -144,8 +156,9 @@ def evaluate(
       num_samples: n, samples per problem.
 
     Returns:
-      Metrics: `eval/accuracy_greedy`, `eval/accuracy_sampled` (both also for each source),
-      `eval/pass@k` for k = 1, 2, 4 .. n; and over all completions `eval/truncated`,
+      Each problem's results, and the metrics `eval/accuracy_greedy`, `eval/accuracy_sampled` (both also for each
+      source), `eval/pass@k` for k = 1, 2, 4 .. n; over the samples at temperature 1 `eval/entropy`, the mean
+      over tokens of -log p, which estimates the entropy; and over all completions `eval/truncated`,
       `eval/completion_len_mean`, `eval/error_rate` and `eval/timeout_rate`.
     """
 
@@ -166,6 +179,8 @@ def evaluate(
         "eval/accuracy_greedy": score_samples(greedy).accuracy,
         "eval/accuracy_sampled": overall.accuracy,
         **{f"eval/pass@{k}": overall.pass_at_k[k - 1] for k in powers_of_2_up_to(num_samples)},
+        "eval/entropy": -math.fsum(s.logprob for s in sampled)
+        / max(1, sum(s.completion_len for s in sampled)),
     }
     for kind, samples in (("greedy", greedy), ("sampled", sampled)):
         for source, scores in scores_by_source(samples).items():
@@ -175,7 +190,28 @@ def evaluate(
     metrics["eval/completion_len_mean"] = fmean(s.completion_len for s in everything)
     metrics["eval/error_rate"] = fmean(s.verdict is Verdict.ERROR for s in everything)
     metrics["eval/timeout_rate"] = fmean(s.verdict is Verdict.TIMEOUT for s in everything)
-    return metrics
+    return Evaluation(metrics, problem_columns(greedy, sampled))
+
+
+def problem_columns(greedy: Sequence[Sample], sampled: Sequence[Sample]) -> dict[str, list]:
+    """Results by problem, in the order of their ids; see `Evaluation.problems`.
+
+    Args:
+      greedy: one sample a problem.
+      sampled: equally many of each of the same problems.
+    """
+    by_problem: dict[str, list[Sample]] = {}
+    for sample in sampled:
+        by_problem.setdefault(sample.problem_id, []).append(sample)
+    greedily = sorted(greedy, key=lambda s: s.problem_id)
+    groups = [by_problem[sample.problem_id] for sample in greedily]
+    return {
+        "id": [s.problem_id for s in greedily],
+        "source": [s.source for s in greedily],
+        "greedy": [int(s.verdict is Verdict.CORRECT) for s in greedily],
+        "correct": [sum(s.verdict is Verdict.CORRECT for s in group) for group in groups],
+        "len": [fmean(s.completion_len for s in group) for group in groups],
+    }
 
 
 def make_sample(completion: Completion, verdict: Verdict, answer: str | None = None) -> Sample:
@@ -187,6 +223,7 @@ def make_sample(completion: Completion, verdict: Verdict, answer: str | None = N
         truncated=completion.finish_reason is FinishReason.LENGTH,
         completion_len=len(completion.token_ids),
         answer=answer,
+        logprob=sum(completion.logprobs),
     )
 
 
@@ -196,26 +233,6 @@ def scores_by_source(samples: Sequence[Sample]) -> dict[str, Scores]:
         source: score_samples([s for s in samples if s.source == source])
         for source in sorted({s.source for s in samples})
     }
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the probability that one of k samples is correct (Chen et al. 2021).
-
-    >>> pass_at_k(4, 1, 2)
-    0.5
-    """
-    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
-
-
-def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile interval of the mean, from resampled values; the same for the same values."""
-    data = np.asarray(values)
-    rng = np.random.default_rng(0)
-    # Drawn by how often each distinct value comes up: there are few, k of n samples right.
-    distinct, counts = np.unique(data, return_counts=True)
-    drawn = rng.multinomial(len(data), counts / len(data), size=NUM_RESAMPLES)
-    low, high = np.percentile(drawn @ distinct / len(data), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def powers_of_2_up_to(number: int) -> list[int]:

@@ -10,7 +10,6 @@ import dataclasses
 import errno
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -105,6 +104,7 @@ ABOUT = (
 PRINT_METHOD = "--print-method"
 DATA = "data.json"  # what the run trains on: fingerprint, template, what was dropped
 SUMMARY = "summary.json"  # written last: marks a run as complete
+EVALUATIONS = "evaluations"  # folder: each problem's results, a file an evaluation
 EXIT_USER_ERROR = 2
 LOG_BYTES = 4 * 2**20  # room that a step's records need on the disk, generously
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(config: Config, method: Method) -> int:
     """Trains by a method, one of the family or your own; returns the exit code."""
-    folder = Path(os.path.expanduser(config.output_dir))
+    folder = config.run_folder
     try:
         join_processes()
         changes, is_complete = from_main(look_into(folder, config) if is_main() else None)
@@ -364,7 +364,6 @@ def run(parts: Parts, state: TrainState, folder: Path, changes: Changes) -> int:
         if host
         else Progress(Counters(), {})
     )
-    is_over = lambda step: parts.budget.progress(progress.counters, step) >= 1
     log = RunLog(folder, offsets=host and host["offsets"]) if is_main() else NoLog()
     health = Health(
         max_logprob_gap=config.limits.max_logprob_gap,
@@ -383,7 +382,8 @@ def run(parts: Parts, state: TrainState, folder: Path, changes: Changes) -> int:
             else:
                 terminal.say(f"{parts.method.name}: {parts.method.source}; run folder {folder}")
                 terminal.say(describe_memory(parts, state))
-                log_evaluation(parts, log, terminal, state, split="test", step=0)
+                for split in config.evaluation.splits:
+                    log_evaluation(parts, log, terminal, state, split=split, step=0)
 
             def save(step: int, score: float | None) -> None:
                 watchdog.beat(f"saving step {step}")
@@ -399,8 +399,8 @@ def run(parts: Parts, state: TrainState, folder: Path, changes: Changes) -> int:
             batches = problem_batches(
                 parts.splits["train"], batch_size=config.train.problems_per_step, seed=config.seed
             )
-            step = first_step
-            while not is_over(step):
+            step, share = first_step, parts.budget.progress(progress.counters, first_step)
+            while share < 1:
                 step += 1
                 watchdog.beat(f"working on step {step}")
                 check_space(folder, LOG_BYTES, "a step's record")
@@ -408,9 +408,11 @@ def run(parts: Parts, state: TrainState, folder: Path, changes: Changes) -> int:
                 terminal.step(step, values)
                 for warning in health.observe(step, values):
                     terminal.say(f"warning: {warning}")
-                last, score = is_over(step), None
+                share_before, share = share, values["budget/progress"]
+                last, score = share >= 1, None
                 interrupted = any(gather(interrupt.received))
-                if _is_due(step, config.evaluation.every) and not last:
+                is_time = _passes(share_before, share, config.evaluation.times)
+                if (is_time or _is_due(step, config.evaluation.every)) and not last:
                     found = log_evaluation(
                         parts, log, terminal, state, split="validation", step=step
                     )
@@ -710,16 +712,18 @@ def check_verdicts(
 def log_evaluation(
     parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, *, split: str, step: int
 ) -> dict[str, float]:
-    """Evaluates, logs and prints one line."""
+    """Evaluates, logs and prints one line; each problem's results go to a file of their own."""
     started = time.perf_counter()
     parts.watchdog.beat(f"evaluating after step {step}")
     parts.engine.update_weights(state.params, step)
-    values = evaluate(
+    values, of_problems = evaluate(
         parts.engine,
         parts.score,
         parts.splits[split],
         num_samples=parts.config.evaluation.num_samples,
     )
+    if is_main():
+        write_evaluation(parts.config.run_folder, split, step, of_problems)
     seconds = time.perf_counter() - started
     log.metrics(EVAL, step, {"split": split, **values, "time/eval_secs": seconds})
     terminal.evaluated(values["eval/accuracy_sampled"])
@@ -731,31 +735,45 @@ def log_evaluation(
     return values
 
 
+def write_evaluation(folder: Path, split: str, step: int, problems: dict[str, list]) -> None:
+    """`evaluations/<split>_<step>.json`: columns, an entry a problem; see `Evaluation.problems`."""
+    path = folder / EVALUATIONS / f"{split}_{step}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps(problems) + "\n")
+
+
 def finish(
     parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, folder: Path, step: int
 ) -> None:
-    """Final evaluation, export, report and table; `summary.json`, written last, marks the run complete."""
-    after = log_evaluation(parts, log, terminal, state, split="test", step=step)
+    """Final evaluations, export, report and tables; `summary.json`, written last, marks the run complete."""
+    after = {
+        split: log_evaluation(parts, log, terminal, state, split=split, step=step)
+        for split in parts.config.evaluation.splits
+    }
     params = fetch(state.params)
     if not is_main():
         return
     export_model(params, parts.decoder, source=parts.model_folder, destination=folder / "hf")
     log.offsets()
     write_report([folder], folder / REPORT)
-    before = next(r for r in read_metrics(folder) if r["kind"] == EVAL and r["split"] == "test")
-    summary = {"before": {name: before[name] for name in after}, "after": after}
+    first = {r["split"]: r for r in reversed(read_metrics(folder)) if r["kind"] == EVAL}
+    summary = {
+        split: {"before": {name: first[split][name] for name in values}, "after": values}
+        for split, values in after.items()
+    }
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     print_summary(terminal, summary, folder)
 
 
 def print_summary(terminal: Terminal, summary: dict[str, Any], folder: Path) -> None:
-    before, after = summary["before"], summary["after"]
-    rows = [
-        [name.removeprefix("eval/"), f"{before[name]:.3f}", f"{after[name]:.3f}"]
-        for name in sorted(after)
-        if "accuracy" in name or "pass@" in name
-    ]
-    terminal.table("test set", ["", "before", "after"], rows)
+    for split, values in summary.items():
+        before, after = values["before"], values["after"]
+        rows = [
+            [name.removeprefix("eval/"), f"{before[name]:.3f}", f"{after[name]:.3f}"]
+            for name in sorted(after)
+            if "accuracy" in name or "pass@" in name
+        ]
+        terminal.table(f"{split} set", ["", "before", "after"], rows)
     for name, what in (
         ("hf", "the model, for transformers and vLLM"),
         (REPORT, "curves, and a reader for rollouts; open it in a browser"),
@@ -775,6 +793,11 @@ def show_complete(folder: Path, config: Config) -> int:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _passes(before: float, after: float, times: int) -> bool:
+    """Whether one of the moments that cut a run into `times + 1` equal parts lies between two of its shares."""
+    return int(before * (times + 1)) < int(after * (times + 1))
 
 
 if __name__ == "__main__":

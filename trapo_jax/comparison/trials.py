@@ -1,0 +1,189 @@
+"""Which runs a comparison is made of: methods, settings of the swept fields, seeds.
+
+Everything but the method, the swept fields and the seed is the same for all runs: they are made from one config.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from trapo_jax.config import Config, list_fields, load_config
+from trapo_jax.types import UserError
+
+FIRST_TUNING_SEED = 1000  # trials are tuned with seeds of their own
+VALIDATION, TEST = "validation", "test"
+# Fields that a comparison decides by itself, and the option that does.
+DECIDED_HERE = {
+    "method.name": "--methods",
+    "seed": "--seeds",
+    "output_dir": "--out",
+    "train.budget_unit": "--match",
+    "train.budget": "--budget",
+    "train.num_steps": "--match steps --budget",
+    "evaluation.splits": "none: tuning looks at the validation split, the final runs at both",
+}
+
+
+class Sweep(NamedTuple):
+    """Values of one field, for some methods or, with none named, for those that no other sweep names."""
+
+    methods: tuple[str, ...]
+    field: str
+    values: tuple[str, ...]  # as YAML scalars
+
+
+class Trial(NamedTuple):
+    """A method with one setting of the fields that are swept."""
+
+    method: str
+    values: tuple[tuple[str, str], ...] = ()  # (field, value)
+
+    @property
+    def setting(self) -> str:
+        """Such as `learning_rate=2e-4, expert_weight=1`."""
+        words = [f"{field.rsplit('.', 1)[-1]}={value}" for field, value in self.values]
+        return ", ".join(words) or "as configured"
+
+
+class Run(NamedTuple):
+    """One run of the trainer; its folder is `config.output_dir`."""
+
+    trial: Trial
+    seed: int
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_folder
+
+    @property
+    def name(self) -> str:
+        setting = f" ({self.trial.setting})" if self.trial.values else ""
+        return f"{self.trial.method}{setting}, seed {self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A comparison as it was asked for.
+
+    Attributes:
+      config_file, overrides: of all runs.
+      methods: names.
+      sweeps: what is tuned.
+      num_seeds, num_tuning_seeds: runs of each method once tuned; of each trial before.
+      match, budget: unit and amount that every run may spend.
+      out: the folder of everything.
+    """
+
+    config_file: Path | None
+    overrides: tuple[tuple[str, str], ...]
+    methods: tuple[str, ...]
+    sweeps: tuple[Sweep, ...]
+    num_seeds: int
+    num_tuning_seeds: int
+    match: str
+    budget: float
+    out: Path
+
+    def trials(self) -> dict[str, list[Trial]]:
+        """Each method's trials, equally many.
+
+        Raises:
+          UserError: if one method has more than another, or something is asked for that is decided here.
+        """
+        for field in [name for name, _ in self.overrides] + [s.field for s in self.sweeps]:
+            if field in DECIDED_HERE:
+                raise UserError(
+                    f"command line: {field}: a comparison decides it ({DECIDED_HERE[field]})"
+                )
+        unknown = {m for s in self.sweeps for m in s.methods} - set(self.methods)
+        if unknown:
+            raise UserError(f"--sweep: {', '.join(sorted(unknown))} not among --methods")
+        trials = {method: self._trials_of(method) for method in self.methods}
+        if len({len(found) for found in trials.values()}) > 1:
+            counts = ", ".join(f"{method} {len(found)}" for method, found in trials.items())
+            raise UserError(
+                f"--sweep: numbers of trials differ ({counts}); tune every method equally, with "
+                "--sweep METHOD:FIELD=VALUE,... for fields that not all methods have"
+            )
+        return trials
+
+    def _trials_of(self, method: str) -> list[Trial]:
+        named = [s for s in self.sweeps if method in s.methods]
+        mine = named or [s for s in self.sweeps if not s.methods]
+        settings = itertools.product(*([(s.field, value) for value in s.values] for s in mine))
+        return [Trial(method, setting) for setting in settings]
+
+    def tuning_runs(self, trials: Sequence[Trial]) -> list[Run]:
+        """Runs that look at the validation split alone, seed by seed."""
+        seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.num_tuning_seeds)
+        return [self._run(trial, seed, [VALIDATION]) for seed in seeds for trial in trials]
+
+    def final_runs(self, trials: Sequence[Trial]) -> list[Run]:
+        """Runs that are reported, seed by seed; the test split is scored before and after training alone."""
+        return [
+            self._run(trial, seed, [VALIDATION, TEST])
+            for seed in range(self.num_seeds)
+            for trial in trials
+        ]
+
+    def _run(self, trial: Trial, seed: int, splits: list[str]) -> Run:
+        folder = self.out / "runs" / trial.method / _file_name(trial.setting) / f"seed_{seed}"
+        decided = {
+            "method.name": trial.method,
+            "seed": str(seed),
+            "output_dir": json.dumps(str(folder)),
+            "evaluation.splits": json.dumps(splits),
+            **_budget(self.match, self.budget),
+        }
+        overrides = [*EVENLY, *self.overrides, *trial.values, *decided.items()]
+        return Run(trial, seed, load_config(self.config_file, overrides))
+
+
+# Learning curves have as many points whatever a method's steps cost; a user's override comes later and wins.
+EVENLY = (("evaluation.every", "0"), ("evaluation.times", "4"))
+
+
+def _budget(unit: str, amount: float) -> dict[str, str]:
+    if unit == "steps":
+        return {"train.num_steps": str(int(amount))}
+    # A run ends at its budget, never at a number of steps.
+    return {
+        "train.num_steps": str(10**9),
+        "train.budget_unit": unit,
+        "train.budget": repr(float(amount)),
+    }
+
+
+def read_sweep(text: str) -> Sweep:
+    """`[METHOD,...:]FIELD=VALUE,...`; a field's last word is enough where only one field ends so.
+
+    >>> read_sweep("trapo,luffy:expert_weight=0.5,2")
+    Sweep(methods=('trapo', 'luffy'), field='method.expert_weight', values=('0.5', '2'))
+
+    Raises:
+      UserError: for anything else.
+    """
+    found = re.fullmatch(r"(?:([\w,]+):)?([\w.]+)=([^,=]+(?:,[^,=]+)*)", text)
+    if not found:
+        raise UserError(f"--sweep {text}: not [METHOD,...:]FIELD=VALUE,VALUE")
+    methods = tuple(found[1].split(",")) if found[1] else ()
+    values = tuple(found[3].split(","))
+    if len(set(values)) < len(values):
+        raise UserError(f"--sweep {text}: the same value twice")
+    return Sweep(methods, _whole_name(found[2]), values)
+
+
+def _whole_name(field: str) -> str:
+    names = [name for name, *_ in list_fields()]
+    ends = [name for name in names if name.rsplit(".", 1)[-1] == field]
+    # What is not found is left for the config to complain about, with a near match.
+    return field if field in names or len(ends) != 1 else ends[0]
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.=,+-]", "_", text.replace(", ", ","))
