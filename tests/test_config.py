@@ -107,7 +107,7 @@ COMMAND_LINES = [
     (["data.source=files"], "data.train_files=[]: data.source=files needs them"),
     (["mesh.fsdp=-1"], "mesh.data=-1, mesh.fsdp=-1: give numbers of devices"),
     (["train.row_length=8"], "train.row_length=8: less than data.max_prompt_length"),
-    (["checkpoint.keep_best=1", "evaluation.every=0"], "evaluation.every=0 finds none"),
+    (["checkpoint.keep_best=1", "evaluation.every=0"], "evaluation.times=0 find none"),
     (["--seed"], "--seed has no value"),
     (["--seed", "--train.num_steps=3"], "--seed has no value"),
     (["--hlep"], "--hlep has no value"),

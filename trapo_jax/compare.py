@@ -199,7 +199,8 @@ def write_report(comparison: Comparison, terminal: Terminal) -> None:
     write_atomically(out / HTML, to_html(document))
     for name, table in tables.items():
         write_csv(out / name, table)
-    terminal.say(text)
+    for line in text.splitlines():
+        terminal.say(line)
     terminal.say(
         f"{out}: {MARKDOWN}, {HTML}, {CURVES}, {', '.join(tables)}; runs/ with a folder each"
     )
