@@ -10,7 +10,8 @@ from trapo_jax.config import load_config
 from trapo_jax.losses import attenuated_cross_entropy_from_logprobs, probability_attenuation
 from trapo_jax.methods import ALWAYS, NEVER, Method, Term, make_method
 from trapo_jax.metrics import read_metrics
-from trapo_jax.train import build_method, main, train
+from trapo_jax.parts import build_method
+from trapo_jax.train import main, train
 from trapo_jax.types import MicroGroup, TokenKind
 
 SMALL = {

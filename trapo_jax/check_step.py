@@ -25,9 +25,9 @@ from trapo_jax.data import load_tokenizer
 from trapo_jax.methods import Method, Sampled, Update
 from trapo_jax.metrics import fail
 from trapo_jax.models import abstract_params, find_model, load_params, read_config
+from trapo_jax.parts import build_method, build_train_step
 from trapo_jax.sharding import make_mesh, num_batch_shards
 from trapo_jax.splits import load_splits
-from trapo_jax.train import build_method, build_train_step
 from trapo_jax.train_step import init_state, place_batch, state_shardings
 from trapo_jax.types import (
     Completion,

@@ -10,16 +10,15 @@ from conftest import JOB, run_command  # isort: skip
 
 SPOILED = """
 import itertools, sys
-import numpy as np
-from trapo_jax import train
+from trapo_jax import parts, train
 from trapo_jax.rewards import InlineVerifier, card_shuffles_verifier
 
 build_batch, batches = train.build_batch, itertools.count()
 
-def spoil_the_first(groups, advantages, **options):
+def spoil_the_first(rows, **options):
     if next(batches) == 0:
-        advantages = [np.full_like(a, np.nan) for a in advantages]
-    return build_batch(groups, advantages, **options)
+        rows = [row._replace(advantage=float("nan")) for row in rows]
+    return build_batch(rows, **options)
 
 def fail_once_in_a_hundred(name, *, eos_text, **_):
     verify, answers = card_shuffles_verifier(eos_text), itertools.count(1)
@@ -29,7 +28,7 @@ def fail_once_in_a_hundred(name, *, eos_text, **_):
         return verify(text, problem)
     return InlineVerifier(sometimes)
 
-train.build_batch, train.make_verifier = spoil_the_first, fail_once_in_a_hundred
+train.build_batch, parts.make_verifier = spoil_the_first, fail_once_in_a_hundred
 sys.exit(train.main())
 """
 
