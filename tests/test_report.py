@@ -137,9 +137,9 @@ def test_progress_tells_of_the_last_evaluation_and_fits_80_columns(monkeypatch, 
     for on_a_terminal in ("0", "1"):
         monkeypatch.setenv("TTY_COMPATIBLE", on_a_terminal)
         with Terminal(1000, first_step=0) as terminal:
-            terminal.step(999, values)
+            terminal.step(999, {**values, "budget/progress": 0.999})
             terminal.evaluated(0.333)
-            terminal.step(1000, values)
+            terminal.step(1000, {**values, "budget/progress": 1.0})
         output = capsys.readouterr().out
         assert "reward 0.53  accuracy 0.33  guided 0.21  123,456 tokens/s" in output
         assert "1000/1000" in output

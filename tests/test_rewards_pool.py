@@ -272,6 +272,7 @@ class Heartbeat:
 
 def test_of_200_answers_20_hostile_ones_cost_their_own_verdicts_only():
     """Asked for at once, as a step's last rollouts may be. The limit holds for each; nothing waits for it here."""
+    largest_before = largest_child()
     hostile = list(HOSTILE_MATH.values())
     assert len(hostile) == 20
     rng = random.Random(0)
@@ -299,7 +300,12 @@ def test_of_200_answers_20_hostile_ones_cost_their_own_verdicts_only():
     assert Verdict.TIMEOUT in verdicts
     assert heartbeat.longest < 1.0
     assert longest_call < 1.0
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 2 * 2**30
+    # Of the largest child ever; other tests' are not meant.
+    assert largest_child() < 2 * 2**30 or largest_child() == largest_before
+
+
+def largest_child():
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 def children_of(parent, part_of_command):

@@ -195,5 +195,5 @@ def test_a_complete_run_goes_on_when_it_is_made_longer(finished_run, tmp_path):
     assert "num_steps: 12" in config.read_text()
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 5, 10, 12]
-    after = json.loads((folder / "summary.json").read_text())["after"]
+    after = json.loads((folder / "summary.json").read_text())["test"]["after"]
     assert after == {name: records[-1][name] for name in after}

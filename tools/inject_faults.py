@@ -100,8 +100,10 @@ def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str
         found.append("samples.jsonl")
     state, host = read_checkpoint(ours)
     their_state, their_host = read_checkpoint(theirs)
-    if host["counters"] != their_host["counters"]:
+    if _uncounted_time(host["counters"]) != _uncounted_time(their_host["counters"]):
         found.append("counters")
+    if host["method_state"] != their_host["method_state"]:
+        found.append("method_state")
     for name, leaf in their_state.items():
         if not _same_array(state[name], leaf, tolerance):
             found.append(name)
@@ -129,6 +131,10 @@ def read_checkpoint(
         loaded = ocp.load_checkpointables(path, {"state": abstract, "host": None})
     flat, _ = jax.tree_util.tree_flatten_with_path(loaded["state"])
     return {jax.tree_util.keystr(name): np.asarray(x) for name, x in flat}, loaded["host"]
+
+
+def _uncounted_time(counters: dict[str, Any]) -> dict[str, Any]:
+    return {name: count for name, count in counters.items() if name != "seconds"}
 
 
 def _untimed(line: str) -> dict[str, Any]:

@@ -89,8 +89,7 @@ def _changes(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> Chan
                 "give another output_dir"
             )
         is_longer = field == NUM_STEPS and isinstance(there, int) and here > there
-        is_scheduled = ours[DECAY_START] != 1 or ours["method.name"] in SCHEDULED_METHODS
-        if not (_may_differ(field) or (is_longer and not is_scheduled)):
+        if not (_may_differ(field) or (is_longer and not _is_scheduled(ours))):
             reason = f"; its schedules depend on it unless {DECAY_START}=1" * is_longer
             raise UserError(
                 f"output_dir={folder}: holds a run with {field}={there}, not {here}{reason}; "
@@ -98,6 +97,10 @@ def _changes(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> Chan
             )
         changes[field] = (there, here)
     return changes
+
+
+def _is_scheduled(config: dict[str, Any]) -> bool:
+    return config[DECAY_START] != 1 or config["method.name"] in SCHEDULED_METHODS
 
 
 def _may_differ(field: str) -> bool:
