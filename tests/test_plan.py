@@ -4,9 +4,10 @@ import importlib.util
 import json
 import shutil
 
+import jax
 import pytest
 
-from trapo_jax.plan import find_topology
+from trapo_jax.plan import find_topology, main
 from trapo_jax.types import UserError
 
 from conftest import REPOSITORY, run_command  # isort: skip
@@ -107,3 +108,18 @@ def test_the_shipped_configs_name_models_that_are_read(tmp_path):
         shutil.copytree(REPOSITORY / "configs" / "architectures" / name, folder)
         assert load_config(config, []).row_len == 9216
         assert read_config(folder).num_layers in (28, 36)
+
+
+def test_what_the_compiler_finds_no_memory_for_does_not_fit(monkeypatch, capsys):
+    message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, 53.42G exceeds 31.25G"
+
+    def compile_program(*_, **__):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_program)
+    assert main(["--topology", f"cpu:{jax.device_count()}", "--json"]) == 1
+    output = capsys.readouterr()
+    (plan,) = json.loads(output.out)["plans"]
+    assert plan["fits"] is False
+    assert plan["reason"] == f"train step: {message}"
+    assert "does not fit; try more devices along mesh.fsdp" in output.err

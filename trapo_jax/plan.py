@@ -138,6 +138,10 @@ class Program:
         }
 
 
+class DoesNotFit(Exception):
+    """The compiler found no way to run a program in a device's memory."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trapo_jax.plan",
@@ -216,16 +220,23 @@ def make_plan(config: Config, topology: Topology, console: Console) -> dict[str,
         devices=topology.devices,
     )
     console.print(f"compiling for {topology.name}, mesh {dict(mesh.shape)} ...")
-    train = plan_train_step(config, decoder, mesh)
-    prefill, decode = plan_sampling(config, decoder, mesh)
-    programs = [train, prefill, decode]
-    state, sampler = train.arguments, decode.arguments
     plan: dict[str, Any] = {
         "topology": topology.name,
         "mesh": dict(mesh.shape),
         "num_params": sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(decoder))),
         "attention": decoder.attention,
         "row_len": config.row_len,
+    }
+    phase = "training"
+    try:
+        train = plan_train_step(config, decoder, mesh)
+        phase = "sampling"
+        prefill, decode = plan_sampling(config, decoder, mesh)
+    except DoesNotFit as error:
+        return plan | {"programs": {}, "fits": False, "reason": str(error), "advice": ADVICE[phase]}
+    programs = [train, prefill, decode]
+    state, sampler = train.arguments, decode.arguments
+    plan |= {
         "programs": {p.name: dataclasses.asdict(p) for p in programs},
         "training_bytes": state + train.temporaries,
         "sampling_bytes": state + sampler + max(prefill.temporaries, decode.temporaries),
@@ -364,10 +375,18 @@ def compile_program(
       extra_flops: of kernels, over all devices.
       useful_flops: over all devices; None for all that are executed.
       unknown_trips: of loops whose length is data.
+
+    Raises:
+      DoesNotFit: if the compiler says so itself.
     """
     traced = jitted.trace(*arguments, **(options or {}))
     started = time.monotonic()
-    compiled = traced.lower().compile()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(f"{name}: {str(error).splitlines()[0]}") from error
     seconds = time.monotonic() - started
     memory: Any = compiled.memory_analysis()
     flops = matmul_flops(traced.jaxpr, unknown_trips=unknown_trips) + extra_flops
@@ -412,6 +431,15 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
         f"{plan['topology']}, mesh {plan['mesh']}: {plan['num_params'] / 1e9:.2f}B parameters, rows of "
         f"{plan['row_len']} tokens, attention {plan['attention']}; on one device"
     )
+    if plan["programs"]:
+        show_programs(title, plan, console)
+    else:
+        console.print(f"{title}\n{plan['reason']}")
+    for advice in plan["advice"]:
+        console.print(f"does not fit; try {advice}")
+
+
+def show_programs(title: str, plan: dict[str, Any], console: Console) -> None:
     programs = plan["programs"]
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -439,8 +467,6 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
         size = plan[f"{phase}_bytes"]
         of = f" of {plan['memory'] / GIB:.0f} GiB" if "memory" in plan else ""
         console.print(f"{phase}: {size / GIB:.2f}{of or ' GiB'}")
-    for advice in plan["advice"]:
-        console.print(f"does not fit; try {advice}")
 
 
 def show_comparison(plans: Sequence[dict[str, Any]], console: Console) -> None:
@@ -450,6 +476,9 @@ def show_comparison(plans: Sequence[dict[str, Any]], console: Console) -> None:
     ):
         table.add_column(column, justify="left" if i == 0 else "right")
     for plan in plans:
+        if not plan["programs"]:
+            table.add_row(plan["topology"], "no")
+            continue
         step = plan["programs"]["train step"]
         bounds = step.get("bounds_secs")
         table.add_row(
