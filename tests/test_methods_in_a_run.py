@@ -9,7 +9,7 @@ import pytest
 from trapo_jax.config import load_config
 from trapo_jax.losses import attenuated_cross_entropy_from_logprobs, probability_attenuation
 from trapo_jax.methods import ALWAYS, NEVER, Method, Term, make_method
-from trapo_jax.metrics import read_metrics
+from trapo_jax.metrics import Terminal, read_metrics
 from trapo_jax.train import build_method, main, train
 from trapo_jax.types import MicroGroup, TokenKind
 
@@ -101,6 +101,17 @@ def test_budget_ends_a_run_and_a_buffer_survives_a_resume(tmp_path):
     for name, content in written.items():
         assert (folder / name).read_bytes() == content
     assert json.loads((folder / "summary.json").read_text())
+
+
+def test_progress_counts_the_steps_that_a_budget_leaves(capsys):
+    terminal = Terminal(500, first_step=0)
+    values = {"reward/mean": 0.5, "guidance/ratio_mean": 0.0, "time/tokens_per_sec": 1.0}
+    terminal.step(2, {**values, "budget/progress": 0.25})
+    terminal.step(9, {**values, "budget/progress": 1.01})
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 2/8 ")
+    assert last.startswith("step 9/9 ")
+    assert last.endswith("  0 s left")
 
 
 def test_print_method_prints_and_does_nothing_else(tmp_path, capsys):

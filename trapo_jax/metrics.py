@@ -135,7 +135,6 @@ class Terminal:
 
     def __init__(self, num_steps: int, *, first_step: int, quiet: bool = False):
         self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
-        self._num_steps = num_steps
         self._first_step = first_step
         self._started = time.monotonic()
         self._progress: Progress | None = None
@@ -171,12 +170,14 @@ class Terminal:
             f"reward {values['reward/mean']:.2f}  guided {values['guidance/ratio_mean']:.2f}  "
             f"{values['time/tokens_per_sec']:,.0f} tokens/s"
         )
+        # So many steps it will have been, as far as one can tell: a budget may end the run before num_steps.
+        total = max(step, round(step / values["budget/progress"]))
         if self._progress:
-            self._progress.update(self._task, completed=step, status=status)
-        elif step % max(1, self._num_steps // PLAIN_LINES) == 0 or step == self._num_steps:
+            self._progress.update(self._task, completed=step, total=total, status=status)
+        elif step % max(1, total // PLAIN_LINES) == 0 or step == total:
             done = step - self._first_step
-            left = (time.monotonic() - self._started) / done * (self._num_steps - step)
-            self.say(f"step {step}/{self._num_steps}  {status}  {left:.0f} s left")
+            left = (time.monotonic() - self._started) / done * (total - step)
+            self.say(f"step {step}/{total}  {status}  {left:.0f} s left")
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table = Table(title=title, title_justify="left")
