@@ -11,6 +11,7 @@ published peak. The train step is planned with every row full.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -186,8 +187,9 @@ def find_topology(name: str) -> Topology:
         raise UserError(f"--topology {name}: give {', '.join(CHIPS)} or cpu, a colon and a shape")
     kind, dims = found[1], tuple(int(n) for n in found[2].split("x"))
     if kind == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", math.prod(dims))
+        with contextlib.suppress(RuntimeError):  # devices have been counted already
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", math.prod(dims))
         if jax.device_count() != math.prod(dims):
             raise UserError(f"--topology {name}: one number of host devices a command")
         return Topology(name, None, dims, jax.devices())
