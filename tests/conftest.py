@@ -32,7 +32,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-LONGEST = ("test_train.py", "test_train_step.py", "test_models.py", "test_sampling.py")
+LONGEST = (
+    *("test_processes.py", "test_train.py", "test_train_step.py", "test_stopped_runs.py"),
+    *("test_sampling.py", "test_models.py", "test_plan.py", "test_compare.py"),
+)
 
 
 def pytest_collection_modifyitems(items):
