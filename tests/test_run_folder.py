@@ -71,9 +71,16 @@ def test_a_run_may_become_longer_if_its_learning_rate_does_not_depend_on_it(fold
     assert check_run_folder(folder, longer) == {"train.num_steps": (375, 400)}
     prepare_run_folder(tmp_path / "decaying", text())
     with pytest.raises(
-        UserError, match=r"not 400; its schedules depend on it unless train.decay_start=1"
+        UserError, match=r"not 400; its learning rate, unless train.decay_start=1, depends on it"
     ):
         check_run_folder(tmp_path / "decaying", text(train__num_steps="400"))
+
+
+def test_a_run_whose_method_depends_on_its_length_may_not_become_longer(tmp_path):
+    staged = {"method__name": "sft_then_grpo", "train__decay_start": "1"}
+    prepare_run_folder(tmp_path / "staged", text(**staged))
+    with pytest.raises(UserError, match=r"not 400; method.name=sft_then_grpo depends on it"):
+        check_run_folder(tmp_path / "staged", text(**staged, train__num_steps="400"))
 
 
 def test_a_run_of_another_version_may_lack_what_may_differ_only(folder):

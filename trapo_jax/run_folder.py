@@ -89,8 +89,9 @@ def _changes(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> Chan
                 "give another output_dir"
             )
         is_longer = field == NUM_STEPS and isinstance(there, int) and here > there
-        if not (_may_differ(field) or (is_longer and not _is_scheduled(ours))):
-            reason = f"; its schedules depend on it unless {DECAY_START}=1" * is_longer
+        schedule = _schedule(ours) if is_longer else ""
+        if not (_may_differ(field) or (is_longer and not schedule)):
+            reason = f"; {schedule} depends on it" if schedule else ""
             raise UserError(
                 f"output_dir={folder}: holds a run with {field}={there}, not {here}{reason}; "
                 f"give another output_dir, or {field}={there} to resume it"
@@ -99,8 +100,11 @@ def _changes(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> Chan
     return changes
 
 
-def _is_scheduled(config: dict[str, Any]) -> bool:
-    return config[DECAY_START] != 1 or config["method.name"] in SCHEDULED_METHODS
+def _schedule(config: dict[str, Any]) -> str:
+    """What of a run depends on its length; empty for nothing."""
+    if config["method.name"] in SCHEDULED_METHODS:
+        return f"method.name={config['method.name']}"
+    return f"its learning rate, unless {DECAY_START}=1," if config[DECAY_START] != 1 else ""
 
 
 def _may_differ(field: str) -> bool:
