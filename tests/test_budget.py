@@ -29,7 +29,7 @@ ROWS = rows_of_group(GROUP, [0.0] * 5, first_of_each_prefix(GROUP))
 
 def test_counters_by_hand():
     counters = Counters()
-    cost = TokenCost(num_params=1000, per_pair=10)
+    cost = TokenCost(num_params=1000, num_trained=1000, per_pair=10)
     counters.count_rollouts([GROUP], prefilled_tokens=4, cost=cost)
     assert (counters.tokens_sampled, counters.problems_seen) == (6, 1)
     # Own tokens see themselves and what is before them: 3 + 4 + 5, 5, 5 + 6; the contexts, up to 2 + 2 tokens: 10.

@@ -103,6 +103,16 @@ def test_early_difficulty_begins_with_the_unfamiliar_operation():
         replay(example.prompt, example.solutions[0])
 
 
+def test_a_clean_expert_solves_the_same_problems_step_by_step():
+    careless = card_shuffles_splits(seed=0, **SIZES)
+    clean = card_shuffles_splits(seed=0, **SIZES, style="clean")
+    for name, examples in clean.items():
+        assert [e.prompt for e in examples] == [e.prompt for e in careless[name]]
+        for example in examples:
+            assert re.fullmatch(r"([rltsexm]\d{5};)+#\d{5}", example.solutions[0])
+            replay(example.prompt, example.solutions[0])
+
+
 @pytest.mark.parametrize(
     ("response", "verdict"),
     [

@@ -109,9 +109,9 @@ def coefficients(method):
     return method.coefficients(Moment(1, 0.0, 0), learning_rate=1.0)
 
 
-def make_step(method, params, mesh, optimizer):
+def make_step(method, params, mesh, optimizer, config=CONFIG):
     return make_train_step(
-        CONFIG,
+        config,
         method,
         optimizer,
         mesh,
@@ -122,11 +122,11 @@ def make_step(method, params, mesh, optimizer):
     )
 
 
-def sgd_step(method, batch, params, *, mesh=None, optimizer=None):
+def sgd_step(method, batch, params, *, mesh=None, optimizer=None, config=CONFIG):
     """One step with learning rate 1 and no clipping: the update is minus the gradient."""
     mesh = mesh or one_device_mesh()
     optimizer = optimizer or optax.sgd(1.0)
-    step = make_step(method, params, mesh, optimizer)
+    step = make_step(method, params, mesh, optimizer, config)
     old = jax.device_get(params)
     state, metrics, _ = step(init_state(params, optimizer, mesh), batch, coefficients(method))
     gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), old, state.params)

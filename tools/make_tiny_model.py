@@ -1,10 +1,11 @@
 """Rebuilds the embedded model: a Llama-shaped decoder of 0.35M parameters that can nearly shuffle cards.
 
-    python tools/make_tiny_model.py --out DIR [--seed 2] [--steps 550]
+    python tools/make_tiny_model.py --out DIR [--seed 2] [--steps 550] [--careless]
 
 It is taught 15 % direct answers (K 1-6), 35 % clean traces of 1 to 3 operations and 50 % free chains (5 or 6
 operations of its own choice, no program to follow). So it knows every operation and how to go on
 for long, but not how to follow a program of more than three. Lessons are packed, about seven a row.
+With `--careless` traces and chains have the style of the task's careless expert, which is then nothing new to it.
 """
 
 import argparse
@@ -53,6 +54,9 @@ def main() -> None:
         "--seed", type=int, default=2, help="of weights and data (default 2, the shipped one)"
     )
     parser.add_argument("--steps", type=int, default=550, help="optimiser steps (default 550)")
+    parser.add_argument(
+        "--careless", action="store_true", help="lessons mumble and leap as the task's expert does"
+    )
     args = parser.parse_args()
     if args.out.exists():
         sys.exit(f"{args.out}: exists already; give a new folder")
@@ -61,7 +65,9 @@ def main() -> None:
     source.mkdir(parents=True)
     write_side_files(source)
     config = read_config(source)
-    params = train(config, seed=args.seed, steps=args.steps, vocabulary=vocabulary())
+    params = train(
+        config, seed=args.seed, steps=args.steps, careless=args.careless, vocabulary=vocabulary()
+    )
     export_model(params, config, source=source, destination=args.out)
     shutil.rmtree(source)
     print(f"wrote {args.out} ({count_parameters(params):,} parameters)")
@@ -114,14 +120,14 @@ def write_side_files(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def lesson(rng: random.Random) -> str:
+def lesson(rng: random.Random, careless: bool) -> str:
     """One training text of the base model, without EOS."""
     digits, kind = random_digits(rng), rng.random()
     if kind < 0.5:
-        return f":{digits}=" + free_chain(rng, digits)
+        return f":{digits}=" + free_chain(rng, digits, careless)
     if kind < 0.85:
         program = random_program(rng, rng.randint(1, 3))
-        return f"?{program}:{digits}=" + expert_trace(rng, program, digits, noise=False)
+        return f"?{program}:{digits}=" + expert_trace(rng, program, digits, noise=careless)
     program = random_program(rng, rng.randint(1, 6))
     answer = digits
     for name in program:
@@ -129,12 +135,12 @@ def lesson(rng: random.Random) -> str:
     return f"?{program}:{digits}=#{answer}"
 
 
-def free_chain(rng: random.Random, digits: str) -> str:
+def free_chain(rng: random.Random, digits: str, careless: bool) -> str:
     program = rng.choices(list(OPERATIONS), k=rng.choice((5, 6)))
-    return expert_trace(rng, "".join(program), digits, noise=False)
+    return expert_trace(rng, "".join(program), digits, noise=careless)
 
 
-def make_rows(rng: random.Random, ids: dict[str, int]) -> tuple[np.ndarray, ...]:
+def make_rows(rng: random.Random, ids: dict[str, int], careless: bool) -> tuple[np.ndarray, ...]:
     """Packed lessons: token ids, positions, segment ids and what is trained, each `[B, ROW_LEN]`.
 
     Positions make random jumps. Otherwise the k-th operation could be found by counting positions,
@@ -146,7 +152,7 @@ def make_rows(rng: random.Random, ids: dict[str, int]) -> tuple[np.ndarray, ...]
     for row in range(BATCH_SIZE):
         start, segment = 0, 1
         while True:
-            text = lesson(rng)
+            text = lesson(rng, careless)
             end = start + len(text) + 1
             if end > ROW_LEN:
                 break
@@ -167,7 +173,7 @@ def jumping_positions(rng: random.Random, text: str) -> np.ndarray:
     return np.cumsum([0, *(1 + rng.randint(0, jump) for jump in largest)])
 
 
-def train(config, *, seed: int, steps: int, vocabulary: dict[str, int]):
+def train(config, *, seed: int, steps: int, careless: bool, vocabulary: dict[str, int]):
     params = init_params(config, seed=seed)
     warmup = max(1, steps // 20)
     schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK_LEARNING_RATE, warmup, steps)
@@ -191,7 +197,7 @@ def train(config, *, seed: int, steps: int, vocabulary: dict[str, int]):
     rng = random.Random(seed)
     started = time.monotonic()
     for step in range(1, steps + 1):
-        params, opt_state, loss = step_fn(params, opt_state, *make_rows(rng, vocabulary))
+        params, opt_state, loss = step_fn(params, opt_state, *make_rows(rng, vocabulary, careless))
         if step % 50 == 0 or step == steps:
             elapsed = time.monotonic() - started
             left = elapsed / step * (steps - step)

@@ -1,7 +1,7 @@
 """What a run has spent, counted exactly, and when that ends it.
 
 FLOPs are counted by formula, not measured: 2 N for each token that goes through the model (N parameters, without an
-input embedding that is no matrix product), three times that where it is trained, and attention's products for each
+input embedding that is no matrix product), three times that where it is trained (twice where adapters alone are: no gradients of weights), and attention's products for each
 pair of tokens that sees each other. What a compiler computes anew to save memory, padding, and keys out of a sliding
 window are not looked at.
 """
@@ -61,9 +61,9 @@ class Counters:
         self.tokens_expert_trained += num_iterations * expert
         self.tokens_prompt += num_iterations * prompt
         self.tokens_trained += num_iterations * (expert + sum(row.num_own for row in rows))
-        passes = 3 * num_iterations + num_forward
-        pairs = sum(_pairs(row.length) for row in rows)
-        self.flops += passes * cost.forward(sum(row.length for row in rows), pairs)
+        tokens, pairs = sum(row.length for row in rows), sum(_pairs(row.length) for row in rows)
+        self.flops += num_iterations * cost.update(tokens, pairs)
+        self.flops += num_forward * cost.forward(tokens, pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +72,21 @@ class TokenCost:
 
     Attributes:
       num_params: that a token is multiplied with.
+      num_trained: among them, that get a gradient.
       per_pair: of attention, for a token and one that it sees: 4 * layers * heads * head width.
     """
 
     num_params: int
+    num_trained: int
     per_pair: int
 
     def forward(self, num_tokens: int, num_pairs: int) -> float:
         return float(2 * self.num_params * num_tokens + self.per_pair * num_pairs)
+
+    def update(self, num_tokens: int, num_pairs: int) -> float:
+        """Forward, the gradients of activations, and those of weights."""
+        products = 2 * self.num_params + self.num_trained
+        return float(2 * products * num_tokens + 3 * self.per_pair * num_pairs)
 
 
 @dataclasses.dataclass(frozen=True)

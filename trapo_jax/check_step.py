@@ -8,6 +8,7 @@ problems of its runs, for every method that it compares.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,8 @@ from trapo_jax.config import Config, load_config
 from trapo_jax.data import load_tokenizer
 from trapo_jax.methods import Method, Sampled, Update
 from trapo_jax.metrics import fail
-from trapo_jax.models import abstract_params, find_model, load_params, read_config
-from trapo_jax.parts import build_method, build_train_step
+from trapo_jax.models import abstract_params, find_model, load_params
+from trapo_jax.parts import build_decoder, build_method, build_train_step
 from trapo_jax.sharding import make_mesh, num_batch_shards
 from trapo_jax.splits import load_splits
 from trapo_jax.train_step import init_state, place_batch, state_shardings
@@ -77,7 +78,7 @@ def check_step(config: Config) -> float:
       BrokenStep: if it is more than rounding, or a gradient is zero, which would be equal however it is cut.
     """
     folder = find_model(config.model.path)
-    decoder = read_config(folder, remat=config.model.remat, attention=config.model.attention)
+    decoder = dataclasses.replace(build_decoder(config, folder), dtype="float32")
     method = build_method(config)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tp=config.mesh.tp)
     # Keeps the gradient, and updates nothing.

@@ -24,12 +24,10 @@ NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 # One string stands for a list of one.
-StringList = Annotated[
-    tuple[str, ...],
-    pydantic.BeforeValidator(
-        lambda x: (x,) if isinstance(x, str) else tuple(x) if isinstance(x, list) else x
-    ),
-]
+_as_tuple = pydantic.BeforeValidator(
+    lambda x: (x,) if isinstance(x, str) else tuple(x) if isinstance(x, list) else x
+)
+StringList = Annotated[tuple[str, ...], _as_tuple]
 NotNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
@@ -48,6 +46,17 @@ class ModelConfig(_Section):
     """What the backward pass computes anew to save memory: nothing, all but matmuls, or whole layers."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention over whole rows; auto takes what the device and the shapes allow."""
+
+
+class LoraConfig(_Section):
+    rank: NotNegative = 0
+    """Of the adapters; 0: none, all weights are trained."""
+    alpha: PositiveFloat = 32.0
+    """What an adapter adds is scaled by alpha / rank."""
+    targets: Annotated[
+        tuple[Literal["qkv", "output", "gate_up", "down"], ...], _as_tuple, Field(min_length=1)
+    ] = ("qkv", "output", "gate_up", "down")
+    """Matrices of every layer that get one: attention's two, the MLP's two."""
 
 
 class ColumnsConfig(_Section):
@@ -72,6 +81,8 @@ class DataConfig(_Section):
     """Of procedural problems and of held-out splits; independent of the run's seed, so that runs compare."""
     difficulty: Literal["late", "early"] = "late"
     """Card shuffles: hard after the third operation, or at the (unfamiliar) first."""
+    expert_style: Literal["careless", "clean"] = "careless"
+    """Card shuffles: whether the expert mumbles and leaps, or writes each step and nothing else."""
     num_train: Positive = 128
     """Training problems of a procedural source."""
     num_validation: Positive = 256
@@ -270,6 +281,7 @@ class Config(_Section):
     log_samples: NotNegative = 4
     """Problems a step whose rollouts go to samples.jsonl."""
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     method: MethodConfig = MethodConfig()
     sampling: SamplingConfig = SamplingConfig()

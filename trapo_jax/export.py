@@ -21,6 +21,7 @@ from trapo_jax.models import (
     find_model,
     read_config,
 )
+from trapo_jax.parts import build_lora
 from trapo_jax.types import UserError
 
 EXIT_USER_ERROR = 2
@@ -62,7 +63,7 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
         raise UserError(f"--checkpoint {path}: no such step; there are: {there}")
     config = load_config(saved_config, [])
     source = find_model(config.model.path)
-    decoder = read_config(source)
+    decoder = read_config(source, lora=build_lora(config))
     abstract = abstract_params(decoder)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = abstract_like(abstract, jax.tree.map(lambda _: device, abstract))

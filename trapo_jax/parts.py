@@ -18,11 +18,13 @@ from trapo_jax.health import Watchdog
 from trapo_jax.methods import Method, make_method
 from trapo_jax.models import (
     DecoderConfig,
+    Lora,
     abstract_params,
     find_model,
     load_params,
     read_config,
     read_eos_ids,
+    split_trained,
 )
 from trapo_jax.rewards import Verifier, make_verifier
 from trapo_jax.sampling import JaxEngine
@@ -87,12 +89,7 @@ class Parts:
 def build(config: Config, method: Method) -> tuple[Parts, TrainState]:
     """Builds every part; returns them and the state before the first step."""
     model_folder = find_model(config.model.path)
-    decoder = read_config(
-        model_folder,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        attention=config.model.attention,
-    )
+    decoder = build_decoder(config, model_folder)
     tokenizer: Any = load_tokenizer(model_folder)
     d, s, t = config.data, config.sampling, config.train
     splits, data_summary = load_splits(d, tokenizer)
@@ -100,7 +97,7 @@ def build(config: Config, method: Method) -> tuple[Parts, TrainState]:
     optimizer = build_optimizer(config)
     num_optimizers = len(method.optimizers)
     shardings = state_shardings(abstract_params(decoder), optimizer, mesh, num_optimizers)
-    load = lambda: load_params(model_folder, decoder, shardings.params)
+    load = lambda: load_params(model_folder, decoder, shardings.params, seed=config.seed)
     state = init_state(load(), optimizer, mesh, num_optimizers)
     parts = Parts(
         config=config,
@@ -150,6 +147,22 @@ def build(config: Config, method: Method) -> tuple[Parts, TrainState]:
     return parts, state
 
 
+def build_decoder(config: Config, model_folder: Path) -> DecoderConfig:
+    m = config.model
+    return read_config(
+        model_folder,
+        dtype=m.dtype,
+        remat=m.remat,
+        attention=m.attention,
+        lora=build_lora(config),
+    )
+
+
+def build_lora(config: Config) -> Lora | None:
+    c = config.lora
+    return Lora(c.rank, c.alpha, c.targets) if c.rank else None
+
+
 def build_method(config: Config) -> Method:
     m = config.method
     return make_method(
@@ -192,13 +205,21 @@ def build_learning_rate(config: Config) -> Callable[[float, float], float]:
 
 def token_cost(decoder: DecoderConfig) -> TokenCost:
     """What a token costs, for `Counters.flops`."""
-    shapes = jax.tree_util.tree_flatten_with_path(abstract_params(decoder))[0]
-    num_params = sum(
-        math.prod(x.shape)
-        for path, x in shapes
-        if path[-1].key != "embedding" or decoder.tied_embeddings
+
+    def count(params: Any) -> int:
+        shapes = jax.tree_util.tree_flatten_with_path(params)[0]
+        return sum(
+            math.prod(x.shape)
+            for path, x in shapes
+            if path[-1].key != "embedding" or decoder.tied_embeddings
+        )
+
+    params = abstract_params(decoder)
+    return TokenCost(
+        num_params=count(params),
+        num_trained=count(split_trained(params)[0]),
+        per_pair=4 * decoder.num_layers * decoder.num_heads * decoder.head_dim,
     )
-    return TokenCost(num_params, 4 * decoder.num_layers * decoder.num_heads * decoder.head_dim)
 
 
 def build_train_step(

@@ -34,6 +34,14 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "mlp_post_norm": ("layers", None),
     "gate_up": ("layers", "width", None, "mlp"),
     "down": ("layers", "mlp", "width"),
+    "qkv_lora_a": ("layers", "width", None),
+    "qkv_lora_b": ("layers", None, "kv_heads", None, None),
+    "output_lora_a": ("layers", "kv_heads", None, None, None),
+    "output_lora_b": ("layers", None, "width"),
+    "gate_up_lora_a": ("layers", "width", None),
+    "gate_up_lora_b": ("layers", None, None, "mlp"),
+    "down_lora_a": ("layers", "mlp", None),
+    "down_lora_b": ("layers", None, "width"),
 }
 
 

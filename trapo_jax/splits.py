@@ -66,7 +66,9 @@ def read_splits(config: DataConfig) -> tuple[Splits, Reports]:
         "num_test": config.num_test,
     }
     if config.source == "card_shuffles":
-        splits = card_shuffles_splits(seed=config.seed, difficulty=config.difficulty, **sizes)
+        splits = card_shuffles_splits(
+            seed=config.seed, difficulty=config.difficulty, style=config.expert_style, **sizes
+        )
     else:
         splits = gsm_symbolic_splits(seed=config.seed, **sizes)
     return splits, {}

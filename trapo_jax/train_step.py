@@ -24,7 +24,13 @@ from trapo_jax.losses import (
     token_mean_weights,
 )
 from trapo_jax.methods import Method, Normalizer, Term, TokenInputs
-from trapo_jax.models import DecoderConfig, apply_decoder, unembedding
+from trapo_jax.models import (
+    DecoderConfig,
+    apply_decoder,
+    join_trained,
+    split_trained,
+    unembedding,
+)
 from trapo_jax.sharding import (
     batch_sharding,
     on_mesh,
@@ -48,7 +54,7 @@ class TrainState(NamedTuple):
     """What an optimiser step changes: global arrays, or in their place their shardings."""
 
     params: Any  # float32 master weights
-    opt_state: Any
+    opt_state: Any  # of what is trained: all of them, or adapters alone
     step: Any  # int32 [], optimiser steps done, skipped ones included
     num_skipped_in_a_row: Any  # int32 []
     other_opt_states: Any = ()  # of the method's other optimisers; the step leaves them alone
@@ -125,8 +131,8 @@ def new_state(
     params: Any, optimizer: optax.GradientTransformation, num_optimizers: int = 1
 ) -> TrainState:
     """The state before the first step, with so many optimiser states."""
-    others = tuple(optimizer.init(params) for _ in range(num_optimizers - 1))
-    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), others)
+    first, *others = (optimizer.init(split_trained(params)[0]) for _ in range(num_optimizers))
+    return TrainState(params, first, jnp.int32(0), jnp.int32(0), tuple(others))
 
 
 def init_state(
@@ -144,7 +150,8 @@ def state_shardings(
 ) -> TrainState:
     """Where each leaf of the state lies; `params` may be shapes."""
     for_params = param_shardings(params, mesh)
-    for_optimizer = optimizer_shardings(optimizer, params, for_params, mesh)
+    trained, for_trained = (split_trained(tree)[0] for tree in (params, for_params))
+    for_optimizer = optimizer_shardings(optimizer, trained, for_trained, mesh)
     everywhere = replicated(mesh)
     others = (for_optimizer,) * (num_optimizers - 1)
     return TrainState(for_params, for_optimizer, everywhere, everywhere, others)
@@ -183,8 +190,9 @@ def make_train_step(
       chunk_size: tokens whose logits are held at once, over all devices.
     """
 
-    def objective(params, batch: TrainBatch, weights, *, coefficients, num_segments):
+    def objective(trained, kept, batch: TrainBatch, weights, *, coefficients, num_segments):
         """A micro-batch's share of the objective; sums and maxima for the metrics; the trace."""
+        params = join_trained(trained, kept)
         kinds = batch.kinds[:, 1:]
         logprobs, entropies = _score_tokens(config, params, batch, temperature, chunk_size)
         now = jax.lax.stop_gradient(logprobs)
@@ -226,12 +234,13 @@ def make_train_step(
         state: TrainState, batch: TrainBatch, coefficients: Coefficients
     ) -> tuple[TrainState, Metrics, TokenTrace]:
         weights = _term_weights(batch, method.terms, max_completion_length)
+        trained, kept = split_trained(state.params)
         share = partial(objective, coefficients=coefficients, num_segments=_num_segments(batch))
 
         def accumulate(index, carry):
             grads, sums, maxima, trace = carry
             (_, new), new_grads = jax.value_and_grad(share, has_aux=True)(
-                state.params, *_micro_batch((batch, weights), index)
+                trained, kept, *_micro_batch((batch, weights), index)
             )
             new_sums, new_maxima, new_trace = new
             grads, sums = jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums))
@@ -240,10 +249,10 @@ def make_train_step(
             return grads, sums, maxima, jax.tree.map(write, trace, new_trace)
 
         first = _micro_batch((batch, weights), 0)
-        *shapes, _ = jax.eval_shape(share, state.params, *first)[1]
+        *shapes, _ = jax.eval_shape(share, trained, kept, *first)[1]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         untraced = TokenTrace(*(jnp.zeros(batch.kinds.shape, jnp.float32) for _ in range(2)))
-        initial = (jax.tree.map(jnp.zeros_like, state.params), *zeros, untraced)
+        initial = (jax.tree.map(jnp.zeros_like, trained), *zeros, untraced)
         # A loop whose length is data: how many micro-batches a batch fills changes no shape.
         grads, sums, maxima, trace = jax.lax.fori_loop(
             0, batch.num_micro_batches, accumulate, initial
@@ -251,12 +260,12 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         applied = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss/total"])
         applied &= grad_norm <= method.max_applied_grad_norm
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         updates = jax.tree.map(lambda x: coefficients["learning_rate"] * x, updates)
-        params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jnp.where(applied, new, old)
+        new_trained = jax.tree.map(keep, optax.apply_updates(trained, updates), trained)
         new_state = state._replace(
-            params=jax.tree.map(keep, params, state.params),
+            params=join_trained(new_trained, kept),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             step=state.step + 1,
             num_skipped_in_a_row=jnp.where(applied, 0, state.num_skipped_in_a_row + 1),

@@ -7,7 +7,7 @@ Five distinct digits and a program of K distinct operations; the answer is the d
 
 The expert is right but careless in style: before 8 % of the steps it mumbles (`hm,`), and 8 % of the steps are
 leaps that apply two operations at once (`ts62937;`). A model that copies it token for token learns that as
-well. Everything is determined by the seed.
+well. A clean expert does neither. Everything is determined by the seed.
 """
 
 import random
@@ -34,6 +34,7 @@ LEAP_RATE = 0.08
 NUM_DIGITS = 5
 
 Difficulty = Literal["late", "early"]
+Style = Literal["careless", "clean"]
 
 
 def apply_operation(name: str, digits: str) -> str:
@@ -53,6 +54,7 @@ def card_shuffles_splits(
     num_validation: int,
     num_test: int,
     difficulty: Difficulty = "late",
+    style: Style = "careless",
 ) -> dict[str, list[Example]]:
     """Train, validation and test examples, disjoint by prompt.
 
@@ -62,10 +64,11 @@ def card_shuffles_splits(
       difficulty: "late" has 3 to 5 familiar operations, of which the base model follows no more than
         3: the difficulty comes late in the solution. "early" begins with an operation that the base
         model has never seen and goes on with 1 or 2 familiar ones.
+      style: of the expert; the prompts are the same for both.
     """
     rng = random.Random(seed)
     sizes = {"validation": num_validation, "test": num_test, "train": num_train}
-    stream = _distinct_examples(rng, difficulty)
+    stream = _distinct_examples(rng, difficulty, style)
     return {name: [next(stream) for _ in range(size)] for name, size in sizes.items()}
 
 
@@ -90,7 +93,9 @@ def random_program(rng: random.Random, length: int) -> str:
     return "".join(rng.sample(list(OPERATIONS), length))
 
 
-def _distinct_examples(rng: random.Random, difficulty: Difficulty) -> Iterator[Example]:
+def _distinct_examples(
+    rng: random.Random, difficulty: Difficulty, style: Style
+) -> Iterator[Example]:
     seen: set[str] = set()
     while True:
         if difficulty == "late":
@@ -99,7 +104,10 @@ def _distinct_examples(rng: random.Random, difficulty: Difficulty) -> Iterator[E
             program = UNFAMILIAR + random_program(rng, rng.choice((1, 2)))
         digits = random_digits(rng)
         prompt = f"?{program}:{digits}="
+        # Drawn for a clean expert too, so that the random numbers of what follows are the same.
         solution = expert_trace(rng, program, digits)
+        if style == "clean":
+            solution = expert_trace(rng, program, digits, noise=False)
         if prompt in seen:
             continue
         seen.add(prompt)

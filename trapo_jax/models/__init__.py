@@ -16,6 +16,7 @@ from trapo_jax.models.hugging_face import (
     load_params,
 )
 from trapo_jax.models.hugging_face_config import ARCHITECTURES, read_config, read_eos_ids
+from trapo_jax.models.lora import Lora, join_trained, split_trained
 from trapo_jax.models.rope import Rope
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "KVCache",
+    "Lora",
     "Params",
     "Rope",
     "abstract_params",
@@ -30,8 +32,10 @@ __all__ = [
     "export_model",
     "find_model",
     "init_params",
+    "join_trained",
     "load_params",
     "read_config",
     "read_eos_ids",
+    "split_trained",
     "unembedding",
 ]

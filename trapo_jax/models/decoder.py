@@ -12,6 +12,7 @@ G = N / K, H head width, F MLP width, V vocabulary.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from trapo_jax.models.attention import Implementation, cached_attention, row_attention
+from trapo_jax.models.lora import A, B, Lora
 from trapo_jax.models.rope import Angles, Rope, apply_rope, rope_angles
 from trapo_jax.types import BATCH_AXES
 
@@ -44,6 +46,7 @@ class DecoderConfig:
       window: a token of a local layer sees itself and the `window - 1` before it.
       local_layers: which layers are local, one entry each; empty for none.
       local_rope: of local layers; None for the same as the others.
+      lora: adapters of the layers' matrices; None for none.
       dtype: of activations and matmul inputs.
       remat: what the backward pass computes anew: nothing, all but the results of matmuls
         ("dots"), or all but the layers' inputs ("full").
@@ -71,6 +74,7 @@ class DecoderConfig:
     window: int | None = None
     local_layers: tuple[bool, ...] = ()
     local_rope: Rope | None = None
+    lora: Lora | None = None
     dtype: str = "float32"
     remat: Remat = "none"
     attention: Implementation = "auto"
@@ -106,10 +110,20 @@ class Block(nnx.Module):
         self.mlp_norm = _norm_scale(c, c.width)
         self.gate_up = nnx.Param(init(c.width, 2, c.mlp_width))
         self.down = nnx.Param(_normal(rngs, c.mlp_width, c.mlp_width, c.width))
+        if c.lora:
+            for name in c.lora.targets:
+                self._add_adapter(name, c.lora.rank, rngs)
         if c.post_norms:
             self.attention_post_norm, self.mlp_post_norm = (
                 _norm_scale(c, c.width) for _ in range(2)
             )
+
+    def _add_adapter(self, name: str, rank: int, rngs: nnx.Rngs) -> None:
+        shape = getattr(self, name).shape
+        num_in = 3 if name == "output" else 1  # its first axes, which are contracted
+        fan_in = math.prod(shape[:num_in])
+        setattr(self, name + A, nnx.Param(_normal(rngs, fan_in, *shape[:num_in], rank)))
+        setattr(self, name + B, nnx.Param(jnp.zeros((rank, *shape[num_in:]))))
 
     def __call__(self, x_BTD, angles, segment_ids_BT, cache, cached_lens_S, is_local):
         """Returns the new residual stream and the new tokens' (keys, values), each `[B, T, K, H]`."""
@@ -124,6 +138,7 @@ class Block(nnx.Module):
         dtype = x_BTD.dtype
         normed = self._norm(x_BTD, self.attention_norm)
         qkv = jnp.einsum("BTD,DKJH->BTKJH", normed, self.qkv[...].astype(dtype))
+        qkv = self._adapted("qkv", normed, qkv)
         if c.qkv_bias:
             qkv += self.qkv_bias[...].astype(dtype)
         q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
@@ -146,7 +161,8 @@ class Block(nnx.Module):
             )
         # As one matrix: with three contracted axes XLA would transpose the weights on the way.
         output_ND = self.output[...].astype(dtype).reshape(-1, c.width)
-        attended = attended.reshape(*q.shape[:2], -1) @ output_ND
+        attended_BTN = attended.reshape(*q.shape[:2], -1)
+        attended = self._adapted("output", attended_BTN, attended_BTN @ output_ND)
         if c.output_bias:
             attended += self.output_bias[...].astype(dtype)
         if c.post_norms:
@@ -157,10 +173,19 @@ class Block(nnx.Module):
         dtype = x_BTD.dtype
         normed = self._norm(x_BTD, self.mlp_norm)
         gate_up = jnp.einsum("BTD,DJF->BTJF", normed, self.gate_up[...].astype(dtype))
+        gate_up = self._adapted("gate_up", normed, gate_up)
         activation = ACTIVATIONS[self.config.activation]
-        mlp = activation(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        mlp = mlp @ self.down[...].astype(dtype)
+        hidden = activation(gate_up[..., 0, :]) * gate_up[..., 1, :]
+        mlp = self._adapted("down", hidden, hidden @ self.down[...].astype(dtype))
         return self._norm(mlp, self.mlp_post_norm) if self.config.post_norms else mlp
+
+    def _adapted(self, name: str, x, y):
+        """`y`, what the matrix of this name makes of x `[B, T, in]`, and what its adapter adds to it."""
+        lora = self.config.lora
+        if lora is None or name not in lora.targets:
+            return y
+        a, b = (getattr(self, name + suffix)[...].astype(x.dtype) for suffix in (A, B))
+        return y + lora.scale * jnp.tensordot(x @ a.reshape(x.shape[-1], -1), b, axes=1)
 
     def _norm(self, x, scale: nnx.Param):
         return rms_norm(x, scale[...] + self.config.norm_offset, self.config.norm_epsilon)

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from trapo_jax.models.decoder import Decoder, DecoderConfig, Params, abstract_params
 from trapo_jax.models.json_file import read_json_object
+from trapo_jax.models.lora import A, B, join_trained, merged, split_trained
 from trapo_jax.types import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,15 +59,18 @@ def init_params(config: DecoderConfig, *, seed: int) -> Params:
     return nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))[1])
 
 
-def load_params(folder: Path, config: DecoderConfig, shardings: Params | None = None) -> Params:
+def load_params(
+    folder: Path, config: DecoderConfig, shardings: Params | None = None, *, seed: int = 0
+) -> Params:
     """Reads the safetensors of `folder` (float32, bfloat16 or float16) as float32 arrays on the devices.
 
-    One stacked parameter is put together on the host at a time, and only one tensor read.
+    One stacked parameter is put together on the host at a time, and only one tensor read. Adapters are drawn.
 
     Args:
       folder: with `model.safetensors`, or several files and their index.
       config: of this folder.
       shardings: where each parameter lies; None for the default device.
+      seed: of the adapters, if `config.lora` asks for them.
 
     Raises:
       UserError: naming tensor and file, for a missing, unexpected, misshapen or unreadable tensor,
@@ -92,7 +96,12 @@ def load_params(folder: Path, config: DecoderConfig, shardings: Params | None = 
     abstract = abstract_params(config)
     if shardings is None:
         shardings = jax.tree.map(lambda _: None, abstract)
-    return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+    if config.lora is None:
+        return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+    (adapters, kept), (of_adapters, of_kept) = map(split_trained, (abstract, shardings))
+    draw = lambda: split_trained(init_params(config, seed=seed))[0]  # the rest is never computed
+    adapters = jax.jit(draw, out_shardings=of_adapters)()
+    return join_trained(adapters, jax.tree_util.tree_map_with_path(load, kept, of_kept))
 
 
 def export_model(
@@ -106,7 +115,8 @@ def export_model(
     """Writes a Hugging Face folder that `transformers` loads; appears whole or not at all.
 
     `config.json` and the tokenizer are those of `source`, the folder the run began from; the
-    weights are float32, in several files with an index where one would exceed `max_file_bytes`.
+    weights are float32, adapters merged into them, in several files with an index where one would exceed
+    `max_file_bytes`.
     An existing `destination` is replaced.
 
     Raises:
@@ -148,7 +158,10 @@ def _write_tensors(
     weight_map, total_size, pending = {}, 0, {}
     file_of = {name: i for i, names in enumerate(files) for name in names}
     for parameter, pieces in layout.items():
-        host = np.asarray(jax.device_get(by_name[parameter]), np.float32)
+        host = _on_host(by_name[parameter])
+        if config.lora and parameter + A in by_name:
+            a, b = (_on_host(by_name[parameter + suffix]) for suffix in (A, B))
+            host = merged(host, a, b, config.lora.scale)
         for piece in pieces:
             ours = host[piece.index]
             theirs = ours.reshape(piece.shape[::-1]).T if piece.is_linear else ours
@@ -163,6 +176,10 @@ def _write_tensors(
     if len(files) > 1:
         index_data = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index_data, indent=2) + "\n")
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    return np.asarray(jax.device_get(x), np.float32)
 
 
 class _Piece(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any
 from trapo_jax.models.attention import Implementation
 from trapo_jax.models.decoder import DecoderConfig, Remat
 from trapo_jax.models.json_file import read_json_object
+from trapo_jax.models.lora import Lora
 from trapo_jax.models.rope import Rope
 from trapo_jax.types import UserError
 
@@ -28,6 +29,7 @@ def read_config(
     dtype: str = "float32",
     remat: Remat = "none",
     attention: Implementation = "auto",
+    lora: Lora | None = None,
 ) -> DecoderConfig:
     """Reads the decoder's shape from `folder/config.json`; the rest is how it is computed.
 
@@ -84,6 +86,7 @@ def read_config(
         dtype=dtype,
         remat=remat,
         attention=attention,
+        lora=lora,
     )
 
 
