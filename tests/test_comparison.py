@@ -48,7 +48,7 @@ def make_grid(out, *sweeps, methods=("trapo", "grpo"), seeds=3, **options):
         sweeps=tuple(map(read_sweep, sweeps)),
         num_seeds=seeds,
         num_tuning_seeds=1,
-        out=Path(out),
+        runs=Path(out),
         **options,
     )
 

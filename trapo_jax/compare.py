@@ -91,13 +91,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="runs at a time (default: a core each; 1 on an accelerator)",
     )
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the runs and the report")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
+    add(
+        "--runs",
+        type=Path,
+        metavar="DIR",
+        help="folder of the runs; comparisons that share it share runs (default OUT/runs)",
+    )
     add("overrides", nargs="*", metavar="FIELD=VALUE")
     return parser.parse_intermixed_args(arguments)
 
 
 def compare(args: argparse.Namespace, command: str) -> int:
     terminal = Terminal(1, first_step=0)
+    runs = args.runs or args.out / "runs"
     grid = Grid(
         config_file=args.config,
         overrides=tuple(parse_command_line(args.overrides)[1]),
@@ -107,7 +114,7 @@ def compare(args: argparse.Namespace, command: str) -> int:
         num_tuning_seeds=args.tuning_seeds,
         match=args.match,
         budget=args.budget,
-        out=args.out,
+        runs=runs,
     )
     trials = grid.trials()
     # Complains of a trial's config before anything is begun.
@@ -115,10 +122,11 @@ def compare(args: argparse.Namespace, command: str) -> int:
     examples = list({run.trial.method: run for run in planned}.values())
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {args.out}: {error.strerror}") from error
+        raise UserError(f"--out {args.out}, --runs {runs}: {error.strerror}") from error
     # The runs of a method compile the same programs.
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(args.out.absolute() / "compiled"), **os.environ}
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(runs.absolute() / "compiled"), **os.environ}
     device = check_steps(examples, environment, terminal)
     jobs = args.jobs or (num_cores() if device == "cpu" else 1)
     environment |= share_of_cores(jobs)
@@ -128,7 +136,7 @@ def compare(args: argparse.Namespace, command: str) -> int:
     failures += do_runs(final, jobs=jobs, environment=environment, say=terminal.say)
     results = [read_result(run) for run in final if is_complete(run)]
     comparison = Comparison(grid, command, results, failures, tuned)
-    write_report(comparison, terminal)
+    write_report(comparison, args.out, terminal)
     return EXIT_RUN_FAILED if failures else 0
 
 
@@ -187,9 +195,9 @@ def tune(
     return chosen, scores, failures
 
 
-def write_report(comparison: Comparison, terminal: Terminal) -> None:
+def write_report(comparison: Comparison, out: Path, terminal: Terminal) -> None:
     """comparison.md and .html, the curves, and the tables as CSV; the text on the terminal too."""
-    out, curves = comparison.grid.out, None
+    curves = None
     if comparison.results:
         curves = Image(out / CURVES, CURVES_TEXT)
         plot_curves(curves.path, comparison.results)
@@ -202,7 +210,8 @@ def write_report(comparison: Comparison, terminal: Terminal) -> None:
     for line in text.splitlines():
         terminal.say(line)
     terminal.say(
-        f"{out}: {MARKDOWN}, {HTML}, {CURVES}, {', '.join(tables)}; runs/ with a folder each"
+        f"{out}: {MARKDOWN}, {HTML}, {CURVES}, {', '.join(tables)}; "
+        f"{comparison.grid.runs} has a folder of each run"
     )
 
 

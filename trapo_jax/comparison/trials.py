@@ -76,7 +76,7 @@ class Grid:
       sweeps: what is tuned.
       num_seeds, num_tuning_seeds: runs of each method once tuned; of each trial before.
       match, budget: unit and amount that every run may spend.
-      out: the folder of everything.
+      runs: the folder of the runs' folders.
     """
 
     config_file: Path | None
@@ -87,7 +87,7 @@ class Grid:
     num_tuning_seeds: int
     match: str
     budget: float
-    out: Path
+    runs: Path
 
     def trials(self) -> dict[str, list[Trial]]:
         """Each method's trials, equally many.
@@ -132,7 +132,7 @@ class Grid:
         ]
 
     def _run(self, trial: Trial, seed: int, splits: list[str]) -> Run:
-        folder = self.out / "runs" / trial.method / _file_name(trial.setting) / f"seed_{seed}"
+        folder = self.runs / trial.method / _file_name(trial.setting) / f"seed_{seed}"
         decided = {
             "method.name": trial.method,
             "seed": str(seed),
