@@ -55,7 +55,7 @@ def test_prefilled_tokens_are_prompts_and_distinct_extensions_exactly(job):
     for row in rows_of(job):
         longest[row["problem"]] = max(longest[row["problem"]], row["prefix_len"])
     expected = sum(len(job["problems"][i]["prompt"]) + n - 1 for i, n in longest.items())
-    reply = Ours(TINY_MODEL, "float32", run_freely).run(job)
+    reply = Ours(str(TINY_MODEL), "float32", run_freely).run(job)
     assert reply["prefilled_tokens"] == expected
     assert reply["decoded_tokens"] == bench_rollout.num_tokens(job)
 

@@ -17,11 +17,10 @@ An engine that cannot refill its rows takes the rounds in batches of `--slots`.
 """
 
 import argparse
+import functools
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -31,12 +30,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_workers import Job, Worker, take_turns
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from trapo_jax.methods import make_method
-from trapo_jax.models import abstract_params, find_model, read_config
+from trapo_jax.models import DecoderConfig, abstract_params, find_model, read_config
 from trapo_jax.scheduler import Scheduler
 from trapo_jax.types import Expert, MicroGroup, Problem
 
@@ -47,25 +47,32 @@ UNIFORM_PROMPT, UNIFORM_NEW = 32, 64
 NUM_PROBLEMS = 32
 UNGUIDED = MicroGroup(8, 0.0, -1.0)
 
-Job = dict[str, Any]
-
 
 def main() -> int:
     args = parse()
     console = Console(width=max(120, Console().width))
     folder = find_model(args.model)
     jobs = make_jobs(args, read_config(folder).vocab_size)
-    workers = [Worker(name, folder, args) for name in args.engines]
+    workers = [
+        Worker(
+            WORKER,
+            name,
+            str(folder),
+            args.dtype,
+            python=args.tunix_python if name == "tunix" else sys.executable,
+        )
+        for name in args.engines
+    ]
     for worker in workers:
         if not worker.is_installed:
             console.print(f"{worker.name} is not installed here and left out")
     results: dict[str, dict[str, list[dict]]] = {}
     for job in jobs:
-        able = [w for w in workers if w.is_installed and w.name in job.get("only", ENGINES)]
-        rounds = [worker for _ in range(1 + args.repeats) for worker in able]
-        for worker in track(rounds, description=job["name"], console=console):
-            by_engine = results.setdefault(job["name"], {})
-            by_engine.setdefault(worker.name, []).append(worker.run(job))
+        progress = functools.partial(track, console=console)
+        results[job["name"]] = take_turns(workers, job, args.repeats, progress)
+        for name, replies in results[job["name"]].items():
+            if any(reply["decoded_tokens"] != num_tokens(job) for reply in replies):
+                sys.exit(f"{name} did not decode the {num_tokens(job)} tokens of {job['name']}")
     for worker in workers:
         worker.close()
     limits = measure_limits(folder, args.dtype, sorted({1, *UNIFORM_ROWS, args.slots}))
@@ -221,59 +228,13 @@ def log_normal(rng: np.random.Generator, median: float, sigma: float, low: int, 
     return int(np.clip(round(rng.lognormal(math.log(median), sigma)), low, high))
 
 
-# The engines' processes.
-
-
-class Worker:
-    """An engine in a process of its own."""
-
-    def __init__(self, name: str, folder: Path, args: argparse.Namespace):
-        self.name = name
-        python = args.tunix_python if name == "tunix" else sys.executable
-        command = [python, str(WORKER), name, str(folder), args.dtype]
-        pipe = subprocess.PIPE
-        # The workers share a GPU's memory.
-        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, env=environment
-        )
-        self.is_installed = self._reply() is not None
-
-    def run(self, job: Job) -> dict[str, Any]:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        reply = self._reply()
-        if reply is None:
-            sys.exit(f"{self.name} ended with code {self._process.wait()} during {job['name']}")
-        if reply["decoded_tokens"] != num_tokens(job):
-            sys.exit(f"{self.name} decoded {reply['decoded_tokens']} of {num_tokens(job)} tokens")
-        return reply
-
-    def close(self) -> None:
-        self._process.communicate()
-
-    def _reply(self) -> dict[str, Any] | None:
-        """The next one; None if the process has ended."""
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else None
-
-
 # What the machine allows.
 
 
 def measure_limits(folder: Path, dtype: str, rows: Sequence[int]) -> dict[str, Any]:
     """Tokens a second if decoding were the model's matmuls alone, and memory's bandwidth in GB/s."""
     config = read_config(folder, dtype=dtype)
-    shapes = [
-        (config.width, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim),
-        (config.num_heads * config.head_dim, config.width),
-        (config.width, 2 * config.mlp_width),
-        (config.mlp_width, config.width),
-    ]
-    weights = [jnp.ones(s, config.dtype) for _ in range(config.num_layers) for s in shapes]
-    weights.append(jnp.ones((config.width, config.vocab_size), config.dtype))
+    weights = [jnp.ones(shape, config.dtype) for shape in matmul_shapes(config)]
 
     @jax.jit
     def matmuls(weights, x):
@@ -292,6 +253,17 @@ def measure_limits(folder: Path, dtype: str, rows: Sequence[int]) -> dict[str, A
         "weight_bytes": parameters * jnp.dtype(config.dtype).itemsize,
         "device": str(jax.devices()[0].device_kind),
     }
+
+
+def matmul_shapes(config: DecoderConfig) -> list[tuple[int, int]]:
+    """Of every matrix that a token is multiplied with."""
+    of_layer = [
+        (config.width, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim),
+        (config.num_heads * config.head_dim, config.width),
+        (config.width, 2 * config.mlp_width),
+        (config.mlp_width, config.width),
+    ]
+    return of_layer * config.num_layers + [(config.width, config.vocab_size)]
 
 
 def median_secs(call: Any, repeats: int = 7) -> float:

@@ -8,15 +8,13 @@ Imports what its engine needs and nothing else: Tunix lives in an environment wi
 import dataclasses
 import functools
 import json
-import os
-import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Job = dict[str, Any]
+from bench_workers import Job, serve
 
 
 class Ours:
@@ -25,14 +23,14 @@ class Ours:
     Timed with `update_weights`, which every training step calls.
     """
 
-    def __init__(self, folder: Path, dtype: str, run_rollouts: Callable[[Any, Job], None]):
+    def __init__(self, folder: str, dtype: str, run_rollouts: Callable[[Any, Job], None]):
         import jax
 
         from trapo_jax.models import load_params, read_config
 
         jax.config.update("jax_default_matmul_precision", "highest")  # no TF32, as in torch
-        self.config = read_config(folder, dtype=dtype)
-        self.params = load_params(folder, self.config)
+        self.config = read_config(Path(folder), dtype=dtype)
+        self.params = load_params(Path(folder), self.config)
         self.run_rollouts = run_rollouts
         self.job_name = ""
         self.engine: Any = None
@@ -155,7 +153,7 @@ def batches(job: Job):
 class Transformers:
     """`generate` with its KV cache; rows that are done are padded until the longest is."""
 
-    def __init__(self, folder: Path, dtype: str):
+    def __init__(self, folder: str, dtype: str):
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -197,11 +195,11 @@ class Tunix:
     """Tunix's own sampler. It compiles for every length of a batch: prompts are padded to few lengths, and the buffer is
     always as long as the longest needs, though it stops where the batch at hand does."""
 
-    def __init__(self, folder: Path, dtype: str):
+    def __init__(self, folder: str, dtype: str):
         import jax.numpy as jnp
         from tunix.models.llama3 import model, params  # pyright: ignore[reportMissingImports]
 
-        shape = json.loads((folder / "config.json").read_text())
+        shape = json.loads((Path(folder) / "config.json").read_text())
         rope = shape.get("rope_parameters") or shape
         self.config = model.ModelConfig(
             num_layers=shape["num_hidden_layers"],
@@ -216,7 +214,7 @@ class Tunix:
             weight_tying=shape["tie_word_embeddings"],
         )
         self.model = params.create_model_from_safe_tensors(
-            str(folder), self.config, dtype=getattr(jnp, dtype)
+            folder, self.config, dtype=getattr(jnp, dtype)
         )
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -302,22 +300,5 @@ ENGINES = {
 }
 
 
-def main() -> int:
-    name, folder, dtype = sys.argv[1:]
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no reply
-    try:
-        engine = ENGINES[name](Path(folder), dtype)
-    except ModuleNotFoundError as e:
-        print(f"{name}: {e}", file=sys.stderr)
-        return 1
-    print(json.dumps({"engine": name}), file=replies, flush=True)
-    for line in sys.stdin:
-        reply = engine.run(json.loads(line))
-        reply["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps(reply), file=replies, flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(ENGINES))

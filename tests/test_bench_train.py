@@ -1,0 +1,62 @@
+"""tools/bench_train.py: every engine is given the same rows, and their losses are held against each other."""
+
+import json
+import subprocess
+import sys
+
+import bench_train
+import pytest
+from bench_train_worker import ENGINES, padded_micro_batches
+from conftest import REPOSITORY, TINY_MODEL
+
+ARGUMENTS = ["--model", str(TINY_MODEL), "--row-len", "64", "--rows", "2", "--num-rollouts", "7"]
+
+
+@pytest.fixture
+def job(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", *ARGUMENTS])
+    return bench_train.ragged_job(bench_train.parse(), vocab_size=24)
+
+
+def test_packed_and_padded_rows_have_the_same_loss(job):
+    lens = [len(row["prompt"]) + len(row["response"]) for row in job["rows"]]
+    assert max(lens) == 64
+    packed, unpacked = (ENGINES[name](str(TINY_MODEL)).run(job) for name in bench_train.ENGINES[:2])
+    assert packed["loss"] == pytest.approx(unpacked["loss"], rel=1e-5)
+    assert unpacked["computed_tokens"] == 4 * 2 * 64
+    assert sum(lens) <= packed["computed_tokens"] < unpacked["computed_tokens"]
+
+
+def test_padded_micro_batches_hold_every_token_once(job):
+    seen = [row for batch in padded_micro_batches(job) for row in zip(*batch, strict=True)]
+    assert len(seen) == 7
+    found = {tuple(t for t, s in zip(ids, there, strict=True) if s) for ids, _, there in seen}
+    assert found == {tuple(row["prompt"] + row["response"]) for row in job["rows"]}
+    trained = sum(sum(row) for _, row, _ in seen)
+    assert trained == sum(len(row["response"]) for row in job["rows"])
+
+
+def test_engines_that_compute_something_else_are_refused():
+    bench_train.check_losses({"ours": 2.0, "torch": 2.001}, "equal")
+    with pytest.raises(SystemExit, match="equal: the engines' first losses differ"):
+        bench_train.check_losses({"ours": 2.0, "torch": 2.01}, "equal")
+
+
+def test_the_command_compares_and_writes_json(tmp_path):
+    file = tmp_path / "bench.json"
+    options = ["--engines", "ours,tunix", "--repeats", "1", "--json", str(file)]
+    result = subprocess.run(
+        [sys.executable, "tools/bench_train.py", *ARGUMENTS, *options],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "tunix is not installed here and left out" in result.stdout
+    results = json.loads(file.read_text())["results"]
+    assert [(r["workload"], r["engine"]) for r in results] == [
+        ("equal", "ours"),
+        ("ragged", "ours"),
+    ]
+    assert all(r["tokens_per_sec"] > r["trained_tokens_per_sec"] > 0 for r in results)

@@ -1,0 +1,194 @@
+"""Compares train steps on the same weights and rows, side by side in one run: tokens a second, and peak memory.
+
+    python tools/bench_train.py --model models/smollm2_135m
+    python tools/bench_train.py --model DIR --engines ours,torch,tunix --tunix-python VENV/bin/python --json FILE
+
+Engines: `ours`, the train step of `trapo_jax.train`, with its metrics; `torch`, a plain loop on the `transformers`
+model; `tunix`, the step of its trainer, in an environment of its own. All do the same: one AdamW step (gradients clipped)
+on the mean cross-entropy of the responses, in micro-batches of equally many rows. Each runs in a process of its own and
+is asked in turn, A B A B ..., after one round that compiles; their first losses must agree.
+
+Workloads: `equal`, rows of one length, nothing to pack; `ragged`, responses of log-normal length, which we pack into
+rows, and the others pad to the longest of a micro-batch, sorted by length (`ours, unpacked` does what they do, but
+to the longest of all).
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_rollout import log_normal, matmul_shapes, median_secs, random_ids
+from bench_workers import Job, Worker, median, take_turns
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from trapo_jax.models import find_model, read_config
+
+ENGINES = ("ours", "ours, unpacked", "torch", "tunix")
+WORKER = Path(__file__).with_name("bench_train_worker.py")
+LOSSES_AGREE = 1e-3  # relative, in float32: they are sums in another order
+
+
+def main() -> int:
+    args = parse()
+    console = Console(width=max(120, Console().width))
+    folder = find_model(args.model)
+    config = read_config(folder)
+    jobs = [equal_job(args, config.vocab_size), ragged_job(args, config.vocab_size)]
+    report = []
+    for job in jobs:  # new processes: peaks of memory are a workload's own
+        workers = [
+            Worker(
+                WORKER,
+                name,
+                str(folder),
+                python=args.tunix_python if name == "tunix" else sys.executable,
+            )
+            for name in args.engines
+        ]
+        for worker in workers:
+            if not worker.is_installed:
+                console.print(f"{worker.name} is not installed here and left out")
+        replies = take_turns(workers, job, args.repeats, functools.partial(track, console=console))
+        for worker in workers:
+            worker.close()
+        check_losses({name: found[0]["loss"] for name, found in replies.items()}, job["name"])
+        report += [summary(job, name, found[1:]) for name, found in replies.items()]
+    bound = matmul_bound(folder, args.rows * args.row_len)
+    for result in report:
+        result["share_of_matmul_bound"] = result["tokens_per_sec"] / bound
+    show(console, report, bound)
+    if args.json:
+        limits = {"matmul_tokens_per_sec": bound, "device": jax.devices()[0].device_kind}
+        args.json.write_text(json.dumps({"limits": limits, "results": report}, indent=2) + "\n")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument(
+        "--engines",
+        default="ours,torch",
+        type=lambda text: [ENGINES[1] if name == "unpacked" else name for name in text.split(",")],
+        help="of ours, unpacked, torch, tunix (default ours,torch)",
+    )
+    parser.add_argument("--rows", type=int, default=2, help="rows of a micro-batch (default 2)")
+    parser.add_argument("--row-len", type=int, default=256, help="their tokens (default 256)")
+    parser.add_argument("--num-rollouts", type=int, default=24, help="ragged (default 24)")
+    parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default 3)")
+    parser.add_argument(
+        "--tunix-python", default=sys.executable, help="a Python where google-tunix is installed"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    args = parser.parse_args()
+    for name in args.engines:
+        if name not in ENGINES:
+            parser.error(f"--engines: no {name!r}; there are ours, unpacked, torch, tunix")
+    return args
+
+
+def equal_job(args: argparse.Namespace, vocab_size: int) -> Job:
+    """Two micro-batches of rows that are full."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"prompt": random_ids(rng, 1, vocab_size), "response": random_ids(rng, n, vocab_size)}
+        for n in [args.row_len - 1] * (2 * args.rows)
+    ]
+    # Nothing to pack: ours has one row a rollout either way.
+    return make_job("equal", rows, args)
+
+
+def ragged_job(args: argparse.Namespace, vocab_size: int) -> Job:
+    """Prompts and responses as rollouts have them; the longest response fills a row."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for _ in range(args.num_rollouts):
+        prompt = log_normal(rng, args.row_len / 12, 0.4, 4, args.row_len // 4)
+        response = log_normal(rng, args.row_len / 6, 0.9, 2, args.row_len - prompt)
+        rows.append(
+            {
+                "prompt": random_ids(rng, prompt, vocab_size),
+                "response": random_ids(rng, response, vocab_size),
+            }
+        )
+    longest = max(rows, key=lambda row: len(row["response"]))
+    missing = args.row_len - len(longest["prompt"]) - len(longest["response"])
+    longest["response"] += random_ids(rng, missing, vocab_size)
+    return make_job("ragged", rows, args)
+
+
+def make_job(name: str, rows: list[dict], args: argparse.Namespace) -> Job:
+    return {"name": name, "rows": rows, "micro_batch_rows": args.rows, "row_len": args.row_len}
+
+
+def check_losses(losses: dict[str, float], job_name: str) -> None:
+    if max(losses.values()) - min(losses.values()) > LOSSES_AGREE * max(losses.values()):
+        sys.exit(f"{job_name}: the engines' first losses differ: {losses}")
+
+
+def matmul_bound(folder: Path, num_tokens: int) -> float:
+    """Tokens a second if a step were the model's matmuls alone: forward, and twice that backward."""
+    shapes = matmul_shapes(read_config(folder))
+    weights = [jnp.ones(shape) for shape in shapes]
+    x = jnp.ones((num_tokens, max(shape[0] for shape in shapes)))
+
+    @jax.jit
+    def matmuls(weights, x):
+        return sum(jnp.sum(x[:, : w.shape[0]] @ w) for w in weights)
+
+    return num_tokens / (3 * median_secs(lambda: matmuls(weights, x)))
+
+
+def summary(job: Job, engine: str, replies: list[dict]) -> dict:
+    seconds = median(replies, "seconds")
+    lens = [(len(row["prompt"]), len(row["response"])) for row in job["rows"]]
+    return {
+        "workload": job["name"],
+        "engine": engine,
+        "seconds": seconds,
+        "all_seconds": [reply["seconds"] for reply in replies],
+        "tokens_per_sec": sum(map(sum, lens)) / seconds,
+        "trained_tokens_per_sec": sum(response for _, response in lens) / seconds,
+        "computed_tokens": replies[-1]["computed_tokens"],
+        "process_peak_mib": max(reply["peak_mib"] for reply in replies),
+    }
+
+
+def show(console: Console, report: list[dict], bound: float) -> None:
+    table = Table(title="medians; tokens without pad; `ours` = 1", title_justify="left")
+    for name in ("workload", "engine"):
+        table.add_column(name)
+    for name in ("tokens/s", "trained/s", "step", "time ratio", "of matmul bound", "with pad"):
+        table.add_column(name, justify="right")
+    table.add_column("process peak MiB", justify="right")
+    ours = {r["workload"]: r["seconds"] for r in report if r["engine"] == "ours"}
+    for r in report:
+        base = ours.get(r["workload"])
+        table.add_row(
+            r["workload"],
+            r["engine"],
+            f"{r['tokens_per_sec']:,.0f}",
+            f"{r['trained_tokens_per_sec']:,.0f}",
+            f"{r['seconds']:.2f} s",
+            f"{r['seconds'] / base:.2f}" if base else "",
+            f"{r['share_of_matmul_bound']:.0%}",
+            f"{r['computed_tokens']:,}",
+            f"{r['process_peak_mib']:,.0f}",
+        )
+    console.print(table)
+    console.print(
+        f"{jax.devices()[0].device_kind}: the model's matmuls alone, three times, allow {bound:,.0f} tokens/s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

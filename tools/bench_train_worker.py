@@ -1,0 +1,146 @@
+"""One engine of `bench_train.py`, in a process of its own: `ENGINE MODEL_FOLDER`, float32."""
+
+import functools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_workers import Job, serve
+
+LEARNING_RATE, B1, B2, WEIGHT_DECAY, MAX_NORM = 1e-5, 0.9, 0.98, 0.01, 1.0
+
+
+class Ours:
+    """The step of `trapo_jax.train` for `method.name=sft`, batch building included."""
+
+    def __init__(self, folder: str, *, packed: bool):
+        from trapo_jax.methods import make_method
+        from trapo_jax.models import load_params, read_config
+        from trapo_jax.sharding import make_mesh
+        from trapo_jax.train_step import init_state, make_optimizer, state_shardings
+
+        self.packed = packed
+        self.config = read_config(Path(folder))
+        self.mesh = make_mesh(data=1, fsdp=-1, tp=1)
+        self.optimizer = make_optimizer(
+            adam_b1=B1, adam_b2=B2, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_NORM
+        )
+        params = load_params(Path(folder), self.config)
+        self.shardings = state_shardings(params, self.optimizer, self.mesh)
+        self.state = init_state(params, self.optimizer, self.mesh)
+        self.method = make_method("sft")
+        self.step: Any = None
+
+    def run(self, job: Job) -> dict[str, Any]:
+        import jax
+
+        from trapo_jax.batch import build_batch
+        from trapo_jax.train_step import make_train_step, place_batch
+        from trapo_jax.types import Moment
+
+        if self.step is None:
+            self.step = make_train_step(
+                self.config,
+                self.method,
+                self.optimizer,
+                self.mesh,
+                self.shardings,
+                temperature=1.0,
+                max_completion_length=job["row_len"],
+                chunk_size=512,
+            )
+        rows = train_rows(job)
+        started = time.perf_counter()
+        batch = build_batch(
+            rows,
+            row_len=job["row_len"],
+            micro_batch_rows=job["micro_batch_rows"],
+            packed=self.packed,
+        )
+        coefficients = self.method.coefficients(Moment(1, 0.0, 0), learning_rate=LEARNING_RATE)
+        self.state, metrics, _ = self.step(self.state, place_batch(batch, self.mesh), coefficients)
+        loss = float(jax.device_get(metrics)["loss/total"])
+        seconds = time.perf_counter() - started
+        computed = int(batch.num_micro_batches) * job["micro_batch_rows"] * job["row_len"]
+        return {"seconds": seconds, "loss": loss, "computed_tokens": computed}
+
+
+def train_rows(job: Job) -> list:
+    from trapo_jax.types import (
+        Completion,
+        Expert,
+        FinishReason,
+        Problem,
+        RolloutRequest,
+        TrainRow,
+    )
+
+    rows = []
+    for i, row in enumerate(job["rows"]):
+        expert = Expert(tuple(row["response"]))
+        problem = Problem(f"{i:016x}", tuple(row["prompt"]), "", (expert,))
+        request = RolloutRequest(problem, 0, 0, 0, len(row["response"]))
+        rows.append(TrainRow(Completion(request, (), (), FinishReason.STOP), 0.0, True))
+    return rows
+
+
+def padded_micro_batches(job: Job):
+    """(token ids, 1 on what is trained, 1 on what is no pad), as lists: rows of like length together."""
+    rows = sorted(job["rows"], key=lambda row: len(row["prompt"]) + len(row["response"]))
+    size = job["micro_batch_rows"]
+    for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+        longest = max(len(row["prompt"]) + len(row["response"]) for row in part)
+        fill = lambda x, longest=longest: x + [0] * (longest - len(x))
+        yield (
+            [fill(row["prompt"] + row["response"]) for row in part],
+            [fill([0] * len(row["prompt"]) + [1] * len(row["response"])) for row in part],
+            [fill([1] * (len(row["prompt"]) + len(row["response"]))) for row in part],
+        )
+
+
+class Torch:
+    """A plain loop: forward, backward a micro-batch, clip, AdamW."""
+
+    def __init__(self, folder: str):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.torch = torch
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model.train().to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LEARNING_RATE, betas=(B1, B2), weight_decay=WEIGHT_DECAY
+        )
+
+    def run(self, job: Job) -> dict[str, Any]:
+        torch = self.torch
+        num_trained = sum(len(row["response"]) for row in job["rows"])
+        started, total, computed = time.perf_counter(), 0.0, 0
+        for batch in padded_micro_batches(job):
+            ids, trained, seen = (torch.tensor(x, device=self.device) for x in batch)
+            computed += ids.numel()
+            logits = self.model(input_ids=ids, attention_mask=seen).logits[:, :-1]
+            labels = ids[:, 1:].masked_fill(trained[:, 1:] == 0, -100)
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), reduction="sum"
+            )
+            (loss / num_trained).backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "loss": total / num_trained, "computed_tokens": computed}
+
+
+ENGINES = {
+    "ours": functools.partial(Ours, packed=True),
+    "ours, unpacked": functools.partial(Ours, packed=False),
+    "torch": Torch,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(serve(ENGINES))
