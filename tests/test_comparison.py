@@ -25,6 +25,7 @@ from trapo_jax.comparison import (
     plot_curves,
     read_result,
     read_sweep,
+    read_variant,
     to_html,
     to_markdown,
     write_csv,
@@ -40,12 +41,13 @@ NUM_PROBLEMS, NUM_SAMPLES = 40, 4
 LEARNING_RATES = "learning_rate=1e-4,3e-4"
 
 
-def make_grid(out, *sweeps, methods=("trapo", "grpo"), seeds=3, **options):
+def make_grid(out, *sweeps, methods=("trapo", "grpo"), seeds=3, variants=(), **options):
     options = {"match": "steps", "budget": 20.0, "overrides": (), **options}
     return Grid(
         config_file=None,
         methods=methods,
         sweeps=tuple(map(read_sweep, sweeps)),
+        variants=tuple(map(read_variant, variants)),
         num_seeds=seeds,
         num_tuning_seeds=1,
         runs=Path(out),
@@ -110,6 +112,48 @@ def test_an_unfair_or_contradictory_grid_is_refused(sweeps, overrides, message):
     with pytest.raises(UserError) as error:
         make_grid("out", *sweeps, overrides=overrides).trials()
     assert message in str(error.value)
+
+
+def test_a_variant_is_a_method_with_settings_and_a_name_of_its_own():
+    asked = make_grid(
+        "out",
+        "late:learning_rate=1e-4,3e-4",
+        "trapo:learning_rate=2e-4,5e-4",
+        methods=("trapo", "late"),
+        variants=["late: method.name=trapo alpha=0.5 'method.constants.prefix_boundary=paragraph'"],
+    )
+    trials = asked.trials()
+    assert [trial.setting for trial in trials["late"]] == [
+        "learning_rate=1e-4",
+        "learning_rate=3e-4",
+    ]
+    plain, late = asked.final_runs([trials["trapo"][0], trials["late"][1]])[:2]
+    assert (late.config.method.name, late.config.method.alpha) == ("trapo", 0.5)
+    assert late.config.method.constants == {"prefix_boundary": "paragraph"}
+    assert late.config.train.learning_rate == 3e-4
+    assert late.folder.parts[1:3] == ("late", "learning_rate=3e-4")
+    assert (plain.config.method.name, plain.config.method.alpha) == ("trapo", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method.name=trapo", "not NAME: method.name=METHOD"),
+        ("late: alpha=0.5", "not NAME: method.name=METHOD"),
+        ("la te: method.name=trapo", "not NAME: method.name=METHOD"),
+        ("late: method.name=trapo seed=1", "seed: a comparison decides it (--seeds)"),
+        ("late: method.name=trapo alpha", "'alpha' is not FIELD=VALUE"),
+    ],
+)
+def test_a_malformed_variant_is_one_line(text, message):
+    with pytest.raises(UserError) as error:
+        read_variant(text)
+    assert message in str(error.value)
+
+
+def test_a_variant_that_is_not_compared_is_refused():
+    with pytest.raises(UserError, match="late not among --methods"):
+        make_grid("out", variants=["late: method.name=trapo"]).trials()
 
 
 @pytest.mark.parametrize("text", ["learning_rate", "learning_rate=", "a b=1", "x=1,1"])

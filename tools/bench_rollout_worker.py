@@ -196,26 +196,7 @@ class Tunix:
     always as long as the longest needs, though it stops where the batch at hand does."""
 
     def __init__(self, folder: str, dtype: str):
-        import jax.numpy as jnp
-        from tunix.models.llama3 import model, params  # pyright: ignore[reportMissingImports]
-
-        shape = json.loads((Path(folder) / "config.json").read_text())
-        rope = shape.get("rope_parameters") or shape
-        self.config = model.ModelConfig(
-            num_layers=shape["num_hidden_layers"],
-            vocab_size=shape["vocab_size"],
-            embed_dim=shape["hidden_size"],
-            hidden_dim=shape["intermediate_size"],
-            num_heads=shape["num_attention_heads"],
-            head_dim=shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"],
-            num_kv_heads=shape["num_key_value_heads"],
-            rope_theta=rope["rope_theta"],
-            norm_eps=shape["rms_norm_eps"],
-            weight_tying=shape["tie_word_embeddings"],
-        )
-        self.model = params.create_model_from_safe_tensors(
-            folder, self.config, dtype=getattr(jnp, dtype)
-        )
+        self.model, self.config = tunix_model(folder, dtype)
 
     def run(self, job: Job) -> dict[str, Any]:
         from tunix.generate.sampler import (  # pyright: ignore[reportMissingImports]
@@ -250,6 +231,28 @@ class Tunix:
             decoded += sum(min(len(ids), n) for ids, n in zip(rows.tokens, num_new, strict=True))
         seconds = time.perf_counter() - started
         return {"seconds": seconds, "prefilled_tokens": prefilled, "decoded_tokens": decoded}
+
+
+def tunix_model(folder: str, dtype: str) -> tuple[Any, Any]:
+    """Tunix's Llama with the weights of a Hugging Face folder, and its config."""
+    import jax.numpy as jnp
+    from tunix.models.llama3 import model, params  # pyright: ignore[reportMissingImports]
+
+    shape = json.loads((Path(folder) / "config.json").read_text())
+    rope = shape.get("rope_parameters") or shape
+    config = model.ModelConfig(
+        num_layers=shape["num_hidden_layers"],
+        vocab_size=shape["vocab_size"],
+        embed_dim=shape["hidden_size"],
+        hidden_dim=shape["intermediate_size"],
+        num_heads=shape["num_attention_heads"],
+        head_dim=shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"],
+        num_kv_heads=shape["num_key_value_heads"],
+        rope_theta=rope["rope_theta"],
+        norm_eps=shape["rms_norm_eps"],
+        weight_tying=shape["tie_word_embeddings"],
+    )
+    return params.create_model_from_safe_tensors(folder, config, dtype=getattr(jnp, dtype)), config
 
 
 def fixed_buffer(sampler_class):

@@ -85,12 +85,13 @@ def train_rows(job: Job) -> list:
     return rows
 
 
-def padded_micro_batches(job: Job):
+def padded_micro_batches(job: Job, multiple: int = 1):
     """(token ids, 1 on what is trained, 1 on what is no pad), as lists: rows of like length together."""
     rows = sorted(job["rows"], key=lambda row: len(row["prompt"]) + len(row["response"]))
     size = job["micro_batch_rows"]
     for part in (rows[i : i + size] for i in range(0, len(rows), size)):
         longest = max(len(row["prompt"]) + len(row["response"]) for row in part)
+        longest = -(-longest // multiple) * multiple
         fill = lambda x, longest=longest: x + [0] * (longest - len(x))
         yield (
             [fill(row["prompt"] + row["response"]) for row in part],
@@ -135,10 +136,75 @@ class Torch:
         return {"seconds": seconds, "loss": total / num_trained, "computed_tokens": computed}
 
 
+class Tunix:
+    """The jitted step of its trainer, once a micro-batch: `optax.MultiSteps` updates after the last.
+
+    Its own loss is the mean over a micro-batch, hence not the batch's; here every micro-batch's sum is divided by the
+    same number. Lengths are padded to few, as it compiles for each.
+    """
+
+    def __init__(self, folder: str):
+        from bench_rollout_worker import tunix_model
+
+        self.model, _ = tunix_model(folder, "float32")
+        self.step: Any = None
+
+    def run(self, job: Job) -> dict[str, Any]:
+        import jax.numpy as jnp
+
+        batches = list(padded_micro_batches(job, multiple=64))
+        if self.step is None:
+            self.step = tunix_step(self.model, len(batches))
+        num_trained = sum(len(row["response"]) for row in job["rows"])
+        started, total, computed = time.perf_counter(), 0.0, 0
+        for ids, trained, seen in batches:
+            tokens, mask, seen = jnp.asarray(ids), jnp.asarray(trained), jnp.asarray(seen)
+            computed += tokens.size
+            length = tokens.shape[1]
+            causal = jnp.tril(jnp.ones((length, length), bool))
+            loss, *_ = self.step(
+                {
+                    "input_tokens": tokens,
+                    "input_mask": mask,
+                    "positions": jnp.broadcast_to(jnp.arange(length), tokens.shape),
+                    "attention_mask": causal & (seen[:, None, :] == 1),
+                    "divisor": jnp.float32(num_trained / len(batches)),
+                }
+            )
+            total += float(loss) / len(batches)
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "loss": total, "computed_tokens": computed}
+
+
+def tunix_step(model, num_micro_batches: int):
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from tunix.sft.peft_trainer import (  # pyright: ignore[reportMissingImports]
+        PeftTrainer,
+        TrainingConfig,
+    )
+
+    def loss(model, input_tokens, input_mask, positions, attention_mask, divisor):
+        logits, _ = model(input_tokens, positions, None, attention_mask)
+        logprobs = jax.nn.log_softmax(logits[:, :-1])
+        of_targets = jnp.take_along_axis(logprobs, input_tokens[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.sum(of_targets * input_mask[:, 1:]) / divisor
+
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(MAX_NORM),
+        optax.adamw(LEARNING_RATE, b1=B1, b2=B2, weight_decay=WEIGHT_DECAY),
+    )
+    config = TrainingConfig(eval_every_n_steps=10**9, gradient_accumulation_steps=num_micro_batches)
+    trainer = PeftTrainer(model, optimizer, config).with_loss_fn(loss)
+    return trainer.jit_train_and_eval_step()[0]
+
+
 ENGINES = {
     "ours": functools.partial(Ours, packed=True),
     "ours, unpacked": functools.partial(Ours, packed=False),
     "torch": Torch,
+    "tunix": Tunix,
 }
 
 

@@ -32,6 +32,7 @@ from trapo_jax.comparison import (
     plot_curves,
     read_result,
     read_sweep,
+    read_variant,
     to_html,
     to_markdown,
     write_csv,
@@ -68,6 +69,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", type=Path, help="YAML file of all runs; the defaults without it")
     add("--methods", required=True, metavar="NAME,...", help="what to compare, as in method.name")
+    add(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="'NAME: method.name=METHOD FIELD=VALUE ...'",
+        help="a method with other settings, under a name of its own that --methods may list; may be given several times",
+    )
     add("--seeds", type=_positive, default=5, metavar="N", help="runs of each (default 5)")
     add(
         "--match",
@@ -109,6 +117,7 @@ def compare(args: argparse.Namespace, command: str) -> int:
         config_file=args.config,
         overrides=tuple(parse_command_line(args.overrides)[1]),
         methods=tuple(dict.fromkeys(args.methods.split(","))),
+        variants=tuple(map(read_variant, args.variant)),
         sweeps=tuple(map(read_sweep, args.sweep)),
         num_seeds=args.seeds,
         num_tuning_seeds=args.tuning_seeds,

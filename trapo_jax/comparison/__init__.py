@@ -8,7 +8,15 @@ from trapo_jax.comparison.document import Document, Image, Table, to_html, to_ma
 from trapo_jax.comparison.grid import Failure, Interrupted, do_runs
 from trapo_jax.comparison.report import Comparison, describe
 from trapo_jax.comparison.results import Result, pick_trials, read_result
-from trapo_jax.comparison.trials import Grid, Run, Sweep, Trial, read_sweep
+from trapo_jax.comparison.trials import (
+    Grid,
+    Run,
+    Sweep,
+    Trial,
+    Variant,
+    read_sweep,
+    read_variant,
+)
 
 __all__ = [
     "Comparison",
@@ -22,12 +30,14 @@ __all__ = [
     "Sweep",
     "Table",
     "Trial",
+    "Variant",
     "describe",
     "do_runs",
     "pick_trials",
     "plot_curves",
     "read_result",
     "read_sweep",
+    "read_variant",
     "to_html",
     "to_markdown",
     "write_csv",

@@ -7,11 +7,12 @@ import dataclasses
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from trapo_jax.config import Config, list_fields, load_config
+from trapo_jax.config import Config, list_fields, load_config, parse_command_line
 from trapo_jax.types import UserError
 
 FIRST_TUNING_SEED = 1000  # trials are tuned with seeds of their own
@@ -34,6 +35,13 @@ class Sweep(NamedTuple):
     methods: tuple[str, ...]
     field: str
     values: tuple[str, ...]  # as YAML scalars
+
+
+class Variant(NamedTuple):
+    """A method under a name of its own, with fields that make it another one."""
+
+    name: str
+    settings: tuple[tuple[str, str], ...]  # (field, value), `method.name` among them
 
 
 class Trial(NamedTuple):
@@ -72,7 +80,8 @@ class Grid:
 
     Attributes:
       config_file, overrides: of all runs.
-      methods: names.
+      methods: names, of the family or of variants.
+      variants: methods with other settings.
       sweeps: what is tuned.
       num_seeds, num_tuning_seeds: runs of each method once tuned; of each trial before.
       match, budget: unit and amount that every run may spend.
@@ -82,6 +91,7 @@ class Grid:
     config_file: Path | None
     overrides: tuple[tuple[str, str], ...]
     methods: tuple[str, ...]
+    variants: tuple[Variant, ...]
     sweeps: tuple[Sweep, ...]
     num_seeds: int
     num_tuning_seeds: int
@@ -100,6 +110,9 @@ class Grid:
                 raise UserError(
                     f"command line: {field}: a comparison decides it ({DECIDED_HERE[field]})"
                 )
+        unused = {v.name for v in self.variants} - set(self.methods)
+        if unused:
+            raise UserError(f"--variant: {', '.join(sorted(unused))} not among --methods")
         unknown = {m for s in self.sweeps for m in s.methods} - set(self.methods)
         if unknown:
             raise UserError(f"--sweep: {', '.join(sorted(unknown))} not among --methods")
@@ -134,13 +147,14 @@ class Grid:
     def _run(self, trial: Trial, seed: int, splits: list[str]) -> Run:
         folder = self.runs / trial.method / _file_name(trial.setting) / f"seed_{seed}"
         decided = {
-            "method.name": trial.method,
             "seed": str(seed),
             "output_dir": json.dumps(str(folder)),
             "evaluation.splits": json.dumps(splits),
             **_budget(self.match, self.budget),
         }
-        overrides = [*EVENLY, *self.overrides, *trial.values, *decided.items()]
+        own = {v.name: v.settings for v in self.variants}
+        method = own.get(trial.method, (("method.name", trial.method),))
+        overrides = [*EVENLY, *self.overrides, *method, *trial.values, *decided.items()]
         return Run(trial, seed, load_config(self.config_file, overrides))
 
 
@@ -176,6 +190,29 @@ def read_sweep(text: str) -> Sweep:
     if len(set(values)) < len(values):
         raise UserError(f"--sweep {text}: the same value twice")
     return Sweep(methods, _whole_name(found[2]), values)
+
+
+def read_variant(text: str) -> Variant:
+    """`NAME: method.name=METHOD FIELD=VALUE ...`.
+
+    >>> read_variant("late: method.name=trapo alpha=0.5").settings
+    (('method.name', 'trapo'), ('method.alpha', '0.5'))
+
+    Raises:
+      UserError: for anything else.
+    """
+    name, _, rest = (part.strip() for part in text.partition(":"))
+    _, settings = parse_command_line(shlex.split(rest))
+    settings = tuple((_whole_name(field), value) for field, value in settings)
+    fields = [field for field, _ in settings]
+    if not re.fullmatch(r"\w+", name) or "method.name" not in fields:
+        raise UserError(f"--variant {text}: not NAME: method.name=METHOD FIELD=VALUE ...")
+    for field in fields:
+        if field in DECIDED_HERE and field != "method.name":
+            raise UserError(
+                f"--variant {text}: {field}: a comparison decides it ({DECIDED_HERE[field]})"
+            )
+    return Variant(name, settings)
 
 
 def _whole_name(field: str) -> str:
