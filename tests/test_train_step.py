@@ -59,11 +59,11 @@ ALPHA = 0.1
 NO_TIES = 1  # seed of groups in which no prefix has two tokens of one entropy: rounding would choose between them
 
 
-def ragged_groups(seed=0):
-    """Four problems of eight rollouts with prefixes of every kind; rewards of their own."""
+def ragged_groups(seed=0, num_problems=4):
+    """Problems of eight rollouts with prefixes of every kind; rewards of their own."""
     rng = np.random.default_rng(seed)
     groups = []
-    for i in range(4):
+    for i in range(num_problems):
         expert = Expert(tuple(rng.integers(2, 16, rng.integers(5, 11)).tolist()))
         prompt = tuple(rng.integers(2, 16, rng.integers(1, 6)).tolist())
         problem = Problem(f"{i:016x}", prompt, "", (expert,))
@@ -233,13 +233,15 @@ def method_of_every_term():
 
 
 def test_gradient_does_not_depend_on_the_layout(params):
-    """Micro-batches of any size, packed or not: the same gradient and metrics."""
-    groups, advantages = ragged_groups(NO_TIES)
+    """64 rollouts in micro-batches of any size, packed or not: the same gradient and metrics."""
+    groups, advantages = ragged_groups(NO_TIES, num_problems=8)
     method = method_of_every_term()
     assert len({term.name for term in method.terms}) == len(method.terms) == 18
     whole = sgd_step(method, build(groups, advantages), params)
     layouts = [
         {"micro_batch_rows": 1},
+        {"micro_batch_rows": 4},
+        {"micro_batch_rows": 8},
         {"packed": True},
         {"packed": True, "row_len": 33, "micro_batch_rows": 2},
         {"packed": True, "row_len": 33, "micro_batch_rows": 7},
