@@ -1,6 +1,8 @@
 """Configuration: the defaults are the shipped file; every mistake is one clear line."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -221,3 +223,21 @@ def test_help_command():
     result = run_command("trapo_jax.train", "--help")
     assert result.returncode == 0
     assert "train.learning_rate  (float, 0.0002)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "error"),
+    [
+        ("raise KeyboardInterrupt", 130, "error: stopped\n"),
+        ("print('x' * 100_000, flush=True); print('x' * 100_000)", 141, ""),
+        ("raise SystemExit(2)", 2, ""),
+        ("return 3", 3, ""),
+    ],
+)
+def test_a_command_ends_without_a_traceback(main, code, error):
+    program = f"from trapo_jax.metrics import as_command\ndef main():\n    {main}\nas_command(main)"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
+    process.stdout.close()  # as `| head` does
+    assert process.stderr.read() == error
+    assert process.wait() == code

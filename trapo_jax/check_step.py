@@ -10,7 +10,6 @@ problems of its runs, for every method that it compares.
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from trapo_jax.batch import build_batch
 from trapo_jax.config import Config, load_config
 from trapo_jax.data import load_tokenizer
 from trapo_jax.methods import Method, Sampled, Update
-from trapo_jax.metrics import fail
+from trapo_jax.metrics import as_command, fail
 from trapo_jax.models import abstract_params, find_model, load_params
 from trapo_jax.parts import build_decoder, build_method, build_train_step
 from trapo_jax.sharding import make_mesh, num_batch_shards
@@ -205,4 +204,4 @@ def _norm(tree: Any) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_command(main)

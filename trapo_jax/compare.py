@@ -39,11 +39,11 @@ from trapo_jax.comparison import (
 )
 from trapo_jax.comparison.results import UNITS, TrialScore, is_complete
 from trapo_jax.config import parse_command_line
-from trapo_jax.metrics import Terminal, fail
+from trapo_jax.metrics import EXIT_INTERRUPTED, Terminal, as_command, fail
 from trapo_jax.run_folder import write_atomically
 from trapo_jax.types import UserError
 
-EXIT_RUN_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_RUN_FAILED, EXIT_USER_ERROR = 1, 2
 CURVES, MARKDOWN, HTML = "curves.png", "comparison.md", "comparison.html"
 CURVES_TEXT = "Validation accuracy against tokens trained and sampled, FLOPs, problems and seconds"
 
@@ -241,4 +241,4 @@ def _amount(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_command(main)

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -41,7 +40,7 @@ from trapo_jax.evaluation import (
     shares_noise,
 )
 from trapo_jax.export import load_checkpoint
-from trapo_jax.metrics import Terminal, fail
+from trapo_jax.metrics import EXIT_INTERRUPTED, Terminal, as_command, fail
 from trapo_jax.models import (
     DecoderConfig,
     Params,
@@ -62,7 +61,7 @@ from trapo_jax.types import (
     Verdict,
 )
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_USER_ERROR = 2
 SAMPLES, SCORES, PLOT = "samples.jsonl", "scores.json", "pass_at_k.png"
 NUM_CONTEXTS, PREFILL_TOKENS = 8, 512  # of the engine; problems come one after the other
 NO_EFFECT_ON_SAMPLES = ("out", "num_slots", "segment_len", "workers")
@@ -459,4 +458,4 @@ def _number(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_command(main)

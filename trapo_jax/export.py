@@ -4,7 +4,6 @@ python -m trapo_jax.export --checkpoint RUN/checkpoints/STEP --out DIR
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import jax
 
 from trapo_jax.checkpoint import CheckpointStore, DamagedCheckpoint, abstract_like
 from trapo_jax.config import load_config
-from trapo_jax.metrics import fail
+from trapo_jax.metrics import as_command, fail
 from trapo_jax.models import (
     DecoderConfig,
     abstract_params,
@@ -75,4 +74,4 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_command(main)

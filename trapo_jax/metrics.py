@@ -5,9 +5,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +17,7 @@ from rich.text import Text
 from trapo_jax.types import UserError
 
 TRAIN, EVAL = "train", "eval"
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
 TENSORBOARD = "tb"
 PLAIN_LINES = 20  # progress lines of a run whose output is not a terminal
 
@@ -236,6 +237,22 @@ def printable(text: str, *, keep: str = "") -> str:
 def _spelled(character: str) -> str:
     """As Python spells it; lone surrogates, control and format characters among others."""
     return character.encode("unicode_escape").decode()
+
+
+def as_command(main: Callable[[], int]) -> NoReturn:
+    """Ends the process as `main` says; without a traceback, too, where Ctrl-C or a closed pipe (`| head`) ends it."""
+    try:
+        try:
+            code = main()
+        except SystemExit as end:  # of argparse
+            code = end.code
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = fail("stopped", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush
+        code = EXIT_BROKEN_PIPE
+    sys.exit(code)
 
 
 def fail(message: str, code: int) -> int:

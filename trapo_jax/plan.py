@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from rich.table import Table
 
 from trapo_jax.checkpoint import abstract_like
 from trapo_jax.config import Config, load_config, parse_command_line
-from trapo_jax.metrics import fail
+from trapo_jax.metrics import as_command, fail
 from trapo_jax.models import DecoderConfig, Params, abstract_params, find_model, split_trained
 from trapo_jax.parts import build_decoder, build_method, build_optimizer, build_train_step
 from trapo_jax.program_cost import Traffic, matmul_flops, traffic
@@ -498,4 +497,4 @@ def show_comparison(plans: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_command(main)

@@ -12,7 +12,6 @@ import hashlib
 import html
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import yaml
 
 from trapo_jax.config import Config
-from trapo_jax.metrics import EVAL, TRAIN, fail, printable, read_records
+from trapo_jax.metrics import EVAL, TRAIN, as_command, fail, printable, read_records
 from trapo_jax.run_folder import flatten, write_atomically
 from trapo_jax.types import UserError
 
@@ -314,4 +313,4 @@ def _total(records: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_command(main)

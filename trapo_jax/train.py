@@ -32,7 +32,7 @@ from trapo_jax.health import (
     check_space,
 )
 from trapo_jax.methods import Method, Sampled, Update, describe
-from trapo_jax.metrics import EVAL, TRAIN, NoLog, RunLog, Terminal, fail, read_metrics
+from trapo_jax.metrics import EVAL, TRAIN, NoLog, RunLog, Terminal, as_command, fail, read_metrics
 from trapo_jax.models import (
     export_model,
 )
@@ -600,4 +600,4 @@ def _passes(before: float, after: float, times: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_command(main)
