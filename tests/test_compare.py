@@ -53,7 +53,7 @@ def test_a_grid_runs_and_reports(tmp_path):
 
 
 def test_a_broken_train_step_is_refused(tmp_path, monkeypatch):
-    asked = Grid(None, (), ("sft",), (), 1, 1, "steps", 2.0, tmp_path)
+    asked = Grid(None, (), ("sft",), (), (), 1, 1, "steps", 2.0, tmp_path)
 
     def broken(*_, **__):
         return subprocess.CompletedProcess(

@@ -120,7 +120,9 @@ def test_a_variant_is_a_method_with_settings_and_a_name_of_its_own():
         "late:learning_rate=1e-4,3e-4",
         "trapo:learning_rate=2e-4,5e-4",
         methods=("trapo", "late"),
-        variants=["late: method.name=trapo alpha=0.5 'method.constants.prefix_boundary=paragraph'"],
+        variants=[
+            "late: method.name=trapo method.alpha=0.5 'method.constants.prefix_boundary=paragraph'"
+        ],
     )
     trials = asked.trials()
     assert [trial.setting for trial in trials["late"]] == [

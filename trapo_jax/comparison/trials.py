@@ -195,7 +195,7 @@ def read_sweep(text: str) -> Sweep:
 def read_variant(text: str) -> Variant:
     """`NAME: method.name=METHOD FIELD=VALUE ...`.
 
-    >>> read_variant("late: method.name=trapo alpha=0.5").settings
+    >>> read_variant("late: method.name=trapo method.alpha=0.5").settings
     (('method.name', 'trapo'), ('method.alpha', '0.5'))
 
     Raises:
