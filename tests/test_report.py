@@ -217,6 +217,7 @@ def test_filters_keys_and_tables_tell_what_the_files_hold(two_runs, finished_run
         page.keyboard.press("End")
         assert chart.locator(".readout").text_content().startswith("step 12")
         chart.locator("summary").click()
+        chart.get_by_role("row").nth(12).wait_for()  # the table is made when it is opened
         assert chart.get_by_role("row").count() == 13
         page.get_by_role("button", name="Theme").click()
         page.get_by_role("button", name="Theme").click()

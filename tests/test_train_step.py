@@ -242,7 +242,6 @@ def test_gradient_does_not_depend_on_the_layout(params):
         {"micro_batch_rows": 1},
         {"micro_batch_rows": 4},
         {"micro_batch_rows": 8},
-        {"packed": True},
         {"packed": True, "row_len": 33, "micro_batch_rows": 2},
         {"packed": True, "row_len": 33, "micro_batch_rows": 7},
     ]
