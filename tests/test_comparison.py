@@ -145,6 +145,8 @@ def test_a_variant_is_a_method_with_settings_and_a_name_of_its_own():
         ("la te: method.name=trapo", "not NAME: method.name=METHOD"),
         ("late: method.name=trapo seed=1", "seed: a comparison decides it (--seeds)"),
         ("late: method.name=trapo alpha", "'alpha' is not FIELD=VALUE"),
+        ("late: method.name='trapo", "No closing quotation"),
+        ("late: method.name=trapo --config x.yaml", "all runs have one --config"),
     ],
 )
 def test_a_malformed_variant_is_one_line(text, message):
@@ -156,6 +158,9 @@ def test_a_malformed_variant_is_one_line(text, message):
 def test_a_variant_that_is_not_compared_is_refused():
     with pytest.raises(UserError, match="late not among --methods"):
         make_grid("out", variants=["late: method.name=trapo"]).trials()
+    twice = ["late: method.name=trapo", "late: method.name=grpo"]
+    with pytest.raises(UserError, match=r"a name is given twice \(late, late\)"):
+        make_grid("out", methods=("late",), variants=twice).trials()
 
 
 @pytest.mark.parametrize("text", ["learning_rate", "learning_rate=", "a b=1", "x=1,1"])

@@ -85,6 +85,8 @@ COMMAND_LINES = [
     (["train.num_steps=0"], "train.num_steps=0: input should be greater than or equal to 1"),
     (["train.packing=maybe"], 'train.packing="maybe": input should be a valid boolean'),
     (["method.alpha=0"], "method.alpha=0: input should be greater than 0"),
+    (["lora.rank=4", "train.optimizer=muon"], "train.optimizer=muon: it updates whole matrices"),
+    (["lora.targets=[mlp]"], "lora.targets"),
     (["method.alpha=1.5"], "method.alpha=1.5: input should be less than or equal to 1"),
     (["method.name=ppo"], "method.name=\"ppo\": input should be 'trapo', 'grpo', 'sft', "),
     (["method.constants=3"], "method.constants=3: "),

@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_workers import Job, Worker, take_turns
+from bench_workers import Job, common_options, start_workers, take_turns
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -53,19 +53,9 @@ def main() -> int:
     console = Console(width=max(120, Console().width))
     folder = find_model(args.model)
     jobs = make_jobs(args, read_config(folder).vocab_size)
-    workers = [
-        Worker(
-            WORKER,
-            name,
-            str(folder),
-            args.dtype,
-            python=args.tunix_python if name == "tunix" else sys.executable,
-        )
-        for name in args.engines
-    ]
-    for worker in workers:
-        if not worker.is_installed:
-            console.print(f"{worker.name} is not installed here and left out")
+    workers = start_workers(
+        WORKER, args.engines, str(folder), args.dtype, tunix_python=args.tunix_python
+    )
     results: dict[str, dict[str, list[dict]]] = {}
     for job in jobs:
         progress = functools.partial(track, console=console)
@@ -91,7 +81,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    common_options(parser)
     parser.add_argument(
         "--engines",
         default="ours,barrier,unshared,transformers",
@@ -100,7 +90,6 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--workload", choices=("uniform", "trapo"), default="trapo")
     parser.add_argument("--slots", type=int, default=16, help="rows at once, trapo (default 16)")
-    parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default 3)")
     parser.add_argument(
         "--median-len",
         type=int,
@@ -108,10 +97,6 @@ def parse() -> argparse.Namespace:
         help="trapo: median of a whole response's length, in tokens (default 24)",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument(
-        "--tunix-python", default=sys.executable, help="a Python where google-tunix is installed"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     args = parser.parse_args()
     for name in args.engines:
         if name not in ENGINES:

@@ -252,6 +252,8 @@ def tunix_model(folder: str, dtype: str) -> tuple[Any, Any]:
         norm_eps=shape["rms_norm_eps"],
         weight_tying=shape["tie_word_embeddings"],
     )
+    # Its attention does not pass the config's base on (0.1.7).
+    model.apply_rope = functools.partial(model.apply_rope, rope_theta=config.rope_theta)
     return params.create_model_from_safe_tensors(folder, config, dtype=getattr(jnp, dtype)), config
 
 

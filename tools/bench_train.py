@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_rollout import log_normal, matmul_shapes, median_secs, random_ids
-from bench_workers import Job, Worker, median, take_turns
+from bench_workers import Job, common_options, median, start_workers, take_turns
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -43,18 +43,7 @@ def main() -> int:
     jobs = [equal_job(args, config.vocab_size), ragged_job(args, config.vocab_size)]
     report = []
     for job in jobs:  # new processes: peaks of memory are a workload's own
-        workers = [
-            Worker(
-                WORKER,
-                name,
-                str(folder),
-                python=args.tunix_python if name == "tunix" else sys.executable,
-            )
-            for name in args.engines
-        ]
-        for worker in workers:
-            if not worker.is_installed:
-                console.print(f"{worker.name} is not installed here and left out")
+        workers = start_workers(WORKER, args.engines, str(folder), tunix_python=args.tunix_python)
         replies = take_turns(workers, job, args.repeats, functools.partial(track, console=console))
         for worker in workers:
             worker.close()
@@ -74,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    common_options(parser)
     parser.add_argument(
         "--engines",
         default="ours,torch",
@@ -84,11 +73,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="rows of a micro-batch (default 2)")
     parser.add_argument("--row-len", type=int, default=256, help="their tokens (default 256)")
     parser.add_argument("--num-rollouts", type=int, default=24, help="ragged (default 24)")
-    parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default 3)")
-    parser.add_argument(
-        "--tunix-python", default=sys.executable, help="a Python where google-tunix is installed"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     args = parser.parse_args()
     for name in args.engines:
         if name not in ENGINES:

@@ -3,6 +3,7 @@
 Standard library alone: a contender may live in an environment without trapo_jax.
 """
 
+import argparse
 import json
 import os
 import resource
@@ -52,6 +53,30 @@ class Worker:
         return json.loads(line) if line else None
 
 
+def start_workers(
+    script: Path, names: Sequence[str], *arguments: str, tunix_python: str
+) -> list[Worker]:
+    """A process for each contender; those that are not installed are left out, with a word."""
+    started = [
+        Worker(script, name, *arguments, python=tunix_python if name == "tunix" else sys.executable)
+        for name in names
+    ]
+    for worker in started:
+        if not worker.is_installed:
+            print(f"{worker.name} is not installed here and left out")
+    return [worker for worker in started if worker.is_installed]
+
+
+def common_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every benchmark."""
+    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default 3)")
+    parser.add_argument(
+        "--tunix-python", default=sys.executable, help="a Python where google-tunix is installed"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+
+
 def take_turns(
     workers: Sequence[Worker],
     job: Job,
@@ -59,7 +84,7 @@ def take_turns(
     track: Callable[..., Any],
 ) -> dict[str, list[dict]]:
     """Each contender's replies: one that warms up, then `repeats` measured ones."""
-    able = [w for w in workers if w.is_installed and w.name in job.get("only", [w.name])]
+    able = [w for w in workers if w.name in job.get("only", [w.name])]
     replies: dict[str, list[dict]] = {worker.name: [] for worker in able}
     for worker in track([w for _ in range(1 + repeats) for w in able], description=job["name"]):
         replies[worker.name].append(worker.run(job))

@@ -306,6 +306,11 @@ class Config(_Section):
                 f"train.problems_per_step={train.problems_per_step}: more than "
                 f"data.num_train={data.num_train}; a batch would repeat problems"
             )
+        if self.lora.rank and train.optimizer == "muon":
+            raise ValueError(
+                f"train.optimizer=muon: it updates whole matrices, and lora.rank={self.lora.rank} trains none; "
+                "give train.optimizer=adamw"
+            )
         if 0 in (self.mesh.data, self.mesh.fsdp) or self.mesh.data == self.mesh.fsdp == -1:
             raise ValueError(
                 f"mesh.data={self.mesh.data}, mesh.fsdp={self.mesh.fsdp}: give numbers of devices, or -1 "

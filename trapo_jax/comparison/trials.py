@@ -110,7 +110,10 @@ class Grid:
                 raise UserError(
                     f"command line: {field}: a comparison decides it ({DECIDED_HERE[field]})"
                 )
-        unused = {v.name for v in self.variants} - set(self.methods)
+        names = [v.name for v in self.variants]
+        if len(set(names)) < len(names):
+            raise UserError(f"--variant: a name is given twice ({', '.join(names)})")
+        unused = set(names) - set(self.methods)
         if unused:
             raise UserError(f"--variant: {', '.join(sorted(unused))} not among --methods")
         unknown = {m for s in self.sweeps for m in s.methods} - set(self.methods)
@@ -202,8 +205,13 @@ def read_variant(text: str) -> Variant:
       UserError: for anything else.
     """
     name, _, rest = (part.strip() for part in text.partition(":"))
-    _, settings = parse_command_line(shlex.split(rest))
-    settings = tuple((_whole_name(field), value) for field, value in settings)
+    try:
+        file, given = parse_command_line(shlex.split(rest))
+    except ValueError as error:  # of shlex: a quotation without an end
+        raise UserError(f"--variant {text}: {error}") from error
+    if file:
+        raise UserError(f"--variant {text}: all runs have one --config; leave this one out")
+    settings = tuple((_whole_name(field), value) for field, value in given)
     fields = [field for field, _ in settings]
     if not re.fullmatch(r"\w+", name) or "method.name" not in fields:
         raise UserError(f"--variant {text}: not NAME: method.name=METHOD FIELD=VALUE ...")
