@@ -35,14 +35,8 @@ from rich.table import Table
 from trapo_jax.checkpoint import abstract_like
 from trapo_jax.config import Config, load_config, parse_command_line
 from trapo_jax.metrics import as_command, fail
-from trapo_jax.models import DecoderConfig, abstract_params, find_model
-from trapo_jax.parts import (
-    build_decoder,
-    build_method,
-    build_optimizer,
-    build_train_step,
-    token_cost,
-)
+from trapo_jax.models import DecoderConfig, Params, abstract_params, find_model, split_trained
+from trapo_jax.parts import build_decoder, build_method, build_optimizer, build_train_step
 from trapo_jax.program_cost import Traffic, matmul_flops, traffic
 from trapo_jax.sampling.contexts import MAX_PIECE_ROWS, PieceBatch
 from trapo_jax.sampling.decode import empty_state, make_programs, state_shardings
@@ -290,6 +284,8 @@ def plan_train_step(config: Config, decoder: DecoderConfig, mesh: Mesh) -> Progr
     coefficients = method.coefficients(Moment(1, 0.0, config.seed), learning_rate=1.0)
     batch = abstract_batch(num_micro_batches, num_rows, config.row_len, mesh)
     tokens = num_micro_batches * num_rows * config.row_len
+    products = 2 * num_matrix_params(params, decoder)
+    products += num_matrix_params(split_trained(params)[0], decoder)
     pairs = decoder.num_layers * num_micro_batches * num_rows * config.row_len**2 / 2
     per_pair = decoder.num_heads * decoder.head_dim * pairs
     in_kernel = 0.0
@@ -302,8 +298,20 @@ def plan_train_step(config: Config, decoder: DecoderConfig, mesh: Mesh) -> Progr
         (abstract_like(state, shardings), batch, coefficients),
         num_devices=mesh.size,
         extra_flops=in_kernel,
-        useful_flops=token_cost(decoder).update(tokens, 0) + (FORWARD + USEFUL_BACKWARD) * per_pair,
+        useful_flops=2 * products * tokens + (FORWARD + USEFUL_BACKWARD) * per_pair,
         unknown_trips=num_micro_batches,
+    )
+
+
+def num_matrix_params(params: Params, decoder: DecoderConfig) -> int:
+    """Parameters that a token is multiplied with."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    shapes = {path[-1].key: x.shape for path, x in flat}
+    return sum(
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if (len(shape) > 2 and not name.endswith("bias"))
+        or name == ("embedding" if decoder.tied_embeddings else "unembedding")
     )
 
 
