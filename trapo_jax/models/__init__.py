@@ -7,6 +7,7 @@ from trapo_jax.models.decoder import (
     Params,
     abstract_params,
     apply_decoder,
+    output_projection,
     unembedding,
 )
 from trapo_jax.models.hugging_face import (
@@ -34,6 +35,7 @@ __all__ = [
     "init_params",
     "join_trained",
     "load_params",
+    "output_projection",
     "read_config",
     "read_eos_ids",
     "split_trained",

@@ -279,6 +279,19 @@ def unembedding(params: Params) -> jax.Array:
     return params["unembedding"] if "unembedding" in params else params["embedding"].T
 
 
+def output_projection(config: DecoderConfig, params: Params) -> Callable[[jax.Array], jax.Array]:
+    """From hidden states `[S, D]` to float32 logits `[S, V]`, for loops: the weights are cast here, once.
+
+    Tied weights are multiplied as they lie, `[V, D]`: XLA would copy their transpose before the loop.
+    """
+    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    if "unembedding" in params:
+        weights_DV = params["unembedding"].astype(config.dtype)
+        return lambda hidden_SD: matmul(hidden_SD, weights_DV)
+    weights_VD = params["embedding"].astype(config.dtype)
+    return lambda hidden_SD: matmul(weights_VD, hidden_SD.T).T
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)

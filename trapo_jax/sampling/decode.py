@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trapo_jax.models import DecoderConfig, KVCache, apply_decoder, unembedding
+from trapo_jax.models import DecoderConfig, KVCache, apply_decoder, output_projection
 from trapo_jax.sampling.contexts import copy_rows, empty_cache, prefill
 from trapo_jax.sampling.draw import draw_tokens, request_key
 from trapo_jax.types import TENSOR_AXIS
@@ -191,7 +191,7 @@ def decode_segment(
 
     Returns the slots, the steps done and the tokens sampled, both int32 `[]`.
     """
-    output_projection = unembedding(params).astype(config.dtype)
+    to_logits = output_projection(config, params)
     every_slot = jnp.arange(num_slots)
     cache, whole = slots.cache, slots._replace(cache=None)
     slots = jax.tree.map(lambda x: x[:num_slots], whole)._replace(cache=cache)
@@ -207,7 +207,7 @@ def decode_segment(
             cached_lens_S=s.cached_lens,
             view_len=view_len,
         )
-        logits = jnp.matmul(hidden[:, 0], output_projection, preferred_element_type=jnp.float32)
+        logits = to_logits(hidden[:, 0])
         truncation = (s.top_p, s.top_k) if with_truncation else None
         token, logprob = draw_tokens(s.keys, s.cached_lens + 1, logits, s.temperature, truncation)
         # Inactive slots write out of range, which drops it.
