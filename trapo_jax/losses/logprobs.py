@@ -114,8 +114,8 @@ def linear_token_logprobs(
 
     Both passes take all tokens and a slice of the vocabulary at a time, as many logits as
     `chunk_size` tokens have over the whole vocabulary. The forward pass keeps a running
-    logsumexp; the backward pass computes the logits anew from it, and finishes each slice of
-    the unembedding's gradient in one float32 accumulation.
+    logsumexp; the backward pass computes the logits anew (unless all of them fit in one slice, and
+    are held anyway), and finishes each slice of the unembedding's gradient in one float32 accumulation.
 
     Args:
       hidden: `[..., D]`, float32 or bfloat16. All leading axes together are the T tokens.
@@ -174,7 +174,8 @@ def _chunked_forward(chunk_size, hidden, unembedding, labels, scale):
     def one_slice(carry, start):
         largest, total, weighted, picked = carry
         columns, weights, is_new = _vocabulary_slice(unembedding, start, slice_len)
-        logits = jnp.where(is_new, _matmul(hidden, weights) * scale, -jnp.inf)
+        raw = _matmul(hidden, weights)
+        logits = jnp.where(is_new, raw * scale, -jnp.inf)
         new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1))
         shrink = jnp.exp(largest - new_largest)
         exps = jnp.exp(logits - new_largest[:, None])
@@ -183,29 +184,31 @@ def _chunked_forward(chunk_size, hidden, unembedding, labels, scale):
         weighted = weighted * shrink + jnp.sum(products, axis=-1)
         is_label = is_new & (labels[:, None] == columns)
         picked += jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-        return (new_largest, total, weighted, picked), None
+        # In one piece they may be held at once: the backward pass, which comes next, finds them.
+        return (new_largest, total, weighted, picked), raw if len(starts) == 1 else None
 
     zeros = jnp.zeros(labels.shape, jnp.float32)
     # Finite, so that a slice whose logits are all -inf does not subtract -inf from itself.
     lowest = jnp.full_like(zeros, jnp.finfo(jnp.float32).min)
-    (largest, total, weighted, picked), _ = jax.lax.scan(
+    (largest, total, weighted, picked), kept = jax.lax.scan(
         one_slice, (lowest, zeros, zeros, zeros), starts
     )
     lse = largest + jnp.log(total)
     entropies = lse - weighted / total
-    return (picked - lse, entropies), (hidden, unembedding, labels, scale, lse, entropies)
+    return (picked - lse, entropies), (hidden, unembedding, labels, scale, lse, entropies, kept)
 
 
 def _chunked_backward(chunk_size, residuals, cotangents):
     """d logits = scale * [g_logprob * (onehot - p) - g_entropy * p * (log p + H)]."""
-    hidden, unembedding, labels, scale, lse, entropies = residuals
+    hidden, unembedding, labels, scale, lse, entropies, kept = residuals
     grad_logprob, grad_entropy = cotangents
     slice_len, starts = _slices(chunk_size, labels.shape[0], unembedding.shape[1])
 
-    def one_slice(carry, start):
+    def one_slice(carry, slice_):
         grad_hidden, grad_unembedding, grad_scale = carry
+        start, raw = slice_
         columns, weights, is_new = _vocabulary_slice(unembedding, start, slice_len)
-        raw = _matmul(hidden, weights)
+        raw = _matmul(hidden, weights) if raw is None else raw
         log_p = raw * scale - lse[:, None]
         p = jnp.exp(log_p)
         finite_log_p = jnp.where(p > 0, log_p, 0.0)
@@ -230,7 +233,9 @@ def _chunked_backward(chunk_size, residuals, cotangents):
         jnp.zeros_like(unembedding),
         jnp.zeros((), jnp.float32),
     )
-    (grad_hidden, grad_unembedding, grad_scale), _ = jax.lax.scan(one_slice, initial, starts)
+    (grad_hidden, grad_unembedding, grad_scale), _ = jax.lax.scan(
+        one_slice, initial, (starts, kept)
+    )
     return grad_hidden.astype(hidden.dtype), grad_unembedding, None, grad_scale
 
 
