@@ -21,7 +21,7 @@ class Ours:
         from trapo_jax.train_step import init_state, make_optimizer, state_shardings
 
         self.packed = packed
-        self.config = read_config(Path(folder))
+        self.config = read_config(Path(folder), remat="dots")
         self.mesh = make_mesh(data=1, fsdp=-1, tp=1)
         self.optimizer = make_optimizer(
             adam_b1=B1, adam_b2=B2, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_NORM
@@ -85,9 +85,11 @@ def train_rows(job: Job) -> list:
     return rows
 
 
-def padded_micro_batches(job: Job, multiple: int = 1):
-    """(token ids, 1 on what is trained, 1 on what is no pad), as lists: rows of like length together."""
-    rows = sorted(job["rows"], key=lambda row: len(row["prompt"]) + len(row["response"]))
+def padded_micro_batches(job: Job, *, by_length: bool = True, multiple: int = 1):
+    """(token ids, 1 on what is trained, 1 on what is no pad), as lists; rows of like length together, or as they come."""
+    rows = job["rows"]
+    if by_length:
+        rows = sorted(rows, key=lambda row: len(row["prompt"]) + len(row["response"]))
     size = job["micro_batch_rows"]
     for part in (rows[i : i + size] for i in range(0, len(rows), size)):
         longest = max(len(row["prompt"]) + len(row["response"]) for row in part)
@@ -103,11 +105,11 @@ def padded_micro_batches(job: Job, multiple: int = 1):
 class Torch:
     """A plain loop: forward, backward a micro-batch, clip, AdamW."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, *, by_length: bool = True):
         import torch
         from transformers import AutoModelForCausalLM
 
-        self.torch = torch
+        self.torch, self.by_length = torch, by_length
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model.train().to(self.device)
@@ -119,7 +121,7 @@ class Torch:
         torch = self.torch
         num_trained = sum(len(row["response"]) for row in job["rows"])
         started, total, computed = time.perf_counter(), 0.0, 0
-        for batch in padded_micro_batches(job):
+        for batch in padded_micro_batches(job, by_length=self.by_length):
             ids, trained, seen = (torch.tensor(x, device=self.device) for x in batch)
             computed += ids.numel()
             logits = self.model(input_ids=ids, attention_mask=seen).logits[:, :-1]
@@ -204,6 +206,7 @@ ENGINES = {
     "ours": functools.partial(Ours, packed=True),
     "ours, unpacked": functools.partial(Ours, packed=False),
     "torch": Torch,
+    "torch, unsorted": functools.partial(Torch, by_length=False),
     "tunix": Tunix,
 }
 
