@@ -340,6 +340,7 @@ REFERENCES = {
     "micro_group_sft": lambda g, r, m: per_group(lambda row, a: cross_entropy(row), g, r),
     "micro_group_luffy": lambda g, r, m: per_group(luffy_loss, g, r),
     "trapo": lambda g, r, m: per_group(lambda row, a: trsft(row), g, r),
+    "trapo_plus": lambda g, r, m: per_group(lambda row, a: trsft(row), g, r),
     "luffy": lambda g, r, m: per_group(luffy_loss, g, r),
     "rl_plus_sft": reference_rl_plus_sft,
     "relift": reference_grpo,  # its buffer: a test of its own
@@ -435,6 +436,7 @@ GUIDANCE = {  # prefix lengths of an expert of 100 tokens, for rewards 0 of all 
     "micro_group_sft": ([0] * 4 + [20, 20, 50, 100], FREE8),
     "micro_group_luffy": ([0] * 4 + [20, 20, 50, 100], FREE8),
     "trapo": ([0] * 4 + [20, 20, 50, 100], FREE8),
+    "trapo_plus": ([0] * 4 + [20, 20, 50, 100], FREE8),
     "luffy": ([0] * 7 + [100],) * 2,
     "rl_plus_sft": ([0] * 7 + [100],) * 2,
     "relift": (FREE8, FREE8),
@@ -459,6 +461,24 @@ def test_guidance_equals_the_table(name):
             lens[request.sample_index] = request.prefix_len
             state = scheduler.observe(state, request.sample_index, float(reward))
         assert [lens[j] for j in sorted(lens)] == expected
+
+
+def test_ideas_of_trapo_plus():
+    rewards = [r.reward for r in sample(make_method("trapo")).groups[1]]
+    assert rewards == [0, 1, 0, 0, 0, 0, 1, 1]
+    method = make_method("trapo_plus", constants={"baseline": "guidance"})
+    (update,) = method.select(sample(method)).updates
+    of_one = update.rows[
+        8:16
+    ]  # four unguided, two from a fifth of the expert, one and one from more
+    expected = [-1 / 3, 1.0, -1 / 3, -1 / 3, 0.0, 0.0, 0.0, 0.0]
+    assert [row.advantage for row in of_one] == pytest.approx(expected)
+    method = make_method("trapo_plus", constants={"drop_without_signal": True})
+    (update,) = method.select(sample(method)).updates
+    assert len(update.rows) == 3 * 8  # the fourth problem is solved always
+    method = make_method("trapo_plus", constants={"final_expert_share": 0.5})
+    weight = method.terms[-1].weight
+    assert [weight.at(Moment(1, x, 0)) for x in (0.0, 0.5, 1.0)] == [1.0, 0.75, 0.5]
 
 
 def test_guidance_that_varies():
@@ -595,6 +615,8 @@ def test_every_constant_can_be_overridden(name):
             value = [[1, 0.0, -1.0], [2, 0.75, 0.5]]
         if constant == "prefix_boundary":
             value = "paragraph"
+        if constant == "baseline":
+            value = "guidance"
         method = make_method(name, constants={constant: value})
         assert method.constants[constant] == value
         plain = make_method(name)
@@ -628,7 +650,7 @@ def test_a_mistaken_constant_is_one_clear_line(name, constants, message):
     assert "\n" not in str(caught.value)
 
 
-WITH_PRESETS = ("trapo", "micro_group_grpo", "micro_group_sft", "micro_group_luffy")
+WITH_PRESETS = ("trapo", "trapo_plus", "micro_group_grpo", "micro_group_sft", "micro_group_luffy")
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -117,6 +117,7 @@ class DataConfig(_Section):
 class MethodConfig(_Section):
     name: Literal[
         "trapo",
+        "trapo_plus",
         "grpo",
         "sft",
         "sft_then_grpo",

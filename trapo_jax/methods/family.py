@@ -35,6 +35,7 @@ from trapo_jax.methods.micro_grouped import (
     micro_group_luffy,
     micro_group_sft,
     trapo,
+    trapo_plus,
 )
 from trapo_jax.types import MicroGroup, Moment
 
@@ -391,6 +392,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     build.__name__: build
     for build in (
         trapo,
+        trapo_plus,
         grpo,
         sft,
         sft_then_grpo,

@@ -1,11 +1,12 @@
 """TRAPO, and the ablations of its Table 2: its guidance with another loss on the expert's tokens, or none."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
 from trapo_jax.methods import selection, terms
-from trapo_jax.methods.common import Common, MicroGroupTable, as_micro_groups
-from trapo_jax.methods.method import Method, Term
+from trapo_jax.methods.common import Common, MicroGroupTable, as_micro_groups, share
+from trapo_jax.methods.method import Method, Schedule, Term
 from trapo_jax.types import UserError
 
 
@@ -86,6 +87,49 @@ def micro_group_luffy(
         second_expert_last=second_expert_last,
         source="micro-groups and LUFFY's loss, an ablation of arXiv 2512.17636, Table 2",
     )
+
+
+def trapo_plus(
+    common: Common,
+    *,
+    micro_groups: MicroGroupTable,
+    prefix_boundary: str,
+    second_expert_last: bool,
+    baseline: str = "group",
+    final_expert_share: float = 1.0,
+    drop_without_signal: bool = False,
+) -> Method:
+    """TRAPO with ideas of our own, each by a constant."""
+    common = common.or_else(expert_weight=1.0)
+    normalizer = common.normalize_by("constant_mean")
+    fall = share("final_expert_share", final_expert_share) - 1
+    weight = common.weight
+    if fall:
+        weight = Schedule(
+            lambda moment: common.weight * (1 + fall * min(1.0, moment.progress)),
+            f"{common.weight:g} * (1 {fall:+g} * progress)",
+        )
+    over = {
+        "group": selection.advantages_over_group,
+        "guidance": selection.advantages_over_equally_guided,
+    }
+    if baseline not in over:
+        raise UserError(f"method.constants.baseline={baseline!r}: give group or guidance")
+    method = _micro_grouped(
+        common,
+        (terms.trsft(common.alpha, weight, normalizer),),
+        micro_groups=micro_groups,
+        prefix_boundary=prefix_boundary,
+        second_expert_last=second_expert_last,
+        source="TRAPO, arXiv 2512.17636, with changes of this project",
+    )
+    advantages = common.advantages(over[baseline])
+    select = partial(
+        selection.train_all, advantages=advantages, carriers=selection.first_of_each_prefix
+    )
+    if drop_without_signal:
+        select = partial(selection.train_signal, advantages=advantages)
+    return dataclasses.replace(method, select=select)
 
 
 def _micro_grouped(
