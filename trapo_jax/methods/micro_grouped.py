@@ -1,12 +1,12 @@
-"""TRAPO, and the ablations of its Table 2: its guidance with another loss on the expert's tokens, or none."""
+"""TRAPO; the ablations of its Table 2: its guidance with another loss on the expert's tokens, or none; TRAPO changed."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from trapo_jax.methods import selection, terms
-from trapo_jax.methods.common import Common, MicroGroupTable, as_micro_groups, share
-from trapo_jax.methods.method import Method, Schedule, Term
+from trapo_jax.methods.common import Common, MicroGroupTable, as_micro_groups, share, size
+from trapo_jax.methods.guidance import NEVER
+from trapo_jax.methods.method import Method, Term
 from trapo_jax.types import UserError
 
 
@@ -89,47 +89,27 @@ def micro_group_luffy(
     )
 
 
-def trapo_plus(
-    common: Common,
-    *,
-    micro_groups: MicroGroupTable,
-    prefix_boundary: str,
-    second_expert_last: bool,
-    baseline: str = "group",
-    final_expert_share: float = 1.0,
-    drop_without_signal: bool = False,
-) -> Method:
-    """TRAPO with ideas of our own, each by a constant."""
+def trapo_plus(common: Common, *, num_own: int = 7, threshold: float = 0.5) -> Method:
+    """TRAPO that takes the expert whole or not at all, and trains only what says something.
+
+    `num_own` unguided rollouts; where their mean reward is below `threshold`, the expert's whole solution as
+    one more. Rollouts without an advantage or a prefix are left out, of the mean over rollouts too: a step on
+    problems that are solved costs no trained tokens, so a run with a budget of these takes more steps.
+    """
     common = common.or_else(expert_weight=1.0)
     normalizer = common.normalize_by("constant_mean")
-    fall = share("final_expert_share", final_expert_share) - 1
-    weight = common.weight
-    if fall:
-        weight = Schedule(
-            lambda moment: common.weight * (1 + fall * min(1.0, moment.progress)),
-            f"{common.weight:g} * (1 {fall:+g} * progress)",
-        )
-    over = {
-        "group": selection.advantages_over_group,
-        "guidance": selection.advantages_over_equally_guided,
-    }
-    if baseline not in over:
-        raise UserError(f"method.constants.baseline={baseline!r}: give group or guidance")
-    method = _micro_grouped(
+    return _micro_grouped(
         common,
-        (terms.trsft(common.alpha, weight, normalizer),),
-        micro_groups=micro_groups,
-        prefix_boundary=prefix_boundary,
-        second_expert_last=second_expert_last,
-        source="TRAPO, arXiv 2512.17636, with changes of this project",
+        (terms.trsft(common.alpha, common.weight, normalizer),),
+        micro_groups=(
+            (size("num_own", num_own), 0.0, NEVER),
+            (1, 1.0, share("threshold", threshold)),
+        ),
+        prefix_boundary="exact",
+        second_expert_last=False,
+        source="TRAPO, arXiv 2512.17636, changed by this project: docs/comparison.md",
+        select=selection.train_signal,
     )
-    advantages = common.advantages(over[baseline])
-    select = partial(
-        selection.train_all, advantages=advantages, carriers=selection.first_of_each_prefix
-    )
-    if drop_without_signal:
-        select = partial(selection.train_signal, advantages=advantages)
-    return dataclasses.replace(method, select=select)
 
 
 def _micro_grouped(
@@ -140,6 +120,7 @@ def _micro_grouped(
     prefix_boundary: str,
     second_expert_last: bool,
     source: str,
+    select: Callable[..., selection.Selection] = selection.train_all,
 ) -> Method:
     """TRAPO's guidance with some loss on the expert's tokens."""
     carriers = selection.first_of_each_prefix if expert_terms else selection.no_prefix
@@ -153,7 +134,7 @@ def _micro_grouped(
         prefix_boundary=prefix_boundary,
         second_expert_last=second_expert_last,
         select=partial(
-            selection.train_all,
+            select,
             advantages=common.advantages(selection.advantages_over_group),
             carriers=carriers,
         ),

@@ -82,32 +82,6 @@ def advantages_over_own(group: Group, *, scale_by_std: bool = False) -> np.ndarr
     return advantages
 
 
-def advantages_over_equally_guided(group: Group, *, scale_by_std: bool = False) -> np.ndarray:
-    """`r_j` less the mean of the other rollouts that start as j does; 0 where there are no others."""
-    del scale_by_std
-    advantages = np.zeros(len(group), np.float32)
-    for j, rollout in enumerate(group):
-        others = [
-            other.reward
-            for i, other in enumerate(group)
-            if i != j and other.request.prefix_len == rollout.request.prefix_len
-        ]
-        if others:
-            advantages[j] = rollout.reward - np.mean(others)
-    return advantages
-
-
-def train_signal(sampled: Sampled, *, advantages: Advantages) -> Selection:
-    """One update from the rollouts that have something to say: an advantage, or a prefix to train."""
-    rows = [
-        row
-        for group in sampled.groups
-        for row in rows_of_group(group, advantages(group), first_of_each_prefix(group))
-        if row.advantage or row.trains_expert
-    ]
-    return Selection([Update(rows)], sampled.state)
-
-
 def first_of_each_prefix(group: Group) -> list[bool]:
     """Whose expert prefix is trained: of the rollouts that start from the same one, the first."""
     seen: set[tuple[int, int]] = set()
@@ -152,6 +126,14 @@ def train_all(
         for row in rows_of_group(group, advantages(group), carriers(group))
     ]
     return Selection([Update(rows)], sampled.state)
+
+
+def train_signal(sampled: Sampled, *, advantages: Advantages, carriers: Carriers) -> Selection:
+    """One update from the rollouts with an advantage or a prefix to train; of the others nothing is learnt."""
+    rows = train_all(sampled, advantages=advantages, carriers=carriers).updates[0].rows
+    return Selection(
+        [Update([row for row in rows if row.advantage or row.trains_expert])], sampled.state
+    )
 
 
 def train_all_beside_experts(sampled: Sampled, *, advantages: Advantages) -> Selection:
