@@ -88,7 +88,7 @@ COMMAND_LINES = [
     (["lora.rank=4", "train.optimizer=muon"], "train.optimizer=muon: it updates whole matrices"),
     (["lora.targets=[mlp]"], "lora.targets"),
     (["method.alpha=1.5"], "method.alpha=1.5: input should be less than or equal to 1"),
-    (["method.name=ppo"], "method.name=\"ppo\": input should be 'trapo', 'grpo', 'sft', "),
+    (["method.name=ppo"], "method.name=\"ppo\": input should be 'trapo', 'trapo_plus', 'grpo', "),
     (["method.constants=3"], "method.constants=3: "),
     (["model.dtype=fp16"], "model.dtype=\"fp16\": input should be 'float32' or 'bfloat16'"),
     (["train.budget_unit=flops"], "train.budget=null: train.budget_unit=flops needs a number"),
