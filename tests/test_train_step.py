@@ -240,6 +240,7 @@ def test_gradient_does_not_depend_on_the_layout(params):
     whole = sgd_step(method, build(groups, advantages), params)
     layouts = [
         {"micro_batch_rows": 1},
+        {"micro_batch_rows": 2},
         {"micro_batch_rows": 4},
         {"micro_batch_rows": 8},
         {"packed": True, "row_len": 33, "micro_batch_rows": 2},
@@ -614,7 +615,7 @@ def test_same_gradient_on_eight_devices():
         timeout=500,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "3 meshes agree" in result.stdout
+    assert "4 meshes agree" in result.stdout
 
 
 def test_mesh_that_does_not_fit_is_named():
