@@ -216,7 +216,7 @@ def resident_bytes():
 
 
 def test_inverse_cdf_by_hand():
-    probs = jnp.tile(jnp.array([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]), (6, 1))
+    probs = jnp.tile(jnp.array([[0.0], [0.25], [0.0], [0.5], [0.25], [0.0]]), 6)
     uniform = jnp.array([0.0, 0.2499, 0.25, 0.7499, 0.75, 0.99999994])
     np.testing.assert_array_equal(inverse_cdf(probs, uniform), [1, 1, 3, 3, 4, 4])
 
@@ -227,7 +227,7 @@ def test_inverse_cdf_over_many_blocks_never_takes_probability_zero():
     probs[rng.random(probs.size) < 0.5] = 0.0
     probs /= probs.sum()
     uniform = jnp.asarray(np.append(rng.random(5000), [0.0, 1 - 2**-24]), jnp.float32)
-    tokens = np.asarray(inverse_cdf(jnp.tile(probs, (uniform.size, 1)), uniform))
+    tokens = np.asarray(inverse_cdf(jnp.tile(probs[:, None], uniform.size), uniform))
     assert (probs[tokens] > 0).all()
     exact = np.searchsorted(np.cumsum(probs, dtype=np.float64), uniform, side="right")
     assert (tokens == exact).mean() > 0.99  # the rest lie at a boundary, within rounding
@@ -241,7 +241,7 @@ def test_draws_follow_the_distribution():
     probs = np.exp(logits - logits.max(), dtype=np.float64)
     probs /= probs.sum()
     one_row = lambda key, position, logits: draw_tokens(
-        key[None], position[None], logits[None], jnp.ones(1)
+        key[None], position[None], logits[:, None], jnp.ones(1)
     )[0][0]
     draw = jax.jit(jax.vmap(one_row, in_axes=(0, None, None)))  # rows share their logits: cheap
     keys = jax.random.split(jax.random.key(3), num_rows)
@@ -255,14 +255,14 @@ def test_draws_follow_the_distribution():
 
 
 def test_temperature_zero_is_greedy_and_temperature_scales():
-    logits = jnp.array([[1.0, 3.0, 2.0]] * 2)
+    logits = jnp.array([1.0, 3.0, 2.0])
     keys = jax.random.split(jax.random.key(0), 2)
-    tokens, logprobs = draw_tokens(keys, jnp.zeros(2), logits, jnp.array([0.0, 0.5]))
-    assert tokens[0] == 1
-    np.testing.assert_allclose(logprobs[0], jax.nn.log_softmax(logits[0])[1], rtol=1e-6)
-    np.testing.assert_allclose(
-        logprobs[1], jax.nn.log_softmax(logits[1] / 0.5)[tokens[1]], rtol=1e-6
+    tokens, logprobs = draw_tokens(
+        keys, jnp.zeros(2), jnp.stack([logits] * 2, axis=1), jnp.array([0.0, 0.5])
     )
+    assert tokens[0] == 1
+    np.testing.assert_allclose(logprobs[0], jax.nn.log_softmax(logits)[1], rtol=1e-6)
+    np.testing.assert_allclose(logprobs[1], jax.nn.log_softmax(logits / 0.5)[tokens[1]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -279,10 +279,10 @@ def test_temperature_zero_is_greedy_and_temperature_scales():
     ],
 )
 def test_truncation_by_hand(top_p, top_k, kept):
-    logits = jnp.log(jnp.array([[0.1, 0.3, 0.5, 0.1]]))
-    got = truncate(logits, jnp.array([top_p]), jnp.array([top_k]))
-    assert np.flatnonzero(np.isfinite(got[0])).tolist() == kept
-    np.testing.assert_array_equal(got[0, kept], logits[0, kept])
+    logits = jnp.log(jnp.array([0.1, 0.3, 0.5, 0.1]))
+    got = truncate(logits[:, None], jnp.array([top_p]), jnp.array([top_k]))[:, 0]
+    assert np.flatnonzero(np.isfinite(got)).tolist() == kept
+    np.testing.assert_array_equal(got[np.array(kept)], logits[np.array(kept)])
 
 
 def test_top_k_of_one_is_greedy_with_the_whole_distribution_s_logprob(decoder, params, problems):
