@@ -1,5 +1,6 @@
 """The loop over problems, with an engine that answers from a script; and evaluation."""
 
+import dataclasses
 import random
 import threading
 from concurrent.futures import Future
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from trapo_jax.evaluation import evaluate, pass_at_k
 from trapo_jax.methods import make_method
-from trapo_jax.rollouts import collect_rollouts
+from trapo_jax.rollouts import NOTHING_BEGUN, collect_rollouts
 from trapo_jax.scheduler import Scheduler
 from trapo_jax.types import (
     Completion,
@@ -50,6 +51,96 @@ class ScriptedEngine:
         pass
 
 
+class SlotEngine:
+    """Four rows, in each a token at a time, the version of the weights; sample j of a problem has 2 + j tokens."""
+
+    def __init__(self):
+        self.queue, self.step_of, self.version = [], {}, 0
+
+    def submit(self, requests, *, step, params):
+        self.step_of |= {(r.problem.id, r.sample_index): step for r in requests}
+        self.queue += [Completion(r, (), (), FinishReason.UNFINISHED) for r in requests]
+
+    def resume(self, unfinished, *, step, params):
+        self.queue += unfinished
+
+    def poll(self):
+        while self.queue:
+            grown = [
+                dataclasses.replace(
+                    c, token_ids=(*c.token_ids, self.version), logprobs=(*c.logprobs, -0.5)
+                )
+                for c in self.queue[:4]
+            ]
+            is_done = lambda c: len(c.token_ids) == 2 + c.request.sample_index
+            self.queue[:4] = [c for c in grown if not is_done(c)]
+            if finished := [
+                dataclasses.replace(c, finish_reason=FinishReason.STOP) for c in grown if is_done(c)
+            ]:
+                return finished
+        return []
+
+    def release(self):
+        unfinished, self.queue = self.queue, []
+        return unfinished
+
+    @property
+    def num_idle_slots(self):
+        return max(0, 4 - len(self.queue))
+
+
+def test_idle_slots_begin_with_the_next_step_and_it_goes_on_under_its_own_weights():
+    """Seven problems in steps of two, of which one comes twice in a row."""
+    steps = [[0, 1], [2, 3], [3, 4], [5, 6]]
+    engine, begun, seen = SlotEngine(), NOTHING_BEGUN, []
+    micro_groups = make_method("trapo").micro_groups
+    for number, step in enumerate(steps):
+        engine.version = number
+        collected = collect_rollouts(
+            engine,
+            lambda _: Scheduler(micro_groups, 64),
+            lambda c: at_once(verdict(c.request.sample_index % 2)),
+            [problem(i) for i in step],
+            step=number,
+            params=SamplingParams(),
+            begun=begun,
+            upcoming=[problem(i) for i in steps[number + 1]] if number < 3 else [],
+        )
+        begun = collected.begun._replace(unfinished=engine.release())
+        assert [[int(r.request.problem.answer) for r in g] for g in collected.groups] == [
+            [i] * 8 for i in step
+        ]
+        for group in collected.groups:
+            assert [r.request.sample_index for r in group] == list(range(8))
+            for rollout in group:
+                key = rollout.request.problem.id, rollout.request.sample_index
+                assert engine.step_of.get(key, number) == number
+                assert set(rollout.completion.token_ids) <= {number, number - 1}
+                seen.append(rollout.completion.token_ids)
+        stale = begun.num_sampled
+        next_problems = {int(g.problem.answer) for g in begun.groups.values()}
+        assert next_problems <= set(steps[number + 1] if number < 3 else []) - set(step)
+        assert (stale > 0) == bool(begun.groups)
+    assert begun.groups == {}
+    assert any(len(set(token_ids)) == 2 for token_ids in seen)  # drawn from two policies
+
+
+def test_an_engine_that_loses_requests_is_an_error():
+    class Forgetful(ScriptedEngine):
+        def poll(self):
+            return []
+
+    with pytest.raises(RuntimeError, match="lost requests"):
+        collect_rollouts(
+            Forgetful(newest_first=False),
+            lambda _: Scheduler(make_method("grpo").micro_groups, 64),
+            lambda _: at_once(Verdict.WRONG),
+            [problem(1)],
+            step=1,
+            params=SamplingParams(),
+        )
+
+
 def at_once(verdict):
     future = Future()
     future.set_result(verdict)
@@ -63,7 +154,7 @@ def verdict(reward):
 def collect(reward_of, *, newest_first=False, method="trapo", problems=3, score=None):
     method = make_method(method)
     engine = ScriptedEngine(newest_first=newest_first)
-    groups, _ = collect_rollouts(
+    groups, *_ = collect_rollouts(
         engine,
         lambda _: Scheduler(method.micro_groups, 64),
         score or (lambda c: at_once(verdict(reward_of(c.request)))),

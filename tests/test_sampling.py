@@ -116,6 +116,32 @@ def test_same_request_same_tokens_in_waves(decoder, params, problems, reference)
     assert tokens_of(trickled) == tokens_of(reference)
 
 
+def test_released_and_resumed_requests_get_the_same_tokens(decoder, params, problems, reference):
+    """Unless the weights change in between: queued, begun and nearly finished ones alike."""
+    requests = requests_of(problems[:8], group=4)
+    engine = make_engine(decoder, params, num_slots=16)
+    engine.submit(requests, step=1, params=SamplingParams())
+    completions, lens = [], set()
+    for version in range(1, 5):
+        completions += engine.poll()
+        unfinished = engine.release()
+        assert {c.finish_reason for c in unfinished} <= {FinishReason.UNFINISHED}
+        lens |= {len(c.token_ids) for c in unfinished}
+        engine.update_weights(params, version)
+        assert engine.num_idle_slots == 16
+        engine.resume(unfinished, step=1, params=SamplingParams())
+        assert engine.num_idle_slots == max(0, 16 - len(unfinished))
+    while finished := engine.poll():
+        completions += finished
+    assert 0 in lens
+    assert len(lens) > 3
+    assert len(completions) == len(reference)
+    for c in completions:
+        expected = reference[c.request.problem.id, c.request.sample_index]
+        assert (c.token_ids, c.finish_reason) == (expected.token_ids, expected.finish_reason)
+        np.testing.assert_allclose(c.logprobs, expected.logprobs, atol=1e-5)
+
+
 def tokens_of(completions):
     return {key: completion.token_ids for key, completion in completions.items()}
 

@@ -160,6 +160,17 @@ def test_several_updates_a_batch_move_the_policy_off_the_old_one(tmp_path):
     assert 0 < first["loss/kl"] < second["loss/kl"] < 0.1
 
 
+def test_next_step_s_problems_fill_idle_slots_if_staleness_is_allowed(tmp_path):
+    arguments = ("sampling.max_staleness=1", "train.num_steps=4", "sampling.segment_len=4")
+    result = train(tmp_path / "r", *arguments)
+    assert result.returncode == 0, result.stderr
+    records = [r for r in read_metrics(tmp_path / "r") if r["kind"] == "train"]
+    assert [r["sampling/stale_tokens"] > 0 for r in records] == [False, True, True, True]
+    assert records[0]["policy/ratio_max"] < 1.001
+    assert max(r["policy/ratio_max"] for r in records) > 1.001
+    assert all(r["sampling/stale_tokens"] < 8 * 8 * 64 for r in records)
+
+
 def test_reference_preset_runs(tmp_path):
     assert train(tmp_path / "r", "method.preset=reference", "train.num_steps=3").returncode == 0
 

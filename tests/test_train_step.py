@@ -109,7 +109,7 @@ def coefficients(method):
     return method.coefficients(Moment(1, 0.0, 0), learning_rate=1.0)
 
 
-def make_step(method, params, mesh, optimizer, config=CONFIG):
+def make_step(method, params, mesh, optimizer, config=CONFIG, **options):
     return make_train_step(
         config,
         method,
@@ -119,14 +119,15 @@ def make_step(method, params, mesh, optimizer, config=CONFIG):
         temperature=1.0,
         max_completion_length=MAX_LENGTH,
         chunk_size=7,
+        **options,
     )
 
 
-def sgd_step(method, batch, params, *, mesh=None, optimizer=None, config=CONFIG):
+def sgd_step(method, batch, params, *, mesh=None, optimizer=None, config=CONFIG, **options):
     """One step with learning rate 1 and no clipping: the update is minus the gradient."""
     mesh = mesh or one_device_mesh()
     optimizer = optimizer or optax.sgd(1.0)
-    step = make_step(method, params, mesh, optimizer, config)
+    step = make_step(method, params, mesh, optimizer, config, **options)
     old = jax.device_get(params)
     state, metrics, _ = step(init_state(params, optimizer, mesh), batch, coefficients(method))
     gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), old, state.params)
@@ -193,6 +194,27 @@ def test_trapo_gradient_equals_independent_float64(params):
     # By the logits themselves, without that rounding: 1e-6.
     ours = jax.grad(lambda z: objective_by_logits(z, batch, method))(logits)
     assert np.abs(ours - by_logits).max() / np.abs(by_logits).max() < 1e-6
+
+
+def test_stale_tokens_are_weighted_by_their_ratio_to_the_sampler(params):
+    """As if each own token's advantage were multiplied by it; and the expert's as ever."""
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages)
+    method = make_method("trapo", alpha=ALPHA)
+    mesh, optimizer = one_device_mesh(), optax.sgd(1.0)
+    shardings = state_shardings(params, optimizer, mesh).params
+    now = make_batch_logprobs(CONFIG, mesh, shardings, temperature=1.0, chunk_size=7)(params, batch)
+    own = batch.kinds == TokenKind.COMPLETION
+    ratio = np.where(own, np.exp(np.asarray(now) - batch.sampler_logprobs), 1.0)
+    assert (np.abs(ratio[own] - 1) > 0.1).any()
+    weighted = batch._replace(advantages=batch.advantages * ratio)
+    expected, on_policy, _ = sgd_step(method, weighted, params)
+    gradient, metrics, _ = sgd_step(method, batch, params, ratio_to="sampler")
+    assert relative_difference(gradient, expected) < 1e-5
+    np.testing.assert_allclose(metrics["policy/ratio_mean"], ratio[own].mean(), rtol=1e-5)
+    gap = np.abs(np.asarray(now) - batch.sampler_logprobs)[own]
+    for of_step in (metrics, on_policy):  # the gap is the trainer's to the sampler in both
+        np.testing.assert_allclose(of_step["policy/logprob_gap_mean"], gap.mean(), rtol=1e-5)
 
 
 def objective_by_logits(logits, batch, method):

@@ -172,6 +172,8 @@ class SamplingConfig(_Section):
     """Prompts and expert prefixes whose keys and values are kept for the other rollouts of their problem."""
     prefill_tokens: Positive = 512
     """Tokens of prompts and prefixes run through the model at once, at most; bounds memory."""
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """Updates between drawing a token and training on it; 1: idle slots begin with the next step's problems."""
 
 
 class RewardsConfig(_Section):

@@ -239,4 +239,5 @@ def build_train_step(
         temperature=config.sampling.temperature,
         max_completion_length=config.sampling.max_completion_length,
         chunk_size=config.train.logprob_chunk_size * num_batch_shards(mesh),
+        ratio_to="sampler" if config.sampling.max_staleness else "trainer",
     )

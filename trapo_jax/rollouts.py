@@ -5,6 +5,8 @@ and no micro-group for a straggler that cannot change its guidance; decoding goe
 The outcome does not depend on the order in which completions and verdicts arrive.
 """
 
+import collections
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -14,7 +16,7 @@ import jax
 
 from trapo_jax.processes import gather_shares
 from trapo_jax.sampling import RolloutEngine
-from trapo_jax.scheduler import Scheduler
+from trapo_jax.scheduler import GroupState, Scheduler
 from trapo_jax.types import (
     REWARDS,
     Completion,
@@ -29,16 +31,79 @@ from trapo_jax.types import (
 Score = Callable[[Completion], Future[Verdict]]
 
 
+@dataclasses.dataclass
+class Group:
+    """The rollouts of a problem on their way.
+
+    Attributes:
+      problem: what they are about.
+      scheduler: decides their guidance.
+      step: the optimiser step they are for, part of their random keys.
+      state: the scheduler's, of the verdicts so far.
+      submitted: the sample indices that the engine or the verifier has had.
+      rollouts: by sample index; all of them at the end.
+    """
+
+    problem: Problem
+    scheduler: Scheduler
+    step: int
+    state: GroupState
+    submitted: set[int] = dataclasses.field(default_factory=set)
+    rollouts: dict[int, Rollout] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def start(cls, problem: Problem, scheduler: Scheduler, step: int) -> "Group":
+        return cls(problem, scheduler, step, scheduler.start(problem))
+
+    def new_requests(self) -> list[RolloutRequest]:
+        """What is decided and was not handed out before."""
+        ready = self.scheduler.ready(self.problem, self.state)
+        new = [r for r in ready if r.sample_index not in self.submitted]
+        self.submitted.update(r.sample_index for r in new)
+        return new
+
+    def observe(self, completion: Completion, verdict: Verdict) -> None:
+        index, reward = completion.request.sample_index, REWARDS[verdict]
+        self.rollouts[index] = Rollout(completion, verdict, reward)
+        self.state = self.scheduler.observe(self.state, index, reward)
+
+
+class Begun(NamedTuple):
+    """What has been begun of a batch, for the call that collects it.
+
+    Attributes:
+      groups: by problem id.
+      judging: verdicts that are awaited.
+      unfinished: what the engine was sampling, see `RolloutEngine.release`; its tokens so far are kept.
+    """
+
+    groups: dict[str, Group]
+    judging: dict[Future[Verdict], Completion]
+    unfinished: Sequence[Completion] = ()
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens sampled so far."""
+        judged = [r.completion for g in self.groups.values() for r in g.rollouts.values()]
+        completions = [*judged, *self.judging.values(), *self.unfinished]
+        return sum(len(completion.token_ids) for completion in completions)
+
+
+NOTHING_BEGUN = Begun({}, {})
+
+
 class Collected(NamedTuple):
     """What `collect_rollouts` brings.
 
     Attributes:
       groups: for each problem its G rollouts, by `sample_index`.
       reward_secs: seconds in which the loop judged, or had nothing to decode and waited for verdicts.
+      begun: of the upcoming batch; what the engine still samples of it is not among it.
     """
 
     groups: list[list[Rollout]]
     reward_secs: float
+    begun: Begun
 
 
 def collect_rollouts(
@@ -49,6 +114,8 @@ def collect_rollouts(
     *,
     step: int,
     params: SamplingParams,
+    begun: Begun = NOTHING_BEGUN,
+    upcoming: Sequence[Problem] = (),
 ) -> Collected:
     """Samples a whole group for every problem, guided as its rewards ask for.
 
@@ -59,27 +126,27 @@ def collect_rollouts(
       problems: distinct problems.
       step: the optimiser step, part of the random keys.
       params: how tokens are drawn.
+      begun: of these problems; the rest of their tokens is drawn from the engine's weights as they are now.
+      upcoming: problems of the next step, begun where slots would be idle, guided as these are.
     """
-    schedulers = {problem.id: scheduler_of(problem) for problem in problems}
-    states = {problem.id: schedulers[problem.id].start(problem) for problem in problems}
-    by_id = {problem.id: problem for problem in problems}
-    if len(by_id) != len(problems):
+    if len({problem.id for problem in problems}) != len(problems):
         raise ValueError("a batch holds the same problem twice")
-    submitted: dict[str, set[int]] = {problem.id: set() for problem in problems}
-    rollouts: dict[str, dict[int, Rollout]] = {problem.id: {} for problem in problems}
-    judging: dict[Future[Verdict], Completion] = {}
+    groups, judging = dict(begun.groups), dict(begun.judging)
+    for problem in problems:
+        if problem.id not in groups:
+            groups[problem.id] = Group.start(problem, scheduler_of(problem), step)
+    mine = [groups[problem.id] for problem in problems]
+    to_start = collections.deque(upcoming)
     reward_secs = 0.0
 
-    def release(problem_ids: Iterable[str]) -> None:
+    def release(some: Iterable[Group]) -> None:
         """Hands new requests to the engine, or to the verifier if nothing is left to sample."""
-        for problem_id in problem_ids:
-            scheduler = schedulers[problem_id]
-            ready = scheduler.ready(by_id[problem_id], states[problem_id])
-            new = [r for r in ready if r.sample_index not in submitted[problem_id]]
-            submitted[problem_id].update(r.sample_index for r in new)
-            complete = [r for r in new if is_complete(r, scheduler.max_completion_length)]
+        for group in some:
+            new = group.new_requests()
+            longest = group.scheduler.max_completion_length
+            complete = [r for r in new if is_complete(r, longest)]
             to_sample = [r for r in new if r not in complete]
-            engine.submit(to_sample, step=step, params=params)
+            engine.submit(to_sample, step=group.step, params=params)
             for request in complete:
                 completion = Completion(request, (), (), FinishReason.NOT_SAMPLED)
                 judging[score(completion)] = completion
@@ -90,23 +157,38 @@ def collect_rollouts(
             touched: dict[str, None] = {}  # an ordered set
             for future in done:
                 completion, verdict = judging.pop(future), future.result()
-                id_, index = completion.request.problem.id, completion.request.sample_index
-                rollouts[id_][index] = Rollout(completion, verdict, REWARDS[verdict])
-                states[id_] = schedulers[id_].observe(states[id_], index, REWARDS[verdict])
+                id_ = completion.request.problem.id
+                groups[id_].observe(completion, verdict)
                 touched[id_] = None
-            release(touched)
+            release(groups[id_] for id_ in touched)
 
-    release(states)
+    def fill_idle_slots() -> None:
+        """Begins with problems of the upcoming batch; one that is in this batch too waits for its turn."""
+        while to_start and engine.num_idle_slots > 0:
+            problem = to_start.popleft()
+            if problem.id not in groups:
+                group = Group.start(problem, scheduler_of(problem), step + 1)
+                groups[problem.id] = group
+                release([group])
+
+    engine.resume(begun.unfinished, step=step, params=params)
+    release(mine)
     take_verdicts()
-    while (completions := engine.poll()) or judging:
+    while not all(group.state.finished for group in mine):
+        fill_idle_slots()
+        completions = engine.poll()
         started = time.perf_counter()
         judging.update((score(completion), completion) for completion in completions)
         if not completions:
+            if not judging:
+                raise RuntimeError("the engine has lost requests")
             wait(judging, return_when=FIRST_COMPLETED)
         take_verdicts()
         reward_secs += time.perf_counter() - started
-    groups = [[rollouts[p.id][j] for j in sorted(rollouts[p.id])] for p in problems]
-    return Collected(groups, reward_secs)
+    for group in mine:
+        del groups[group.problem.id]
+    whole = [[group.rollouts[j] for j in sorted(group.rollouts)] for group in mine]
+    return Collected(whole, reward_secs, Begun(groups, judging))
 
 
 def share_rollouts(

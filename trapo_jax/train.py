@@ -47,7 +47,12 @@ from trapo_jax.processes import (
     wait_for_all,
 )
 from trapo_jax.report import REPORT, write_report
-from trapo_jax.rollouts import collect_rollouts, share_rollouts
+from trapo_jax.rollouts import (
+    NOTHING_BEGUN,
+    Begun,
+    collect_rollouts,
+    share_rollouts,
+)
 from trapo_jax.run_folder import (
     NUM_STEPS,
     Changes,
@@ -90,10 +95,15 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclasses.dataclass
 class Progress:
-    """What a run carries from step to step besides the policy; part of the checkpoint."""
+    """What a run carries from step to step besides the policy; part of the checkpoint.
+
+    Not so what has been begun of the next batch: how far it came depends on the clock, and a resumed run begins
+    it anew.
+    """
 
     counters: Counters
     method_state: Mapping[str, Any]
+    begun: Begun = NOTHING_BEGUN
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,7 +213,10 @@ def run(parts: Parts, state: TrainState, folder: Path, changes: Changes) -> int:
                 step += 1
                 watchdog.beat(f"working on step {step}")
                 check_space(folder, LOG_BYTES, "a step's record")
-                state, values = train_one_step(parts, state, batches[step - 1], progress, log, step)
+                ahead = batches[step] if config.sampling.max_staleness else ()
+                state, values = train_one_step(
+                    parts, state, batches[step - 1], ahead, progress, log, step
+                )
                 terminal.step(step, values)
                 for warning in health.observe(step, values):
                     terminal.say(f"warning: {warning}")
@@ -297,25 +310,29 @@ def train_one_step(
     parts: Parts,
     state: TrainState,
     problems: Sequence[Problem],
+    ahead: Sequence[Problem],
     progress: Progress,
     log: RunLog,
     step: int,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Samples, scores, trains, logs. Returns the new state and the step's metrics."""
+    """Samples, scores, trains, logs; problems `ahead` may be begun. Returns the new state and the step's metrics."""
     config, counters = parts.config, progress.counters
     started = time.perf_counter()
     moment = Moment(step, parts.budget.progress(counters, step - 1), config.seed)
     parts.engine.update_weights(state.params, step - 1)
     before = parts.engine.counters
-    mine, reward_secs = collect_rollouts(
+    num_stale = sum(gather(progress.begun.num_sampled))
+    mine, reward_secs, begun = collect_rollouts(
         parts.engine,
         parts.scheduler_at(moment),
         parts.score,
         my_share(problems),
         step=step,
         params=SamplingParams(config.sampling.temperature),
+        begun=progress.begun,
+        upcoming=my_share(ahead),
     )
-    parts.engine.release()
+    progress.begun = begun._replace(unfinished=parts.engine.release())
     groups = share_rollouts(mine, problems)
     check_verdicts(groups, step, max_error_rate=config.rewards.max_error_rate)
     sampled, engine_did = time.perf_counter(), parts.engine.counters - before
@@ -345,6 +362,7 @@ def train_one_step(
         "budget/flops": counters.flops,
         "budget/progress": parts.budget.progress(counters, step),
         "sampling/slot_utilization": engine_did.slot_utilization,
+        "sampling/stale_tokens": num_stale,
         "time/sample_secs": sampled - started - reward_secs,
         "time/reward_secs": reward_secs,
         "time/train_secs": trained - sampled,

@@ -176,6 +176,7 @@ def make_train_step(
     temperature: float,
     max_completion_length: int,
     chunk_size: int,
+    ratio_to: Literal["trainer", "sampler"] = "trainer",
 ) -> TrainStep:
     """Builds the jitted step; the state is donated.
 
@@ -188,6 +189,8 @@ def make_train_step(
       temperature: of the distribution that was sampled from and is trained.
       max_completion_length: L of the constant normalisers, in tokens.
       chunk_size: tokens whose logits are held at once, over all devices.
+      ratio_to: the old policy of own tokens. "trainer": the one before the batch's first update; "sampler": the one
+        that each was drawn from, as the sampler had its probability, where that may be an older one.
     """
 
     def objective(trained, kept, batch: TrainBatch, weights, *, coefficients, num_segments):
@@ -196,9 +199,11 @@ def make_train_step(
         kinds = batch.kinds[:, 1:]
         logprobs, entropies = _score_tokens(config, params, batch, temperature, chunk_size)
         now = jax.lax.stop_gradient(logprobs)
+        old = now if batch.old_logprobs is None else batch.old_logprobs[:, 1:]
+        own = kinds == TokenKind.COMPLETION
         inputs = TokenInputs(
             logprobs,
-            now if batch.old_logprobs is None else batch.old_logprobs[:, 1:],
+            old if ratio_to == "trainer" else jnp.where(own, batch.sampler_logprobs[:, 1:], old),
             None if batch.ref_logprobs is None else batch.ref_logprobs[:, 1:],
             batch.advantages[:, 1:],
             jnp.zeros_like(kinds, bool),
@@ -219,7 +224,7 @@ def make_train_step(
         pull = jnp.abs(jax.grad(lambda logprobs: sum(term_losses(logprobs).values()))(now))
         entropy = jnp.sum(entropies * weights["entropy"])
         total = sum(losses.values())
-        own_sums, maxima = _own_statistics(inputs._replace(logprobs=now), batch, method)
+        own_sums, maxima = _own_statistics(inputs._replace(logprobs=now), old, batch, method)
         sums = {
             **{f"loss/{name}": value for name, value in losses.items()},
             "loss/total": total,
@@ -354,12 +359,12 @@ def _score_tokens(
 
 
 def _own_statistics(
-    inputs: TokenInputs, batch: TrainBatch, method: Method
+    inputs: TokenInputs, old_logprobs: jax.Array, batch: TrainBatch, method: Method
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Sums and maxima over own tokens: the gap to the sampler, the ratio to the old policy, what is clipped."""
     own = batch.kinds[:, 1:] == TokenKind.COMPLETION
-    # Before the first update, where both have the same weights.
-    gap = jnp.where(own, jnp.abs(inputs.old_logprobs - batch.sampler_logprobs[:, 1:]), 0.0)
+    # Before the first update, where both have the same weights, but for stale tokens.
+    gap = jnp.where(own, jnp.abs(old_logprobs - batch.sampler_logprobs[:, 1:]), 0.0)
     ratio = jnp.exp(jnp.where(own, inputs.logprobs - inputs.old_logprobs, 0.0))
     lowest = -jnp.inf if method.clip_low is None else 1 - method.clip_low
     highest = jnp.inf if method.clip_high is None else 1 + method.clip_high

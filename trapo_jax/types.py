@@ -100,6 +100,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # the model sampled EOS
     LENGTH = "length"  # prefix + completion reached max_completion_length
     NOT_SAMPLED = "not_sampled"  # the whole expert solution is the row
+    UNFINISHED = "unfinished"  # taken back from the engine; `resume` goes on with it
 
 
 @dataclasses.dataclass(frozen=True)

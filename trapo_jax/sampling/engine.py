@@ -19,7 +19,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from trapo_jax.models import DecoderConfig
 from trapo_jax.sampling.replica import EngineCounters, Replica, Waiting
 from trapo_jax.sharding import Rules, make_mesh, param_shardings
-from trapo_jax.types import Completion, RolloutRequest, SamplingParams, UserError
+from trapo_jax.types import (
+    Completion,
+    FinishReason,
+    RolloutRequest,
+    SamplingParams,
+    UserError,
+)
 
 # Every replica holds all weights, split over its own devices only.
 SAMPLING_RULES = Rules(width=None)
@@ -34,12 +40,30 @@ class RolloutEngine(Protocol):
         """Queues requests. `step` is part of their random keys."""
         ...
 
+    def resume(
+        self, unfinished: Sequence[Completion], *, step: int, params: SamplingParams
+    ) -> None:
+        """Queues what `release` has brought: sampling goes on behind the tokens that are there."""
+        ...
+
     def poll(self) -> list[Completion]:
         """Works a while and returns what finished; empty only if nothing is queued or running."""
         ...
 
     def update_weights(self, params: Any, version: int) -> None:
         """Samples from these weights from now on. Nothing may be queued or running."""
+        ...
+
+    def release(self) -> list[Completion]:
+        """Lets go of the weights and the cache until the next update: their memory is the training step's.
+
+        Returns what is queued or running, with the tokens so far and `FinishReason.UNFINISHED`.
+        """
+        ...
+
+    @property
+    def num_idle_slots(self) -> int:
+        """Rows that could be decoded beside those queued or running."""
         ...
 
 
@@ -128,22 +152,30 @@ class JaxEngine:
         self.version = version
         self._home.clear()
 
-    def release(self) -> None:
-        """Lets go of the weights and the cache until the next update: their memory is the training step's."""
-        for replica in self._replicas:
-            replica.release()
+    def release(self) -> list[Completion]:
+        return [completion for replica in self._replicas for completion in replica.release()]
+
+    @property
+    def num_idle_slots(self) -> int:
+        return sum(replica.num_idle_slots for replica in self._replicas)
 
     def submit(
         self, requests: Sequence[RolloutRequest], *, step: int, params: SamplingParams
     ) -> None:
+        nothing = [Completion(r, (), (), FinishReason.UNFINISHED) for r in requests]
+        self.resume(nothing, step=step, params=params)
+
+    def resume(
+        self, unfinished: Sequence[Completion], *, step: int, params: SamplingParams
+    ) -> None:
         if (params.top_p < 1 or params.top_k) and not self._with_truncation:
             raise ValueError("top_p and top_k need an engine with_truncation")
-        for request in requests:
-            self._check(request)
-            id_ = request.problem.id
+        for so_far in unfinished:
+            self._check(so_far.request)
+            id_ = so_far.request.problem.id
             if id_ not in self._home:
                 self._home[id_] = min(self._replicas, key=lambda replica: replica.num_requests)
-            self._home[id_].submit(Waiting(request, step, params, self.budget(request)))
+            self._home[id_].submit(Waiting(so_far, step, params, self.budget(so_far.request)))
 
     def poll(self) -> list[Completion]:
         while busy := [replica for replica in self._replicas if replica.is_busy]:

@@ -35,7 +35,7 @@ from trapo_jax.sampling.decode import (
     make_programs,
     state_shardings,
 )
-from trapo_jax.types import Completion, FinishReason, RolloutRequest, SamplingParams
+from trapo_jax.types import Completion, FinishReason, SamplingParams
 
 SHORTEST_COPY = 16  # a context is copied to a slot in this many positions, or twice, four times ...
 # A decode segment computes so many slots, and looks at so many positions of the cache, or twice, four times ...
@@ -73,12 +73,12 @@ class EngineCounters:
 
 
 class Waiting(NamedTuple):
-    """A request in the queue."""
+    """A request in the queue, or at work."""
 
-    request: RolloutRequest
+    so_far: Completion  # what was sampled for it before
     step: int  # part of its random key
     params: SamplingParams
-    budget: int  # tokens that may be sampled
+    budget: int  # tokens that may be sampled, those before among them
 
 
 class Replica:
@@ -113,7 +113,7 @@ class Replica:
         self._prefill_tokens = prefill_tokens
         self._segment_len = segment_len
         self._waiting: collections.deque[Waiting] = collections.deque()
-        self._running: dict[int, RolloutRequest] = {}
+        self._running: dict[int, Waiting] = {}
         self._params: Any = None
         self._table = ContextTable(num_contexts)
         self._cached_lens = np.zeros(num_slots, np.int32)  # as on the device
@@ -148,6 +148,10 @@ class Replica:
         return len(self._waiting) + len(self._running)
 
     @property
+    def num_idle_slots(self) -> int:
+        return max(0, len(self._cached_lens) - self.num_requests)
+
+    @property
     def num_compiled(self) -> int:
         return sum(program._cache_size() for program in self._programs)
 
@@ -165,8 +169,14 @@ class Replica:
         self._params = params
         self._table.clear()
 
-    def release(self) -> None:
+    def release(self) -> list[Completion]:
+        """Lets go of the weights and the cache; returns what is unfinished."""
+        unfinished = [waiting.so_far for waiting in self._waiting]
+        if self._running:
+            unfinished += self._leave(list(self._running), jax.device_get(self._slots.num_new))
+        self._waiting.clear()
         self._params = self._contexts = self._slots = None
+        return unfinished
 
     def submit(self, waiting: Waiting) -> None:
         self._waiting.append(waiting)
@@ -219,21 +229,27 @@ class Replica:
             self._slots, from_slots, to_slots, np.int32(len(pairs))
         )
 
-    def _leave(self, finished: Sequence[int], num_new: np.ndarray) -> list[Completion]:
+    def _leave(self, slots: Sequence[int], num_new: np.ndarray) -> list[Completion]:
         """Completions of slots, which are free again."""
-        tokens, logprobs = self._fetch(finished)
+        tokens, logprobs = self._fetch(slots)
         completions = []
-        for i, slot in enumerate(finished):
-            request = self._running.pop(slot)
+        for i, slot in enumerate(slots):
+            so_far, _, _, budget = self._running.pop(slot)
             heapq.heappush(self._free, slot)
             length = num_new[slot]
-            stopped = int(tokens[i, length - 1]) in self._eos_ids
+            token_ids = so_far.token_ids + tuple(tokens[i, :length].tolist())
+            if token_ids and token_ids[-1] in self._eos_ids:
+                reason = FinishReason.STOP
+            elif len(token_ids) == budget:
+                reason = FinishReason.LENGTH
+            else:
+                reason = FinishReason.UNFINISHED
             completions.append(
                 Completion(
-                    request=request,
-                    token_ids=tuple(tokens[i, :length].tolist()),
-                    logprobs=tuple(logprobs[i, :length].tolist()),
-                    finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+                    request=so_far.request,
+                    token_ids=token_ids,
+                    logprobs=so_far.logprobs + tuple(logprobs[i, :length].tolist()),
+                    finish_reason=reason,
                 )
             )
         return completions
@@ -257,8 +273,9 @@ class Replica:
         starting: list[Starting] = []
         rows: list[int] = []
         while self._waiting and self._free:
-            request, step, params, budget = self._waiting[0]
-            context = request.problem.prompt_ids + request.prefix_ids
+            waiting = self._waiting[0]
+            request, params = waiting.so_far.request, waiting.params
+            context = request.problem.prompt_ids + request.prefix_ids + waiting.so_far.token_ids
             # The last token of a context is the first that is decoded.
             found = self._table.find(request.problem.id, context[:-1])
             if found is None:
@@ -271,18 +288,18 @@ class Replica:
                 before = pieces.get(found.row)
                 pieces[found.row] = _joined(before, found.piece) if before else found.piece
             slot = heapq.heappop(self._free)
-            self._running[slot] = request
+            self._running[slot] = waiting
             rows.append(found.row)
             starting.append(
                 Starting(
                     slot=slot,
                     cached_len=len(context) - 1,
                     last_token=context[-1],
-                    max_new=budget,
+                    max_new=waiting.budget - len(waiting.so_far.token_ids),
                     temperature=params.temperature,
                     top_p=params.top_p,
                     top_k=params.top_k,
-                    step=step,
+                    step=waiting.step,
                     problem_key=request.problem.key,
                     sample_index=request.sample_index,
                 )
