@@ -201,18 +201,16 @@ def test_stale_tokens_are_weighted_by_their_ratio_to_the_sampler(params):
     groups, advantages = ragged_groups()
     batch = build(groups, advantages)
     method = make_method("trapo", alpha=ALPHA)
-    mesh, optimizer = one_device_mesh(), optax.sgd(1.0)
-    shardings = state_shardings(params, optimizer, mesh).params
-    now = make_batch_logprobs(CONFIG, mesh, shardings, temperature=1.0, chunk_size=7)(params, batch)
+    now = np.asarray(batch_logprobs(batch, params))
     own = batch.kinds == TokenKind.COMPLETION
-    ratio = np.where(own, np.exp(np.asarray(now) - batch.sampler_logprobs), 1.0)
+    ratio = np.where(own, np.exp(now - batch.sampler_logprobs), 1.0)
     assert (np.abs(ratio[own] - 1) > 0.1).any()
     weighted = batch._replace(advantages=batch.advantages * ratio)
     expected, on_policy, _ = sgd_step(method, weighted, params)
     gradient, metrics, _ = sgd_step(method, batch, params, ratio_to="sampler")
     assert relative_difference(gradient, expected) < 1e-5
     np.testing.assert_allclose(metrics["policy/ratio_mean"], ratio[own].mean(), rtol=1e-5)
-    gap = np.abs(np.asarray(now) - batch.sampler_logprobs)[own]
+    gap = np.abs(now - batch.sampler_logprobs)[own]
     for of_step in (metrics, on_policy):  # the gap is the trainer's to the sampler in both
         np.testing.assert_allclose(of_step["policy/logprob_gap_mean"], gap.mean(), rtol=1e-5)
 

@@ -277,6 +277,7 @@ def summary(job: Job, engine: str, rounds: list[dict], warm_up: dict, limits: di
         "tokens_per_sec": tokens / seconds,
         "share_of_matmul_bound": tokens / seconds / bound if bound else None,
         "slot_utilization": rounds[-1].get("slot_utilization"),
+        "decode_steps": rounds[-1].get("decode_steps"),
         "prefilled_tokens": rounds[-1].get("prefilled_tokens"),
         "compiles_after_warm_up": sum(r["compiles"] for r in rounds)
         if "compiles" in rounds[0]
@@ -296,6 +297,7 @@ def show(console: Console, report: list[dict], limits: dict) -> None:
         "ratio",
         "of matmul bound",
         "slots in use",
+        "decode steps",
         "prefilled",
         "compiles",
         "process peak MiB",
@@ -315,6 +317,7 @@ def show(console: Console, report: list[dict], limits: dict) -> None:
             f"{r['seconds'] / base:.2f}" if base else "",
             show_share(r["share_of_matmul_bound"]),
             show_share(r["slot_utilization"]),
+            show_count(r["decode_steps"]),
             show_count(r["prefilled_tokens"]),
             show_count(r["compiles_after_warm_up"]),
             f"{r['process_peak_mib']:,.0f}",

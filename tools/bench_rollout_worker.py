@@ -49,6 +49,7 @@ class Ours:
         return {
             "seconds": seconds,
             "decoded_tokens": done.decoded_tokens,
+            "decode_steps": done.decode_steps,
             "slot_utilization": done.slot_utilization,
             "prefilled_tokens": done.prefilled_tokens,
             "compiles": engine.num_compiled - compiled,

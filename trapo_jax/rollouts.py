@@ -2,7 +2,8 @@
 
 completions -> rewards -> scheduler -> new requests, until each group is whole. No problem waits for another,
 and no micro-group for a straggler that cannot change its guidance; decoding goes on while verdicts are awaited.
-The outcome does not depend on the order in which completions and verdicts arrive.
+The outcome does not depend on the order in which completions and verdicts arrive; but what is begun of the next
+step in slots that would be idle does, where that is allowed.
 """
 
 import collections

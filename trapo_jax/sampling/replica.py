@@ -50,11 +50,13 @@ class EngineCounters:
     Attributes:
       prefilled_tokens: tokens of contexts run through the model.
       decoded_tokens: tokens sampled.
+      decode_steps: passes through the model that sampled them, a token a slot each.
       slot_tokens: tokens that as many decode steps could have sampled with every slot they computed active.
     """
 
     prefilled_tokens: int = 0
     decoded_tokens: int = 0
+    decode_steps: int = 0
     slot_tokens: int = 0
 
     @property
@@ -197,6 +199,7 @@ class Replica:
         self._cached_lens = np.array(cached_lens)
         self.counters += EngineCounters(
             decoded_tokens=int(num_tokens),
+            decode_steps=int(num_steps),
             slot_tokens=int(num_steps) * extent["num_slots"],
         )
         finished = [slot for slot in self._running if not active[slot]]
