@@ -291,6 +291,17 @@ def test_temperature_zero_is_greedy_and_temperature_scales():
     np.testing.assert_allclose(logprobs[1], jax.nn.log_softmax(logits / 0.5)[tokens[1]], rtol=1e-6)
 
 
+def test_logprobs_count_a_long_tail_of_improbable_tokens():
+    """Added one by one to 1, in float32, none of them would."""
+    num_words, num_rows = 150_000, 4
+    logits = np.full((num_words, num_rows), np.log(1e-8), np.float32)
+    logits[0] = 0.0
+    keys = jax.random.split(jax.random.key(0), num_rows)
+    tokens, logprobs = draw_tokens(keys, jnp.zeros(num_rows), logits, jnp.zeros(num_rows))
+    np.testing.assert_array_equal(tokens, 0)
+    np.testing.assert_allclose(logprobs, -np.log1p(1e-8 * (num_words - 1)), rtol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("top_p", "top_k", "kept"),
     [

@@ -58,7 +58,9 @@ def draw_tokens(
         lambda: drawn_S,
     )
     chosen_S = jnp.take_along_axis(logits_VS, token_S[None], axis=0)[0]
-    return token_S, chosen_S - highest_S - jnp.log(jnp.sum(_in_blocks(weights_VS), axis=(0, 1)))
+    masses = jnp.sum(_in_blocks(weights_VS), axis=1)
+    total_S = jnp.cumsum(masses, axis=0)[-1]  # as `inverse_cdf` adds up
+    return token_S, chosen_S - highest_S - jnp.log(total_S)
 
 
 def truncate(logits_VS: jax.Array, top_p_S: jax.Array, top_k_S: jax.Array) -> jax.Array:
