@@ -41,6 +41,9 @@ class ScriptedEngine:
         self.queue += requests
         self.seen += requests
 
+    def resume(self, unfinished, *, step, params):
+        assert not unfinished  # nothing is begun for it
+
     def poll(self):
         if not self.queue:
             return []
