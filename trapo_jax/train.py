@@ -213,7 +213,8 @@ def run(parts: Parts, state: TrainState, folder: Path, changes: Changes) -> int:
                 step += 1
                 watchdog.beat(f"working on step {step}")
                 check_space(folder, LOG_BYTES, "a step's record")
-                ahead = batches[step] if config.sampling.max_staleness else ()
+                is_ahead = config.sampling.max_staleness and step < config.train.num_steps
+                ahead = batches[step] if is_ahead else ()
                 state, values = train_one_step(
                     parts, state, batches[step - 1], ahead, progress, log, step
                 )
