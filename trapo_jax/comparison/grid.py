@@ -155,9 +155,11 @@ class _Clock:
         self._last_said = now = time.monotonic()
         done, hours = self._work_done(), (now - self._started) / 3600
         rate = (done - self._done_before) / hours
-        left = (len(self._runs) - done) / rate * 60 if rate > 0 else float("nan")
+        pace = ""
+        if rate > 0:
+            pace = f"; {rate:.1f} runs an hour, {(len(self._runs) - done) / rate * 60:.0f} min left"
         complete = sum(map(is_complete, self._runs))
         self._say(
             f"{first}{complete} of {len(self._runs)} runs complete, {num_active} at work, "
-            f"{num_waiting} waiting; {rate:.1f} runs an hour, {left:.0f} min left"
+            f"{num_waiting} waiting{pace}"
         )
