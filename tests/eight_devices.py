@@ -76,8 +76,10 @@ def sample(mesh, params, problems):
     ]
     engine.submit(requests, step=1, params=SamplingParams())
     tokens = {}
-    while completions := engine.poll():
-        tokens |= {(c.request.problem.id, c.request.sample_index): c.token_ids for c in completions}
+    while engine.is_busy:
+        tokens |= {
+            (c.request.problem.id, c.request.sample_index): c.token_ids for c in engine.poll()
+        }
     return tokens
 
 

@@ -17,6 +17,7 @@ GOOD = {
     "optimizer/skipped": 0.0,
     "optimizer/skipped_in_a_row": 0,
     "policy/logprob_gap_mean": 1e-6,
+    "sampling/stale_tokens": 0,
     "batch/completion_tokens": 100,
     "completion/truncated": 0.5,
     "reward/groups_with_signal": 0.25,
@@ -52,6 +53,10 @@ def test_a_skipped_update_names_the_term():
 
 
 def test_a_sampler_that_differs_stops_the_run():
+    """Older tokens are named as a cause where there are some."""
+    stale = {**GOOD, "policy/logprob_gap_mean": 0.3, "sampling/stale_tokens": 12}
+    with pytest.raises(TrainingFailed, match=r"0.2; 12 tokens .* sampling.max_staleness=0"):
+        health().observe(2, stale)
     with pytest.raises(TrainingFailed, match=r"step 2: .* 0.3 .*limits.max_logprob_gap=0.2"):
         health().observe(2, {**GOOD, "policy/logprob_gap_mean": 0.3})
 

@@ -17,6 +17,7 @@ from trapo_jax.types import (
     Completion,
     Expert,
     FinishReason,
+    MicroGroup,
     Problem,
     SamplingParams,
     Verdict,
@@ -44,6 +45,10 @@ class ScriptedEngine:
     def resume(self, unfinished, *, step, params):
         assert not unfinished  # nothing is begun for it
 
+    @property
+    def is_busy(self):
+        return bool(self.queue)
+
     def poll(self):
         if not self.queue:
             return []
@@ -67,21 +72,25 @@ class SlotEngine:
     def resume(self, unfinished, *, step, params):
         self.queue += unfinished
 
+    @property
+    def is_busy(self):
+        return bool(self.queue)
+
     def poll(self):
-        while self.queue:
-            grown = [
-                dataclasses.replace(
-                    c, token_ids=(*c.token_ids, self.version), logprobs=(*c.logprobs, -0.5)
-                )
-                for c in self.queue[:4]
-            ]
-            is_done = lambda c: len(c.token_ids) == 2 + c.request.sample_index
-            self.queue[:4] = [c for c in grown if not is_done(c)]
-            if finished := [
-                dataclasses.replace(c, finish_reason=FinishReason.STOP) for c in grown if is_done(c)
-            ]:
-                return finished
-        return []
+        grown = [
+            dataclasses.replace(
+                c, token_ids=(*c.token_ids, self.version), logprobs=(*c.logprobs, -0.5)
+            )
+            for c in self.queue[:4]
+        ]
+        is_done = lambda c: len(c.token_ids) == self.length(c.request)
+        self.queue[:4] = [c for c in grown if not is_done(c)]
+        return [
+            dataclasses.replace(c, finish_reason=FinishReason.STOP) for c in grown if is_done(c)
+        ]
+
+    def length(self, request):
+        return 2 + request.sample_index
 
     def release(self):
         unfinished, self.queue = self.queue, []
@@ -128,8 +137,46 @@ def test_idle_slots_begin_with_the_next_step_and_it_goes_on_under_its_own_weight
     assert any(len(set(token_ids)) == 2 for token_ids in seen)  # drawn from two policies
 
 
+def test_a_verdict_is_seen_while_others_are_decoded():
+    """One problem's rollouts wait for a verdict while another's has a hundred tokens to go."""
+    polls, asked, first = 0, {}, Future()
+
+    class Engine(SlotEngine):
+        def submit(self, requests, *, step, params):
+            asked.update({(r.problem.answer, r.sample_index): polls for r in requests})
+            super().submit(requests, step=step, params=params)
+
+        def poll(self):
+            nonlocal polls
+            polls += 1
+            if polls == 10:
+                first.set_result(Verdict.CORRECT)
+            return super().poll()
+
+        def length(self, request):
+            return 100 if request.problem.answer == "1" else 2
+
+    def score(completion):
+        request = completion.request
+        is_first = request.problem.answer == "0" and request.sample_index == 0
+        return first if is_first else at_once(Verdict.CORRECT)
+
+    collect_rollouts(
+        Engine(),
+        lambda _: Scheduler((MicroGroup(1, 0.0, -1.0), MicroGroup(1, 0.5, 0.5)), 64),
+        score,
+        [problem(0), problem(1)],
+        step=1,
+        params=SamplingParams(),
+    )
+    assert asked["0", 1] == 10
+    assert polls == 200
+
+
 def test_an_engine_that_loses_requests_is_an_error():
     class Forgetful(ScriptedEngine):
+        is_busy = False
+
         def poll(self):
             return []
 

@@ -12,7 +12,14 @@ from trapo_jax.losses import token_logprobs
 from trapo_jax.models import apply_decoder, unembedding
 from trapo_jax.sampling import JaxEngine
 from trapo_jax.sampling.draw import BLOCK_LEN, draw_tokens, inverse_cdf, truncate
-from trapo_jax.types import Expert, FinishReason, Problem, RolloutRequest, SamplingParams
+from trapo_jax.types import (
+    Completion,
+    Expert,
+    FinishReason,
+    Problem,
+    RolloutRequest,
+    SamplingParams,
+)
 
 EOS = 1
 
@@ -36,8 +43,8 @@ def make_engine(decoder, params, **options):
 def sample(engine, requests, *, temperature=1.0, step=1):
     engine.submit(requests, step=step, params=SamplingParams(temperature))
     completions = []
-    while finished := engine.poll():
-        completions += finished
+    while engine.is_busy:
+        completions += engine.poll()
     return {(c.request.problem.id, c.request.sample_index): c for c in completions}
 
 
@@ -110,10 +117,33 @@ def test_same_request_same_tokens_in_waves(decoder, params, problems, reference)
     while requests:
         engine.submit([requests.pop()], step=1, params=SamplingParams())
         completions += engine.poll()
-    while finished := engine.poll():
-        completions += finished
+    while engine.is_busy:
+        completions += engine.poll()
     trickled = {(c.request.problem.id, c.request.sample_index): c for c in completions}
     assert tokens_of(trickled) == tokens_of(reference)
+
+
+def test_an_earlier_step_takes_slots_from_a_later_one(decoder, params, problems):
+    """Four of step 1 come when four of step 2 fill all slots: they do not wait, and all get the tokens they get alone."""
+    early, late = requests_of(problems[:1], group=4), requests_of(problems[1:2], group=4)
+    alone = {
+        step: sample(make_engine(decoder, params), requests, step=step)
+        for step, requests in ((1, early), (2, late))
+    }
+    engine = make_engine(decoder, params, num_slots=4, segment_len=2)
+    engine.submit(late, step=2, params=SamplingParams())
+    assert engine.poll() == []
+    engine.submit(early, step=1, params=SamplingParams())
+    begun_at, num_finished = engine.counters.decode_steps, 0
+    while engine.is_busy:
+        for c in engine.poll():
+            num_finished += 1
+            is_early = c.request.problem.id == problems[0].id
+            if is_early:
+                assert engine.counters.decode_steps - begun_at == len(c.token_ids)
+            expected = alone[1 if is_early else 2]
+            assert c.token_ids == expected[c.request.problem.id, c.request.sample_index].token_ids
+    assert num_finished == 8
 
 
 def test_released_and_resumed_requests_get_the_same_tokens(decoder, params, problems, reference):
@@ -131,8 +161,8 @@ def test_released_and_resumed_requests_get_the_same_tokens(decoder, params, prob
         assert engine.num_idle_slots == 16
         engine.resume(unfinished, step=1, params=SamplingParams())
         assert engine.num_idle_slots == max(0, 16 - len(unfinished))
-    while finished := engine.poll():
-        completions += finished
+    while engine.is_busy:
+        completions += engine.poll()
     assert 0 in lens
     assert len(lens) > 3
     assert len(completions) == len(reference)
@@ -201,6 +231,23 @@ def test_mistaken_requests_are_refused(decoder, params):
         with pytest.raises(ValueError, match=message):
             engine.submit([request], step=0, params=SamplingParams())
     assert engine.poll() == []
+
+
+def test_what_is_finished_is_not_resumed(decoder, params, problems):
+    engine = make_engine(decoder, params)
+    request = RolloutRequest(problems[0], 0)
+    whole = tuple([1] * engine.budget(request))
+    for completion, message in (
+        (Completion(request, (1,), (0.0,), FinishReason.STOP), "the completion is finished"),
+        (
+            Completion(request, whole, (0.0,) * len(whole), FinishReason.UNFINISHED),
+            "nothing to sample",
+        ),
+    ):
+        begun = Completion(request, (), (), FinishReason.UNFINISHED)
+        with pytest.raises(ValueError, match=message):
+            engine.resume([begun, completion], step=0, params=SamplingParams())
+    assert not engine.is_busy  # of a refused call nothing is queued
 
 
 def test_weights_cannot_change_under_running_completions(decoder, params, problems):
@@ -327,8 +374,8 @@ def test_top_k_of_one_is_greedy_with_the_whole_distribution_s_logprob(decoder, p
     engine = make_engine(decoder, params, with_truncation=True)
     engine.submit(requests, step=1, params=SamplingParams(1.0, top_k=1))
     completions = []
-    while finished := engine.poll():
-        completions += finished
+    while engine.is_busy:
+        completions += engine.poll()
     greedy = sample(make_engine(decoder, params), requests, temperature=0.0)
     for c in completions:
         assert c.token_ids == greedy[c.request.problem.id, c.request.sample_index].token_ids

@@ -171,6 +171,13 @@ def test_next_step_s_problems_fill_idle_slots_if_staleness_is_allowed(tmp_path):
     assert all(r["sampling/stale_tokens"] < 8 * 8 * 64 for r in records)
 
 
+def test_guidance_that_changes_with_the_step_allows_no_staleness(tmp_path):
+    result = train(tmp_path / "r", "sampling.max_staleness=1", "method.name=sft_then_grpo")
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: sampling.max_staleness=1: method.name=sft_then_grpo guides")
+
+
 def test_reference_preset_runs(tmp_path):
     assert train(tmp_path / "r", "method.preset=reference", "train.num_steps=3").returncode == 0
 
@@ -206,8 +213,8 @@ def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finis
     engine.update_weights(params, 0)
     engine.submit([RolloutRequest(p, 0) for p in problems], step=0, params=SamplingParams(0.0))
     answers = {}
-    while finished := engine.poll():
-        answers |= {c.request.problem.id: c.token_ids for c in finished}
+    while engine.is_busy:
+        answers |= {c.request.problem.id: c.token_ids for c in engine.poll()}
     for problem in problems:
         prompt = torch.tensor([problem.prompt_ids])
         theirs = model.generate(

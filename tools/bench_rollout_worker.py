@@ -132,8 +132,8 @@ def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
                 problem = dataclasses.replace(problem, id=f"{problem.id}/{row['sample']}")
             requests.append(RolloutRequest(problem, row["sample"], 0, 0, row["prefix_len"]))
         engine.submit(requests, step=1, params=SamplingParams())
-        while engine.poll():
-            pass
+        while engine.is_busy:
+            engine.poll()
 
 
 def batches(job: Job):

@@ -128,8 +128,8 @@ def compare_greedy(
         [RolloutRequest(p, 0) for p in problems], step=0, params=SamplingParams(temperature=0.0)
     )
     ours = {}
-    while completions := engine.poll():
-        ours |= {c.request.problem.id: list(c.token_ids) for c in completions}
+    while engine.is_busy:
+        ours |= {c.request.problem.id: list(c.token_ids) for c in engine.poll()}
     same = 0
     for problem, ids in zip(problems, prompts, strict=True):
         output = theirs.generate(

@@ -3,7 +3,7 @@
 FLOPs are counted by formula, not measured: 2 N for each token that goes through the model (N parameters, without an
 input embedding that is no matrix product), three times that where it is trained (twice where adapters alone are: no gradients of weights), and attention's products for each
 pair of tokens that sees each other. What a compiler computes anew to save memory, padding, and keys out of a sliding
-window are not looked at.
+window are not looked at; nor are attention's products where an unfinished completion is run through the model again.
 """
 
 import dataclasses

@@ -89,9 +89,10 @@ def sample_problems(
     """
     engine.submit(requests, step=EVALUATION_STEP, params=params)
     judging: dict[Future[Verdict], Completion] = {}
-    while (completions := engine.poll()) or judging:
+    while engine.is_busy or judging:
+        completions = engine.poll()
         judging.update((score(completion), completion) for completion in completions)
-        if not completions:
+        if not completions and not engine.is_busy:
             wait(judging, return_when=FIRST_COMPLETED)
         for future in [future for future in judging if future.done()]:
             yield judging.pop(future), future.result()

@@ -50,10 +50,15 @@ class Health:
                     "train.learning_rate"
                 )
         if (gap := values["policy/logprob_gap_mean"]) > self._max_logprob_gap:
+            why = "the rewards do not belong to the policy that is trained"
+            if num_stale := values["sampling/stale_tokens"]:
+                why = (
+                    f"{num_stale:.0f} tokens were drawn before the last update: give sampling.max_staleness=0 or a "
+                    "lower train.learning_rate"
+                )
             raise TrainingFailed(
                 f"step {step}: sampler and trainer differ by {gap:.3g} in the mean log-probability of "
-                f"a token, more than limits.max_logprob_gap={self._max_logprob_gap}; the rewards do "
-                "not belong to the policy that is trained"
+                f"a token, more than limits.max_logprob_gap={self._max_logprob_gap}; {why}"
             )
         if values["batch/completion_tokens"]:
             warnings += self._count(

@@ -41,7 +41,7 @@ from trapo_jax.train_step import (
     make_train_step,
     state_shardings,
 )
-from trapo_jax.types import Completion, Moment, Problem, TrainBatch, Verdict
+from trapo_jax.types import Completion, Moment, Problem, TrainBatch, UserError, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,11 @@ class Parts:
 
 def build(config: Config, method: Method) -> tuple[Parts, TrainState]:
     """Builds every part; returns them and the state before the first step."""
+    if config.sampling.max_staleness and method.guidance_varies:
+        raise UserError(
+            f"sampling.max_staleness=1: method.name={method.name} guides every step in another way, and a rollout "
+            "begun a step early would be guided as the step before; give sampling.max_staleness=0"
+        )
     model_folder = find_model(config.model.path)
     decoder = build_decoder(config, model_folder)
     tokenizer: Any = load_tokenizer(model_folder)

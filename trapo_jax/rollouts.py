@@ -180,7 +180,7 @@ def collect_rollouts(
         completions = engine.poll()
         started = time.perf_counter()
         judging.update((score(completion), completion) for completion in completions)
-        if not completions:
+        if not completions and not engine.is_busy:
             if not judging:
                 raise RuntimeError("the engine has lost requests")
             wait(judging, return_when=FIRST_COMPLETED)

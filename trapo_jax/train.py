@@ -540,6 +540,7 @@ def log_evaluation(
         parts.splits[split],
         num_samples=parts.config.evaluation.num_samples,
     )
+    parts.engine.release()  # its weights may be a copy
     if is_main():
         write_evaluation(parts.config.run_folder, split, step, of_problems)
     seconds = time.perf_counter() - started

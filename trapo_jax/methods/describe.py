@@ -7,7 +7,7 @@ from trapo_jax.methods.common import PRESETS
 from trapo_jax.methods.family import METHODS
 from trapo_jax.methods.guidance import ALWAYS, NEVER
 from trapo_jax.methods.make import constants_of, has_presets
-from trapo_jax.methods.method import Method, Normalizer, Schedule, Term, unvaried
+from trapo_jax.methods.method import Method, Normalizer, Schedule, Term
 from trapo_jax.types import MicroGroup, TokenKind
 
 TOKENS = {TokenKind.COMPLETION: "own tokens", TokenKind.EXPERT_TRAINED: "expert tokens"}
@@ -24,7 +24,7 @@ def describe(method: Method) -> str:
     lines = [f"{method.name}: {method.source}", "", "objective, the sum of"]
     for term in method.terms:
         lines += _describe_term(term)
-    varies = "" if method.vary is unvaried else " (varies, see the note)"
+    varies = " (varies, see the note)" if method.guidance_varies else ""
     lines += ["", f"guidance, {method.group_size} rollouts a problem at most{varies}"]
     lines += [f"  {_describe_group(group)}" for group in method.micro_groups]
     lines += [f"  prefix boundary: {method.prefix_boundary}"]

@@ -24,7 +24,9 @@ class TokenInputs(NamedTuple):
     """What a loss may look at, each `[B, T - 1]` but the last: one entry a predicted token."""
 
     logprobs: jax.Array  # float32, differentiable
-    old_logprobs: jax.Array  # float32, before the batch's first update
+    old_logprobs: (
+        jax.Array
+    )  # float32, before the batch's first update; the sampler's for own tokens if they may be stale
     ref_logprobs: (
         Any  # float32, of the model the run began with; None unless `Method.needs_reference`
     )
@@ -117,6 +119,11 @@ class Method:
     def group_size(self) -> int:
         """Rollouts of a problem, at most."""
         return sum(group.size for group in self.micro_groups)
+
+    @property
+    def guidance_varies(self) -> bool:
+        """Whether the micro-groups depend on the moment or the problem."""
+        return self.vary is not unvaried
 
     def micro_groups_at(self, moment: Moment, problem: Problem) -> tuple[MicroGroup, ...]:
         return self.vary(self.micro_groups, moment, problem)

@@ -37,7 +37,7 @@ class RolloutEngine(Protocol):
     def submit(
         self, requests: Sequence[RolloutRequest], *, step: int, params: SamplingParams
     ) -> None:
-        """Queues requests. `step` is part of their random keys."""
+        """Queues requests. `step` is part of their random keys; those of an earlier step go first."""
         ...
 
     def resume(
@@ -47,7 +47,12 @@ class RolloutEngine(Protocol):
         ...
 
     def poll(self) -> list[Completion]:
-        """Works a while and returns what finished; empty only if nothing is queued or running."""
+        """Decodes a segment at most, and returns what finished, which may be nothing."""
+        ...
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is queued or running."""
         ...
 
     def update_weights(self, params: Any, version: int) -> None:
@@ -143,7 +148,7 @@ class JaxEngine:
         return self._max_completion_length - request.prefix_len
 
     def update_weights(self, params: Any, version: int) -> None:
-        if any(replica.is_busy for replica in self._replicas):
+        if self.is_busy:
             raise RuntimeError("update_weights while completions are queued or running")
         shardings = param_shardings(params, self._mesh, SAMPLING_RULES)
         placed = _place(params, shardings, self._config)
@@ -154,6 +159,10 @@ class JaxEngine:
 
     def release(self) -> list[Completion]:
         return [completion for replica in self._replicas for completion in replica.release()]
+
+    @property
+    def is_busy(self) -> bool:
+        return any(replica.is_busy for replica in self._replicas)
 
     @property
     def num_idle_slots(self) -> int:
@@ -171,22 +180,21 @@ class JaxEngine:
         if (params.top_p < 1 or params.top_k) and not self._with_truncation:
             raise ValueError("top_p and top_k need an engine with_truncation")
         for so_far in unfinished:
-            self._check(so_far.request)
+            self._check(so_far)
+        for so_far in unfinished:
             id_ = so_far.request.problem.id
             if id_ not in self._home:
                 self._home[id_] = min(self._replicas, key=lambda replica: replica.num_requests)
             self._home[id_].submit(Waiting(so_far, step, params, self.budget(so_far.request)))
 
     def poll(self) -> list[Completion]:
-        while busy := [replica for replica in self._replicas if replica.is_busy]:
-            # In threads, as each waits for its devices.
-            finished = self._threads.map(Replica.advance, busy)
-            if completions := [c for of_replica in finished for c in of_replica]:
-                return completions
-        return []
+        busy = [replica for replica in self._replicas if replica.is_busy]
+        # In threads, as each waits for its devices.
+        finished = self._threads.map(Replica.advance, busy)
+        return [completion for of_replica in finished for completion in of_replica]
 
-    def _check(self, request: RolloutRequest) -> None:
-        problem = request.problem
+    def _check(self, so_far: Completion) -> None:
+        request, problem = so_far.request, so_far.request.problem
         if len(problem.prompt_ids) > self._max_prompt_length:
             raise ValueError(
                 f"problem {problem.id}: prompt of {len(problem.prompt_ids)} tokens exceeds "
@@ -194,7 +202,9 @@ class JaxEngine:
             )
         if not problem.prompt_ids:
             raise ValueError(f"problem {problem.id}: empty prompt")
-        if self.budget(request) < 1:
+        if so_far.finish_reason is not FinishReason.UNFINISHED:
+            raise ValueError(f"problem {problem.id}: the completion is finished")
+        if self.budget(request) <= len(so_far.token_ids):
             raise ValueError(f"problem {problem.id}: nothing to sample")
 
 

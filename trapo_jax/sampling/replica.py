@@ -4,15 +4,16 @@ Whenever slots are free, waiting requests are admitted: a context (prompt and ex
 model once, as far as no context before it began alike (`contexts.py`), and its keys and values are copied to every
 slot that starts there. Then a segment of tokens is decoded for all slots at once (`decode.py`), finished rows leave,
 and so on. A segment ends early once enough rows are done, as others may wait for their places; when none do, the
-rows at work move to the lowest slots, so that fewer are computed.
+rows at work move to the lowest slots, so that fewer are computed. Requests of an earlier step go first: where they
+lack slots, rows of a later one are put back into the queue with their tokens so far.
 
 The last context token is not prefilled: it is the first token fed to the decode step, so that every token is
 sampled by the same code.
 """
 
-import collections
 import dataclasses
 import heapq
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -114,7 +115,9 @@ class Replica:
         self._eos_ids = frozenset(eos_ids)
         self._prefill_tokens = prefill_tokens
         self._segment_len = segment_len
-        self._waiting: collections.deque[Waiting] = collections.deque()
+        # A heap by step, and in the order of submission.
+        self._waiting: list[tuple[int, int, Waiting]] = []
+        self._num_submitted = itertools.count()
         self._running: dict[int, Waiting] = {}
         self._params: Any = None
         self._table = ContextTable(num_contexts)
@@ -172,19 +175,19 @@ class Replica:
         self._table.clear()
 
     def release(self) -> list[Completion]:
-        """Lets go of the weights and the cache; returns what is unfinished."""
-        unfinished = [waiting.so_far for waiting in self._waiting]
-        if self._running:
-            unfinished += self._leave(list(self._running), jax.device_get(self._slots.num_new))
+        """Lets go of the weights and the cache; returns what is unfinished, what has most tokens first."""
+        self._put_back(list(self._running))
+        unfinished = [waiting.so_far for _, _, waiting in sorted(self._waiting)]
         self._waiting.clear()
         self._params = self._contexts = self._slots = None
-        return unfinished
+        return sorted(unfinished, key=lambda so_far: -len(so_far.token_ids))
 
     def submit(self, waiting: Waiting) -> None:
-        self._waiting.append(waiting)
+        heapq.heappush(self._waiting, (waiting.step, next(self._num_submitted), waiting))
 
     def advance(self) -> list[Completion]:
         """Admits who can be admitted, decodes one segment, and returns what finished."""
+        self._make_room()
         while self._waiting and self._free:
             self._admit_wave()
         self._close_ranks()
@@ -232,6 +235,23 @@ class Replica:
             self._slots, from_slots, to_slots, np.int32(len(pairs))
         )
 
+    def _make_room(self) -> None:
+        """Takes slots from later steps for those waiting of the earliest, all of which are then used."""
+        steps = [step for step, _, _ in self._waiting]
+        first = min(steps, default=0)
+        later = [slot for slot, waiting in self._running.items() if waiting.step > first]
+        later.sort(key=lambda slot: self._cached_lens[slot])  # the least to compute anew
+        self._put_back(later[: max(0, steps.count(first) - len(self._free))])
+
+    def _put_back(self, slots: Sequence[int]) -> None:
+        """Those at work in slots wait again, with the tokens so far."""
+        if not slots:
+            return
+        were = [self._running[slot] for slot in slots]
+        so_far = self._leave(slots, jax.device_get(self._slots.num_new))
+        for waiting, completion in zip(were, so_far, strict=True):
+            self.submit(waiting._replace(so_far=completion))
+
     def _leave(self, slots: Sequence[int], num_new: np.ndarray) -> list[Completion]:
         """Completions of slots, which are free again."""
         tokens, logprobs = self._fetch(slots)
@@ -276,16 +296,17 @@ class Replica:
         starting: list[Starting] = []
         rows: list[int] = []
         while self._waiting and self._free:
-            waiting = self._waiting[0]
+            _, _, waiting = self._waiting[0]
             request, params = waiting.so_far.request, waiting.params
             context = request.problem.prompt_ids + request.prefix_ids + waiting.so_far.token_ids
             # The last token of a context is the first that is decoded.
             found = self._table.find(request.problem.id, context[:-1])
             if found is None:
                 break
-            self._waiting.popleft()
-            if found.copy is not None:  # of what is computed by now
-                self._run_pieces(pieces)
+            heapq.heappop(self._waiting)
+            if found.copy is not None:
+                if found.copy[0] in pieces:  # what is copied must be there
+                    self._run_pieces(pieces)
                 self._contexts = self._programs.copy_context(self._contexts, *found.copy)
             if found.piece is not None:
                 before = pieces.get(found.row)
