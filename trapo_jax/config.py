@@ -173,8 +173,7 @@ class SamplingConfig(_Section):
     prefill_tokens: Positive = 512
     """Tokens of prompts and prefixes run through the model at once, at most; bounds memory."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """Steps between drawing a token and training on it; 1: idle slots begin with the next step's problems, and
-    method.clip_low and method.clip_high bound what older tokens weigh."""
+    """Steps a token may be older than its update; 1: idle slots begin with the next step's problems (set method.clip_*)."""
 
 
 class RewardsConfig(_Section):

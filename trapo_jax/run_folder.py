@@ -16,7 +16,8 @@ LOCK = ".lock"
 CONFIG, CHANGES = "config.yaml", "changes.jsonl"
 
 # What a resumed run may change: where and how fast it computes, what it keeps and says, and when it stops or warns.
-# What it computes stays the same, but for the rounding of sums and, with sampling.max_staleness, the clock. A name with a dot at its end is a whole section.
+# What it computes stays the same, but for the rounding of sums and, with sampling.max_staleness, the clock. A name
+# with a dot at its end is a whole section.
 MAY_DIFFER = (
     "output_dir",
     "log_samples",

@@ -24,9 +24,7 @@ class TokenInputs(NamedTuple):
     """What a loss may look at, each `[B, T - 1]` but the last: one entry a predicted token."""
 
     logprobs: jax.Array  # float32, differentiable
-    old_logprobs: (
-        jax.Array
-    )  # float32, before the batch's first update; the sampler's for own tokens if they may be stale
+    old_logprobs: jax.Array  # float32, before the batch's first update; see `ratio_to`
     ref_logprobs: (
         Any  # float32, of the model the run began with; None unless `Method.needs_reference`
     )
