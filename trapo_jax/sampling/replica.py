@@ -236,12 +236,15 @@ class Replica:
         )
 
     def _make_room(self) -> None:
-        """Takes slots from later steps for those waiting of the earliest, all of which are then used."""
-        steps = [step for step, _, _ in self._waiting]
-        first = min(steps, default=0)
+        """Takes as many slots from later steps as those waiting of the earliest lack."""
+        if not self._waiting:
+            return
+        first, _, _ = self._waiting[0]
         later = [slot for slot, waiting in self._running.items() if waiting.step > first]
-        later.sort(key=lambda slot: self._cached_lens[slot])  # the least to compute anew
-        self._put_back(later[: max(0, steps.count(first) - len(self._free))])
+        if later:
+            num_first = sum(step == first for step, _, _ in self._waiting)
+            later.sort(key=lambda slot: self._cached_lens[slot])  # the least to compute anew
+            self._put_back(later[: max(0, num_first - len(self._free))])
 
     def _put_back(self, slots: Sequence[int]) -> None:
         """Those at work in slots wait again, with the tokens so far."""
