@@ -16,6 +16,7 @@ from trapo_jax.models import (
     Lora,
     abstract_params,
     apply_decoder,
+    by_layer,
     init_params,
     join_trained,
     load_params,
@@ -69,6 +70,10 @@ def test_an_adapter_computes_what_its_merged_matrix_does(target):
     assert layers[target + A].shape[1:-1] == layers[target].shape[1 : 1 + num_in]
     whole = {**base, "layers": {**base["layers"], target: layers[target] + 6.0 / 3 * product}}
     np.testing.assert_allclose(hidden(config, params), hidden(CONFIG, whole), atol=2e-5)
+    apart = hidden(
+        dataclasses.replace(config, by_layer=True), {**params, "layers": by_layer(params["layers"])}
+    )
+    np.testing.assert_allclose(apart, hidden(config, params), atol=2e-5)
     assert np.abs(hidden(config, params) - hidden(CONFIG, base)).max() > 0.1
     ours = merged(*(np.asarray(x) for x in (layers[target], layers[target + A], b)), 6.0 / 3)
     np.testing.assert_allclose(ours, whole["layers"][target], atol=1e-5)

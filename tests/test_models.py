@@ -1,5 +1,7 @@
 """The decoder against transformers, for every architecture, and against itself by other ways."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from trapo_jax.models import (
     ARCHITECTURES,
     KVCache,
     apply_decoder,
+    by_layer,
     init_params,
     load_params,
     read_config,
@@ -103,6 +106,14 @@ class Ours:
         segment_ids = np.ones_like(token_ids) if segment_ids is None else segment_ids
         return np.asarray(self._rows(self.params, token_ids, positions, segment_ids))
 
+    def logits_by_layer(self, token_ids):
+        """Whole rows, with the parameters as a CPU decodes with them."""
+        config = dataclasses.replace(self.config, by_layer=True)
+        params = {**self.params, "layers": by_layer(self.params["layers"])}
+        positions = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
+        hidden, _ = apply_decoder(config, params, token_ids, positions, np.ones_like(token_ids))
+        return hidden @ unembedding(params)
+
     def decoded_logits(self, token_ids):
         """Three tokens at once, four more on top of them, the rest one by one, as an engine does.
 
@@ -158,6 +169,7 @@ def test_logits_equal_transformers(case, tmp_path):
     whole = their_logits(theirs, token_ids)
     np.testing.assert_allclose(ours.logits(token_ids), whole, atol=1e-4)
     np.testing.assert_allclose(ours.decoded_logits(token_ids), whole, atol=1e-4)
+    np.testing.assert_allclose(ours.logits_by_layer(token_ids), whole, atol=1e-4)
 
     valid = np.arange(40) < np.array([40, 17, 1])[:, None]
     padded = their_logits(theirs, token_ids, valid.astype(np.int64))

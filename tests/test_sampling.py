@@ -79,6 +79,19 @@ def test_logprobs_equal_a_full_forward_pass(decoder, params, problems, temperatu
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
+def test_layers_that_lie_apart_decode_the_same(decoder, params, problems, reference, monkeypatch):
+    """As a CPU decodes large models: slots and lengths of several programs, prefixes, slots used several times."""
+    monkeypatch.setattr("trapo_jax.sampling.decode.LARGE_LAYER", 0)
+    monkeypatch.setattr("trapo_jax.sampling.replica.SHORTEST_VIEW", 16)
+    engine = make_engine(decoder, params)
+    completions = sample(engine, requests_of(problems[:8], group=4))
+    assert isinstance(engine._replicas[0]._decode_params["layers"][0], dict)
+    assert tokens_of(completions) == tokens_of(reference)
+    for completion in completions.values():
+        expected = trainer_logprobs(decoder, params, completion, 1.0)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
 def test_greedy_is_argmax_of_the_full_forward_pass(decoder, params, problems):
     completions = sample(make_engine(decoder, params), requests_of(problems[:4]), temperature=0.0)
     for completion in completions.values():

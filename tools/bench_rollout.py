@@ -217,18 +217,29 @@ def log_normal(rng: np.random.Generator, median: float, sigma: float, low: int, 
 
 
 def measure_limits(folder: Path, dtype: str, rows: Sequence[int]) -> dict[str, Any]:
-    """Tokens a second if decoding were the model's matmuls alone, and memory's bandwidth in GB/s."""
+    """Tokens a second if decoding were the model's matmuls alone, whichever way round is faster, and memory's
+    bandwidth in GB/s."""
     config = read_config(folder, dtype=dtype)
     weights = [jnp.ones(shape, config.dtype) for shape in matmul_shapes(config)]
+    turned = [w.T + 0 for w in weights]
+    as_written = jax.lax.optimization_barrier
 
     @jax.jit
-    def matmuls(weights, x):
-        return sum(jnp.sum(x[:, : w.shape[0]] @ w) for w in weights)
+    def on_their_left(weights, x):
+        return sum(jnp.sum(as_written(x[:, : w.shape[0]] @ w)) for w in weights)
+
+    @jax.jit
+    def on_their_right(weights, x):
+        return sum(jnp.sum(as_written(w @ x[:, : w.shape[1]].T)) for w in weights)
 
     by_rows = {}
     for n in rows:
         x = jnp.ones((n, max(w.shape[0] for w in weights)), config.dtype)
-        by_rows[n] = n / median_secs(lambda x=x: matmuls(weights, x))
+        fastest = min(
+            median_secs(lambda x=x: on_their_left(weights, x)),
+            median_secs(lambda x=x: on_their_right(turned, x)),
+        )
+        by_rows[n] = n / fastest
     big = jnp.ones(2**27, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
     parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))

@@ -349,16 +349,21 @@ def plan_sampling(config: Config, decoder: DecoderConfig, mesh: Mesh) -> tuple[P
     prefill = compile_program(
         "prefill", programs.prefill, (params, contexts, pieces), num_devices=replica.size
     )
+    held = [contexts]
+    decode_params = params
+    if programs.lay_out:  # beside them
+        held.append(params["layers"])
+        decode_params = {**params, "layers": programs.lay_out.eval_shape(params["layers"])}
     decode = compile_program(
         f"decode {s.segment_len} tokens",
         programs.decode_segment,
-        (params, slots),
+        (decode_params, slots),
         {"num_slots": s.num_slots, "view_len": capacity},
         num_devices=replica.size,
         unknown_trips=s.segment_len,
     )
-    held = sum(device_bytes(x) for x in jax.tree.leaves(contexts))
-    return prefill, dataclasses.replace(decode, arguments=decode.arguments + held)
+    held_bytes = sum(device_bytes(x) for x in jax.tree.leaves(held))
+    return prefill, dataclasses.replace(decode, arguments=decode.arguments + held_bytes)
 
 
 def compile_program(

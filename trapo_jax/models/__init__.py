@@ -7,6 +7,7 @@ from trapo_jax.models.decoder import (
     Params,
     abstract_params,
     apply_decoder,
+    by_layer,
     output_projection,
     unembedding,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Rope",
     "abstract_params",
     "apply_decoder",
+    "by_layer",
     "export_model",
     "find_model",
     "init_params",

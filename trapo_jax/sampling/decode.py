@@ -1,5 +1,6 @@
 """What the engine does on the device: slots are set going, decoded a segment at a time, moved and read."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,13 +11,23 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trapo_jax.models import DecoderConfig, KVCache, apply_decoder, output_projection
+from trapo_jax.models import (
+    DecoderConfig,
+    KVCache,
+    abstract_params,
+    apply_decoder,
+    by_layer,
+    output_projection,
+)
 from trapo_jax.sampling.contexts import copy_rows, empty_cache, prefill
 from trapo_jax.sampling.draw import draw_tokens, request_key
 from trapo_jax.types import TENSOR_AXIS
 
 # A segment ends early once one slot in so many is done: others may wait for its place.
 SLOTS_A_LEAVE = 16
+# Bytes of a layer's weights from which on a CPU decodes layers that lie apart; smaller ones fit its caches, and a
+# loop over a stack of them is compiled to less.
+LARGE_LAYER = 2**20
 
 
 class Starting(NamedTuple):
@@ -57,6 +68,9 @@ class Slots(NamedTuple):
 class Programs(NamedTuple):
     """What a replica runs, compiled for its devices; each gives back the state that it was given."""
 
+    lay_out: (
+        Any  # params["layers"] -> the same as decode_segment takes them; None where it takes these
+    )
     prefill: Any  # (params, contexts, batch) -> contexts
     copy_context: Any  # (contexts, source, target) -> contexts
     start_slots: Any  # (slots, contexts, rows, count, seed, starting, *, copied_len) -> slots
@@ -76,7 +90,9 @@ def make_programs(
     """The programs of a replica on `mesh`, which has the axis `tp` alone; their shapes come with their arguments."""
     by_heads, for_slots = state_shardings(mesh)
     everywhere = NamedSharding(mesh, P())
+    decoding = dataclasses.replace(config, by_layer=_decodes_by_layer(config, mesh))
     return Programs(
+        lay_out=jax.jit(by_layer) if decoding.by_layer else None,
         prefill=jax.jit(
             functools.partial(prefill, config), donate_argnums=1, out_shardings=by_heads
         ),
@@ -86,7 +102,9 @@ def make_programs(
         ),
         move_slots=jax.jit(move_slots, donate_argnums=0, out_shardings=for_slots),
         decode_segment=jax.jit(
-            functools.partial(decode_segment, config, segment_len, tuple(eos_ids), with_truncation),
+            functools.partial(
+                decode_segment, decoding, segment_len, tuple(eos_ids), with_truncation
+            ),
             static_argnames=("num_slots", "view_len"),
             donate_argnums=1,
             out_shardings=(for_slots, everywhere, everywhere),
@@ -195,24 +213,30 @@ def decode_segment(
     every_slot = jnp.arange(num_slots)
     cache, whole = slots.cache, slots._replace(cache=None)
     slots = jax.tree.map(lambda x: x[:num_slots], whole)._replace(cache=cache)
+    view = _layers_of(cache, num_slots, view_len) if config.by_layer else None
 
     def one_token(carry):
-        count, num_tokens, s = carry
+        count, num_tokens, s, view = carry
         hidden, new = apply_decoder(
             config,
             params,
             s.last_token[:, None],
             s.cached_lens[:, None],
-            cache=s.cache,
+            cache=s.cache if view is None else view,
             cached_lens_S=s.cached_lens,
             view_len=view_len,
         )
         logits = to_logits(hidden[:, 0])
         truncation = (s.top_p, s.top_k) if with_truncation else None
         token, logprob = draw_tokens(s.keys, s.cached_lens + 1, logits, s.temperature, truncation)
-        # Inactive slots write out of range, which drops it.
-        where_cached = jnp.where(s.active, s.cached_lens, s.cache.keys.shape[-1])
+        # Inactive slots write out of range, which drops it. No token is negative: that is asked so that XLA sees all
+        # reading of the cache before the writing, and does it in place.
+        beyond = s.cache.keys.shape[-1]
+        where_cached = jnp.where(s.active & (token >= 0), s.cached_lens, beyond)
         where_new = jnp.where(s.active, s.num_new, s.tokens.shape[1])
+        if view is not None:
+            view = _with_entries(view, new, where_cached)
+            new = [jnp.stack(layers) for layers in new]
         new_keys, new_values = (entry[:, :, 0].swapaxes(0, 1) for entry in new)  # [S, L, K, H]
         cache = KVCache(
             s.cache.keys.at[:, every_slot, :, :, where_cached].set(new_keys, mode="drop"),
@@ -232,17 +256,43 @@ def decode_segment(
                 tokens=s.tokens.at[every_slot, where_new].set(token, mode="drop"),
                 logprobs=s.logprobs.at[every_slot, where_new].set(logprob, mode="drop"),
             ),
+            view,
         )
 
     num_active = jnp.sum(slots.active)
     enough_done = jnp.clip(num_active, 1, max(1, num_slots // SLOTS_A_LEAVE))
 
     def unfinished(carry):
-        count, _, s = carry
+        count, _, s, _ = carry
         return (count < segment_len) & (num_active - jnp.sum(s.active) < enough_done)
 
     zero = jnp.int32(0)
-    num_steps, num_tokens, slots = jax.lax.while_loop(unfinished, one_token, (zero, zero, slots))
+    carry = (zero, zero, slots, view)
+    num_steps, num_tokens, slots, _ = jax.lax.while_loop(unfinished, one_token, carry)
     put_back = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=0)
     whole = jax.tree.map(put_back, whole, slots._replace(cache=None))
     return whole._replace(cache=slots.cache), num_steps, num_tokens
+
+
+def _decodes_by_layer(config: DecoderConfig, mesh: Mesh) -> bool:
+    layers = jax.tree.leaves(abstract_params(config)["layers"])
+    weights = sum(x.size for x in layers) // config.num_layers
+    is_large = weights * jnp.dtype(config.dtype).itemsize >= LARGE_LAYER
+    return is_large and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
+def _layers_of(cache: KVCache, num_slots: int, view_len: int) -> KVCache:
+    """What a segment looks at, every layer's apart: a CPU would copy that slice at every step."""
+    layers = range(len(cache.keys))
+    return KVCache(
+        keys=[cache.keys[i, :num_slots, :, :, :view_len] for i in layers],
+        values=[cache.values[i, :num_slots, :, :view_len] for i in layers],
+    )
+
+
+def _with_entries(layers: KVCache, new: Any, where_S: jax.Array) -> KVCache:
+    """The layers, with a token's keys and values of every slot (`[S, 1, K, H]` a layer) at its position."""
+    slots = jnp.arange(len(where_S))
+    put_key = lambda old, key: old.at[slots, :, :, where_S].set(key[:, 0], mode="drop")
+    put_value = lambda old, value: old.at[slots, :, where_S].set(value[:, 0], mode="drop")
+    return KVCache([*map(put_key, layers.keys, new[0])], [*map(put_value, layers.values, new[1])])

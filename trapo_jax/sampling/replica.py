@@ -120,6 +120,7 @@ class Replica:
         self._num_submitted = itertools.count()
         self._running: dict[int, Waiting] = {}
         self._params: Any = None
+        self._decode_params: Any = None  # the same, as decoding takes them
         self._table = ContextTable(num_contexts)
         self._cached_lens = np.zeros(num_slots, np.int32)  # as on the device
         self._free = list(range(num_slots))  # a heap: the lowest is taken first
@@ -158,7 +159,7 @@ class Replica:
 
     @property
     def num_compiled(self) -> int:
-        return sum(program._cache_size() for program in self._programs)
+        return sum(program._cache_size() for program in self._programs if program)
 
     @property
     def cache_bytes(self) -> int:
@@ -172,6 +173,9 @@ class Replica:
         if self._contexts is None:
             self._contexts, self._slots = self._init()
         self._params = params
+        self._decode_params = params
+        if self._programs.lay_out:
+            self._decode_params = {**params, "layers": self._programs.lay_out(params["layers"])}
         self._table.clear()
 
     def release(self) -> list[Completion]:
@@ -179,7 +183,7 @@ class Replica:
         self._put_back(list(self._running))
         unfinished = [waiting.so_far for _, _, waiting in sorted(self._waiting)]
         self._waiting.clear()
-        self._params = self._contexts = self._slots = None
+        self._params = self._decode_params = self._contexts = self._slots = None
         return sorted(unfinished, key=lambda so_far: -len(so_far.token_ids))
 
     def submit(self, waiting: Waiting) -> None:
@@ -193,7 +197,7 @@ class Replica:
         self._close_ranks()
         extent = self._extent()
         self._slots, num_steps, num_tokens = self._programs.decode_segment(
-            self._params, self._slots, **extent
+            self._decode_params, self._slots, **extent
         )
         s = self._slots
         active, num_new, cached_lens, num_steps, num_tokens = jax.device_get(
