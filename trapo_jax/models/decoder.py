@@ -13,9 +13,8 @@ G = N / K, H head width, F MLP width, V vocabulary.
 import dataclasses
 import functools
 import math
-import typing
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -268,7 +267,7 @@ class Decoder(nnx.Module):
 
         if c.by_layer:
             entries = []
-            for i, block in enumerate(typing.cast(nnx.List, self.layers)):
+            for i, block in enumerate(cast(nnx.List, self.layers)):
                 layer_cache = None if cache is None else KVCache(cache.keys[i], cache.values[i])
                 is_local = None if is_local_L is None else is_local_L[i]
                 x_BTD, new = one_layer(x_BTD, block, layer_cache, is_local)
