@@ -16,9 +16,9 @@ from trapo_jax.models import (
     Lora,
     abstract_params,
     apply_decoder,
-    by_layer,
     init_params,
     join_trained,
+    lay_apart,
     load_params,
     read_config,
     split_trained,
@@ -71,7 +71,8 @@ def test_an_adapter_computes_what_its_merged_matrix_does(target):
     whole = {**base, "layers": {**base["layers"], target: layers[target] + 6.0 / 3 * product}}
     np.testing.assert_allclose(hidden(config, params), hidden(CONFIG, whole), atol=2e-5)
     apart = hidden(
-        dataclasses.replace(config, by_layer=True), {**params, "layers": by_layer(params["layers"])}
+        dataclasses.replace(config, layers="turned"),
+        {**params, "layers": lay_apart(params["layers"], turned=True)},
     )
     np.testing.assert_allclose(apart, hidden(config, params), atol=2e-5)
     assert np.abs(hidden(config, params) - hidden(CONFIG, base)).max() > 0.1

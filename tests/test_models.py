@@ -11,13 +11,14 @@ from trapo_jax.models import (
     ARCHITECTURES,
     KVCache,
     apply_decoder,
-    by_layer,
     init_params,
+    lay_apart,
     load_params,
     read_config,
     unembedding,
 )
 from trapo_jax.models.attention import row_attention
+from trapo_jax.sampling.contexts import empty_cache
 
 from conftest import TINY_MODEL  # isort: skip
 
@@ -106,13 +107,29 @@ class Ours:
         segment_ids = np.ones_like(token_ids) if segment_ids is None else segment_ids
         return np.asarray(self._rows(self.params, token_ids, positions, segment_ids))
 
-    def logits_by_layer(self, token_ids):
-        """Whole rows, with the parameters as a CPU decodes with them."""
-        config = dataclasses.replace(self.config, by_layer=True)
-        params = {**self.params, "layers": by_layer(self.params["layers"])}
-        positions = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
-        hidden, _ = apply_decoder(config, params, token_ids, positions, np.ones_like(token_ids))
-        return hidden @ unembedding(params)
+    def logits_apart(self, token_ids, layers):
+        """Token by token, with parameters and cache as a CPU or a GPU decodes with them."""
+        config = dataclasses.replace(self.config, layers=layers)
+        apart = lay_apart(self.params["layers"], turned=layers == "turned")
+        num_rows, length = token_ids.shape
+        num_slots = num_rows + (layers == "apart")  # more than are computed
+        cache = jax.tree.map(lambda x: x + 7.0, empty_cache(config, num_slots, length + 3))
+
+        def step(cache, column):
+            t, ids = column
+            position = jnp.full(num_rows, t)
+            hidden, cache = apply_decoder(
+                config,
+                {**self.params, "layers": apart},
+                ids[:, None],
+                position[:, None],
+                cache=cache,
+                cached_lens_S=position,
+            )
+            return cache, hidden[:, 0] @ unembedding(self.params)
+
+        columns = (jnp.arange(length), jnp.asarray(token_ids.T))
+        return jax.lax.scan(step, cache, columns)[1].swapaxes(0, 1)
 
     def decoded_logits(self, token_ids):
         """Three tokens at once, four more on top of them, the rest one by one, as an engine does.
@@ -169,7 +186,8 @@ def test_logits_equal_transformers(case, tmp_path):
     whole = their_logits(theirs, token_ids)
     np.testing.assert_allclose(ours.logits(token_ids), whole, atol=1e-4)
     np.testing.assert_allclose(ours.decoded_logits(token_ids), whole, atol=1e-4)
-    np.testing.assert_allclose(ours.logits_by_layer(token_ids), whole, atol=1e-4)
+    for layers in ("turned", "apart"):
+        np.testing.assert_allclose(ours.logits_apart(token_ids, layers), whole, atol=1e-4)
 
     valid = np.arange(40) < np.array([40, 17, 1])[:, None]
     padded = their_logits(theirs, token_ids, valid.astype(np.int64))

@@ -1,5 +1,6 @@
 """The engine: its logprobs, its independence of everything but the request, its distribution."""
 
+import dataclasses
 import gc
 import os
 
@@ -11,6 +12,7 @@ import pytest
 from trapo_jax.losses import token_logprobs
 from trapo_jax.models import apply_decoder, unembedding
 from trapo_jax.sampling import JaxEngine
+from trapo_jax.sampling.decode import decoder_of_slots
 from trapo_jax.sampling.draw import BLOCK_LEN, draw_tokens, inverse_cdf, truncate
 from trapo_jax.types import (
     Completion,
@@ -79,9 +81,15 @@ def test_logprobs_equal_a_full_forward_pass(decoder, params, problems, temperatu
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
-def test_layers_that_lie_apart_decode_the_same(decoder, params, problems, reference, monkeypatch):
-    """As a CPU decodes large models: slots and lengths of several programs, prefixes, slots used several times."""
-    monkeypatch.setattr("trapo_jax.sampling.decode.LARGE_LAYER", 0)
+@pytest.mark.parametrize("layers", ["turned", "apart"])
+def test_layers_that_lie_apart_decode_the_same(
+    decoder, params, problems, reference, monkeypatch, layers
+):
+    """As CPUs decode large models, and GPUs all: slots and lengths of several programs, prefixes, slots used several
+    times."""
+    of_slots = lambda config, _: dataclasses.replace(config, layers=layers)
+    monkeypatch.setattr("trapo_jax.sampling.decode.decoder_of_slots", of_slots)
+    monkeypatch.setattr("trapo_jax.sampling.replica.decoder_of_slots", of_slots)
     monkeypatch.setattr("trapo_jax.sampling.replica.SHORTEST_VIEW", 16)
     engine = make_engine(decoder, params)
     completions = sample(engine, requests_of(problems[:8], group=4))
@@ -90,6 +98,13 @@ def test_layers_that_lie_apart_decode_the_same(decoder, params, problems, refere
     for completion in completions.values():
         expected = trainer_logprobs(decoder, params, completion, 1.0)
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_large_layers_are_turned_for_a_cpu(decoder, monkeypatch):
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("tp",))
+    assert decoder_of_slots(decoder, mesh).layers == "stacked"
+    monkeypatch.setattr("trapo_jax.sampling.decode.LARGE_LAYER", 2**18)
+    assert decoder_of_slots(decoder, mesh).layers == "turned"
 
 
 def test_greedy_is_argmax_of_the_full_forward_pass(decoder, params, problems):

@@ -327,6 +327,7 @@ def plan_sampling(config: Config, decoder: DecoderConfig, mesh: Mesh) -> tuple[P
     shapes = jax.eval_shape(
         lambda: empty_state(
             decoder,
+            replica,
             num_contexts=s.num_contexts,
             num_slots=s.num_slots,
             cache_len=capacity,

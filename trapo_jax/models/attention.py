@@ -63,8 +63,7 @@ def row_attention(
 
 def cached_attention(
     q_STNH: jax.Array,
-    k_STKH: jax.Array,
-    v_STKH: jax.Array,
+    new_STKH: tuple[jax.Array, jax.Array] | None,
     cached_k_SKHC: jax.Array,
     cached_v_SKCH: jax.Array,
     cached_lens_S: jax.Array,
@@ -75,13 +74,14 @@ def cached_attention(
 ) -> jax.Array:
     """Causal attention of T new tokens a slot to the slot's cache and to each other; `[S, T, N, H]`.
 
-    The new keys and values come beside the cache, not in it: the layer only reads the cache, and all
-    layers' new entries are written at once afterwards, in place. Keys are cached with the position
-    last, so that both products contract along contiguous memory without a transposed copy.
+    The new tokens' keys and values come beside the cache: the layer only reads the cache, and all layers' new
+    entries are written at once afterwards, in place. Or they are in the cache already, behind `cached_lens_S`
+    positions: then `new_STKH` is None. Keys are cached with the position last, so that both products contract
+    along contiguous memory without a transposed copy.
     `scale`, `window` and `is_local` are those of `row_attention`.
     """
     num_slots, num_new, num_heads, head_dim = q_STNH.shape
-    num_kv_heads, cache_len = k_STKH.shape[2], cached_k_SKHC.shape[-1]
+    num_kv_heads, cache_len = cached_v_SKCH.shape[1:3]
     group = num_heads // num_kv_heads
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     # Q: the queries of a key-value head, its group's heads times the new tokens. One plain batched matmul.
@@ -89,23 +89,75 @@ def cached_attention(
         0, 2, 3, 1, 4
     )
     q_SKQH = q_SKGTH.reshape(num_slots, num_kv_heads, group * num_new, head_dim)
-    to_cached = einsum("SKQH,SKHC->SKQC", q_SKQH, cached_k_SKHC)
-    to_new = einsum("SKQH,STKH->SKQT", q_SKQH, k_STKH)
+    scores = einsum("SKQH,SKHC->SKQC", q_SKQH, cached_k_SKHC)
     query = jnp.tile(jnp.arange(num_new), group)[:, None]  # [Q, 1]: which new token asks
-    cached, new, lens = jnp.arange(cache_len), jnp.arange(num_new), cached_lens_S[:, None, None]
-    sees_cached, sees_new = cached < lens, new <= query
+    cached, lens = jnp.arange(cache_len), cached_lens_S[:, None, None]
+    sees = cached < (lens if new_STKH else lens + query + 1)
+    everywhere = False if is_local is None else ~is_local
     if window is not None:
-        everywhere = False if is_local is None else ~is_local
-        sees_cached &= (lens + query - cached < window) | everywhere
-        sees_new &= (query - new < window) | everywhere
-    to_cached = jnp.where(sees_cached[:, None], to_cached, -jnp.inf)
-    to_new = jnp.where(sees_new, to_new, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([to_cached, to_new], axis=-1) * scale)
-    weights = weights.astype(v_STKH.dtype)
+        sees &= (lens + query - cached < window) | everywhere
+    scores = jnp.where(sees[:, None], scores, -jnp.inf)
+    if new_STKH:
+        to_new = einsum("SKQH,STKH->SKQT", q_SKQH, new_STKH[0])
+        new = jnp.arange(num_new)
+        sees_new = new <= query
+        if window is not None:
+            sees_new &= (query - new < window) | everywhere
+        scores = jnp.concatenate([scores, jnp.where(sees_new, to_new, -jnp.inf)], axis=-1)
+    weights = jax.nn.softmax(scores * scale).astype(cached_v_SKCH.dtype)
     values = einsum("SKQC,SKCH->SKQH", weights[..., :cache_len], cached_v_SKCH)
-    values += einsum("SKQT,STKH->SKQH", weights[..., cache_len:], v_STKH)
+    if new_STKH:
+        values += einsum("SKQT,STKH->SKQH", weights[..., cache_len:], new_STKH[1])
     values = values.reshape(q_SKGTH.shape).transpose(0, 3, 1, 2, 4)
     return values.reshape(q_STNH.shape).astype(q_STNH.dtype)
+
+
+def slots_attention(
+    q_SNH: jax.Array,
+    k_RCKH: jax.Array,
+    v_RCKH: jax.Array,
+    lens_S: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    is_local: jax.Array | None = None,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Attention of one token a slot to the first `lens_S` positions of its cache, its own the last; `[S, N, H]`.
+
+    Of R >= S slots the first S are meant. The cache lies as cuDNN wants it, which on NVIDIA GPUs, in half precision,
+    reads no more of it than these positions, where XLA reads all. `scale`, `window`, `is_local` and `implementation`
+    are those of `row_attention`; windows are XLA's.
+    """
+    num_slots = len(q_SNH)
+    if window is None and _choose(implementation, q_SNH[:, None]) == "cudnn":
+        # A slice of the cache would be a copy: all slots take part, and the others have no tokens.
+        others = len(k_RCKH) - num_slots
+        q_R1NH = jnp.pad(q_SNH, ((0, others), (0, 0), (0, 0)))[:, None]
+        lens_R = jnp.pad(lens_S, (0, others))
+        attended = jax.nn.dot_product_attention(
+            q_R1NH,
+            k_RCKH,
+            v_RCKH,
+            scale=scale,
+            query_seq_lengths=jnp.minimum(lens_R, 1),
+            key_value_seq_lengths=lens_R,
+            implementation="cudnn",
+        )
+        return attended[:num_slots, 0]
+    position, lens = jnp.arange(k_RCKH.shape[1]), lens_S[:, None]
+    sees = position < lens
+    if window is not None:
+        sees &= (lens - 1 - position < window) | (False if is_local is None else ~is_local)
+    attended = jax.nn.dot_product_attention(
+        q_SNH[:, None],
+        k_RCKH[:num_slots],
+        v_RCKH[:num_slots],
+        mask=sees[:, None, None],
+        scale=scale,
+        implementation="xla",
+    )
+    return attended[:, 0]
 
 
 def _choose(implementation: Implementation, q_BTNH: jax.Array) -> Any:
@@ -114,7 +166,8 @@ def _choose(implementation: Implementation, q_BTNH: jax.Array) -> Any:
     device = jax.default_backend()
     if device == "tpu" and q_BTNH.shape[1] % 128 == 0 and q_BTNH.shape[3] % 128 == 0:
         return "splash"
-    if device == "gpu" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16):
+    is_half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+    if device == "gpu" and is_half and q_BTNH.shape[3] in range(8, 129, 8):
         return "cudnn"
     return "xla"
 

@@ -21,13 +21,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from trapo_jax.models.attention import Implementation, cached_attention, row_attention
+from trapo_jax.models.attention import (
+    Implementation,
+    cached_attention,
+    row_attention,
+    slots_attention,
+)
 from trapo_jax.models.lora import A, B, Lora
 from trapo_jax.models.rope import Angles, Rope, apply_rope, rope_angles
 from trapo_jax.types import BATCH_AXES
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
+Layers = Literal["stacked", "apart", "turned"]
 
 MATRICES = ("qkv", "output", "gate_up", "down")  # of a layer
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
@@ -52,7 +58,9 @@ class DecoderConfig:
       remat: what the backward pass computes anew: nothing, all but the results of matmuls
         ("dots"), or all but the layers' inputs ("full").
       attention: see `row_attention`.
-      by_layer: the layers are as `by_layer` makes them.
+      layers: how parameters and cache lie: all layers in one array under a loop; or an array for each, as
+        `lay_apart` makes them, and the same with the matrices turned round. These two are for decoding, a token a
+        slot: it is written to the cache, and then attends to what is there.
     """
 
     vocab_size: int
@@ -80,13 +88,14 @@ class DecoderConfig:
     dtype: str = "float32"
     remat: Remat = "none"
     attention: Implementation = "auto"
-    by_layer: bool = False
+    layers: Layers = "stacked"
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, laid out for `cached_attention`; or in their place their shardings.
+    """Keys and values of all layers, or in their place their shardings.
 
-    With `DecoderConfig.by_layer` the layers are a list.
+    They lie as `cached_attention` wants them, where the layers are turned as a list. Of layers apart they are a list
+    too, but of `[S, C, K, H]` both, as `slots_attention` wants them.
     """
 
     keys: Any  # [L, S, K, H, C]
@@ -132,7 +141,8 @@ class Block(nnx.Module):
         setattr(self, name + B, nnx.Param(jnp.zeros((rank, *shape[num_in:]))))
 
     def __call__(self, x_BTD, angles, segment_ids_BT, cache, cached_lens_S, is_local):
-        """Returns the new residual stream and the new tokens' (keys, values), each `[B, T, K, H]`."""
+        """Returns the new residual stream and the new tokens' (keys, values), each `[B, T, K, H]`; or of layers that
+        are not stacked the cache that holds them."""
         attended, new_entries = self._attend(
             x_BTD, angles, segment_ids_BT, cache, cached_lens_S, is_local
         )
@@ -156,20 +166,30 @@ class Block(nnx.Module):
             "window": c.window if any(c.local_layers) else None,
             "is_local": is_local,
         }
+        new_entries = k, v
         if cache is None:
             attended = row_attention(
                 q_BTNH, k, v, segment_ids_BT, implementation=c.attention, **options
             )
-        else:
+        elif c.layers == "stacked":
             attended = cached_attention(
-                q_BTNH, k, v, cache.keys, cache.values, cached_lens_S, **options
+                q_BTNH, new_entries, cache.keys, cache.values, cached_lens_S, **options
             )
+        else:
+            keys, values = new_entries = _with_token(c, cache, k[:, 0], v[:, 0], cached_lens_S)
+            is_kept = cached_lens_S < values.shape[-2 if c.layers == "turned" else 1]
+            lens_S = jnp.where(is_kept, cached_lens_S, 0)
+            if c.layers == "turned":
+                attended = cached_attention(q_BTNH, None, keys, values, lens_S, **options)
+            else:
+                options["implementation"] = c.attention
+                attended = slots_attention(q_BTNH[:, 0], keys, values, lens_S + 1, **options)
         attended = self._matmul(attended.reshape(*q.shape[:2], -1), "output")
         if c.output_bias:
             attended += self.output_bias[...].astype(dtype)
         if c.post_norms:
             attended = self._norm(attended, self.attention_post_norm)
-        return attended, (k, v)
+        return attended, new_entries
 
     def _mlp(self, x_BTD):
         gate_up = self._matmul(self._norm(x_BTD, self.mlp_norm), "gate_up")
@@ -181,7 +201,7 @@ class Block(nnx.Module):
     def _matmul(self, x, name: str):
         """x `[B, T, in]` times the matrix of this name, and what its adapter adds: `[B, T, *out]`."""
         weights = getattr(self, name)[...].astype(x.dtype)
-        if self.config.by_layer:
+        if self.config.layers == "turned":
             y = _as_written(jnp.tensordot(weights, x, axes=(-1, -1)))
             y = jnp.moveaxis(y, (-2, -1), (0, 1))
         else:
@@ -210,7 +230,7 @@ class Decoder(nnx.Module):
             return Block(config, rngs=rngs)
 
         self.embedding = nnx.Param(_normal(rngs, config.width, config.vocab_size, config.width))
-        if config.by_layer:
+        if config.layers != "stacked":
             self.layers = nnx.List(Block(config, rngs=rngs) for _ in range(config.num_layers))
         else:
             self.layers = stacked_blocks(rngs)
@@ -236,14 +256,15 @@ class Decoder(nnx.Module):
           token_ids_BT: int32; with a cache `[S, T]`, what follows each slot's cached tokens.
           positions_BT: int32, 0 at the first token of a segment.
           segment_ids_BT: int32; tokens attend within their segment. Needed without a cache.
-          cache: read, never written: the caller puts the new entries where it wants them.
-          cached_lens_S: int32, valid cache positions of each slot.
-          view_len: look at so many positions of the cache; None for all. Of more slots than S, the cache's
-            first S are meant.
+          cache: of stacked layers read, never written: the caller puts the new entries where it wants them. Of
+            others it gets a token a slot. Of more slots than S, its first S are meant.
+          cached_lens_S: int32, valid cache positions of each slot; with layers that are not stacked one beyond
+            the cache means that the slot's token is not kept.
+          view_len: look at so many positions of the cache of stacked layers; None for all.
 
         Returns:
           hidden `[B, T, D]` after the final norm, in `config.dtype`; and the new tokens' keys and
-          values, each `[L, B, T, K, H]`; the layers are a tuple with `config.by_layer`.
+          values, each `[L, B, T, K, H]`, or of layers that are not stacked the cache with them.
         """
         c = self.config
         # The scale is rounded to the dtype, as where these weights come from.
@@ -255,7 +276,8 @@ class Decoder(nnx.Module):
         is_local_L = jnp.asarray(c.local_layers) if is_mixed else None
 
         def one_layer(x, block, layer_cache, is_local):
-            if layer_cache is not None:  # sliced here, a layer at a time: nothing is copied twice
+            if layer_cache is not None and c.layers == "stacked":
+                # Sliced here, a layer at a time: nothing is copied twice.
                 keys, values = (x[: len(token_ids_BT)] for x in layer_cache)
                 layer_cache = KVCache(keys[..., :view_len], values[..., :view_len, :])
             if is_mixed:
@@ -265,15 +287,14 @@ class Decoder(nnx.Module):
             x, new_entries = block(x, chosen, segment_ids_BT, layer_cache, cached_lens_S, is_local)
             return _split_rows(x), new_entries
 
-        if c.by_layer:
+        if c.layers != "stacked":
             entries = []
             for i, block in enumerate(cast(nnx.List, self.layers)):
                 layer_cache = None if cache is None else KVCache(cache.keys[i], cache.values[i])
                 is_local = None if is_local_L is None else is_local_L[i]
                 x_BTD, new = one_layer(x_BTD, block, layer_cache, is_local)
                 entries.append(new)
-            keys, values = zip(*entries, strict=True)
-            new_entries = keys, values
+            new_entries = KVCache(*map(list, zip(*entries, strict=True)))
         else:
             run_layers = nnx.scan(
                 _remat(one_layer, c.remat),
@@ -294,16 +315,16 @@ def abstract_params(config: DecoderConfig) -> Params:
     return nnx.to_pure_dict(nnx.split(_abstract_decoder(config))[1])
 
 
-def by_layer(layers: Params) -> dict[int, Params]:
-    """`params["layers"]` with every layer's apart, and its matrices as `[*out, in]`: for `DecoderConfig.by_layer`.
+def lay_apart(layers: Params, *, turned: bool) -> dict[int, Params]:
+    """`params["layers"]` with an array for each layer, for `DecoderConfig.layers`; `turned`, matrices as `[*out, in]`.
 
-    For decoding on a CPU, where XLA copies a layer out of a stack before it multiplies, and multiplies few rows of
-    activations up to twice as fast on the right of the weights as on their left.
+    For decoding on CPUs and GPUs, where XLA copies a layer out of a stack before it multiplies. A CPU multiplies few
+    rows of activations up to twice as fast on the right of the weights as on their left.
     """
 
     def of_layer(path, x, i):
         name = path[-1].key
-        if name not in MATRICES:
+        if not turned or name not in MATRICES:
             return x[i]
         return jnp.moveaxis(x[i].reshape(-1, *x.shape[1 + _num_in(name) :]), 0, -1)
 
@@ -334,6 +355,18 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
     return (x32 * inverse * scale).astype(x.dtype)
+
+
+def _with_token(c: DecoderConfig, cache: KVCache, k_SKH, v_SKH, where_S) -> KVCache:
+    """The cache of a layer that is not stacked, with a token a slot; where it would lie beyond, without."""
+    slots = jnp.arange(len(where_S))
+    if c.layers == "turned":
+        return KVCache(
+            cache.keys.at[slots, :, :, where_S].set(k_SKH, mode="drop"),
+            cache.values.at[slots, :, where_S].set(v_SKH, mode="drop"),
+        )
+    put = lambda old, new: old.at[slots, where_S].set(new, mode="drop")
+    return KVCache(put(cache.keys, k_SKH), put(cache.values, v_SKH))
 
 
 def _as_written(product: jax.Array) -> jax.Array:

@@ -164,37 +164,58 @@ def prefill(config: DecoderConfig, params: Any, contexts: KVCache, batch: PieceB
 
 
 def copy_rows(
-    source: KVCache | None,
-    target: KVCache,
-    from_rows: jax.Array,
-    to_rows: jax.Array,
+    cache: KVCache, from_rows: jax.Array, to_rows: jax.Array, count: jax.Array
+) -> KVCache:
+    """The first `count` pairs of rows, one after the other."""
+    axis = 0 if isinstance(cache.keys, list) else 1
+
+    def one(i, cache: KVCache) -> KVCache:
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, from_rows[i], 1, axis)
+        put = lambda x: jax.lax.dynamic_update_slice_in_dim(x, take(x), to_rows[i], axis)
+        return jax.tree.map(put, cache)
+
+    return jax.lax.fori_loop(0, count, one, cache)
+
+
+def copy_contexts(
+    config: DecoderConfig,
+    contexts: KVCache,
+    cache: KVCache,
+    rows: jax.Array,
+    slots: jax.Array,
     count: jax.Array,
     *,
     length: int,
 ) -> KVCache:
-    """The first `length` positions of rows of `source`, into rows of `target`; the first `count` pairs.
+    """The first `length` positions of rows of `contexts`, into slots of a cache that lies as decoding wants it; the
+    first `count` pairs."""
 
-    Without a source rows of the target are copied, one pair after the other.
-    """
+    def one(i, cache: KVCache) -> KVCache:
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, rows[i], axis=1, keepdims=False)
+        keys, values = take(contexts.keys)[..., :length], take(contexts.values)[..., :length, :]
+        if config.layers == "stacked":
+            put = lambda old, new: jax.lax.dynamic_update_slice(
+                old, new[:, None], (0, slots[i], 0, 0, 0)
+            )
+            return KVCache(put(cache.keys, keys), put(cache.values, values))
+        if config.layers == "apart":
+            keys, values = keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)
+        put = lambda old, new: jax.lax.dynamic_update_slice(old, new[None], (slots[i], 0, 0, 0))
+        return KVCache([*map(put, cache.keys, keys)], [*map(put, cache.values, values)])
 
-    def one(i, target: KVCache) -> KVCache:
-        keys, values = target if source is None else source
-        take = lambda x: jax.lax.dynamic_slice_in_dim(x, from_rows[i], 1, axis=1)
-        put = lambda x, row: jax.lax.dynamic_update_slice(x, row, (0, to_rows[i], 0, 0, 0))
-        return KVCache(
-            put(target.keys, take(keys)[..., :length]),
-            put(target.values, take(values)[..., :length, :]),
-        )
-
-    return jax.lax.fori_loop(0, count, one, target)
+    return jax.lax.fori_loop(0, count, one, cache)
 
 
 def empty_cache(config: DecoderConfig, num_rows: int, length: int) -> KVCache:
-    rows = (config.num_layers, num_rows, config.num_kv_heads)
-    return KVCache(
-        keys=jnp.zeros((*rows, config.head_dim, length), config.dtype),
-        values=jnp.zeros((*rows, length, config.head_dim), config.dtype),
-    )
+    c = config
+    keys, values = (c.num_kv_heads, c.head_dim, length), (c.num_kv_heads, length, c.head_dim)
+    if c.layers == "stacked":
+        zeros = lambda shape: jnp.zeros((c.num_layers, num_rows, *shape), c.dtype)
+        return KVCache(zeros(keys), zeros(values))
+    if c.layers == "apart":
+        keys = values = length, c.num_kv_heads, c.head_dim
+    zeros = lambda shape: [jnp.zeros((num_rows, *shape), c.dtype) for _ in range(c.num_layers)]
+    return KVCache(zeros(keys), zeros(values))
 
 
 def power_of_2(number: int) -> int:

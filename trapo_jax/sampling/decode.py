@@ -16,17 +16,18 @@ from trapo_jax.models import (
     KVCache,
     abstract_params,
     apply_decoder,
-    by_layer,
+    lay_apart,
     output_projection,
 )
-from trapo_jax.sampling.contexts import copy_rows, empty_cache, prefill
+from trapo_jax.sampling.contexts import copy_contexts, copy_rows, empty_cache, prefill
 from trapo_jax.sampling.draw import draw_tokens, request_key
 from trapo_jax.types import TENSOR_AXIS
 
 # A segment ends early once one slot in so many is done: others may wait for its place.
 SLOTS_A_LEAVE = 16
-# Bytes of a layer's weights from which on a CPU decodes layers that lie apart. Measured: twice as fast with 14 MB a
-# layer, a fifth slower with 0.4 MB.
+NOWHERE = 2**30  # a position beyond every cache: what is written there is dropped
+# Bytes of a layer's weights from which on a CPU decodes layers that lie apart, turned. Measured: twice as fast with
+# 14 MB a layer, a fifth slower with 0.4 MB.
 LARGE_LAYER = 2**20
 
 
@@ -88,15 +89,20 @@ def make_programs(
     """The programs of a replica on `mesh`, which has the axis `tp` alone; their shapes come with their arguments."""
     by_heads, for_slots = state_shardings(mesh)
     everywhere = NamedSharding(mesh, P())
-    decoding = dataclasses.replace(config, by_layer=_decodes_by_layer(config, mesh))
+    decoding = decoder_of_slots(config, mesh)
+    is_turned = decoding.layers == "turned"
+    lay_out = jax.jit(functools.partial(lay_apart, turned=is_turned))
     return Programs(
-        lay_out=jax.jit(by_layer) if decoding.by_layer else None,
+        lay_out=None if decoding.layers == "stacked" else lay_out,
         prefill=jax.jit(
             functools.partial(prefill, config), donate_argnums=1, out_shardings=by_heads
         ),
         copy_context=jax.jit(copy_context, donate_argnums=0, out_shardings=by_heads),
         start_slots=jax.jit(
-            start_slots, static_argnames="copied_len", donate_argnums=0, out_shardings=for_slots
+            functools.partial(start_slots, decoding),
+            static_argnames="copied_len",
+            donate_argnums=0,
+            out_shardings=for_slots,
         ),
         move_slots=jax.jit(move_slots, donate_argnums=0, out_shardings=for_slots),
         decode_segment=jax.jit(
@@ -118,13 +124,33 @@ def state_shardings(mesh: Mesh) -> tuple[KVCache, Slots]:
     return by_heads, Slots(by_heads, *(everywhere,) * (len(Slots._fields) - 1))
 
 
+def decoder_of_slots(config: DecoderConfig, mesh: Mesh) -> DecoderConfig:
+    """The decoder, its layers lying as these devices decode fastest."""
+    weights = sum(x.size for x in jax.tree.leaves(abstract_params(config)["layers"]))
+    layer_bytes = weights // config.num_layers * jnp.dtype(config.dtype).itemsize
+    platform = mesh.devices.flat[0].platform
+    layers = "stacked"
+    if platform == "gpu":
+        layers = "apart"
+    elif platform == "cpu" and mesh.size == 1 and layer_bytes >= LARGE_LAYER:
+        layers = "turned"
+    return dataclasses.replace(config, layers=layers)
+
+
 def empty_state(
-    config: DecoderConfig, *, num_contexts: int, num_slots: int, cache_len: int, max_new: int
+    config: DecoderConfig,
+    mesh: Mesh,
+    *,
+    num_contexts: int,
+    num_slots: int,
+    cache_len: int,
+    max_new: int,
 ) -> tuple[KVCache, Slots]:
-    """Contexts and slots that hold nothing."""
+    """Contexts and slots that hold nothing, for these devices."""
+    decoding = decoder_of_slots(config, mesh)
     return (
         empty_cache(config, num_contexts, cache_len),
-        empty_slots(config, num_slots, cache_len=cache_len, max_new=max_new),
+        empty_slots(decoding, num_slots, cache_len=cache_len, max_new=max_new),
     )
 
 
@@ -148,14 +174,12 @@ def empty_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_ne
 
 def copy_context(contexts: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
     one = lambda row: jnp.asarray(row)[None]
-    length = contexts.keys.shape[-1]
-    return copy_rows(None, contexts, one(source), one(target), jnp.int32(1), length=length)
+    return copy_rows(contexts, one(source), one(target), jnp.int32(1))
 
 
 def move_slots(slots: Slots, from_slots: jax.Array, to_slots: jax.Array, count: jax.Array) -> Slots:
     """The first `count` of `from_slots` go on in `to_slots`; of the others `to_slots` is out of range."""
-    length = slots.cache.keys.shape[-1]
-    cache = copy_rows(None, slots.cache, from_slots, to_slots, count, length=length)
+    cache = copy_rows(slots.cache, from_slots, to_slots, count)
     put = lambda x: x.at[to_slots].set(x[from_slots], mode="drop")
     moved = jax.tree.map(put, slots._replace(cache=None))
     left = jnp.where(jnp.arange(len(to_slots)) < count, from_slots, len(to_slots))
@@ -167,10 +191,20 @@ def read_rows(slots: Slots, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def start_slots(
-    slots: Slots, contexts: KVCache, rows, count, seed, starting: Starting, *, copied_len: int
+    config: DecoderConfig,
+    slots: Slots,
+    contexts: KVCache,
+    rows: jax.Array,
+    count: jax.Array,
+    seed: jax.Array,
+    starting: Starting,
+    *,
+    copied_len: int,
 ) -> Slots:
     """Copies the contexts of the first `count` columns to their slots and sets these going."""
-    cache = copy_rows(contexts, slots.cache, rows, starting.slot, count, length=copied_len)
+    cache = copy_contexts(
+        config, contexts, slots.cache, rows, starting.slot, count, length=copied_len
+    )
     keys = jax.vmap(request_key, in_axes=(None, 0, 0, 0))(
         seed, starting.step, starting.problem_key, starting.sample_index
     )
@@ -203,43 +237,43 @@ def decode_segment(
     """Up to `segment_len` tokens for every active slot; stops early once a share of the slots is done.
 
     Only the first `num_slots` may be active, and hold at most `view_len - segment_len` positions: the rest of
-    the cache is not looked at.
+    the cache is not looked at. Where layers are apart, of every slot only what it holds is.
 
     Returns the slots, the steps done and the tokens sampled, both int32 `[]`.
     """
     to_logits = output_projection(config, params)
     every_slot = jnp.arange(num_slots)
-    cache, whole = slots.cache, slots._replace(cache=None)
-    slots = jax.tree.map(lambda x: x[:num_slots], whole)._replace(cache=cache)
-    view = _layers_of(cache, num_slots, view_len) if config.by_layer else None
+    whole = slots
+    slots = jax.tree.map(lambda x: x[:num_slots], whole._replace(cache=None))._replace(
+        cache=_viewed(config, whole.cache, num_slots, view_len)
+    )
 
     def one_token(carry):
-        count, num_tokens, s, view = carry
+        count, num_tokens, s = carry
         hidden, new = apply_decoder(
             config,
             params,
             s.last_token[:, None],
             s.cached_lens[:, None],
-            cache=s.cache if view is None else view,
-            cached_lens_S=s.cached_lens,
+            cache=s.cache,
+            cached_lens_S=jnp.where(s.active, s.cached_lens, NOWHERE),
             view_len=view_len,
         )
         logits = to_logits(hidden[:, 0])
         truncation = (s.top_p, s.top_k) if with_truncation else None
         token, logprob = draw_tokens(s.keys, s.cached_lens + 1, logits, s.temperature, truncation)
-        # Inactive slots write out of range, which drops it. No token is negative: that is asked so that XLA sees all
-        # reading of the cache before the writing, and does it in place.
-        beyond = s.cache.keys.shape[-1]
-        where_cached = jnp.where(s.active & (token >= 0), s.cached_lens, beyond)
         where_new = jnp.where(s.active, s.num_new, s.tokens.shape[1])
-        if view is not None:
-            view = _with_entries(view, new, where_cached)
-            new = [jnp.stack(layers) for layers in new]
-        new_keys, new_values = (entry[:, :, 0].swapaxes(0, 1) for entry in new)  # [S, L, K, H]
-        cache = KVCache(
-            s.cache.keys.at[:, every_slot, :, :, where_cached].set(new_keys, mode="drop"),
-            s.cache.values.at[:, every_slot, :, where_cached].set(new_values, mode="drop"),
-        )
+        if config.layers == "stacked":
+            # No token is negative: that is asked so that XLA sees all reading of the cache before the writing, and does
+            # it in place.
+            where_cached = jnp.where(s.active & (token >= 0), s.cached_lens, NOWHERE)
+            new_keys, new_values = (entry[:, :, 0].swapaxes(0, 1) for entry in new)  # [S, L, K, H]
+            cache = KVCache(
+                s.cache.keys.at[:, every_slot, :, :, where_cached].set(new_keys, mode="drop"),
+                s.cache.values.at[:, every_slot, :, where_cached].set(new_values, mode="drop"),
+            )
+        else:
+            cache = new
         num_new = s.num_new + s.active
         is_eos = jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
         return (
@@ -254,43 +288,26 @@ def decode_segment(
                 tokens=s.tokens.at[every_slot, where_new].set(token, mode="drop"),
                 logprobs=s.logprobs.at[every_slot, where_new].set(logprob, mode="drop"),
             ),
-            view,
         )
 
     num_active = jnp.sum(slots.active)
     enough_done = jnp.clip(num_active, 1, max(1, num_slots // SLOTS_A_LEAVE))
 
     def unfinished(carry):
-        count, _, s, _ = carry
+        count, _, s = carry
         return (count < segment_len) & (num_active - jnp.sum(s.active) < enough_done)
 
     zero = jnp.int32(0)
-    carry = (zero, zero, slots, view)
-    num_steps, num_tokens, slots, _ = jax.lax.while_loop(unfinished, one_token, carry)
-    put_back = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=0)
-    whole = jax.tree.map(put_back, whole, slots._replace(cache=None))
-    return whole._replace(cache=slots.cache), num_steps, num_tokens
+    num_steps, num_tokens, slots = jax.lax.while_loop(unfinished, one_token, (zero, zero, slots))
+    put_back = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+    return jax.tree.map(put_back, whole, slots), num_steps, num_tokens
 
 
-def _decodes_by_layer(config: DecoderConfig, mesh: Mesh) -> bool:
-    layers = jax.tree.leaves(abstract_params(config)["layers"])
-    weights = sum(x.size for x in layers) // config.num_layers
-    is_large = weights * jnp.dtype(config.dtype).itemsize >= LARGE_LAYER
-    return is_large and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-
-
-def _layers_of(cache: KVCache, num_slots: int, view_len: int) -> KVCache:
-    """What a segment looks at, every layer's apart: a CPU would copy that slice at every step."""
-    layers = range(len(cache.keys))
+def _viewed(config: DecoderConfig, cache: KVCache, num_slots: int, view_len: int) -> KVCache:
+    """What a segment looks at of turned layers: a CPU would copy that slice at every step. Of others, all."""
+    if config.layers != "turned":
+        return cache
     return KVCache(
-        keys=[cache.keys[i, :num_slots, :, :, :view_len] for i in layers],
-        values=[cache.values[i, :num_slots, :, :view_len] for i in layers],
+        keys=[keys[:num_slots, :, :, :view_len] for keys in cache.keys],
+        values=[values[:num_slots, :, :view_len] for values in cache.values],
     )
-
-
-def _with_entries(layers: KVCache, new: Any, where_S: jax.Array) -> KVCache:
-    """The layers, with a token's keys and values of every slot (`[S, 1, K, H]` a layer) at its position."""
-    slots = jnp.arange(len(where_S))
-    put_key = lambda old, key: old.at[slots, :, :, where_S].set(key[:, 0], mode="drop")
-    put_value = lambda old, value: old.at[slots, :, where_S].set(value[:, 0], mode="drop")
-    return KVCache([*map(put_key, layers.keys, new[0])], [*map(put_value, layers.values, new[1])])

@@ -32,6 +32,7 @@ from trapo_jax.sampling.contexts import (
 from trapo_jax.sampling.decode import (
     STARTING_DTYPES,
     Starting,
+    decoder_of_slots,
     empty_state,
     make_programs,
     state_shardings,
@@ -125,8 +126,13 @@ class Replica:
         self._cached_lens = np.zeros(num_slots, np.int32)  # as on the device
         self._free = list(range(num_slots))  # a heap: the lowest is taken first
         self._capacity = capacity = max_prompt_length + max_completion_length
+        # Of layers apart a slot's cache is looked at as far as it is filled.
+        self._shortest_view = (
+            capacity if decoder_of_slots(config, mesh).layers == "apart" else SHORTEST_VIEW
+        )
         init = lambda: empty_state(
             config,
+            mesh,
             num_contexts=num_contexts,
             num_slots=num_slots,
             cache_len=capacity,
@@ -218,7 +224,7 @@ class Replica:
         num_slots = _rounded_slots(max(self._running) + 1)
         return {
             "num_slots": min(len(self._cached_lens), num_slots),
-            "view_len": min(self._capacity, power_of_2(max(SHORTEST_VIEW, longest))),
+            "view_len": min(self._capacity, power_of_2(max(self._shortest_view, longest))),
         }
 
     def _close_ranks(self) -> None:
