@@ -1,6 +1,7 @@
 """tools/bench_rollout.py: every engine is given the same work, and ours does no more than that."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ VOCAB_SIZE = 24
 
 @pytest.fixture(scope="module")
 def job():
-    return bench_rollout.trapo_job(np.random.default_rng(1), 8, 6, VOCAB_SIZE)
+    options = ["--model", str(TINY_MODEL), "--slots", "8", "--median-len", "6"]
+    return bench_rollout.make_jobs(bench_rollout.parse(options), VOCAB_SIZE)[0]
 
 
 def rows_of(job):
@@ -60,11 +62,30 @@ def test_prefilled_tokens_are_prompts_and_distinct_extensions_exactly(job):
     assert reply["decoded_tokens"] == bench_rollout.num_tokens(job)
 
 
+def test_bytes_to_move_are_weights_a_step_and_entries_a_token(job):
+    limits = {"weight_bytes": 10**6, "entry_bytes": 1}
+    weights, entries = divmod(bench_rollout.bytes_to_move(job, limits), 10**6)
+    rows = rows_of(job)
+    assert weights == max(
+        -(-sum(row["num_new"] for row in rows) // 8), *(row["num_new"] for row in rows)
+    )
+    seen = [
+        len(job["problems"][row["problem"]]["prompt"]) + row["prefix_len"] + i
+        for row in rows
+        for i in range(row["num_new"])
+    ]
+    assert entries == sum(seen)
+
+
 def test_the_command_compares_and_writes_json(tmp_path):
-    file = tmp_path / "bench.json"
+    """With a folder that holds no weights."""
+    file, shape = tmp_path / "bench.json", tmp_path / "shape"
+    shape.mkdir()
+    shutil.copy(TINY_MODEL / "config.json", shape)
     options = ["--workload", "uniform", "--engines", "ours,tunix", "--repeats", "1"]
+    options += ["--rows", "1,12", "--new-len", "20"]
     result = subprocess.run(
-        [sys.executable, "tools/bench_rollout.py", "--model", TINY_MODEL, *options, "--json", file],
+        [sys.executable, "tools/bench_rollout.py", "--model", shape, *options, "--json", file],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -73,6 +94,7 @@ def test_the_command_compares_and_writes_json(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "tunix is not installed here and left out" in result.stdout
     report = json.loads(file.read_text())
-    assert [r["workload"] for r in report["results"]] == ["uniform 1", "uniform 16", "uniform 64"]
+    assert [r["workload"] for r in report["results"]] == ["uniform 1", "uniform 12"]
+    assert [r["tokens"] for r in report["results"]] == [20, 240]
     for r in report["results"]:
         assert r["compiles_after_warm_up"] == 0

@@ -9,19 +9,24 @@ same with the prompt run through the model for every rollout, as in the authors'
 torch); `tunix` (its own sampler, in an environment of its own).
 Each runs in a process of its own and is asked in turn, A B A B ..., after one round that compiles.
 
-Workloads: `uniform` is 1, 16 and 64 rows of 64 new tokens each. `trapo` is one step of TRAPO's `paper` guidance on
+Workloads: `uniform` is 1, 16 and 64 rows of 64 new tokens each, or as `--rows` and the options after it say. `trapo` is one step of TRAPO's `paper` guidance on
 32 problems: ragged prompts and experts, rewards and completion lengths drawn in advance (log-normal), so that every
 engine brings the same tokens (in batches, rows that are done are padded until the longest is); with it `grpo`, the
 same number of tokens as eight unguided rollouts a problem.
 An engine that cannot refill its rows takes the rounds in batches of `--slots`.
+
+A model folder that holds no weights (`configs/architectures/...`) gets random ones, in a temporary folder: what
+is sampled does not matter here.
 """
 
 import argparse
 import functools
 import json
 import math
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,22 +41,34 @@ from rich.progress import track
 from rich.table import Table
 
 from trapo_jax.methods import make_method
-from trapo_jax.models import DecoderConfig, abstract_params, find_model, read_config
+from trapo_jax.models import (
+    DecoderConfig,
+    abstract_params,
+    export_model,
+    find_model,
+    init_params,
+    read_config,
+)
 from trapo_jax.scheduler import Scheduler
 from trapo_jax.types import Expert, MicroGroup, Problem
 
 ENGINES = ("ours", "barrier", "unshared", "transformers", "tunix")
 WORKER = Path(__file__).with_name("bench_rollout_worker.py")
-UNIFORM_ROWS = (1, 16, 64)
-UNIFORM_PROMPT, UNIFORM_NEW = 32, 64
 NUM_PROBLEMS = 32
 UNGUIDED = MicroGroup(8, 0.0, -1.0)
 
 
 def main() -> int:
     args = parse()
+    os.environ.setdefault(
+        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+    )  # the engines need the GPU's memory
+    with tempfile.TemporaryDirectory() as scratch:
+        return compare(args, with_weights(find_model(args.model), Path(scratch)))
+
+
+def compare(args: argparse.Namespace, folder: Path) -> int:
     console = Console(width=max(120, Console().width))
-    folder = find_model(args.model)
     jobs = make_jobs(args, read_config(folder).vocab_size)
     workers = start_workers(
         WORKER, args.engines, str(folder), args.dtype, tunix_python=args.tunix_python
@@ -65,7 +82,7 @@ def main() -> int:
                 sys.exit(f"{name} did not decode the {num_tokens(job)} tokens of {job['name']}")
     for worker in workers:
         worker.close()
-    limits = measure_limits(folder, args.dtype, sorted({1, *UNIFORM_ROWS, args.slots}))
+    limits = measure_limits(folder, args.dtype, sorted({1, *args.rows, args.slots}))
     report = [
         summary(job, name, rounds[1:], rounds[0], limits)
         for job in jobs
@@ -77,7 +94,7 @@ def main() -> int:
     return 0
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,6 +106,28 @@ def parse() -> argparse.Namespace:
         help=f"of {', '.join(ENGINES)}",
     )
     parser.add_argument("--workload", choices=("uniform", "trapo"), default="trapo")
+    parser.add_argument(
+        "--rows",
+        default=[1, 16, 64],
+        type=lambda text: [*map(int, text.split(","))],
+        help="uniform: so many at once, one measurement each (default 1,16,64)",
+    )
+    parser.add_argument(
+        "--prompt-len", type=int, default=32, help="uniform: tokens a prompt (default 32)"
+    )
+    parser.add_argument("--new-len", type=int, default=64, help="uniform: new tokens (default 64)")
+    parser.add_argument(
+        "--segment-len",
+        type=int,
+        default=16,
+        help="ours: tokens decoded between two looks at the queue (default 16)",
+    )
+    parser.add_argument(
+        "--prefill-tokens",
+        type=int,
+        default=512,
+        help="ours: tokens of prompts run through the model at once, at most (default 512)",
+    )
     parser.add_argument("--slots", type=int, default=16, help="rows at once, trapo (default 16)")
     parser.add_argument(
         "--median-len",
@@ -97,11 +136,21 @@ def parse() -> argparse.Namespace:
         help="trapo: median of a whole response's length, in tokens (default 24)",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     for name in args.engines:
         if name not in ENGINES:
             parser.error(f"--engines: no {name!r}; there are {', '.join(ENGINES)}")
     return args
+
+
+def with_weights(folder: Path, scratch: Path) -> Path:
+    """The folder, or if it holds no weights one of the same shape in `scratch`."""
+    if any(folder.glob("*.safetensors")):
+        return folder
+    config = read_config(folder)
+    params = jax.jit(functools.partial(init_params, config, seed=0))()
+    export_model(params, config, source=folder, destination=scratch / folder.name)
+    return scratch / folder.name
 
 
 # The workloads: what every engine is to decode, drawn in advance.
@@ -110,18 +159,24 @@ def parse() -> argparse.Namespace:
 def make_jobs(args: argparse.Namespace, vocab_size: int) -> list[Job]:
     rng = np.random.default_rng(0)
     if args.workload == "uniform":
-        return [uniform_job(rng, rows, vocab_size) for rows in UNIFORM_ROWS]
-    trapo = trapo_job(rng, args.slots, args.median_len, vocab_size)
-    return [trapo, grpo_job(trapo)]
+        lens = args.prompt_len, args.new_len
+        jobs = [uniform_job(rng, rows, *lens, vocab_size) for rows in args.rows]
+    else:
+        trapo = trapo_job(rng, args.slots, args.median_len, vocab_size)
+        jobs = [trapo, grpo_job(trapo)]
+    options = {"segment_len": args.segment_len, "prefill_tokens": args.prefill_tokens}
+    return [{**job, "engine": options} for job in jobs]
 
 
-def uniform_job(rng: np.random.Generator, num_rows: int, vocab_size: int) -> Job:
+def uniform_job(
+    rng: np.random.Generator, num_rows: int, prompt_len: int, new_len: int, vocab_size: int
+) -> Job:
     problems = [
         {
-            "prompt": random_ids(rng, UNIFORM_PROMPT, vocab_size),
+            "prompt": random_ids(rng, prompt_len, vocab_size),
             "expert": [],
             "rewards": [0.0],
-            "num_new": [UNIFORM_NEW],
+            "num_new": [new_len],
         }
         for _ in range(num_rows)
     ]
@@ -205,6 +260,19 @@ def num_tokens(job: Job) -> int:
     return sum(row["num_new"] for rows in job["rounds"] for row in rows)
 
 
+def bytes_to_move(job: Job, limits: dict[str, Any]) -> int:
+    """By decoding at least: the weights once a step, and for each token the keys and values before it."""
+    rows = [row for rows in job["rounds"] for row in rows]
+    longest = max(row["num_new"] for row in rows)
+    num_steps = max(longest, -(-num_tokens(job) // job["slots"]))
+    contexts = [len(job["problems"][row["problem"]]["prompt"]) + row["prefix_len"] for row in rows]
+    num_entries = sum(
+        row["num_new"] * context + math.comb(row["num_new"], 2)
+        for row, context in zip(rows, contexts, strict=True)
+    )
+    return num_steps * limits["weight_bytes"] + num_entries * limits["entry_bytes"]
+
+
 def random_ids(rng: np.random.Generator, length: int, vocab_size: int) -> list[int]:
     return rng.integers(3, vocab_size, length).tolist()
 
@@ -242,11 +310,15 @@ def measure_limits(folder: Path, dtype: str, rows: Sequence[int]) -> dict[str, A
         by_rows[n] = n / fastest
     big = jnp.ones(2**27, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
-    parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
+    item = jnp.dtype(config.dtype).itemsize
+    params = abstract_params(config)
+    if not config.tied_embeddings:
+        del params["embedding"]  # of which a step reads a row a token
     return {
         "matmul_tokens_per_sec": by_rows,
         "memory_gb_per_sec": 2 * big.nbytes / median_secs(lambda: copy(big)) / 1e9,
-        "weight_bytes": parameters * jnp.dtype(config.dtype).itemsize,
+        "weight_bytes": sum(x.size for x in jax.tree.leaves(params)) * item,
+        "entry_bytes": 2 * config.num_layers * config.num_kv_heads * config.head_dim * item,
         "device": str(jax.devices()[0].device_kind),
     }
 
@@ -279,6 +351,7 @@ def summary(job: Job, engine: str, rounds: list[dict], warm_up: dict, limits: di
     seconds = statistics.median(r["seconds"] for r in rounds)
     tokens, slots = num_tokens(job), job["slots"]
     bound = limits["matmul_tokens_per_sec"].get(slots)
+    moving = bytes_to_move(job, limits) / limits["memory_gb_per_sec"] / 1e9
     return {
         "workload": job["name"],
         "engine": engine,
@@ -287,6 +360,7 @@ def summary(job: Job, engine: str, rounds: list[dict], warm_up: dict, limits: di
         "tokens": tokens,
         "tokens_per_sec": tokens / seconds,
         "share_of_matmul_bound": tokens / seconds / bound if bound else None,
+        "share_of_memory_bound": moving / seconds,
         "slot_utilization": rounds[-1].get("slot_utilization"),
         "decode_steps": rounds[-1].get("decode_steps"),
         "prefilled_tokens": rounds[-1].get("prefilled_tokens"),
@@ -307,6 +381,7 @@ def show(console: Console, report: list[dict], limits: dict) -> None:
         "time",
         "ratio",
         "of matmul bound",
+        "of memory bound",
         "slots in use",
         "decode steps",
         "prefilled",
@@ -327,6 +402,7 @@ def show(console: Console, report: list[dict], limits: dict) -> None:
             f"{r['seconds']:.2f} s",
             f"{r['seconds'] / base:.2f}" if base else "",
             show_share(r["share_of_matmul_bound"]),
+            show_share(r["share_of_memory_bound"]),
             show_share(r["slot_utilization"]),
             show_count(r["decode_steps"]),
             show_count(r["prefilled_tokens"]),
@@ -337,7 +413,8 @@ def show(console: Console, report: list[dict], limits: dict) -> None:
     bounds = ", ".join(f"{n}: {v:,.0f}" for n, v in limits["matmul_tokens_per_sec"].items())
     console.print(
         f"{limits['device']}: the model's matmuls alone allow, by rows, tokens/s {bounds}; memory "
-        f"{limits['memory_gb_per_sec']:.1f} GB/s"
+        f"{limits['memory_gb_per_sec']:.1f} GB/s, and decoding reads {limits['weight_bytes'] / 1e9:.2f} GB of weights "
+        f"a step and {limits['entry_bytes']:,} bytes for each token that a token sees"
     )
 
 

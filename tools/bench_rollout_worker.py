@@ -72,11 +72,10 @@ def scripted_engine(config, job: Job):
         num_slots=job["slots"],
         max_prompt_length=max(len(p["prompt"]) for p in problems),
         max_completion_length=max(*new.values(), *(len(p["expert"]) for p in problems)),
-        segment_len=16,
         num_contexts=len(problems),
-        prefill_tokens=512,
         eos_ids=[],
         seed=0,
+        **job["engine"],
     )
 
 

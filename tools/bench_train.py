@@ -11,24 +11,29 @@ is asked in turn, A B A B ..., after one round that compiles; their first losses
 Workloads: `equal`, rows of one length, nothing to pack; `ragged`, responses of log-normal length, which we pack into
 rows, and the others pad to the longest of a micro-batch, rows of like length together (`torch, unsorted` as they come;
 `ours, unpacked` to the longest of all). Ours keeps what its matmuls give for the backward pass (`model.remat=dots`).
+
+With `--dtype bfloat16` the weights are still float32, and cast for the matmuls: `torch` under autocast. A model folder
+that holds no weights gets random ones, in a temporary folder.
 """
 
 import argparse
 import functools
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_rollout import log_normal, matmul_shapes, median_secs, random_ids
+from bench_rollout import log_normal, matmul_shapes, median_secs, random_ids, with_weights
 from bench_workers import Job, common_options, median, start_workers, take_turns
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from trapo_jax.models import find_model, read_config
+from trapo_jax.models import DecoderConfig, find_model, read_config
 
 ENGINES = {
     "ours": "ours",
@@ -38,24 +43,34 @@ ENGINES = {
     "tunix": "tunix",
 }
 WORKER = Path(__file__).with_name("bench_train_worker.py")
-LOSSES_AGREE = 1e-3  # relative, in float32: they are sums in another order
+LOSSES_AGREE = {"float32": 1e-3, "bfloat16": 1e-2}  # relative: they are sums in another order
 
 
 def main() -> int:
     args = parse()
+    os.environ.setdefault(
+        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+    )  # the engines need the GPU's memory
+    with tempfile.TemporaryDirectory() as scratch:
+        return compare(args, with_weights(find_model(args.model), Path(scratch)))
+
+
+def compare(args: argparse.Namespace, folder: Path) -> int:
     console = Console(width=max(120, Console().width))
-    folder = find_model(args.model)
-    config = read_config(folder)
+    config = read_config(folder, dtype=args.dtype)
     jobs = [equal_job(args, config.vocab_size), ragged_job(args, config.vocab_size)]
     report = []
     for job in jobs:  # new processes: peaks of memory are a workload's own
-        workers = start_workers(WORKER, args.engines, str(folder), tunix_python=args.tunix_python)
+        workers = start_workers(
+            WORKER, args.engines, str(folder), args.dtype, tunix_python=args.tunix_python
+        )
         replies = take_turns(workers, job, args.repeats, functools.partial(track, console=console))
         for worker in workers:
             worker.close()
-        check_losses({name: found[0]["loss"] for name, found in replies.items()}, job["name"])
+        losses = {name: found[0]["loss"] for name, found in replies.items()}
+        check_losses(losses, job["name"], LOSSES_AGREE[args.dtype])
         report += [summary(job, name, found[1:]) for name, found in replies.items()]
-    bound = matmul_bound(folder, args.rows * args.row_len)
+    bound = matmul_bound(config, args.rows * args.row_len)
     for result in report:
         result["share_of_matmul_bound"] = result["tokens_per_sec"] / bound
     show(console, report, bound)
@@ -79,7 +94,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="rows of a micro-batch (default 2)")
     parser.add_argument("--row-len", type=int, default=256, help="their tokens (default 256)")
     parser.add_argument("--num-rollouts", type=int, default=24, help="ragged (default 24)")
+    parser.add_argument("--dtype", default="float32", choices=tuple(LOSSES_AGREE))
     args = parser.parse_args()
+    if args.dtype != "float32" and "tunix" in args.engines:
+        parser.error("--engines: tunix trains here in float32 only")
     for name in args.engines:
         if name not in ENGINES:
             parser.error(f"--engines: no {name!r}; there are {', '.join(ENGINES)}")
@@ -121,16 +139,16 @@ def make_job(name: str, rows: list[dict], args: argparse.Namespace) -> Job:
     return {"name": name, "rows": rows, "micro_batch_rows": args.rows, "row_len": args.row_len}
 
 
-def check_losses(losses: dict[str, float], job_name: str) -> None:
-    if max(losses.values()) - min(losses.values()) > LOSSES_AGREE * max(losses.values()):
+def check_losses(losses: dict[str, float], job_name: str, tolerance: float) -> None:
+    if max(losses.values()) - min(losses.values()) > tolerance * max(losses.values()):
         sys.exit(f"{job_name}: the engines' first losses differ: {losses}")
 
 
-def matmul_bound(folder: Path, num_tokens: int) -> float:
+def matmul_bound(config: DecoderConfig, num_tokens: int) -> float:
     """Tokens a second if a step were the model's matmuls alone: forward, and twice that backward."""
-    shapes = matmul_shapes(read_config(folder))
-    weights = [jnp.ones(shape) for shape in shapes]
-    x = jnp.ones((num_tokens, max(shape[0] for shape in shapes)))
+    shapes = matmul_shapes(config)
+    weights = [jnp.ones(shape, config.dtype) for shape in shapes]
+    x = jnp.ones((num_tokens, max(shape[0] for shape in shapes)), config.dtype)
 
     @jax.jit
     def matmuls(weights, x):

@@ -1,4 +1,4 @@
-"""One engine of `bench_train.py`, in a process of its own: `ENGINE MODEL_FOLDER`, float32."""
+"""One engine of `bench_train.py`, in a process of its own: `ENGINE MODEL_FOLDER DTYPE`."""
 
 import functools
 import sys
@@ -14,14 +14,17 @@ LEARNING_RATE, B1, B2, WEIGHT_DECAY, MAX_NORM = 1e-5, 0.9, 0.98, 0.01, 1.0
 class Ours:
     """The step of `trapo_jax.train` for `method.name=sft`, batch building included."""
 
-    def __init__(self, folder: str, *, packed: bool):
+    def __init__(self, folder: str, dtype: str, *, packed: bool):
+        import jax
+
         from trapo_jax.methods import make_method
         from trapo_jax.models import load_params, read_config
         from trapo_jax.sharding import make_mesh
         from trapo_jax.train_step import init_state, make_optimizer, state_shardings
 
+        jax.config.update("jax_default_matmul_precision", "highest")  # no TF32, as in torch
         self.packed = packed
-        self.config = read_config(Path(folder), remat="dots")
+        self.config = read_config(Path(folder), dtype=dtype, remat="dots")
         self.mesh = make_mesh(data=1, fsdp=-1, tp=1)
         self.optimizer = make_optimizer(
             adam_b1=B1, adam_b2=B2, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_NORM
@@ -105,11 +108,11 @@ def padded_micro_batches(job: Job, *, by_length: bool = True, multiple: int = 1)
 class Torch:
     """A plain loop: forward, backward a micro-batch, clip, AdamW."""
 
-    def __init__(self, folder: str, *, by_length: bool = True):
+    def __init__(self, folder: str, dtype: str, *, by_length: bool = True):
         import torch
         from transformers import AutoModelForCausalLM
 
-        self.torch, self.by_length = torch, by_length
+        self.torch, self.by_length, self.dtype = torch, by_length, getattr(torch, dtype)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model.train().to(self.device)
@@ -124,11 +127,13 @@ class Torch:
         for batch in padded_micro_batches(job, by_length=self.by_length):
             ids, trained, seen = (torch.tensor(x, device=self.device) for x in batch)
             computed += ids.numel()
-            logits = self.model(input_ids=ids, attention_mask=seen).logits[:, :-1]
             labels = ids[:, 1:].masked_fill(trained[:, 1:] == 0, -100)
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), reduction="sum"
-            )
+            is_float = self.dtype == torch.float32
+            with torch.autocast(self.device, self.dtype, enabled=not is_float):
+                logits = self.model(input_ids=ids, attention_mask=seen).logits[:, :-1]
+                loss = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), labels.flatten(), reduction="sum"
+                )
             (loss / num_trained).backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
@@ -145,10 +150,10 @@ class Tunix:
     same number. Lengths are padded to few, as it compiles for each.
     """
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, dtype: str):
         from bench_rollout_worker import tunix_model
 
-        self.model, _ = tunix_model(folder, "float32")
+        self.model, _ = tunix_model(folder, dtype)
         self.step: Any = None
 
     def run(self, job: Job) -> dict[str, Any]:
