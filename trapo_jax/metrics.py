@@ -246,7 +246,7 @@ def as_command(main: Callable[[], int]) -> NoReturn:
     Its float32 matmuls are computed in float32: left to itself JAX would round what it multiplies, on GPUs to 10 bits
     (TF32), on TPUs to 7 (bfloat16), and another program would round otherwise. $JAX_DEFAULT_MATMUL_PRECISION goes first.
     """
-    if jax.config.jax_default_matmul_precision is None:
+    if "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:
         jax.config.update("jax_default_matmul_precision", "highest")
     try:
         try:
