@@ -28,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace, folder: Path) -> int:
-    console = Console(width=max(120, Console().width))
+    console = Console(width=max(132, Console().width))
     jobs = make_jobs(args, read_config(folder).vocab_size)
     workers = start_workers(
         WORKER, args.engines, str(folder), args.dtype, tunix_python=args.tunix_python
@@ -285,42 +285,55 @@ def log_normal(rng: np.random.Generator, median: float, sigma: float, low: int, 
 
 
 def measure_limits(folder: Path, dtype: str, rows: Sequence[int]) -> dict[str, Any]:
-    """Tokens a second if decoding were the model's matmuls alone, whichever way round is faster, and memory's
-    bandwidth in GB/s."""
     config = read_config(folder, dtype=dtype)
-    weights = [jnp.ones(shape, config.dtype) for shape in matmul_shapes(config)]
-    turned = [w.T + 0 for w in weights]
-    as_written = jax.lax.optimization_barrier
-
-    @jax.jit
-    def on_their_left(weights, x):
-        return sum(jnp.sum(as_written(x[:, : w.shape[0]] @ w)) for w in weights)
-
-    @jax.jit
-    def on_their_right(weights, x):
-        return sum(jnp.sum(as_written(w @ x[:, : w.shape[1]].T)) for w in weights)
-
-    by_rows = {}
-    for n in rows:
-        x = jnp.ones((n, max(w.shape[0] for w in weights)), config.dtype)
-        fastest = min(
-            median_secs(lambda x=x: on_their_left(weights, x)),
-            median_secs(lambda x=x: on_their_right(turned, x)),
-        )
-        by_rows[n] = n / fastest
-    big = jnp.ones(2**27, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
     item = jnp.dtype(config.dtype).itemsize
     params = abstract_params(config)
     if not config.tied_embeddings:
         del params["embedding"]  # of which a step reads a row a token
     return {
-        "matmul_tokens_per_sec": by_rows,
-        "memory_gb_per_sec": 2 * big.nbytes / median_secs(lambda: copy(big)) / 1e9,
+        "matmul_tokens_per_sec": {n: matmul_tokens_per_sec(config, n) for n in rows},
+        "memory_gb_per_sec": reading_gb_per_sec(),
         "weight_bytes": sum(x.size for x in jax.tree.leaves(params)) * item,
         "entry_bytes": 2 * config.num_layers * config.num_kv_heads * config.head_dim * item,
         "device": str(jax.devices()[0].device_kind),
     }
+
+
+def matmul_tokens_per_sec(config: DecoderConfig, num_rows: int) -> float:
+    """If decoding so many rows were the model's matmuls alone, whichever way round is faster."""
+    weights = [jnp.ones(shape, config.dtype) for shape in matmul_shapes(config)]
+    turned = [w.T + 0 for w in weights]
+    x = jnp.ones((num_rows, max(w.shape[0] for w in weights)), config.dtype)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def multiply(one_pass, weights, num_passes):
+        def another(i, total):  # with other numbers each time, lest it is done once
+            products = jax.lax.optimization_barrier(one_pass(weights, x + i.astype(x.dtype)))
+            return total + sum(jnp.sum(y, dtype=jnp.float32) for y in products)
+
+        return jax.lax.fori_loop(0, num_passes, another, 0.0)
+
+    on_their_left = lambda weights, x: [x[:, : w.shape[0]] @ w for w in weights]
+    on_their_right = lambda weights, x: [w @ x[:, : w.shape[1]].T for w in weights]
+    return num_rows / min(
+        secs_a_pass(functools.partial(multiply, on_their_left, weights)),
+        secs_a_pass(functools.partial(multiply, on_their_right, turned)),
+    )
+
+
+def reading_gb_per_sec() -> float:
+    """Of memory, by adding it up or multiplying it with a vector, whichever is faster."""
+    big = jnp.ones((2**14, 2**13), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def read(one_pass, big, num_passes):
+        another = lambda i, total: total + one_pass(big, i.astype(jnp.float32))
+        return jax.lax.fori_loop(0, num_passes, another, jnp.zeros(len(big)))
+
+    add_up = lambda big, i: jnp.sum(jnp.maximum(big, i), axis=1)
+    multiply = lambda big, i: big @ jnp.full(big.shape[1], i)
+    ways = [functools.partial(read, one_pass, big) for one_pass in (add_up, multiply)]
+    return big.nbytes / min(map(secs_a_pass, ways)) / 1e9
 
 
 def matmul_shapes(config: DecoderConfig) -> list[tuple[int, int]]:
@@ -332,6 +345,19 @@ def matmul_shapes(config: DecoderConfig) -> list[tuple[int, int]]:
         (config.mlp_width, config.width),
     ]
     return of_layer * config.num_layers + [(config.width, config.vocab_size)]
+
+
+def secs_a_pass(run: Callable[[int], Any]) -> float:
+    """Median seconds of each of `num_passes` of `run(num_passes)`: enough that starting them does not count."""
+
+    def timed(num_passes: int) -> float:
+        started = time.perf_counter()
+        jax.block_until_ready(run(num_passes))
+        return (time.perf_counter() - started) / num_passes
+
+    timed(1)  # compiles
+    num_passes = min(100, math.ceil(0.2 / timed(1)))
+    return statistics.median(timed(num_passes) for _ in range(5))
 
 
 def median_secs(call: Any, repeats: int = 7) -> float:
@@ -412,8 +438,8 @@ def show(console: Console, report: list[dict], limits: dict) -> None:
     console.print(table)
     bounds = ", ".join(f"{n}: {v:,.0f}" for n, v in limits["matmul_tokens_per_sec"].items())
     console.print(
-        f"{limits['device']}: the model's matmuls alone allow, by rows, tokens/s {bounds}; memory "
-        f"{limits['memory_gb_per_sec']:.1f} GB/s, and decoding reads {limits['weight_bytes'] / 1e9:.2f} GB of weights "
+        f"{limits['device']}: the model's matmuls alone allow, by rows, tokens/s {bounds}; memory is read "
+        f"at {limits['memory_gb_per_sec']:,.1f} GB/s, and decoding reads {limits['weight_bytes'] / 1e9:.2f} GB of weights "
         f"a step and {limits['entry_bytes']:,} bytes for each token that a token sees"
     )
 

@@ -187,8 +187,23 @@ def copy_contexts(
     *,
     length: int,
 ) -> KVCache:
-    """The first `length` positions of rows of `contexts`, into slots of a cache that lies as decoding wants it; the
-    first `count` pairs."""
+    """The first `length` positions of rows of `contexts`, into slots of a cache that lies as decoding wants it.
+
+    The first `count` pairs; of the others `slots` is out of range.
+    """
+
+    if (
+        config.layers == "apart"
+    ):  # all at once: a GPU would spend more on starting so many copies than on them
+        keys = [
+            old.at[slots, :length].set(new[rows, :, :, :length].transpose(0, 3, 1, 2), mode="drop")
+            for old, new in zip(cache.keys, contexts.keys, strict=True)
+        ]
+        values = [
+            old.at[slots, :length].set(new[rows, :, :length].transpose(0, 2, 1, 3), mode="drop")
+            for old, new in zip(cache.values, contexts.values, strict=True)
+        ]
+        return KVCache(keys, values)
 
     def one(i, cache: KVCache) -> KVCache:
         take = lambda x: jax.lax.dynamic_index_in_dim(x, rows[i], axis=1, keepdims=False)
@@ -198,8 +213,6 @@ def copy_contexts(
                 old, new[:, None], (0, slots[i], 0, 0, 0)
             )
             return KVCache(put(cache.keys, keys), put(cache.values, values))
-        if config.layers == "apart":
-            keys, values = keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)
         put = lambda old, new: jax.lax.dynamic_update_slice(old, new[None], (slots[i], 0, 0, 0))
         return KVCache([*map(put, cache.keys, keys)], [*map(put, cache.values, values)])
 
