@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from trapo_jax.models import DecoderConfig
+from trapo_jax.models import DecoderConfig, abstract_params
 from trapo_jax.sampling.replica import EngineCounters, Replica, Waiting
 from trapo_jax.sharding import Rules, make_mesh, param_shardings
 from trapo_jax.types import (
@@ -109,6 +109,11 @@ class JaxEngine:
         self._max_completion_length = max_completion_length
         self._with_truncation = with_truncation
         self._mesh = mesh or make_mesh(data=1, fsdp=1, tp=1, devices=jax.devices()[:1])
+        shapes = abstract_params(config)
+        self._shardings = param_shardings(shapes, self._mesh, SAMPLING_RULES)
+        self._dtypes = dtypes = sampling_dtypes(shapes, config)
+        cast = lambda params: jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
+        self._cast = jax.jit(cast, out_shardings=self._shardings)
         self._replicas = [
             Replica(
                 config,
@@ -150,12 +155,25 @@ class JaxEngine:
     def update_weights(self, params: Any, version: int) -> None:
         if self.is_busy:
             raise RuntimeError("update_weights while completions are queued or running")
-        shardings = param_shardings(params, self._mesh, SAMPLING_RULES)
-        placed = _place(params, shardings, self._config)
+        placed = self._place(params)
         for replica in self._replicas:
             replica.update_weights(jax.tree.map(lambda x, r=replica: _view(x, r.mesh), placed))
         self.version = version
         self._home.clear()
+
+    def _place(self, params: Any) -> Any:
+        """The weights as they are sampled from: split over `tp`, matrices in the dtype of the matmuls.
+
+        Shared with the caller where they are so already.
+        """
+        is_there = lambda x, sharding, dtype: (
+            isinstance(x, jax.Array)
+            and x.dtype == dtype
+            and x.sharding.is_equivalent_to(sharding, x.ndim)
+        )
+        if all(jax.tree.leaves(jax.tree.map(is_there, params, self._shardings, self._dtypes))):
+            return jax.device_put(params, self._shardings)
+        return self._cast(params)
 
     def release(self) -> list[Completion]:
         return [completion for replica in self._replicas for completion in replica.release()]
@@ -226,24 +244,6 @@ def _local_rows(mesh: Mesh) -> list[np.ndarray]:
                 )
             rows.append(row)
     return rows
-
-
-def _place(params: Any, shardings: Any, config: DecoderConfig) -> Any:
-    """The weights as they are sampled from: split over `tp`, matrices in the dtype of the matmuls.
-
-    Shared with the caller where they are so already.
-    """
-
-    dtypes = sampling_dtypes(params, config)
-    is_there = lambda x, sharding, dtype: (
-        isinstance(x, jax.Array)
-        and x.dtype == dtype
-        and x.sharding.is_equivalent_to(sharding, x.ndim)
-    )
-    if all(jax.tree.leaves(jax.tree.map(is_there, params, shardings, dtypes))):
-        return jax.device_put(params, shardings)
-    cast = lambda params: jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
-    return jax.jit(cast, out_shardings=shardings)(params)
 
 
 def sampling_dtypes(params: Any, config: DecoderConfig) -> Any:
