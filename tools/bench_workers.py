@@ -83,11 +83,14 @@ def take_turns(
     repeats: int,
     track: Callable[..., Any],
 ) -> dict[str, list[dict]]:
-    """Each contender's replies: one that warms up, then `repeats` measured ones."""
+    """Each contender's replies: one that warms up, then `repeats` measured ones. Their medians are printed at once, should
+    what comes later fail."""
     able = [w for w in workers if w.name in job.get("only", [w.name])]
     replies: dict[str, list[dict]] = {worker.name: [] for worker in able}
     for worker in track([w for _ in range(1 + repeats) for w in able], description=job["name"]):
         replies[worker.name].append(worker.run(job))
+    found = (f"{name} {median(done[1:], 'seconds'):.3f} s" for name, done in replies.items())
+    print(f"{job['name']}: {', '.join(found)}", flush=True)
     return replies
 
 

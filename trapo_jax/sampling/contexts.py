@@ -93,7 +93,8 @@ class ContextTable:
         copy = None
         if best is None or shared < min(len(token_ids), len(self._rows[best].token_ids)):
             # Nothing of this problem, or it goes another way: a row of its own.
-            target = next((i for i in self._used if i not in self._pinned | {best}), None)
+            taken = self._pinned | {best}
+            target = next((i for i in self._used if i not in taken), None)
             if target is None and best not in self._pinned:
                 target = best
             if target is None:

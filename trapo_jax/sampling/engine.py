@@ -141,7 +141,7 @@ class JaxEngine:
     @property
     def num_compiled(self) -> int:
         """Programs compiled so far; constant after warm-up."""
-        return sum(replica.num_compiled for replica in self._replicas)
+        return self._cast._cache_size() + sum(replica.num_compiled for replica in self._replicas)
 
     @property
     def cache_bytes(self) -> int:
