@@ -312,9 +312,10 @@ def test_a_long_run_compiles_nothing_new_and_holds_on_to_nothing(decoder, params
 
 def test_weights_are_cast_by_one_program(decoder, params):
     engine = make_engine(dataclasses.replace(decoder, dtype="bfloat16"), params)
+    compiled = engine.num_compiled
     for version in range(1, 4):
         engine.update_weights(params, version)
-    assert engine.num_compiled == 1
+    assert engine.num_compiled == compiled
     assert engine._replicas[0]._params["embedding"].dtype == jnp.bfloat16
 
 
