@@ -98,3 +98,17 @@ def test_the_command_compares_and_writes_json(tmp_path):
     assert [r["tokens"] for r in report["results"]] == [20, 240]
     for r in report["results"]:
         assert r["compiles_after_warm_up"] == 0
+
+
+def test_a_profile_names_programs_and_operations():
+    options = ["--rows", "4", "--new-len", "20", "--operations", "5"]
+    result = subprocess.run(
+        [sys.executable, "tools/profile_sampling.py", "--model", TINY_MODEL, *options],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    for expected in ("decode_segment", "prefill", "ms a step of 4 rows", "dot_general"):
+        assert expected in result.stdout

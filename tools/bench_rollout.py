@@ -112,8 +112,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=lambda text: [*map(int, text.split(","))],
         help="uniform: so many at once, one measurement each (default 1,16,64)",
     )
+    uniform_options(parser)
+    parser.add_argument("--slots", type=int, default=16, help="rows at once, trapo (default 16)")
     parser.add_argument(
-        "--prompt-len", type=int, default=32, help="uniform: tokens a prompt (default 32)"
+        "--median-len",
+        type=int,
+        default=24,
+        help="trapo: median of a whole response's length, in tokens (default 24)",
+    )
+    args = parser.parse_args(arguments)
+    for name in args.engines:
+        if name not in ENGINES:
+            parser.error(f"--engines: no {name!r}; there are {', '.join(ENGINES)}")
+    return args
+
+
+def uniform_options(parser: argparse.ArgumentParser) -> None:
+    """Options of all that samples rows of one length with our engine."""
+    parser.add_argument(
+        "--prompt-len", type=int, default=32, help="uniform: tokens of a prompt (default 32)"
     )
     parser.add_argument("--new-len", type=int, default=64, help="uniform: new tokens (default 64)")
     parser.add_argument(
@@ -128,19 +145,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=512,
         help="ours: tokens of prompts run through the model at once, at most (default 512)",
     )
-    parser.add_argument("--slots", type=int, default=16, help="rows at once, trapo (default 16)")
-    parser.add_argument(
-        "--median-len",
-        type=int,
-        default=24,
-        help="trapo: median of a whole response's length, in tokens (default 24)",
-    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    args = parser.parse_args(arguments)
-    for name in args.engines:
-        if name not in ENGINES:
-            parser.error(f"--engines: no {name!r}; there are {', '.join(ENGINES)}")
-    return args
 
 
 def with_weights(folder: Path, scratch: Path) -> Path:
@@ -286,16 +291,23 @@ def log_normal(rng: np.random.Generator, median: float, sigma: float, low: int, 
 
 def measure_limits(folder: Path, dtype: str, rows: Sequence[int]) -> dict[str, Any]:
     config = read_config(folder, dtype=dtype)
+    return {
+        "matmul_tokens_per_sec": {n: matmul_tokens_per_sec(config, n) for n in rows},
+        "memory_gb_per_sec": reading_gb_per_sec(),
+        **weight_and_entry_bytes(config),
+        "device": str(jax.devices()[0].device_kind),
+    }
+
+
+def weight_and_entry_bytes(config: DecoderConfig) -> dict[str, int]:
+    """That a decode step reads: once the weights, and keys and values of every token that a token sees."""
     item = jnp.dtype(config.dtype).itemsize
     params = abstract_params(config)
     if not config.tied_embeddings:
         del params["embedding"]  # of which a step reads a row a token
     return {
-        "matmul_tokens_per_sec": {n: matmul_tokens_per_sec(config, n) for n in rows},
-        "memory_gb_per_sec": reading_gb_per_sec(),
         "weight_bytes": sum(x.size for x in jax.tree.leaves(params)) * item,
         "entry_bytes": 2 * config.num_layers * config.num_kv_heads * config.head_dim * item,
-        "device": str(jax.devices()[0].device_kind),
     }
 
 

@@ -1,0 +1,183 @@
+"""Where a sampler's time goes: by program, and of decoding by operation, beside what memory allows.
+
+    python tools/profile_sampling.py --model models/smollm2_135m --rows 16
+    python tools/profile_sampling.py --model DIR --dtype bfloat16 --rows 64 --prompt-len 128 --new-len 256 --segment-len 32
+
+The engine samples as many rows as it has slots, once to warm up and once to be measured; every program is waited for,
+so that its time is its own. An operation's time is that of all threads that ran it. A model folder that holds no weights
+(`configs/architectures/...`) gets random ones, in a temporary folder.
+"""
+
+import argparse
+import collections
+import functools
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from bench_rollout import (
+    bytes_to_move,
+    make_jobs,
+    matmul_tokens_per_sec,
+    reading_gb_per_sec,
+    uniform_options,
+    weight_and_entry_bytes,
+    with_weights,
+)
+from bench_rollout_worker import run_freely, scripted_engine
+from jax.profiler import ProfileData
+from rich.console import Console
+from rich.table import Table
+
+from trapo_jax.models import find_model, load_params, read_config
+
+# Lines of a profile on which XLA's thunks and a GPU's kernels lie.
+DEVICE_LINES = re.compile(r"XLAEigen|XLAPjRtCpuClient|Stream")
+NOT_OPERATIONS = re.compile(r"ThunkExecutor|Execute|::|\$|^while|^call")
+
+
+def main() -> int:
+    args = parse()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    with tempfile.TemporaryDirectory() as scratch:
+        profile(args, with_weights(find_model(args.model), Path(scratch)), Path(scratch))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument("--rows", type=int, default=16, help="at once (default 16)")
+    parser.add_argument(
+        "--operations", type=int, default=20, help="how many to list (default 20; 0: none)"
+    )
+    uniform_options(parser)
+    args = parser.parse_args()
+    args.workload, args.rows = "uniform", [args.rows]
+    return args
+
+
+def profile(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
+    console = Console(width=max(120, Console().width))
+    config = read_config(folder, dtype=args.dtype)
+    params = load_params(folder, config)
+    [job] = make_jobs(args, config.vocab_size)
+    engine = scripted_engine(config, job)
+    [replica] = engine._replicas
+    spent: dict[str, list[float]] = collections.defaultdict(list)
+    last_call: dict[str, Any] = {}
+
+    def timed(name: str, program: Any) -> Callable:
+        @functools.wraps(program)
+        def run(*arguments, **options):
+            # What is donated leaves its shape behind.
+            last_call[name] = jax.tree.map(jax.typeof, arguments), options
+            started = time.perf_counter()
+            result = jax.block_until_ready(program(*arguments, **options))
+            spent[name].append(time.perf_counter() - started)
+            return result
+
+        return run
+
+    programs = replica._programs
+    replica._programs = type(programs)(
+        *(program and timed(name, program) for name, program in programs._asdict().items())
+    )
+    for _ in range(2):
+        spent.clear()
+        started = time.perf_counter()
+        engine.update_weights(params, 0)
+        run_freely(engine, job)
+        seconds = time.perf_counter() - started
+    show_programs(console, spent, seconds)
+
+    num_steps = job["rounds"][0][0]["num_new"]
+    limits = {
+        "memory_gb_per_sec": reading_gb_per_sec(),
+        **weight_and_entry_bytes(config),
+    }
+    bound = bytes_to_move(job, limits) / num_steps / limits["memory_gb_per_sec"] / 1e6
+    matmuls = job["slots"] / matmul_tokens_per_sec(config, job["slots"]) * 1e3
+    step = sum(spent["decode_segment"]) / num_steps * 1e3
+    console.print(
+        f"{jax.devices()[0].device_kind}: decoding {step:.2f} ms a step of {job['slots']} rows; reading weights, keys and "
+        f"values takes {bound:.2f} ms ({bound / step:.0%}) at {limits['memory_gb_per_sec']:,.0f} GB/s, the matmuls alone "
+        f"{matmuls:.2f} ms ({matmuls / step:.0%})"
+    )
+    if args.operations:
+        replica._programs = programs
+        meanings = operation_meanings(programs.decode_segment, *last_call["decode_segment"])
+        with jax.profiler.trace(str(scratch)):
+            run_freely(engine, job)
+        show_operations(console, scratch, meanings, num_steps, args.operations)
+
+
+def show_programs(console: Console, spent: dict[str, list[float]], seconds: float) -> None:
+    table = Table(title="of a round, by program", title_justify="left")
+    for name in ("program", "calls", "ms", "share"):
+        table.add_column(name, justify="left" if name == "program" else "right")
+    rest = seconds - sum(map(sum, spent.values()))
+    rows = [(name, len(calls), sum(calls)) for name, calls in spent.items()]
+    for name, count, secs in [*sorted(rows, key=lambda row: -row[2]), ("(the host)", "", rest)]:
+        table.add_row(name, str(count), f"{secs * 1e3:,.1f}", f"{secs / seconds:.0%}")
+    console.print(table)
+
+
+def operation_meanings(program: Any, arguments: Any, options: dict) -> dict[str, str]:
+    """By name what each operation of the compiled program computes: result, and where it comes from."""
+    text = program.lower(*arguments, **options).compile().as_text()
+    found = re.findall(r'%(\S+) = (\S+) .*?op_name="([^"]*)"', text)
+    return {
+        plain(name): f"{shape.split('{')[0]} {'/'.join(origin.split('/')[-2:])}"
+        for name, shape, origin in found
+    }
+
+
+def show_operations(
+    console: Console, folder: Path, meanings: dict[str, str], num_steps: int, count: int
+) -> None:
+    total, calls = collections.Counter[str](), collections.Counter[str]()
+    for name, nanoseconds in operations(folder):
+        if name in meanings:
+            total[name] += nanoseconds
+            calls[name] += 1
+    by_meaning, calls_of = collections.Counter[tuple[str, str]](), collections.Counter()
+    for name, nanoseconds in total.items():
+        key = re.sub(r"_\d+$", "", name), meanings[name]
+        by_meaning[key] += nanoseconds
+        calls_of[key] += calls[name]
+    table = Table(title="of decoding, by operation", title_justify="left")
+    for name in ("ms a step", "calls a step", "operation", "result and origin"):
+        table.add_column(name, justify="right" if "step" in name else "left")
+    for key, nanoseconds in by_meaning.most_common(count):
+        ms = nanoseconds / num_steps / 1e6
+        table.add_row(f"{ms:.3f}", f"{calls_of[key] / num_steps:.1f}", *key)
+    console.print(table)
+
+
+def operations(folder: Path) -> Iterator[tuple[str, float]]:
+    for file in folder.rglob("*.xplane.pb"):
+        for plane in ProfileData.from_file(str(file)).planes:
+            for line in plane.lines:
+                if DEVICE_LINES.search(line.name):
+                    for event in line.events:
+                        if not NOT_OPERATIONS.search(event.name):
+                            yield plain(event.name), event.duration_ns
+
+
+def plain(name: str) -> str:
+    """A name in HLO and of its kernel, which has other separators."""
+    return re.sub(r"[.-]", "_", name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
