@@ -82,7 +82,7 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
                 sys.exit(f"{name} did not decode the {num_tokens(job)} tokens of {job['name']}")
     for worker in workers:
         worker.close()
-    limits = measure_limits(folder, args.dtype, sorted({1, *args.rows, args.slots}))
+    limits = measure_limits(folder, args.dtype, sorted({job["slots"] for job in jobs}))
     report = [
         summary(job, name, rounds[1:], rounds[0], limits)
         for job in jobs
@@ -290,6 +290,7 @@ def log_normal(rng: np.random.Generator, median: float, sigma: float, low: int, 
 
 
 def measure_limits(folder: Path, dtype: str, rows: Sequence[int]) -> dict[str, Any]:
+    jax.config.update("jax_default_matmul_precision", "highest")  # as the engines
     config = read_config(folder, dtype=dtype)
     return {
         "matmul_tokens_per_sec": {n: matmul_tokens_per_sec(config, n) for n in rows},
@@ -372,23 +373,13 @@ def secs_a_pass(run: Callable[[int], Any]) -> float:
     return statistics.median(timed(num_passes) for _ in range(5))
 
 
-def median_secs(call: Any, repeats: int = 7) -> float:
-    jax.block_until_ready(call())
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
-
-
 # What came out.
 
 
 def summary(job: Job, engine: str, rounds: list[dict], warm_up: dict, limits: dict) -> dict:
     seconds = statistics.median(r["seconds"] for r in rounds)
     tokens, slots = num_tokens(job), job["slots"]
-    bound = limits["matmul_tokens_per_sec"].get(slots)
+    bound = limits["matmul_tokens_per_sec"][slots]
     moving = bytes_to_move(job, limits) / limits["memory_gb_per_sec"] / 1e9
     return {
         "workload": job["name"],
@@ -397,7 +388,7 @@ def summary(job: Job, engine: str, rounds: list[dict], warm_up: dict, limits: di
         "all_seconds": [r["seconds"] for r in rounds],
         "tokens": tokens,
         "tokens_per_sec": tokens / seconds,
-        "share_of_matmul_bound": tokens / seconds / bound if bound else None,
+        "share_of_matmul_bound": tokens / seconds / bound,
         "share_of_memory_bound": moving / seconds,
         "slot_utilization": rounds[-1].get("slot_utilization"),
         "decode_steps": rounds[-1].get("decode_steps"),

@@ -24,11 +24,9 @@ class Ours:
     """
 
     def __init__(self, folder: str, dtype: str, run_rollouts: Callable[[Any, Job], None]):
-        import jax
 
         from trapo_jax.models import load_params, read_config
 
-        jax.config.update("jax_default_matmul_precision", "highest")  # no TF32, as in torch
         self.config = read_config(Path(folder), dtype=dtype)
         self.params = load_params(Path(folder), self.config)
         self.run_rollouts = run_rollouts

@@ -25,15 +25,14 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from bench_rollout import log_normal, matmul_shapes, median_secs, random_ids, with_weights
+from bench_rollout import log_normal, matmul_tokens_per_sec, random_ids, with_weights
 from bench_workers import Job, common_options, median, start_workers, take_turns
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from trapo_jax.models import DecoderConfig, find_model, read_config
+from trapo_jax.models import find_model, read_config
 
 ENGINES = {
     "ours": "ours",
@@ -70,7 +69,9 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
         losses = {name: found[0]["loss"] for name, found in replies.items()}
         check_losses(losses, job["name"], LOSSES_AGREE[args.dtype])
         report += [summary(job, name, found[1:]) for name, found in replies.items()]
-    bound = matmul_bound(config, args.rows * args.row_len)
+    jax.config.update("jax_default_matmul_precision", "highest")  # as the engines
+    # Forward, and twice that backward.
+    bound = matmul_tokens_per_sec(config, args.rows * args.row_len) / 3
     for result in report:
         result["share_of_matmul_bound"] = result["tokens_per_sec"] / bound
     show(console, report, bound)
@@ -142,19 +143,6 @@ def make_job(name: str, rows: list[dict], args: argparse.Namespace) -> Job:
 def check_losses(losses: dict[str, float], job_name: str, tolerance: float) -> None:
     if max(losses.values()) - min(losses.values()) > tolerance * max(losses.values()):
         sys.exit(f"{job_name}: the engines' first losses differ: {losses}")
-
-
-def matmul_bound(config: DecoderConfig, num_tokens: int) -> float:
-    """Tokens a second if a step were the model's matmuls alone: forward, and twice that backward."""
-    shapes = matmul_shapes(config)
-    weights = [jnp.ones(shape, config.dtype) for shape in shapes]
-    x = jnp.ones((num_tokens, max(shape[0] for shape in shapes)), config.dtype)
-
-    @jax.jit
-    def matmuls(weights, x):
-        return sum(jnp.sum(x[:, : w.shape[0]] @ w) for w in weights)
-
-    return num_tokens / (3 * median_secs(lambda: matmuls(weights, x)))
 
 
 def summary(job: Job, engine: str, replies: list[dict]) -> dict:

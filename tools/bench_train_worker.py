@@ -15,14 +15,12 @@ class Ours:
     """The step of `trapo_jax.train` for `method.name=sft`, batch building included."""
 
     def __init__(self, folder: str, dtype: str, *, packed: bool):
-        import jax
 
         from trapo_jax.methods import make_method
         from trapo_jax.models import load_params, read_config
         from trapo_jax.sharding import make_mesh
         from trapo_jax.train_step import init_state, make_optimizer, state_shardings
 
-        jax.config.update("jax_default_matmul_precision", "highest")  # no TF32, as in torch
         self.packed = packed
         self.config = read_config(Path(folder), dtype=dtype, remat="dots")
         self.mesh = make_mesh(data=1, fsdp=-1, tp=1)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
+# No TF32 in any of them.
+EXACT = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 
 
 class Worker:
@@ -24,7 +26,7 @@ class Worker:
         self.name = name
         pipe = subprocess.PIPE
         # The workers share a GPU's memory.
-        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **EXACT}
         self._process = subprocess.Popen(
             [python, str(script), name, *arguments],
             stdin=pipe,

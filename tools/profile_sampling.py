@@ -37,9 +37,7 @@ from rich.table import Table
 
 from trapo_jax.models import find_model, load_params, read_config
 
-# Lines of a profile on which XLA's thunks and a GPU's kernels lie.
-DEVICE_LINES = re.compile(r"XLAEigen|XLAPjRtCpuClient|Stream")
-NOT_OPERATIONS = re.compile(r"ThunkExecutor|Execute|::|\$|^while|^call")
+PROGRAM = "jit_decode_segment"  # its name in a profile
 
 
 def main() -> int:
@@ -168,10 +166,9 @@ def operations(folder: Path) -> Iterator[tuple[str, float]]:
     for file in folder.rglob("*.xplane.pb"):
         for plane in ProfileData.from_file(str(file)).planes:
             for line in plane.lines:
-                if DEVICE_LINES.search(line.name):
-                    for event in line.events:
-                        if not NOT_OPERATIONS.search(event.name):
-                            yield plain(event.name), event.duration_ns
+                for event in line.events:
+                    if dict(event.stats).get("hlo_module") == PROGRAM:
+                        yield plain(event.name), event.duration_ns
 
 
 def plain(name: str) -> str:

@@ -258,5 +258,5 @@ def _majority(group: Sequence[Sample]) -> float:
     if not votes:
         return 0.0
     most = max(votes.values())
-    verdicts = {sample.answer: sample.verdict for sample in group}
-    return fmean(verdicts[a] is Verdict.CORRECT for a, count in votes.items() if count == most)
+    right = {sample.answer for sample in group if sample.verdict is Verdict.CORRECT}
+    return fmean(answer in right for answer, count in votes.items() if count == most)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -241,13 +240,7 @@ def _spelled(character: str) -> str:
 
 
 def as_command(main: Callable[[], int]) -> NoReturn:
-    """Ends the process as `main` says; without a traceback, too, where Ctrl-C or a closed pipe (`| head`) ends it.
-
-    Its float32 matmuls are computed in float32: left to itself JAX would round what it multiplies, on GPUs to 10 bits
-    (TF32), on TPUs to 7 (bfloat16), and another program would round otherwise. $JAX_DEFAULT_MATMUL_PRECISION goes first.
-    """
-    if "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:
-        jax.config.update("jax_default_matmul_precision", "highest")
+    """Ends the process as `main` says; without a traceback, too, where Ctrl-C or a closed pipe (`| head`) ends it."""
     try:
         try:
             code = main()

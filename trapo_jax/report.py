@@ -161,23 +161,32 @@ def read_run(folder: Path, name: str, *, most_bytes: int) -> dict[str, Any]:
       UserError: naming the folder or the line that is not a run's.
     """
     try:
-        settings = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
-        records = list(read_records(folder / "metrics.jsonl"))
-    except (OSError, AttributeError, yaml.YAMLError) as error:
+        return _read_run(folder, name, most_bytes)
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(
-            f"{folder}: not the folder of a training run (config.yaml, metrics.jsonl)"
+            f"{folder}: not the folder of a training run of this version (config.yaml, metrics.jsonl, "
+            f"samples.jsonl; {error!r})"
         ) from error
+
+
+def _read_run(folder: Path, name: str, most_bytes: int) -> dict[str, Any]:
+    settings = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
+    records = list(read_records(folder / "metrics.jsonl"))
     steps = [r for r in records if r["kind"] == TRAIN]
     evaluations = [r for r in records if r["kind"] == EVAL]
-    num_steps = settings.get("train.num_steps", 0)
     tests = [r for r in evaluations if r["split"] == "test"]
-    after = tests[-1] if len(tests) > 1 and tests[-1]["step"] == num_steps else None
+    last = steps[-1]["step"] if steps else 0
+    # The test set is scored again where the run ends: after its last step, or once its budget is spent.
+    after = tests[-1] if len(tests) > 1 and tests[-1]["step"] == last else None
+    num_steps = settings.get("train.num_steps", 0)
+    if steps:
+        num_steps = last if after else round(last / steps[-1]["budget/progress"])
     averaged, columns = thin(steps)
     samples, num_groups = read_samples(folder / "samples.jsonl", most_bytes=most_bytes)
     return {
         "name": name,
         "method": settings.get("method.name", ""),
-        "step": steps[-1]["step"] if steps else 0,
+        "step": last,
         "num_steps": num_steps,
         "complete": after is not None,
         "settings": {k: str(v) for k, v in settings.items()},
@@ -286,6 +295,7 @@ def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
     for number, record in enumerate(read_records(path), start=1):
         try:
             kept = {name: value for name, value in record.items() if name not in left_out}
+            kept["step"], kept["problem_id"] = record["step"], record["problem_id"]
             kept["prompt"] = _shortened(record["prompt"])
             kept["answer"] = _shortened(record["answer"])
             tokens = record["tokens"]

@@ -6,7 +6,8 @@ A method's results are a matrix, a row for each seed and a column for each probl
 have been: a bootstrap that resamples seeds and problems independently (Owen 2007, "The pigeonhole bootstrap") gives
 the standard error, without the narrowness of a plain bootstrap of few seeds (each draw leaves one out: Hesterberg
 2004, "bootknife"). Intervals and p-values are Student's, with as many degrees of freedom as seeds allow: five seeds do
-not make a normal distribution. All methods share the draws, so that differences are paired.
+not make a normal distribution. What neither seed nor problem explains (the sampling noise of a problem's few answers) the
+bootstrap counts up to three times: intervals are rather too wide than too narrow. All methods share the draws, so that differences are paired.
 """
 
 import math
@@ -21,7 +22,7 @@ LEVEL = 0.05  # of the family of differences
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds and problems, its 95 % interval, and the p-value of its being zero."""
+    """A mean over seeds and problems, an interval of at least 95 %, and the p-value of its being zero."""
 
     mean: float
     low: float
@@ -58,14 +59,15 @@ def estimate(values: np.ndarray) -> Estimate:
 
     Returns:
       Mean, interval mean +- t * standard error and two-sided p-value. With one seed they cover the choice
-      of problems alone, and say nothing about other seeds.
+      of problems alone, and say nothing about other seeds. Values that are all the same have no spread to judge
+      them by: their p-value is 1.
     """
     values = np.asarray(values, float)
     num_seeds, num_problems = values.shape
     mean, error = float(values.mean()), standard_error(values)
-    degrees = max(1, (num_seeds if num_seeds > 1 else num_problems) - 1)
+    degrees = max(1, min((n for n in (num_seeds, num_problems) if n > 1), default=2) - 1)
     half = student_quantile(0.975, degrees) * error
-    p_value = 2 * student_cdf(-abs(mean) / error, degrees) if error > 0 else float(mean == 0)
+    p_value = 2 * student_cdf(-abs(mean) / error, degrees) if error > 0 else 1.0
     return Estimate(mean, mean - half, mean + half, p_value)
 
 

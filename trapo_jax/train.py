@@ -218,6 +218,7 @@ def run(parts: Parts, state: TrainState, folder: Path, changes: Changes) -> int:
                 state, values = train_one_step(
                     parts, state, batches[step - 1], ahead, progress, log, step
                 )
+                check_budget(config, values)
                 terminal.step(step, values)
                 for warning in health.observe(step, values):
                     terminal.say(f"warning: {warning}")
@@ -243,6 +244,16 @@ def run(parts: Parts, state: TrainState, folder: Path, changes: Changes) -> int:
         log.close()
         parts.verifier.close()
     return 0
+
+
+def check_budget(config: Config, values: Mapping[str, float]) -> None:
+    """Refuses a budget of tokens that the method does not sample: it would never be spent."""
+    t = config.train
+    if t.budget is not None and t.budget_unit == "sampled_tokens" and not values["tokens/sampled"]:
+        raise UserError(
+            f"train.budget_unit=sampled_tokens: method.name={config.method.name} samples none; give trained_tokens, "
+            "flops, problems or seconds"
+        )
 
 
 def resume(

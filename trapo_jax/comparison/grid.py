@@ -78,6 +78,9 @@ def do_runs(
     except KeyboardInterrupt:
         _stop(active)
         raise Interrupted from None
+    except BaseException:  # such as a closed pipe: the runs at work are saved all the same
+        _stop(active)
+        raise
     finally:
         signal.signal(signal.SIGTERM, previous)
         for job in active:

@@ -22,6 +22,7 @@ from trapo_jax.comparison.grid import Failure
 from trapo_jax.comparison.results import UNITS, Result, Scores, TrialScore
 from trapo_jax.comparison.trials import Grid
 from trapo_jax.statistics import LEVEL, Estimate, estimate, holm
+from trapo_jax.types import UserError
 
 BUDGET_TOLERANCE = 0.01
 ENOUGH_SEEDS = 5
@@ -78,7 +79,7 @@ def describe(c: Comparison, curves: Image | None) -> tuple[Document, dict[str, T
         Paragraph(
             f"Every run may spend {c.grid.budget:,.12g} {unit}; base model, data and their order, template, verifier and "
             'evaluation are the same. Scored on the test split once, after training; "accuracy" is of samples at '
-            f"temperature 1, {_num_samples(c)} a problem. Intervals: 95 %, paired bootstrap over seeds and problems, "
+            f"temperature 1, {_num_samples(c)} a problem. Intervals: at least 95 %, paired bootstrap over seeds and problems, "
             "Student's t for the number of seeds; that of a single seed covers the choice of problems alone."
         ),
         *map(Warning_, find_warnings(c)),
@@ -112,7 +113,10 @@ def find_differences(c: Comparison) -> list[Difference]:
         if not seeds:
             continue
         if len({scores[s].ids for scores in (scores_a, scores_b) for s in seeds}) > 1:
-            raise ValueError(f"{a} and {b} were scored on different problems")
+            folders = " and ".join(str(c.of(m)[0].run.folder) for m in (a, b))
+            raise UserError(
+                f"{folders}: scored on different problems; delete what is of an older comparison"
+            )
         values = np.stack([scores_a[s].sampled - scores_b[s].sampled for s in seeds])
         if values.mean() < 0:
             a, b, values = b, a, -values
@@ -124,8 +128,9 @@ def find_differences(c: Comparison) -> list[Difference]:
 def find_warnings(c: Comparison) -> list[str]:
     """What would otherwise be taken for more than it is."""
     warnings = []
-    if c.grid.num_seeds < ENOUGH_SEEDS:
-        seeds = "1 seed" if c.grid.num_seeds == 1 else f"{c.grid.num_seeds} seeds"
+    fewest = min([c.grid.num_seeds, *(len(c.of(method)) for method in c.methods)])
+    if fewest < ENOUGH_SEEDS:
+        seeds = "1 seed" if fewest == 1 else f"{fewest} seeds"
         warnings.append(f"a smoke test, no result: {seeds} a method, not {ENOUGH_SEEDS}")
     for r in c.results:
         ratio = r.spent[c.grid.match] / c.grid.budget

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from trapo_jax.comparison.trials import TEST, VALIDATION, Run, Trial
 from trapo_jax.metrics import EVAL, TRAIN, read_metrics
 from trapo_jax.statistics import pass_at_k
+from trapo_jax.types import UserError
 
 SUMMARY = "summary.json"  # the trainer writes it last
 # What a run spends, in the words of `train.budget_unit`: the metric that counts it.
@@ -70,27 +72,47 @@ class Result:
 
 
 def is_complete(run: Run) -> bool:
-    return (run.folder / SUMMARY).exists()
+    """Whether the run has come to its end, and is not one of fewer steps that is to go on."""
+    if not (run.folder / SUMMARY).exists():
+        return False
+    train = run.config.train
+    return train.budget is not None or _last_step(run).get("step", 0) >= train.num_steps
 
 
 def progress(run: Run) -> float:
     """The share of its budget that a run has spent so far."""
-    if is_complete(run):
-        return 1.0
+    return 1.0 if is_complete(run) else min(1.0, _last_step(run).get("budget/progress", 0.0))
+
+
+def _last_step(run: Run) -> dict[str, Any]:
+    """The record of the last step so far; empty if there is none."""
     path = run.folder / "metrics.jsonl"
     if not path.exists():
-        return 0.0
+        return {}
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         lines = file.read().split(b"\n")[:-1]  # the last may be half written
     for line in reversed(lines):
         if b'"kind": "train"' in line and line.startswith(b"{"):
-            return min(1.0, json.loads(line)["budget/progress"])
-    return 0.0
+            return json.loads(line)
+    return {}
 
 
 def read_result(run: Run) -> Result:
-    """Of a complete run."""
+    """Of a complete run.
+
+    Raises:
+      UserError: naming the folder, if it is not a run's of this version.
+    """
+    try:
+        return _read_result(run)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{run.folder}: not a complete run of this version ({error!r}); delete it to do it again"
+        ) from error
+
+
+def _read_result(run: Run) -> Result:
     records = read_metrics(run.folder)
     steps = {r["step"]: r for r in records if r["kind"] == TRAIN}
     evaluations = [r for r in records if r["kind"] == EVAL]
@@ -110,10 +132,15 @@ def read_result(run: Run) -> Result:
         before=_scores(run.folder, TEST, 0, num_samples) if TEST in splits else None,
         after=_scores(run.folder, TEST, last, num_samples) if TEST in splits else None,
         num_samples=num_samples,
-        entropy=evaluations[-1]["eval/entropy"],
+        entropy=_number(evaluations[-1]["eval/entropy"]),
         guidance=fmean(r["guidance/ratio_mean"] for r in steps.values()),
         expert_share=steps[last]["tokens/expert_trained"] / max(1, steps[last]["tokens/trained"]),
     )
+
+
+def _number(value: float | None) -> float:
+    """What a log has null for is not a number."""
+    return math.nan if value is None else value
 
 
 def _scores(folder: Path, split: str, step: int, num_samples: int) -> Scores:

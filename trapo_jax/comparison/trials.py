@@ -29,6 +29,10 @@ DECIDED_HERE = {
 }
 
 
+# What all runs share: what these fields begin with is the same whatever the method.
+SHARED = ("data.", "evaluation.", "rewards.", "model.path")
+
+
 class Sweep(NamedTuple):
     """Values of one field, for some methods or, with none named, for those that no other sweep names."""
 
@@ -110,6 +114,8 @@ class Grid:
                 raise UserError(
                     f"command line: {field}: a comparison decides it ({DECIDED_HERE[field]})"
                 )
+        for sweep in self.sweeps:
+            _refuse_shared("--sweep", sweep.field)
         names = [v.name for v in self.variants]
         if len(set(names)) < len(names):
             raise UserError(f"--variant: a name is given twice ({', '.join(names)})")
@@ -167,7 +173,12 @@ EVENLY = (("evaluation.every", "0"), ("evaluation.times", "4"))
 
 def _budget(unit: str, amount: float) -> dict[str, str]:
     if unit == "steps":
-        return {"train.num_steps": str(int(amount))}
+        # Whatever budget the config file has, it is not this one's.
+        return {
+            "train.num_steps": str(int(amount)),
+            "train.budget_unit": "steps",
+            "train.budget": "null",
+        }
     # A run ends at its budget, never at a number of steps.
     return {
         "train.num_steps": str(10**9),
@@ -220,7 +231,15 @@ def read_variant(text: str) -> Variant:
             raise UserError(
                 f"--variant {text}: {field}: a comparison decides it ({DECIDED_HERE[field]})"
             )
+        _refuse_shared(f"--variant {text}", field)
     return Variant(name, settings)
+
+
+def _refuse_shared(option: str, field: str) -> None:
+    if field.startswith(SHARED):
+        raise UserError(
+            f"{option}: {field}: all runs share it; give {field}=... without {option.split()[0]}"
+        )
 
 
 def _whole_name(field: str) -> str:

@@ -158,7 +158,9 @@ def linear_token_logprobs(
 
 
 def _matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    # What is float32 is not to be rounded, as JAX would on GPUs and TPUs.
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32, precision=precision)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

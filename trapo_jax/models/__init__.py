@@ -1,5 +1,6 @@
 """One decoder for every model, configured and filled from a Hugging Face folder."""
 
+from trapo_jax.models.attention import is_for_cudnn
 from trapo_jax.models.decoder import (
     Decoder,
     DecoderConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "export_model",
     "find_model",
     "init_params",
+    "is_for_cudnn",
     "join_trained",
     "lay_apart",
     "load_params",

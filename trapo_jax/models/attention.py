@@ -119,18 +119,15 @@ def slots_attention(
     lens_S: jax.Array,
     *,
     scale: float,
-    window: int | None = None,
-    is_local: jax.Array | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Attention of one token a slot to the first `lens_S` positions of its cache, its own the last; `[S, N, H]`.
 
-    Of R >= S slots the first S are meant. The cache lies as cuDNN wants it, which on NVIDIA GPUs, in half precision,
-    reads no more of it than these positions, where XLA reads all. `scale`, `window`, `is_local` and `implementation`
-    are those of `row_attention`; windows are XLA's.
+    Of R >= S slots the first S are meant. The cache lies as cuDNN wants it, which reads no more of it than these
+    positions; XLA reads all. `scale` and `implementation` are those of `row_attention`.
     """
     num_slots = len(q_SNH)
-    if window is None and _choose(implementation, q_SNH[:, None]) == "cudnn":
+    if _choose(implementation, q_SNH[:, None]) == "cudnn":
         # A slice of the cache would be a copy: all slots take part, and the others have no tokens.
         others = len(k_RCKH) - num_slots
         q_R1NH = jnp.pad(q_SNH, ((0, others), (0, 0), (0, 0)))[:, None]
@@ -145,10 +142,7 @@ def slots_attention(
             implementation="cudnn",
         )
         return attended[:num_slots, 0]
-    position, lens = jnp.arange(k_RCKH.shape[1]), lens_S[:, None]
-    sees = position < lens
-    if window is not None:
-        sees &= (lens - 1 - position < window) | (False if is_local is None else ~is_local)
+    sees = jnp.arange(k_RCKH.shape[1]) < lens_S[:, None]
     attended = jax.nn.dot_product_attention(
         q_SNH[:, None],
         k_RCKH[:num_slots],
@@ -160,14 +154,18 @@ def slots_attention(
     return attended[:, 0]
 
 
+def is_for_cudnn(platform: str, dtype: str, head_dim: int) -> bool:
+    """Whether cuDNN's attention takes such heads."""
+    return platform == "gpu" and dtype in ("bfloat16", "float16") and head_dim in range(8, 129, 8)
+
+
 def _choose(implementation: Implementation, q_BTNH: jax.Array) -> Any:
     if implementation != "auto":
         return implementation
     device = jax.default_backend()
     if device == "tpu" and q_BTNH.shape[1] % 128 == 0 and q_BTNH.shape[3] % 128 == 0:
         return "splash"
-    is_half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-    if device == "gpu" and is_half and q_BTNH.shape[3] in range(8, 129, 8):
+    if is_for_cudnn(device, q_BTNH.dtype.name, q_BTNH.shape[3]):
         return "cudnn"
     return "xla"
 

@@ -10,6 +10,7 @@ Shape suffixes: B rows, T tokens, S slots, C cache positions, D model width, N h
 G = N / K, H head width, F MLP width, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -54,13 +55,14 @@ class DecoderConfig:
       local_layers: which layers are local, one entry each; empty for none.
       local_rope: of local layers; None for the same as the others.
       lora: adapters of the layers' matrices; None for none.
-      dtype: of activations and matmul inputs.
+      dtype: of activations and matmul inputs. Those in float32 are multiplied in float32: left to itself JAX would
+        round them, on GPUs to 10 bits (TF32), on TPUs to 7 (bfloat16).
       remat: what the backward pass computes anew: nothing, all but the results of matmuls
         ("dots"), or all but the layers' inputs ("full").
       attention: see `row_attention`.
       layers: how parameters and cache lie: all layers in one array under a loop; or an array for each, as
         `lay_apart` makes them, and the same with the matrices turned round. These two are for decoding, a token a
-        slot: it is written to the cache, and then attends to what is there.
+        slot: it is written to the cache, and then attends to what is there. Layers apart have no windows.
     """
 
     vocab_size: int
@@ -182,8 +184,14 @@ class Block(nnx.Module):
             if c.layers == "turned":
                 attended = cached_attention(q_BTNH, None, keys, values, lens_S, **options)
             else:
-                options["implementation"] = c.attention
-                attended = slots_attention(q_BTNH[:, 0], keys, values, lens_S + 1, **options)
+                attended = slots_attention(
+                    q_BTNH[:, 0],
+                    keys,
+                    values,
+                    lens_S + 1,
+                    scale=options["scale"],
+                    implementation=c.attention,
+                )
         attended = self._matmul(attended.reshape(*q.shape[:2], -1), "output")
         if c.output_bias:
             attended += self.output_bias[...].astype(dtype)
@@ -258,8 +266,8 @@ class Decoder(nnx.Module):
           segment_ids_BT: int32; tokens attend within their segment. Needed without a cache.
           cache: of stacked layers read, never written: the caller puts the new entries where it wants them. Of
             others it gets a token a slot. Of more slots than S, its first S are meant.
-          cached_lens_S: int32, valid cache positions of each slot; with layers that are not stacked one beyond
-            the cache means that the slot's token is not kept.
+          cached_lens_S: int32, valid cache positions of each slot. Of a slot where it is beyond the cache the results
+            are finite and mean nothing, and with layers that are not stacked its token is not kept.
           view_len: look at so many positions of the cache of stacked layers; None for all.
 
         Returns:
@@ -307,7 +315,9 @@ class Decoder(nnx.Module):
 
 def apply_decoder(config: DecoderConfig, params: Params, *args, **kwargs):
     """`Decoder.__call__` as a pure function of the parameters; same arguments and results."""
-    return nnx.merge(_decoder_graph(config), params)(*args, **kwargs)
+    is_float32 = config.dtype == "float32"
+    with jax.default_matmul_precision("highest") if is_float32 else contextlib.nullcontext():
+        return nnx.merge(_decoder_graph(config), params)(*args, **kwargs)
 
 
 def abstract_params(config: DecoderConfig) -> Params:
@@ -343,7 +353,8 @@ def output_projection(config: DecoderConfig, params: Params) -> Callable[[jax.Ar
     They are multiplied as they lie: turned round, the product takes up to half as long again on a CPU, or tied
     weights' transpose is copied before the loop.
     """
-    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    precision = "highest" if config.dtype == "float32" else None
+    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32, precision=precision)
     if "unembedding" in params:
         weights_DV = params["unembedding"].astype(config.dtype)
         return lambda hidden_SD: _as_written(matmul(hidden_SD, weights_DV)).T

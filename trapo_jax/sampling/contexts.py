@@ -7,7 +7,7 @@ earlier prefix of it had.
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from trapo_jax.models import DecoderConfig, KVCache, apply_decoder
 
 SHORTEST_PIECE = 16  # pieces of a context are padded to this, or twice, four times ... this
+COPIED_AT_ONCE = 8
 MAX_PIECE_ROWS = 8  # pieces of different contexts run through the model at once
 
 TokenIds = tuple[int, ...]
@@ -167,12 +168,19 @@ def prefill(config: DecoderConfig, params: Any, contexts: KVCache, batch: PieceB
 def copy_rows(
     cache: KVCache, from_rows: jax.Array, to_rows: jax.Array, count: jax.Array
 ) -> KVCache:
-    """The first `count` pairs of rows, one after the other."""
-    axis = 0 if isinstance(cache.keys, list) else 1
+    """The first `count` pairs of rows, of which none is both copied and written; of the others `to_rows` is out of
+    range."""
+    if isinstance(cache.keys, list):
+
+        def several(pair, cache: KVCache) -> KVCache:
+            rows, targets = pair
+            return jax.tree.map(lambda x: x.at[targets].set(x[rows], mode="drop"), cache)
+
+        return _in_chunks(several, (from_rows, to_rows), count, cache)
 
     def one(i, cache: KVCache) -> KVCache:
-        take = lambda x: jax.lax.dynamic_slice_in_dim(x, from_rows[i], 1, axis)
-        put = lambda x: jax.lax.dynamic_update_slice_in_dim(x, take(x), to_rows[i], axis)
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, from_rows[i], 1, axis=1)
+        put = lambda x: jax.lax.dynamic_update_slice_in_dim(x, take(x), to_rows[i], axis=1)
         return jax.tree.map(put, cache)
 
     return jax.lax.fori_loop(0, count, one, cache)
@@ -192,19 +200,16 @@ def copy_contexts(
 
     The first `count` pairs; of the others `slots` is out of range.
     """
+    if config.layers == "apart":
 
-    if (
-        config.layers == "apart"
-    ):  # all at once: a GPU would spend more on starting so many copies than on them
-        keys = [
-            old.at[slots, :length].set(new[rows, :, :, :length].transpose(0, 3, 1, 2), mode="drop")
-            for old, new in zip(cache.keys, contexts.keys, strict=True)
-        ]
-        values = [
-            old.at[slots, :length].set(new[rows, :, :length].transpose(0, 2, 1, 3), mode="drop")
-            for old, new in zip(cache.values, contexts.values, strict=True)
-        ]
-        return KVCache(keys, values)
+        def several(pair, cache: KVCache) -> KVCache:
+            rows, targets = pair
+            put = lambda old, new: old.at[targets, :length].set(new, mode="drop")
+            keys = (x[rows, :, :, :length].transpose(0, 3, 1, 2) for x in contexts.keys)
+            values = (x[rows, :, :length].transpose(0, 2, 1, 3) for x in contexts.values)
+            return KVCache([*map(put, cache.keys, keys)], [*map(put, cache.values, values)])
+
+        return _in_chunks(several, (rows, slots), count, cache)
 
     def one(i, cache: KVCache) -> KVCache:
         take = lambda x: jax.lax.dynamic_index_in_dim(x, rows[i], axis=1, keepdims=False)
@@ -218,6 +223,23 @@ def copy_contexts(
         return KVCache([*map(put, cache.keys, keys)], [*map(put, cache.values, values)])
 
     return jax.lax.fori_loop(0, count, one, cache)
+
+
+def _in_chunks(
+    several: Callable[[Any, KVCache], KVCache],
+    pairs: tuple[jax.Array, jax.Array],
+    count: jax.Array,
+    cache: KVCache,
+) -> KVCache:
+    """`several` pairs at a time: of layers apart, copying one by one would take longer to start than to do."""
+    size = min(COPIED_AT_ONCE, len(pairs[0]))
+
+    def chunk(i, cache: KVCache) -> KVCache:
+        # The last begins where it ends in range: copying a pair twice changes nothing.
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size)
+        return several(jax.tree.map(take, pairs), cache)
+
+    return jax.lax.fori_loop(0, (count + size - 1) // size, chunk, cache)
 
 
 def empty_cache(config: DecoderConfig, num_rows: int, length: int) -> KVCache:

@@ -16,6 +16,7 @@ from trapo_jax.models import (
     KVCache,
     abstract_params,
     apply_decoder,
+    is_for_cudnn,
     lay_apart,
     output_projection,
 )
@@ -125,12 +126,13 @@ def state_shardings(mesh: Mesh) -> tuple[KVCache, Slots]:
 
 
 def decoder_of_slots(config: DecoderConfig, mesh: Mesh) -> DecoderConfig:
-    """The decoder, its layers lying as these devices decode fastest."""
+    """The decoder, its layers lying as these devices decode fastest: apart where cuDNN attends to what a slot holds."""
     weights = sum(x.size for x in jax.tree.leaves(abstract_params(config)["layers"]))
     layer_bytes = weights // config.num_layers * jnp.dtype(config.dtype).itemsize
     platform = mesh.devices.flat[0].platform
     layers = "stacked"
-    if platform == "gpu":
+    takes_cudnn = is_for_cudnn(platform, config.dtype, config.head_dim)
+    if takes_cudnn and config.attention in ("auto", "cudnn") and not any(config.local_layers):
         layers = "apart"
     elif platform == "cpu" and mesh.size == 1 and layer_bytes >= LARGE_LAYER:
         layers = "turned"

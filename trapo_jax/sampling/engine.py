@@ -113,7 +113,7 @@ class JaxEngine:
         self._shardings = param_shardings(shapes, self._mesh, SAMPLING_RULES)
         self._dtypes = dtypes = sampling_dtypes(shapes, config)
         cast = lambda params: jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
-        self._cast = jax.jit(cast, out_shardings=self._shardings)
+        self._cast: Any = jax.jit(cast, out_shardings=self._shardings)
         self._replicas = [
             Replica(
                 config,
@@ -155,6 +155,8 @@ class JaxEngine:
     def update_weights(self, params: Any, version: int) -> None:
         if self.is_busy:
             raise RuntimeError("update_weights while completions are queued or running")
+        for replica in self._replicas:
+            replica.drop_weights()  # not three copies at once
         placed = self._place(params)
         for replica in self._replicas:
             replica.update_weights(jax.tree.map(lambda x, r=replica: _view(x, r.mesh), placed))

@@ -184,12 +184,16 @@ class Replica:
             self._decode_params = {**params, "layers": self._programs.lay_out(params["layers"])}
         self._table.clear()
 
+    def drop_weights(self) -> None:
+        self._params = self._decode_params = None
+
     def release(self) -> list[Completion]:
         """Lets go of the weights and the cache; returns what is unfinished, what has most tokens first."""
         self._put_back(list(self._running))
         unfinished = [waiting.so_far for _, _, waiting in sorted(self._waiting)]
         self._waiting.clear()
-        self._params = self._decode_params = self._contexts = self._slots = None
+        self.drop_weights()
+        self._contexts = self._slots = None
         return sorted(unfinished, key=lambda so_far: -len(so_far.token_ids))
 
     def submit(self, waiting: Waiting) -> None:
