@@ -101,7 +101,7 @@ def test_the_command_compares_and_writes_json(tmp_path):
 
 
 def test_a_profile_names_programs_and_operations():
-    options = ["--rows", "4", "--new-len", "20", "--operations", "5"]
+    options = ["--rows", "4", "--new-len", "20", "--operations", "12"]
     result = subprocess.run(
         [sys.executable, "tools/profile_sampling.py", "--model", TINY_MODEL, *options],
         cwd=REPOSITORY,

@@ -3,7 +3,9 @@
 import pytest
 
 from trapo_jax.budget import Budget, Counters, TokenCost
+from trapo_jax.config import load_config
 from trapo_jax.methods.selection import first_of_each_prefix, rows_of_group
+from trapo_jax.train import check_budget
 from trapo_jax.types import (
     Completion,
     Expert,
@@ -11,6 +13,7 @@ from trapo_jax.types import (
     Problem,
     Rollout,
     RolloutRequest,
+    UserError,
     Verdict,
 )
 
@@ -61,3 +64,11 @@ def test_progress_is_what_comes_first(unit, amount, progress):
         tokens_trained=100, tokens_sampled=80, problems_seen=24, flops=7e3, seconds=6.0
     )
     assert Budget(unit, amount, num_steps=10).progress(counters, 3) == pytest.approx(progress)
+
+
+def test_a_budget_of_samples_that_none_takes_is_refused():
+    options = [("train.budget_unit", "sampled_tokens"), ("train.budget", "100")]
+    config = load_config(None, [("method.name", "sft"), *options])
+    check_budget(config, {"tokens/sampled": 3})
+    with pytest.raises(UserError, match=r"method\.name=sft samples none; give trained_tokens"):
+        check_budget(config, {"tokens/sampled": 0})

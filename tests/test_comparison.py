@@ -106,6 +106,7 @@ def test_the_shipped_configs_can_be_compared_with(name):
         (("seed=1,2",), (), "seed: a comparison decides it (--seeds)"),
         ((), (("output_dir", "x"),), "output_dir: a comparison decides it (--out)"),
         (("luffy:alpha=0.1",), (), "luffy not among --methods"),
+        (("evaluation.num_samples=4,16",), (), "evaluation.num_samples: all runs share it"),
     ],
 )
 def test_an_unfair_or_contradictory_grid_is_refused(sweeps, overrides, message):
@@ -144,6 +145,8 @@ def test_a_variant_is_a_method_with_settings_and_a_name_of_its_own():
         ("late: alpha=0.5", "not NAME: method.name=METHOD"),
         ("la te: method.name=trapo", "not NAME: method.name=METHOD"),
         ("late: method.name=trapo seed=1", "seed: a comparison decides it (--seeds)"),
+        ("late: method.name=trapo data.seed=1", "data.seed: all runs share it"),
+        ("late: method.name=trapo model.path=x", "model.path: all runs share it"),
         ("late: method.name=trapo alpha", "'alpha' is not FIELD=VALUE"),
         ("late: method.name='trapo", "No closing quotation"),
         ("late: method.name=trapo --config x.yaml", "all runs have one --config"),
@@ -190,6 +193,8 @@ if seed == 7:
     time.sleep(60)
 if seed == 1 and not (folder / "mended").exists():
     sys.exit("error: <b>train.learning_rate</b>")
+num_steps = re.search("num_steps: (.*)", text)[1]
+(folder / "metrics.jsonl").write_text('{"step": %s, "kind": "train", "budget/progress": 1}\\n' % num_steps)
 (folder / "summary.json").write_text("{}")
 (folder / "end").write_text(str(time.time_ns()))
 """
@@ -250,15 +255,32 @@ def test_a_folder_with_another_run_is_refused_before_anything_begins(trainer):
     assert started(runs) == [1]
 
 
-def test_an_interrupt_lets_the_runs_save(trainer, monkeypatch):
+def test_a_run_that_is_to_be_longer_goes_on(trainer):
+    """What it was given may be, where nothing of it depends on its length."""
+    options = {"methods": ("trapo",), "seeds": 1, "overrides": (("train.decay_start", "1"),)}
+    for budget in (20.0, 30.0, 30.0):
+        runs = make_grid(trainer, budget=budget, **options).final_runs([Trial("trapo")])
+        assert do_runs(runs, jobs=1, environment=os.environ, say=print) == []
+    assert started(runs) == [2]
+
+
+def test_a_budget_of_steps_is_the_only_one(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {budget_unit: trained_tokens, budget: 1000}\n")
+    (run,) = replace(make_grid("out", seeds=1), config_file=file).final_runs([Trial("trapo")])
+    assert (run.config.train.num_steps, run.config.train.budget) == (20, None)
+
+
+@pytest.mark.parametrize("ends_it", [KeyboardInterrupt, BrokenPipeError])
+def test_whatever_ends_a_comparison_lets_the_runs_save(trainer, monkeypatch, ends_it):
     (run,) = make_grid(trainer, methods=("trapo",), seeds=8).final_runs([Trial("trapo")])[7:]
 
     def interrupt_once_ready(_):
         if (run.folder / "ready").exists():
-            raise KeyboardInterrupt
+            raise ends_it
 
     monkeypatch.setattr(grid.time, "sleep", interrupt_once_ready)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted if ends_it is KeyboardInterrupt else ends_it):
         do_runs([run], jobs=1, environment=os.environ, say=print)
     assert (run.folder / "saved").exists()
 
@@ -378,6 +400,23 @@ def test_one_seed_is_a_smoke_test_and_nothing_is_significant(tmp_path):
     assert "**Warning: a smoke test, no result: 1 seed a method, not 5**" in text
 
 
+def test_a_smoke_test_is_of_seeds_that_finished(tmp_path):
+    whole = make_comparison(tmp_path, {"grpo": 0.1, "trapo": 0.9})
+    assert find_warnings(whole) == []
+    part = [r for r in whole.results if r.run.seed < 2 or r.run.trial.method == "grpo"]
+    assert "2 seeds a method, not 5" in find_warnings(replace(whole, results=part))[0]
+
+
+def test_a_run_of_another_version_is_one_line(tmp_path):
+    comparison = make_comparison(tmp_path, {"trapo": 0.5}, seeds=2, trapo={"entropy": None})
+    assert np.isnan(comparison.results[0].entropy)
+    assert "nan" in to_markdown(describe(comparison, None)[0])
+    run = comparison.results[0].run
+    (run.folder / "evaluations" / "test_0.json").unlink()
+    with pytest.raises(UserError, match=r"seed_0: not a complete run of this version .*; delete"):
+        read_result(run)
+
+
 def test_budgets_that_do_not_match_are_said_loudly(tmp_path):
     comparison = make_comparison(tmp_path, {"grpo": 0.5, "trapo": 0.5}, trapo={"overspent": 0.05})
     warnings = find_warnings(comparison)
@@ -387,7 +426,7 @@ def test_budgets_that_do_not_match_are_said_loudly(tmp_path):
 
 
 def test_methods_scored_on_other_problems_are_not_compared(tmp_path):
-    with pytest.raises(ValueError, match="different problems"):
+    with pytest.raises(UserError, match=r"seed_0: scored on different problems"):
         find_differences(
             make_comparison(tmp_path, {"grpo": 0.5, "trapo": 0.5}, trapo={"problems": "x"})
         )

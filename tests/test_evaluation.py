@@ -43,6 +43,12 @@ def test_a_tie_of_the_majority_counts_by_share():
     assert score_samples(samples).majority == 0.5
 
 
+def test_an_answer_is_right_whichever_sample_was_judged():
+    verdicts, answers = [RIGHT, RIGHT, TIMEOUT, WRONG], ["7", "7", "7", "8"]
+    assert score_samples(group("a", *verdicts, answers=answers)).majority == 1
+    assert score_samples(group("a", *verdicts[::-1], answers=answers[::-1])).majority == 1
+
+
 def test_no_answer_is_no_majority():
     assert score_samples(group("a", WRONG, WRONG)).majority == 0
 

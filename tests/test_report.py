@@ -1,13 +1,14 @@
 """The report: what is left out and how, and the page of a real run in a browser."""
 
 import json
+import shutil
 
 import pytest
 import yaml
 
 from trapo_jax.config import Config
 from trapo_jax.metrics import Terminal, read_records
-from trapo_jax.report import main, noted_settings, read_samples, thin, write_report
+from trapo_jax.report import main, noted_settings, read_run, read_samples, thin, write_report
 from trapo_jax.run_folder import flatten
 from trapo_jax.types import UserError
 
@@ -145,6 +146,22 @@ def test_progress_tells_of_the_last_evaluation_and_fits_80_columns(monkeypatch, 
         assert "1000/1000" in output
         assert "left" in output
         assert ("\x1b[" in output) == (on_a_terminal == "1")
+
+
+def test_a_run_that_its_budget_ended_is_complete(finished_run, tmp_path):
+    """Whatever number of steps it might have had."""
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(finished_run[0] / name, tmp_path)
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().replace("num_steps: 12\n", "num_steps: 1000000000\n"))
+    run = read_run(tmp_path, "r", most_bytes=10**6)
+    assert (run["complete"], run["step"], run["num_steps"]) == (True, 12, 12)
+    assert all(after is not None for _, _, after in run["scores"])
+    records = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    half = [r for r in records if json.loads(r)["step"] <= 6]
+    (tmp_path / "metrics.jsonl").write_text("".join(half))
+    run = read_run(tmp_path, "r", most_bytes=10**6)
+    assert (run["complete"], run["step"], run["num_steps"]) == (False, 6, 12)
 
 
 def test_a_run_ends_with_its_report(finished_run):

@@ -86,7 +86,17 @@ def test_few_seeds_are_not_enough_for_a_noisy_difference():
 
 def test_equal_results_differ_by_nothing():
     assert estimate(np.zeros((3, 7))) == (0.0, 0.0, 0.0, 1.0)
-    assert estimate(np.full((3, 7), 0.25)).p_value == 0.0
+
+
+def test_values_without_spread_are_no_evidence():
+    assert estimate(np.full((3, 7), 0.25)) == (0.25, 0.25, 0.25, 1.0)
+
+
+def test_few_problems_are_no_more_certain_than_few_seeds():
+    values = np.random.default_rng(0).normal(0.3, 0.2, (9, 2))
+    error = standard_error(values)
+    expected = 2 * stats.t.sf(values.mean() / error, 1)
+    assert estimate(values).p_value == pytest.approx(expected)
 
 
 def test_one_seed_speaks_for_problems_alone():
