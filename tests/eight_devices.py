@@ -1,5 +1,6 @@
 """Run by test_train_step: gradients and samples on meshes of forced host devices equal those on one device."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from test_train_step import (  # noqa: E402
     sgd_step,
 )
 
-from trapo_jax.sampling import JaxEngine  # noqa: E402
+from trapo_jax.sampling import JaxEngine, decode, replica  # noqa: E402
 from trapo_jax.sharding import make_mesh, param_shardings  # noqa: E402
 from trapo_jax.types import RolloutRequest, SamplingParams  # noqa: E402
 
@@ -51,6 +52,11 @@ def main() -> None:
     for data, fsdp, tp in [*shapes, (1, 1, 2)]:
         mesh = make_mesh(data=data, fsdp=fsdp, tp=tp, devices=jax.devices()[: data * fsdp * tp])
         assert sample(mesh, params, problems) == expected, (data, fsdp, tp)
+    as_on_gpus = lambda config, _: dataclasses.replace(config, layers="apart")
+    for module in (decode, replica):
+        module.decoder_of_slots = as_on_gpus
+    mesh = make_mesh(data=2, fsdp=1, tp=2, devices=jax.devices()[:4])
+    assert sample(mesh, params, problems) == expected
     print(f"{len(shapes)} meshes agree")
 
 

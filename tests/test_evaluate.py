@@ -1,9 +1,11 @@
 """`python -m trapo_jax.evaluate`, for real: whole, stopped and gone on with, and mistaken."""
 
+import dataclasses
 import json
 
 import pytest
 
+from trapo_jax import evaluate
 from trapo_jax.data import card_shuffles_splits
 from trapo_jax.evaluate import main, resolve_model
 
@@ -99,6 +101,20 @@ def test_going_on_after_a_stop_gives_the_same(whole, data, tmp_path, capsys):
 def test_other_settings_in_the_same_folder_are_refused(whole, data, capsys):
     assert main(arguments(data, whole[0], "--seed", 1)) == 2
     assert "seed=0, not 1" in capsys.readouterr().err
+
+
+def test_other_weights_in_the_same_folder_are_refused(whole, data, monkeypatch, capsys):
+    """As of a run that has been trained further."""
+    known = evaluate.resolve_model
+
+    def trained_further(name):
+        model, config = known(name)
+        params = {**model.params, "final_norm": model.params["final_norm"] * 1.001}
+        return dataclasses.replace(model, params=params), config
+
+    monkeypatch.setattr(evaluate, "resolve_model", trained_further)
+    assert main(arguments(data, whole[0])) == 2
+    assert "holds a run with weights=" in capsys.readouterr().err
 
 
 MISTAKES = {

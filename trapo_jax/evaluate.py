@@ -7,6 +7,7 @@ Every sample goes to samples.jsonl as soon as it is judged; the same command goe
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import yaml
 
 from trapo_jax.config import read_yaml
@@ -155,10 +157,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     terminal = Terminal(1, first_step=0)
+    model, run_config = resolve_model(args.model)
     settings = {k: v for k, v in vars(args).items() if k not in NO_EFFECT_ON_SAMPLES}
+    settings["weights"] = weights_fingerprint(model.params)  # a run may have gone on since
     text = yaml.safe_dump(json.loads(json.dumps(settings, default=str)), sort_keys=True)
     check_run_folder(args.out, text)
-    model, run_config = resolve_model(args.model)
     tokenizer: Any = load_tokenizer(model.folder)
     examples = read_examples(args, terminal)
     kind = args.template or run_config.get("data", {}).get("template")
@@ -205,6 +208,15 @@ def resolve_model(name: str) -> tuple[Model, dict[str, Any]]:
         raise UserError(f"--model {name}: a run without a checkpoint yet")
     params, decoder, source = load_checkpoint(max(steps, key=lambda p: int(p.name)))
     return Model(source, decoder, params), run_config
+
+
+def weights_fingerprint(params: Params) -> str:
+    """Of a few numbers of every parameter: training changes them all."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:64], np.float32).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def default_template(examples: Sequence[Example], tokenizer: Any) -> TemplateKind:
