@@ -75,6 +75,9 @@ class Programs(NamedTuple):
     copy_context: Any  # (contexts, source, target) -> contexts
     start_slots: Any  # (slots, contexts, rows, count, seed, starting, *, copied_len) -> slots
     move_slots: Any  # (slots, from_slots, to_slots, count) -> slots
+    resize_cache: (
+        Any  # (slots, *, num_slots, view_len) -> slots; None where decoding looks at part of it
+    )
     decode_segment: Any  # (params, slots, *, num_slots, view_len) -> slots, steps, tokens
     read_rows: Any  # (slots, rows) -> tokens, logprobs
 
@@ -106,6 +109,9 @@ def make_programs(
             out_shardings=for_slots,
         ),
         move_slots=jax.jit(move_slots, donate_argnums=0, out_shardings=for_slots),
+        resize_cache=jax.jit(resize_cache, static_argnames=("num_slots", "view_len"))
+        if is_turned
+        else None,
         decode_segment=jax.jit(
             functools.partial(
                 decode_segment, decoding, segment_len, tuple(eos_ids), with_truncation
@@ -188,6 +194,18 @@ def move_slots(slots: Slots, from_slots: jax.Array, to_slots: jax.Array, count: 
     return moved._replace(cache=cache, active=moved.active.at[left].set(False, mode="drop"))
 
 
+def resize_cache(slots: Slots, *, num_slots: int, view_len: int) -> Slots:
+    """The slots with a cache of turned layers for the first `num_slots`, of `view_len` positions each."""
+
+    def fit(x: jax.Array, *shape: int) -> jax.Array:
+        kept = x[tuple(map(slice, shape))]
+        return jnp.pad(kept, [(0, new - old) for new, old in zip(shape, kept.shape, strict=True)])
+
+    keys = [fit(x, num_slots, *x.shape[1:3], view_len) for x in slots.cache.keys]
+    values = [fit(x, num_slots, x.shape[1], view_len, x.shape[3]) for x in slots.cache.values]
+    return slots._replace(cache=KVCache(keys, values))
+
+
 def read_rows(slots: Slots, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     return slots.tokens[rows], slots.logprobs[rows]
 
@@ -238,17 +256,17 @@ def decode_segment(
 ) -> tuple[Slots, jax.Array, jax.Array]:
     """Up to `segment_len` tokens for every active slot; stops early once a share of the slots is done.
 
-    Only the first `num_slots` may be active, and hold at most `view_len - segment_len` positions: the rest of
-    the cache is not looked at. Where layers are apart, of every slot only what it holds is.
+    Only the first `num_slots` may be active, and hold at most `view_len - segment_len` positions. Of stacked layers the
+    rest of the cache is not looked at; where they are apart, of every slot only what it holds is; turned ones have a
+    cache of that size.
 
     Returns the slots, the steps done and the tokens sampled, both int32 `[]`.
     """
     to_logits = output_projection(config, params)
     every_slot = jnp.arange(num_slots)
     whole = slots
-    slots = jax.tree.map(lambda x: x[:num_slots], whole._replace(cache=None))._replace(
-        cache=_viewed(config, whole.cache, num_slots, view_len)
-    )
+    slots = jax.tree.map(lambda x: x[:num_slots], whole._replace(cache=None))
+    slots = slots._replace(cache=whole.cache)
 
     def one_token(carry):
         count, num_tokens, s = carry
@@ -303,13 +321,3 @@ def decode_segment(
     num_steps, num_tokens, slots = jax.lax.while_loop(unfinished, one_token, (zero, zero, slots))
     put_back = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
     return jax.tree.map(put_back, whole, slots), num_steps, num_tokens
-
-
-def _viewed(config: DecoderConfig, cache: KVCache, num_slots: int, view_len: int) -> KVCache:
-    """What a segment looks at of turned layers: a CPU would copy that slice at every step. Of others, all."""
-    if config.layers != "turned":
-        return cache
-    return KVCache(
-        keys=[keys[:num_slots, :, :, :view_len] for keys in cache.keys],
-        values=[values[:num_slots, :, :view_len] for values in cache.values],
-    )

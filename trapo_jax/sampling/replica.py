@@ -142,6 +142,7 @@ class Replica:
         self._shapes = jax.eval_shape(init)
         self._contexts: Any = None
         self._slots: Any = None
+        self._cache_extent: dict[str, int] | None = None  # of turned layers; None for all
         self._programs = make_programs(
             config,
             mesh,
@@ -178,6 +179,7 @@ class Replica:
         """Samples from these weights, which lie on its devices; nothing cached of the old ones is used."""
         if self._contexts is None:
             self._contexts, self._slots = self._init()
+            self._cache_extent = None
         self._params = params
         self._decode_params = params
         if self._programs.lay_out:
@@ -205,7 +207,7 @@ class Replica:
         while self._waiting and self._free:
             self._admit_wave()
         self._close_ranks()
-        extent = self._extent()
+        extent = self._fit_cache()
         self._slots, num_steps, num_tokens = self._programs.decode_segment(
             self._decode_params, self._slots, **extent
         )
@@ -230,6 +232,15 @@ class Replica:
             "num_slots": min(len(self._cached_lens), num_slots),
             "view_len": min(self._capacity, power_of_2(max(self._shortest_view, longest))),
         }
+
+    def _fit_cache(self) -> dict[str, int]:
+        """Gives turned layers' cache the size that the next segment looks at: a CPU would copy a slice of a larger one at
+        every step. Returns that size."""
+        extent = self._extent()
+        if self._programs.resize_cache and extent != self._cache_extent:
+            self._slots = self._programs.resize_cache(self._slots, **extent)
+            self._cache_extent = extent
+        return extent
 
     def _close_ranks(self) -> None:
         """Moves those at work to the lowest slots, where that lets the decode step compute fewer of them."""
@@ -359,6 +370,7 @@ class Replica:
         """Copies contexts to slots and sets these going. Shapes are fixed but for the length copied."""
         for start in starting:
             self._cached_lens[start.slot] = start.cached_len
+        self._fit_cache()
         num_slots = len(self._cached_lens)
         num_idle = num_slots - len(starting)
         # Its slot is out of range: dropped.
