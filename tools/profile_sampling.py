@@ -90,7 +90,8 @@ def profile(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
     replica._programs = type(programs)(
         *(program and timed(name, program) for name, program in programs._asdict().items())
     )
-    for _ in range(2):
+    seconds = 0.0
+    for _ in range(2):  # the first compiles
         spent.clear()
         started = time.perf_counter()
         engine.update_weights(params, 0)
@@ -143,14 +144,16 @@ def operation_meanings(program: Any, arguments: Any, options: dict) -> dict[str,
 def show_operations(
     console: Console, folder: Path, meanings: dict[str, str], num_steps: int, count: int
 ) -> None:
-    total, calls = collections.Counter[str](), collections.Counter[str]()
+    total: dict[str, float] = collections.defaultdict(float)
+    calls = collections.Counter[str]()
     for name, nanoseconds in operations(folder):
         if name in meanings and not name.startswith(
             "while"
         ):  # whose time is that of what it repeats
             total[name] += nanoseconds
             calls[name] += 1
-    by_meaning, calls_of = collections.Counter[tuple[str, str]](), collections.Counter()
+    by_meaning: dict[tuple[str, str], float] = collections.defaultdict(float)
+    calls_of = collections.Counter[tuple[str, str]]()
     for name, nanoseconds in total.items():
         key = re.sub(r"_\d+$", "", name), meanings[name]
         by_meaning[key] += nanoseconds
@@ -158,7 +161,7 @@ def show_operations(
     table = Table(title="of decoding, by operation", title_justify="left")
     for name in ("ms a step", "calls a step", "operation", "result and origin"):
         table.add_column(name, justify="right" if "step" in name else "left")
-    for key, nanoseconds in by_meaning.most_common(count):
+    for key, nanoseconds in sorted(by_meaning.items(), key=lambda item: -item[1])[:count]:
         ms = nanoseconds / num_steps / 1e6
         table.add_row(f"{ms:.3f}", f"{calls_of[key] / num_steps:.1f}", *key)
     console.print(table)
