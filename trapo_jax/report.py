@@ -179,8 +179,10 @@ def _read_run(folder: Path, name: str, most_bytes: int) -> dict[str, Any]:
     # The test set is scored again where the run ends: after its last step, or once its budget is spent.
     after = tests[-1] if len(tests) > 1 and tests[-1]["step"] == last else None
     num_steps = settings.get("train.num_steps", 0)
-    if steps:
-        num_steps = last if after else round(last / steps[-1]["budget/progress"])
+    if after:
+        num_steps = last
+    elif steps and (share := steps[-1].get("budget/progress")):
+        num_steps = round(last / share)
     averaged, columns = thin(steps)
     samples, num_groups = read_samples(folder / "samples.jsonl", most_bytes=most_bytes)
     return {
