@@ -20,6 +20,7 @@ is sampled does not matter here.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -28,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,8 @@ UNGUIDED = MicroGroup(8, 0.0, -1.0)
 
 def main() -> int:
     args = parse()
-    os.environ.setdefault(
-        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-    )  # the engines need the GPU's memory
-    with tempfile.TemporaryDirectory() as scratch:
-        return compare(args, with_weights(find_model(args.model), Path(scratch)))
+    with model_folder(args.model) as folder:
+        return compare(args, folder)
 
 
 def compare(args: argparse.Namespace, folder: Path) -> int:
@@ -148,14 +146,21 @@ def uniform_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
 
 
-def with_weights(folder: Path, scratch: Path) -> Path:
-    """The folder, or if it holds no weights one of the same shape in `scratch`."""
+@contextlib.contextmanager
+def model_folder(path: str) -> Iterator[Path]:
+    """The model's folder; if it holds no weights, for a while one of the same shape that does."""
+    # The engines need the GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    folder = find_model(path)
     if any(folder.glob("*.safetensors")):
-        return folder
+        yield folder
+        return
     config = read_config(folder)
-    params = jax.jit(functools.partial(init_params, config, seed=0))()
-    export_model(params, config, source=folder, destination=scratch / folder.name)
-    return scratch / folder.name
+    with tempfile.TemporaryDirectory() as scratch:
+        params = jax.jit(functools.partial(init_params, config, seed=0))()
+        export_model(params, config, source=folder, destination=Path(scratch) / folder.name)
+        del params
+        yield Path(scratch) / folder.name
 
 
 # The workloads: what every engine is to decode, drawn in advance.

@@ -24,7 +24,6 @@ class Ours:
     """
 
     def __init__(self, folder: str, dtype: str, run_rollouts: Callable[[Any, Job], None]):
-
         from trapo_jax.models import load_params, read_config
 
         self.config = read_config(Path(folder), dtype=dtype)

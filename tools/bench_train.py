@@ -19,20 +19,18 @@ that holds no weights gets random ones, in a temporary folder.
 import argparse
 import functools
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
-from bench_rollout import log_normal, matmul_tokens_per_sec, random_ids, with_weights
+from bench_rollout import log_normal, matmul_tokens_per_sec, model_folder, random_ids
 from bench_workers import Job, common_options, median, start_workers, take_turns
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from trapo_jax.models import find_model, read_config
+from trapo_jax.models import read_config
 
 ENGINES = {
     "ours": "ours",
@@ -47,11 +45,8 @@ LOSSES_AGREE = {"float32": 1e-3, "bfloat16": 1e-2}  # relative: they are sums in
 
 def main() -> int:
     args = parse()
-    os.environ.setdefault(
-        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-    )  # the engines need the GPU's memory
-    with tempfile.TemporaryDirectory() as scratch:
-        return compare(args, with_weights(find_model(args.model), Path(scratch)))
+    with model_folder(args.model) as folder:
+        return compare(args, folder)
 
 
 def compare(args: argparse.Namespace, folder: Path) -> int:
@@ -95,7 +90,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="rows of a micro-batch (default 2)")
     parser.add_argument("--row-len", type=int, default=256, help="their tokens (default 256)")
     parser.add_argument("--num-rollouts", type=int, default=24, help="ragged (default 24)")
-    parser.add_argument("--dtype", default="float32", choices=tuple(LOSSES_AGREE))
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=tuple(LOSSES_AGREE),
+        help="of activations and matmuls (default float32)",
+    )
     args = parser.parse_args()
     if args.dtype != "float32" and "tunix" in args.engines:
         parser.error("--engines: tunix trains here in float32 only")

@@ -15,7 +15,6 @@ class Ours:
     """The step of `trapo_jax.train` for `method.name=sft`, batch building included."""
 
     def __init__(self, folder: str, dtype: str, *, packed: bool):
-
         from trapo_jax.methods import make_method
         from trapo_jax.models import load_params, read_config
         from trapo_jax.sharding import make_mesh

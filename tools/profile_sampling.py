@@ -11,7 +11,6 @@ so that its time is its own. An operation's time is that of all threads that ran
 import argparse
 import collections
 import functools
-import os
 import re
 import sys
 import tempfile
@@ -25,27 +24,26 @@ from bench_rollout import (
     bytes_to_move,
     make_jobs,
     matmul_tokens_per_sec,
+    model_folder,
     reading_gb_per_sec,
     uniform_options,
     weight_and_entry_bytes,
-    with_weights,
 )
 from bench_rollout_worker import run_freely, scripted_engine
 from jax.profiler import ProfileData
 from rich.console import Console
 from rich.table import Table
 
-from trapo_jax.models import find_model, load_params, read_config
+from trapo_jax.models import load_params, read_config
 
 PROGRAM = "jit_decode_segment"  # its name in a profile
 
 
 def main() -> int:
     args = parse()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax.config.update("jax_default_matmul_precision", "highest")
-    with tempfile.TemporaryDirectory() as scratch:
-        profile(args, with_weights(find_model(args.model), Path(scratch)), Path(scratch))
+    with model_folder(args.model) as folder, tempfile.TemporaryDirectory() as scratch:
+        profile(args, folder, Path(scratch))
     return 0
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from trapo_jax.models import DecoderConfig, KVCache, apply_decoder
 
 SHORTEST_PIECE = 16  # pieces of a context are padded to this, or twice, four times ... this
-COPIED_AT_ONCE = 8
+COPIED_AT_ONCE = 8  # rows of a cache whose layers are apart
 MAX_PIECE_ROWS = 8  # pieces of different contexts run through the model at once
 
 TokenIds = tuple[int, ...]

@@ -75,9 +75,7 @@ class Programs(NamedTuple):
     copy_context: Any  # (contexts, source, target) -> contexts
     start_slots: Any  # (slots, contexts, rows, count, seed, starting, *, copied_len) -> slots
     move_slots: Any  # (slots, from_slots, to_slots, count) -> slots
-    resize_cache: (
-        Any  # (slots, *, num_slots, view_len) -> slots; None where decoding looks at part of it
-    )
+    resize_cache: Any  # (slots, *, num_slots, view_len) -> slots; None but for turned layers
     decode_segment: Any  # (params, slots, *, num_slots, view_len) -> slots, steps, tokens
     read_rows: Any  # (slots, rows) -> tokens, logprobs
 
