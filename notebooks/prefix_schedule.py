@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from trapo_jax.methods import make_method
-from trapo_jax.scheduler import Scheduler
+from trapo_jax.rollouts.guidance import Scheduler
 from trapo_jax.types import Expert, Problem, RolloutRequest
 
 # Okabe and Ito's palette: told apart with every kind of colour vision.

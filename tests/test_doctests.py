@@ -13,7 +13,7 @@ NAMES = {"jnp": jnp} | {name: getattr(trapo_jax.losses, name) for name in trapo_
 MODULES = (
     "trapo_jax.data.card_shuffles",
     "trapo_jax.data.columns",
-    "trapo_jax.evaluation",
+    "trapo_jax.evaluation.scoring",
     "trapo_jax.losses.attenuation",
     "trapo_jax.losses.kl",
     "trapo_jax.losses.logprobs",

@@ -50,7 +50,7 @@ from trapo_jax.models import (
     init_params,
     read_config,
 )
-from trapo_jax.scheduler import Scheduler
+from trapo_jax.rollouts.guidance import Scheduler
 from trapo_jax.types import Expert, MicroGroup, Problem
 
 ENGINES = ("ours", "barrier", "unshared", "transformers", "tunix")

@@ -93,8 +93,8 @@ def make_problems(job: Job) -> list:
 def run_freely(engine, job: Job) -> None:
     from concurrent.futures import Future
 
-    from trapo_jax.rollouts import collect_rollouts
-    from trapo_jax.scheduler import Scheduler
+    from trapo_jax.rollouts.collection import collect_rollouts
+    from trapo_jax.rollouts.guidance import Scheduler
     from trapo_jax.types import MicroGroup, SamplingParams, Verdict
 
     def score(completion):

@@ -15,10 +15,10 @@ class Ours:
     """The step of `trapo_jax.train` for `method.name=sft`, batch building included."""
 
     def __init__(self, folder: str, dtype: str, *, packed: bool):
+        from trapo_jax.distributed.sharding import make_mesh
         from trapo_jax.methods import make_method
         from trapo_jax.models import load_params, read_config
-        from trapo_jax.sharding import make_mesh
-        from trapo_jax.train_step import init_state, make_optimizer, state_shardings
+        from trapo_jax.training.train_step import init_state, make_optimizer, state_shardings
 
         self.packed = packed
         self.config = read_config(Path(folder), dtype=dtype, remat="dots")
@@ -35,8 +35,8 @@ class Ours:
     def run(self, job: Job) -> dict[str, Any]:
         import jax
 
-        from trapo_jax.batch import build_batch
-        from trapo_jax.train_step import make_train_step, place_batch
+        from trapo_jax.training.packing import build_batch
+        from trapo_jax.training.train_step import make_train_step, place_batch
         from trapo_jax.types import Moment
 
         if self.step is None:

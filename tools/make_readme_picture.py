@@ -13,7 +13,7 @@ import numpy as np
 
 from trapo_jax.losses import clip_attenuation, trsft_loss_from_logprobs
 from trapo_jax.methods import make_method
-from trapo_jax.scheduler import Scheduler
+from trapo_jax.rollouts.guidance import Scheduler
 from trapo_jax.types import Expert, Problem
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe-Ito

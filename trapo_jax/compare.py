@@ -39,8 +39,8 @@ from trapo_jax.comparison import (
 )
 from trapo_jax.comparison.results import UNITS, TrialScore, is_complete
 from trapo_jax.config import parse_command_line
-from trapo_jax.metrics import EXIT_INTERRUPTED, Terminal, as_command, fail
-from trapo_jax.run_folder import write_atomically
+from trapo_jax.runs.directory import write_atomically
+from trapo_jax.runs.loggers import EXIT_INTERRUPTED, Terminal, as_command, fail
 from trapo_jax.types import UserError
 
 EXIT_RUN_FAILED, EXIT_USER_ERROR = 1, 2

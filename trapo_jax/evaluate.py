@@ -31,7 +31,7 @@ from trapo_jax.data import (
     make_template,
     read_rows,
 )
-from trapo_jax.evaluation import (
+from trapo_jax.evaluation.scoring import (
     Sample,
     Scores,
     make_sample,
@@ -42,7 +42,6 @@ from trapo_jax.evaluation import (
     shares_noise,
 )
 from trapo_jax.export import load_checkpoint
-from trapo_jax.metrics import EXIT_INTERRUPTED, Terminal, as_command, fail
 from trapo_jax.models import (
     DecoderConfig,
     Params,
@@ -52,7 +51,8 @@ from trapo_jax.models import (
     read_eos_ids,
 )
 from trapo_jax.rewards import extract_choice, extract_math_answer, make_verifier
-from trapo_jax.run_folder import check_run_folder, prepare_run_folder, write_atomically
+from trapo_jax.runs.directory import check_run_folder, prepare_run_folder, write_atomically
+from trapo_jax.runs.loggers import EXIT_INTERRUPTED, Terminal, as_command, fail
 from trapo_jax.sampling import JaxEngine
 from trapo_jax.types import (
     Completion,

@@ -10,9 +10,7 @@ from typing import Any
 
 import jax
 
-from trapo_jax.checkpoint import CheckpointStore, DamagedCheckpoint, abstract_like
 from trapo_jax.config import load_config
-from trapo_jax.metrics import as_command, fail
 from trapo_jax.models import (
     DecoderConfig,
     abstract_params,
@@ -21,6 +19,8 @@ from trapo_jax.models import (
     read_config,
 )
 from trapo_jax.parts import build_lora
+from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, abstract_like
+from trapo_jax.runs.loggers import as_command, fail
 from trapo_jax.types import UserError
 
 EXIT_USER_ERROR = 2

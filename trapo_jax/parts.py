@@ -11,10 +11,10 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from trapo_jax.budget import Budget, TokenCost
 from trapo_jax.config import Config
 from trapo_jax.data import load_tokenizer
-from trapo_jax.health import Watchdog
+from trapo_jax.data.splits import load_splits
+from trapo_jax.distributed.sharding import make_mesh, num_batch_shards
 from trapo_jax.methods import Method, make_method
 from trapo_jax.models import (
     DecoderConfig,
@@ -27,11 +27,11 @@ from trapo_jax.models import (
     split_trained,
 )
 from trapo_jax.rewards import Verifier, make_verifier
+from trapo_jax.rollouts.guidance import Scheduler
+from trapo_jax.runs.monitoring import Watchdog
 from trapo_jax.sampling import JaxEngine
-from trapo_jax.scheduler import Scheduler
-from trapo_jax.sharding import make_mesh, num_batch_shards
-from trapo_jax.splits import load_splits
-from trapo_jax.train_step import (
+from trapo_jax.training.budget import Budget, TokenCost
+from trapo_jax.training.train_step import (
     TrainState,
     TrainStep,
     init_state,

@@ -32,18 +32,23 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-from trapo_jax.checkpoint import abstract_like
 from trapo_jax.config import Config, load_config, parse_command_line
-from trapo_jax.metrics import as_command, fail
+from trapo_jax.distributed.sharding import (
+    batch_sharding,
+    make_mesh,
+    num_batch_shards,
+    param_shardings,
+)
 from trapo_jax.models import DecoderConfig, Params, abstract_params, find_model, split_trained
 from trapo_jax.parts import build_decoder, build_method, build_optimizer, build_train_step
-from trapo_jax.program_cost import Traffic, matmul_flops, traffic
+from trapo_jax.planning.program_cost import Traffic, matmul_flops, traffic
+from trapo_jax.runs.checkpoints import abstract_like
+from trapo_jax.runs.loggers import as_command, fail
 from trapo_jax.sampling.contexts import MAX_PIECE_ROWS, PieceBatch
 from trapo_jax.sampling.decode import empty_state, make_programs, state_shardings
 from trapo_jax.sampling.engine import SAMPLING_RULES, sampling_dtypes
-from trapo_jax.sharding import batch_sharding, make_mesh, num_batch_shards, param_shardings
-from trapo_jax.train_step import new_state
-from trapo_jax.train_step import state_shardings as train_shardings
+from trapo_jax.training.train_step import new_state
+from trapo_jax.training.train_step import state_shardings as train_shardings
 from trapo_jax.types import TENSOR_AXIS, Moment, TrainBatch, UserError
 
 EXIT_USER_ERROR, EXIT_DOES_NOT_FIT = 2, 1

@@ -21,8 +21,8 @@ import numpy as np
 import yaml
 
 from trapo_jax.config import Config
-from trapo_jax.metrics import EVAL, TRAIN, as_command, fail, printable, read_records
-from trapo_jax.run_folder import flatten, write_atomically
+from trapo_jax.runs.directory import flatten, write_atomically
+from trapo_jax.runs.loggers import EVAL, TRAIN, as_command, fail, printable, read_records
 from trapo_jax.types import UserError
 
 EXIT_USER_ERROR = 2

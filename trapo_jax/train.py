@@ -18,26 +18,9 @@ from typing import Any
 
 import jax
 
-from trapo_jax.batch import balance, build_batch, count_kinds
-from trapo_jax.budget import Counters
-from trapo_jax.checkpoint import CheckpointStore, DamagedCheckpoint, Retention, abstract_like
 from trapo_jax.config import Config, DataConfig, config_from_command_line
 from trapo_jax.data import draw_problems, problem_batches
-from trapo_jax.evaluation import evaluate
-from trapo_jax.health import (
-    EXIT_TRAINING_FAILED,
-    Health,
-    Interrupt,
-    TrainingFailed,
-    check_space,
-)
-from trapo_jax.methods import Method, Sampled, Update, describe
-from trapo_jax.metrics import EVAL, TRAIN, NoLog, RunLog, Terminal, as_command, fail, read_metrics
-from trapo_jax.models import (
-    export_model,
-)
-from trapo_jax.parts import Parts, build, build_method
-from trapo_jax.processes import (
+from trapo_jax.distributed.processes import (
     fetch,
     from_main,
     gather,
@@ -46,14 +29,22 @@ from trapo_jax.processes import (
     my_share,
     wait_for_all,
 )
+from trapo_jax.distributed.sharding import num_batch_shards
+from trapo_jax.evaluation.scoring import evaluate
+from trapo_jax.methods import Method, Sampled, Update, describe
+from trapo_jax.models import (
+    export_model,
+)
+from trapo_jax.parts import Parts, build, build_method
 from trapo_jax.report import REPORT, write_report
-from trapo_jax.rollouts import (
+from trapo_jax.rollouts.collection import (
     NOTHING_BEGUN,
     Begun,
     collect_rollouts,
     share_rollouts,
 )
-from trapo_jax.run_folder import (
+from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, Retention, abstract_like
+from trapo_jax.runs.directory import (
     NUM_STEPS,
     Changes,
     check_run_folder,
@@ -62,9 +53,27 @@ from trapo_jax.run_folder import (
     record_changes,
     write_atomically,
 )
-from trapo_jax.samples import fetch_response_traces, sample_record
-from trapo_jax.sharding import num_batch_shards
-from trapo_jax.train_step import (
+from trapo_jax.runs.loggers import (
+    EVAL,
+    TRAIN,
+    NoLog,
+    RunLog,
+    Terminal,
+    as_command,
+    fail,
+    read_metrics,
+)
+from trapo_jax.runs.monitoring import (
+    EXIT_TRAINING_FAILED,
+    Health,
+    Interrupt,
+    TrainingFailed,
+    check_space,
+)
+from trapo_jax.runs.samples import fetch_response_traces, sample_record
+from trapo_jax.training.budget import Counters
+from trapo_jax.training.packing import balance, build_batch, count_kinds
+from trapo_jax.training.train_step import (
     TokenTrace,
     TrainState,
     place_batch,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trapo_jax.checkpoint import MANIFEST, CheckpointStore, DamagedCheckpoint, abstract_like
+from trapo_jax.runs.checkpoints import MANIFEST, CheckpointStore, DamagedCheckpoint, abstract_like
 from trapo_jax.train import main as train
 
 from conftest import CACHE_ENV, JOB  # isort: skip

@@ -4,7 +4,7 @@ import inject_faults
 import numpy as np
 from test_stopped_runs import unfinish
 
-from trapo_jax.metrics import read_metrics
+from trapo_jax.runs.loggers import read_metrics
 
 from conftest import JOB, run_command  # isort: skip
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from trapo_jax.comparison.results import is_complete, progress
 from trapo_jax.comparison.trials import Run
-from trapo_jax.run_folder import check_run_folder, write_atomically
+from trapo_jax.runs.directory import check_run_folder, write_atomically
 from trapo_jax.types import UserError
 
 LOOK_EVERY_SECS = 0.5

@@ -21,7 +21,7 @@ from trapo_jax.comparison.document import (
 from trapo_jax.comparison.grid import Failure
 from trapo_jax.comparison.results import UNITS, Result, Scores, TrialScore
 from trapo_jax.comparison.trials import Grid
-from trapo_jax.statistics import LEVEL, Estimate, estimate, holm
+from trapo_jax.evaluation.statistics import LEVEL, Estimate, estimate, holm
 from trapo_jax.types import UserError
 
 BUDGET_TOLERANCE = 0.01

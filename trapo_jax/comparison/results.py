@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trapo_jax.comparison.trials import TEST, VALIDATION, Run, Trial
-from trapo_jax.metrics import EVAL, TRAIN, read_metrics
-from trapo_jax.statistics import pass_at_k
+from trapo_jax.evaluation.statistics import pass_at_k
+from trapo_jax.runs.loggers import EVAL, TRAIN, read_metrics
 from trapo_jax.types import UserError
 
 SUMMARY = "summary.json"  # the trainer writes it last

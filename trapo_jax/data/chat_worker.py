@@ -14,7 +14,7 @@ import sys
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trapo_jax.untrusted import limit_memory
+from trapo_jax.sandbox import limit_memory
 
 
 def main(secs: str, memory_bytes: str) -> None:

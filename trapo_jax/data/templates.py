@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from trapo_jax.data.examples import Message, Prompt
+from trapo_jax.sandbox import child_environment
 from trapo_jax.types import UserError
-from trapo_jax.untrusted import child_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

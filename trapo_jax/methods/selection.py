@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trapo_jax.advantages import group_advantages
+from trapo_jax.methods.advantages import group_advantages
 from trapo_jax.types import (
     Completion,
     FinishReason,

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Self
 
+from trapo_jax.sandbox import child_environment
 from trapo_jax.types import Problem, Verdict
-from trapo_jax.untrusted import child_environment
 
 COMMAND = (sys.executable, "-P", "-m", "trapo_jax.rewards.worker")
 START_SECS = 120.0

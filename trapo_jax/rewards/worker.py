@@ -15,8 +15,8 @@ import socket
 import sys
 from collections.abc import Callable
 
+from trapo_jax.sandbox import limit_memory
 from trapo_jax.types import Problem, Verdict
-from trapo_jax.untrusted import limit_memory
 
 
 def main(function: str, timeout_secs: str, memory_bytes: str) -> None:

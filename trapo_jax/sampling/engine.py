@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from trapo_jax.distributed.sharding import Rules, make_mesh, param_shardings
 from trapo_jax.models import DecoderConfig, abstract_params
 from trapo_jax.sampling.replica import EngineCounters, Replica, Waiting
-from trapo_jax.sharding import Rules, make_mesh, param_shardings
 from trapo_jax.types import (
     Completion,
     FinishReason,

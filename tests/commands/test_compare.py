@@ -1,0 +1,90 @@
+"""The command: a real grid, as small as one can be, and what it says to mistakes."""
+
+import csv
+import json
+import subprocess
+
+import pytest
+
+from trapo_jax.compare import check_steps, main
+from trapo_jax.comparison import Grid, Trial
+from trapo_jax.runs.loggers import Terminal
+from trapo_jax.types import UserError
+
+from conftest import run_command  # isort: skip
+
+SMALL = ("data.num_validation=8", "data.num_test=8", "evaluation.num_samples=2", "log_samples=0")
+
+
+def test_a_grid_runs_and_reports(tmp_path):
+    result = run_command(
+        "trapo_jax.compare",
+        *("--methods", "trapo,sft", "--seeds", 1, "--match", "problems", "--budget", 16),
+        *("--out", tmp_path / "out", *SMALL, "evaluation.times=1"),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "checked: no gradient differs" in result.stdout
+    assert "2 of 2 runs complete" in result.stdout
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"comparison.md", "comparison.html", "curves.png", "runs.csv", "scores.csv"}
+    with open(tmp_path / "out" / "runs.csv") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"trapo", "sft"}
+    for method, row in rows.items():
+        folder = tmp_path / "out" / "runs" / method / "as_configured" / "seed_0"
+        assert row["folder"] == str(folder)
+        after = json.loads((folder / "summary.json").read_text())["test"]["after"]
+        assert float(row["sampled"]) == pytest.approx(after["eval/accuracy_sampled"])
+        assert (float(row["problems"]), float(row["steps"])) == (16, 2)
+        assert float(row["flops"]) > 1e8
+        assert {p.name for p in (folder / "evaluations").iterdir()} == {
+            "validation_0.json",
+            "test_0.json",
+            "validation_1.json",
+            "validation_2.json",
+            "test_2.json",
+        }
+    assert float(rows["sft"]["expert_share"]) == 1
+    assert 0 < float(rows["trapo"]["expert_share"]) < 1
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert text in result.stdout
+    assert "a smoke test, no result" in text
+    assert "BUDGETS DO NOT MATCH" not in text
+
+
+def test_a_broken_train_step_is_refused(tmp_path, monkeypatch):
+    asked = Grid(None, (), ("sft",), (), (), 1, 1, "steps", 2.0, tmp_path)
+
+    def broken(*_, **__):
+        return subprocess.CompletedProcess(
+            [], 1, "", "a warning\nerror: sft: the gradient differs\n"
+        )
+
+    monkeypatch.setattr(subprocess, "run", broken)
+    with pytest.raises(UserError, match=r"^check of the train steps: sft: the gradient differs"):
+        check_steps(asked.final_runs([Trial("sft")]), {}, Terminal(1, first_step=0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "trapo,grppo"], 'method.name="grppo"'),
+        (["--methods", "trapo", "train.learning_rat=1"], "did you mean train.learning_rate?"),
+        (["--methods", "trapo", "--sweep", "learning_rate"], "--sweep learning_rate: not"),
+        (["--methods", "trapo", "seed=1"], "seed: a comparison decides it"),
+    ],
+)
+def test_mistakes_cost_one_line(arguments, message, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*arguments, "--budget", "10", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("budget", ["0", "many", "inf"])
+def test_a_budget_is_an_amount(budget, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--methods", "sft", "--out", str(tmp_path), "--budget", budget])
+    assert "is not a number above 0" in capsys.readouterr().err

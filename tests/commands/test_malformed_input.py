@@ -1,0 +1,125 @@
+"""Malformed models, data and templates, each through the whole command: one line, exit code 2, nothing written."""
+
+import json
+import shutil
+
+import pytest
+from conftest import TINY_MODEL, run_command
+from test_hugging_face import BREAKAGES
+from test_sources import MALFORMED
+
+from trapo_jax.evaluate import main as evaluate
+from trapo_jax.train import main as train
+
+GOOD_ROW = {"prompt": "?r:12345=", "answer": "54321", "solution": "r54321;#54321"}
+GOOD_ROWS = [{**GOOD_ROW, "prompt": f"?{op}:12345="} for op in "rlt"]
+
+
+def assert_one_line(capsys, code, tmp_path, *mentions):
+    stderr = capsys.readouterr().err
+    assert code == 2
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1, stderr
+    for text in mentions:
+        assert str(text) in stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", BREAKAGES)
+def test_broken_model_folders(what, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_MODEL, folder)
+    BREAKAGES[what][0](folder)
+    before = sorted(tmp_path.rglob("*"))
+    code = train([f"model.path={folder}", f"output_dir={tmp_path / 'out'}"])
+    assert_one_line(capsys, code, tmp_path, folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("name", "make", "_"), MALFORMED, ids=[m[0] for m in MALFORMED])
+def test_malformed_data_files(name, make, _, tmp_path, capsys):
+    file = tmp_path / "data" / name
+    file.parent.mkdir()
+    make(file)
+    before = sorted(tmp_path.rglob("*"))
+    code = train(
+        ["data.source=files", f"data.train_files={file}", f"output_dir={tmp_path / 'out'}"]
+    )
+    assert_one_line(capsys, code, tmp_path, str(file).replace("\0", "\\x00"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# (rows, more of the command line, what the line says)
+ROWS = {
+    "missing column": (
+        [{"question": "?", "answer": "2"}],
+        (),
+        "column 'prompt': missing; there are",
+    ),
+    "number for a prompt": (
+        [{**GOOD_ROW, "prompt": 7}],
+        (),
+        "column 'prompt': is int (7), not text",
+    ),
+    "list for an answer": (
+        [{**GOOD_ROW, "answer": [2]}],
+        (),
+        "column 'answer': is list ([2]), not",
+    ),
+    "number for a solution": ([{**GOOD_ROW, "solution": 3}], (), "column 'solution': is int (3)"),
+    "no user at the end": (
+        [{**GOOD_ROW, "prompt": [{"role": "assistant", "content": "Hm."}]}],
+        (),
+        "ends with the role 'assistant'",
+    ),
+    "all answers empty": ([{**GOOD_ROW, "answer": " "}], (), "1 with an empty answer"),
+    "answer without its marker": (
+        [{"question": "?", "answer": "It is 2."}],
+        ("data.columns.preset=gsm8k",),
+        "1 without #### in the answer",
+    ),
+    "no chat template": (GOOD_ROWS, ("data.template=chat",), "chat template"),
+    "prompt too long": (
+        [*GOOD_ROWS, {**GOOD_ROW, "prompt": "1234567890" * 3}],
+        (),
+        "max_prompt_length",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_malformed_rows(what, tmp_path, capsys):
+    rows, more, message = ROWS[what]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        *("data.source=files", f"data.train_files={file}", "data.columns.preset=trl", *more),
+        *("data.num_validation=1", "data.num_test=1", "train.problems_per_step=1"),
+        f"output_dir={tmp_path / 'out'}",
+    ]
+    assert_one_line(capsys, train(arguments), tmp_path, message)
+
+
+def test_evaluation_of_malformed_data(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "1 + 1?"}\n')
+    options = {
+        "--model": "card_shuffles_tiny",
+        "--data": file,
+        "--columns": "trl",
+        "--out": tmp_path / "out",
+    }
+    code = evaluate([str(x) for pair in options.items() for x in pair])
+    assert_one_line(capsys, code, tmp_path, file, "row 1, column 'answer': missing")
+
+
+def test_a_real_process_prints_no_traceback(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_MODEL, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    result = run_command("trapo_jax.train", f"model.path={folder}", f"output_dir={tmp_path}/out")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert str(weights) in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,317 @@
+"""Whole runs in processes of their own: shown again, other methods, exported. That the same seed gives the
+same run, bit for bit, is seen in tests/faults/test_stopped_runs.py, where runs begin anew as well."""
+
+import json
+
+import numpy as np
+import pytest
+
+from trapo_jax.runs.loggers import read_metrics
+
+from conftest import JOB, TINY_MODEL, run_command  # isort: skip
+
+
+def train(folder, *arguments, **options):
+    return run_command("trapo_jax.train", f"output_dir={folder}", *JOB, *arguments, **options)
+
+
+def untimed(folder):
+    """The metrics without what a clock measured."""
+    return [
+        {k: v for k, v in record.items() if not k.startswith("time/")}
+        for record in read_metrics(folder)
+    ]
+
+
+def test_run_leaves_what_was_promised(finished_run):
+    folder, output = finished_run
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        ".lock",
+        "config.yaml",
+        "data.json",
+        "evaluations",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "tb",
+        "checkpoints",
+        "hf",
+        "summary.json",
+        "report.html",
+    }
+    scores = {
+        r["step"]: r["eval/accuracy_sampled"]
+        for r in read_metrics(folder)
+        if r["kind"] == "eval" and r["split"] == "validation"
+    }
+    best = max(scores, key=lambda step: (scores[step], -step))  # the first that was as good
+    saved = {3, 6, 9, 12} | {step for step in scores if scores[step] > scores.get(step - 5, -1)}
+    kept = {best, *sorted(saved)[-2:]}
+    assert {int(p.name) for p in (folder / "checkpoints").iterdir()} == kept
+    assert "accuracy_greedy" in output
+    assert str(folder / "hf") in output
+
+
+def test_metrics_have_the_names_that_scripts_rely_on(finished_run):
+    records = read_metrics(finished_run[0])
+    train_records = [r for r in records if r["kind"] == "train"]
+    assert [r["step"] for r in train_records] == list(range(1, 13))
+    assert [(r["step"], r["split"]) for r in records if r["kind"] == "eval"] == [
+        (0, "test"),
+        (5, "validation"),
+        (10, "validation"),
+        (12, "test"),
+    ]
+    for name in (
+        "reward/mean",
+        "loss/trsft",
+        "loss/policy_gradient",
+        "guidance/ratio_mean",
+        "tokens/trained",
+        "tokens/sampled",
+        "time/sample_secs",
+        "time/reward_secs",
+        "time/train_secs",
+        *(f"guidance/level_{i}" for i in range(4)),
+    ):
+        assert all(isinstance(r[name], (int, float)) for r in train_records), name
+    for name in ("eval/accuracy_greedy", "eval/accuracy_sampled", "eval/pass@2"):
+        assert 0 <= records[0][name] <= 1
+    last = train_records[-1]
+    assert abs(sum(last[f"guidance/level_{i}"] for i in range(4)) - 1) < 1e-6
+    assert last["tokens/sampled"] == sum(r["batch/completion_tokens"] for r in train_records)
+    assert max(r["policy/logprob_gap_max"] for r in train_records) < 1e-4
+
+
+def test_each_problem_s_results_give_the_scores(finished_run):
+    folder, _ = finished_run
+    assert {p.name for p in (folder / "evaluations").iterdir()} == {
+        "test_0.json",
+        "validation_5.json",
+        "validation_10.json",
+        "test_12.json",
+    }
+    problems = json.loads((folder / "evaluations" / "test_12.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())["test"]["after"]
+    assert len(set(problems["id"])) == 24
+    assert sum(problems["correct"]) / (24 * 2) == summary["eval/accuracy_sampled"]
+    assert sum(problems["greedy"]) / 24 == summary["eval/accuracy_greedy"]
+    assert 0 < summary["eval/entropy"] < 3
+
+
+def test_samples_can_be_read(finished_run):
+    with open(finished_run[0] / "samples.jsonl") as file:
+        samples = [json.loads(line) for line in file]
+    assert len(samples) == 12 * 4 * 8
+    for sample in samples:
+        assert (sample["reward"] == 1.0) == (sample["verdict"] == "correct")
+        response = sample["prefix"] + sample["completion"]
+        if sample["reward"]:
+            assert response.endswith(f"#{sample['answer']}<eos>")
+        tokens = sample["tokens"]
+        assert "".join(tokens["pieces"]) == response
+        assert len({len(tokens[name]) for name in tokens}) == 1
+
+
+def test_other_seed_other_metrics(finished_run, tmp_path):
+    assert train(tmp_path / "other", "seed=1", "train.num_steps=3").returncode == 0
+    assert untimed(tmp_path / "other")[1] != untimed(finished_run[0])[1]
+
+
+def test_complete_run_is_shown_again_not_overwritten(finished_run):
+    folder, _ = finished_run
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    result = train(folder)
+    assert result.returncode == 0
+    assert "accuracy_greedy" in result.stdout
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_other_config_in_the_same_folder_is_refused(finished_run):
+    result = train(finished_run[0], "train.learning_rate=1e-3")
+    assert result.returncode == 2
+    assert "holds a run with train.learning_rate=0.0002, not 0.001" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("method", ["grpo", "sft"])
+def test_other_methods_run_in_the_same_step(tmp_path, method):
+    result = train(tmp_path / method, f"method.name={method}", "train.num_steps=3")
+    assert result.returncode == 0, result.stderr
+    record = read_metrics(tmp_path / method)[1]
+    assert record["guidance/ratio_mean"] == (1.0 if method == "sft" else 0.0)
+    assert ("loss/cross_entropy" in record) == (method == "sft")
+    assert ("loss/policy_gradient" in record) == (method == "grpo")
+
+
+def test_several_updates_a_batch_move_the_policy_off_the_old_one(tmp_path):
+    result = train(
+        tmp_path / "r",
+        "train.num_steps=2",
+        "train.num_iterations=3",
+        "method.clip_low=0.2",
+        "method.clip_high=0.2",
+        "method.kl_weight=0.1",
+    )
+    assert result.returncode == 0, result.stderr
+    first, second = (r for r in read_metrics(tmp_path / "r") if r["kind"] == "train")
+    assert first["policy/ratio_max"] > 1.001
+    assert first["policy/logprob_gap_max"] < 1e-4  # between the sampler and the old policy
+    assert 0 < first["loss/kl"] < second["loss/kl"] < 0.1
+
+
+def test_next_step_s_problems_fill_idle_slots_if_staleness_is_allowed(tmp_path):
+    arguments = ("sampling.max_staleness=1", "train.num_steps=4", "sampling.segment_len=4")
+    result = train(tmp_path / "r", *arguments)
+    assert result.returncode == 0, result.stderr
+    records = [r for r in read_metrics(tmp_path / "r") if r["kind"] == "train"]
+    assert [r["sampling/stale_tokens"] > 0 for r in records] == [False, True, True, True]
+    assert records[0]["policy/ratio_max"] < 1.001
+    assert max(r["policy/ratio_max"] for r in records) > 1.001
+    assert all(r["sampling/stale_tokens"] < 8 * 8 * 64 for r in records)
+
+
+def test_guidance_that_changes_with_the_step_allows_no_staleness(tmp_path):
+    result = train(tmp_path / "r", "sampling.max_staleness=1", "method.name=sft_then_grpo")
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: sampling.max_staleness=1: method.name=sft_then_grpo guides")
+
+
+def test_reference_preset_runs(tmp_path):
+    assert train(tmp_path / "r", "method.preset=reference", "train.num_steps=3").returncode == 0
+
+
+def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finished_run):
+    torch = pytest.importorskip("torch", reason="torch is not installed (parity with transformers)")
+    import jax
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trapo_jax.data import card_shuffles_splits, encode_examples
+    from trapo_jax.models import apply_decoder, load_params, read_config, unembedding
+    from trapo_jax.sampling import JaxEngine
+    from trapo_jax.types import RolloutRequest, SamplingParams
+
+    folder = finished_run[0] / "hf"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = read_config(folder)
+    params = jax.device_put(load_params(folder, config))
+    splits = card_shuffles_splits(seed=0, num_train=1, num_validation=1, num_test=20)
+    problems, _ = encode_examples(splits["test"], tokenizer, max_prompt_length=16)
+    engine = JaxEngine(
+        config,
+        num_slots=8,
+        max_prompt_length=16,
+        max_completion_length=64,
+        segment_len=8,
+        num_contexts=4,
+        prefill_tokens=64,
+        eos_ids=[tokenizer.eos_token_id],
+        seed=0,
+    )
+    engine.update_weights(params, 0)
+    engine.submit([RolloutRequest(p, 0) for p in problems], step=0, params=SamplingParams(0.0))
+    answers = {}
+    while engine.is_busy:
+        answers |= {c.request.problem.id: c.token_ids for c in engine.poll()}
+    for problem in problems:
+        prompt = torch.tensor([problem.prompt_ids])
+        theirs = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=64
+        )[0, prompt.shape[1] :]
+        assert tuple(theirs.tolist()) == answers[problem.id]
+        ids = np.array([problem.prompt_ids + answers[problem.id]])
+        hidden, _ = apply_decoder(
+            config, params, ids, np.arange(ids.shape[1])[None], np.ones_like(ids)
+        )
+        with torch.no_grad():
+            logits = model(torch.tensor(ids)).logits.numpy()
+        np.testing.assert_allclose(hidden @ unembedding(params), logits, atol=1e-4)
+
+
+def test_shipped_model_is_small_and_is_what_the_tool_describes():
+    assert (TINY_MODEL / "model.safetensors").stat().st_size < 2 * 2**20
+    config = json.loads((TINY_MODEL / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (96, 3)
+    assert (config["num_attention_heads"], config["intermediate_size"]) == (3, 256)
+
+
+def test_export_of_a_checkpoint_equals_the_run_s_own(finished_run, tmp_path):
+    folder, _ = finished_run
+    checkpoint = folder / "checkpoints" / "12"
+    arguments = ("trapo_jax.export", "--checkpoint", checkpoint, "--out", tmp_path / "out")
+    result = run_command(*arguments)
+    assert result.returncode == 0, result.stderr
+    for file in (folder / "hf").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    again = run_command(*arguments)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [("checkpoints/7", "no such step; there are: .*12"), ("hf", "not RUN/checkpoints/STEP")],
+)
+def test_export_of_something_else_is_one_line(checkpoint, message, finished_run, tmp_path):
+    from trapo_jax.export import load_checkpoint
+    from trapo_jax.types import UserError
+
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(finished_run[0] / checkpoint)
+
+
+def test_trains_on_files(tmp_path, capsys):
+    """The embedded task written as JSONL in TRL's columns: the same problems, so the same first step."""
+    from trapo_jax.data import card_shuffles_splits
+    from trapo_jax.train import main
+
+    splits = card_shuffles_splits(seed=0, num_train=16, num_validation=4, num_test=4)
+    for name, split in splits.items():
+        rows = [
+            {"prompt": e.prompt, "answer": e.answer, "solution": e.solutions[0], "source": e.source}
+            for e in split
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("train.num_steps=1", "evaluation.num_samples=2", "data.num_train=16")
+    procedural = train(tmp_path / "a", *common, "data.num_validation=4", "data.num_test=4")
+    files = [f"data.{name}_files={tmp_path}/{name}.jsonl" for name in splits]
+    common += ("data.source=files", "data.columns.preset=trl", *files)
+    from_files = train(tmp_path / "b", *common)
+    assert procedural.returncode == from_files.returncode == 0, from_files.stderr
+    assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
+    data = json.loads((tmp_path / "b" / "data.json").read_text())
+    assert data["template"]["kind"] == "none"
+    assert [stage["num_kept"] for stage in data["splits"]["train"]] == [16, 16]
+    # Such a run does not go on with other data.
+    (tmp_path / "b" / "summary.json").unlink()
+    file = tmp_path / "train.jsonl"
+    file.write_text(file.read_text().replace('"answer": "', '"answer": "1', 1))
+    assert main([f"output_dir={tmp_path / 'b'}", *JOB, *common]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"data.train_files={file} does not give the problems that the run began with" in line
+
+
+def test_splits_without_files_are_held_out(tmp_path):
+    from trapo_jax.config import load_config
+    from trapo_jax.data.splits import read_splits
+
+    rows = [{"question": f"Q{i}", "answer": f"It is {i}.\n#### {i}"} for i in range(20)]
+    file = tmp_path / "gsm.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = {
+        "data.source": "files",
+        "data.train_files": str(file),
+        "data.columns.preset": "gsm8k",
+        "data.num_validation": "3",
+        "data.num_test": "5",
+    }
+    examples, reports = read_splits(load_config(None, list(overrides.items())).data)
+    assert {name: len(split) for name, split in examples.items()} == {
+        "train": 12,
+        "validation": 3,
+        "test": 5,
+    }
+    assert sorted(int(e.answer) for split in examples.values() for e in split) == list(range(20))
+    assert list(reports) == ["train"]

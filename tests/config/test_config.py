@@ -1,0 +1,247 @@
+"""Configuration: the defaults are the shipped file; every mistake is one clear line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from trapo_jax.config import (
+    Config,
+    help_text,
+    list_fields,
+    load_config,
+    parse_command_line,
+)
+from trapo_jax.train import main as train
+from trapo_jax.types import UserError
+
+from conftest import REPOSITORY, run_command  # isort: skip
+
+
+def load(*arguments):
+    return load_config(*parse_command_line(arguments))
+
+
+def test_defaults_are_the_shipped_file():
+    file = REPOSITORY / "configs" / "smoke_cpu.yaml"
+    assert load_config(file, []) == Config()
+    # ... and every field stands in it, so that it can be read and copied.
+    assert yaml.safe_load(file.read_text()) == yaml.safe_load(Config().to_yaml())
+
+
+def test_three_ways_to_override():
+    for arguments in (
+        ["train.num_steps=7"],
+        ["--train.num_steps", "7"],
+        ["--train.num_steps=7"],
+    ):
+        assert load(*arguments).train.num_steps == 7
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 3\ntrain: {num_steps: 5, warmup_steps: 1}\n")
+    config = load("--config", str(file), "train.num_steps=9")
+    assert (config.seed, config.train.num_steps, config.train.warmup_steps) == (3, 9, 1)
+
+
+def test_scientific_notation_is_a_number(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("train:\n  learning_rate: 1e-6\n")
+    assert load("--config", str(file)).train.learning_rate == 1e-6
+    assert load("train.learning_rate=2.5E-5").train.learning_rate == 2.5e-5
+
+
+def test_resolved_yaml_loads_again(tmp_path):
+    config = load("method.name=grpo", "method.expert_weight=0.25", "mesh.tp=1")
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert load_config(file, []) == config
+
+
+def test_help_lists_every_field_with_type_default_and_sentence():
+    text = help_text("train", "about")
+    fields = list(list_fields())
+    assert len(fields) > 35
+    for name, kind, default, sentence in fields:
+        assert f"  {name}  ({kind}, {default})\n      {sentence}" in text
+        assert sentence.endswith("."), name
+
+
+# What a user might type, and what the one line says.
+COMMAND_LINES = [
+    (["train.num_step=3"], "train.num_step: unknown field; did you mean train.num_steps?"),
+    (["trian.num_steps=3"], "trian: unknown field; did you mean train"),
+    (["learning_rate=1"], "did you mean train.learning_rate?"),
+    (["zzz=1"], "zzz: unknown field; --help lists all fields"),
+    (["train..num_steps=3"], "train.: unknown field; did you mean train?"),
+    (["train.num_steps=many"], 'train.num_steps="many": input should be a valid integer'),
+    (["train.num_steps=1.5"], "train.num_steps=1.5: input should be a valid integer"),
+    (["train.num_steps=true"], "train.num_steps=true: input should be a valid integer"),
+    (["train.num_steps=[3]"], "train.num_steps=[3]: input should be a valid integer"),
+    (["train.num_steps="], "train.num_steps=null: input should be a valid integer"),
+    (["train.num_steps=0"], "train.num_steps=0: input should be greater than or equal to 1"),
+    (["train.packing=maybe"], 'train.packing="maybe": input should be a valid boolean'),
+    (["method.alpha=0"], "method.alpha=0: input should be greater than 0"),
+    (["lora.rank=4", "train.optimizer=muon"], "train.optimizer=muon: it updates whole matrices"),
+    (["lora.targets=[mlp]"], "lora.targets"),
+    (["method.alpha=1.5"], "method.alpha=1.5: input should be less than or equal to 1"),
+    (["method.name=ppo"], "method.name=\"ppo\": input should be 'trapo', 'trapo_plus', 'grpo', "),
+    (["method.constants=3"], "method.constants=3: "),
+    (["model.dtype=fp16"], "model.dtype=\"fp16\": input should be 'float32' or 'bfloat16'"),
+    (["train.budget_unit=flops"], "train.budget=null: train.budget_unit=flops needs a number"),
+    (["train.budget=0"], "train.budget=0: input should be greater than 0"),
+    (["train.learning_rate=-1e-4"], "train.learning_rate=-0.0001: input should be greater than 0"),
+    (["train.learning_rate=.inf"], "train.learning_rate=Infinity: "),
+    (["train.learning_rate=.nan"], "train.learning_rate=NaN: input should be a finite number"),
+    (["train.learning_rate=1e999"], "train.learning_rate=Infinity: "),
+    (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
+    (["seed=" + "9" * 5000], "9999: not a YAML value"),
+    (["seed=" + "[" * 1000], "[[[[: not a YAML value"),
+    (["seed=&a [*a]"], "command line: not plain fields and values (Circular reference"),
+    (["data.train_split=2026-02-31"], "data.train_split='2026-02-31': not a YAML value"),
+    (["output_dir="], "output_dir=null: input should be a valid string"),
+    (["train=3"], "train=3: "),
+    (["train="], "train=null: "),
+    (["train.num_steps.x=3"], "train.num_steps={"),
+    (["train=3", "train.num_steps=3"], "train.num_steps: 'train' is not a section"),
+    (["data.num_train=4"], "more than data.num_train=4"),
+    (["data.source=files"], "data.train_files=[]: data.source=files needs them"),
+    (["mesh.fsdp=-1"], "mesh.data=-1, mesh.fsdp=-1: give numbers of devices"),
+    (["train.row_length=8"], "train.row_length=8: less than data.max_prompt_length"),
+    (["checkpoint.keep_best=1", "evaluation.every=0"], "evaluation.times=0 find none"),
+    (["--seed"], "--seed has no value"),
+    (["--seed", "--train.num_steps=3"], "--seed has no value"),
+    (["--hlep"], "--hlep has no value"),
+    (["seed"], "'seed' is not FIELD=VALUE"),
+    (["train.num_steps", "3"], "'train.num_steps' is not FIELD=VALUE"),
+    (["configs/smoke_cpu.yaml"], "did you mean --config configs/smoke_cpu.yaml?"),
+    (["--config", "missing.yaml"], "missing.yaml: cannot be read (No such file or directory)"),
+    (["--config", "configs"], "configs: cannot be read (Is a directory)"),
+    (["--config", "a.yaml", "--config=b.yaml"], "--config twice, a.yaml and b.yaml; give one file"),
+    (["=3"], "names no field"),
+    (["seed=[1"], "seed='[1': not a YAML value"),
+    (["model.path=/nowhere"], "model.path='/nowhere': no such folder"),
+    (["model.path=Qwen/Qwen2.5-0.5B"], "model.path='Qwen/Qwen2.5-0.5B': no such folder"),
+    (["data.max_prompt_length=3"], "raise data.max_prompt_length"),
+    (["mesh.tp=3"], "is not the number of devices"),
+    (["data.source=files", "data.train_files=no.parquet"], "no.parquet"),
+]
+
+FILES = [
+    ("seed: 1\ntrain: [3\n", "line 3: not valid YAML"),
+    ("seed: 1\ntrain:\n\tnum_steps: 3\n", "line 3: not valid YAML (found character '\\t'"),
+    ("seed: 1\nseed: 2\n", "line 2: not valid YAML (duplicate key 'seed')"),
+    ("train:\n  num_steps: 1\n  num_steps: 2\n", "line 3: not valid YAML (duplicate key"),
+    ("[1, 2]: 3\n", "line 1: not valid YAML ([1, 2] cannot be a field)"),
+    ("2026-11-24: 3\n", "not plain fields and values (keys must be str"),
+    ("seed: 1\n---\nseed: 2\n", "not valid YAML (but found another document)"),
+    ("seed: !!python/object/apply:os.system ['true']\n", "not valid YAML (could not determine"),
+    ("seed: " + "9" * 5000, "not valid YAML (Exceeds the limit"),
+    ("- 1\n", "expected fields such as 'seed: 0', found [1]"),
+    ("", "expected fields such as 'seed: 0', found null"),
+    ("\0", "not valid YAML"),
+    ("train:\n  num_step: 3\n", "train.num_step: unknown field; did you mean train.num_steps?"),
+    ("train:\nseed: 1\n", "train=null: "),
+    ("seed: '3'\n", 'seed="3": input should be a valid integer'),
+    ("seed: \udcff\n", "not UTF-8 text (byte 6)"),
+]
+
+
+def assert_refused(capsys, arguments, message, folder):
+    """One line, exit code 2, nothing created."""
+    before = sorted(folder.rglob("*"))
+    assert train([f"output_dir={folder / 'run'}", *arguments]) == 2
+    output, error = capsys.readouterr()
+    assert error.startswith("error: ")
+    assert message in error
+    assert (error.count("\n"), output) == (1, "")
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("arguments", "message"), COMMAND_LINES, ids=[x[1] for x in COMMAND_LINES])
+def test_mistaken_command_line_is_one_clear_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert_refused(capsys, arguments, message, tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), FILES, ids=[x[1] for x in FILES])
+def test_mistaken_file_is_one_clear_line_with_its_name(text, message, tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    assert_refused(capsys, ["--config", str(file)], message, tmp_path)
+    with pytest.raises(UserError) as caught:
+        load("--config", str(file))
+    assert str(caught.value).startswith(str(file))
+
+
+def test_several_mistakes_are_several_lines():
+    with pytest.raises(UserError) as caught:
+        load("train.num_step=3", "seed=-1")
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file", "a file is in the way"),
+        ("file/run", "is a file"),
+        ("folder", "not empty and not a run; give another output_dir"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "null"),
+        (
+            "other",
+            "holds a run with seed=1, not 0; give another output_dir, or seed=1 to resume it",
+        ),
+    ],
+)
+def test_an_output_dir_that_cannot_be_is_one_line_too(name, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text(load("seed=1").to_yaml())
+    assert_refused(capsys, [f"output_dir={json.dumps(str(tmp_path / name))}"], message, tmp_path)
+
+
+def test_the_command_exits_with_2_and_creates_nothing(tmp_path):
+    result = run_command("trapo_jax.train", f"output_dir={tmp_path}/run", "train.num_step=3")
+    assert result.returncode == 2
+    assert "did you mean train.num_steps?" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("mine")
+    assert train(["output_dir=~/file"]) == 2
+    assert f"output_dir={tmp_path}/file: a file is in the way" in capsys.readouterr().err
+
+
+def test_help_command():
+    result = run_command("trapo_jax.train", "--help")
+    assert result.returncode == 0
+    assert "train.learning_rate  (float, 0.0002)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "error"),
+    [
+        ("raise KeyboardInterrupt", 130, "error: stopped\n"),
+        ("print('x' * 100_000, flush=True); print('x' * 100_000)", 141, ""),
+        ("raise SystemExit(2)", 2, ""),
+        ("return 3", 3, ""),
+    ],
+)
+def test_a_command_ends_without_a_traceback(main, code, error):
+    program = (
+        f"from trapo_jax.runs.loggers import as_command\ndef main():\n    {main}\nas_command(main)"
+    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
+    process.stdout.close()  # as `| head` does
+    assert process.stderr.read() == error
+    assert process.wait() == code

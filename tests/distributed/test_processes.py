@@ -1,0 +1,115 @@
+"""Two processes on this machine train as one does; if one hangs, the other ends with a message."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import inject_faults
+import pytest
+
+from trapo_jax.distributed.processes import join_processes
+from trapo_jax.runs.loggers import read_metrics
+from trapo_jax.types import UserError
+
+from conftest import CACHE_ENV, JOB, REPOSITORY, run_command  # isort: skip
+
+
+def start_two(folder, *arguments):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "trapo_jax.train", f"output_dir={folder}", *JOB, *arguments],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={
+                **os.environ,
+                **CACHE_ENV,
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(process_id),
+            },
+        )
+        for process_id in range(2)
+    ]
+
+
+def finish(processes):
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs
+
+
+def wait_for(processes, path, text=""):
+    """Until the folder is there, or a file with this text in it."""
+    while not (path.exists() and (path.is_dir() or text in path.read_text())):
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+        time.sleep(0.05)
+
+
+def test_two_processes_train_as_one_and_one_can_go_on(finished_run, tmp_path):
+    """The default job by two processes, until one is asked to stop; again by two, until one hangs; to its end by one."""
+    folder = tmp_path / "run"
+    processes = start_two(folder)
+    wait_for(processes, folder / "metrics.jsonl", '"step": 1, "kind": "train"')
+    processes[1].send_signal(signal.SIGTERM)
+    main, other = finish(processes)
+    first = int(re.search(r"stopped after step (\d+); the same command resumes it", main)[1])
+    assert "stopped after step" not in other  # process 0 alone tells
+
+    processes = start_two(folder, "checkpoint.every=1", "limits.stuck_after_secs=25")
+    wait_for(processes, folder / "checkpoints" / str(first + 2))
+    processes[1].send_signal(signal.SIGSTOP)
+    output = processes[0].communicate()[0]
+    processes[1].kill()
+    processes[1].wait()
+    assert processes[0].returncode == 1
+    assert f"resuming {folder} after step {first}, checkpoint.every=1 (was 3)" in output
+    assert "nothing has happened for limits.stuck_after_secs=25 seconds while" in output
+    assert "maybe because another process died" in output
+
+    result = run_command("trapo_jax.train", f"output_dir={folder}", *JOB)
+    assert re.search("resuming .* after step [2-9],", result.stdout), result.stderr
+    tolerance = inject_faults.TOLERANCE_ON_ANOTHER_MESH
+    assert inject_faults.differences(folder, finished_run[0], tolerance=tolerance) == []
+    records = read_metrics(folder)
+    assert max(record.get("policy/logprob_gap_max", 0) for record in records) < 1e-4
+    assert (folder / "samples.jsonl").read_text().count("\n") == 12 * 4 * 8
+    assert (folder / "hf" / "model.safetensors").is_file()
+
+
+def test_half_a_description_of_the_job_is_refused():
+    with pytest.raises(UserError, match="PROCESS_ID set, but not JAX_COORDINATOR_ADDRESS;"):
+        join_processes({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"})
+
+
+def test_no_device_is_one_line():
+    script = "from trapo_jax.train import main; import sys; sys.exit(main())"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cuda"},
+        cwd=REPOSITORY,
+    )
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert "error: JAX finds no device, JAX_PLATFORMS=cuda" in line
+    assert "Traceback" not in result.stderr
+
+
+def test_one_process_opens_no_port():
+    for environment in (
+        {},
+        {"SLURM_NTASKS": "4"},  # inside an allocation, but not started by srun
+        {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+        {"TPU_WORKER_HOSTNAMES": "localhost"},
+    ):
+        join_processes(environment)  # would look for a coordinator, and wait

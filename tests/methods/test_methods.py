@@ -1,0 +1,682 @@
+"""Every method: its objective against an independent float64 implementation, its guidance against a table, its constants."""
+
+import dataclasses
+import math
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trapo_jax.config import MethodConfig
+from trapo_jax.methods import (
+    METHODS,
+    NEVER,
+    Sampled,
+    Schedule,
+    TokenInputs,
+    constants_of,
+    describe,
+    make_method,
+)
+from trapo_jax.rollouts.collection import is_complete
+from trapo_jax.rollouts.guidance import Scheduler
+from trapo_jax.training.packing import build_batch
+from trapo_jax.training.train_step import _term_weights
+from trapo_jax.types import (
+    Completion,
+    Expert,
+    FinishReason,
+    Moment,
+    Problem,
+    Rollout,
+    UserError,
+    Verdict,
+)
+
+MAX_LENGTH = 12
+NOW = Moment(step=60, progress=0.4, seed=3)
+
+# Rewards of the rollouts of four problems: never solved, sometimes, mostly, always.
+REWARDS = ["00000001", "01000011", "11101111", "11111111"]
+
+
+def problem(number):
+    """One with an expert solution of 5, 6, ... tokens; the last has two."""
+    rng = np.random.default_rng(number)
+    experts = [Expert(tuple(rng.integers(2, 16, 5 + number + 2 * i).tolist())) for i in range(2)]
+    prompt = tuple(rng.integers(2, 16, 1 + number % 3).tolist())
+    return Problem(f"{number:016x}", prompt, "", tuple(experts[: 1 + (number == 3)]))
+
+
+def sample_group(method, problem, rewards, moment=NOW):
+    """The group that the scheduler asks for when rollout j gets rewards[j]; completions of random lengths."""
+    rng = np.random.default_rng(problem.key)
+    scheduler = Scheduler(
+        method.micro_groups_at(moment, problem),
+        MAX_LENGTH,
+        method.prefix_boundary,
+        method.second_expert_last,
+    )
+    state, rollouts = scheduler.start(problem), {}
+    while not state.finished:
+        request = scheduler.ready(problem, state)[0]
+        room = MAX_LENGTH - request.prefix_len
+        count = 0 if is_complete(request, MAX_LENGTH) else int(rng.integers(1, room + 1))
+        tokens = tuple(rng.integers(2, 16, count).tolist())
+        completion = Completion(request, tokens, (-1.0,) * count, FinishReason.STOP)
+        reward = float(rewards[request.sample_index])
+        rollouts[request.sample_index] = Rollout(completion, Verdict.WRONG, reward)
+        state = scheduler.observe(state, request.sample_index, reward)
+    return [rollouts[j] for j in sorted(rollouts)]
+
+
+def sample(method, moment=NOW, state=None):
+    problems = [problem(i) for i in range(len(REWARDS))]
+    groups = [sample_group(method, p, r, moment) for p, r in zip(problems, REWARDS, strict=True)]
+    extra = [problem(10 + i) for i in range(method.extra_rows_per_problem)]
+    by_id = {p.id: p for p in problems}
+    return Sampled(groups, moment, state or {}, extra, by_id, MAX_LENGTH)
+
+
+# ---- the library's objective, as a function of log-probabilities and entropies ----
+
+
+def batches_of(method, sampled):
+    return [
+        (update, build_batch(update.rows, row_len=40, micro_batch_rows=6))
+        for update in method.select(sampled).updates
+    ]
+
+
+def scores_of(batch, seed=0):
+    """Random log-probabilities (now, old, reference) and entropies of every token; arbitrary where not trained."""
+    rng = np.random.default_rng(seed)
+    shape = batch.kinds.shape
+    now = np.log(rng.uniform(0.01, 0.99, shape))
+    old, ref = (now + rng.normal(0, 0.3, shape) for _ in range(2))
+    return [np.float32(x) for x in (now, old, ref, rng.uniform(0.1, 2.0, shape))]
+
+
+def objective(method, batch, scores, moment):
+    """As the train step computes it: summed over micro-batches, weights over the whole batch."""
+    weights = _term_weights(batch, method.terms, MAX_LENGTH)
+    coefficients = method.coefficients(moment, learning_rate=1.0)
+    num_segments = 1 + batch.kinds.shape[0] * batch.kinds.shape[1]
+    now, old, ref, entropies = (x[..., 1:] for x in scores)
+
+    def total(now, entropies):
+        value = 0.0
+        for term in method.terms:
+            for m in range(int(batch.num_micro_batches)):
+                inputs = TokenInputs(
+                    now[m],
+                    old[m],
+                    ref[m],
+                    batch.advantages[m, :, 1:],
+                    batch.kinds[m, :, 1:] == term.kind,
+                    entropies[m],
+                    batch.segment_ids[m, :, 1:],
+                    num_segments,
+                )
+                values = term.loss(inputs) * weights[term.name][m]
+                value += coefficients[term.name] * jnp.sum(values)
+        return value
+
+    value, gradients = jax.value_and_grad(total, argnums=(0, 1))(
+        jnp.asarray(now), jnp.asarray(entropies)
+    )
+    return float(value), gradients
+
+
+# ---- an independent one, from the rollouts: float64, complex so that a step of 1e-30 i gives the derivative ----
+
+
+class Row:
+    """One trained row: own and expert tokens' (logp, old, ref, H), each an array; None where there is none."""
+
+    def __init__(self, completion, scores, batch, segment_id):
+        place = np.argwhere(batch.segment_ids == segment_id)
+        values = [np.array([x[tuple(p)] for p in place]) for x in scores]
+        prompt = len(completion.request.problem.prompt_ids)
+        start = prompt + completion.request.prefix_len
+        self.expert = [x[prompt:start] for x in values]
+        self.own = [x[start:] for x in values]
+        self.request = completion.request
+
+
+def sg(x):
+    return np.real(x)
+
+
+def by_real(condition, a, b):
+    return np.where(condition, a, b)
+
+
+def policy_gradient(row, advantage, clip=None):
+    logp, old, _, _ = row.own
+    ratio = np.exp(logp - sg(old))
+    plain = -advantage * ratio
+    if clip is None:
+        return np.sum(plain)
+    clipped = -advantage * by_real(
+        ratio.real < 1 - clip, 1 - clip, by_real(ratio.real > 1 + clip, 1 + clip, ratio)
+    )
+    return np.sum(by_real(plain.real >= clipped.real, plain, clipped))
+
+
+def cross_entropy(row):
+    return -np.sum(row.expert[0])
+
+
+def trsft(row, alpha=0.1):
+    logp = row.expert[0]
+    p = np.exp(logp)
+    return np.sum(by_real(p.real >= alpha, -logp, 1 - np.log(alpha) - p / alpha))
+
+
+def luffy_loss(row, advantage, gamma=0.1):
+    p = np.exp(row.expert[0])
+    return np.sum(-advantage * p / (p + gamma))
+
+
+def mean_entropy(tokens):
+    return sg(tokens[3]).mean()
+
+
+def divergence(row):
+    logp, _, ref, _ = row.own
+    return np.sum(np.exp(sg(ref) - logp) - (sg(ref) - logp) - 1)
+
+
+def advantages(group, std=False):
+    rewards = np.array([r.reward for r in group])
+    values = rewards - rewards.mean()
+    return values / (rewards.std() + 1e-6) if std else values
+
+
+def carriers(group):
+    """Indices of the rollouts whose prefix is trained."""
+    first = {}
+    for j, rollout in enumerate(group):
+        request = rollout.request
+        if request.prefix_len:
+            first.setdefault((request.expert_index, request.prefix_len), j)
+    return set(first.values())
+
+
+def num(rows, what):
+    return sum(len(getattr(row, what)[0]) for row in rows)
+
+
+def whole_rows(groups, extra=0):
+    """The denominator of constant_mean: maximum length x rows."""
+    return MAX_LENGTH * (sum(len(group) for group in groups) + extra)
+
+
+def per_group(expert_loss, groups, rows):
+    """RL/L on all own tokens, and a loss on the carriers' expert tokens."""
+    total = 0.0
+    for group in groups:
+        a = advantages(group)
+        for j, rollout in enumerate(group):
+            row = rows[id(rollout.completion)]
+            total += policy_gradient(row, a[j])
+            if j in carriers(group):
+                total += expert_loss(row, a[j])
+    return total / whole_rows(groups)
+
+
+def token_mean_of_experts(groups, rows):
+    carried = [rows[id(group[j].completion)] for group in groups for j in sorted(carriers(group))]
+    return sum(cross_entropy(row) for row in carried) / num(carried, "expert")
+
+
+def reference_sft(groups, rows, moment):
+    return token_mean_of_experts(groups, rows)
+
+
+def reference_grpo(groups, rows, moment):
+    return per_group(lambda row, a: 0.0, groups, rows)
+
+
+def reference_sft_then_grpo(groups, rows, moment):
+    stage = reference_sft if moment.progress < 0.5 else reference_grpo
+    return stage(groups, rows, moment)
+
+
+def reference_rl_plus_sft(groups, rows, moment):
+    total = 0.0
+    for group in groups:
+        baseline = np.mean([r.reward for r in group[:7]])
+        for rollout in group[:7]:
+            total += policy_gradient(rows[id(rollout.completion)], rollout.reward - baseline)
+    return total / whole_rows(groups) + token_mean_of_experts(groups, rows)
+
+
+def reference_hpt(groups, rows, moment):
+    """Of the four problems the gate of 0 closes on those that no rollout solved."""
+    own, experts, count = 0.0, [], 0
+    for group in groups:
+        if sum(r.reward for r in group) <= 0:
+            experts.append(rows[group[0].request.problem.id])
+            count += 1
+            continue
+        count += len(group)
+        for rollout, a in zip(group, advantages(group), strict=True):
+            own += policy_gradient(rows[id(rollout.completion)], a)
+    sft = sum(cross_entropy(row) for row in experts) / num(experts, "expert") if experts else 0.0
+    return own / (MAX_LENGTH * count) + sft
+
+
+def reference_srft(groups, rows, moment):
+    shared, supervised, carried = 0.0, 0.0, []
+    for group in groups:
+        a = advantages(group)
+        for j, rollout in enumerate(group):
+            row = rows[id(rollout.completion)]
+            if j == 7:
+                carried.append(row)
+                shared += luffy_loss(row, a[j])
+                supervised += 0.5 * np.exp(-mean_entropy(row.expert)) * cross_entropy(row)
+            elif rollout.reward == 1:
+                shared += -0.1 * np.exp(mean_entropy(row.own)) * np.sum(row.own[0])
+            else:
+                shared += np.sum(row.own[0])
+    return shared / whole_rows(groups) + supervised / num(carried, "expert")
+
+
+def chord_parts(groups, rows):
+    """Clipped GRPO with advantages over the standard deviation, a mean over own tokens; the extra experts' rows."""
+    own_rows = [rows[id(r.completion)] for group in groups for r in group]
+    own = sum(
+        policy_gradient(rows[id(r.completion)], a, clip=0.2)
+        for group in groups
+        for r, a in zip(group, advantages(group, std=True), strict=True)
+    )
+    extra = [row for key, row in rows.items() if isinstance(key, str)]
+    assert len(extra) == 32
+    return own / num(own_rows, "own"), extra
+
+
+def reference_chord(groups, rows, moment):
+    own, extra = chord_parts(groups, rows)
+    mu = 0.05 + 0.85 * 0.5 * (1 + math.cos(math.pi * moment.step / 200))
+    return (1 - mu) * own + mu * sum(map(cross_entropy, extra)) / num(extra, "expert")
+
+
+def reference_chord_phi(groups, rows, moment):
+    own, extra = chord_parts(groups, rows)
+    weighted = 0.0
+    for row in extra:
+        p = sg(np.exp(row.expert[0]))
+        weighted -= np.sum(row.expert[0] * p * (1 - p))
+    return 0.9 * own + 0.1 * weighted / num(extra, "expert")
+
+
+def reference_uft(groups, rows, moment):
+    own_rows = [rows[id(r.completion)] for group in groups for r in group]
+    total = sum(
+        policy_gradient(rows[id(r.completion)], a, clip=0.2)
+        for group in groups
+        for r, a in zip(group, advantages(group, std=True), strict=True)
+    )
+    total += 0.001 * sum(divergence(row) for row in own_rows)
+    return total / num(own_rows, "own") + 0.001 * token_mean_of_experts(groups, rows)
+
+
+def prefix_rft_loss(row, advantage):
+    logp, old, _, entropy = row.expert
+    top = np.argsort(-sg(entropy), kind="stable")[: math.ceil(0.2 * len(logp))]
+    return np.sum(-advantage * np.exp(logp - sg(old))[top])
+
+
+def reference_trapo_plus(groups, rows, moment):
+    """Of the four problems the last is always solved: its rollouts, which have no advantage, do not count."""
+    total = per_group(lambda row, a: trsft(row), groups[:-1], rows) * whole_rows(groups[:-1])
+    return total / (MAX_LENGTH * len(rows))
+
+
+REFERENCES = {
+    "sft": reference_sft,
+    "grpo": reference_grpo,
+    "sft_then_grpo": reference_sft_then_grpo,
+    "micro_group_grpo": reference_grpo,
+    "micro_group_sft": lambda g, r, m: per_group(lambda row, a: cross_entropy(row), g, r),
+    "micro_group_luffy": lambda g, r, m: per_group(luffy_loss, g, r),
+    "trapo": lambda g, r, m: per_group(lambda row, a: trsft(row), g, r),
+    "trapo_plus": reference_trapo_plus,
+    "luffy": lambda g, r, m: per_group(luffy_loss, g, r),
+    "rl_plus_sft": reference_rl_plus_sft,
+    "relift": reference_grpo,  # its buffer: a test of its own
+    "hpt": reference_hpt,
+    "srft": reference_srft,
+    "chord": reference_chord,
+    "chord_phi": reference_chord_phi,
+    "uft": reference_uft,
+    "prefix_rft": lambda g, r, m: per_group(prefix_rft_loss, g, r),
+}
+
+
+def check(method, batch, update, reference, moment):
+    """Value, and derivative along a random direction of log-probabilities and entropies."""
+    scores = scores_of(batch)
+    value, (by_logprobs, by_entropies) = objective(method, batch, scores, moment)
+    rng = np.random.default_rng(1)
+    along = [np.float32(rng.normal(size=batch.kinds.shape)) for _ in range(2)]
+    exact = [x.astype(complex) for x in scores]
+    exact[0] += 1e-30j * along[0]
+    exact[3] += 1e-30j * along[1]
+    rows = {}
+    for i, row in enumerate(update.rows):
+        key = id(row.completion)
+        if row.completion.finish_reason is FinishReason.NOT_SAMPLED:  # chosen by the method
+            key = row.completion.request.problem.id
+        rows[key] = Row(row.completion, exact, batch, 1 + i)
+    expected = reference(rows)
+    assert value == pytest.approx(expected.real, rel=1e-6, abs=1e-6)
+    derivative = np.sum(np.float64(by_logprobs) * along[0][..., 1:])
+    derivative += np.sum(np.float64(by_entropies) * along[1][..., 1:])
+    assert derivative == pytest.approx(expected.imag / 1e-30, rel=1e-6, abs=1e-6)
+    assert abs(derivative) > 1e-4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_objective_equals_independent_float64(name):
+    method = make_method(name)
+    moments = [NOW] if name != "sft_then_grpo" else [NOW, NOW._replace(progress=0.6)]
+    for moment in moments:
+        sampled = sample(method, moment)
+        ((update, batch),) = batches_of(method, sampled)
+        reference = lambda rows, s=sampled, m=moment: REFERENCES[name](s.groups, rows, m)
+        check(method, batch, update, reference, moment)
+
+
+def test_hpt_takes_the_expert_of_what_its_gate_closes_on():
+    method = make_method("hpt", constants={"gate": 1})
+    sampled = sample(method)
+    (update,) = method.select(sampled).updates
+    kinds = [(row.num_own > 0, row.num_expert_trained) for row in update.rows]
+    assert kinds == [(False, 5)] + [(True, 0)] * 24
+    own = [r for group in sampled.groups[1:] for r in group]
+    assert [row.completion for row in update.rows[1:]] == [r.completion for r in own]
+
+
+def test_relift_buffers_what_nobody_solved_until_there_is_enough():
+    method = make_method("relift", constants={"buffer_size": 2, "sft_learning_rate_scale": 0.5})
+    sampled = sample(method, state={"unsolved": [problem(2).id]})
+    never = [Rollout(r.completion, r.verdict, 0.0) for r in sampled.groups[0]]
+    sampled = sampled._replace(groups=[never, *sampled.groups[1:], never])
+    (own, buffered), state = method.select(sampled)
+    assert state == {"unsolved": [problem(0).id]}
+    assert (own.optimizer, buffered.optimizer) == ("main", "buffer")
+    assert (own.learning_rate_scale, buffered.learning_rate_scale) == (1.0, 0.5)
+    assert [row.completion.request.problem.id for row in buffered.rows] == [
+        problem(2).id,
+        problem(0).id,
+    ]
+    assert not any(row.num_expert_trained for row in own.rows)
+    # ... whose objective is the mean cross-entropy less the entropy bonus.
+    batch = build_batch(buffered.rows, row_len=40, micro_batch_rows=6)
+
+    def reference(rows):
+        entropy = sum(np.sum(row.expert[3]) for row in rows.values())
+        total = sum(map(cross_entropy, rows.values())) - 0.001 * entropy
+        return total / num(rows.values(), "expert")
+
+    check(method, batch, buffered, reference, NOW)
+    (alone,), state = method.select(sampled._replace(groups=sampled.groups[1:3], state={}))
+    assert (alone.optimizer, state) == ("main", {"unsolved": []})
+
+
+# ---- guidance ----
+
+LONG = Problem("00000007" + "0" * 8, (1,), "", (Expert(tuple(range(100))),))
+FREE8 = [0] * 8
+GUIDANCE = {  # prefix lengths of an expert of 100 tokens, for rewards 0 of all rollouts and for 1 of all
+    "sft": ([100], [100]),
+    "grpo": (FREE8, FREE8),
+    "sft_then_grpo": (FREE8, FREE8),  # after its first stage
+    "micro_group_grpo": ([0] * 4 + [20, 20, 50, 100], FREE8),
+    "micro_group_sft": ([0] * 4 + [20, 20, 50, 100], FREE8),
+    "micro_group_luffy": ([0] * 4 + [20, 20, 50, 100], FREE8),
+    "trapo": ([0] * 4 + [20, 20, 50, 100], FREE8),
+    "trapo_plus": ([0] * 7 + [100], FREE8),
+    "luffy": ([0] * 7 + [100],) * 2,
+    "rl_plus_sft": ([0] * 7 + [100],) * 2,
+    "relift": (FREE8, FREE8),
+    "hpt": (FREE8, FREE8),
+    "srft": ([0] * 7 + [100],) * 2,
+    "chord": (FREE8, FREE8),
+    "chord_phi": (FREE8, FREE8),
+    "uft": ([60] * 8,) * 2,  # 3 of 5 slices, by seed 3, step 60 and problem 7
+    "prefix_rft": ([0] * 7 + [27],) * 2,  # a quarter of the way up from 5 % to 95 %: 27.5 tokens
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_guidance_equals_the_table(name):
+    method = make_method(name)
+    moment = Moment(step=60, progress=2 / 3, seed=3)
+    for reward, expected in zip("01", GUIDANCE[name], strict=True):
+        scheduler = Scheduler(method.micro_groups_at(moment, LONG), 1000)
+        state, lens = scheduler.start(LONG), {}
+        while not state.finished:
+            request = scheduler.ready(LONG, state)[0]
+            lens[request.sample_index] = request.prefix_len
+            state = scheduler.observe(state, request.sample_index, float(reward))
+        assert [lens[j] for j in sorted(lens)] == expected
+
+
+def test_trapo_plus_trains_what_has_an_advantage_or_a_prefix():
+    method = make_method("trapo_plus")
+    sampled = sample(method)
+    (update,) = method.select(sampled).updates
+    kept = [row.completion for row in update.rows]
+    first, *_, last = sampled.groups
+    assert not any(rollout.completion in kept for rollout in last)  # solved always
+    # Never solved by itself: it is guided, and the expert's reward gives all an advantage.
+    assert [rollout.completion for rollout in first] == kept[:8]
+    unsolved = [Rollout(r.completion, r.verdict, 0.0) for r in first]
+    (update,) = method.select(sampled._replace(groups=[unsolved, last])).updates
+    assert [row.num_expert_trained for row in update.rows] == [5]  # the expert alone
+    (update,) = method.select(sampled._replace(groups=[last])).updates
+    assert build_batch(update.rows, row_len=40, micro_batch_rows=6).num_micro_batches == 0
+
+
+def test_guidance_that_varies():
+    stages = make_method("sft_then_grpo", constants={"sft_share": 0.25})
+    prefix = make_method("prefix_rft")
+    at = lambda method, progress: [
+        (g.size, g.ratio) for g in method.micro_groups_at(Moment(1, progress, 0), LONG)
+    ]
+    assert at(stages, 0.24) == [(1, 1.0)]
+    assert at(stages, 0.25) == [(8, 0.0)]
+    assert at(prefix, 0.0) == [(7, 0.0), (1, 0.95)]
+    assert at(prefix, 1.0) == [(7, 0.0), (1, pytest.approx(0.05))]
+
+
+def test_hints_of_uft_are_binomial_and_end():
+    method = make_method("uft")
+    problems = [dataclasses.replace(LONG, id=f"{i:08x}" + "0" * 8) for i in range(400)]
+    drawn = lambda step, seed=0: [
+        round(5 * method.micro_groups_at(Moment(step, 0.0, seed), p)[0].ratio) for p in problems
+    ]
+    for step in (1, 150, 299):
+        q = 0.05 + 0.45 * (1 + math.cos(math.pi * step / 300))
+        expected = [math.comb(5, k) * q**k * (1 - q) ** (5 - k) for k in range(6)]
+        found = np.bincount(drawn(step), minlength=6) / len(problems)
+        np.testing.assert_allclose(found, expected, atol=0.07)
+    assert set(drawn(301)) == {0}
+    assert drawn(150) == drawn(150)
+    assert drawn(150) != drawn(150, seed=1)
+    assert drawn(150) != drawn(151)
+
+
+def test_mu_of_chord_warms_up_and_decays():
+    method = make_method("chord", constants={"mu_warmup_steps": 10, "mu_decay_steps": 20})
+    own, expert = method.terms
+    for step, mu in ((5, 0.45), (10, 0.9), (20, (0.9 + 0.05) / 2), (30, 0.05), (99, 0.05)):
+        numbers = method.coefficients(Moment(step, 0.0, 0), learning_rate=1.0)
+        assert numbers[expert.name] == pytest.approx(mu)
+        assert numbers[own.name] == pytest.approx(1 - mu)
+
+
+# ---- constants ----
+
+DEFAULTS = {  # DESIGN 2.4: constants of its own; weights of the terms, in order; (clip_low, clip_high)
+    "sft": ({}, [1.0], (None, None)),
+    "grpo": ({"num_own": 8}, [1.0], (None, None)),
+    "sft_then_grpo": (
+        {"num_own": 8, "sft_share": 0.5, "sft_learning_rate_scale": 1.0},
+        [1.0, 1.0],
+        (None, None),
+    ),
+    "trapo_plus": ({"num_own": 7, "threshold": 0.5}, [1.0, 1.0], (None, None)),
+    "luffy": ({"num_own": 7, "gamma": 0.1}, [1.0, 1.0], (None, None)),
+    "rl_plus_sft": ({"num_own": 7}, [1.0, 1.0], (None, None)),
+    "relift": (
+        {
+            "num_own": 8,
+            "buffer_size": 128,
+            "expert_entropy_weight": 0.001,
+            "sft_learning_rate_scale": 1.0,
+        },
+        [1.0, 1.0, 0.001],
+        (None, None),
+    ),
+    "hpt": ({"num_own": 8, "gate": 0, "max_applied_grad_norm": 80.0}, [1.0, 1.0], (None, None)),
+    "srft": (
+        {"num_own": 7, "gamma": 0.1, "success_weight": 0.1},
+        [0.1, 1.0, 0.5, 1.0],
+        (None, None),
+    ),
+    "chord": (
+        {
+            "num_own": 8,
+            "expert_rows_per_own": 256 / 64,
+            "mu_peak": 0.9,
+            "mu_valley": 0.05,
+            "mu_warmup_steps": 0,
+            "mu_decay_steps": 200,
+        },
+        None,
+        (0.2, 0.2),
+    ),
+    "chord_phi": (
+        {"num_own": 8, "expert_rows_per_own": 256 / 64, "mu": 0.1},
+        [0.9, 0.1],
+        (0.2, 0.2),
+    ),
+    "uft": (
+        {"num_own": 8, "hint_slices": 5, "hint_high": 0.95, "hint_low": 0.05, "hint_steps": 300},
+        [1.0, 0.001, 0.001],
+        (0.2, 0.2),
+    ),
+    "prefix_rft": (
+        {"num_own": 7, "prefix_start": 0.95, "prefix_end": 0.05, "top_entropy_share": 0.2},
+        [1.0, 1.0],
+        (None, None),
+    ),
+}
+TABLES = {  # DESIGN 2.2
+    "paper": ((4, 0, NEVER), (2, 0.2, 0.5), (1, 0.5, 0.7), (1, 1.0, 0.9)),
+    "reference": ((4, 0, NEVER), (2, 0.25, 2 / 4), (1, 0.5, 4 / 6), (1, 1.0, 7 / 7)),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_constants_are_those_of_the_design(name):
+    method = make_method(name)
+    if name in DEFAULTS:
+        constants, weights, clips = DEFAULTS[name]
+        assert method.constants == constants
+        assert (method.clip_low, method.clip_high) == clips
+        if weights is not None:
+            assert [term.weight for term in method.terms] == pytest.approx(weights)
+    else:
+        for preset, table in TABLES.items():
+            of_preset = make_method(name, preset=preset)
+            groups = [(g.size, g.ratio, g.threshold) for g in of_preset.micro_groups]
+            assert groups == list(table)
+            assert of_preset.prefix_boundary == {"paper": "exact"}.get(preset, "paragraph")
+            assert of_preset.second_expert_last == (preset == "reference")
+        assert [term.weight for term in method.terms] == [1.0] * len(method.terms)
+    assert method.alpha == 0.1
+    assert method.max_applied_grad_norm == (80.0 if name == "hpt" else math.inf)
+
+
+def test_the_config_knows_every_method():
+    assert get_args(MethodConfig.model_fields["name"].annotation) == tuple(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_constant_can_be_overridden(name):
+    other = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x / 2}
+    for constant, default in constants_of(name).items():
+        value = other.get(type(default), lambda x: x)(default)
+        if constant == "micro_groups":
+            value = [[1, 0.0, -1.0], [2, 0.75, 0.5]]
+        if constant == "prefix_boundary":
+            value = "paragraph"
+        method = make_method(name, constants={constant: value})
+        assert method.constants[constant] == value
+        plain = make_method(name)
+        assert describe(method) != describe(plain)
+    common = {"expert_weight": 0.25, "normalizer": "sequence_mean"}
+    method = make_method(name, alpha=0.3, clip_low=0.1, **common)
+    assert (method.alpha, method.clip_low) == (0.3, 0.1)
+    of_entropy = {t.name for t in method.terms if t.formula == "-H"}
+    assert {t.normalizer for t in method.terms if t.name not in of_entropy} == {"sequence_mean"}
+
+
+@pytest.mark.parametrize(
+    ("name", "constants", "message"),
+    [
+        ("hpt", {"gat": 1}, "method.constants.gat=1: hpt has no such constant; did you mean gate?"),
+        ("sft", {"gamma": 1.0}, "sft has no such constant; it has none"),
+        ("hpt", {"gate": "many"}, "gate='many': give something like 0, its default for hpt"),
+        ("luffy", {"gamma": -1.0}, "gamma=-1.0: must not be negative"),
+        ("relift", {"buffer_size": 0}, "buffer_size=0: must be at least 1"),
+        ("relift", {"buffer_size": True}, "buffer_size=True: give something like 128"),
+        ("uft", {"hint_high": 1.5}, "hint_high=1.5: must lie between 0 and 1"),
+        ("trapo", {"micro_groups": [[4, 2.0, 0.5]]}, "ratios in [0, 1]"),
+        ("trapo", {"micro_groups": 3}, "give a list of [size, ratio, threshold]"),
+        ("trapo", {"prefix_boundary": "word"}, "give exact or paragraph"),
+    ],
+)
+def test_a_mistaken_constant_is_one_clear_line(name, constants, message):
+    with pytest.raises(UserError) as caught:
+        make_method(name, constants=constants)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+WITH_PRESETS = ("trapo", "micro_group_grpo", "micro_group_sft", "micro_group_luffy")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_description_tells_formulas_weights_and_source(name):
+    method = make_method(name)
+    text = describe(method)
+    assert text.startswith(f"{name}: {method.source}")
+    for term in method.terms:
+        assert term.formula in text
+        assert f"({term.normalizer})" in text
+        if isinstance(term.weight, Schedule):
+            assert term.weight.formula in text
+    for constant in method.constants:
+        assert f"  {constant} = " in text
+    assert ("    paper: exact\n    reference: paragraph" in text) == (name in WITH_PRESETS)
+
+
+def test_no_method_asks_for_what_its_groups_cannot_give():
+    """Rows never exceed what the batch's shape was made for, guidance never the group's size."""
+    for name in METHODS:
+        method = make_method(name)
+        for moment in (Moment(1, 0.0, 0), NOW, Moment(301, 0.99, 0)):
+            sampled = sample(method, moment)
+            for update in method.select(sampled).updates:
+                assert len(update.rows) <= method.max_rows(4)
+            assert max(map(len, sampled.groups)) <= method.group_size

@@ -1,0 +1,105 @@
+"""What a program costs: matmuls counted by hand, loops by their trips, traffic of written-out programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from trapo_jax.planning.program_cost import matmul_flops, traffic
+
+SQUARE = jnp.zeros((8, 8))
+ONE = 2 * 8**3  # FLOPs of a product of two such
+
+
+def flops(function, *arguments, **options):
+    return matmul_flops(jax.jit(function).trace(*arguments).jaxpr, **options)
+
+
+def test_a_matmul_and_a_batched_one():
+    assert flops(lambda a: a @ a, SQUARE) == ONE
+    assert flops(lambda a: jnp.einsum("bij,bjk->bik", a, a), jnp.zeros((3, 8, 8))) == 3 * ONE
+
+
+def test_loops_count_by_their_trips():
+    body = lambda carry, _: (carry @ carry, None)
+    assert flops(lambda a: jax.lax.scan(body, a, length=5)[0], SQUARE) == 5 * ONE
+    twice = lambda a: jax.lax.scan(lambda c, _: (body(body(c, 0)[0], 0)[0], None), a, length=5)[0]
+    assert flops(twice, SQUARE) == 10 * ONE
+
+
+def test_a_loop_whose_length_is_data_counts_as_told():
+    function = lambda a, n: jax.lax.fori_loop(0, n, lambda _, x: x @ x, a)
+    assert flops(function, SQUARE, 3, unknown_trips=7) == 7 * ONE
+
+
+def test_of_branches_the_costliest_counts():
+    function = lambda a: jax.lax.cond(a[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, a)
+    assert flops(function, SQUARE) == 2 * ONE
+
+
+def test_gradients_and_recomputation_are_seen():
+    loss = lambda a: jnp.sum(jnp.sin(a @ a) @ a)
+    assert flops(jax.grad(loss), SQUARE) == 6 * ONE
+    assert flops(jax.grad(jax.checkpoint(loss)), SQUARE) == 7 * ONE
+
+
+# As the TPU compiler writes it: no trip counts, a counter that an unrolled body raises by 2, a gather in pieces.
+PROGRAM = """HloModule jit_step
+
+%fused (p0: f32[4,16], p1: bf16[32], p2: bf16[512]) -> (f32[16], bf16[512]) {
+  %p0 = f32[4,16]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %slice = f32[1,16]{1,0} dynamic-slice(%p0, %zero, %zero), dynamic_slice_sizes={1,16}
+  %p1 = bf16[32]{0} parameter(1)
+  %gather.2 = bf16[512]{0} all-gather(%p1), channel_id=7, frontend_attributes={chain_id="0"}
+  %p2 = bf16[512]{0} parameter(2)
+  ROOT %out = (f32[1,16]{1,0}, bf16[512]{0}) tuple(%slice, %p2)
+}
+
+%body (arg: (s32[], f32[4,16], bf16[32], bf16[512])) -> (s32[], f32[4,16], bf16[32], bf16[512]) {
+  %arg = (s32[]{:T(128)}, f32[4,16]{1,0}, bf16[32]{0}, /*index=3*/bf16[512]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %x = f32[4,16]{1,0} get-tuple-element(%arg), index=1
+  %w = bf16[32]{0} get-tuple-element(%arg), index=2
+  %g = bf16[512]{0} get-tuple-element(%arg), index=3
+  %f = (f32[1,16]{1,0}, bf16[512]{0}) fusion(%x, %w, %g), kind=kLoop, calls=%fused
+  %sent = (bf16[32]{0}, bf16[32]{0}, u32[], u32[]) collective-permute-start(%w), channel_id=3
+  %come = bf16[32]{0} collective-permute-done(%sent)
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  ROOT %t = (s32[], f32[4,16]{1,0}, bf16[32]{0}, bf16[512]{0}) tuple(%next, %x, %come, %g)
+}
+
+%condition (arg.1: (s32[], f32[4,16], bf16[32], bf16[512])) -> pred[] {
+  %arg.1 = (s32[]{:T(128)}, f32[4,16]{1,0}, bf16[32]{0}, /*index=3*/bf16[512]{0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%arg.1), index=0
+  %limit = s32[] constant(LIMIT)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[4,16], bf16[32], bf16[512])) -> (s32[], f32[4,16], bf16[32], bf16[512]) {
+  %a = (s32[], f32[4,16]{1,0}, bf16[32]{0}, bf16[512]{0}) parameter(0)
+  %w.1 = bf16[32]{0} get-tuple-element(%a), index=2
+  %gather.1 = bf16[512]{0} all-gather(%w.1), channel_id=7, frontend_attributes={chain_id="0"}
+  %vmem = bf16[512]{0:T(512)S(1)} copy(%gather.1)
+  ROOT %loop = (s32[], f32[4,16]{1,0}, bf16[32]{0}, bf16[512]{0}) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(("limit", "rounds"), [("8", 4), ("7", 4), ("2", 1)])
+def test_rounds_of_a_loop_are_read_off_its_condition(limit, rounds):
+    found = traffic(PROGRAM.replace("LIMIT", limit))
+    assert found.collectives == {"all-gather": 1024, "collective-permute": rounds * 64}
+
+
+def test_a_fusion_reads_the_slice_and_touches_nothing_that_it_hands_on():
+    once, twice = (traffic(PROGRAM.replace("LIMIT", n)).memory for n in ("2", "4"))
+    fusion, permute, counter, condition = 64 + 64, 64 + 64, 3 * 4, 4 + 4 + 1
+    assert twice - once == fusion + permute + counter + condition
+
+
+def test_a_compiled_program_moves_its_operands_and_result_once_a_trip():
+    function = lambda a: jax.lax.scan(lambda c, _: (c @ c, None), a, length=10)[0]
+    compiled = jax.jit(function).lower(jnp.zeros((64, 64))).compile()
+    size = 64 * 64 * 4
+    assert 10 * 2 * size <= traffic(compiled.as_text()).memory <= 10 * 6 * size

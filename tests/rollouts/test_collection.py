@@ -1,0 +1,367 @@
+"""The loop over problems, with an engine that answers from a script; and evaluation."""
+
+import dataclasses
+import random
+import threading
+from concurrent.futures import Future
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trapo_jax.evaluation.scoring import evaluate, pass_at_k
+from trapo_jax.methods import make_method
+from trapo_jax.rollouts.collection import NOTHING_BEGUN, collect_rollouts
+from trapo_jax.rollouts.guidance import Scheduler
+from trapo_jax.types import (
+    Completion,
+    Expert,
+    FinishReason,
+    MicroGroup,
+    Problem,
+    SamplingParams,
+    Verdict,
+)
+
+EOS = 9
+
+
+def problem(number):
+    return Problem(
+        f"{number:016x}", (1, 2), str(number), (Expert((3, 4, 5, 6, 7, 8, 3, 4, 5, EOS)),)
+    )
+
+
+class ScriptedEngine:
+    """Finishes one request a poll, the newest or the oldest first."""
+
+    def __init__(self, *, newest_first):
+        self.queue, self.seen, self.newest_first = [], [], newest_first
+
+    def submit(self, requests, *, step, params):
+        self.queue += requests
+        self.seen += requests
+
+    def resume(self, unfinished, *, step, params):
+        assert not unfinished  # nothing is begun for it
+
+    @property
+    def is_busy(self):
+        return bool(self.queue)
+
+    def poll(self):
+        if not self.queue:
+            return []
+        request = self.queue.pop(-1 if self.newest_first else 0)
+        return [Completion(request, (7, EOS), (-0.5, -0.5), FinishReason.STOP)]
+
+    def update_weights(self, params, version):
+        pass
+
+
+class SlotEngine:
+    """Four rows, in each a token at a time, the version of the weights; sample j of a problem has 2 + j tokens."""
+
+    def __init__(self):
+        self.queue, self.step_of, self.version = [], {}, 0
+
+    def submit(self, requests, *, step, params):
+        self.step_of |= {(r.problem.id, r.sample_index): step for r in requests}
+        self.queue += [Completion(r, (), (), FinishReason.UNFINISHED) for r in requests]
+
+    def resume(self, unfinished, *, step, params):
+        self.queue += unfinished
+
+    @property
+    def is_busy(self):
+        return bool(self.queue)
+
+    def poll(self):
+        grown = [
+            dataclasses.replace(
+                c, token_ids=(*c.token_ids, self.version), logprobs=(*c.logprobs, -0.5)
+            )
+            for c in self.queue[:4]
+        ]
+        is_done = lambda c: len(c.token_ids) == self.length(c.request)
+        self.queue[:4] = [c for c in grown if not is_done(c)]
+        return [
+            dataclasses.replace(c, finish_reason=FinishReason.STOP) for c in grown if is_done(c)
+        ]
+
+    def length(self, request):
+        return 2 + request.sample_index
+
+    def release(self):
+        unfinished, self.queue = self.queue, []
+        return unfinished
+
+    @property
+    def num_idle_slots(self):
+        return max(0, 4 - len(self.queue))
+
+
+def test_idle_slots_begin_with_the_next_step_and_it_goes_on_under_its_own_weights():
+    """Seven problems in steps of two, of which one comes twice in a row."""
+    steps = [[0, 1], [2, 3], [3, 4], [5, 6]]
+    engine, begun, seen = SlotEngine(), NOTHING_BEGUN, []
+    micro_groups = make_method("trapo").micro_groups
+    for number, step in enumerate(steps):
+        engine.version = number
+        collected = collect_rollouts(
+            engine,
+            lambda _: Scheduler(micro_groups, 64),
+            lambda c: at_once(verdict(c.request.sample_index % 2)),
+            [problem(i) for i in step],
+            step=number,
+            params=SamplingParams(),
+            begun=begun,
+            upcoming=[problem(i) for i in steps[number + 1]] if number < 3 else [],
+        )
+        begun = collected.begun._replace(unfinished=engine.release())
+        assert [[int(r.request.problem.answer) for r in g] for g in collected.groups] == [
+            [i] * 8 for i in step
+        ]
+        for group in collected.groups:
+            assert [r.request.sample_index for r in group] == list(range(8))
+            for rollout in group:
+                key = rollout.request.problem.id, rollout.request.sample_index
+                assert engine.step_of.get(key, number) == number
+                assert set(rollout.completion.token_ids) <= {number, number - 1}
+                seen.append(rollout.completion.token_ids)
+        stale = begun.num_sampled
+        next_problems = {int(g.problem.answer) for g in begun.groups.values()}
+        assert next_problems <= set(steps[number + 1] if number < 3 else []) - set(step)
+        assert (stale > 0) == bool(begun.groups)
+    assert begun.groups == {}
+    assert any(len(set(token_ids)) == 2 for token_ids in seen)  # drawn from two policies
+
+
+def test_a_verdict_is_seen_while_others_are_decoded():
+    """One problem's rollouts wait for a verdict while another's has a hundred tokens to go."""
+    polls, asked, first = 0, {}, Future()
+
+    class Engine(SlotEngine):
+        def submit(self, requests, *, step, params):
+            asked.update({(r.problem.answer, r.sample_index): polls for r in requests})
+            super().submit(requests, step=step, params=params)
+
+        def poll(self):
+            nonlocal polls
+            polls += 1
+            if polls == 10:
+                first.set_result(Verdict.CORRECT)
+            return super().poll()
+
+        def length(self, request):
+            return 100 if request.problem.answer == "1" else 2
+
+    def score(completion):
+        request = completion.request
+        is_first = request.problem.answer == "0" and request.sample_index == 0
+        return first if is_first else at_once(Verdict.CORRECT)
+
+    collect_rollouts(
+        Engine(),
+        lambda _: Scheduler((MicroGroup(1, 0.0, -1.0), MicroGroup(1, 0.5, 0.5)), 64),
+        score,
+        [problem(0), problem(1)],
+        step=1,
+        params=SamplingParams(),
+    )
+    assert asked["0", 1] == 10
+    assert polls == 200
+
+
+def test_an_engine_that_loses_requests_is_an_error():
+    class Forgetful(ScriptedEngine):
+        is_busy = False
+
+        def poll(self):
+            return []
+
+    with pytest.raises(RuntimeError, match="lost requests"):
+        collect_rollouts(
+            Forgetful(newest_first=False),
+            lambda _: Scheduler(make_method("grpo").micro_groups, 64),
+            lambda _: at_once(Verdict.WRONG),
+            [problem(1)],
+            step=1,
+            params=SamplingParams(),
+        )
+
+
+def at_once(verdict):
+    future = Future()
+    future.set_result(verdict)
+    return future
+
+
+def verdict(reward):
+    return Verdict.CORRECT if reward else Verdict.WRONG
+
+
+def collect(reward_of, *, newest_first=False, method="trapo", problems=3, score=None):
+    method = make_method(method)
+    engine = ScriptedEngine(newest_first=newest_first)
+    groups, *_ = collect_rollouts(
+        engine,
+        lambda _: Scheduler(method.micro_groups, 64),
+        score or (lambda c: at_once(verdict(reward_of(c.request)))),
+        [problem(i) for i in range(problems)],
+        step=1,
+        params=SamplingParams(),
+    )
+    return groups, engine
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_groups_are_whole_in_order_and_guided_by_reward(newest_first):
+    """Problem 0 is never solved, problem 1 always, problem 2 twice of the first four."""
+    solved = {0: set(), 1: set(range(8)), 2: {0, 1, 7}}
+    reward = lambda r: float(r.sample_index in solved[int(r.problem.answer)])
+    groups, engine = collect(reward, newest_first=newest_first)
+    assert [[r.request.sample_index for r in g] for g in groups] == [list(range(8))] * 3
+    assert [[r.request.prefix_len for r in g] for g in groups] == [
+        [0, 0, 0, 0, 2, 2, 5, 10],
+        [0] * 8,
+        [0, 0, 0, 0, 0, 0, 5, 10],
+    ]
+    assert [r.finish_reason for g in groups for r in [g[7].completion]] == [
+        FinishReason.NOT_SAMPLED,
+        FinishReason.STOP,
+        FinishReason.NOT_SAMPLED,
+    ]
+    assert len(engine.seen) == 22  # the two whole solutions never reach the engine
+    assert len({(r.problem.id, r.sample_index) for r in engine.seen}) == 22
+
+
+class LateVerifier:
+    """Holds verdicts back: every submission and every look may release some, by a coin."""
+
+    def __init__(self, reward_of, seed):
+        self.reward_of, self.random, self.held = reward_of, random.Random(seed), []
+        self.lock, self.over = threading.Lock(), False
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def __call__(self, completion):
+        future = Future()
+        with self.lock:
+            self.held.append((future, verdict(self.reward_of(completion.request))))
+            self.release()
+        return future
+
+    def release(self):
+        self.random.shuffle(self.held)
+        while self.held and self.random.random() < 0.4:
+            future, value = self.held.pop()
+            future.set_result(value)
+
+    def run(self):
+        while not self.over:
+            with self.lock:
+                self.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.over = True
+        self.thread.join()
+
+
+@settings(max_examples=30, deadline=None)
+@given(solved=st.sets(st.tuples(st.integers(0, 2), st.integers(0, 7))), seed=st.integers(0, 999))
+def test_late_verdicts_in_any_order_change_nothing(solved, seed):
+    reward = lambda r: float((int(r.problem.answer), r.sample_index) in solved)
+    expected, _ = collect(reward)
+    with LateVerifier(reward, seed) as score:
+        groups, _ = collect(reward, newest_first=bool(seed % 2), score=score)
+    assert groups == expected
+
+
+def test_decoding_goes_on_while_a_verdict_is_awaited():
+    """Problem 0's first verdict comes only when the other two problems are through."""
+    first, seen = Future(), []
+
+    def score(completion):
+        request = completion.request
+        seen.append((request.problem.answer, request.sample_index))
+        if (
+            len(seen) == 19
+        ):  # 3 problems: 4 unguided rollouts; two go on to their 8th, one waits at 4
+            first.set_result(Verdict.WRONG)
+        if seen[-1] == ("0", 0):
+            return first
+        return at_once(Verdict.CORRECT if request.problem.answer != "0" else Verdict.WRONG)
+
+    groups, _ = collect(None, score=score)
+    assert [len(group) for group in groups] == [8, 8, 8]
+    assert groups[0][0].verdict is Verdict.WRONG
+
+
+@pytest.mark.parametrize("failure", [Verdict.ERROR, Verdict.TIMEOUT])
+def test_a_failed_verdict_is_kept_and_earns_nothing(failure):
+    groups, _ = collect(None, score=lambda _: at_once(failure))
+    assert {(r.verdict, r.reward) for group in groups for r in group} == {(failure, 0.0)}
+
+
+def test_sft_samples_nothing():
+    groups, engine = collect(lambda _: 1.0, method="sft")
+    assert engine.seen == []
+    assert [[r.completion.token_ids for r in g] for g in groups] == [[()]] * 3
+
+
+def test_same_problem_twice_is_refused():
+    method = make_method("grpo")
+    with pytest.raises(ValueError, match="same problem twice"):
+        collect_rollouts(
+            ScriptedEngine(newest_first=False),
+            lambda _: Scheduler(method.micro_groups, 64),
+            lambda _: at_once(Verdict.WRONG),
+            [problem(1), problem(1)],
+            step=1,
+            params=SamplingParams(),
+        )
+
+
+def test_evaluate_counts_by_source():
+    problems = [Problem(f"{i:016x}", (1,), "", (), "", f"K={i % 2}") for i in range(4)]
+    # Greedy solves problem 0 alone; of four samples problem 0 gets 4, problem 1 gets 1.
+    right = {(0, j) for j in range(4)} | {(1, 2)}
+    score = lambda c: at_once(
+        verdict((int(c.request.problem.id, 16), c.request.sample_index) in right)
+    )
+    metrics = evaluate(ScriptedEngine(newest_first=True), score, problems, num_samples=4).metrics
+    assert metrics["eval/accuracy_greedy"] == 0.25
+    assert metrics["eval/accuracy_sampled"] == 5 / 16
+    assert metrics["eval/pass@1"] == 5 / 16
+    assert metrics["eval/pass@2"] == (1 + 0.5) / 4
+    assert metrics["eval/pass@4"] == 0.5
+    assert metrics["eval/accuracy_sampled/K=0"] == 0.5
+    assert metrics["eval/accuracy_greedy/K=1"] == 0.0
+    assert metrics["eval/completion_len_mean"] == 2
+    assert metrics["eval/truncated"] == 0
+    assert metrics["eval/error_rate"] == metrics["eval/timeout_rate"] == 0
+
+
+def test_evaluate_counts_completions_without_a_verdict():
+    failing = {0: Verdict.ERROR, 1: Verdict.TIMEOUT}
+    score = lambda c: at_once(failing.get(c.request.sample_index, Verdict.CORRECT))
+    problems = [Problem(f"{i:016x}", (1,), "") for i in range(2)]
+    metrics = evaluate(ScriptedEngine(newest_first=False), score, problems, num_samples=4).metrics
+    assert metrics["eval/error_rate"] == 4 / 10  # the greedy completion has index 0 too
+    assert metrics["eval/timeout_rate"] == 2 / 10
+    assert metrics["eval/accuracy_greedy"] == 0
+    assert metrics["eval/accuracy_sampled"] == 0.5
+
+
+def test_pass_at_k_is_unbiased_by_enumeration():
+    from itertools import combinations
+
+    for correct in range(6):
+        samples = [True] * correct + [False] * (5 - correct)
+        for k in range(1, 6):
+            subsets = list(combinations(samples, k))
+            assert pass_at_k(5, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))

@@ -1,0 +1,231 @@
+"""Guidance against hand-written tables, at the thresholds too; early release against waiting."""
+
+import ast
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import trapo_jax.rollouts.guidance
+from trapo_jax.methods import ALWAYS, NEVER, make_method
+from trapo_jax.rollouts.guidance import GroupState, Scheduler, is_guided
+from trapo_jax.types import Expert, MicroGroup, Problem
+
+EXPERT = Expert(tuple(range(100, 110)))  # 10 tokens, the last one EOS
+PROBLEM = Problem("0" * 16, (1, 2, 3), "42", (EXPERT,))
+
+
+def scheduler(name="trapo", preset="paper", **overrides) -> Scheduler:
+    method = make_method(name, preset=preset)
+    arguments = {
+        "micro_groups": method.micro_groups,
+        "max_completion_length": 64,
+        "prefix_boundary": method.prefix_boundary,
+        "second_expert_last": method.second_expert_last,
+    }
+    return Scheduler(**{**arguments, **overrides})
+
+
+def guidance(plan: Scheduler, rewards, problem=PROBLEM) -> list[tuple[int, int]]:
+    """(expert_index, prefix_len) of each rollout when rollout j gets rewards[j], one by one."""
+    state, plans = plan.start(problem), {}
+    while not state.finished:
+        ready = plan.ready(problem, state)
+        plans |= {r.sample_index: (r.expert_index, r.prefix_len) for r in ready}
+        index = ready[0].sample_index
+        state = plan.observe(state, index, float(rewards[index]))
+    return [plans[j] for j in range(plan.group_size)]
+
+
+FREE = (-1, 0)
+# rewards of the eight rollouts -> prefix lengths of rollouts 4, 5 | 6 | 7 (expert of 10 tokens).
+PAPER = [
+    ("0000 00 0 0", (2, 2, 5, 10)),
+    ("1000 00 0 0", (2, 2, 5, 10)),  # 1/4
+    ("1100 00 0 0", (0, 0, 5, 10)),  # mean exactly 0.5 is not below 0.5; then 2/6
+    ("1100 11 0 0", (0, 0, 5, 10)),  # 4/6 = 0.667 < 0.7, then 4/7
+    ("1110 11 0 0", (0, 0, 0, 10)),  # 5/6, then 5/7
+    ("1111 11 0 0", (0, 0, 0, 10)),  # 6/7 = 0.857 < 0.9
+    ("1111 11 1 0", (0, 0, 0, 0)),  # 7/7
+    ("1111 00 1 0", (0, 0, 5, 10)),  # 4/6, then 5/7
+    ("0000 11 1 0", (2, 2, 5, 10)),
+]
+REFERENCE = [
+    ("0000 00 0 0", (2, 2, 5, 10)),  # floor(0.25 * 10) = 2
+    ("1100 00 0 0", (0, 0, 5, 10)),  # 2/4
+    ("1100 11 0 0", (0, 0, 0, 10)),  # mean exactly 4/6 is not below 4/6; then 4/7
+    ("1110 00 0 0", (0, 0, 5, 10)),  # 3/6
+    ("1111 11 0 0", (0, 0, 0, 10)),  # 6/7 < 7/7
+    ("1111 11 1 0", (0, 0, 0, 0)),  # mean exactly 1.0 is not below 7/7
+]
+CASES = [("paper", *row) for row in PAPER] + [("reference", *row) for row in REFERENCE]
+
+
+@pytest.mark.parametrize(("preset", "rewards", "prefix_lens"), CASES)
+def test_guidance_follows_the_table(preset, rewards, prefix_lens):
+    expected = [FREE] * 4 + [(0, n) if n else FREE for n in prefix_lens]
+    assert guidance(scheduler(preset=preset), rewards.replace(" ", "")) == expected
+
+
+@pytest.mark.parametrize("mean_at", [(0.5, 4), (4 / 6, 6), (0.7, 10), (6 / 7, 7), (1.0, 7)])
+def test_mean_equal_to_the_threshold_is_unguided(mean_at):
+    threshold, count = mean_at
+    ones = round(threshold * count)
+    assert is_guided([1.0] * ones + [0.0] * (count - ones), threshold) is False
+    assert is_guided([1.0] * (ones - 1) + [0.0] * (count - ones + 1), threshold) is True
+
+
+def test_grpo_never_asks_the_expert_and_sft_always_does():
+    assert guidance(scheduler("grpo"), [0.0] * 8) == [FREE] * 8
+    assert guidance(scheduler("sft"), [1.0]) == [(0, 10)]
+
+
+def test_ratios_of_the_presets_cut_where_the_paper_says():
+    paper = [(m.size, m.ratio) for m in make_method("trapo").micro_groups]
+    reference = [(m.size, m.ratio) for m in make_method("trapo", preset="reference").micro_groups]
+    assert paper == [(4, 0.0), (2, 0.2), (1, 0.5), (1, 1.0)]
+    assert reference == [(4, 0.0), (2, 0.25), (1, 0.5), (1, 1.0)]
+
+
+def test_no_expert_means_no_guidance():
+    problem = Problem("1" * 16, (1,), "x")
+    assert guidance(scheduler(), [0.0] * 8, problem) == [FREE] * 8
+
+
+def test_reference_gives_the_second_expert_to_the_last_micro_group():
+    second = Expert(tuple(range(200, 220)))
+    problem = Problem("2" * 16, (1,), "x", (EXPERT, second))
+    plans = guidance(scheduler(preset="reference"), [0.0] * 8, problem)
+    assert plans[4:] == [(0, 2), (0, 2), (0, 5), (1, 20)]
+    assert guidance(scheduler(), [0.0] * 8, problem)[7] == (0, 10)
+
+
+@pytest.mark.parametrize(
+    ("paragraph_ends", "prefix_len"),
+    [
+        ((4,), 4),  # after the cut at 2, before 0.55 * 10
+        ((2, 4), 4),  # an end at the cut itself is not after it
+        ((6,), 2),  # not before ratio + 0.3
+        ((3, 5), 3),  # the first of several
+        ((), 2),
+    ],
+)
+def test_paragraph_boundary(paragraph_ends, prefix_len):
+    expert = Expert(EXPERT.token_ids, paragraph_ends)
+    problem = Problem("3" * 16, (1,), "x", (expert,))
+    plans = guidance(scheduler(preset="reference"), [0.0] * 8, problem)
+    assert plans[4] == (0, prefix_len)
+
+
+def test_prefix_is_cut_at_the_maximum_length():
+    assert guidance(scheduler(max_completion_length=4), [0.0] * 8)[6:] == [(0, 4), (0, 4)]
+
+
+def test_prefix_of_no_token_is_unguided():
+    problem = Problem("4" * 16, (1,), "x", (Expert((1, 2, 3)),))
+    assert guidance(scheduler(), [0.0] * 8, problem)[4:] == [FREE, FREE, (0, 1), (0, 3)]
+
+
+def test_state_survives_json():
+    plan = scheduler()
+    state = plan.observe(plan.start(PROBLEM), 2, 0.5)
+    assert GroupState.from_json(json.loads(json.dumps(state.to_json()))) == state
+    assert state.rewards == (None, None, 0.5, None, None, None, None, None)
+
+
+@pytest.mark.parametrize("reward", [-0.1, 1.1, float("nan")])
+def test_reward_out_of_range_is_refused(reward):
+    plan = scheduler()
+    with pytest.raises(ValueError, match=r"reward must be in \[0, 1\]"):
+        plan.observe(plan.start(PROBLEM), 0, reward)
+
+
+def test_second_observation_is_refused():
+    plan = scheduler()
+    state = plan.observe(plan.start(PROBLEM), 0, 1.0)
+    with pytest.raises(ValueError, match="observed before"):
+        plan.observe(state, 0, 1.0)
+
+
+def test_gate_opens_before_the_last_straggler():
+    plan = scheduler()
+    state = plan.start(PROBLEM)
+    for index in (0, 1, 3):
+        state = plan.observe(state, index, 0.0)  # mean of four is at most 1/4 < 0.5
+    assert [r.sample_index for r in plan.ready(PROBLEM, state)][:3] == [2, 4, 5]
+
+
+groups = st.lists(
+    st.builds(
+        MicroGroup,
+        size=st.integers(1, 4),
+        ratio=st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+        threshold=st.sampled_from([NEVER, 0.25, 0.5, 2 / 3, 0.9, 1.0, ALWAYS]),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(groups, st.data())
+def test_early_release_gives_the_same_guidance_as_waiting(micro_groups, data):
+    plan = Scheduler(tuple(micro_groups), 64)
+    size = plan.group_size
+    rewards = data.draw(
+        st.lists(st.sampled_from([0.0, 0.1, 1 / 3, 0.7, 1.0]), min_size=size, max_size=size)
+    )
+    # Waiting: decide each micro-group from all earlier rewards.
+    expected, first = [], 0
+    for group in micro_groups:
+        mean_is_below = first == 0 and group.threshold > 0
+        if first:
+            mean_is_below = is_guided(rewards[:first], group.threshold)
+        expected += [math_floor_prefix(group) if mean_is_below else FREE] * group.size
+        first += group.size
+    # Early release: observe in an arbitrary order among what is ready.
+    state, plans = plan.start(PROBLEM), {}
+    while not state.finished:
+        ready = plan.ready(PROBLEM, state)
+        for request in ready:
+            seen = (request.expert_index, request.prefix_len)
+            assert plans.setdefault(request.sample_index, seen) == seen
+        index = data.draw(st.sampled_from(ready)).sample_index
+        state = plan.observe(state, index, rewards[index])
+    assert [plans[j] for j in range(size)] == expected
+
+
+def math_floor_prefix(group: MicroGroup) -> tuple[int, int]:
+    length = int(group.ratio * len(EXPERT.token_ids))
+    return (0, length) if length else FREE
+
+
+@given(st.permutations([0.1, 0.2, 0.3, 0.7, 0.05, 1 / 3]))
+def test_order_of_rewards_does_not_matter(rewards):
+    mean = sum(sorted([0.1, 0.2, 0.3, 0.7, 0.05, 1 / 3])) / 6
+    decisions = {is_guided(rewards, t) for t in (mean - 1e-12,)}
+    assert decisions == {False}
+
+
+def test_imports_no_jax():
+    tree = ast.parse(Path(trapo_jax.rollouts.guidance.__file__).read_text())
+    modules = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
+    }
+    assert modules <= {"dataclasses", "math", "collections", "trapo_jax"}
+
+
+def test_every_reward_sequence_ends_with_a_whole_group():
+    plan = scheduler()
+    for rewards in itertools.product([0.0, 1.0], repeat=8):
+        assert len(guidance(plan, rewards)) == 8

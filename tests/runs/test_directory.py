@@ -1,0 +1,206 @@
+"""A run folder belongs to one run, and to one process at a time; what a resumed run may change."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from trapo_jax.config import list_fields, load_config
+from trapo_jax.runs.directory import (
+    MAY_DIFFER,
+    check_run_folder,
+    only_process_in,
+    prepare_run_folder,
+    record_changes,
+)
+from trapo_jax.types import UserError
+
+from conftest import JOB, run_command  # isort: skip
+
+
+def text(**overrides):
+    return load_config(None, [(k.replace("__", "."), v) for k, v in overrides.items()]).to_yaml()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    prepare_run_folder(tmp_path / "run", text(train__decay_start="1"))
+    return tmp_path / "run"
+
+
+def test_another_mesh_and_other_limits_are_the_same_run(folder):
+    ours = text(
+        train__decay_start="1", mesh__data="2", checkpoint__keep="5", sampling__num_slots="8"
+    )
+    changes = check_run_folder(folder, ours)
+    assert changes == {
+        "checkpoint.keep": (2, 5),
+        "mesh.data": (-1, 2),
+        "sampling.num_slots": (32, 8),
+    }
+    assert check_run_folder(folder, text(train__decay_start="1", output_dir="x")) == {}
+    record_changes(folder, ours, changes, after_step=3)
+    assert check_run_folder(folder, ours) == {}
+    (line,) = (folder / "changes.jsonl").read_text().splitlines()
+    assert json.loads(line)["after_step"] == 3
+    assert json.loads(line)["changed"]["mesh.data"] == {"was": -1, "is": 2}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", "1"),
+        ("method.alpha", "0.2"),
+        ("train.learning_rate", "0.001"),
+        ("train.problems_per_step", "4"),
+        ("rewards.timeout_secs", "9.0"),
+        ("evaluation.num_samples", "4"),
+        ("train.num_steps", "374"),
+    ],
+)
+def test_what_is_computed_may_not_change(folder, field, value):
+    ours = load_config(None, [("train.decay_start", "1"), (field, value)]).to_yaml()
+    with pytest.raises(UserError, match=f"holds a run with {field}=.*, not {value}; give another"):
+        check_run_folder(folder, ours)
+
+
+def test_a_run_may_become_longer_if_its_learning_rate_does_not_depend_on_it(folder, tmp_path):
+    longer = text(train__decay_start="1", train__num_steps="400")
+    assert check_run_folder(folder, longer) == {"train.num_steps": (375, 400)}
+    prepare_run_folder(tmp_path / "decaying", text())
+    with pytest.raises(
+        UserError, match=r"not 400; its learning rate, unless train.decay_start=1, depends on it"
+    ):
+        check_run_folder(tmp_path / "decaying", text(train__num_steps="400"))
+
+
+def test_a_run_whose_method_depends_on_its_length_may_not_become_longer(tmp_path):
+    staged = {"method__name": "sft_then_grpo", "train__decay_start": "1"}
+    prepare_run_folder(tmp_path / "staged", text(**staged))
+    with pytest.raises(UserError, match=r"not 400; method.name=sft_then_grpo depends on it"):
+        check_run_folder(tmp_path / "staged", text(**staged, train__num_steps="400"))
+
+
+def test_a_run_of_another_version_may_lack_what_may_differ_only(folder):
+    config = folder / "config.yaml"
+    whole = config.read_text()
+    config.write_text(whole.replace("  stuck_after_secs: 3600.0\n", ""))
+    ours = text(train__decay_start="1")
+    assert check_run_folder(folder, ours) == {"limits.stuck_after_secs": ("absent", 3600.0)}
+    config.write_text(whole.replace("  adam_b1: 0.9\n", ""))
+    with pytest.raises(
+        UserError, match=r"of another version, with other fields \(train.adam_b1\); give"
+    ):
+        check_run_folder(folder, ours)
+
+
+def test_what_may_differ_are_fields():
+    names = [name for name, *_ in list_fields()]
+    for field in MAY_DIFFER:
+        assert any(
+            name.startswith(field) if field.endswith(".") else name == field for name in names
+        )
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n", "seed: [", "\0"])
+def test_a_config_that_was_spoiled_is_one_line(folder, content):
+    (folder / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"config.yaml: not the config of a run; give another"):
+        check_run_folder(folder, text())
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_created(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, message in (
+        ("file", "a file is in the way"),
+        ("file/run", "file is a file"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "null"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            check_run_folder(tmp_path / name, text())
+        assert "output_dir=" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def read_only_folder(tmp_path):
+    """One that root cannot write to either."""
+    folder = tmp_path / "sealed"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(read_only_folder):
+    for folder in (read_only_folder, read_only_folder / "a" / "run"):
+        with pytest.raises(
+            UserError, match=f"output_dir={folder}: {read_only_folder} is not writable"
+        ):
+            check_run_folder(folder, text())
+
+
+def test_a_run_that_was_killed_before_it_wrote_anything_is_started_again(tmp_path):
+    with only_process_in(tmp_path / "a" / "run"):
+        pass
+    assert check_run_folder(tmp_path / "a" / "run", text()) == {}
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from trapo_jax.runs.directory import only_process_in
+with only_process_in(Path(sys.argv[1])):
+    print("at work", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone_even_killed(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "at work\n"
+    with (
+        pytest.raises(UserError, match="another process is training there"),
+        only_process_in(tmp_path),
+    ):
+        raise AssertionError("two processes in one folder")
+    holder.kill()
+    holder.wait()
+    for _ in range(
+        2
+    ):  # and again in the same process, though something still holds on to the error
+        with pytest.raises(KeyError) as error, only_process_in(tmp_path):
+            raise KeyError
+        assert error.tb
+
+
+def test_a_complete_run_goes_on_when_it_is_made_longer(finished_run, tmp_path):
+    """Its folder is made to say that it was one step shorter; so nothing need be compiled for a longer one."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run[0], folder)
+    config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
+    shorter = config.read_text().replace("num_steps: 12", "num_steps: 11")
+    config.write_text(shorter.replace("decay_start: 0.5", "decay_start: 1.0"))
+    job = (*JOB, "train.decay_start=1", "checkpoint.keep=1")
+    result = run_command("trapo_jax.train", f"output_dir={folder}", *job)
+    assert result.returncode == 0, result.stderr
+    assert f"resuming {folder} after step 12, checkpoint.keep=1 (was 2)" in result.stdout
+    assert json.loads((folder / "changes.jsonl").read_text()) == {
+        "after_step": 12,
+        "changed": {
+            "checkpoint.keep": {"was": 2, "is": 1},
+            "train.num_steps": {"was": 11, "is": 12},
+        },
+    }
+    assert "num_steps: 12" in config.read_text()
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 5, 10, 12]
+    after = json.loads((folder / "summary.json").read_text())["test"]["after"]
+    assert after == {name: records[-1][name] for name in after}

@@ -1,0 +1,122 @@
+"""What a run notices: each sign alone, when it warns and when it stops."""
+
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from trapo_jax.runs.monitoring import Health, TrainingFailed, check_space
+
+GOOD = {
+    "loss/trsft": 1.0,
+    "loss/policy_gradient": -0.1,
+    "loss/total": 0.9,
+    "optimizer/grad_norm": 1.0,
+    "optimizer/skipped": 0.0,
+    "optimizer/skipped_in_a_row": 0,
+    "policy/logprob_gap_mean": 1e-6,
+    "sampling/stale_tokens": 0,
+    "batch/completion_tokens": 100,
+    "completion/truncated": 0.5,
+    "reward/groups_with_signal": 0.25,
+}
+
+
+def health():
+    return Health(max_logprob_gap=0.2, max_skipped_steps=3, warn_after_steps=2)
+
+
+def test_a_healthy_step_says_nothing():
+    watch = health()
+    assert [watch.observe(step, GOOD) for step in range(5)] == [[]] * 5
+
+
+def test_a_skipped_update_names_the_term():
+    values = {
+        **GOOD,
+        "optimizer/skipped": 1.0,
+        "optimizer/skipped_in_a_row": 1,
+        "loss/trsft": float("nan"),
+        "loss/total": float("nan"),
+    }
+    (warning,) = health().observe(7, values)
+    assert warning == "step 7: no update was made, as loss/trsft was not finite"
+    all_finite = {**values, "loss/trsft": 1.0, "loss/total": 1.0, "optimizer/grad_norm": 99.0}
+    (warning,) = health().observe(7, {**all_finite, "optimizer/grad_norm": float("inf")})
+    assert warning == "step 7: no update was made, as the gradient was not finite"
+    (warning,) = health().observe(7, all_finite)
+    assert "the gradient's norm of 99 is more than the method applies" in warning
+    with pytest.raises(TrainingFailed, match=r"step 9: loss/trsft .*train.max_skipped_steps=3"):
+        health().observe(9, {**values, "optimizer/skipped_in_a_row": 3})
+
+
+def test_a_sampler_that_differs_stops_the_run():
+    """Older tokens are named as a cause where there are some."""
+    stale = {**GOOD, "policy/logprob_gap_mean": 0.3, "sampling/stale_tokens": 12}
+    with pytest.raises(TrainingFailed, match=r"0.2; 12 tokens .* sampling.max_staleness=0"):
+        health().observe(2, stale)
+    with pytest.raises(TrainingFailed, match=r"step 2: .* 0.3 .*limits.max_logprob_gap=0.2"):
+        health().observe(2, {**GOOD, "policy/logprob_gap_mean": 0.3})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("completion/truncated", 1.0, "sampling.max_completion_length"),
+        ("reward/groups_with_signal", 0.0, "the policy gradient is zero"),
+    ],
+)
+def test_what_goes_on_for_steps_is_warned_of_once(name, value, text):
+    watch, bad = health(), {**GOOD, name: value}
+    assert watch.observe(1, bad) == []
+    (warning,) = watch.observe(2, bad)
+    assert "step 2: for 2 steps" in warning
+    assert text in warning
+    assert watch.observe(3, bad) == []
+    assert watch.observe(4, GOOD) == []
+    assert watch.observe(5, bad) == []
+    assert len(watch.observe(6, bad)) == 1
+
+
+def test_nothing_sampled_is_no_sign(tmp_path):
+    watch = health()
+    sft = {
+        **GOOD,
+        "batch/completion_tokens": 0,
+        "completion/truncated": 0.0,
+        "reward/groups_with_signal": 0.0,
+    }
+    assert [watch.observe(step, sft) for step in range(5)] == [[]] * 5
+
+
+def test_too_little_space_is_named(tmp_path):
+    check_space(tmp_path, 1, "a checkpoint")
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(TrainingFailed, match=rf"output_dir={tmp_path}: .* a checkpoint needs"):
+        check_space(tmp_path, 2 * free, "a checkpoint")
+
+
+BUSY = """
+import time
+from trapo_jax.runs.monitoring import Interrupt
+interrupt = Interrupt()
+print("at work", flush=True)
+while not interrupt.received:
+    time.sleep(0.01)
+print("finishing", flush=True)
+9**9**9  # as a compiled program: looks for no signal until it is done
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_process_at_once(second):
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "at work\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "finishing\n"
+        process.send_signal(second)
+        assert process.wait() == -second

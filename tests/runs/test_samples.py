@@ -1,0 +1,118 @@
+"""What samples.jsonl says of a rollout's tokens is what the update saw of them."""
+
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trapo_jax.runs.samples import fetch_response_traces, sample_record, token_pieces
+from trapo_jax.training.packing import build_batch
+from trapo_jax.types import (
+    Completion,
+    Expert,
+    FinishReason,
+    Problem,
+    Rollout,
+    RolloutRequest,
+    TokenKind,
+    TrainRow,
+    Verdict,
+)
+
+PROBLEM = Problem("0" * 16, (10, 11), "7", (Expert((20, 21, 22)),), prompt_text="?")
+
+
+def rollout(sample_index, prefix_len, token_ids):
+    request = RolloutRequest(PROBLEM, sample_index, 1, 0 if prefix_len else -1, prefix_len, 0.5)
+    logprobs = (-1.0,) * len(token_ids)
+    return Rollout(
+        Completion(request, token_ids, logprobs, FinishReason.STOP), Verdict.CORRECT, 1.0
+    )
+
+
+GROUP = [
+    rollout(0, 0, (30,)),
+    rollout(1, 2, (31, 32, 33, 34)),
+    rollout(2, 2, (35, 36)),
+    rollout(3, 3, ()),
+]
+
+# Of the two that start from one prefix, the first trains it.
+ROWS = [
+    TrainRow(r.completion, advantage, trains_expert)
+    for r, advantage, trains_expert in zip(
+        GROUP, (0.5, -0.5, 0.25, 0.0), (False, True, False, True), strict=True
+    )
+]
+
+
+def decode(ids):
+    return " ".join(f"<{i}>" for i in ids)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_response_s_tokens_are_found_wherever_they_lie(packed):
+    """Trace arrays that hold the token ids themselves: what comes back must be the response's ids."""
+    batch = build_batch(ROWS, row_len=9, micro_batch_rows=2, packed=packed)
+    trace = (jnp.asarray(batch.token_ids, jnp.float32), jnp.asarray(batch.token_ids, jnp.float32))
+    traces = fetch_response_traces(trace, batch, range(3))
+    assert len(traces) == 3
+    for r, seen in zip(GROUP, traces, strict=False):
+        response = [*r.request.prefix_ids, *r.completion.token_ids]
+        assert seen.logprobs.tolist() == seen.gradient_weights.tolist() == response
+    assert [kinds.tolist() for kinds, _, _ in traces] == [
+        [TokenKind.COMPLETION],
+        [TokenKind.EXPERT_TRAINED] * 2 + [TokenKind.COMPLETION] * 4,
+        [TokenKind.EXPERT] * 2 + [TokenKind.COMPLETION] * 2,
+    ]
+    assert fetch_response_traces(trace, batch, []) == []
+    of_last, of_none = fetch_response_traces(trace, batch, [3, 4])
+    assert of_last.kinds.tolist() == [TokenKind.EXPERT_TRAINED] * 3
+    assert of_none is None
+
+
+def test_a_record_has_an_entry_a_token_and_null_where_none_was_trained():
+    batch = build_batch(ROWS, row_len=9, micro_batch_rows=2)
+    logprobs = jnp.where(batch.kinds > TokenKind.EXPERT, -0.123456, 0.0)
+    (seen,) = fetch_response_traces((logprobs, -logprobs), batch, [2])
+    record = sample_record(GROUP[2], 0.25, seen, decode=decode, step=5)
+    assert record["tokens"] == {
+        "pieces": ["<20>", " <21>", "<35>", " <36>"],
+        "kinds": "2244",
+        "logprobs": [None, None, -0.1235, -0.1235],
+        "gradient_weights": [None, None, 0.1235, 0.1235],
+    }
+    assert (record["step"], record["sample_index"], record["advantage"]) == (5, 2, 0.25)
+    assert (record["prefix"], record["completion"]) == ("<20> <21>", "<35> <36>")
+
+
+def test_a_rollout_that_took_no_part_has_texts_and_kinds():
+    tokens = sample_record(GROUP[1], None, None, decode=decode, step=5)["tokens"]
+    assert tokens["kinds"] == "224444"
+    assert tokens["logprobs"] == tokens["gradient_weights"] == [None] * 6
+
+
+def decode_bytes(ids):
+    return bytes(ids).decode(errors="replace")
+
+
+def test_a_character_belongs_to_the_token_that_completes_it():
+    assert token_pieces("aä€😀b".encode(), decode_bytes) == [
+        *("a", "", "ä", "", "", "€", "", "", "", "😀", "b")
+    ]
+
+
+@given(st.lists(st.integers(0, 255), max_size=40))
+def test_pieces_join_to_the_text_whatever_the_bytes(ids):
+    pieces = token_pieces(ids, decode_bytes)
+    assert "".join(pieces) == decode_bytes(ids)
+    assert len(pieces) == len(ids)
+
+
+def test_pieces_of_a_decoder_that_drops_the_first_space():
+    words = ["▁to", "▁be", ",", "▁or"]
+
+    def like_sentencepiece(ids):
+        return "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" ")
+
+    assert token_pieces(range(4), like_sentencepiece) == ["to", " be", ",", " or"]

@@ -1,0 +1,187 @@
+"""Hostile texts through every sink: each log stays parseable, the terminal and the page inert."""
+
+import json
+import struct
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+from tensorboardX.proto.event_pb2 import Event
+
+from trapo_jax.config import Config, load_config
+from trapo_jax.report import write_report
+from trapo_jax.runs.loggers import EVAL, TRAIN, RunLog, Terminal, fail, printable
+from trapo_jax.types import UserError
+
+from browser import opened  # isort: skip
+from injection_corpus import CORPUS  # isort: skip
+
+NUMBERS = {
+    "reward/mean": 0.5,
+    "tokens/trained": 10,
+    "tokens/sampled": 10,
+    "batch/expert_trained_tokens": 1,
+    "expert/prob_from_0.0": 1.0,
+    "time/sample_secs": 1.0,
+    "time/reward_secs": 1.0,
+    "time/train_secs": 1.0,
+}
+
+
+def rollout(text, step=1):
+    """A record of samples.jsonl in which every text is the same."""
+    return {
+        "step": step,
+        "problem_id": text,
+        "sample_index": 0,
+        "micro_group": 0,
+        "prompt": text,
+        "prefix": "",
+        "completion": text,
+        "answer": text,
+        "verdict": text,
+        "reward": 0.0,
+        "advantage": -0.5,
+        "ratio": 0.0,
+        "finish_reason": text,
+        "tokens": {"pieces": [text], "kinds": "4", "logprobs": [-1.0], "gradient_weights": [0.1]},
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder as the log writes it, of a run in which every text was hostile, its own name too."""
+    folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=attacked=1>\u202e"
+    folder.mkdir()
+    config = Config().model_dump(mode="json")
+    config["data"]["train_files"] = [c for c in CORPUS if c.isprintable()]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    log = RunLog(folder, offsets=None)
+    scores = {"eval/accuracy_greedy": 0.1, "eval/accuracy_sampled": 0.2, "time/eval_secs": 1.0}
+    by_source = {f"eval/accuracy_greedy/{text}": 0.5 for text in CORPUS}
+    log.metrics(EVAL, 0, {"split": "test", **scores, **by_source})
+    log.metrics(TRAIN, 1, {**NUMBERS, **{f"loss/{text}": 0.5 for text in CORPUS}})
+    log.samples([rollout(text) for text in CORPUS])
+    log.close()
+    write_report([folder], folder / "report.html")
+    return folder
+
+
+def test_the_corpus_is_what_it_says():
+    assert len(set(CORPUS)) == len(CORPUS) > 30
+
+
+def test_jsonl_holds_a_valid_object_a_line_that_gives_the_texts_back(run):
+    lines = (run / "samples.jsonl").read_bytes().split(b"\n")
+    assert lines.pop() == b""
+    assert [json.loads(line) for line in lines] == [rollout(text) for text in CORPUS]
+    assert all(32 <= byte < 127 for line in lines for byte in line)
+    first, second = (run / "metrics.jsonl").read_bytes().splitlines()
+    assert {f"eval/accuracy_greedy/{text}" for text in CORPUS} < set(json.loads(first))
+    assert json.loads(second)["kind"] == "train"
+
+
+def test_tensorboard_s_tags_are_printable_and_its_file_whole(run):
+    (file,) = (run / "tb").iterdir()
+    data, tags, at = file.read_bytes(), [], 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        event = Event.FromString(data[at + 12 : at + 12 + length])
+        tags += [value.tag for value in event.summary.value]
+        at += length + 16
+    assert len(tags) == 2 * len(CORPUS) + 3 + len(NUMBERS)
+    assert all(tag.isprintable() for tag in tags)
+
+
+def test_a_text_is_one_printable_line_of_the_console(capsys):
+    terminal = Terminal(1, first_step=0)
+    for text in CORPUS:
+        terminal.say(text)
+        assert capsys.readouterr().out == printable(text) + "\n"
+        assert printable(text).isprintable()
+
+
+@pytest.mark.parametrize("place", ["name", "value"])
+def test_a_config_s_mistake_is_one_printable_line(place, capsys):
+    for text in CORPUS:
+        with pytest.raises(UserError) as error:
+            load_config(None, [("train.num_steps", text) if place == "value" else (text, "1")])
+        fail(str(error.value), 2)
+        assert capsys.readouterr().err.removesuffix("\n").isprintable(), repr(text[:80])
+
+
+def test_a_table_s_cells_neither_command_the_terminal_nor_are_markup(capsys):
+    terminal = Terminal(1, first_step=0)
+    terminal.table("scores", ["[red]name[/]"], [[text[:200]] for text in CORPUS])
+    output = capsys.readouterr().out
+    assert output.replace("\n", "").isprintable()
+    assert "[red]name[/]" in output
+    assert "[bold red]markup" in output
+
+
+class Elements(HTMLParser):
+    """Counts the elements of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, [name for name, _ in attrs]))
+
+
+def test_the_page_has_the_same_elements_whatever_the_data_say(run, tmp_path):
+    harmless = tmp_path / "harmless"
+    harmless.mkdir()
+    (harmless / "config.yaml").write_text(Config().to_yaml())
+    (harmless / "metrics.jsonl").write_text("")
+    write_report([harmless], tmp_path / "report.html")
+    pages = [p.read_text() for p in (run / "report.html", tmp_path / "report.html")]
+    hostile, expected = (Elements(page).found for page in pages)
+    assert hostile == expected
+    assert ("script", ["type", "id"]) in hostile
+    data = pages[0].split('id="data">')[1].split("</script>")[0]
+    assert data.isascii()
+    assert data.isprintable()
+    assert "<" not in data
+
+
+def test_in_a_browser_the_texts_are_texts(run):
+    """Whatever is clicked: no script of theirs runs, no dialog, no request, and what they say can be read."""
+    with opened(run / "report.html") as seen:
+        page = seen.page
+        for details in page.locator("summary").all():
+            details.click()
+        shown = ""
+        for coloring in ("kind", "probability", "advantage", "gradient"):
+            page.get_by_label("Colour by").select_option(coloring)
+        while True:
+            page.locator("article summary").last.click()
+            page.keyboard.press("Tab")
+            shown += page.locator("#rollouts").text_content()
+            if page.get_by_role("button", name="Next").is_disabled():
+                break
+            page.get_by_role("button", name="Next").click()
+        assert page.evaluate("globalThis.attacked") is None
+        assert page.evaluate("({}).attacked") is None
+        assert (seen.complaints, seen.requests) == ([], [])
+        for text in CORPUS:
+            assert printable(text, keep="\n\t")[:10_000] in shown, repr(text[:80])
+        assert page.title().startswith("<img src=x onerror=attacked=1>\\u202e")
+
+
+def test_the_page_s_policy_lets_no_other_script_run_and_nothing_be_fetched(run):
+    with opened(run / "report.html") as seen:
+        seen.page.evaluate("""() => {
+            const script = document.createElement("script");
+            script.textContent = "globalThis.attacked = 1";
+            const image = document.createElement("img");
+            image.setAttribute("onerror", "globalThis.attacked = 1");
+            image.src = "https://attacker.invalid/pixel.png";
+            document.body.append(script, image);
+            return new Promise((resolve) => setTimeout(resolve, 100));
+        }""")
+        assert seen.page.evaluate("globalThis.attacked") is None
+        assert len(seen.complaints) >= 2  # the policy's
+        assert all("Content Security Policy" in text for text in seen.complaints)

@@ -1,0 +1,97 @@
+"""Run by test_train_step: gradients and samples on meshes of forced host devices equal those on one device."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    str(Path(__file__).parents[1]),
+    str(Path(__file__).parents[2]),
+]
+
+from test_train_step import (  # noqa: E402
+    CONFIG,
+    NO_TIES,
+    build,
+    init_params,
+    method_of_every_term,
+    ragged_groups,
+    relative_difference,
+    sgd_step,
+)
+
+from trapo_jax.distributed.sharding import make_mesh, param_shardings  # noqa: E402
+from trapo_jax.sampling import JaxEngine, decode, replica  # noqa: E402
+from trapo_jax.types import RolloutRequest, SamplingParams  # noqa: E402
+
+
+def main() -> None:
+    jax.config.update("jax_num_cpu_devices", 8)
+    groups, advantages = ragged_groups(NO_TIES)
+    params = jax.device_get(init_params(CONFIG, seed=0))
+    method = method_of_every_term()
+    reference = sgd_step(method, build(groups, advantages), params)[0]
+    shapes = [(2, 1, 1), (8, 1, 1), (4, 2, 1), (2, 2, 2)]
+    for data, fsdp, tp in shapes:
+        mesh = make_mesh(data=data, fsdp=fsdp, tp=tp, devices=jax.devices()[: data * fsdp * tp])
+        # So many rows that whole shards hold no rollout, hence no trained token.
+        batch = build(
+            groups,
+            advantages,
+            packed=True,
+            micro_batch_rows=4 * data * fsdp,
+            num_shards=data * fsdp,
+        )
+        gradient, _, state = sgd_step(method, batch, params, mesh=mesh)
+        difference = relative_difference(gradient, reference)
+        assert difference < 1e-5, (data, fsdp, tp, difference)
+        assert state.params["layers"]["down"].sharding.spec == P(None, "tp", "fsdp")
+    problems = [group[0].request.problem for group in groups]
+    expected = sample(make_mesh(data=1, fsdp=1, tp=1, devices=jax.devices()[:1]), params, problems)
+    assert len(expected) == 24
+    for data, fsdp, tp in [*shapes, (1, 1, 2)]:
+        mesh = make_mesh(data=data, fsdp=fsdp, tp=tp, devices=jax.devices()[: data * fsdp * tp])
+        assert sample(mesh, params, problems) == expected, (data, fsdp, tp)
+    as_on_gpus = lambda config, _: dataclasses.replace(config, layers="apart")
+    for module in (decode, replica):
+        module.decoder_of_slots = as_on_gpus
+    mesh = make_mesh(data=2, fsdp=1, tp=2, devices=jax.devices()[:4])
+    assert sample(mesh, params, problems) == expected
+    print(f"{len(shapes)} meshes agree")
+
+
+def sample(mesh, params, problems):
+    """The tokens of six rollouts a problem, half of them guided; weights come as training leaves them."""
+    engine = JaxEngine(
+        CONFIG,
+        num_slots=3,
+        max_prompt_length=8,
+        max_completion_length=24,
+        segment_len=4,
+        num_contexts=4,
+        prefill_tokens=32,
+        eos_ids=[1],
+        seed=0,
+        mesh=mesh,
+    )
+    engine.update_weights(jax.device_put(params, param_shardings(params, mesh)), 0)
+    requests = [
+        RolloutRequest(problem, j, 0, 0 if j % 2 else -1, 3 if j % 2 else 0)
+        for problem in problems
+        for j in range(6)
+    ]
+    engine.submit(requests, step=1, params=SamplingParams())
+    tokens = {}
+    while engine.is_busy:
+        tokens |= {
+            (c.request.problem.id, c.request.sample_index): c.token_ids for c in engine.poll()
+        }
+    return tokens
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The check that a comparison begins with catches what it is there for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trapo_jax.check_step import BrokenStep, check_step, compare_gradients, two_short_ones
+from trapo_jax.config import load_config
+from trapo_jax.training import train_step
+from trapo_jax.types import Expert, Problem, UserError
+
+fori_loop = jax.lax.fori_loop
+
+
+def short(method):
+    return load_config(None, [("method.name", method), ("data.num_train", "8")])
+
+
+def test_the_step_of_a_method_with_all_kinds_of_tokens_passes():
+    assert 0 < check_step(short("trapo")) < 1e-5
+
+
+def test_dropped_gradients_of_micro_batches_are_caught(monkeypatch):
+    """The bug of published baselines: of several micro-batches only the last one's gradient is applied."""
+
+    def last_alone(lower, upper, body, initial):
+        if body.__name__ != "accumulate":
+            return fori_loop(lower, upper, body, initial)
+        return body(upper - 1, initial)
+
+    monkeypatch.setattr(jax.lax, "fori_loop", last_alone)
+    with pytest.raises(BrokenStep, match="sft: the gradient of a batch cut into micro-batches"):
+        check_step(short("sft"))
+
+
+def test_a_mean_of_micro_batch_means_is_caught(monkeypatch):
+    """The other bug: every micro-batch counts the same, however few tokens it holds."""
+
+    def equal_shares(tree, index):
+        one = micro_batch(tree, index)
+        if not isinstance(tree[1], dict):
+            return one
+        batch, weights = one
+        return batch, {
+            k: w / jnp.maximum(w.sum(), 1e-9) / len(tree[0].kinds) for k, w in weights.items()
+        }
+
+    micro_batch = train_step._micro_batch
+    monkeypatch.setattr(train_step, "_micro_batch", equal_shares)
+    with pytest.raises(BrokenStep, match="sft: the gradient of a batch cut into micro-batches"):
+        check_step(short("sft"))
+
+
+def test_difference_is_a_share_of_the_gradient_s_norm():
+    whole = {"a": np.array([3.0, 0.0]), "b": np.array([[4.0]])}
+    close = {"a": np.array([3.0, 3e-4]), "b": np.array([[4.0 + 4e-4]])}
+    assert compare_gradients(whole, close, "m") == pytest.approx(1e-4)
+    half = jax.tree.map(lambda x: x / 2, whole)
+    with pytest.raises(
+        BrokenStep, match=r"m: .* differs from that of the whole by 0\.5 of its norm"
+    ):
+        compare_gradients(whole, half, "m")
+
+
+def test_a_gradient_that_is_zero_or_not_a_number_proves_nothing():
+    for value in (0.0, np.nan, np.inf):
+        gradient = {"a": np.array([value])}
+        with pytest.raises(BrokenStep, match="the gradient of the checked batch has norm"):
+            compare_gradients(gradient, gradient, "m")
+
+
+def test_rows_are_made_of_short_experts_of_unequal_lengths():
+    lens = {"a": 5, "b": 3, "c": 3, "d": 4, "e": 40}
+    problems = [Problem(name, (1,), "", (Expert((2,) * n),)) for name, n in lens.items()]
+    problems.append(Problem("f", (1,), "", ()))
+    assert [p.id for p in two_short_ones(problems, 10)] == ["b", "d"]
+    with pytest.raises(UserError, match="no two training problems have an expert solution"):
+        two_short_ones(problems[4:], 10)

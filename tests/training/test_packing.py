@@ -1,0 +1,251 @@
+"""Every element of every mask of hand-made rollouts; what shares a row, and where rows go."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trapo_jax.methods.selection import first_of_each_prefix, rows_of_group
+from trapo_jax.training.packing import balance, build_batch, count_kinds, deal, pack
+from trapo_jax.types import (
+    Completion,
+    Expert,
+    FinishReason,
+    Problem,
+    Rollout,
+    RolloutRequest,
+    TokenKind,
+    Verdict,
+)
+
+EOS = 9
+P, X, T, C, _ = (
+    TokenKind.PROMPT,
+    TokenKind.EXPERT,
+    TokenKind.EXPERT_TRAINED,
+    TokenKind.COMPLETION,
+    TokenKind.PAD,
+)
+PROBLEM = Problem("a" * 16, (1, 2), "x", (Expert((5, 6, 7, 8, EOS)), Expert((5, 6, 4, EOS))))
+
+
+def rollout(index, prefix_len, tokens, *, expert=0, problem=PROBLEM, reward=0.0) -> Rollout:
+    request = RolloutRequest(problem, index, 0, expert if prefix_len else -1, prefix_len)
+    logprobs = tuple(-0.1 * (i + 1) for i in range(len(tokens)))
+    return Rollout(
+        Completion(request, tuple(tokens), logprobs, FinishReason.STOP), Verdict.WRONG, reward
+    )
+
+
+def build(group, advantages=None, **options):
+    values = np.arange(1, len(group) + 1) / 10 if advantages is None else advantages
+    options = {"row_len": 8, "micro_batch_rows": len(group), "packed": False, **options}
+    rows = rows_of_group(group, np.float32(values), first_of_each_prefix(group))
+    return build_batch(rows, **options)
+
+
+def rows(array):
+    return array.reshape(-1, array.shape[-1]).tolist()
+
+
+def in_order(batch):
+    """The rows of an unpacked batch by their rollout."""
+    order = np.argsort(np.where(batch.segment_ids[0, :, 0] == 0, 99, batch.segment_ids[0, :, 0]))
+    arrays = (x[:, order] if np.ndim(x) else x for x in batch)
+    return type(batch)(*arrays)
+
+
+EVERY_KIND = [
+    rollout(0, 0, [3, EOS]),  # no prefix, EOS sampled
+    rollout(1, 2, [3, 3, EOS]),  # prefix, carries the expert loss
+    rollout(2, 2, [EOS]),  # the same prefix: context only
+    rollout(3, 5, []),  # full prefix, EOS included, nothing sampled
+    rollout(4, 2, [3], expert=1),  # same ids, but another expert: its own prefix
+]
+
+
+def test_every_kind_of_every_token():
+    batch = in_order(build(EVERY_KIND))
+    assert rows(batch.kinds) == [
+        [P, P, C, C, _, _, _, _],
+        [P, P, T, T, C, C, C, _],
+        [P, P, X, X, C, _, _, _],
+        [P, P, T, T, T, T, T, _],
+        [P, P, T, T, C, _, _, _],
+    ]
+    assert rows(batch.token_ids) == [
+        [1, 2, 3, EOS, 0, 0, 0, 0],
+        [1, 2, 5, 6, 3, 3, EOS, 0],
+        [1, 2, 5, 6, EOS, 0, 0, 0],
+        [1, 2, 5, 6, 7, 8, EOS, 0],
+        [1, 2, 5, 6, 3, 0, 0, 0],
+    ]
+    np.testing.assert_allclose(
+        rows(batch.advantages),
+        [
+            [0, 0, 0.1, 0.1, 0, 0, 0, 0],
+            [0, 0, 0.2, 0.2, 0.2, 0.2, 0.2, 0],
+            [0, 0, 0, 0, 0.3, 0, 0, 0],
+            [0, 0, 0.4, 0.4, 0.4, 0.4, 0.4, 0],
+            [0, 0, 0.5, 0.5, 0.5, 0, 0, 0],
+        ],
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+        rows(batch.sampler_logprobs)[1], [0, 0, 0, 0, -0.1, -0.2, -0.3, 0], rtol=1e-6
+    )
+    assert rows(batch.segment_ids)[:2] == [[1, 1, 1, 1, 0, 0, 0, 0], [2] * 7 + [0]]
+    assert rows(batch.positions)[1] == [0, 1, 2, 3, 4, 5, 6, 0]
+    assert batch.num_rollouts == 5
+    assert count_kinds(batch) == {
+        "pad": 12,
+        "prompt": 10,
+        "expert": 2,
+        "expert_trained": 9,
+        "completion": 7,
+    }
+
+
+def test_every_kind_of_every_token_packed():
+    batch = build(EVERY_KIND, packed=True, row_len=12, micro_batch_rows=2)
+    assert batch.kinds.shape == (3, 2, 12)  # five rollouts never need more than five rows
+    assert batch.num_micro_batches == 2
+    assert rows(batch.segment_ids) == [
+        [2] * 7 + [3] * 5,
+        [4] * 7 + [5] * 5,
+        [1] * 4 + [0] * 8,
+        *[[0] * 12] * 3,
+    ]
+    assert rows(batch.positions)[0] == [*range(7), *range(5)]
+    assert rows(batch.kinds) == [
+        [P, P, T, T, C, C, C, P, P, X, X, C],
+        [P, P, T, T, T, T, T, P, P, T, T, C],
+        [P, P, C, C, *[_] * 8],
+        *[[_] * 12] * 3,
+    ]
+    assert rows(batch.token_ids)[0] == [1, 2, 5, 6, 3, 3, EOS, 1, 2, 5, 6, EOS]
+    assert rows(batch.advantages)[1] == pytest.approx([0, 0, *[0.4] * 5, 0, 0, *[0.5] * 3])
+    assert rows(batch.sampler_logprobs)[0] == pytest.approx(
+        [0] * 4 + [-0.1, -0.2, -0.3] + [0] * 4 + [-0.1]
+    )
+
+
+def test_pad_id_may_equal_eos():
+    group = [rollout(0, 0, [3, EOS]), rollout(1, 0, [3, 3, 3, EOS])]
+    padded_with_eos = in_order(build(group, pad_id=EOS))
+    padded_with_zero = in_order(build(group, pad_id=0))
+    assert rows(padded_with_eos.token_ids)[0] == [1, 2, 3, EOS, EOS, EOS, EOS, EOS]
+    np.testing.assert_array_equal(padded_with_eos.kinds, padded_with_zero.kinds)
+    assert rows(padded_with_eos.kinds)[0] == [P, P, C, C, _, _, _, _]
+
+
+def test_eos_first_is_a_completion_of_one_token():
+    assert rows(build([rollout(0, 0, [EOS])], row_len=4).kinds) == [[P, P, C, _]]
+
+
+def test_expert_truncated_at_the_maximum_length():
+    """The scheduler cuts the prefix; the row ends without EOS and all of it is the expert's."""
+    batch = build([rollout(0, 3, [])])
+    assert rows(batch.kinds) == [[P, P, T, T, T, _, _, _]]
+    assert rows(batch.token_ids)[0][:5] == [1, 2, 5, 6, 7]
+
+
+def test_empty_rows_fill_up_the_last_micro_batch():
+    group = [rollout(i, 0, [3, EOS]) for i in range(5)]
+    batch = build(group, micro_batch_rows=4, num_shards=2)
+    assert batch.kinds.shape == (2, 4, 8)
+    assert batch.num_micro_batches == 2
+    assert (batch.kinds[1, 1:] == _).all()
+    assert (batch.segment_ids[1, 1:] == 0).all()
+    assert batch.num_rollouts == 5
+
+
+def test_of_a_prefix_one_rollout_of_each_group_carries_the_loss():
+    assert first_of_each_prefix(EVERY_KIND) == [False, True, False, True, True]
+    other = Problem("b" * 16, (1,), "x", PROBLEM.experts)
+    groups = [[rollout(0, 2, [3])], [rollout(0, 2, [3], problem=other)]]
+    assert [first_of_each_prefix(group) for group in groups] == [[True], [True]]
+
+
+def test_rows_that_are_not_there_are_pad():
+    rows = rows_of_group(EVERY_KIND[:1], np.ones(1), [False])
+    batch = build_batch(rows, row_len=8, micro_batch_rows=2, max_rows=5)
+    assert batch.kinds.shape == (3, 2, 8)
+    assert (batch.num_micro_batches, batch.num_rollouts) == (1, 1)
+    none = build_batch([], row_len=8, micro_batch_rows=2, max_rows=5)
+    assert none.kinds.shape == (3, 2, 8)
+    assert (none.num_micro_batches, count_kinds(none)["pad"], balance(none, 2)) == (0, 0, 1.0)
+    with pytest.raises(ValueError, match="5 rows, but max_rows 4"):
+        build(EVERY_KIND, max_rows=4)
+
+
+def test_shape_does_not_depend_on_lengths():
+    short = build([rollout(i, 0, [3]) for i in range(6)], packed=True, micro_batch_rows=2)
+    long = build([rollout(i, 0, [3] * 6) for i in range(6)], packed=True, micro_batch_rows=2)
+    assert short.kinds.shape == long.kinds.shape == (3, 2, 8)
+    assert (short.num_micro_batches, long.num_micro_batches) == (2, 3)
+    assert (
+        count_kinds(short)["pad"] == 2 * 2 * 8 - 6 * 3
+    )  # micro-batches that are not computed do not count
+
+
+def test_a_rollout_longer_than_a_row_is_an_error():
+    with pytest.raises(ValueError, match="a rollout of 9 tokens exceeds row_len 8"):
+        build([rollout(0, 0, [3] * 7)])
+
+
+def test_shards_must_divide_the_rows():
+    with pytest.raises(ValueError, match="2 shards do not divide micro_batch_rows 3"):
+        build([rollout(0, 0, [3])], micro_batch_rows=3, num_shards=2)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
+def test_packing_places_everything_once_and_never_overfills(lens):
+    packed = pack(lens, 20)
+    assert sorted(itertools.chain.from_iterable(packed)) == list(range(len(lens)))
+    loads = [sum(lens[i] for i in row) for row in packed]
+    assert max(loads) <= 20
+    # No two rows could be one.
+    assert all(a + b > 20 for a, b in itertools.combinations(loads, 2))
+
+
+def test_packing_wastes_little_on_log_normal_lengths():
+    lens = np.clip(np.random.default_rng(0).lognormal(6.5, 0.7, 1024).astype(int), 1, 9216)
+    rows_used = len(pack(lens.tolist(), 9216))
+    assert 1 - lens.sum() / (rows_used * 9216) < 0.02
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 3))
+def test_every_row_gets_a_place_of_its_own(costs, num_shards, rows_per_shard):
+    size = num_shards * rows_per_shard
+    places = deal(costs, size, num_shards)
+    assert len(set(places)) == len(costs)
+    assert max(m for m, _ in places) == (len(costs) - 1) // size
+    assert all(0 <= row < size for _, row in places)
+
+
+def test_shards_of_a_micro_batch_get_equal_attention():
+    rng = np.random.default_rng(0)
+    lens = np.clip(rng.lognormal(3, 0.8, 256).astype(int), 1, 197)
+    group = [rollout(i, 0, [3] * n) for i, n in enumerate(lens.tolist())]
+    options = {"packed": True, "row_len": 200, "micro_batch_rows": 32, "num_shards": 8}
+    batch = build(group, **options)
+    full = batch._replace(segment_ids=batch.segment_ids[:1])  # the last micro-batch has few rows
+    assert balance(full, 8) > 0.85
+    shuffled = rng.permutation(full.segment_ids, axis=1)
+    assert balance(full._replace(segment_ids=shuffled), 8) < balance(full, 8)
+
+
+def test_balance_by_hand():
+    """Two shards of one row: 4 + 4 tokens in segments of 4 against 2 x 2 squared, and an empty row."""
+    group = [rollout(0, 0, [3, EOS]), rollout(1, 0, [EOS])]
+    batch = build(group, micro_batch_rows=2, num_shards=2)
+    assert balance(batch, 2) == pytest.approx((16 + 9) / 2 / 16)
+    assert balance(batch, 1) == 1.0
+
+
+def test_logprobs_must_match_the_completion():
+    with pytest.raises(ValueError, match="2 tokens, but 1 logprobs"):
+        Completion(RolloutRequest(PROBLEM, 0), (3, 4), (-1.0,), FinishReason.STOP)

@@ -1,0 +1,645 @@
+"""The update: against an independent float64 implementation, and whatever the cut of the batch."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from trapo_jax.distributed.sharding import make_mesh
+from trapo_jax.losses import linear_token_logprobs
+from trapo_jax.methods import Normalizer, TokenInputs, make_method
+from trapo_jax.methods.selection import first_of_each_prefix, rows_of_group
+from trapo_jax.models import DecoderConfig, Rope, apply_decoder, init_params, unembedding
+from trapo_jax.training.packing import build_batch
+from trapo_jax.training.train_step import (
+    TrainState,
+    init_state,
+    make_batch_logprobs,
+    make_learning_rate,
+    make_optimizer,
+    make_train_step,
+    state_shardings,
+    swap_optimizer,
+)
+from trapo_jax.types import (
+    Completion,
+    Expert,
+    FinishReason,
+    Moment,
+    Problem,
+    Rollout,
+    RolloutRequest,
+    TokenKind,
+    Verdict,
+)
+
+CONFIG = DecoderConfig(
+    vocab_size=16,
+    num_layers=2,
+    width=16,
+    mlp_width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    rope=Rope(1e4),
+    norm_epsilon=1e-6,
+    tied_embeddings=True,
+)
+MAX_LENGTH = 12
+ALPHA = 0.1
+NO_TIES = 1  # seed of groups in which no prefix has two tokens of one entropy: rounding would choose between them
+
+
+def ragged_groups(seed=0, num_problems=4):
+    """Problems of eight rollouts with prefixes of every kind; rewards of their own."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for i in range(num_problems):
+        expert = Expert(tuple(rng.integers(2, 16, rng.integers(5, 11)).tolist()))
+        prompt = tuple(rng.integers(2, 16, rng.integers(1, 6)).tolist())
+        problem = Problem(f"{i:016x}", prompt, "", (expert,))
+        group = []
+        for j in range(8):
+            prefix_len = int((0, 0, 0, 0, 2, 2, 4, len(expert.token_ids))[j])
+            count = 0 if j == 7 else int(rng.integers(1, MAX_LENGTH - prefix_len))
+            request = RolloutRequest(problem, j, 0, 0 if prefix_len else -1, prefix_len)
+            completion = Completion(
+                request,
+                tuple(rng.integers(2, 16, count).tolist()),
+                tuple(rng.normal(-1, 0.1, count).tolist()),
+                FinishReason.STOP,
+            )
+            group.append(Rollout(completion, Verdict.WRONG, float(rng.integers(0, 2))))
+        groups.append(group)
+    advantages = [
+        np.float32([r.reward for r in g]) - np.float32(np.mean([r.reward for r in g]))
+        for g in groups
+    ]
+    return groups, advantages
+
+
+def build(groups, advantages, **options):
+    """All rollouts in one micro-batch, one a row, unless the options say otherwise."""
+    options = {"row_len": 20, "micro_batch_rows": 8 * len(groups), "packed": False, **options}
+    rows = [
+        row
+        for group, values in zip(groups, advantages, strict=True)
+        for row in rows_of_group(group, values, first_of_each_prefix(group))
+    ]
+    return build_batch(rows, **options)
+
+
+def one_device_mesh():
+    return jax.make_mesh(
+        (1, 1, 1), ("data", "fsdp", "tp"), (AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+
+
+def coefficients(method):
+    """For an optimiser that brings its own learning rate."""
+    return method.coefficients(Moment(1, 0.0, 0), learning_rate=1.0)
+
+
+def make_step(method, params, mesh, optimizer, config=CONFIG, **options):
+    return make_train_step(
+        config,
+        method,
+        optimizer,
+        mesh,
+        state_shardings(params, optimizer, mesh),
+        temperature=1.0,
+        max_completion_length=MAX_LENGTH,
+        chunk_size=7,
+        **options,
+    )
+
+
+def sgd_step(method, batch, params, *, mesh=None, optimizer=None, config=CONFIG, **options):
+    """One step with learning rate 1 and no clipping: the update is minus the gradient."""
+    mesh = mesh or one_device_mesh()
+    optimizer = optimizer or optax.sgd(1.0)
+    step = make_step(method, params, mesh, optimizer, config, **options)
+    old = jax.device_get(params)
+    state, metrics, _ = step(init_state(params, optimizer, mesh), batch, coefficients(method))
+    gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), old, state.params)
+    return gradient, jax.device_get(metrics), state
+
+
+def relative_difference(a, b):
+    a, b = (np.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (a, b))
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.device_get(init_params(CONFIG, seed=0))
+
+
+# ---- an independent float64 implementation of the objective's gradient by the logits ----
+
+
+def numpy_logit_gradient(logits, batch, *, expert_weight, alpha, length):
+    """DESIGN 2.3 token by token: own tokens -A rho, expert tokens TrSFT, constant normaliser."""
+    gradient = np.zeros_like(logits, np.float64)
+    kinds, ids, advantages = batch.kinds[0], batch.token_ids[0], batch.advantages[0]
+    scale = 1.0 / (length * float(batch.num_rollouts))
+    for b in range(kinds.shape[0]):
+        for t in range(1, kinds.shape[1]):
+            z = logits[b, t - 1].astype(np.float64)
+            p = np.exp(z - z.max())
+            p /= p.sum()
+            onehot = np.eye(len(p))[ids[b, t]]
+            p_y = p[ids[b, t]]
+            if kinds[b, t] == TokenKind.COMPLETION:
+                weight = -advantages[b, t]  # d(-A rho) = -A d log p at rho = 1
+            elif kinds[b, t] == TokenKind.EXPERT_TRAINED:
+                weight = -expert_weight * min(1.0, p_y / alpha)
+            else:
+                continue
+            gradient[b, t - 1] += scale * weight * (onehot - p)
+    return gradient
+
+
+def test_trapo_gradient_equals_independent_float64(params):
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages)
+    method = make_method("trapo", alpha=ALPHA, expert_weight=0.5)
+    params = jax.tree.map(lambda x: 2.0 * x, params)  # sharper: both sides of the trust region
+    forward = lambda p: (
+        apply_decoder(CONFIG, p, batch.token_ids[0], batch.positions[0], batch.segment_ids[0])[0]
+        @ unembedding(p)
+    )
+    logits, pull_back = jax.vjp(forward, params)
+    by_logits = numpy_logit_gradient(
+        np.asarray(logits), batch, expert_weight=0.5, alpha=ALPHA, length=MAX_LENGTH
+    )
+    probs = np.asarray(jax.nn.softmax(logits))
+    expert = batch.kinds[0][:, 1:] == TokenKind.EXPERT_TRAINED
+    p_y = np.take_along_axis(probs[:, :-1], batch.token_ids[0][:, 1:, None], -1)[..., 0][expert]
+    assert (p_y < ALPHA).any()
+    assert (p_y >= ALPHA).any()
+    (expected,) = pull_back(jnp.asarray(by_logits, jnp.float32))
+    gradient, _, _ = sgd_step(method, batch, params)
+    # The step's gradient is read off as old - new parameters: float32 rounds that at 1e-7.
+    assert relative_difference(gradient, jax.device_get(expected)) < 3e-6
+    # By the logits themselves, without that rounding: 1e-6.
+    ours = jax.grad(lambda z: objective_by_logits(z, batch, method))(logits)
+    assert np.abs(ours - by_logits).max() / np.abs(by_logits).max() < 1e-6
+
+
+def test_stale_tokens_are_weighted_by_their_ratio_to_the_sampler(params):
+    """As if each own token's advantage were multiplied by it; and the expert's as ever."""
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages)
+    method = make_method("trapo", alpha=ALPHA)
+    now = np.asarray(batch_logprobs(batch, params))
+    own = batch.kinds == TokenKind.COMPLETION
+    ratio = np.where(own, np.exp(now - batch.sampler_logprobs), 1.0)
+    assert (np.abs(ratio[own] - 1) > 0.1).any()
+    weighted = batch._replace(advantages=batch.advantages * ratio)
+    expected, on_policy, _ = sgd_step(method, weighted, params)
+    gradient, metrics, _ = sgd_step(method, batch, params, ratio_to="sampler")
+    assert relative_difference(gradient, expected) < 1e-5
+    np.testing.assert_allclose(metrics["policy/ratio_mean"], ratio[own].mean(), rtol=1e-5)
+    gap = np.abs(now - batch.sampler_logprobs)[own]
+    for of_step in (metrics, on_policy):  # the gap is the trainer's to the sampler in both
+        np.testing.assert_allclose(of_step["policy/logprob_gap_mean"], gap.mean(), rtol=1e-5)
+
+
+def objective_by_logits(logits, batch, method):
+    """The library's own losses and weights on given logits."""
+    from trapo_jax.losses import token_logprobs
+    from trapo_jax.training.train_step import _term_weights
+
+    weights = _term_weights(batch, method.terms, MAX_LENGTH)
+    logprobs = token_logprobs(logits[:, :-1], batch.token_ids[0][:, 1:])
+    total = 0.0
+    for term in method.terms:
+        mask = batch.kinds[0][:, 1:] == term.kind
+        old = jax.lax.stop_gradient(logprobs)
+        values = term.loss(
+            TokenInputs(
+                logprobs, old, None, batch.advantages[0][:, 1:], mask, old, batch.segment_ids[0], 1
+            )
+        )
+        total += term.weight * jnp.sum(values * weights[term.name][0])
+    return total
+
+
+def method_of_every_term():
+    """TRAPO's two terms, each with every normaliser at once, and every other term of the family."""
+    methods = [make_method("trapo", normalizer=name) for name in get_args(Normalizer)]
+    terms = tuple(
+        dataclasses.replace(term, name=f"{term.name}/{term.normalizer}", weight=0.3 + 0.1 * i)
+        for i, method in enumerate(methods)
+        for term in method.terms
+    )
+    others = {
+        term.name: term
+        for name in ("luffy", "srft", "chord_phi", "prefix_rft", "relift")
+        for term in make_method(name, entropy_weight=0.1).terms
+    }
+    terms += tuple(others.values())
+    return dataclasses.replace(methods[0], terms=terms)
+
+
+def test_gradient_does_not_depend_on_the_layout(params):
+    """64 rollouts in micro-batches of any size, packed or not: the same gradient and metrics."""
+    groups, advantages = ragged_groups(NO_TIES, num_problems=8)
+    method = method_of_every_term()
+    assert len({term.name for term in method.terms}) == len(method.terms) == 18
+    whole = sgd_step(method, build(groups, advantages), params)
+    layouts = [
+        {"micro_batch_rows": 1},
+        {"micro_batch_rows": 2},
+        {"micro_batch_rows": 4},
+        {"micro_batch_rows": 8},
+        {"packed": True, "row_len": 33, "micro_batch_rows": 2},
+        {"packed": True, "row_len": 33, "micro_batch_rows": 7},
+    ]
+    for layout in layouts:
+        other = sgd_step(method, build(groups, advantages, **layout), params)
+        assert relative_difference(other[0], whole[0]) < 1e-5, layout
+        for name, value in whole[1].items():
+            np.testing.assert_allclose(other[1][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_padding_and_pad_id_change_nothing(params):
+    groups, advantages = ragged_groups()
+    method = make_method("trapo")
+    reference = sgd_step(method, build(groups, advantages), params)[0]
+    for options in ({"row_len": 64}, {"pad_id": 5}, {"micro_batch_rows": 35}):
+        other = sgd_step(method, build(groups, advantages, **options), params)[0]
+        assert relative_difference(other, reference) < 1e-5, options
+
+
+def test_lengths_compile_nothing_anew(params):
+    """Rollouts of other lengths fill other numbers of rows: the program is the same."""
+    optimizer = optax.sgd(0.01)
+    mesh = one_device_mesh()
+    method = make_method("trapo")
+    step = make_step(method, params, mesh, optimizer)
+    state = init_state(params, optimizer, mesh)
+    numbers = set()
+    for seed in range(8):
+        groups, advantages = ragged_groups(seed)
+        batch = build(groups, advantages, packed=True, micro_batch_rows=3)
+        numbers.add(int(batch.num_micro_batches))
+        rate = {"learning_rate": np.float32(seed)}
+        state, _, _ = step(state, batch, {**coefficients(method), **rate})
+    assert len(numbers) > 1
+    assert step._cache_size() == 1
+
+
+def test_row_mates_change_nothing(params):
+    groups, advantages = ragged_groups()
+    method = make_method("trapo", normalizer="constant_sum")
+    alone = [
+        sgd_step(method, build([g], [a]), params)[0]
+        for g, a in zip(groups, advantages, strict=True)
+    ]
+    together = sgd_step(method, build(groups, advantages), params)[0]
+    assert relative_difference(jax.tree.map(lambda *x: sum(x), *alone), together) < 1e-5
+
+
+def test_sft_is_the_mean_cross_entropy(params):
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages)
+    _, metrics, _ = sgd_step(make_method("sft"), batch, params)
+    hidden, _ = apply_decoder(
+        CONFIG, params, batch.token_ids[0], batch.positions[0], batch.segment_ids[0]
+    )
+    logprobs = linear_token_logprobs(
+        hidden[:, :-1], unembedding(params), batch.token_ids[0][:, 1:], chunk_size=64
+    )
+    expert = batch.kinds[0][:, 1:] == TokenKind.EXPERT_TRAINED
+    np.testing.assert_allclose(
+        metrics["loss/cross_entropy"], -np.asarray(logprobs)[expert].mean(), rtol=1e-5
+    )
+
+
+def test_grpo_ignores_the_expert(params):
+    groups, advantages = ragged_groups()
+    gradient = sgd_step(make_method("grpo"), build(groups, advantages), params)[0]
+    without = sgd_step(make_method("trapo", expert_weight=0.0), build(groups, advantages), params)[
+        0
+    ]
+    assert relative_difference(gradient, without) < 1e-6
+
+
+def test_entropy_bonus_raises_entropy(params):
+    groups, advantages = ragged_groups()
+    batch = build(groups, [np.zeros_like(a) for a in advantages])
+    method = make_method("grpo", entropy_weight=1.0)
+    before = sgd_step(method, batch, params)[1]["policy/entropy"]
+    _, _, state = sgd_step(method, batch, params, optimizer=optax.sgd(0.1))
+    after = sgd_step(method, batch, jax.device_get(state.params))[1]["policy/entropy"]
+    assert after > before
+
+
+def test_metrics_by_hand(params):
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages)
+    _, metrics, _ = sgd_step(make_method("trapo"), batch, params)
+    hidden, _ = apply_decoder(
+        CONFIG, params, batch.token_ids[0], batch.positions[0], batch.segment_ids[0]
+    )
+    logprobs = np.asarray(
+        linear_token_logprobs(
+            hidden[:, :-1], unembedding(params), batch.token_ids[0][:, 1:], chunk_size=64
+        )
+    )
+    kinds = batch.kinds[0][:, 1:]
+    own, expert = kinds == TokenKind.COMPLETION, kinds == TokenKind.EXPERT_TRAINED
+    gap = np.abs(logprobs - batch.sampler_logprobs[0][:, 1:])[own]
+    np.testing.assert_allclose(metrics["policy/logprob_gap_max"], gap.max(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/logprob_gap_mean"], gap.mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["expert/prob_mean"], np.exp(logprobs[expert]).mean(), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        metrics["expert/share_below_alpha"], (np.exp(logprobs[expert]) < ALPHA).mean(), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        metrics["loss/total"], metrics["loss/trsft"] + metrics["loss/policy_gradient"], rtol=1e-5
+    )
+    probs = np.exp(logprobs[expert])
+    pull = np.minimum(1, probs / ALPHA) * (1 - probs)
+    inside = pull[probs >= ALPHA].sum() / pull.sum()
+    np.testing.assert_allclose(metrics["expert/gradient_share_inside"], inside, rtol=1e-4)
+    histogram = np.histogram(probs, bins=10, range=(0, 1))[0] / probs.size
+    logged = [metrics[f"expert/prob_from_{i / 10:.1f}"] for i in range(10)]
+    np.testing.assert_allclose(logged, histogram, rtol=1e-5)
+    assert np.count_nonzero(histogram) > 1
+
+
+def test_the_trace_holds_each_trained_token_s_logprob_and_gradient_weight(params):
+    """Wherever its row lies; by the loss terms together, here without clipping and of weight 2 on the expert."""
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=3)
+    mesh, optimizer = one_device_mesh(), optax.sgd(1.0)
+    method = make_method("trapo", expert_weight=2.0)
+    step = make_step(method, params, mesh, optimizer)
+    _, _, trace = step(init_state(params, optimizer, mesh), batch, coefficients(method))
+    logprobs = np.asarray(batch_logprobs(batch, params))
+    np.testing.assert_allclose(trace.logprobs, logprobs, rtol=1e-5)
+    expected = np.where(batch.kinds == TokenKind.COMPLETION, np.abs(batch.advantages), 0.0)
+    expert = batch.kinds == TokenKind.EXPERT_TRAINED
+    expected[expert] = 2 * np.minimum(1, np.exp(logprobs[expert]) / ALPHA)
+    expected /= MAX_LENGTH * batch.num_rollouts
+    np.testing.assert_allclose(trace.gradient_weights, expected, rtol=1e-4)
+    assert np.count_nonzero(expected) > expert.sum() > 0
+
+
+def batch_logprobs(batch, params):
+    mesh = one_device_mesh()
+    shardings = state_shardings(params, optax.sgd(1.0), mesh).params
+    build = make_batch_logprobs(CONFIG, mesh, shardings, temperature=1.0, chunk_size=7)
+    return build(jax.device_put(params, shardings), batch)
+
+
+def other_policy(params, size=0.3):
+    """Parameters near `params`: another policy on the same batch."""
+    noise = lambda x: size * np.random.default_rng(x.size).normal(size=x.shape) * np.std(x)
+    return jax.tree.map(lambda x: np.float32(x + noise(x)), params)
+
+
+def test_clipped_update_and_divergence_equal_independent_float64(params):
+    """A second update on a batch: ratios on both sides of the bounds, and a third policy as the reference."""
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages)
+    old, ref = (np.asarray(batch_logprobs(batch, other_policy(params, x))) for x in (0.3, 0.1))
+    method = make_method("grpo", clip_low=0.1, clip_high=0.2, kl_weight=0.5)
+    gradient, metrics, _ = sgd_step(
+        method, batch._replace(old_logprobs=old, ref_logprobs=ref), params
+    )
+    forward = lambda p: (
+        apply_decoder(CONFIG, p, batch.token_ids[0], batch.positions[0], batch.segment_ids[0])[0]
+        @ unembedding(p)
+    )
+    logits, pull_back = jax.vjp(forward, params)
+    by_logits = np.zeros(logits.shape)
+    clipped = {-1: 0, 1: 0}
+    kl, ratios = 0.0, []
+    for b, t in zip(*np.nonzero(batch.kinds[0] == TokenKind.COMPLETION), strict=True):
+        z = np.asarray(logits[b, t - 1], np.float64)
+        p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+        y, advantage = batch.token_ids[0, b, t], float(batch.advantages[0, b, t])
+        ratio = p[y] / np.exp(np.float64(old[0, b, t]))
+        ratios.append(ratio)
+        slope = -advantage * ratio
+        if (advantage > 0 and ratio > 1.2) or (advantage < 0 and ratio < 0.9):
+            clipped[int(np.sign(advantage))] += 1
+            slope = 0.0
+        from_ref = np.exp(np.float64(ref[0, b, t])) / p[y]
+        kl += from_ref - np.log(from_ref) - 1
+        slope += 0.5 * (1 - from_ref)
+        by_logits[b, t - 1] += slope * (np.eye(len(p))[y] - p)
+    scale = 1 / (MAX_LENGTH * float(batch.num_rollouts))
+    assert min(clipped.values()) > 0
+    (expected,) = pull_back(jnp.asarray(scale * by_logits, jnp.float32))
+    assert relative_difference(gradient, jax.device_get(expected)) < 1e-5
+    np.testing.assert_allclose(metrics["loss/kl"], 0.5 * scale * kl, rtol=1e-4)
+    np.testing.assert_allclose(metrics["policy/ratio_mean"], np.mean(ratios), rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/ratio_max"], max(ratios), rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics["policy/clipped_share"], sum(clipped.values()) / len(ratios), rtol=1e-5
+    )
+
+
+def test_old_logprobs_of_the_same_policy_change_nothing(params):
+    """So one update a batch needs no forward pass for them."""
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=7)
+    method = make_method("trapo", clip_low=0.2, clip_high=0.2)
+    with_old = batch._replace(old_logprobs=batch_logprobs(batch, params))
+    without, metrics, _ = sgd_step(method, batch, params)
+    gradient, same_metrics, _ = sgd_step(method, with_old, params)
+    assert relative_difference(gradient, without) < 1e-5
+    for name, value in metrics.items():
+        np.testing.assert_allclose(same_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert metrics["policy/ratio_max"] == 1
+    assert metrics["policy/clipped_share"] == 0
+
+
+def test_one_update_compiles_to_one_forward_and_one_backward_pass(params):
+    """Its FLOPs are three times those of a forward pass: none is spent on old log-probabilities."""
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages, micro_batch_rows=8)
+    method, mesh, optimizer = make_method("trapo"), one_device_mesh(), optax.sgd(1.0)
+    shardings = state_shardings(params, optimizer, mesh)
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, mesh), params)
+    flops = lambda program: program.compile().cost_analysis()["flops"]
+    forward = make_batch_logprobs(
+        CONFIG, mesh, shardings.params, temperature=1.0, chunk_size=7
+    ).lower(state.params, batch)
+    step = make_step(method, params, mesh, optimizer)
+    ratio = flops(step.lower(state, batch, coefficients(method))) / flops(forward)
+    assert 2 < ratio < 3.5
+
+
+def test_non_finite_or_too_large_gradient_changes_nothing_but_is_counted(params):
+    groups, advantages = ragged_groups()
+    method = dataclasses.replace(make_method("trapo"), max_applied_grad_norm=10.0)
+    optimizer, mesh = optax.adam(1e-3), one_device_mesh()
+    step = make_step(method, params, mesh, optimizer)
+    state = init_state(params, optimizer, mesh)
+    for number, spoil in enumerate((np.nan, 1e5), start=1):
+        bad = [a.copy() for a in advantages]
+        bad[0][0] = spoil
+        state, metrics, _ = step(state, build(groups, bad), coefficients(method))
+        assert metrics["optimizer/skipped"] == 1
+        assert np.isfinite(metrics["optimizer/grad_norm"]) == (number == 2)
+        assert (state.step, state.num_skipped_in_a_row) == (number, number)
+        for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+            np.testing.assert_array_equal(new, old)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.opt_state)))
+    state, metrics, _ = step(state, build(groups, advantages), coefficients(method))
+    assert (metrics["optimizer/skipped"], state.num_skipped_in_a_row) == (0, 0)
+
+
+def test_swapping_optimizer_states_twice_puts_them_back():
+    state = TrainState("params", "main", 7, 0, ("second", "third"))
+    swapped = swap_optimizer(state, 2)
+    assert (swapped.opt_state, swapped.other_opt_states) == ("third", ("second", "main"))
+    assert swap_optimizer(swapped, 2) == swap_optimizer(state, 0) == state
+
+
+def test_nan_in_masked_slots_changes_nothing(params):
+    """Whatever stands beside the tokens that a loss is for."""
+    groups, advantages = ragged_groups()
+    batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=7)
+    own = batch.kinds == TokenKind.COMPLETION
+    spoiled = batch._replace(
+        advantages=np.where(own, batch.advantages, np.nan),
+        sampler_logprobs=np.where(own, batch.sampler_logprobs, np.nan),
+    )
+    method = make_method("trapo")
+    gradient, metrics, _ = sgd_step(method, batch, params)
+    same_gradient, same_metrics, _ = sgd_step(method, spoiled, params)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(same_gradient), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert metrics == same_metrics
+
+
+def test_learning_rate_warms_up_and_decays():
+    rate = make_learning_rate(
+        learning_rate=1.0,
+        warmup_steps=2,
+        num_steps=10,
+        decay_start=0.5,
+        final_learning_rate_ratio=0.1,
+    )
+    rates = [rate(step, step) for step in range(1, 11)]
+    expected = [0.5, 1.0, 1.0, 1.0, 1.0, 0.82, 0.64, 0.46, 0.28, 0.1]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    # A budget that ends the run after five steps: warm-up as ever, decay at twice the pace.
+    np.testing.assert_allclose(
+        [rate(step, 2 * step) for step in range(1, 6)], [0.5, 1.0, 0.82, 0.46, 0.1], rtol=1e-5
+    )
+
+
+def test_learning_rate_scales_the_update(params):
+    groups, advantages = ragged_groups()
+    batch, method, mesh = build(groups, advantages), make_method("trapo"), one_device_mesh()
+    optimizer = optax.sgd(1.0)
+    whole = sgd_step(method, batch, params)[0]
+    step = make_step(method, params, mesh, optimizer)
+    numbers = {**coefficients(method), "learning_rate": np.float32(0.25)}
+    state, _, _ = step(init_state(params, optimizer, mesh), batch, numbers)
+    quarter = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, state.params)
+    assert relative_difference(jax.tree.map(lambda x: 4 * x, quarter), whole) < 1e-5
+
+
+def test_weight_decay_spares_norms(params):
+    decaying = make_optimizer(adam_b1=0.9, adam_b2=0.9, weight_decay=0.1, max_grad_norm=1.0)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = decaying.update(zeros, decaying.init(params), params)
+    np.testing.assert_allclose(updates["embedding"], -0.1 * params["embedding"], rtol=1e-5)
+    np.testing.assert_array_equal(updates["layers"]["mlp_norm"], 0.0)
+    np.testing.assert_array_equal(updates["final_norm"], 0.0)
+
+
+def test_muon_orthogonalises_every_head_and_leaves_the_rest_to_adamw(params):
+    """Each matrix's update has singular values near 1, times 0.2 sqrt(its longer side); embeddings follow Adam."""
+    settings = {
+        "adam_b1": 0.9,
+        "adam_b2": 0.9,
+        "weight_decay": 0.1,
+        "max_grad_norm": 1e9,
+    }
+    grads = jax.tree.map(
+        lambda x: jnp.asarray(np.random.default_rng(x.size).normal(size=x.shape), x.dtype), params
+    )
+    optimizer = make_optimizer(**settings, name="muon")
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    layers = {
+        name: np.asarray(update + 0.1 * params["layers"][name])  # without the decay
+        for name, update in updates["layers"].items()
+    }
+    matrices = {
+        "qkv": np.moveaxis(layers["qkv"], 1, 3),  # [L, K, J, D, H]
+        "output": layers["output"],
+        "gate_up": np.moveaxis(layers["gate_up"], 1, 2),
+        "down": layers["down"],
+    }
+    for name, matrix in matrices.items():
+        values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape[-2:]) ** 0.5)
+        assert values.min() > 0.5, name
+        assert values.max() < 1.5, name
+    adamw = optax.adamw(1.0, b1=0.9, b2=0.9, weight_decay=0.0, nesterov=True)
+    expected, _ = adamw.update(grads, adamw.init(params), params)
+    for tree in (updates, expected):
+        tree |= {"mlp_norm": tree["layers"]["mlp_norm"]}
+    expected["embedding"] -= 0.1 * params["embedding"]
+    for name in ("embedding", "final_norm", "mlp_norm"):
+        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-4)
+
+
+def test_muon_trains_with_its_state_sharded_like_the_parameters(params):
+    groups, advantages = ragged_groups()
+    muon = make_optimizer(
+        adam_b1=0.9, adam_b2=0.95, weight_decay=0.0, max_grad_norm=1.0, name="muon"
+    )
+    optimizer = optax.chain(muon, optax.scale(1e-2))
+    batch, method = build(groups, advantages), make_method("sft")
+    before = sgd_step(method, batch, params)[1]["loss/total"]
+    state = sgd_step(method, batch, params, optimizer=optimizer)[2]
+    after = sgd_step(method, batch, jax.device_get(state.params))[1]["loss/total"]
+    assert after < before
+    flat, _ = jax.tree_util.tree_flatten_with_path(state.opt_state)
+    moments = {
+        path[-1].key: x.sharding.spec
+        for path, x in flat
+        if isinstance(path[-1], jax.tree_util.DictKey) and x.ndim > 1
+    }
+    assert moments["qkv"] == P(None, "fsdp", "tp", None, None)
+    assert moments["embedding"] == P("tp", "fsdp")
+
+
+def test_same_gradient_on_eight_devices():
+    """1, 8, 4 x 2 and 2 x 2 x 2 forced host devices, in a process of their own."""
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("eight_devices.py")],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "4 meshes agree" in result.stdout
+
+
+def test_mesh_that_does_not_fit_is_named():
+    from trapo_jax.types import UserError
+
+    with pytest.raises(UserError, match=r"mesh.tp=3 is not the number of devices"):
+        make_mesh(data=1, fsdp=1, tp=3)

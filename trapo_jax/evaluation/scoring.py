@@ -1,0 +1,262 @@
+"""How good a policy is on a set of problems: samples, verdicts, and the scores that follow from them.
+
+The same code serves the evaluations during training and `python -m trapo_jax.evaluate`.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from statistics import fmean
+from typing import NamedTuple
+
+from trapo_jax.distributed.processes import gather, my_share
+from trapo_jax.evaluation.statistics import bootstrap_interval, pass_at_k
+from trapo_jax.sampling import RolloutEngine
+from trapo_jax.types import (
+    Completion,
+    FinishReason,
+    Problem,
+    RolloutRequest,
+    SamplingParams,
+    Verdict,
+)
+
+# In place of a training step in the random keys: every evaluation of a run draws the same numbers,
+# so that two of them differ by the policy alone.
+EVALUATION_STEP = 2**32 - 1
+# Two equal samples that are this unlikely (in nats) share their noise, not their luck.
+IMPOSSIBLE_TWICE = -20.0
+
+Score = Callable[[Completion], Future[Verdict]]
+
+
+class Sample(NamedTuple):
+    """One judged completion."""
+
+    problem_id: str
+    source: str
+    verdict: Verdict
+    truncated: bool
+    completion_len: int
+    answer: str | None = None  # as it is written, for the majority vote
+    logprob: float = 0.0  # of the whole completion, under the distribution it was drawn from
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of a set of problems with n samples each; rates are shares of all samples.
+
+    Attributes:
+      num_problems, num_samples: how many; n is the samples of each problem.
+      accuracy: mean over all samples, also called avg@n.
+      interval: 95 % bootstrap interval of the accuracy over problems.
+      pass_at_k: for k = 1 .. n, the unbiased estimate that one of k samples is right.
+      majority: share of problems whose most frequent answer is right; answers are compared as
+        they are written, a tie counts by the share of its answers that are right.
+      truncated: reached the maximum length.
+      error_rate, timeout_rate: got no verdict, and count as wrong.
+      completion_len_mean: tokens.
+    """
+
+    num_problems: int
+    num_samples: int
+    accuracy: float
+    interval: tuple[float, float]
+    pass_at_k: tuple[float, ...]
+    majority: float
+    truncated: float
+    error_rate: float
+    timeout_rate: float
+    completion_len_mean: float
+
+
+def sample_problems(
+    engine: RolloutEngine,
+    score: Score,
+    requests: Sequence[RolloutRequest],
+    *,
+    params: SamplingParams,
+) -> Iterator[tuple[Completion, Verdict]]:
+    """Samples the requests and yields each with its verdict as soon as there is one.
+
+    Args:
+      engine: must be idle, with the weights to evaluate.
+      score: a completion's verdict, now or later.
+      requests: what to sample, unguided.
+      params: how tokens are drawn.
+    """
+    engine.submit(requests, step=EVALUATION_STEP, params=params)
+    judging: dict[Future[Verdict], Completion] = {}
+    while engine.is_busy or judging:
+        completions = engine.poll()
+        judging.update((score(completion), completion) for completion in completions)
+        if not completions and not engine.is_busy:
+            wait(judging, return_when=FIRST_COMPLETED)
+        for future in [future for future in judging if future.done()]:
+            yield judging.pop(future), future.result()
+
+
+def score_samples(samples: Sequence[Sample]) -> Scores:
+    """Scores of problems that have equally many samples each.
+
+    Raises:
+      ValueError: if there are none, or not equally many.
+    """
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.problem_id, []).append(sample)
+    sizes = {len(group) for group in groups.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"problems with {sorted(sizes)} samples each; need one number")
+    (num_samples,) = sizes
+    correct = [sum(s.verdict is Verdict.CORRECT for s in group) for group in groups.values()]
+    return Scores(
+        num_problems=len(groups),
+        num_samples=num_samples,
+        accuracy=fmean(correct) / num_samples,
+        interval=bootstrap_interval([c / num_samples for c in correct]),
+        pass_at_k=tuple(
+            fmean(pass_at_k(num_samples, c, k) for c in correct) for k in range(1, num_samples + 1)
+        ),
+        majority=fmean(map(_majority, groups.values())),
+        truncated=fmean(s.truncated for s in samples),
+        error_rate=fmean(s.verdict is Verdict.ERROR for s in samples),
+        timeout_rate=fmean(s.verdict is Verdict.TIMEOUT for s in samples),
+        completion_len_mean=fmean(s.completion_len for s in samples),
+    )
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+      metrics: by name, over all problems.
+      problems: columns, an entry a problem: `id`, `source`, `greedy` (1 if right), `correct` (of the samples
+        drawn at temperature 1), `len` (their mean, in tokens).
+    """
+
+    metrics: dict[str, float]
+    problems: dict[str, list]
+
+
+def evaluate(
+    engine: RolloutEngine,
+    score: Score,
+    problems: Sequence[Problem],
+    *,
+    num_samples: int,
+) -> Evaluation:
+    """Samples each problem once greedily and `num_samples` times at temperature 1, unguided.
+
+    Args:
+      engine: samples; must be idle, with the weights to evaluate.
+      score: a completion's verdict, now or later.
+      problems: distinct problems.
+      num_samples: n, samples per problem.
+
+    Returns:
+      Each problem's results, and the metrics `eval/accuracy_greedy`, `eval/accuracy_sampled` (both also for each
+      source), `eval/pass@k` for k = 1, 2, 4 .. n; over the samples at temperature 1 `eval/entropy`, the mean
+      over tokens of -log p, which estimates the entropy; and over all completions `eval/truncated`,
+      `eval/completion_len_mean`, `eval/error_rate` and `eval/timeout_rate`.
+    """
+
+    def take(count: int, temperature: float) -> list[Sample]:
+        """Of all problems; every process samples its share."""
+        requests = [RolloutRequest(p, j) for p in my_share(problems) for j in range(count)]
+        judged = sample_problems(engine, score, requests, params=SamplingParams(temperature))
+        mine = [make_sample(completion, verdict) for completion, verdict in judged]
+        return [
+            Sample(*fields)._replace(verdict=Verdict(fields[2]))
+            for of_process in gather(mine)
+            for fields in of_process
+        ]
+
+    greedy, sampled = take(1, 0.0), take(num_samples, 1.0)
+    overall = score_samples(sampled)
+    metrics = {
+        "eval/accuracy_greedy": score_samples(greedy).accuracy,
+        "eval/accuracy_sampled": overall.accuracy,
+        **{f"eval/pass@{k}": overall.pass_at_k[k - 1] for k in powers_of_2_up_to(num_samples)},
+        "eval/entropy": -math.fsum(s.logprob for s in sampled)
+        / max(1, sum(s.completion_len for s in sampled)),
+    }
+    for kind, samples in (("greedy", greedy), ("sampled", sampled)):
+        for source, scores in scores_by_source(samples).items():
+            metrics[f"eval/accuracy_{kind}/{source}"] = scores.accuracy
+    everything = greedy + sampled
+    metrics["eval/truncated"] = fmean(s.truncated for s in everything)
+    metrics["eval/completion_len_mean"] = fmean(s.completion_len for s in everything)
+    metrics["eval/error_rate"] = fmean(s.verdict is Verdict.ERROR for s in everything)
+    metrics["eval/timeout_rate"] = fmean(s.verdict is Verdict.TIMEOUT for s in everything)
+    return Evaluation(metrics, problem_columns(greedy, sampled))
+
+
+def problem_columns(greedy: Sequence[Sample], sampled: Sequence[Sample]) -> dict[str, list]:
+    """Results by problem, in the order of their ids; see `Evaluation.problems`.
+
+    Args:
+      greedy: one sample a problem.
+      sampled: equally many of each of the same problems.
+    """
+    by_problem: dict[str, list[Sample]] = {}
+    for sample in sampled:
+        by_problem.setdefault(sample.problem_id, []).append(sample)
+    greedily = sorted(greedy, key=lambda s: s.problem_id)
+    groups = [by_problem[sample.problem_id] for sample in greedily]
+    return {
+        "id": [s.problem_id for s in greedily],
+        "source": [s.source for s in greedily],
+        "greedy": [int(s.verdict is Verdict.CORRECT) for s in greedily],
+        "correct": [sum(s.verdict is Verdict.CORRECT for s in group) for group in groups],
+        "len": [fmean(s.completion_len for s in group) for group in groups],
+    }
+
+
+def make_sample(completion: Completion, verdict: Verdict, answer: str | None = None) -> Sample:
+    problem = completion.request.problem
+    return Sample(
+        problem_id=problem.id,
+        source=problem.source,
+        verdict=verdict,
+        truncated=completion.finish_reason is FinishReason.LENGTH,
+        completion_len=len(completion.token_ids),
+        answer=answer,
+        logprob=sum(completion.logprobs),
+    )
+
+
+def scores_by_source(samples: Sequence[Sample]) -> dict[str, Scores]:
+    """Scores of each source's problems, by name."""
+    return {
+        source: score_samples([s for s in samples if s.source == source])
+        for source in sorted({s.source for s in samples})
+    }
+
+
+def powers_of_2_up_to(number: int) -> list[int]:
+    """1, 2, 4 ... and the number itself.
+
+    >>> powers_of_2_up_to(6)
+    [1, 2, 4, 6]
+    """
+    powers = [2**i for i in range(number.bit_length())]
+    return powers if powers[-1] == number else [*powers, number]
+
+
+def shares_noise(completions: Sequence[tuple[tuple[int, ...], float]]) -> bool:
+    """Whether two of a problem's samples (token ids, total log-probability) are equal though they are
+    far too unlikely to be drawn twice: their random keys must have been the same."""
+    seen = Counter(ids for ids, logprob in completions if logprob < IMPOSSIBLE_TWICE)
+    return any(count > 1 for count in seen.values())
+
+
+def _majority(group: Sequence[Sample]) -> float:
+    votes = Counter(sample.answer for sample in group if sample.answer is not None)
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    right = {sample.answer for sample in group if sample.verdict is Verdict.CORRECT}
+    return fmean(answer in right for answer, count in votes.items() if count == most)
