@@ -10,7 +10,7 @@ from importlib import metadata
 from conftest import REPOSITORY  # isort: skip
 
 PACKAGE = REPOSITORY / "trapo_jax"
-LEAVES = {"types", "sandbox"}
+LEAVES = {"types", "sandbox", "import_path"}
 COMMANDS = {
     "train",
     "evaluate",
@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "comparison": {"config", "evaluation", "runs"},
     "types": set(),
     "sandbox": set(),
+    "import_path": set(),
 }
 
 

@@ -14,6 +14,7 @@ MODULES = (
     "trapo_jax.data.card_shuffles",
     "trapo_jax.data.columns",
     "trapo_jax.evaluation.scoring",
+    "trapo_jax.import_path",
     "trapo_jax.losses.attenuation",
     "trapo_jax.losses.kl",
     "trapo_jax.losses.logprobs",

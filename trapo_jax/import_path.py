@@ -1,0 +1,74 @@
+"""Imports an object that the user names by its import path, `package.module:name`."""
+
+import importlib
+import os
+import re
+import sys
+import traceback
+from types import ModuleType
+from typing import Any
+
+from trapo_jax.types import UserError
+
+IDENTIFIER = r"[^\W\d]\w*"
+IMPORT_PATH = re.compile(rf"({IDENTIFIER}(?:\.{IDENTIFIER})*):({IDENTIFIER})")
+
+
+def import_object(path: str, field: str) -> Any:
+    """Imports the object that `path` names.
+
+    Modules in the working directory can be imported, too, whether a command was started as
+    `python -m trapo_jax.train` or through its console script. Importing runs the module's code: never pass a
+    path that was read from a model folder or a dataset.
+
+    Args:
+      path: `package.module:name`.
+      field: the config field or option that holds the path, such as `sampling.engine`; errors name it.
+
+    Returns:
+      The attribute `name` of the module `package.module`.
+
+    Raises:
+      UserError: in one line, if `path` has another form, the module cannot be found or raises while it is
+        imported, or it has no such attribute.
+
+    >>> import_object("math:hypot", "sampling.engine")(3, 4)
+    5.0
+    """
+    match = IMPORT_PATH.fullmatch(path)
+    if match is None:
+        raise UserError(f"{field}={path}: expected an import path of the form package.module:name")
+    module = _import_module(match[1], f"{field}={path}")
+    try:
+        return getattr(module, match[2])
+    except AttributeError as error:
+        location = getattr(module, "__file__", None) or "built in"
+        raise UserError(
+            f"{field}={path}: module {match[1]} ({location}) does not define {match[2]!r}"
+        ) from error
+
+
+def _import_module(name: str, setting: str) -> ModuleType:
+    working_directory = os.getcwd()
+    if not {"", working_directory} & set(sys.path):
+        sys.path.append(working_directory)  # last, so that no file there hides an installed package
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and _is_or_contains(error.name, name):
+            raise UserError(
+                f"{setting}: no module {error.name!r} in {working_directory} or among the installed packages"
+            ) from error
+        raise UserError(f"{setting}: importing {name} failed: {_describe(error)}") from error
+
+
+def _is_or_contains(package: str | None, module: str) -> bool:
+    """Whether `package` is the module or one of its parent packages."""
+    return package is not None and f"{module}.".startswith(f"{package}.")
+
+
+def _describe(error: BaseException) -> str:
+    """The exception in one line, with the line of code that raised it."""
+    message = " ".join(str(error).split())
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {message} ({frame.filename}, line {frame.lineno})"
