@@ -16,7 +16,7 @@
 # Micro-group sampling (TRAPO, arXiv 2512.17636, Section 3.1) gives each of a problem's eight rollouts an expert
 # prefix or none, depending on the rewards so far. This notebook computes what that means on average for a problem
 # of a given solve rate: how much guidance, in which micro-group, and how many tokens are left to sample. The
-# numbers are exact: every sequence of rewards (0 or 1) goes through the library's own `Scheduler`, weighted by
+# numbers are exact: every sequence of rewards (0 or 1) goes through the library's own `Guidance`, weighted by
 # its probability. Two settings are compared, `paper` and `reference` (the released code).
 
 # %%
@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from trapo_jax.methods import make_method
-from trapo_jax.rollouts.guidance import Scheduler
+from trapo_jax.rollouts.guidance import Guidance
 from trapo_jax.types import Expert, Problem, RolloutRequest
 
 # Okabe and Ito's palette: told apart with every kind of colour vision.
@@ -62,7 +62,7 @@ problem = Problem(id="0" * 16, prompt_ids=(1, 2, 3), answer="", experts=(expert,
 
 def make_scheduler(preset):
     method = make_method("trapo", preset=preset)
-    return Scheduler(
+    return Guidance(
         method.micro_groups,
         max_completion_length=2 * EXPERT_LEN,
         prefix_boundary=method.prefix_boundary,
@@ -75,7 +75,7 @@ for preset, scheduler in schedulers.items():
     state = scheduler.start(problem)
     for index in range(scheduler.group_size):  # all rewards 0: every gate opens
         state = scheduler.observe(state, index, 0.0)
-        lens = [request.prefix_len for request in scheduler.ready(problem, state)]
+        lens = [request.prefix_len for request in scheduler.ready(state)]
         print(f"{preset:9} after {index + 1} failures: prefixes of the next rollouts {lens}")
 
 # %% [markdown]
@@ -105,7 +105,7 @@ def outcomes(scheduler, success, *, choose=0):
     """
 
     def walk(state, probability, done):
-        released = scheduler.ready(problem, state)
+        released = scheduler.ready(state)
         if not released:
             yield probability, done, np.mean(state.rewards)
             return

@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import trapo_jax
-from trapo_jax.data import card_shuffles_splits, encode_examples, load_tokenizer
+from trapo_jax.data import card_shuffles_splits, encode_examples
 from trapo_jax.losses import (
     attenuated_cross_entropy_from_logprobs,
     probability_attenuation,
@@ -38,7 +38,7 @@ from trapo_jax.losses import (
     unit_attenuation,
     variance_attenuation,
 )
-from trapo_jax.models import apply_decoder, load_params, read_config, unembedding
+from trapo_jax.models import apply_decoder, load_params, load_tokenizer, read_config, unembedding
 
 warnings.filterwarnings("ignore", message="IProgress")  # progress bars need not be interactive
 

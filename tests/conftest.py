@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from trapo_jax.data import load_tokenizer
+    from trapo_jax.models import load_tokenizer
 
     return load_tokenizer(TINY_MODEL)
 

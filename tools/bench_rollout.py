@@ -50,7 +50,7 @@ from trapo_jax.models import (
     init_params,
     read_config,
 )
-from trapo_jax.rollouts.guidance import Scheduler
+from trapo_jax.rollouts.guidance import Guidance
 from trapo_jax.types import Expert, MicroGroup, Problem
 
 ENGINES = ("ours", "barrier", "unshared", "transformers", "tunix")
@@ -238,14 +238,14 @@ def finished_job(
     """Adds the rounds: what the guidance comes to, one list of rows a micro-group."""
     rounds: list[list[dict]] = [[] for _ in micro_groups]
     longest = max(max(*p["num_new"], len(p["expert"])) for p in problems)
-    scheduler = Scheduler(tuple(micro_groups), longest)
+    scheduler = Guidance(tuple(micro_groups), longest)
     for i, p in enumerate(problems):
         p.setdefault("unguided_len", list(p["num_new"]))
         experts = (Expert(tuple(p["expert"])),) if p["expert"] else ()
         problem = Problem(f"{i:016x}", tuple(p["prompt"]), "", experts)
         state = scheduler.start(problem)
         for rows in rounds:  # whose rewards settle the next one's guidance
-            for request in scheduler.ready(problem, state):
+            for request in scheduler.ready(state):
                 j = request.sample_index
                 state = scheduler.observe(state, j, p["rewards"][j])
                 if request.prefix_len < len(p["expert"]) or not request.prefix_len:

@@ -93,8 +93,8 @@ def make_problems(job: Job) -> list:
 def run_freely(engine, job: Job) -> None:
     from concurrent.futures import Future
 
-    from trapo_jax.rollouts.collection import collect_rollouts
-    from trapo_jax.rollouts.guidance import Scheduler
+    from trapo_jax.rollouts.collection import collect_groups
+    from trapo_jax.rollouts.guidance import Guidance
     from trapo_jax.types import MicroGroup, SamplingParams, Verdict
 
     def score(completion):
@@ -105,9 +105,9 @@ def run_freely(engine, job: Job) -> None:
 
     micro_groups = tuple(MicroGroup(*group) for group in job["micro_groups"])
     longest = max(max(*p["num_new"], len(p["expert"])) for p in job["problems"])
-    collect_rollouts(
+    collect_groups(
         engine,
-        lambda _: Scheduler(micro_groups, longest),
+        lambda _: Guidance(micro_groups, longest),
         score,
         make_problems(job),
         step=1,

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from trapo_jax.data import load_tokenizer, make_template
+from trapo_jax.data import make_template
 from trapo_jax.models import (
     apply_decoder,
     find_model,
     load_params,
+    load_tokenizer,
     read_config,
     read_eos_ids,
     unembedding,

@@ -13,7 +13,7 @@ import numpy as np
 
 from trapo_jax.losses import clip_attenuation, trsft_loss_from_logprobs
 from trapo_jax.methods import make_method
-from trapo_jax.rollouts.guidance import Scheduler
+from trapo_jax.rollouts.guidance import Guidance
 from trapo_jax.types import Expert, Problem
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe-Ito
@@ -26,13 +26,13 @@ def guided_probability(solve_rates: np.ndarray) -> np.ndarray:
     Exact: every outcome of the group goes through the scheduler.
     """
     method = make_method("trapo")
-    scheduler = Scheduler(method.micro_groups, 1000)
+    scheduler = Guidance(method.micro_groups, 1000)
     problem = Problem("0" * 16, (1,), "", (Expert(tuple(range(100))),))
     result = np.zeros((len(solve_rates), len(method.micro_groups)))
     for outcome in itertools.product((0.0, 1.0), repeat=scheduler.group_size):
         state, guided = scheduler.start(problem), np.zeros(len(method.micro_groups))
-        while not state.finished:
-            request = scheduler.ready(problem, state)[0]
+        while not state.is_complete:
+            request = scheduler.ready(state)[0]
             guided[request.micro_group] = request.prefix_len > 0
             state = scheduler.observe(state, request.sample_index, outcome[request.sample_index])
         solved = sum(outcome)

@@ -20,11 +20,10 @@ import optax
 from jax.sharding import Mesh
 
 from trapo_jax.config import Config, load_config
-from trapo_jax.data import load_tokenizer
 from trapo_jax.data.splits import load_splits
 from trapo_jax.distributed.sharding import make_mesh, num_batch_shards
 from trapo_jax.methods import Method, Sampled, Update
-from trapo_jax.models import abstract_params, find_model, load_params
+from trapo_jax.models import abstract_params, find_model, load_params, load_tokenizer
 from trapo_jax.parts import build_decoder, build_method, build_train_step
 from trapo_jax.runs.loggers import as_command, fail
 from trapo_jax.training.packing import build_batch

@@ -27,7 +27,6 @@ from trapo_jax.data import (
     TemplateKind,
     encode_examples,
     examples_from_rows,
-    load_tokenizer,
     make_template,
     read_rows,
 )
@@ -47,6 +46,7 @@ from trapo_jax.models import (
     Params,
     find_model,
     load_params,
+    load_tokenizer,
     read_config,
     read_eos_ids,
 )

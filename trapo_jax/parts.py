@@ -1,7 +1,6 @@
 """What a run is made of, built once from its config; the commands work with it."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -12,25 +11,26 @@ import optax
 from jax.sharding import Mesh
 
 from trapo_jax.config import Config
-from trapo_jax.data import load_tokenizer
 from trapo_jax.data.splits import load_splits
 from trapo_jax.distributed.sharding import make_mesh, num_batch_shards
 from trapo_jax.methods import Method, make_method
 from trapo_jax.models import (
     DecoderConfig,
     Lora,
+    TokenCost,
     abstract_params,
     find_model,
     load_params,
+    load_tokenizer,
     read_config,
     read_eos_ids,
-    split_trained,
+    token_cost,
 )
 from trapo_jax.rewards import Verifier, make_verifier
-from trapo_jax.rollouts.guidance import Scheduler
+from trapo_jax.rollouts.guidance import Guidance
 from trapo_jax.runs.monitoring import Watchdog
 from trapo_jax.sampling import JaxEngine
-from trapo_jax.training.budget import Budget, TokenCost
+from trapo_jax.training.budget import Budget
 from trapo_jax.training.train_step import (
     TrainState,
     TrainStep,
@@ -69,10 +69,10 @@ class Parts:
     ref_params: Any  # of the model the run began with; None if no loss needs them
     watchdog: Watchdog
 
-    def scheduler_at(self, moment: Moment) -> Callable[[Problem], Scheduler]:
+    def scheduler_at(self, moment: Moment) -> Callable[[Problem], Guidance]:
         """What decides the guidance of each problem of a step."""
         method, longest = self.method, self.config.sampling.max_completion_length
-        return lambda problem: Scheduler(
+        return lambda problem: Guidance(
             method.micro_groups_at(moment, problem),
             longest,
             method.prefix_boundary,
@@ -205,25 +205,6 @@ def build_learning_rate(config: Config) -> Callable[[float, float], float]:
         num_steps=t.num_steps,
         decay_start=t.decay_start,
         final_learning_rate_ratio=t.final_learning_rate_ratio,
-    )
-
-
-def token_cost(decoder: DecoderConfig) -> TokenCost:
-    """What a token costs, for `Counters.flops`."""
-
-    def count(params: Any) -> int:
-        shapes = jax.tree_util.tree_flatten_with_path(params)[0]
-        return sum(
-            math.prod(x.shape)
-            for path, x in shapes
-            if path[-1].key != "embedding" or decoder.tied_embeddings
-        )
-
-    params = abstract_params(decoder)
-    return TokenCost(
-        num_params=count(params),
-        num_trained=count(split_trained(params)[0]),
-        per_pair=4 * decoder.num_layers * decoder.num_heads * decoder.head_dim,
     )
 
 

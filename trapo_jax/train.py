@@ -38,10 +38,9 @@ from trapo_jax.models import (
 from trapo_jax.parts import Parts, build, build_method
 from trapo_jax.report import REPORT, write_report
 from trapo_jax.rollouts.collection import (
-    NOTHING_BEGUN,
-    Begun,
-    collect_rollouts,
-    share_rollouts,
+    PartialRollouts,
+    collect_groups,
+    share_groups,
 )
 from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, Retention, abstract_like
 from trapo_jax.runs.directory import (
@@ -112,7 +111,7 @@ class Progress:
 
     counters: Counters
     method_state: Mapping[str, Any]
-    begun: Begun = NOTHING_BEGUN
+    begun: PartialRollouts = dataclasses.field(default_factory=PartialRollouts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -342,19 +341,19 @@ def train_one_step(
     moment = Moment(step, parts.budget.progress(counters, step - 1), config.seed)
     parts.engine.update_weights(state.params, step - 1)
     before = parts.engine.counters
-    num_stale = sum(gather(progress.begun.num_sampled))
-    mine, reward_secs, begun = collect_rollouts(
+    num_stale = sum(gather(progress.begun.num_sampled_tokens))
+    mine, reward_secs, begun = collect_groups(
         parts.engine,
         parts.scheduler_at(moment),
         parts.score,
         my_share(problems),
         step=step,
         params=SamplingParams(config.sampling.temperature),
-        begun=progress.begun,
+        partial=progress.begun,
         upcoming=my_share(ahead),
     )
     progress.begun = begun._replace(unfinished=parts.engine.release())
-    groups = share_rollouts(mine, problems)
+    groups = share_groups(mine, problems)
     check_verdicts(groups, step, max_error_rate=config.rewards.max_error_rate)
     sampled, engine_did = time.perf_counter(), parts.engine.counters - before
     prefilled_tokens = sum(gather(engine_did.prefilled_tokens))

@@ -5,10 +5,14 @@ Nothing here computes. Every stage imports this module and no other stage.
 
 import dataclasses
 import enum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 BATCH_AXES = ("data", "fsdp")  # of the mesh: along which rows of a batch are split
 TENSOR_AXIS = "tp"  # along which heads, MLP and vocabulary are
+
+
+# Where an expert prefix may end: at the exact token, or at the end of a paragraph.
+PrefixBoundary = Literal["exact", "paragraph"]
 
 
 class UserError(Exception):

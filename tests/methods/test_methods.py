@@ -21,7 +21,7 @@ from trapo_jax.methods import (
     make_method,
 )
 from trapo_jax.rollouts.collection import is_complete
-from trapo_jax.rollouts.guidance import Scheduler
+from trapo_jax.rollouts.guidance import Guidance
 from trapo_jax.training.packing import build_batch
 from trapo_jax.training.train_step import _term_weights
 from trapo_jax.types import (
@@ -53,15 +53,15 @@ def problem(number):
 def sample_group(method, problem, rewards, moment=NOW):
     """The group that the scheduler asks for when rollout j gets rewards[j]; completions of random lengths."""
     rng = np.random.default_rng(problem.key)
-    scheduler = Scheduler(
+    scheduler = Guidance(
         method.micro_groups_at(moment, problem),
         MAX_LENGTH,
         method.prefix_boundary,
         method.second_expert_last,
     )
     state, rollouts = scheduler.start(problem), {}
-    while not state.finished:
-        request = scheduler.ready(problem, state)[0]
+    while not state.is_complete:
+        request = scheduler.ready(state)[0]
         room = MAX_LENGTH - request.prefix_len
         count = 0 if is_complete(request, MAX_LENGTH) else int(rng.integers(1, room + 1))
         tokens = tuple(rng.integers(2, 16, count).tolist())
@@ -460,10 +460,10 @@ def test_guidance_equals_the_table(name):
     method = make_method(name)
     moment = Moment(step=60, progress=2 / 3, seed=3)
     for reward, expected in zip("01", GUIDANCE[name], strict=True):
-        scheduler = Scheduler(method.micro_groups_at(moment, LONG), 1000)
+        scheduler = Guidance(method.micro_groups_at(moment, LONG), 1000)
         state, lens = scheduler.start(LONG), {}
-        while not state.finished:
-            request = scheduler.ready(LONG, state)[0]
+        while not state.is_complete:
+            request = scheduler.ready(state)[0]
             lens[request.sample_index] = request.prefix_len
             state = scheduler.observe(state, request.sample_index, float(reward))
         assert [lens[j] for j in sorted(lens)] == expected

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from trapo_jax.data import load_tokenizer
 from trapo_jax.models import (
     export_model,
     init_params,
     load_params,
+    load_tokenizer,
     read_config,
 )
 from trapo_jax.types import UserError

@@ -23,9 +23,9 @@ from trapo_jax.models import (
     load_params,
     read_config,
     split_trained,
+    token_cost,
 )
 from trapo_jax.models.lora import SUFFIXES, A, B, merged
-from trapo_jax.parts import token_cost
 from trapo_jax.training.train_step import init_state
 
 from conftest import JOB, TINY_MODEL, run_command  # isort: skip

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from trapo_jax.evaluation.scoring import evaluate, pass_at_k
 from trapo_jax.methods import make_method
-from trapo_jax.rollouts.collection import NOTHING_BEGUN, collect_rollouts
-from trapo_jax.rollouts.guidance import Scheduler
+from trapo_jax.rollouts.collection import PartialRollouts, collect_groups
+from trapo_jax.rollouts.guidance import Guidance
 from trapo_jax.types import (
     Completion,
     Expert,
@@ -104,21 +104,21 @@ class SlotEngine:
 def test_idle_slots_begin_with_the_next_step_and_it_goes_on_under_its_own_weights():
     """Seven problems in steps of two, of which one comes twice in a row."""
     steps = [[0, 1], [2, 3], [3, 4], [5, 6]]
-    engine, begun, seen = SlotEngine(), NOTHING_BEGUN, []
+    engine, begun, seen = SlotEngine(), PartialRollouts(), []
     micro_groups = make_method("trapo").micro_groups
     for number, step in enumerate(steps):
         engine.version = number
-        collected = collect_rollouts(
+        collected = collect_groups(
             engine,
-            lambda _: Scheduler(micro_groups, 64),
+            lambda _: Guidance(micro_groups, 64),
             lambda c: at_once(verdict(c.request.sample_index % 2)),
             [problem(i) for i in step],
             step=number,
             params=SamplingParams(),
-            begun=begun,
+            partial=begun,
             upcoming=[problem(i) for i in steps[number + 1]] if number < 3 else [],
         )
-        begun = collected.begun._replace(unfinished=engine.release())
+        begun = collected.partial._replace(unfinished=engine.release())
         assert [[int(r.request.problem.answer) for r in g] for g in collected.groups] == [
             [i] * 8 for i in step
         ]
@@ -129,8 +129,8 @@ def test_idle_slots_begin_with_the_next_step_and_it_goes_on_under_its_own_weight
                 assert engine.step_of.get(key, number) == number
                 assert set(rollout.completion.token_ids) <= {number, number - 1}
                 seen.append(rollout.completion.token_ids)
-        stale = begun.num_sampled
-        next_problems = {int(g.problem.answer) for g in begun.groups.values()}
+        stale = begun.num_sampled_tokens
+        next_problems = {int(g.state.problem.answer) for g in begun.groups.values()}
         assert next_problems <= set(steps[number + 1] if number < 3 else []) - set(step)
         assert (stale > 0) == bool(begun.groups)
     assert begun.groups == {}
@@ -161,9 +161,9 @@ def test_a_verdict_is_seen_while_others_are_decoded():
         is_first = request.problem.answer == "0" and request.sample_index == 0
         return first if is_first else at_once(Verdict.CORRECT)
 
-    collect_rollouts(
+    collect_groups(
         Engine(),
-        lambda _: Scheduler((MicroGroup(1, 0.0, -1.0), MicroGroup(1, 0.5, 0.5)), 64),
+        lambda _: Guidance((MicroGroup(1, 0.0, -1.0), MicroGroup(1, 0.5, 0.5)), 64),
         score,
         [problem(0), problem(1)],
         step=1,
@@ -181,9 +181,9 @@ def test_an_engine_that_loses_requests_is_an_error():
             return []
 
     with pytest.raises(RuntimeError, match="lost requests"):
-        collect_rollouts(
+        collect_groups(
             Forgetful(newest_first=False),
-            lambda _: Scheduler(make_method("grpo").micro_groups, 64),
+            lambda _: Guidance(make_method("grpo").micro_groups, 64),
             lambda _: at_once(Verdict.WRONG),
             [problem(1)],
             step=1,
@@ -204,9 +204,9 @@ def verdict(reward):
 def collect(reward_of, *, newest_first=False, method="trapo", problems=3, score=None):
     method = make_method(method)
     engine = ScriptedEngine(newest_first=newest_first)
-    groups, *_ = collect_rollouts(
+    groups, *_ = collect_groups(
         engine,
-        lambda _: Scheduler(method.micro_groups, 64),
+        lambda _: Guidance(method.micro_groups, 64),
         score or (lambda c: at_once(verdict(reward_of(c.request)))),
         [problem(i) for i in range(problems)],
         step=1,
@@ -316,9 +316,9 @@ def test_sft_samples_nothing():
 def test_same_problem_twice_is_refused():
     method = make_method("grpo")
     with pytest.raises(ValueError, match="same problem twice"):
-        collect_rollouts(
+        collect_groups(
             ScriptedEngine(newest_first=False),
-            lambda _: Scheduler(method.micro_groups, 64),
+            lambda _: Guidance(method.micro_groups, 64),
             lambda _: at_once(Verdict.WRONG),
             [problem(1), problem(1)],
             step=1,

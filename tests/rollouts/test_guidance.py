@@ -1,24 +1,20 @@
 """Guidance against hand-written tables, at the thresholds too; early release against waiting."""
 
-import ast
 import itertools
-import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import trapo_jax.rollouts.guidance
 from trapo_jax.methods import ALWAYS, NEVER, make_method
-from trapo_jax.rollouts.guidance import GroupState, Scheduler, is_guided
+from trapo_jax.rollouts.guidance import Guidance, is_guided
 from trapo_jax.types import Expert, MicroGroup, Problem
 
 EXPERT = Expert(tuple(range(100, 110)))  # 10 tokens, the last one EOS
 PROBLEM = Problem("0" * 16, (1, 2, 3), "42", (EXPERT,))
 
 
-def scheduler(name="trapo", preset="paper", **overrides) -> Scheduler:
+def scheduler(name="trapo", preset="paper", **overrides) -> Guidance:
     method = make_method(name, preset=preset)
     arguments = {
         "micro_groups": method.micro_groups,
@@ -26,14 +22,14 @@ def scheduler(name="trapo", preset="paper", **overrides) -> Scheduler:
         "prefix_boundary": method.prefix_boundary,
         "second_expert_last": method.second_expert_last,
     }
-    return Scheduler(**{**arguments, **overrides})
+    return Guidance(**{**arguments, **overrides})
 
 
-def guidance(plan: Scheduler, rewards, problem=PROBLEM) -> list[tuple[int, int]]:
+def guidance(plan: Guidance, rewards, problem=PROBLEM) -> list[tuple[int, int]]:
     """(expert_index, prefix_len) of each rollout when rollout j gets rewards[j], one by one."""
     state, plans = plan.start(problem), {}
-    while not state.finished:
-        ready = plan.ready(problem, state)
+    while not state.is_complete:
+        ready = plan.ready(state)
         plans |= {r.sample_index: (r.expert_index, r.prefix_len) for r in ready}
         index = ready[0].sample_index
         state = plan.observe(state, index, float(rewards[index]))
@@ -129,10 +125,10 @@ def test_prefix_of_no_token_is_unguided():
     assert guidance(scheduler(), [0.0] * 8, problem)[4:] == [FREE, FREE, (0, 1), (0, 3)]
 
 
-def test_state_survives_json():
+def test_observing_a_reward_returns_a_new_state():
     plan = scheduler()
     state = plan.observe(plan.start(PROBLEM), 2, 0.5)
-    assert GroupState.from_json(json.loads(json.dumps(state.to_json()))) == state
+    assert plan.start(PROBLEM).rewards == (None,) * 8
     assert state.rewards == (None, None, 0.5, None, None, None, None, None)
 
 
@@ -155,7 +151,7 @@ def test_gate_opens_before_the_last_straggler():
     state = plan.start(PROBLEM)
     for index in (0, 1, 3):
         state = plan.observe(state, index, 0.0)  # mean of four is at most 1/4 < 0.5
-    assert [r.sample_index for r in plan.ready(PROBLEM, state)][:3] == [2, 4, 5]
+    assert [r.sample_index for r in plan.ready(state)][:3] == [2, 4, 5]
 
 
 groups = st.lists(
@@ -172,7 +168,7 @@ groups = st.lists(
 
 @given(groups, st.data())
 def test_early_release_gives_the_same_guidance_as_waiting(micro_groups, data):
-    plan = Scheduler(tuple(micro_groups), 64)
+    plan = Guidance(tuple(micro_groups), 64)
     size = plan.group_size
     rewards = data.draw(
         st.lists(st.sampled_from([0.0, 0.1, 1 / 3, 0.7, 1.0]), min_size=size, max_size=size)
@@ -187,8 +183,8 @@ def test_early_release_gives_the_same_guidance_as_waiting(micro_groups, data):
         first += group.size
     # Early release: observe in an arbitrary order among what is ready.
     state, plans = plan.start(PROBLEM), {}
-    while not state.finished:
-        ready = plan.ready(PROBLEM, state)
+    while not state.is_complete:
+        ready = plan.ready(state)
         for request in ready:
             seen = (request.expert_index, request.prefix_len)
             assert plans.setdefault(request.sample_index, seen) == seen
@@ -207,22 +203,6 @@ def test_order_of_rewards_does_not_matter(rewards):
     mean = sum(sorted([0.1, 0.2, 0.3, 0.7, 0.05, 1 / 3])) / 6
     decisions = {is_guided(rewards, t) for t in (mean - 1e-12,)}
     assert decisions == {False}
-
-
-def test_imports_no_jax():
-    tree = ast.parse(Path(trapo_jax.rollouts.guidance.__file__).read_text())
-    modules = {
-        name.split(".")[0]
-        for node in ast.walk(tree)
-        for name in (
-            [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else []
-        )
-    }
-    assert modules <= {"dataclasses", "math", "collections", "trapo_jax"}
 
 
 def test_every_reward_sequence_ends_with_a_whole_group():

@@ -4,8 +4,9 @@ import pytest
 
 from trapo_jax.config import load_config
 from trapo_jax.methods.selection import first_of_each_prefix, rows_of_group
+from trapo_jax.models import TokenCost
 from trapo_jax.train import check_budget
-from trapo_jax.training.budget import Budget, Counters, TokenCost
+from trapo_jax.training.budget import Budget, Counters
 from trapo_jax.types import (
     Completion,
     Expert,

@@ -19,7 +19,6 @@ from trapo_jax.data.problems import (
 )
 from trapo_jax.data.sources import Row, read_rows
 from trapo_jax.data.templates import Template, TemplateKind, make_template
-from trapo_jax.data.tokenizer import load_tokenizer
 
 __all__ = [
     "COLUMN_PRESETS",
@@ -36,7 +35,6 @@ __all__ = [
     "examples_from_rows",
     "fingerprint",
     "gsm_symbolic_splits",
-    "load_tokenizer",
     "make_template",
     "problem_batches",
     "read_rows",

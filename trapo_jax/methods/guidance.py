@@ -1,6 +1,6 @@
 """How much of the expert a group's rollouts start from. Host only, no jax.
 
-A group is a tuple of micro-groups (see `Scheduler`); a `vary` function changes it with the moment and the problem.
+A group is a tuple of micro-groups (see `Guidance`); a `vary` function changes it with the moment and the problem.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from trapo_jax.methods.selection import Sampled, Selection, train_all
-from trapo_jax.types import MicroGroup, Moment, Problem, TokenKind
+from trapo_jax.types import MicroGroup, Moment, PrefixBoundary, Problem, TokenKind
 
 Normalizer = Literal["token_mean", "sequence_mean", "constant_sum", "constant_mean"]
 Vary = Callable[[tuple[MicroGroup, ...], Moment, Problem], tuple[MicroGroup, ...]]
@@ -79,7 +79,7 @@ class Method:
       terms: the objective.
       source: where the method comes from.
       vary: the micro-groups of a moment and a problem.
-      prefix_boundary, second_expert_last: see `Scheduler`.
+      prefix_boundary, second_expert_last: see `Guidance`.
       select: what is trained of what was sampled, and the method's state afterwards.
       optimizers: names of the optimiser states that `Update.optimizer` chooses among, the usual one first.
       extra_rows_per_problem: rows of experts beside a problem's rollouts, whose problems are drawn anew.
@@ -98,7 +98,7 @@ class Method:
     terms: tuple[Term, ...]
     source: str = ""
     vary: Vary = unvaried
-    prefix_boundary: str = "exact"
+    prefix_boundary: PrefixBoundary = "exact"
     second_expert_last: bool = False
     select: Callable[[Sampled], Selection] = train_all
     optimizers: tuple[str, ...] = ("main",)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from trapo_jax.methods import selection, terms
 from trapo_jax.methods.common import Common, MicroGroupTable, as_micro_groups, share, size
@@ -117,7 +118,7 @@ def _micro_grouped(
     expert_terms: Sequence[Term],
     *,
     micro_groups: MicroGroupTable,
-    prefix_boundary: str,
+    prefix_boundary: Any,
     second_expert_last: bool,
     source: str,
     select: Callable[..., selection.Selection] = selection.train_all,

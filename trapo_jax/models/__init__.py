@@ -12,6 +12,7 @@ from trapo_jax.models.decoder import (
     output_projection,
     unembedding,
 )
+from trapo_jax.models.flops import TokenCost, count_attention_pairs, token_cost
 from trapo_jax.models.hugging_face import (
     export_model,
     find_model,
@@ -21,6 +22,7 @@ from trapo_jax.models.hugging_face import (
 from trapo_jax.models.hugging_face_config import ARCHITECTURES, read_config, read_eos_ids
 from trapo_jax.models.lora import Lora, join_trained, split_trained
 from trapo_jax.models.rope import Rope
+from trapo_jax.models.tokenizer import load_tokenizer
 
 __all__ = [
     "ARCHITECTURES",
@@ -30,8 +32,10 @@ __all__ = [
     "Lora",
     "Params",
     "Rope",
+    "TokenCost",
     "abstract_params",
     "apply_decoder",
+    "count_attention_pairs",
     "export_model",
     "find_model",
     "init_params",
@@ -39,9 +43,11 @@ __all__ = [
     "join_trained",
     "lay_apart",
     "load_params",
+    "load_tokenizer",
     "output_projection",
     "read_config",
     "read_eos_ids",
     "split_trained",
+    "token_cost",
     "unembedding",
 ]

@@ -1,22 +1,23 @@
-"""The loop in which every problem of a batch advances alone.
+"""Asynchronous collection of rollouts, in which every problem of a batch advances independently.
 
-completions -> rewards -> scheduler -> new requests, until each group is whole. No problem waits for another,
-and no micro-group for a straggler that cannot change its guidance; decoding goes on while verdicts are awaited.
-The outcome does not depend on the order in which completions and verdicts arrive; but what is begun of the next
-step in slots that would be idle does, where that is allowed.
+Completions are graded, rewards update the guidance, and the guidance releases new requests until every group is
+complete. No problem waits for another, and no micro-group waits for a rollout that cannot change its guidance.
+Decoding continues while grades are pending. The result does not depend on the order in which completions and
+grades arrive, except for how far rollouts of the next step advance in slots that would otherwise be idle, where
+that is allowed.
 """
 
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, NamedTuple
 
 import jax
 
 from trapo_jax.distributed.processes import gather_shares
-from trapo_jax.rollouts.guidance import GroupState, Scheduler
+from trapo_jax.rollouts.guidance import Guidance, GuidanceState
 from trapo_jax.sampling import RolloutEngine
 from trapo_jax.types import (
     REWARDS,
@@ -29,176 +30,212 @@ from trapo_jax.types import (
     Verdict,
 )
 
-Score = Callable[[Completion], Future[Verdict]]
+Grade = Callable[[Completion], Future[Verdict]]
 
 
 @dataclasses.dataclass
 class Group:
-    """The rollouts of a problem on their way.
+    """The rollouts of one problem while they are being collected.
 
     Attributes:
-      problem: what they are about.
-      scheduler: decides their guidance.
-      step: the optimiser step they are for, part of their random keys.
-      state: the scheduler's, of the verdicts so far.
-      submitted: the sample indices that the engine or the verifier has had.
-      rollouts: by sample index; all of them at the end.
+      guidance: decides how each rollout starts.
+      step: the optimizer step that the group is sampled for; part of the random keys.
+      state: the state of the guidance.
+      submitted: sample indices of the requests that have been handed out.
+      rollouts: finished rollouts by sample index.
     """
 
-    problem: Problem
-    scheduler: Scheduler
+    guidance: Guidance
     step: int
-    state: GroupState
+    state: GuidanceState
     submitted: set[int] = dataclasses.field(default_factory=set)
     rollouts: dict[int, Rollout] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def start(cls, problem: Problem, scheduler: Scheduler, step: int) -> "Group":
-        return cls(problem, scheduler, step, scheduler.start(problem))
+    def start(cls, problem: Problem, guidance: Guidance, step: int) -> "Group":
+        return cls(guidance, step, guidance.start(problem))
+
+    @property
+    def is_complete(self) -> bool:
+        return self.state.is_complete
 
     def new_requests(self) -> list[RolloutRequest]:
-        """What is decided and was not handed out before."""
-        ready = self.scheduler.ready(self.problem, self.state)
-        new = [r for r in ready if r.sample_index not in self.submitted]
-        self.submitted.update(r.sample_index for r in new)
+        """Returns the requests that are decided and have not been handed out before."""
+        ready = self.guidance.ready(self.state)
+        new = [request for request in ready if request.sample_index not in self.submitted]
+        self.submitted.update(request.sample_index for request in new)
         return new
 
     def observe(self, completion: Completion, verdict: Verdict) -> None:
+        """Adds a graded rollout."""
         index, reward = completion.request.sample_index, REWARDS[verdict]
         self.rollouts[index] = Rollout(completion, verdict, reward)
-        self.state = self.scheduler.observe(self.state, index, reward)
+        self.state = self.guidance.observe(self.state, index, reward)
 
 
-class Begun(NamedTuple):
-    """What has been begun of a batch, for the call that collects it.
+class PartialRollouts(NamedTuple):
+    """Rollouts of the next step that have been started early.
 
     Attributes:
       groups: by problem id.
-      judging: verdicts that are awaited.
-      unfinished: what the engine was sampling, see `RolloutEngine.release`; its tokens so far are kept.
+      pending_grades: completions whose grade is pending, by future.
+      unfinished: completions that the engine was still sampling, with their tokens so far.
     """
 
-    groups: dict[str, Group]
-    judging: dict[Future[Verdict], Completion]
+    groups: Mapping[str, Group] = {}
+    pending_grades: Mapping[Future[Verdict], Completion] = {}
     unfinished: Sequence[Completion] = ()
 
     @property
-    def num_sampled(self) -> int:
-        """Tokens sampled so far."""
-        judged = [r.completion for g in self.groups.values() for r in g.rollouts.values()]
-        completions = [*judged, *self.judging.values(), *self.unfinished]
+    def num_sampled_tokens(self) -> int:
+        """Number of tokens sampled so far."""
+        graded = [r.completion for g in self.groups.values() for r in g.rollouts.values()]
+        completions = [*graded, *self.pending_grades.values(), *self.unfinished]
         return sum(len(completion.token_ids) for completion in completions)
 
 
-NOTHING_BEGUN = Begun({}, {})
-
-
-class Collected(NamedTuple):
-    """What `collect_rollouts` brings.
+class CollectedGroups(NamedTuple):
+    """The result of `collect_groups`.
 
     Attributes:
-      groups: for each problem its G rollouts, by `sample_index`.
-      reward_secs: seconds in which the loop judged, or had nothing to decode and waited for verdicts.
-      begun: of the upcoming batch; what the engine still samples of it is not among it.
+      groups: the G rollouts of each problem, by `sample_index`.
+      grading_secs: seconds spent on handling grades or, with nothing to decode, on waiting for them.
+      partial: rollouts of upcoming problems, without those that the engine is still sampling.
     """
 
     groups: list[list[Rollout]]
-    reward_secs: float
-    begun: Begun
+    grading_secs: float
+    partial: PartialRollouts
 
 
-def collect_rollouts(
+def collect_groups(
     engine: RolloutEngine,
-    scheduler_of: Callable[[Problem], Scheduler],
-    score: Score,
+    guidance_of: Callable[[Problem], Guidance],
+    grade: Grade,
     problems: Sequence[Problem],
     *,
     step: int,
     params: SamplingParams,
-    begun: Begun = NOTHING_BEGUN,
+    partial: PartialRollouts | None = None,
     upcoming: Sequence[Problem] = (),
-) -> Collected:
-    """Samples a whole group for every problem, guided as its rewards ask for.
+) -> CollectedGroups:
+    """Samples a complete group of rollouts for every problem.
 
     Args:
-      engine: samples; must be idle, with the weights to sample from.
-      scheduler_of: what decides the guidance of a problem.
-      score: a completion's verdict, now or later.
+      engine: the rollout engine; must be idle and hold the weights to sample from.
+      guidance_of: returns the guidance of a problem.
+      grade: grades a completion asynchronously.
       problems: distinct problems.
-      step: the optimiser step, part of the random keys.
-      params: how tokens are drawn.
-      begun: of these problems; the rest of their tokens is drawn from the engine's weights as they are now.
-      upcoming: problems of the next step, begun where slots would be idle, guided as these are.
+      step: the optimizer step, starting at 1; part of the random keys.
+      params: sampling parameters.
+      partial: rollouts of these problems that were started during the previous step. Their remaining tokens are
+        sampled from the engine's current weights. None if there are none.
+      upcoming: problems of the next step, which may be started in slots that would otherwise be idle.
+
+    Raises:
+      ValueError: if two problems are the same.
     """
     if len({problem.id for problem in problems}) != len(problems):
-        raise ValueError("a batch holds the same problem twice")
-    groups, judging = dict(begun.groups), dict(begun.judging)
-    for problem in problems:
-        if problem.id not in groups:
-            groups[problem.id] = Group.start(problem, scheduler_of(problem), step)
-    mine = [groups[problem.id] for problem in problems]
-    to_start = collections.deque(upcoming)
-    reward_secs = 0.0
+        raise ValueError("a batch contains the same problem twice")
+    collector = _Collector(engine, guidance_of, grade, step, params, partial or PartialRollouts())
+    return collector.collect(problems, upcoming)
 
-    def release(some: Iterable[Group]) -> None:
-        """Hands new requests to the engine, or to the verifier if nothing is left to sample."""
-        for group in some:
-            new = group.new_requests()
-            longest = group.scheduler.max_completion_length
-            complete = [r for r in new if is_complete(r, longest)]
-            to_sample = [r for r in new if r not in complete]
-            engine.submit(to_sample, step=group.step, params=params)
+
+class _Collector:
+    """Advances the groups of one step; see `collect_groups`."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        guidance_of: Callable[[Problem], Guidance],
+        grade: Grade,
+        step: int,
+        params: SamplingParams,
+        partial: PartialRollouts,
+    ):
+        self._engine, self._guidance_of, self._grade = engine, guidance_of, grade
+        self._step, self._params = step, params
+        self._groups = dict(partial.groups)
+        self._pending_grades = dict(partial.pending_grades)
+        self._unfinished = partial.unfinished
+
+    def collect(self, problems: Sequence[Problem], upcoming: Sequence[Problem]) -> CollectedGroups:
+        for problem in problems:
+            if problem.id not in self._groups:
+                self._groups[problem.id] = self._start(problem, self._step)
+        current = [self._groups[problem.id] for problem in problems]
+        queue = collections.deque(upcoming)
+        grading_secs = 0.0
+        self._engine.resume(self._unfinished, step=self._step, params=self._params)
+        self._release(current)
+        self._take_grades()
+        while not all(group.is_complete for group in current):
+            self._fill_idle_slots(queue)
+            completions = self._engine.poll()
+            started = time.perf_counter()
+            self._pending_grades.update((self._grade(c), c) for c in completions)
+            if not completions and not self._engine.is_busy:
+                if not self._pending_grades:
+                    raise RuntimeError("the rollout engine has lost requests")
+                wait(self._pending_grades, return_when=FIRST_COMPLETED)
+            self._take_grades()
+            grading_secs += time.perf_counter() - started
+        for problem in problems:
+            del self._groups[problem.id]
+        groups = [[group.rollouts[j] for j in sorted(group.rollouts)] for group in current]
+        partial = PartialRollouts(self._groups, self._pending_grades)
+        return CollectedGroups(groups, grading_secs, partial)
+
+    def _start(self, problem: Problem, step: int) -> Group:
+        return Group.start(problem, self._guidance_of(problem), step)
+
+    def _release(self, groups: Iterable[Group]) -> None:
+        """Submits the new requests of groups: to the engine, or to the grader if there is nothing to sample."""
+        for group in groups:
+            longest = group.guidance.max_completion_length
+            to_sample, complete = [], []
+            for request in group.new_requests():
+                (complete if is_complete(request, longest) else to_sample).append(request)
+            self._engine.submit(to_sample, step=group.step, params=self._params)
             for request in complete:
                 completion = Completion(request, (), (), FinishReason.NOT_SAMPLED)
-                judging[score(completion)] = completion
+                self._pending_grades[self._grade(completion)] = completion
 
-    def take_verdicts() -> None:
-        """Observes what has been judged and releases what that allows, until there is no more."""
-        while done := [future for future in judging if future.done()]:
-            touched: dict[str, None] = {}  # an ordered set
+    def _take_grades(self) -> None:
+        """Observes finished grades and releases the requests that they allow, until no grade is finished."""
+        while done := [future for future in self._pending_grades if future.done()]:
+            updated: dict[str, None] = {}  # an ordered set
             for future in done:
-                completion, verdict = judging.pop(future), future.result()
-                id_ = completion.request.problem.id
-                groups[id_].observe(completion, verdict)
-                touched[id_] = None
-            release(groups[id_] for id_ in touched)
+                completion, verdict = self._pending_grades.pop(future), future.result()
+                problem_id = completion.request.problem.id
+                self._groups[problem_id].observe(completion, verdict)
+                updated[problem_id] = None
+            self._release(self._groups[problem_id] for problem_id in updated)
 
-    def fill_idle_slots() -> None:
-        """Begins with problems of the upcoming batch; one that is in this batch too waits for its turn."""
-        while to_start and engine.num_idle_slots > 0:
-            problem = to_start.popleft()
-            if problem.id not in groups:
-                group = Group.start(problem, scheduler_of(problem), step + 1)
-                groups[problem.id] = group
-                release([group])
-
-    engine.resume(begun.unfinished, step=step, params=params)
-    release(mine)
-    take_verdicts()
-    while not all(group.state.finished for group in mine):
-        fill_idle_slots()
-        completions = engine.poll()
-        started = time.perf_counter()
-        judging.update((score(completion), completion) for completion in completions)
-        if not completions and not engine.is_busy:
-            if not judging:
-                raise RuntimeError("the engine has lost requests")
-            wait(judging, return_when=FIRST_COMPLETED)
-        take_verdicts()
-        reward_secs += time.perf_counter() - started
-    for group in mine:
-        del groups[group.problem.id]
-    whole = [[group.rollouts[j] for j in sorted(group.rollouts)] for group in mine]
-    return Collected(whole, reward_secs, Begun(groups, judging))
+    def _fill_idle_slots(self, upcoming: collections.deque[Problem]) -> None:
+        """Starts upcoming problems in idle slots; a problem that is also in this step is not started early."""
+        while upcoming and self._engine.num_idle_slots > 0:
+            problem = upcoming.popleft()
+            if problem.id not in self._groups:
+                group = self._groups[problem.id] = self._start(problem, self._step + 1)
+                self._release([group])
 
 
-def share_rollouts(
-    mine: Sequence[Sequence[Rollout]], problems: Sequence[Problem]
+def is_complete(request: RolloutRequest, max_completion_length: int) -> bool:
+    """Returns whether the expert prefix is the entire response, so that there is nothing to sample."""
+    if request.prefix_len == 0:
+        return False
+    expert = request.problem.experts[request.expert_index]
+    return request.prefix_len >= min(len(expert.token_ids), max_completion_length)
+
+
+def share_groups(
+    local: Sequence[Sequence[Rollout]], problems: Sequence[Problem]
 ) -> list[list[Rollout]]:
-    """The groups of all `problems`, of which every process has sampled its share."""
+    """Returns the groups of all `problems`, of which every process has collected its share."""
     if jax.process_count() == 1:
-        return [list(group) for group in mine]
-    groups = gather_shares([[_to_json(rollout) for rollout in group] for group in mine])
+        return [list(group) for group in local]
+    groups = gather_shares([[_to_json(rollout) for rollout in group] for group in local])
     return [
         [_from_json(record, problem) for record in group]
         for group, problem in zip(groups, problems, strict=True)
@@ -207,25 +244,17 @@ def share_rollouts(
 
 def _to_json(rollout: Rollout) -> list[Any]:
     request, completion = rollout.request, rollout.completion
-    place = (request.sample_index, request.micro_group, request.expert_index, request.prefix_len)
+    start = (request.sample_index, request.micro_group, request.expert_index, request.prefix_len)
     sampled = (completion.token_ids, completion.logprobs, completion.finish_reason)
-    return [*place, request.ratio, *sampled, rollout.verdict]
+    return [*start, request.ratio, *sampled, rollout.verdict]
 
 
 def _from_json(record: list[Any], problem: Problem) -> Rollout:
-    *place, token_ids, logprobs, finish_reason, verdict = record
+    *start, token_ids, logprobs, finish_reason, verdict = record
     completion = Completion(
-        RolloutRequest(problem, *place),
+        RolloutRequest(problem, *start),
         tuple(token_ids),
         tuple(logprobs),
         FinishReason(finish_reason),
     )
     return Rollout(completion, Verdict(verdict), REWARDS[Verdict(verdict)])
-
-
-def is_complete(request: RolloutRequest, max_completion_length: int) -> bool:
-    """Whether the expert prefix is the whole response: nothing is left to sample."""
-    if request.prefix_len == 0:
-        return False
-    whole = request.prefix_len == len(request.problem.experts[request.expert_index].token_ids)
-    return whole or request.prefix_len >= max_completion_length

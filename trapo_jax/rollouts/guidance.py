@@ -1,84 +1,95 @@
-"""Micro-group sampling: how much of the expert each rollout of a problem starts from.
+"""Micro-group guidance: how much of an expert solution each rollout of a problem starts from.
 
-TRAPO (arXiv 2512.17636), Section 3.1. A group is made of micro-groups in order. Before micro-group i the mean
-reward of all earlier rollouts of the problem decides: below the threshold t_i its rollouts start from the
-expert prefix of ratio L_i, otherwise they are unguided.
+TRAPO (arXiv 2512.17636), Section 3.1. The rollouts of a problem form a group, which consists of micro-groups in
+order. Before micro-group i starts, the mean reward of all earlier rollouts of the problem is compared with the
+threshold t_i. If the mean is below it, the rollouts of the micro-group start from the expert prefix of ratio L_i;
+otherwise they are unguided.
 
-Host only; imports no jax. The state is a value: it can be written as JSON, and `ready` can be asked again.
+`Guidance` is a pure state machine on the host and imports no jax. Its state is an immutable value.
 
-Departure from the paper: a micro-group is released as soon as its decision is certain. Rewards lie in
-[0, 1], so the rewards still missing bound the mean; if both bounds fall on one side of the threshold, the
-stragglers cannot change the decision. The outcome is that of waiting.
+Departure from the paper: a micro-group is released as soon as its decision is certain. Rewards lie in [0, 1], so
+the rewards that are still missing bound the mean. If both bounds fall on the same side of the threshold, the
+missing rewards cannot change the decision. The outcome is the same as that of waiting for all of them.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from trapo_jax.types import MicroGroup, Problem, RolloutRequest
+from trapo_jax.types import MicroGroup, PrefixBoundary, Problem, RolloutRequest
 
-PREFIX_BOUNDARIES = ("exact", "paragraph")
-PARAGRAPH_REACH = 0.3  # a paragraph end counts if it lies before ratio + 0.3
+PARAGRAPH_REACH = 0.3  # A paragraph break counts if it lies before (ratio + 0.3) * length.
 
 
-@dataclasses.dataclass(frozen=True)
-class GroupState:
-    """One problem's results so far: `rewards[j]` is None until rollout j has been observed."""
+class GuidanceState(NamedTuple):
+    """The results of one problem so far.
 
-    problem_id: str
+    Attributes:
+      problem: the problem that is sampled.
+      rewards: reward of each rollout in [0, 1], by sample index; None until it has been observed.
+    """
+
+    problem: Problem
     rewards: tuple[float | None, ...]
 
-    def to_json(self) -> dict:
-        return {"problem_id": self.problem_id, "rewards": list(self.rewards)}
-
-    @classmethod
-    def from_json(cls, data: dict) -> "GroupState":
-        return cls(data["problem_id"], tuple(data["rewards"]))
-
     @property
-    def finished(self) -> bool:
+    def is_complete(self) -> bool:
+        """Whether every rollout has been observed."""
         return None not in self.rewards
 
 
 @dataclasses.dataclass(frozen=True)
-class Scheduler:
-    """Decides the guidance of every rollout from the rewards so far.
+class Guidance:
+    """Decides from the rewards so far how every rollout of a problem starts.
 
     Attributes:
-      micro_groups: sizes, ratios L in [0, 1] and thresholds t, in order.
-      max_completion_length: tokens of prefix + completion; a prefix is cut there.
-      prefix_boundary: "exact" cuts at floor(L * length); "paragraph" at the first paragraph end after
-        that, inclusive, if it lies before (L + 0.3) * length, else at floor(L * length).
-      second_expert_last: the last micro-group uses the second expert where there is one.
+      micro_groups: sizes, ratios L in [0, 1] and thresholds t of the micro-groups, in order.
+      max_completion_length: maximum number of tokens of prefix + completion; longer prefixes are cut.
+      prefix_boundary: "exact" cuts the prefix at floor(L * length). "paragraph" cuts it at the first paragraph
+        break after that index and before (L + 0.3) * length, inclusive, or at floor(L * length) if there is none.
+      second_expert_last: whether the last micro-group uses the second expert solution of problems that have one.
     """
 
     micro_groups: tuple[MicroGroup, ...]
     max_completion_length: int
-    prefix_boundary: str = "exact"
+    prefix_boundary: PrefixBoundary = "exact"
     second_expert_last: bool = False
 
     @property
     def group_size(self) -> int:
+        """Number of rollouts per problem."""
         return sum(group.size for group in self.micro_groups)
 
-    def start(self, problem: Problem) -> GroupState:
-        """The state of a problem of which nothing has been sampled."""
-        return GroupState(problem.id, (None,) * self.group_size)
+    def start(self, problem: Problem) -> GuidanceState:
+        """Returns the state of a problem before anything has been sampled."""
+        return GuidanceState(problem, (None,) * self.group_size)
 
-    def observe(self, state: GroupState, sample_index: int, reward: float) -> GroupState:
-        """The state after rollout `sample_index` got `reward` in [0, 1]."""
+    def observe(self, state: GuidanceState, sample_index: int, reward: float) -> GuidanceState:
+        """Returns the state after rollout `sample_index` received `reward`.
+
+        Args:
+          state: the state before.
+          sample_index: index of the rollout in its group.
+          reward: reward in [0, 1].
+
+        Raises:
+          ValueError: if the reward is out of range or the rollout has been observed before.
+        """
         if not 0.0 <= reward <= 1.0:
             raise ValueError(f"reward must be in [0, 1], got {reward}")
         if state.rewards[sample_index] is not None:
-            raise ValueError(f"rollout {sample_index} of {state.problem_id} was observed before")
+            raise ValueError(
+                f"rollout {sample_index} of problem {state.problem.id} was observed before"
+            )
         rewards = list(state.rewards)
         rewards[sample_index] = reward
-        return dataclasses.replace(state, rewards=tuple(rewards))
+        return state._replace(rewards=tuple(rewards))
 
-    def ready(self, problem: Problem, state: GroupState) -> list[RolloutRequest]:
-        """The rollouts that are decided and not yet observed, in order of `sample_index`.
+    def ready(self, state: GuidanceState) -> list[RolloutRequest]:
+        """Returns the rollouts that are decided and not yet observed, ordered by `sample_index`.
 
-        Rollouts already being sampled are among them: the caller knows what it has submitted.
+        They include rollouts that are being sampled already; the caller keeps track of what it has submitted.
         """
         requests, first = [], 0
         for index, group in enumerate(self.micro_groups):
@@ -87,7 +98,7 @@ class Scheduler:
             first += group.size
             if guided is not None:
                 requests += [
-                    self._request(problem, index, j, guided=guided)
+                    self._request(state.problem, index, j, guided=guided)
                     for j in members
                     if state.rewards[j] is None
                 ]
@@ -106,8 +117,7 @@ class Scheduler:
         prefix_len = cut = math.floor(group.ratio * length)
         if self.prefix_boundary == "paragraph":
             limit = (group.ratio + PARAGRAPH_REACH) * length
-            ends = (end for end in expert.paragraph_ends if cut < end < limit)
-            prefix_len = next(ends, cut)
+            prefix_len = next((end for end in expert.paragraph_ends if cut < end < limit), cut)
         prefix_len = min(prefix_len, self.max_completion_length)
         if prefix_len == 0:
             return RolloutRequest(problem, sample_index, index)
@@ -115,16 +125,16 @@ class Scheduler:
 
 
 def is_guided(rewards: Sequence[float | None], threshold: float) -> bool | None:
-    """Whether `mean(rewards) < threshold`; None while the missing rewards could change the answer.
+    """Returns whether `mean(rewards) < threshold`, or None while missing rewards could change the answer.
 
-    The mean of no rewards is 0. `math.fsum` rounds correctly, hence does not depend on the order
-    of the rewards and never decreases when one grows: the bounds hold to the last bit.
+    The mean of no rewards is 0. `math.fsum` rounds correctly, so the result does not depend on the order of the
+    rewards and never decreases when one of them grows. Therefore the bounds hold to the last bit.
     """
     if not rewards:
         return threshold > 0
     known = [reward for reward in rewards if reward is not None]
-    missing = len(rewards) - len(known)
-    if math.fsum([*known, *([1.0] * missing)]) / len(rewards) < threshold:
+    num_missing = len(rewards) - len(known)
+    if math.fsum([*known, *([1.0] * num_missing)]) / len(rewards) < threshold:
         return True
     if math.fsum(known) / len(rewards) >= threshold:
         return False

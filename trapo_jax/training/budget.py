@@ -9,6 +9,7 @@ window are not looked at; nor are attention's products where an unfinished compl
 import dataclasses
 from collections.abc import Sequence
 
+from trapo_jax.models import TokenCost, count_attention_pairs
 from trapo_jax.types import Rollout, TrainRow
 
 
@@ -35,24 +36,25 @@ class Counters:
     seconds: float = 0.0
 
     def count_rollouts(
-        self, groups: Sequence[Sequence[Rollout]], *, prefilled_tokens: int, cost: "TokenCost"
+        self, groups: Sequence[Sequence[Rollout]], *, prefilled_tokens: int, cost: TokenCost
     ) -> None:
         """A step's sampling; `prefilled_tokens` of prompts and prefixes went through the model."""
         rollouts = [rollout.completion for group in groups for rollout in group]
         sampled = sum(len(c.token_ids) for c in rollouts)
         pairs = sum(
-            _pairs(c.request.start_len + len(c.token_ids)) - _pairs(c.request.start_len)
+            count_attention_pairs(c.request.start_len + len(c.token_ids))
+            - count_attention_pairs(c.request.start_len)
             for c in rollouts
         )
         # Of every problem's contexts the longest is the extension of the others.
         starts = [[r.request.start_len for r in g if r.completion.token_ids] for g in groups]
-        pairs += sum(_pairs(max(lens, default=0)) for lens in starts)
+        pairs += sum(count_attention_pairs(max(lens, default=0)) for lens in starts)
         self.tokens_sampled += sampled
         self.problems_seen += len(groups)
         self.flops += cost.forward(sampled + prefilled_tokens, pairs)
 
     def count_update(
-        self, rows: Sequence[TrainRow], *, num_iterations: int, num_forward: int, cost: "TokenCost"
+        self, rows: Sequence[TrainRow], *, num_iterations: int, num_forward: int, cost: TokenCost
     ) -> None:
         """`num_iterations` updates from the rows, and `num_forward` passes of their log-probabilities alone."""
         rows = [row for row in rows if row.num_trained]
@@ -61,32 +63,12 @@ class Counters:
         self.tokens_expert_trained += num_iterations * expert
         self.tokens_prompt += num_iterations * prompt
         self.tokens_trained += num_iterations * (expert + sum(row.num_own for row in rows))
-        tokens, pairs = sum(row.length for row in rows), sum(_pairs(row.length) for row in rows)
+        tokens, pairs = (
+            sum(row.length for row in rows),
+            sum(count_attention_pairs(row.length) for row in rows),
+        )
         self.flops += num_iterations * cost.update(tokens, pairs)
         self.flops += num_forward * cost.forward(tokens, pairs)
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenCost:
-    """FLOPs of a model.
-
-    Attributes:
-      num_params: that a token is multiplied with.
-      num_trained: among them, that get a gradient.
-      per_pair: of attention, for a token and one that it sees: 4 * layers * heads * head width.
-    """
-
-    num_params: int
-    num_trained: int
-    per_pair: int
-
-    def forward(self, num_tokens: int, num_pairs: int) -> float:
-        return float(2 * self.num_params * num_tokens + self.per_pair * num_pairs)
-
-    def update(self, num_tokens: int, num_pairs: int) -> float:
-        """Forward, the gradients of activations, and those of weights."""
-        products = 2 * self.num_params + self.num_trained
-        return float(2 * products * num_tokens + 3 * self.per_pair * num_pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +101,3 @@ UNITS = {
     "problems": "problems_seen",
     "seconds": "seconds",
 }
-
-
-def _pairs(length: int) -> int:
-    """Pairs of tokens that see each other, each itself too, in a sequence."""
-    return length * (length + 1) // 2
