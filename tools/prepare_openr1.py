@@ -30,7 +30,7 @@ from typing import Any
 from trapo_jax.data.columns import expert_text
 from trapo_jax.data.sources import Row, read_rows
 from trapo_jax.rewards import Verifier, make_verifier
-from trapo_jax.runs.loggers import fail
+from trapo_jax.runs.command_line import fail
 from trapo_jax.types import Problem, UserError, Verdict
 
 PROBLEMS = "Elliott/Openr1-Math-46k-8192"

@@ -25,7 +25,7 @@ from trapo_jax.distributed.sharding import make_mesh, num_batch_shards
 from trapo_jax.methods import Method, Sampled, Update
 from trapo_jax.models import abstract_params, find_model, load_params, load_tokenizer
 from trapo_jax.parts import build_decoder, build_method, build_train_step
-from trapo_jax.runs.loggers import as_command, fail
+from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
 from trapo_jax.training.packing import build_batch
 from trapo_jax.training.train_step import init_state, place_batch, state_shardings
 from trapo_jax.types import (
@@ -40,7 +40,7 @@ from trapo_jax.types import (
     Verdict,
 )
 
-EXIT_BROKEN, EXIT_USER_ERROR = 1, 2
+EXIT_BROKEN = 1
 ROW_MULTIPLE = 128  # as some attention kernels want it
 STAGES = (0.0, 0.99)  # a method may do one thing at the start of a run and another at the end
 TOLERANCE = 1e-4  # of the gradient's norm; the differences are float32's

@@ -39,11 +39,12 @@ from trapo_jax.comparison import (
 )
 from trapo_jax.comparison.results import UNITS, TrialScore, is_complete
 from trapo_jax.config import parse_command_line
+from trapo_jax.runs.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, as_command, fail
+from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import write_atomically
-from trapo_jax.runs.loggers import EXIT_INTERRUPTED, Terminal, as_command, fail
 from trapo_jax.types import UserError
 
-EXIT_RUN_FAILED, EXIT_USER_ERROR = 1, 2
+EXIT_RUN_FAILED = 1
 CURVES, MARKDOWN, HTML = "curves.png", "comparison.md", "comparison.html"
 CURVES_TEXT = "Validation accuracy against tokens trained and sampled, FLOPs, problems and seconds"
 
@@ -111,7 +112,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def compare(args: argparse.Namespace, command: str) -> int:
-    terminal = Terminal(1, first_step=0)
+    terminal = Console(1, first_step=0)
     runs = args.runs or args.out / "runs"
     grid = Grid(
         config_file=args.config,
@@ -149,7 +150,7 @@ def compare(args: argparse.Namespace, command: str) -> int:
     return EXIT_RUN_FAILED if failures else 0
 
 
-def check_steps(runs: Sequence[Run], environment: Mapping[str, str], terminal: Terminal) -> str:
+def check_steps(runs: Sequence[Run], environment: Mapping[str, str], terminal: Console) -> str:
     """Refuses a comparison in which a method's gradient depends on how a batch is cut; the kind of device.
 
     In a process of its own: this one leaves the devices to the runs.
@@ -190,7 +191,7 @@ def tune(
     trials: Mapping[str, Sequence[Trial]],
     jobs: int,
     environment: Mapping[str, str],
-    terminal: Terminal,
+    terminal: Console,
 ) -> tuple[list[Trial], list[TrialScore], list[Failure]]:
     """Each method's best trial; how all did; the runs that failed."""
     if not grid.sweeps:
@@ -204,7 +205,7 @@ def tune(
     return chosen, scores, failures
 
 
-def write_report(comparison: Comparison, out: Path, terminal: Terminal) -> None:
+def write_report(comparison: Comparison, out: Path, terminal: Console) -> None:
     """comparison.md and .html, the curves, and the tables as CSV; the text on the terminal too."""
     curves = None
     if comparison.results:

@@ -51,8 +51,9 @@ from trapo_jax.models import (
     read_eos_ids,
 )
 from trapo_jax.rewards import extract_choice, extract_math_answer, make_verifier
+from trapo_jax.runs.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, as_command, fail
+from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import check_run_folder, prepare_run_folder, write_atomically
-from trapo_jax.runs.loggers import EXIT_INTERRUPTED, Terminal, as_command, fail
 from trapo_jax.sampling import JaxEngine
 from trapo_jax.types import (
     Completion,
@@ -63,7 +64,6 @@ from trapo_jax.types import (
     Verdict,
 )
 
-EXIT_USER_ERROR = 2
 SAMPLES, SCORES, PLOT = "samples.jsonl", "scores.json", "pass_at_k.png"
 NUM_CONTEXTS, PREFILL_TOKENS = 8, 512  # of the engine; problems come one after the other
 NO_EFFECT_ON_SAMPLES = ("out", "num_slots", "segment_len", "workers")
@@ -156,7 +156,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    terminal = Terminal(1, first_step=0)
+    terminal = Console(1, first_step=0)
     model, run_config = resolve_model(args.model)
     settings = {k: v for k, v in vars(args).items() if k not in NO_EFFECT_ON_SAMPLES}
     settings["weights"] = weights_fingerprint(model.params)  # a run may have gone on since
@@ -226,7 +226,7 @@ def default_template(examples: Sequence[Example], tokenizer: Any) -> TemplateKin
     return "none" if all(isinstance(example.prompt, str) for example in examples) else "chatml"
 
 
-def read_examples(args: argparse.Namespace, terminal: Terminal) -> list[Example]:
+def read_examples(args: argparse.Namespace, terminal: Console) -> list[Example]:
     """The examples of all `--data`; says what became of the rows of each."""
     replaced = dict(_column(text) for text in args.column)
     columns = dataclasses.replace(COLUMN_PRESETS[args.columns], solutions=(), **replaced)
@@ -244,7 +244,7 @@ def sample_all(
     model: Model,
     tokenizer: Any,
     problems: Sequence[Problem],
-    terminal: Terminal,
+    terminal: Console,
 ) -> list[Sample]:
     """Samples and judges what is not in samples.jsonl yet; returns all of it."""
     path = args.out / SAMPLES
@@ -329,7 +329,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: not the samples of an evaluation ({error})") from error
 
 
-def warn_of_shared_noise(records: Sequence[dict[str, Any]], terminal: Terminal) -> None:
+def warn_of_shared_noise(records: Sequence[dict[str, Any]], terminal: Console) -> None:
     """Every sample has its own random key; should two share one, the scores would lie."""
     groups: dict[str, list] = {}
     for record in records:
@@ -346,7 +346,7 @@ def warn_of_shared_noise(records: Sequence[dict[str, Any]], terminal: Terminal) 
 class Progress:
     """Says how far the sampling is: a line every few percent, or every 30 seconds."""
 
-    def __init__(self, total: int, terminal: Terminal):
+    def __init__(self, total: int, terminal: Console):
         self._total, self._terminal = total, terminal
         self._done = self._correct = self._tokens = 0
         self._started = self._last = time.monotonic()
@@ -400,7 +400,7 @@ def plot_pass_at_k(path: Path, overall: Scores, by_source: dict[str, Scores]) ->
     figure.savefig(path, dpi=150)
 
 
-def print_table(terminal: Terminal, overall: Scores, by_source: dict[str, Scores]) -> None:
+def print_table(terminal: Console, overall: Scores, by_source: dict[str, Scores]) -> None:
     n = overall.num_samples
     header = [
         "",

@@ -20,10 +20,8 @@ from trapo_jax.models import (
 )
 from trapo_jax.parts import build_lora
 from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, abstract_like
-from trapo_jax.runs.loggers import as_command, fail
+from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
 from trapo_jax.types import UserError
-
-EXIT_USER_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

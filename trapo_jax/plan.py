@@ -43,7 +43,7 @@ from trapo_jax.models import DecoderConfig, Params, abstract_params, find_model,
 from trapo_jax.parts import build_decoder, build_method, build_optimizer, build_train_step
 from trapo_jax.planning.program_cost import Traffic, matmul_flops, traffic
 from trapo_jax.runs.checkpoints import abstract_like
-from trapo_jax.runs.loggers import as_command, fail
+from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
 from trapo_jax.sampling.contexts import MAX_PIECE_ROWS, PieceBatch
 from trapo_jax.sampling.decode import empty_state, make_programs, state_shardings
 from trapo_jax.sampling.engine import SAMPLING_RULES, sampling_dtypes
@@ -51,7 +51,7 @@ from trapo_jax.training.train_step import new_state
 from trapo_jax.training.train_step import state_shardings as train_shardings
 from trapo_jax.types import TENSOR_AXIS, Moment, TrainBatch, UserError
 
-EXIT_USER_ERROR, EXIT_DOES_NOT_FIT = 2, 1
+EXIT_DOES_NOT_FIT = 1
 GIB = 2**30
 # libtpu compiles only: it need not look for a machine around it, nor for other processes at its TPU.
 WITHOUT_A_TPU = {

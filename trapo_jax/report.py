@@ -21,11 +21,12 @@ import numpy as np
 import yaml
 
 from trapo_jax.config import Config
+from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
+from trapo_jax.runs.console import printable
 from trapo_jax.runs.directory import flatten, write_atomically
-from trapo_jax.runs.loggers import EVAL, TRAIN, as_command, fail, printable, read_records
+from trapo_jax.runs.loggers import EVAL, TRAIN, read_records
 from trapo_jax.types import UserError
 
-EXIT_USER_ERROR = 2
 REPORT = "report.html"
 MOST_POINTS = 400  # of a curve; more steps are averaged
 MOST_BYTES = 3_000_000  # of rollouts in a report; then whole groups are left out

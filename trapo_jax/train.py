@@ -43,6 +43,8 @@ from trapo_jax.rollouts.collection import (
     share_groups,
 )
 from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, Retention, abstract_like
+from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
+from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import (
     NUM_STEPS,
     Changes,
@@ -52,16 +54,7 @@ from trapo_jax.runs.directory import (
     record_changes,
     write_atomically,
 )
-from trapo_jax.runs.loggers import (
-    EVAL,
-    TRAIN,
-    NoLog,
-    RunLog,
-    Terminal,
-    as_command,
-    fail,
-    read_metrics,
-)
+from trapo_jax.runs.loggers import EVAL, TRAIN, NoLog, RunLog, read_metrics
 from trapo_jax.runs.monitoring import (
     EXIT_TRAINING_FAILED,
     Health,
@@ -96,7 +89,6 @@ PRINT_METHOD = "--print-method"
 DATA = "data.json"  # what the run trains on: fingerprint, template, what was dropped
 SUMMARY = "summary.json"  # written last: marks a run as complete
 EVALUATIONS = "evaluations"  # folder: each problem's results, a file an evaluation
-EXIT_USER_ERROR = 2
 LOG_BYTES = 4 * 2**20  # room that a step's records need on the disk, generously
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -190,7 +182,7 @@ def run(parts: Parts, state: TrainState, folder: Path, changes: Changes) -> int:
     interrupt = Interrupt()
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
     try:
-        with Terminal(
+        with Console(
             config.train.num_steps, first_step=first_step, quiet=not is_main()
         ) as terminal:
             if first_step:
@@ -547,7 +539,7 @@ def check_verdicts(
 
 
 def log_evaluation(
-    parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, *, split: str, step: int
+    parts: Parts, log: RunLog, terminal: Console, state: TrainState, *, split: str, step: int
 ) -> dict[str, float]:
     """Evaluates, logs and prints one line; each problem's results go to a file of their own."""
     started = time.perf_counter()
@@ -581,7 +573,7 @@ def write_evaluation(folder: Path, split: str, step: int, problems: dict[str, li
 
 
 def finish(
-    parts: Parts, log: RunLog, terminal: Terminal, state: TrainState, folder: Path, step: int
+    parts: Parts, log: RunLog, terminal: Console, state: TrainState, folder: Path, step: int
 ) -> None:
     """Final evaluations, export, report and tables; `summary.json`, written last, marks the run complete."""
     after = {
@@ -603,7 +595,7 @@ def finish(
     print_summary(terminal, summary, folder)
 
 
-def print_summary(terminal: Terminal, summary: dict[str, Any], folder: Path) -> None:
+def print_summary(terminal: Console, summary: dict[str, Any], folder: Path) -> None:
     for split, values in summary.items():
         before, after = values["before"], values["after"]
         rows = [
@@ -623,7 +615,7 @@ def print_summary(terminal: Terminal, summary: dict[str, Any], folder: Path) -> 
 
 def show_complete(folder: Path, config: Config) -> int:
     """The results of a run that is complete; nothing is computed or written."""
-    terminal = Terminal(config.train.num_steps, first_step=config.train.num_steps)
+    terminal = Console(config.train.num_steps, first_step=config.train.num_steps)
     terminal.say(f"{folder}: this run is complete; for another give another output_dir")
     print_summary(terminal, json.loads((folder / SUMMARY).read_text()), folder)
     return 0

@@ -8,7 +8,7 @@ import pytest
 
 from trapo_jax.compare import check_steps, main
 from trapo_jax.comparison import Grid, Trial
-from trapo_jax.runs.loggers import Terminal
+from trapo_jax.runs.console import Console
 from trapo_jax.types import UserError
 
 from conftest import run_command  # isort: skip
@@ -62,7 +62,7 @@ def test_a_broken_train_step_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", broken)
     with pytest.raises(UserError, match=r"^check of the train steps: sft: the gradient differs"):
-        check_steps(asked.final_runs([Trial("sft")]), {}, Terminal(1, first_step=0))
+        check_steps(asked.final_runs([Trial("sft")]), {}, Console(1, first_step=0))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from trapo_jax.config import load_config
 from trapo_jax.losses import attenuated_cross_entropy_from_logprobs, probability_attenuation
 from trapo_jax.methods import ALWAYS, NEVER, Method, Term, make_method
 from trapo_jax.parts import build_method
-from trapo_jax.runs.loggers import Terminal, read_metrics
+from trapo_jax.runs.console import Console
+from trapo_jax.runs.loggers import read_metrics
 from trapo_jax.train import main, train
 from trapo_jax.types import MicroGroup, TokenKind
 
@@ -105,7 +106,7 @@ def test_budget_ends_a_run_and_a_buffer_survives_a_resume(tmp_path):
 
 
 def test_progress_counts_the_steps_that_a_budget_leaves(capsys):
-    terminal = Terminal(500, first_step=0)
+    terminal = Console(500, first_step=0)
     values = {"reward/mean": 0.5, "guidance/ratio_mean": 0.0, "time/tokens_per_sec": 1.0}
     terminal.step(2, {**values, "budget/progress": 0.25})
     terminal.step(9, {**values, "budget/progress": 1.01})

@@ -237,9 +237,7 @@ def test_help_command():
     ],
 )
 def test_a_command_ends_without_a_traceback(main, code, error):
-    program = (
-        f"from trapo_jax.runs.loggers import as_command\ndef main():\n    {main}\nas_command(main)"
-    )
+    program = f"from trapo_jax.runs.command_line import as_command\ndef main():\n    {main}\nas_command(main)"
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
     process.stdout.close()  # as `| head` does

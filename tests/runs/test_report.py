@@ -8,8 +8,9 @@ import yaml
 
 from trapo_jax.config import Config
 from trapo_jax.report import main, noted_settings, read_run, read_samples, thin, write_report
+from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import flatten
-from trapo_jax.runs.loggers import Terminal, read_records
+from trapo_jax.runs.loggers import read_records
 from trapo_jax.types import UserError
 
 from browser import opened  # isort: skip
@@ -137,7 +138,7 @@ def test_progress_tells_of_the_last_evaluation_and_fits_80_columns(monkeypatch, 
     monkeypatch.setenv("COLUMNS", "80")
     for on_a_terminal in ("0", "1"):
         monkeypatch.setenv("TTY_COMPATIBLE", on_a_terminal)
-        with Terminal(1000, first_step=0) as terminal:
+        with Console(1000, first_step=0) as terminal:
             terminal.step(999, {**values, "budget/progress": 0.999})
             terminal.evaluated(0.333)
             terminal.step(1000, {**values, "budget/progress": 1.0})

@@ -10,7 +10,9 @@ from tensorboardX.proto.event_pb2 import Event
 
 from trapo_jax.config import Config, load_config
 from trapo_jax.report import write_report
-from trapo_jax.runs.loggers import EVAL, TRAIN, RunLog, Terminal, fail, printable
+from trapo_jax.runs.command_line import fail
+from trapo_jax.runs.console import Console, printable
+from trapo_jax.runs.loggers import EVAL, TRAIN, RunLog
 from trapo_jax.types import UserError
 
 from browser import opened  # isort: skip
@@ -94,7 +96,7 @@ def test_tensorboard_s_tags_are_printable_and_its_file_whole(run):
 
 
 def test_a_text_is_one_printable_line_of_the_console(capsys):
-    terminal = Terminal(1, first_step=0)
+    terminal = Console(1, first_step=0)
     for text in CORPUS:
         terminal.say(text)
         assert capsys.readouterr().out == printable(text) + "\n"
@@ -111,7 +113,7 @@ def test_a_config_s_mistake_is_one_printable_line(place, capsys):
 
 
 def test_a_table_s_cells_neither_command_the_terminal_nor_are_markup(capsys):
-    terminal = Terminal(1, first_step=0)
+    terminal = Console(1, first_step=0)
     terminal.table("scores", ["[red]name[/]"], [[text[:200]] for text in CORPUS])
     output = capsys.readouterr().out
     assert output.replace("\n", "").isprintable()

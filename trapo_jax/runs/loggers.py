@@ -1,25 +1,17 @@
-"""What a run tells: metrics.jsonl (the source of truth), TensorBoard, samples, the terminal."""
+"""The logs of a run: metrics.jsonl (the source of truth), TensorBoard and samples.jsonl."""
 
 import json
 import math
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
-
+from trapo_jax.runs.console import printable
 from trapo_jax.types import UserError
 
 TRAIN, EVAL = "train", "eval"
-EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
 TENSORBOARD = "tb"
-PLAIN_LINES = 20  # progress lines of a run whose output is not a terminal
 
 
 class RunLog:
@@ -149,113 +141,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _Panel(Progress):
-    """The bar, and under it, so that 80 columns suffice, how things stand."""
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        yield self.make_tasks_table(self.tasks)
-        yield from (task.fields["status"] for task in self.tasks)
-
-
-class Terminal:
-    """Live progress on a terminal, plain lines elsewhere; a quiet one says nothing."""
-
-    def __init__(self, num_steps: int, *, first_step: int, quiet: bool = False):
-        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
-        self._first_step = first_step
-        self._started = time.monotonic()
-        self._accuracy: float | None = None
-        self._progress: Progress | None = None
-        if self.console.is_terminal:
-            self._progress = _Panel(
-                TextColumn("training"),
-                BarColumn(bar_width=32),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} "),
-                TimeRemainingColumn(),
-                TextColumn("left"),
-                console=self.console,
-            )
-            self._task = self._progress.add_task(
-                "", total=num_steps, completed=first_step, status=""
-            )
-
-    def __enter__(self) -> "Terminal":
-        if self._progress:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def say(self, text: str) -> None:
-        """A line that stays. The text is shown as it is: no markup, no control characters."""
-        self.console.print(Text(printable(text)))
-
-    def evaluated(self, accuracy: float) -> None:
-        """The last evaluation found this; shown from now on."""
-        self._accuracy = accuracy
-
-    def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Step `step` (1 ..) has been done with these metrics."""
-        accuracy = "" if self._accuracy is None else f"accuracy {self._accuracy:.2f}  "
-        status = (
-            f"reward {values['reward/mean']:.2f}  {accuracy}"
-            f"guided {values['guidance/ratio_mean']:.2f}  "
-            f"{values['time/tokens_per_sec']:,.0f} tokens/s"
-        )
-        # So many steps it will have been, as far as one can tell: a budget may end the run before num_steps.
-        total = max(step, round(step / values["budget/progress"]))
-        if self._progress:
-            self._progress.update(self._task, completed=step, total=total, status=status)
-        elif step % max(1, total // PLAIN_LINES) == 0 or step == total:
-            done = step - self._first_step
-            left = (time.monotonic() - self._started) / done * (total - step)
-            self.say(f"step {step}/{total}  {status}  {left:.0f} s left")
-
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table that stays; names of sources stand in it, so its texts are shown as `say` does."""
-        table = Table(title=title, title_justify="left")
-        for i, name in enumerate(header):
-            table.add_column(Text(printable(name)), justify="left" if i == 0 else "right")
-        for row in rows:
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        self.console.print(table)
-
-
-def printable(text: str, *, keep: str = "") -> str:
-    """The text with all that does not print spelled out: completions may hold terminal escapes, new lines and such.
-
-    >>> printable("\\x1b[31mred\\nstep 9: accuracy 1.000")
-    '\\\\x1b[31mred\\\\nstep 9: accuracy 1.000'
-    """
-    return "".join(c if c.isprintable() or c in keep else _spelled(c) for c in text)
-
-
-def _spelled(character: str) -> str:
-    """As Python spells it; lone surrogates, control and format characters among others."""
-    return character.encode("unicode_escape").decode()
-
-
-def as_command(main: Callable[[], int]) -> NoReturn:
-    """Ends the process as `main` says; without a traceback, too, where Ctrl-C or a closed pipe (`| head`) ends it."""
-    try:
-        try:
-            code = main()
-        except SystemExit as end:  # of argparse
-            code = end.code
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        code = fail("stopped", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush
-        code = EXIT_BROKEN_PIPE
-    sys.exit(code)
-
-
-def fail(message: str, code: int) -> int:
-    """Prints an error to standard error and returns the exit code."""
-    print("error:", printable(message, keep="\n"), file=sys.stderr)  # a line for each mistake
-    return code

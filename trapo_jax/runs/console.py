@@ -1,0 +1,117 @@
+"""What a command shows on the terminal: progress, lines that stay and tables."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import rich.console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+NUM_PLAIN_LINES = 20  # progress lines of a run whose output is not a terminal
+
+
+class Console:
+    """Live progress on a terminal, plain lines elsewhere.
+
+    Args:
+      num_steps: number of training steps, for the progress bar.
+      first_step: the step that the run resumes after, 0 for a new run.
+      quiet: print nothing.
+    """
+
+    def __init__(self, num_steps: int, *, first_step: int, quiet: bool = False):
+        self._rich = rich.console.Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self._first_step = first_step
+        self._started = time.monotonic()
+        self._accuracy: float | None = None
+        self._progress: Progress | None = None
+        if self._rich.is_terminal:
+            self._progress = _Panel(
+                TextColumn("training"),
+                BarColumn(bar_width=32),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} "),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=self._rich,
+            )
+            self._task = self._progress.add_task(
+                "", total=num_steps, completed=first_step, status=""
+            )
+
+    def __enter__(self) -> "Console":
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays. It is shown literally: no markup, no control characters."""
+        self._rich.print(Text(printable(text)))
+
+    def evaluated(self, accuracy: float) -> None:
+        """Records the accuracy of the latest evaluation, which the progress shows from now on."""
+        self._accuracy = accuracy
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the progress after a step.
+
+        Args:
+          step: number of the step, counted from 1.
+          values: metrics of the step.
+        """
+        accuracy = "" if self._accuracy is None else f"accuracy {self._accuracy:.2f}  "
+        status = (
+            f"reward {values['reward/mean']:.2f}  {accuracy}"
+            f"guided {values['guidance/ratio_mean']:.2f}  "
+            f"{values['time/tokens_per_sec']:,.0f} tokens/s"
+        )
+        # An estimate, because a budget may end the run before num_steps.
+        total = max(step, round(step / values["budget/progress"]))
+        if self._progress:
+            self._progress.update(self._task, completed=step, total=total, status=status)
+        elif step % max(1, total // NUM_PLAIN_LINES) == 0 or step == total:
+            num_done = step - self._first_step
+            secs_left = (time.monotonic() - self._started) / num_done * (total - step)
+            self.say(f"step {step}/{total}  {status}  {secs_left:.0f} s left")
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Prints a table that stays. Cells may name data sources, so they are shown as in `say`."""
+        table = Table(title=title, title_justify="left")
+        for i, name in enumerate(header):
+            table.add_column(Text(printable(name)), justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        self._rich.print(table)
+
+
+class _Panel(Progress):
+    """The progress bar with the status on a line below it, so that 80 columns suffice."""
+
+    def get_renderables(self) -> Iterator[rich.console.RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (task.fields["status"] for task in self.tasks)
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Escapes unprintable characters: completions may contain terminal escapes and line breaks.
+
+    Args:
+      text: any text.
+      keep: characters that are not escaped.
+
+    Returns:
+      The text with every unprintable character written as a Python escape.
+
+    >>> printable("\\x1b[31mred\\nstep 9: accuracy 1.000")
+    '\\\\x1b[31mred\\\\nstep 9: accuracy 1.000'
+    """
+    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    """A Python escape; works for control and format characters and for lone surrogates."""
+    return character.encode("unicode_escape").decode()
