@@ -18,7 +18,8 @@ class Ours:
         from trapo_jax.distributed.sharding import make_mesh
         from trapo_jax.methods import make_method
         from trapo_jax.models import load_params, read_config
-        from trapo_jax.training.train_step import init_state, make_optimizer, state_shardings
+        from trapo_jax.training.optimizer import make_optimizer
+        from trapo_jax.training.state import init_state, state_shardings
 
         self.packed = packed
         self.config = read_config(Path(folder), dtype=dtype, remat="dots")
@@ -36,19 +37,17 @@ class Ours:
         import jax
 
         from trapo_jax.training.packing import build_batch
-        from trapo_jax.training.train_step import make_train_step, place_batch
+        from trapo_jax.training.train_step import TokenScorer, make_train_step, place_batch
         from trapo_jax.types import Moment
 
         if self.step is None:
             self.step = make_train_step(
-                self.config,
+                TokenScorer(self.config, temperature=1.0, chunk_size=512),
                 self.method,
                 self.optimizer,
                 self.mesh,
                 self.shardings,
-                temperature=1.0,
                 max_completion_length=job["row_len"],
-                chunk_size=512,
             )
         rows = train_rows(job)
         started = time.perf_counter()

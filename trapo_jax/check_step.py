@@ -27,7 +27,8 @@ from trapo_jax.models import abstract_params, find_model, load_params, load_toke
 from trapo_jax.parts import build_decoder, build_method, build_train_step
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
 from trapo_jax.training.packing import build_batch
-from trapo_jax.training.train_step import init_state, place_batch, state_shardings
+from trapo_jax.training.state import init_state, state_shardings
+from trapo_jax.training.train_step import place_batch
 from trapo_jax.types import (
     Completion,
     FinishReason,

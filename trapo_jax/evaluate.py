@@ -35,7 +35,6 @@ from trapo_jax.evaluation.scoring import (
     Scores,
     make_sample,
     powers_of_2_up_to,
-    sample_problems,
     score_samples,
     scores_by_source,
     shares_noise,
@@ -49,8 +48,10 @@ from trapo_jax.models import (
     load_tokenizer,
     read_config,
     read_eos_ids,
+    token_cost,
 )
 from trapo_jax.rewards import extract_choice, extract_math_answer, make_verifier
+from trapo_jax.rollouts.actor import Actor
 from trapo_jax.runs.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, as_command, fail
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import check_run_folder, prepare_run_folder, write_atomically
@@ -266,7 +267,6 @@ def sample_all(
         seed=args.seed,
         with_truncation=args.top_p < 1 or args.top_k > 0,
     )
-    engine.update_weights(model.params, 0)
     verifier = make_verifier(
         args.verifier,
         eos_text=tokenizer.eos_token,
@@ -275,14 +275,23 @@ def sample_all(
         max_response_chars=100_000,
     )
     progress = Progress(len(requests), terminal)
-    with verifier, open(path, "a", encoding="utf-8") as file:
-        judged = sample_problems(
-            engine,
-            lambda c: verifier.submit(tokenizer.decode(c.token_ids), c.request.problem),
-            requests,
-            params=SamplingParams(args.temperature, args.top_p, args.top_k),
-        )
-        for completion, verdict in judged:
+    actor = Actor(
+        engine,
+        verifier,
+        tokenizer.decode,
+        None,
+        max_completion_length=args.max_completion_length,
+        temperature=1.0,
+        max_error_rate=1.0,
+        token_cost=token_cost(model.decoder),
+    )
+    with (
+        actor,
+        actor.sampler(model.params) as sample,
+        open(path, "a", encoding="utf-8") as file,
+    ):
+        params = SamplingParams(args.temperature, args.top_p, args.top_k)
+        for completion, verdict in sample(requests, params):
             record = make_record(completion, verdict, tokenizer)
             records.append(record)
             file.write(json.dumps(record) + "\n")

@@ -10,15 +10,14 @@ from typing import Any
 
 import jax
 
-from trapo_jax.config import load_config
+from trapo_jax.config import ModelConfig, load_config
 from trapo_jax.models import (
     DecoderConfig,
     abstract_params,
     export_model,
     find_model,
-    read_config,
+    read_decoder,
 )
-from trapo_jax.parts import build_lora
 from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, abstract_like
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
 from trapo_jax.types import UserError
@@ -60,7 +59,7 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
         raise UserError(f"--checkpoint {path}: no such step; there are: {there}")
     config = load_config(saved_config, [])
     source = find_model(config.model.path)
-    decoder = read_config(source, lora=build_lora(config))
+    decoder = read_decoder(source, ModelConfig(), config.lora)
     abstract = abstract_params(decoder)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = abstract_like(abstract, jax.tree.map(lambda _: device, abstract))

@@ -47,8 +47,8 @@ from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
 from trapo_jax.sampling.contexts import MAX_PIECE_ROWS, PieceBatch
 from trapo_jax.sampling.decode import empty_state, make_programs, state_shardings
 from trapo_jax.sampling.engine import SAMPLING_RULES, sampling_dtypes
-from trapo_jax.training.train_step import new_state
-from trapo_jax.training.train_step import state_shardings as train_shardings
+from trapo_jax.training.state import new_state
+from trapo_jax.training.state import state_shardings as train_shardings
 from trapo_jax.types import TENSOR_AXIS, Moment, TrainBatch, UserError
 
 EXIT_DOES_NOT_FIT = 1

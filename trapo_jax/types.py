@@ -16,7 +16,11 @@ PrefixBoundary = Literal["exact", "paragraph"]
 
 
 class UserError(Exception):
-    """Something the user can mend; printed as one line, without a traceback, exit code 2."""
+    """An error that the user can fix. Commands print it as one line without a traceback and exit with code 2."""
+
+
+class TrainingFailed(Exception):
+    """Training cannot continue; what has been committed stays. Commands exit with code 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +91,11 @@ class RolloutRequest:
     expert_index: int = -1
     prefix_len: int = 0
     ratio: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Identifies the rollout among those of a step: problem id and sample index."""
+        return self.problem.id, self.sample_index
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -175,25 +184,28 @@ class Moment(NamedTuple):
 
 
 class TrainRow(NamedTuple):
-    """A rollout, or an expert's solution, as it is trained.
+    """A rollout, or an expert solution alone, as it is trained.
 
     Attributes:
-      completion: its prompt, its expert prefix, and what was sampled, if anything.
-      advantage: of its tokens.
-      trains_expert: the prefix is trained; otherwise it is context.
+      completion: prompt, expert prefix and sampled tokens, if any.
+      advantage: advantage of the trained tokens.
+      trains_expert: whether the expert prefix is trained; otherwise it is context.
+      rollout: key of the rollout of the current step that the row trains; None for an expert solution alone.
     """
 
     completion: Completion
     advantage: float
     trains_expert: bool
+    rollout: tuple[str, int] | None = None
 
     @property
     def length(self) -> int:
         """Tokens of prompt, prefix and completion."""
-        return self.completion.request.start_len + self.num_own
+        return self.completion.request.start_len + self.num_completion
 
     @property
-    def num_own(self) -> int:
+    def num_completion(self) -> int:
+        """Sampled tokens."""
         return len(self.completion.token_ids)
 
     @property
@@ -203,7 +215,34 @@ class TrainRow(NamedTuple):
     @property
     def num_trained(self) -> int:
         """Tokens with a loss."""
-        return self.num_own + self.num_expert_trained
+        return self.num_completion + self.num_expert_trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What has been spent, counted exactly; the sum over a run's steps is part of its checkpoints.
+
+    Attributes:
+      tokens_trained: completion and expert tokens with a loss, once per optimizer step on them.
+      tokens_expert_trained: the expert tokens among them.
+      tokens_prompt: prompt tokens of the rows that were trained, once per optimizer step on them.
+      tokens_sampled: tokens sampled by the policy, trained or not.
+      problems_seen: number of problems whose rollouts were sampled.
+      flops: FLOPs of sampling and training, counted by formula (`models.flops`).
+      seconds: time spent on sampling, grading and training.
+    """
+
+    tokens_trained: int = 0
+    tokens_expert_trained: int = 0
+    tokens_prompt: int = 0
+    tokens_sampled: int = 0
+    problems_seen: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        names = [field.name for field in dataclasses.fields(self)]
+        return Usage(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 class TokenKind(enum.IntEnum):
@@ -236,3 +275,17 @@ class TrainBatch(NamedTuple):
     # float32 on what is trained, else 0; None where no loss asks for them
     old_logprobs: Any = None  # under the policy before the batch's first update; None: of this one
     ref_logprobs: Any = None  # under the model the run began with
+
+
+class UpdateTrace(NamedTuple):
+    """What one update computed at every trained token.
+
+    Attributes:
+      rows: the rows of the update.
+      batch: the batch on the host, in which `rows[i]` is segment 1 + i.
+      trace: device arrays float32 `[M, B, T]`, aligned with the batch: log-probabilities and |d objective / d logprob|.
+    """
+
+    rows: Any
+    batch: TrainBatch
+    trace: tuple[Any, Any]

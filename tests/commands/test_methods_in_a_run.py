@@ -53,7 +53,7 @@ def test_a_method_of_ones_own(tmp_path):
             Term("dft", TokenKind.EXPERT_TRAINED, loss, 1.0, "token_mean", "1 - p"),
         ),
     )
-    assert train(small_config(tmp_path / "toy", **{"train.num_steps": "1"}), toy) == 0
+    assert train(small_config(tmp_path / "toy", **{"train.num_steps": "1"}), toy).step == 1
     (record,) = train_records(tmp_path / "toy")
     assert 0 < record["loss/dft"] < 1
     assert record["guidance/ratio_mean"] == pytest.approx(0.5 / 3)
@@ -79,7 +79,7 @@ def test_budget_ends_a_run_and_a_buffer_survives_a_resume(tmp_path):
             "checkpoint.every": "2",
         },
     )
-    assert train(config, build_method(config)) == 0
+    assert train(config, build_method(config)).summary
     expected = train_records(folder)
     assert [r["budget/progress"] for r in expected] == [0.25, 0.5, 0.75, 1.0]
     assert expected[-1]["tokens/sampled"] == sum(r["batch/completion_tokens"] for r in expected)
@@ -98,7 +98,7 @@ def test_budget_ends_a_run_and_a_buffer_survives_a_resume(tmp_path):
     shutil.rmtree(folder / "checkpoints" / "4")
     shutil.rmtree(folder / "hf")
     (folder / "summary.json").unlink()
-    assert train(config, build_method(config)) == 0
+    assert train(config, build_method(config)).summary
     assert train_records(folder) == expected
     for name, content in written.items():
         assert (folder / name).read_bytes() == content

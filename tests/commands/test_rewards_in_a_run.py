@@ -2,9 +2,17 @@
 
 import pytest
 
+from trapo_jax.rollouts.metrics import check_grades
 from trapo_jax.runs.loggers import read_metrics
-from trapo_jax.train import TrainingFailed, check_verdicts
-from trapo_jax.types import Completion, FinishReason, Problem, Rollout, RolloutRequest, Verdict
+from trapo_jax.types import (
+    Completion,
+    FinishReason,
+    Problem,
+    Rollout,
+    RolloutRequest,
+    TrainingFailed,
+    Verdict,
+)
 
 from conftest import run_command  # isort: skip
 
@@ -24,7 +32,7 @@ def test_a_verifier_that_always_raises_stops_the_run_at_once(tmp_path):
     )
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert "step 1: of 64 rollouts the verifier failed on 64 and timed out on 0" in last
+    assert "step 1: of 64 rollouts the grader failed on 64 and timed out on 0" in last
     assert "rewards.max_error_rate=0.2" in last
     assert "Traceback" not in result.stderr
     (evaluation,) = [r for r in read_metrics(folder) if r["kind"] == "eval"]
@@ -57,11 +65,11 @@ def groups(num_errors, num_timeouts):
 
 
 def test_a_few_failures_do_not_stop_a_run():
-    check_verdicts(groups(1, 0), 1, max_error_rate=0.01)
-    check_verdicts(groups(10, 10), 1, max_error_rate=0.2)
+    check_grades(groups(1, 0), 1, max_error_rate=0.01)
+    check_grades(groups(10, 10), 1, max_error_rate=0.2)
 
 
 @pytest.mark.parametrize(("errors", "timeouts"), [(21, 0), (0, 21), (11, 10)])
 def test_errors_and_timeouts_count_alike(errors, timeouts):
     with pytest.raises(TrainingFailed, match=f"step 7: .* {errors} and timed out on {timeouts}"):
-        check_verdicts(groups(errors, timeouts), 7, max_error_rate=0.2)
+        check_grades(groups(errors, timeouts), 7, max_error_rate=0.2)

@@ -10,10 +10,12 @@ from conftest import JOB, run_command  # isort: skip
 
 SPOILED = """
 import itertools, sys
-from trapo_jax import parts, train
+from trapo_jax import train
+from trapo_jax.rollouts import actor
+from trapo_jax.training import learner
 from trapo_jax.rewards import InlineVerifier, card_shuffles_verifier
 
-build_batch, batches = train.build_batch, itertools.count()
+build_batch, batches = learner.build_batch, itertools.count()
 
 def spoil_the_first(rows, **options):
     if next(batches) == 0:
@@ -28,7 +30,7 @@ def fail_once_in_a_hundred(name, *, eos_text, **_):
         return verify(text, problem)
     return InlineVerifier(sometimes)
 
-train.build_batch, parts.make_verifier = spoil_the_first, fail_once_in_a_hundred
+learner.build_batch, actor.make_verifier = spoil_the_first, fail_once_in_a_hundred
 sys.exit(train.main())
 """
 

@@ -23,7 +23,7 @@ from trapo_jax.methods import (
 from trapo_jax.rollouts.collection import is_complete
 from trapo_jax.rollouts.guidance import Guidance
 from trapo_jax.training.packing import build_batch
-from trapo_jax.training.train_step import _term_weights
+from trapo_jax.training.train_step import term_weights
 from trapo_jax.types import (
     Completion,
     Expert,
@@ -101,7 +101,7 @@ def scores_of(batch, seed=0):
 
 def objective(method, batch, scores, moment):
     """As the train step computes it: summed over micro-batches, weights over the whole batch."""
-    weights = _term_weights(batch, method.terms, MAX_LENGTH)
+    weights = term_weights(batch, method.terms, MAX_LENGTH)
     coefficients = method.coefficients(moment, learning_rate=1.0)
     num_segments = 1 + batch.kinds.shape[0] * batch.kinds.shape[1]
     now, old, ref, entropies = (x[..., 1:] for x in scores)

@@ -26,7 +26,7 @@ from trapo_jax.models import (
     token_cost,
 )
 from trapo_jax.models.lora import SUFFIXES, A, B, merged
-from trapo_jax.training.train_step import init_state
+from trapo_jax.training.state import init_state
 
 from conftest import JOB, TINY_MODEL, run_command  # isort: skip
 from test_train_step import (  # isort: skip

@@ -333,7 +333,9 @@ def test_evaluate_counts_by_source():
     score = lambda c: at_once(
         verdict((int(c.request.problem.id, 16), c.request.sample_index) in right)
     )
-    metrics = evaluate(ScriptedEngine(newest_first=True), score, problems, num_samples=4).metrics
+    metrics = evaluate(
+        sampler(ScriptedEngine(newest_first=True), score), problems, num_samples=4
+    ).metrics
     assert metrics["eval/accuracy_greedy"] == 0.25
     assert metrics["eval/accuracy_sampled"] == 5 / 16
     assert metrics["eval/pass@1"] == 5 / 16
@@ -346,11 +348,24 @@ def test_evaluate_counts_by_source():
     assert metrics["eval/error_rate"] == metrics["eval/timeout_rate"] == 0
 
 
+def sampler(engine, score):
+    """Samples from a scripted engine and grades what it returns."""
+
+    def sample(requests, params):
+        engine.submit(requests, step=0, params=params)
+        while engine.is_busy:
+            yield from ((completion, score(completion).result()) for completion in engine.poll())
+
+    return sample
+
+
 def test_evaluate_counts_completions_without_a_verdict():
     failing = {0: Verdict.ERROR, 1: Verdict.TIMEOUT}
     score = lambda c: at_once(failing.get(c.request.sample_index, Verdict.CORRECT))
     problems = [Problem(f"{i:016x}", (1,), "") for i in range(2)]
-    metrics = evaluate(ScriptedEngine(newest_first=False), score, problems, num_samples=4).metrics
+    metrics = evaluate(
+        sampler(ScriptedEngine(newest_first=False), score), problems, num_samples=4
+    ).metrics
     assert metrics["eval/error_rate"] == 4 / 10  # the greedy completion has index 0 too
     assert metrics["eval/timeout_rate"] == 2 / 10
     assert metrics["eval/accuracy_greedy"] == 0

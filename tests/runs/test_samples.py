@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trapo_jax.runs.samples import fetch_response_traces, sample_record, token_pieces
+from trapo_jax.runs.samples import (
+    fetch_response_traces,
+    sample_record,
+    sample_records,
+    token_pieces,
+)
 from trapo_jax.training.packing import build_batch
 from trapo_jax.types import (
     Completion,
@@ -16,6 +21,7 @@ from trapo_jax.types import (
     RolloutRequest,
     TokenKind,
     TrainRow,
+    UpdateTrace,
     Verdict,
 )
 
@@ -39,7 +45,7 @@ GROUP = [
 
 # Of the two that start from one prefix, the first trains it.
 ROWS = [
-    TrainRow(r.completion, advantage, trains_expert)
+    TrainRow(r.completion, advantage, trains_expert, r.request.key)
     for r, advantage, trains_expert in zip(
         GROUP, (0.5, -0.5, 0.25, 0.0), (False, True, False, True), strict=True
     )
@@ -55,27 +61,28 @@ def test_a_response_s_tokens_are_found_wherever_they_lie(packed):
     """Trace arrays that hold the token ids themselves: what comes back must be the response's ids."""
     batch = build_batch(ROWS, row_len=9, micro_batch_rows=2, packed=packed)
     trace = (jnp.asarray(batch.token_ids, jnp.float32), jnp.asarray(batch.token_ids, jnp.float32))
-    traces = fetch_response_traces(trace, batch, range(3))
-    assert len(traces) == 3
-    for r, seen in zip(GROUP, traces, strict=False):
+    update = UpdateTrace(ROWS, batch, trace)
+    keys = [r.request.key for r in GROUP]
+    traces = fetch_response_traces(update, keys[:3])
+    assert list(traces) == keys[:3]
+    for r, seen in zip(GROUP, traces.values(), strict=False):
         response = [*r.request.prefix_ids, *r.completion.token_ids]
         assert seen.logprobs.tolist() == seen.gradient_weights.tolist() == response
-    assert [kinds.tolist() for kinds, _, _ in traces] == [
+    assert [kinds.tolist() for kinds, _, _ in traces.values()] == [
         [TokenKind.COMPLETION],
         [TokenKind.EXPERT_TRAINED] * 2 + [TokenKind.COMPLETION] * 4,
         [TokenKind.EXPERT] * 2 + [TokenKind.COMPLETION] * 2,
     ]
-    assert fetch_response_traces(trace, batch, []) == []
-    of_last, of_none = fetch_response_traces(trace, batch, [3, 4])
-    assert of_last.kinds.tolist() == [TokenKind.EXPERT_TRAINED] * 3
-    assert of_none is None
+    assert fetch_response_traces(update, []) == {}
+    last = fetch_response_traces(update, [keys[3], ("another problem", 0)])
+    assert [seen.kinds.tolist() for seen in last.values()] == [[TokenKind.EXPERT_TRAINED] * 3]
 
 
 def test_a_record_has_an_entry_a_token_and_null_where_none_was_trained():
     batch = build_batch(ROWS, row_len=9, micro_batch_rows=2)
     logprobs = jnp.where(batch.kinds > TokenKind.EXPERT, -0.123456, 0.0)
-    (seen,) = fetch_response_traces((logprobs, -logprobs), batch, [2])
-    record = sample_record(GROUP[2], 0.25, seen, decode=decode, step=5)
+    update = UpdateTrace(ROWS, batch, (logprobs, -logprobs))
+    (record,) = sample_records([GROUP[2]], [update], decode=decode, step=5)
     assert record["tokens"] == {
         "pieces": ["<20>", " <21>", "<35>", " <36>"],
         "kinds": "2244",
@@ -84,6 +91,21 @@ def test_a_record_has_an_entry_a_token_and_null_where_none_was_trained():
     }
     assert (record["step"], record["sample_index"], record["advantage"]) == (5, 2, 0.25)
     assert (record["prefix"], record["completion"]) == ("<20> <21>", "<35> <36>")
+
+
+def test_a_row_of_an_expert_solution_alone_is_not_taken_for_a_rollout():
+    """ReLIFT's buffer may hold the problem of a rollout, whose expert row has the same sample index."""
+    expert = TrainRow(GROUP[0].completion, 0.0, True)
+    batch = build_batch([expert, ROWS[0]], row_len=9, micro_batch_rows=2)
+    values = jnp.asarray(batch.token_ids, jnp.float32)
+    update = UpdateTrace([expert, ROWS[0]], batch, (values, values))
+    (record,) = sample_records([GROUP[0]], [update], decode=decode, step=5)
+    assert record["advantage"] == 0.5
+    only_expert = UpdateTrace(
+        [expert], build_batch([expert], row_len=9, micro_batch_rows=2), (values, values)
+    )
+    (record,) = sample_records([GROUP[0]], [only_expert], decode=decode, step=5)
+    assert record["advantage"] is None
 
 
 def test_a_rollout_that_took_no_part_has_texts_and_kinds():

@@ -25,7 +25,7 @@ def test_dropped_gradients_of_micro_batches_are_caught(monkeypatch):
     """The bug of published baselines: of several micro-batches only the last one's gradient is applied."""
 
     def last_alone(lower, upper, body, initial):
-        if body.__name__ != "accumulate":
+        if body.__name__ != "add_micro_batch":
             return fori_loop(lower, upper, body, initial)
         return body(upper - 1, initial)
 

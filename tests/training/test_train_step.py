@@ -12,24 +12,16 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 from trapo_jax.distributed.sharding import make_mesh
 from trapo_jax.losses import linear_token_logprobs
 from trapo_jax.methods import Normalizer, TokenInputs, make_method
 from trapo_jax.methods.selection import first_of_each_prefix, rows_of_group
 from trapo_jax.models import DecoderConfig, Rope, apply_decoder, init_params, unembedding
+from trapo_jax.training.optimizer import make_learning_rate, make_optimizer
 from trapo_jax.training.packing import build_batch
-from trapo_jax.training.train_step import (
-    TrainState,
-    init_state,
-    make_batch_logprobs,
-    make_learning_rate,
-    make_optimizer,
-    make_train_step,
-    state_shardings,
-    swap_optimizer,
-)
+from trapo_jax.training.state import TrainState, init_state, state_shardings, swap_optimizer
+from trapo_jax.training.train_step import TokenScorer, make_batch_logprobs, make_train_step
 from trapo_jax.types import (
     Completion,
     Expert,
@@ -111,14 +103,12 @@ def coefficients(method):
 
 def make_step(method, params, mesh, optimizer, config=CONFIG, **options):
     return make_train_step(
-        config,
+        TokenScorer(config, temperature=1.0, chunk_size=7),
         method,
         optimizer,
         mesh,
         state_shardings(params, optimizer, mesh),
-        temperature=1.0,
         max_completion_length=MAX_LENGTH,
-        chunk_size=7,
         **options,
     )
 
@@ -218,9 +208,9 @@ def test_stale_tokens_are_weighted_by_their_ratio_to_the_sampler(params):
 def objective_by_logits(logits, batch, method):
     """The library's own losses and weights on given logits."""
     from trapo_jax.losses import token_logprobs
-    from trapo_jax.training.train_step import _term_weights
+    from trapo_jax.training.train_step import term_weights
 
-    weights = _term_weights(batch, method.terms, MAX_LENGTH)
+    weights = term_weights(batch, method.terms, MAX_LENGTH)
     logprobs = token_logprobs(logits[:, :-1], batch.token_ids[0][:, 1:])
     total = 0.0
     for term in method.terms:
@@ -403,7 +393,7 @@ def test_the_trace_holds_each_trained_token_s_logprob_and_gradient_weight(params
 def batch_logprobs(batch, params):
     mesh = one_device_mesh()
     shardings = state_shardings(params, optax.sgd(1.0), mesh).params
-    build = make_batch_logprobs(CONFIG, mesh, shardings, temperature=1.0, chunk_size=7)
+    build = make_batch_logprobs(TokenScorer(CONFIG, 1.0, 7), mesh, shardings)
     return build(jax.device_put(params, shardings), batch)
 
 
@@ -479,9 +469,9 @@ def test_one_update_compiles_to_one_forward_and_one_backward_pass(params):
     shardings = state_shardings(params, optimizer, mesh)
     state = jax.eval_shape(lambda p: init_state(p, optimizer, mesh), params)
     flops = lambda program: program.compile().cost_analysis()["flops"]
-    forward = make_batch_logprobs(
-        CONFIG, mesh, shardings.params, temperature=1.0, chunk_size=7
-    ).lower(state.params, batch)
+    forward = make_batch_logprobs(TokenScorer(CONFIG, 1.0, 7), mesh, shardings.params).lower(
+        state.params, batch
+    )
     step = make_step(method, params, mesh, optimizer)
     ratio = flops(step.lower(state, batch, coefficients(method))) / flops(forward)
     assert 2 < ratio < 3.5
@@ -567,63 +557,6 @@ def test_weight_decay_spares_norms(params):
     np.testing.assert_allclose(updates["embedding"], -0.1 * params["embedding"], rtol=1e-5)
     np.testing.assert_array_equal(updates["layers"]["mlp_norm"], 0.0)
     np.testing.assert_array_equal(updates["final_norm"], 0.0)
-
-
-def test_muon_orthogonalises_every_head_and_leaves_the_rest_to_adamw(params):
-    """Each matrix's update has singular values near 1, times 0.2 sqrt(its longer side); embeddings follow Adam."""
-    settings = {
-        "adam_b1": 0.9,
-        "adam_b2": 0.9,
-        "weight_decay": 0.1,
-        "max_grad_norm": 1e9,
-    }
-    grads = jax.tree.map(
-        lambda x: jnp.asarray(np.random.default_rng(x.size).normal(size=x.shape), x.dtype), params
-    )
-    optimizer = make_optimizer(**settings, name="muon")
-    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
-    layers = {
-        name: np.asarray(update + 0.1 * params["layers"][name])  # without the decay
-        for name, update in updates["layers"].items()
-    }
-    matrices = {
-        "qkv": np.moveaxis(layers["qkv"], 1, 3),  # [L, K, J, D, H]
-        "output": layers["output"],
-        "gate_up": np.moveaxis(layers["gate_up"], 1, 2),
-        "down": layers["down"],
-    }
-    for name, matrix in matrices.items():
-        values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape[-2:]) ** 0.5)
-        assert values.min() > 0.5, name
-        assert values.max() < 1.5, name
-    adamw = optax.adamw(1.0, b1=0.9, b2=0.9, weight_decay=0.0, nesterov=True)
-    expected, _ = adamw.update(grads, adamw.init(params), params)
-    for tree in (updates, expected):
-        tree |= {"mlp_norm": tree["layers"]["mlp_norm"]}
-    expected["embedding"] -= 0.1 * params["embedding"]
-    for name in ("embedding", "final_norm", "mlp_norm"):
-        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-4)
-
-
-def test_muon_trains_with_its_state_sharded_like_the_parameters(params):
-    groups, advantages = ragged_groups()
-    muon = make_optimizer(
-        adam_b1=0.9, adam_b2=0.95, weight_decay=0.0, max_grad_norm=1.0, name="muon"
-    )
-    optimizer = optax.chain(muon, optax.scale(1e-2))
-    batch, method = build(groups, advantages), make_method("sft")
-    before = sgd_step(method, batch, params)[1]["loss/total"]
-    state = sgd_step(method, batch, params, optimizer=optimizer)[2]
-    after = sgd_step(method, batch, jax.device_get(state.params))[1]["loss/total"]
-    assert after < before
-    flat, _ = jax.tree_util.tree_flatten_with_path(state.opt_state)
-    moments = {
-        path[-1].key: x.sharding.spec
-        for path, x in flat
-        if isinstance(path[-1], jax.tree_util.DictKey) and x.ndim > 1
-    }
-    assert moments["qkv"] == P(None, "fsdp", "tp", None, None)
-    assert moments["embedding"] == P("tp", "fsdp")
 
 
 def test_same_gradient_on_eight_devices():

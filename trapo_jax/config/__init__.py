@@ -3,7 +3,9 @@
 from trapo_jax.config.schema import (
     Config,
     DataConfig,
+    LoraConfig,
     MethodConfig,
+    ModelConfig,
     config_from_command_line,
     help_text,
     list_fields,
@@ -15,7 +17,9 @@ from trapo_jax.config.schema import (
 __all__ = [
     "Config",
     "DataConfig",
+    "LoraConfig",
     "MethodConfig",
+    "ModelConfig",
     "config_from_command_line",
     "help_text",
     "list_fields",

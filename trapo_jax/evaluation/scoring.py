@@ -7,13 +7,11 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from statistics import fmean
 from typing import NamedTuple
 
 from trapo_jax.distributed.processes import gather, my_share
 from trapo_jax.evaluation.statistics import bootstrap_interval, pass_at_k
-from trapo_jax.sampling import RolloutEngine
 from trapo_jax.types import (
     Completion,
     FinishReason,
@@ -23,13 +21,10 @@ from trapo_jax.types import (
     Verdict,
 )
 
-# In place of a training step in the random keys: every evaluation of a run draws the same numbers,
-# so that two of them differ by the policy alone.
-EVALUATION_STEP = 2**32 - 1
 # Two equal samples that are this unlikely (in nats) share their noise, not their luck.
 IMPOSSIBLE_TWICE = -20.0
 
-Score = Callable[[Completion], Future[Verdict]]
+Sampler = Callable[[Sequence[RolloutRequest], SamplingParams], Iterator[tuple[Completion, Verdict]]]
 
 
 class Sample(NamedTuple):
@@ -70,32 +65,6 @@ class Scores:
     error_rate: float
     timeout_rate: float
     completion_len_mean: float
-
-
-def sample_problems(
-    engine: RolloutEngine,
-    score: Score,
-    requests: Sequence[RolloutRequest],
-    *,
-    params: SamplingParams,
-) -> Iterator[tuple[Completion, Verdict]]:
-    """Samples the requests and yields each with its verdict as soon as there is one.
-
-    Args:
-      engine: must be idle, with the weights to evaluate.
-      score: a completion's verdict, now or later.
-      requests: what to sample, unguided.
-      params: how tokens are drawn.
-    """
-    engine.submit(requests, step=EVALUATION_STEP, params=params)
-    judging: dict[Future[Verdict], Completion] = {}
-    while engine.is_busy or judging:
-        completions = engine.poll()
-        judging.update((score(completion), completion) for completion in completions)
-        if not completions and not engine.is_busy:
-            wait(judging, return_when=FIRST_COMPLETED)
-        for future in [future for future in judging if future.done()]:
-            yield judging.pop(future), future.result()
 
 
 def score_samples(samples: Sequence[Sample]) -> Scores:
@@ -142,8 +111,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    engine: RolloutEngine,
-    score: Score,
+    sample: Sampler,
     problems: Sequence[Problem],
     *,
     num_samples: int,
@@ -151,8 +119,7 @@ def evaluate(
     """Samples each problem once greedily and `num_samples` times at temperature 1, unguided.
 
     Args:
-      engine: samples; must be idle, with the weights to evaluate.
-      score: a completion's verdict, now or later.
+      sample: samples and grades requests with the given sampling parameters; see `Actor.sampler`.
       problems: distinct problems.
       num_samples: n, samples per problem.
 
@@ -166,7 +133,7 @@ def evaluate(
     def take(count: int, temperature: float) -> list[Sample]:
         """Of all problems; every process samples its share."""
         requests = [RolloutRequest(p, j) for p in my_share(problems) for j in range(count)]
-        judged = sample_problems(engine, score, requests, params=SamplingParams(temperature))
+        judged = sample(requests, SamplingParams(temperature))
         mine = [make_sample(completion, verdict) for completion, verdict in judged]
         return [
             Sample(*fields)._replace(verdict=Verdict(fields[2]))

@@ -5,7 +5,7 @@
 """
 
 from trapo_jax.methods.common import PRESETS, Preset
-from trapo_jax.methods.describe import describe
+from trapo_jax.methods.describe import describe, fingerprint
 from trapo_jax.methods.family import METHODS
 from trapo_jax.methods.guidance import ALWAYS, NEVER
 from trapo_jax.methods.make import constants_of, make_method
@@ -28,6 +28,7 @@ __all__ = [
     "Update",
     "constants_of",
     "describe",
+    "fingerprint",
     "make_method",
     "train_all",
 ]

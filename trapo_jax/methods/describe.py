@@ -83,3 +83,8 @@ def _preset_differences(name: str) -> list[str]:
         if len(set(map(str, values.values()))) > 1:
             lines += [f"  {constant}", *(f"    {p}: {_short(v)}" for p, v in values.items())]
     return lines
+
+
+def fingerprint(method: Method) -> dict[str, Any]:
+    """Returns what identifies a method."""
+    return {"name": method.name}

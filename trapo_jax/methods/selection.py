@@ -101,7 +101,7 @@ def no_prefix(group: Group) -> list[bool]:
 def rows_of_group(group: Group, advantages: np.ndarray, carriers: Sequence[bool]) -> list[TrainRow]:
     """A row for each rollout."""
     return [
-        TrainRow(rollout.completion, float(advantage), carries)
+        TrainRow(rollout.completion, float(advantage), carries, rollout.request.key)
         for rollout, advantage, carries in zip(group, advantages, carriers, strict=True)
     ]
 

@@ -21,6 +21,7 @@ from trapo_jax.models.hugging_face import (
 )
 from trapo_jax.models.hugging_face_config import ARCHITECTURES, read_config, read_eos_ids
 from trapo_jax.models.lora import Lora, join_trained, split_trained
+from trapo_jax.models.pretrained import PretrainedModel, open_model, read_decoder
 from trapo_jax.models.rope import Rope
 from trapo_jax.models.tokenizer import load_tokenizer
 
@@ -31,6 +32,7 @@ __all__ = [
     "KVCache",
     "Lora",
     "Params",
+    "PretrainedModel",
     "Rope",
     "TokenCost",
     "abstract_params",
@@ -44,8 +46,10 @@ __all__ = [
     "lay_apart",
     "load_params",
     "load_tokenizer",
+    "open_model",
     "output_projection",
     "read_config",
+    "read_decoder",
     "read_eos_ids",
     "split_trained",
     "token_cost",

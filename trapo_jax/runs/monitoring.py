@@ -11,11 +11,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from trapo_jax.types import TrainingFailed
+
 EXIT_TRAINING_FAILED = 1
-
-
-class TrainingFailed(Exception):
-    """The run cannot go on; what was committed stays."""
 
 
 class Health:

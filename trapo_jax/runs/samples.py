@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from trapo_jax.distributed.processes import fetch
-from trapo_jax.types import Rollout, TokenKind, TrainBatch
+from trapo_jax.types import Rollout, TokenKind, UpdateTrace
 
 TRAINED = (TokenKind.EXPERT_TRAINED, TokenKind.COMPLETION)
 LONGEST_CHARACTER = 8  # tokens; after so many without a whole character, the bytes are none
@@ -21,32 +21,64 @@ class ResponseTrace(NamedTuple):
     gradient_weights: np.ndarray  # float32, |d objective / d logprob|; 0 where not trained
 
 
-def fetch_response_traces(
-    trace: Any, batch: TrainBatch, numbers: Sequence[int]
-) -> list[ResponseTrace | None]:
-    """Of some of the batch's rollouts, None for those that are not in it; every process must ask, and each gets all.
+def sample_records(
+    rollouts: Sequence[Rollout],
+    traces: Sequence[UpdateTrace],
+    *,
+    decode: Callable[[Sequence[int]], str],
+    step: int,
+) -> list[dict[str, Any]]:
+    """Returns a record for samples.jsonl for each rollout. All processes must call this together.
 
     Args:
-      trace: the train step's `TokenTrace`; of its rows only those that are needed leave the devices.
-      batch: as it was built, on the host.
-      numbers: of the rollouts, as `build_batch` was given them, from 0.
+      rollouts: rollouts of the step.
+      traces: of the step's updates. A rollout that is part of several shows the first one.
+      decode: turns token ids into text.
+      step: number of the step.
     """
-    if not numbers:
-        return []
+    keys = [rollout.request.key for rollout in rollouts]
+    advantages = {
+        row.rollout: row.advantage for trace in traces for row in trace.rows if row.rollout
+    }
+    responses: dict[tuple[str, int], ResponseTrace] = {}
+    for trace in traces:
+        responses = fetch_response_traces(trace, keys) | responses
+    return [
+        sample_record(rollout, advantages.get(key), responses.get(key), decode=decode, step=step)
+        for key, rollout in zip(keys, rollouts, strict=True)
+    ]
+
+
+def fetch_response_traces(
+    update: UpdateTrace, keys: Sequence[tuple[str, int]]
+) -> dict[tuple[str, int], ResponseTrace]:
+    """Fetches the traces of some rollouts of an update; all processes must call this together.
+
+    Args:
+      update: the update. Only the rows that are needed are copied from the devices.
+      keys: keys of the rollouts; those without a trained token in the update have no trace in the result.
+    """
+    if not keys:
+        return {}
+    batch = update.batch
+    numbers = {row.rollout: number for number, row in enumerate(update.rows) if row.rollout}
+    segments = [1 + numbers.get(key, len(update.rows)) for key in keys]
     m, b, t = np.nonzero(batch.segment_ids)
     found, first = np.unique(batch.segment_ids[m, b, t], return_index=True)
     place = dict(zip(found.tolist(), zip(m[first], b[first], strict=True), strict=True))
-    # As many places whatever is in the batch: a program for each number would be compiled.
-    places = np.array([place.get(1 + number, (0, 0)) for number in numbers]).T
-    logprobs, gradient_weights = fetch(_take_rows(tuple(trace), *places))
-    of_responses = []
-    for i, number in enumerate(numbers):
+    # The number of places does not depend on the batch, so that only one program is compiled.
+    places = np.array([place.get(segment, (0, 0)) for segment in segments]).T
+    logprobs, gradient_weights = fetch(_take_rows(tuple(update.trace), *places))
+    responses = {}
+    for i, (key, segment) in enumerate(zip(keys, segments, strict=True)):
         kinds = batch.kinds[tuple(places[:, i])]
         segment_ids = batch.segment_ids[tuple(places[:, i])]
-        response = (segment_ids == 1 + number) & (kinds != TokenKind.PROMPT)
-        seen = ResponseTrace(kinds[response], logprobs[i, response], gradient_weights[i, response])
-        of_responses.append(seen if response.any() else None)
-    return of_responses
+        where = (segment_ids == segment) & (kinds != TokenKind.PROMPT)
+        if where.any():
+            responses[key] = ResponseTrace(
+                kinds[where], logprobs[i, where], gradient_weights[i, where]
+            )
+    return responses
 
 
 _take_rows = jax.jit(lambda arrays, m, b: [x[m, b] for x in arrays])

@@ -166,7 +166,7 @@ def _check(batch: TrainBatch, rows: Sequence[TrainRow]) -> None:
         "prompt": sum(len(row.completion.request.problem.prompt_ids) for row in rows),
         "expert_trained": sum(row.num_expert_trained for row in rows),
         "expert": sum(row.completion.request.prefix_len - row.num_expert_trained for row in rows),
-        "completion": sum(row.num_own for row in rows),
+        "completion": sum(row.num_completion for row in rows),
     }
     used = batch.kinds[: batch.num_micro_batches]
     expected["pad"] = used.size - sum(expected.values())

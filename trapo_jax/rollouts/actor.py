@@ -1,0 +1,248 @@
+"""The actor: samples completions from the current weights and grades them.
+
+An `Actor` owns the rollout engine and the graders. It knows nothing of optimizers, checkpoints or logs.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, NamedTuple
+
+from trapo_jax.config import Config
+from trapo_jax.distributed.processes import gather, my_share
+from trapo_jax.distributed.sharding import make_mesh
+from trapo_jax.methods import Method
+from trapo_jax.models import PretrainedModel, TokenCost, token_cost
+from trapo_jax.rewards import Verifier, make_verifier
+from trapo_jax.rollouts.collection import PartialRollouts, collect_groups, share_groups
+from trapo_jax.rollouts.guidance import Guidance
+from trapo_jax.rollouts.metrics import check_grades, rollout_metrics, rollout_usage
+from trapo_jax.sampling import JaxEngine, RolloutEngine
+from trapo_jax.types import (
+    Completion,
+    Moment,
+    Problem,
+    Rollout,
+    RolloutRequest,
+    SamplingParams,
+    Usage,
+    Verdict,
+)
+
+# Takes the place of the training step in the random keys of evaluations. All evaluations of a run draw the same
+# random numbers, so that two of them differ by the policy alone.
+EVALUATION_STEP = 2**32 - 1
+
+Sample = Callable[[Sequence[RolloutRequest], SamplingParams], Iterator[tuple[Completion, Verdict]]]
+
+
+class Collected(NamedTuple):
+    """The rollouts of one step.
+
+    Attributes:
+      groups: the G rollouts of each problem, by sample index.
+      metrics: metrics of the rollouts and the engine, by name.
+      usage: tokens and FLOPs spent on sampling.
+    """
+
+    groups: list[list[Rollout]]
+    metrics: dict[str, float]
+    usage: Usage
+
+
+class Actor:
+    """Samples and grades completions.
+
+    Args:
+      engine: the rollout engine.
+      grader: grades the text of a response; closed together with the actor.
+      decode: turns token ids into text, special tokens included.
+      method: decides the guidance of each problem; None for an actor that only evaluates.
+      max_completion_length: maximum number of tokens of prefix + completion.
+      temperature: sampling temperature of training rollouts, > 0.
+      max_error_rate: maximum share of a step's rollouts in [0, 1] that may fail to be graded.
+      token_cost: FLOPs per token of the model.
+      on_progress: called with a description whenever a completion is finished.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        grader: Verifier,
+        decode: Callable[[Sequence[int]], str],
+        method: Method | None,
+        *,
+        max_completion_length: int,
+        temperature: float,
+        max_error_rate: float,
+        token_cost: TokenCost,
+        on_progress: Callable[[str], None] = lambda _: None,
+    ):
+        self.engine: Any = engine
+        self._grader = grader
+        self._decode = decode
+        self._method = method
+        self._max_completion_length = max_completion_length
+        self._temperature = temperature
+        self._max_error_rate = max_error_rate
+        self._token_cost = token_cost
+        self._on_progress = on_progress
+        self._partial = PartialRollouts()
+
+    def collect(
+        self,
+        problems: Sequence[Problem],
+        params: Any,
+        moment: Moment,
+        *,
+        upcoming: Sequence[Problem] = (),
+    ) -> Collected:
+        """Samples and grades a group of rollouts for every problem, distributed over all processes.
+
+        Args:
+          problems: the distinct problems of the step.
+          params: the parameters of the policy.
+          moment: the step; decides the guidance and is part of the random keys.
+          upcoming: problems of the next step, which may be started in slots that would otherwise be idle.
+
+        Raises:
+          TrainingFailed: if too many rollouts could not be graded.
+        """
+        assert self._method, "an actor without a method can only evaluate"
+        method, started = self._method, time.perf_counter()
+        self.engine.update_weights(params, 0)
+        stats_before = self.engine.counters
+        num_stale = sum(gather(self._partial.num_sampled_tokens))
+        collected = collect_groups(
+            self.engine,
+            lambda problem: guidance_at(method, moment, problem, self._max_completion_length),
+            self.grade,
+            my_share(problems),
+            step=moment.step,
+            params=SamplingParams(self._temperature),
+            partial=self._partial,
+            upcoming=my_share(upcoming),
+        )
+        self._partial = collected.partial._replace(unfinished=self.engine.release())
+        groups = share_groups(collected.groups, problems)
+        check_grades(groups, moment.step, max_error_rate=self._max_error_rate)
+        stats = self.engine.counters - stats_before
+        num_prefilled = sum(gather(stats.prefilled_tokens))
+        metrics = {
+            **rollout_metrics(groups, num_micro_groups=len(method.micro_groups)),
+            "tokens/prefilled": num_prefilled,
+            "sampling/slot_utilization": stats.slot_utilization,
+            "sampling/stale_tokens": num_stale,
+            "time/sample_secs": time.perf_counter() - started - collected.grading_secs,
+            "time/reward_secs": collected.grading_secs,
+        }
+        usage = rollout_usage(groups, num_prefilled=num_prefilled, cost=self._token_cost)
+        return Collected(groups, metrics, usage)
+
+    @contextlib.contextmanager
+    def sampler(self, params: Any) -> Iterator[Sample]:
+        """Provides a function that samples and grades unguided requests from the given parameters.
+
+        The function takes the requests of this process and sampling parameters, and yields each completion with its
+        verdict as soon as it is graded. All evaluations draw the same random numbers.
+        """
+        self.engine.update_weights(params, 0)
+        try:
+            yield self._sample
+        finally:
+            self.engine.release()
+
+    def _sample(
+        self, requests: Sequence[RolloutRequest], sampling: SamplingParams
+    ) -> Iterator[tuple[Completion, Verdict]]:
+        self.engine.submit(requests, step=EVALUATION_STEP, params=sampling)
+        pending: dict[Future[Verdict], Completion] = {}
+        while self.engine.is_busy or pending:
+            completions = self.engine.poll()
+            pending.update((self.grade(completion), completion) for completion in completions)
+            if not completions and not self.engine.is_busy:
+                wait(pending, return_when=FIRST_COMPLETED)
+            for future in [future for future in pending if future.done()]:
+                yield pending.pop(future), future.result()
+
+    def grade(self, completion: Completion) -> Future[Verdict]:
+        """Grades the whole response, expert prefix and special tokens included, asynchronously."""
+        self._on_progress("sampling")
+        token_ids = (*completion.request.prefix_ids, *completion.token_ids)
+        return self._grader.submit(self._decode(token_ids), completion.request.problem)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory for keys and values on each device in bytes."""
+        return self.engine.cache_bytes
+
+    def close(self) -> None:
+        """Ends the grading processes."""
+        self._grader.close()
+
+    def __enter__(self) -> "Actor":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def guidance_at(
+    method: Method, moment: Moment, problem: Problem, max_completion_length: int
+) -> Guidance:
+    """Returns a method's guidance of a problem at a step."""
+    return Guidance(
+        method.micro_groups_at(moment, problem),
+        max_completion_length,
+        method.prefix_boundary,
+        method.second_expert_last,
+    )
+
+
+def make_actor(
+    config: Config,
+    method: Method,
+    model: PretrainedModel,
+    *,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> Actor:
+    """Builds the actor of a training run from its config.
+
+    Args:
+      config: the sections `sampling`, `rewards` and `mesh`, and the prompt length of `data`.
+      method: decides the guidance of each problem.
+      model: the pretrained model; its parameters are not loaded.
+      on_progress: called with a description whenever a completion is finished.
+    """
+    sampling, rewards, axes = config.sampling, config.rewards, config.mesh
+    engine = JaxEngine(
+        model.decoder,
+        num_slots=sampling.num_slots,
+        max_prompt_length=config.data.max_prompt_length,
+        max_completion_length=sampling.max_completion_length,
+        segment_len=sampling.segment_len,
+        num_contexts=sampling.num_contexts,
+        prefill_tokens=sampling.prefill_tokens,
+        eos_ids=model.eos_ids,
+        seed=config.seed,
+        mesh=make_mesh(data=axes.data, fsdp=axes.fsdp, tp=axes.tp),
+    )
+    grader = make_verifier(
+        rewards.verifier,
+        eos_text=model.tokenizer.eos_token,
+        num_workers=rewards.workers,
+        timeout_secs=rewards.timeout_secs,
+        max_response_chars=rewards.max_response_chars,
+    )
+    return Actor(
+        engine,
+        grader,
+        model.tokenizer.decode,
+        method,
+        max_completion_length=sampling.max_completion_length,
+        temperature=sampling.temperature,
+        max_error_rate=rewards.max_error_rate,
+        token_cost=token_cost(model.decoder),
+        on_progress=on_progress,
+    )

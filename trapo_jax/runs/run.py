@@ -1,0 +1,380 @@
+"""A training run on disk and on screen: its directory, progress, checkpoints, logs and monitoring.
+
+A `Run` knows neither how rollouts are sampled nor how parameters are updated. It receives the results of each step,
+decides when the run ends, and can continue where an earlier process stopped.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from trapo_jax.config import Config, DataConfig
+from trapo_jax.distributed.processes import from_main, gather, is_main, wait_for_all
+from trapo_jax.methods import Method
+from trapo_jax.report import REPORT, write_report
+from trapo_jax.runs.budget import Budget
+from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, Retention
+from trapo_jax.runs.console import Console
+from trapo_jax.runs.directory import (
+    NUM_STEPS,
+    Changes,
+    check_run_folder,
+    only_process_in,
+    prepare_run_folder,
+    record_changes,
+    write_atomically,
+)
+from trapo_jax.runs.loggers import EVAL, TRAIN, NoLog, RunLog, read_metrics
+from trapo_jax.runs.monitoring import Health, Interrupt, Watchdog, check_space
+from trapo_jax.runs.samples import sample_records
+from trapo_jax.types import Moment, Problem, Rollout, UpdateTrace, Usage, UserError
+
+CHECKPOINTS = "checkpoints"
+DATA = (
+    "data.json"  # fingerprint of the training data, chat template, what was dropped while reading
+)
+SUMMARY = "summary.json"  # written last; marks a run as complete
+EVALUATIONS = "evaluations"  # folder with one file per evaluation
+LOG_BYTES = 4 * 2**20  # generous upper bound on the size of a step's records
+
+
+class Trainable(Protocol):
+    """The part of a learner that a run saves and restores."""
+
+    state: Any
+
+    def abstract_state(self) -> Any: ...
+
+    def free(self) -> None: ...
+
+
+class Run:
+    """One training run, new or resumed. A context manager that releases everything it has acquired.
+
+    Attributes:
+      folder: the run directory.
+      is_complete: whether the run was complete when it was opened, so that nothing is left to do.
+      step: number of the current step, starting at 1; 0 before the first step.
+      moment: the current step as methods see it.
+      usage: what the run has spent so far.
+      method_state: state of the method; JSON-serializable.
+    """
+
+    def __init__(self, config: Config, method: Method, changes: Changes, *, show_progress: bool):
+        self.folder = config.run_folder
+        self.is_complete = (self.folder / SUMMARY).exists() and NUM_STEPS not in changes
+        self.step = 0
+        self.usage = Usage()
+        self.method_state: Mapping[str, Any] = {}
+        self._config, self._method, self._changes = config, method, changes
+        self._quiet = not (show_progress and is_main())
+        train, keep = config.train, config.checkpoint
+        self._budget = Budget(train.budget_unit, train.budget, train.num_steps)
+        self._health = Health(
+            max_logprob_gap=config.limits.max_logprob_gap,
+            max_skipped_steps=train.max_skipped_steps,
+            warn_after_steps=20,
+        )
+        retention = Retention(newest=keep.keep, best=keep.keep_best)
+        self._store = CheckpointStore(self.folder / CHECKPOINTS, retention)
+        self._stack = contextlib.ExitStack()
+        self._watchdog: Watchdog | None = None
+        self._progress_before = self._progress = 0.0
+        self._step_started = 0.0
+        self._is_interrupted = False
+
+    @classmethod
+    def open(cls, config: Config, method: Method, *, show_progress: bool = False) -> "Run":
+        """Opens the run directory of a config, new or with a run to resume. Nothing is written yet.
+
+        Args:
+          config: the run's config.
+          method: the run's method.
+          show_progress: whether to print progress to the terminal.
+
+        Raises:
+          UserError: if the directory holds something else, or a run with another config or method.
+        """
+        check = lambda: check_run_folder(config.run_folder, config.to_yaml())
+        changes = from_main(check() if is_main() else None)
+        return cls(config, method, changes, show_progress=show_progress)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def start(
+        self,
+        learner: Trainable,
+        data_summary: Mapping[str, Any],
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        """Locks the directory, creates it or restores the newest intact checkpoint, and starts to log.
+
+        Args:
+          learner: its state is restored if there is a checkpoint.
+          data_summary: for `data.json`; its `fingerprint` identifies the training problems.
+          decode: turns token ids into text.
+
+        Raises:
+          UserError: if another process is training there, the training problems are not those that the run began
+            with, or there are checkpoints but none is intact.
+        """
+        self._decode = decode
+        self._data_fingerprint = data_summary["fingerprint"]
+        if is_main():
+            self._stack.enter_context(only_process_in(self.folder))
+            prepare_run_folder(self.folder, self._config.to_yaml())
+            if not (self.folder / DATA).exists():
+                write_atomically(self.folder / DATA, json.dumps(data_summary, indent=2) + "\n")
+        wait_for_all("run directory prepared")
+        self._watchdog = Watchdog(self._config.limits.stuck_after_secs)
+        self._stack.callback(self._watchdog.close)
+        offsets = self._restore(learner)
+        if is_main() and self._changes:
+            (self.folder / SUMMARY).unlink(missing_ok=True)  # The run continues.
+            record_changes(self.folder, self._config.to_yaml(), self._changes, after_step=self.step)
+        log = RunLog(self.folder, offsets=offsets) if is_main() else NoLog()
+        self._log = self._stack.enter_context(contextlib.closing(log))
+        self._interrupt = self._stack.enter_context(contextlib.closing(Interrupt()))
+        self.console = self._stack.enter_context(
+            Console(self._config.train.num_steps, first_step=self.step, quiet=self._quiet)
+        )
+        self._state_bytes = sum(x.nbytes for x in jax.tree.leaves(learner.state))
+        self._progress = self._budget.progress(self.usage, self.step)
+        self.console.say(self._describe_start())
+
+    def heartbeat(self, activity: str) -> None:
+        """Reports that the run is not stuck.
+
+        Args:
+          activity: what the process does now, for the message if it gets stuck.
+        """
+        if self._watchdog is not None:
+            self._watchdog.beat(activity)
+
+    @property
+    def moment(self) -> Moment:
+        """The current step as methods see it."""
+        return Moment(self.step, self._progress_before, self._config.seed)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step has been made."""
+        return self._progress >= 1
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the run was asked to stop and has steps left."""
+        return self._is_interrupted and not self.is_over
+
+    def steps(self, batches: Sequence[Sequence[Problem]]) -> Iterator[Sequence[Problem]]:
+        """Yields the problems of each remaining step until the run is over or interrupted."""
+        while not (self.is_over or self._is_interrupted):
+            self.step += 1
+            self._progress_before = self._progress
+            self.heartbeat(f"working on step {self.step}")
+            check_space(self.folder, LOG_BYTES, "a step's record")
+            self._step_started = time.perf_counter()
+            yield batches[self.step - 1]
+
+    def record(
+        self,
+        groups: Sequence[Sequence[Rollout]],
+        metrics: Mapping[str, float],
+        usage: Usage,
+        traces: Sequence[UpdateTrace],
+        method_state: Mapping[str, Any],
+    ) -> None:
+        """Records the results of the current step: usage, metrics, samples and progress on screen.
+
+        Args:
+          groups: the rollouts of each problem; those of the first `log_samples` problems go to samples.jsonl.
+          metrics: metrics of sampling and training, by name.
+          usage: tokens and FLOPs spent; the seconds are measured here.
+          traces: what the updates computed at every trained token.
+          method_state: state of the method after the step.
+
+        Raises:
+          TrainingFailed: if the metrics show that training should not continue.
+          UserError: if the budget's unit is something that the method never spends.
+        """
+        seconds = from_main(time.perf_counter() - self._step_started)
+        self.usage += usage + Usage(seconds=seconds)
+        self.method_state = method_state
+        self._progress = self._budget.progress(self.usage, self.step)
+        values = {
+            **metrics,
+            **self._usage_metrics(),
+            "time/tokens_per_sec": usage.tokens_trained / seconds,
+        }
+        self._log.metrics(TRAIN, self.step, values)
+        logged = [rollout for group in groups[: self._config.log_samples] for rollout in group]
+        self._log.samples(sample_records(logged, traces, decode=self._decode, step=self.step))
+        self._budget.check_spent(self.usage, self._method.name)
+        self.console.step(self.step, values)
+        for warning in self._health.observe(self.step, values):
+            self.console.say(f"warning: {warning}")
+        self._is_interrupted = any(gather(self._interrupt.received))
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether the validation split is to be evaluated after the current step."""
+        if self.is_over:
+            return False
+        return is_due(
+            self.step, self._progress_before, self._progress, self._config.evaluation.every
+        )
+
+    def record_evaluation(
+        self, split: str, metrics: Mapping[str, float], problems: Mapping[str, list], seconds: float
+    ) -> float:
+        """Records an evaluation and returns the sampled accuracy.
+
+        Args:
+          split: the split that was evaluated.
+          metrics: `eval/...` metrics by name.
+          problems: columns with one entry per problem; see `Evaluation.problems`.
+          seconds: duration of the evaluation.
+        """
+        if is_main():
+            path = self.folder / EVALUATIONS / f"{split}_{self.step}.json"
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, json.dumps(problems) + "\n")
+        self._log.metrics(EVAL, self.step, {"split": split, **metrics, "time/eval_secs": seconds})
+        self.console.evaluated(metrics["eval/accuracy_sampled"])
+        best = f"pass@{self._config.evaluation.num_samples}"
+        self.console.say(
+            f"step {self.step}: {split} accuracy greedy {metrics['eval/accuracy_greedy']:.3f}, "
+            f"sampled {metrics['eval/accuracy_sampled']:.3f}, {best} {metrics[f'eval/{best}']:.3f}"
+        )
+        return metrics["eval/accuracy_sampled"]
+
+    def save_if_due(self, learner: Trainable, score: float | None) -> None:
+        """Saves a checkpoint if one is due after the current step.
+
+        Args:
+          learner: its state is saved.
+          score: sampled accuracy on the validation split, if it was evaluated after this step.
+        """
+        keep = self._config.checkpoint
+        best = self._store.best_score()
+        is_best = keep.keep_best > 0 and score is not None and (best is None or score > best)
+        is_time = keep.every > 0 and self.step % keep.every == 0
+        if not (self.is_over or self._is_interrupted or is_time or is_best):
+            return
+        self.heartbeat(f"saving step {self.step}")
+        check_space(self.folder, self._state_bytes + LOG_BYTES, "a checkpoint")
+        host = {
+            "usage": dataclasses.asdict(self.usage),
+            "method_state": self.method_state,
+            "offsets": self._log.offsets(),
+            "data_fingerprint": self._data_fingerprint,
+        }
+        self._store.save(self.step, learner.state, host, score=score)
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the report and the summary, which marks the run as complete, and returns the summary."""
+        self._log.offsets()  # flushes
+        write_report([self.folder], self.folder / REPORT)
+        evaluations = [r for r in read_metrics(self.folder) if r["kind"] == EVAL]
+        first = {record["split"]: record for record in reversed(evaluations)}
+        last = {record["split"]: record for record in evaluations}
+        summary = {
+            split: {"before": _scores(first[split]), "after": _scores(last[split])}
+            for split in self._config.evaluation.splits
+        }
+        write_atomically(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the summary of a complete run: scores before and after training, by split."""
+        return json.loads((self.folder / SUMMARY).read_text())
+
+    def _restore(self, learner: Trainable) -> dict[str, int] | None:
+        """Restores the newest intact checkpoint, if there is one, and returns the offsets of its logs."""
+        step = from_main(self._newest_intact() if is_main() else None)
+        if step is None:
+            return None
+        abstract = learner.abstract_state()
+        learner.free()
+        state, host = self._store.restore(step, abstract)
+        if host["data_fingerprint"] != self._data_fingerprint:
+            raise UserError(
+                f"output_dir={self.folder}: {_name_data(self._config.data)} does not give the problems that the run "
+                f"began with ({DATA}); restore them or give another output_dir"
+            )
+        learner.state = state
+        self.step = step
+        self.usage, self.method_state = Usage(**host["usage"]), host["method_state"]
+        return host["offsets"]
+
+    def _newest_intact(self) -> int | None:
+        """Returns the step of the newest intact checkpoint, or None. Damaged ones are renamed."""
+        for step in reversed(self._store.steps()):
+            try:
+                self._store.verify(step)
+                return step
+            except DamagedCheckpoint as error:
+                renamed = self._store.put_aside(step)
+                print(f"warning: {error}; it is kept as {renamed}", file=sys.stderr)
+        if damaged := self._store.damaged():
+            raise UserError(
+                f"{self.folder}: none of its checkpoints is intact ({', '.join(p.name for p in damaged)}); give "
+                "another output_dir"
+            )
+        return None
+
+    def _describe_start(self) -> str:
+        if not self.step:
+            return f"{self._method.name}: {self._method.source}; run directory {self.folder}"
+        changed = "".join(
+            f", {name}={now} (was {was})" for name, (was, now) in self._changes.items()
+        )
+        return f"resuming {self.folder} after step {self.step}{changed}"
+
+    def _usage_metrics(self) -> dict[str, float]:
+        return {
+            "tokens/trained": self.usage.tokens_trained,
+            "tokens/expert_trained": self.usage.tokens_expert_trained,
+            "tokens/prompt": self.usage.tokens_prompt,
+            "tokens/sampled": self.usage.tokens_sampled,
+            "problems/seen": self.usage.problems_seen,
+            "budget/flops": self.usage.flops,
+            "budget/progress": self._progress,
+            "time/budget_secs": self.usage.seconds,
+        }
+
+
+def is_due(step: int, progress_before: float, progress: float, every: float) -> bool:
+    """Returns whether something that happens regularly is due after a step.
+
+    Args:
+      step: number of the step, starting at 1.
+      progress_before: share of the run that was complete before the step.
+      progress: share of the run that is complete after the step.
+      every: an interval in steps, >= 1; or in (0, 1) as a share of the run; 0 for never.
+    """
+    if every >= 1:
+        return step % every == 0
+    num_intervals = round(1 / every) if every else 0
+    return int(progress_before * num_intervals) < int(progress * num_intervals)
+
+
+def _scores(record: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if name.startswith("eval/")}
+
+
+def _name_data(data: DataConfig) -> str:
+    """Returns the field that says what is trained on, with its value."""
+    if data.source == "files":
+        return f"data.train_files={', '.join(data.train_files)}"
+    return f"data.source={data.source}"

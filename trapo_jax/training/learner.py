@@ -1,0 +1,293 @@
+"""The learner: turns rows selected by a method into new parameters.
+
+A `Learner` owns the train state and everything that changes it. It knows nothing of sampling, checkpoints or logs.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from trapo_jax.config import Config
+from trapo_jax.distributed.sharding import make_mesh, num_batch_shards
+from trapo_jax.methods import Method, Update
+from trapo_jax.models import (
+    DecoderConfig,
+    PretrainedModel,
+    TokenCost,
+    abstract_params,
+    count_attention_pairs,
+    load_params,
+    token_cost,
+)
+from trapo_jax.training.optimizer import make_learning_rate, make_optimizer
+from trapo_jax.training.packing import balance, build_batch, count_kinds
+from trapo_jax.training.state import (
+    TrainState,
+    init_state,
+    new_state,
+    state_shardings,
+    swap_optimizer,
+)
+from trapo_jax.training.train_step import (
+    TokenScorer,
+    TokenTrace,
+    make_batch_logprobs,
+    make_train_step,
+    place_batch,
+)
+from trapo_jax.types import Moment, TrainBatch, TrainRow, UpdateTrace, Usage
+
+
+class Learned(NamedTuple):
+    """The outcome of the updates of one step.
+
+    Attributes:
+      metrics: by name; those of updates after the first are prefixed with the name of their optimizer.
+      usage: tokens and FLOPs spent on training.
+      traces: one per update.
+    """
+
+    metrics: dict[str, float]
+    usage: Usage
+    traces: list[UpdateTrace]
+
+
+class Learner:
+    """Updates the parameters of a policy.
+
+    Building a learner allocates no arrays, so that its programs can be compiled for devices that are not attached.
+    `load` gives it a state.
+
+    Args:
+      config: the sections `train` and `mesh` and the lengths and temperature of `sampling`.
+      method: its terms are the objective.
+      decoder: the decoder's shape.
+      mesh: the mesh to train on.
+      optimizer: an optax transformation for a learning rate of 1.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        method: Method,
+        decoder: DecoderConfig,
+        mesh: Mesh,
+        optimizer: optax.GradientTransformation,
+    ):
+        train, sampling = config.train, config.sampling
+        self.mesh = mesh
+        self.method = method
+        self.optimizer = optimizer
+        self.shardings = state_shardings(
+            abstract_params(decoder), optimizer, mesh, len(method.optimizers)
+        )
+        scorer = TokenScorer(
+            decoder,
+            temperature=sampling.temperature,
+            chunk_size=train.logprob_chunk_size * num_batch_shards(mesh),
+        )
+        self.train_step = make_train_step(
+            scorer,
+            method,
+            optimizer,
+            mesh,
+            self.shardings,
+            max_completion_length=sampling.max_completion_length,
+            ratio_to="sampler" if sampling.max_staleness else "trainer",
+        )
+        self._batch_logprobs = make_batch_logprobs(scorer, mesh, self.shardings.params)
+        self._learning_rate = make_learning_rate(
+            learning_rate=train.learning_rate,
+            warmup_steps=train.warmup_steps,
+            num_steps=train.num_steps,
+            decay_start=train.decay_start,
+            final_learning_rate_ratio=train.final_learning_rate_ratio,
+        )
+        self._decoder = decoder
+        self._token_cost = token_cost(decoder)
+        self._config = config
+        self._state: TrainState | None = None
+        self._ref_params: Any = None
+
+    @property
+    def state(self) -> TrainState:
+        """The train state; `load` must have been called."""
+        assert self._state is not None, "the learner has no state; call load first"
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._state = state
+
+    @property
+    def params(self) -> Any:
+        """The current parameters, float32."""
+        return self.state.params
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the state in bytes, over all devices."""
+        return sum(x.nbytes for x in jax.tree.leaves(self.state))
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """Number of rows of a micro-batch, over all devices."""
+        return self._config.train.per_device_rows * num_batch_shards(self.mesh)
+
+    @property
+    def max_rows(self) -> int:
+        """Maximum number of rows of one update; batches of all steps have the same shape."""
+        return self.method.max_rows(self._config.train.problems_per_step)
+
+    def load(self, model: PretrainedModel, *, seed: int) -> None:
+        """Loads the parameters of a model folder and initializes the optimizer."""
+        load = lambda: load_params(model.folder, self._decoder, self.shardings.params, seed=seed)
+        self._state = init_state(load(), self.optimizer, self.mesh, len(self.method.optimizers))
+        if self.method.needs_reference:
+            self._ref_params = load()
+
+    def abstract_state(self) -> TrainState:
+        """Returns shapes, dtypes and shardings of the state."""
+        shapes = jax.eval_shape(
+            lambda params: new_state(params, self.optimizer, len(self.method.optimizers)),
+            abstract_params(self._decoder),
+        )
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            self.shardings,
+        )
+
+    def free(self) -> None:
+        """Deletes the arrays of the state, so that a restored one does not need memory beside them."""
+        for leaf in jax.tree.leaves(self.state):
+            leaf.delete()
+        self._state = None
+
+    def update(self, updates: Sequence[Update], moment: Moment) -> Learned:
+        """Makes the updates of a step, in order.
+
+        Args:
+          updates: rows and optimizer of each update, as selected by the method.
+          moment: the step; decides the weights of terms and the learning rate.
+        """
+        started = time.perf_counter()
+        metrics: dict[str, float] = {}
+        usage, traces = Usage(), []
+        for update in updates:
+            new_metrics, trace = self._update(update, moment)
+            metrics = merge_metrics(metrics, new_metrics, update.optimizer)
+            usage += self._usage_of(update.rows)
+            traces.append(trace)
+        metrics["optimizer/skipped_in_a_row"] = int(self.state.num_skipped_in_a_row)
+        metrics["time/train_secs"] = time.perf_counter() - started
+        return Learned(metrics, usage, traces)
+
+    def _update(self, update: Update, moment: Moment) -> tuple[dict[str, float], UpdateTrace]:
+        """Makes `train.num_iterations` optimizer steps from the same rows."""
+        config, method = self._config, self.method
+        num_iterations = config.train.num_iterations
+        host_batch = self._build_batch(update.rows)
+        batch = place_batch(host_batch, self.mesh)
+        if num_iterations > 1:  # With one iteration the old policy is the current one.
+            batch = batch._replace(old_logprobs=self._batch_logprobs(self.params, batch))
+        if self._ref_params is not None:
+            batch = batch._replace(ref_logprobs=self._batch_logprobs(self._ref_params, batch))
+        index = method.optimizers.index(update.optimizer)
+        state = swap_optimizer(self.state, index)
+        device_metrics, learning_rate, trace = {}, 0.0, TokenTrace(None, None)
+        for i in range(num_iterations):
+            steps = moment.step - 1 + (i + 1) / num_iterations
+            position = max(steps, moment.progress * config.train.num_steps)
+            learning_rate = update.learning_rate_scale * self._learning_rate(steps, position)
+            coefficients = method.coefficients(moment, learning_rate=learning_rate)
+            state, device_metrics, trace = self.train_step(state, batch, coefficients)
+        self._state = swap_optimizer(state, index)
+        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        metrics["optimizer/learning_rate"] = learning_rate
+        metrics |= batch_metrics(host_batch, num_batch_shards(self.mesh))
+        return metrics, UpdateTrace(update.rows, host_batch, trace)
+
+    def _build_batch(self, rows: Sequence[TrainRow]) -> TrainBatch:
+        return build_batch(
+            rows,
+            row_len=self._config.row_len,
+            micro_batch_rows=self.micro_batch_rows,
+            max_rows=self.max_rows,
+            num_shards=num_batch_shards(self.mesh),
+        )
+
+    def _usage_of(self, rows: Sequence[TrainRow]) -> Usage:
+        num_iterations = self._config.train.num_iterations
+        return update_usage(
+            rows,
+            num_iterations=num_iterations,
+            num_forward=(num_iterations > 1) + (self._ref_params is not None),
+            cost=self._token_cost,
+        )
+
+
+def make_learner(config: Config, method: Method, model: PretrainedModel) -> Learner:
+    """Builds a learner from a config and loads the model's parameters."""
+    train, axes = config.train, config.mesh
+    optimizer = make_optimizer(
+        adam_b1=train.adam_b1,
+        adam_b2=train.adam_b2,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+    )
+    mesh = make_mesh(data=axes.data, fsdp=axes.fsdp, tp=axes.tp)
+    learner = Learner(config, method, model.decoder, mesh, optimizer)
+    learner.load(model, seed=config.seed)
+    return learner
+
+
+def update_usage(
+    rows: Sequence[TrainRow], *, num_iterations: int, num_forward: int, cost: TokenCost
+) -> Usage:
+    """Returns the tokens and FLOPs of `num_iterations` optimizer steps from the same rows.
+
+    Args:
+      rows: the rows; those without a trained token are not computed.
+      num_iterations: number of optimizer steps.
+      num_forward: number of additional passes that compute log-probabilities alone.
+      cost: FLOPs per token of the model.
+    """
+    rows = [row for row in rows if row.num_trained]
+    num_expert = sum(row.num_expert_trained for row in rows)
+    num_prompt = sum(len(row.completion.request.problem.prompt_ids) for row in rows)
+    num_completion = sum(row.num_completion for row in rows)
+    num_tokens = sum(row.length for row in rows)
+    num_pairs = sum(count_attention_pairs(row.length) for row in rows)
+    return Usage(
+        tokens_trained=num_iterations * (num_expert + num_completion),
+        tokens_expert_trained=num_iterations * num_expert,
+        tokens_prompt=num_iterations * num_prompt,
+        flops=num_iterations * cost.update(num_tokens, num_pairs)
+        + num_forward * cost.forward(num_tokens, num_pairs),
+    )
+
+
+def batch_metrics(batch: TrainBatch, num_shards: int) -> dict[str, float]:
+    """Returns the composition of a batch: tokens of each kind, share of padding, balance between devices."""
+    kinds = count_kinds(batch)
+    return {
+        **{f"batch/{name}_tokens": count for name, count in kinds.items()},
+        "batch/pad_fraction": kinds["pad"] / max(1, sum(kinds.values())),
+        "batch/balance": balance(batch, num_shards),
+    }
+
+
+def merge_metrics(
+    first: Mapping[str, float], following: Mapping[str, float], optimizer: str
+) -> dict[str, float]:
+    """Merges the metrics of a step's updates; those of later updates are prefixed with their optimizer's name."""
+    if not first:
+        return dict(following)
+    skipped = max(first["optimizer/skipped"], following["optimizer/skipped"])
+    named = {f"{optimizer}/{name}": value for name, value in following.items()}
+    return {**first, **named, "optimizer/skipped": skipped}
