@@ -175,7 +175,7 @@ def test_guidance_that_changes_with_the_step_allows_no_staleness(tmp_path):
     result = train(tmp_path / "r", "sampling.max_staleness=1", "method.name=sft_then_grpo")
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: sampling.max_staleness=1: method.name=sft_then_grpo guides")
+    assert line.startswith("error: sampling.max_staleness=1: the guidance of method.name=sft_then_grpo")
 
 
 def test_reference_preset_runs(tmp_path):
