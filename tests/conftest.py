@@ -34,7 +34,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 LONGEST = (
     *("test_processes.py", "test_train.py", "test_train_step.py", "test_stopped_runs.py"),
-    *("test_sampling.py", "test_models.py", "test_plan.py", "test_compare.py"),
+    *("test_jax_engine.py", "test_decoder.py", "test_plan.py", "test_compare.py"),
 )
 
 
@@ -72,11 +72,11 @@ def problems(tokenizer):
     return encode_examples(splits["train"], tokenizer, max_prompt_length=16)[0]
 
 
-def run_command(*arguments, timeout=300, **environment):
-    """Runs `python -m trapo_jax.<...>` in a process of its own."""
+def run_command(*arguments, timeout=300, cwd=REPOSITORY, **environment):
+    """Runs `python -m trapo_jax.<...>` in a separate process."""
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
-        cwd=REPOSITORY,
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -46,7 +46,7 @@ MAY_IMPORT = {
 def rooms_imported(room):
     """The rooms of trapo_jax that a room's files import."""
     files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else []
-    files += (PACKAGE / room).glob("*.py")
+    files += (PACKAGE / room).rglob("*.py")
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom):

@@ -37,12 +37,12 @@ class Ours:
             self.engine = None  # its memory first
             self.job_name, self.engine = job["name"], scripted_engine(self.config, job)
         engine = self.engine
-        before, compiled = engine.counters, engine.num_compiled
+        before, compiled = engine.stats(), engine.num_compiled
         started = time.perf_counter()
-        engine.update_weights(self.params, 0)
+        engine.update_weights(self.params)
         self.run_rollouts(engine, job)
         seconds = time.perf_counter() - started
-        done = engine.counters - before
+        done = engine.stats() - before
         return {
             "seconds": seconds,
             "decoded_tokens": done.decoded_tokens,
@@ -55,17 +55,18 @@ class Ours:
 
 def scripted_engine(config, job: Job):
     """A `JaxEngine` that samples as many tokens a rollout as the job says."""
-    from trapo_jax.sampling import JaxEngine
+    from trapo_jax.sampling.engine import EngineSpec
+    from trapo_jax.sampling.jax_engine import JaxEngine
 
     problems = job["problems"]
     new = {(f"{i:016x}", j): n for i, p in enumerate(problems) for j, n in enumerate(p["num_new"])}
 
     class ScriptedEngine(JaxEngine):
-        def budget(self, request) -> int:
+        def max_tokens(self, request) -> int:
             return new[request.problem.id[:16], request.sample_index]
 
-    return ScriptedEngine(
-        config,
+    spec = EngineSpec(
+        decoder=config,
         num_slots=job["slots"],
         max_prompt_length=max(len(p["prompt"]) for p in problems),
         max_completion_length=max(*new.values(), *(len(p["expert"]) for p in problems)),
@@ -74,6 +75,7 @@ def scripted_engine(config, job: Job):
         seed=0,
         **job["engine"],
     )
+    return ScriptedEngine(spec)
 
 
 def make_problems(job: Job) -> list:
@@ -129,7 +131,7 @@ def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
             requests.append(RolloutRequest(problem, row["sample"], 0, 0, row["prefix_len"]))
         engine.submit(requests, step=1, params=SamplingParams())
         while engine.is_busy:
-            engine.poll()
+            engine.step()
 
 
 def batches(job: Job):

@@ -30,7 +30,7 @@ from trapo_jax.models import (
     read_eos_ids,
     unembedding,
 )
-from trapo_jax.sampling import JaxEngine
+from trapo_jax.sampling.engine import EngineSpec, make_engine
 from trapo_jax.types import Problem, RolloutRequest, SamplingParams
 
 QUESTIONS = (
@@ -112,8 +112,8 @@ def compare_greedy(
     """How many continuations agree; ours of all prompts at once, theirs one by one."""
     config = read_config(folder)
     eos_ids = read_eos_ids(folder, tokenizer.eos_token_id)
-    engine = JaxEngine(
-        config,
+    spec = EngineSpec(
+        decoder=config,
         num_slots=8,
         max_prompt_length=max(map(len, prompts)),
         max_completion_length=num_tokens,
@@ -123,14 +123,15 @@ def compare_greedy(
         eos_ids=eos_ids,
         seed=0,
     )
-    engine.update_weights(load_params(folder, config), 0)
+    engine = make_engine("jax", spec)
+    engine.update_weights(load_params(folder, config))
     problems = [Problem(f"{i:016x}", tuple(ids), "") for i, ids in enumerate(prompts)]
     engine.submit(
         [RolloutRequest(p, 0) for p in problems], step=0, params=SamplingParams(temperature=0.0)
     )
     ours = {}
     while engine.is_busy:
-        ours |= {c.request.problem.id: list(c.token_ids) for c in engine.poll()}
+        ours |= {c.request.problem.id: list(c.token_ids) for c in engine.step()}
     same = 0
     for problem, ids in zip(problems, prompts, strict=True):
         output = theirs.generate(

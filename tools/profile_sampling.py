@@ -92,7 +92,7 @@ def profile(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
     for _ in range(2):  # the first compiles
         spent.clear()
         started = time.perf_counter()
-        engine.update_weights(params, 0)
+        engine.update_weights(params)
         run_freely(engine, job)
         seconds = time.perf_counter() - started
     show_programs(console, spent, seconds)

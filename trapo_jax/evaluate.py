@@ -55,7 +55,7 @@ from trapo_jax.rollouts.actor import Actor
 from trapo_jax.runs.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, as_command, fail
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import check_run_folder, prepare_run_folder, write_atomically
-from trapo_jax.sampling import JaxEngine
+from trapo_jax.sampling.engine import EngineSpec, make_engine
 from trapo_jax.types import (
     Completion,
     Problem,
@@ -255,8 +255,9 @@ def sample_all(
     requests = [request for key, request in wanted.items() if key not in done]
     if done:
         terminal.say(f"going on after {len(done)} of {len(wanted)} samples in {path}")
-    engine = JaxEngine(
-        dataclasses.replace(model.decoder, dtype=args.dtype),
+    spec = EngineSpec(
+        decoder=dataclasses.replace(model.decoder, dtype=args.dtype),
+        model_folder=model.folder,
         num_slots=min(args.num_slots, len(wanted)),
         max_prompt_length=args.max_prompt_length,
         max_completion_length=args.max_completion_length,
@@ -276,7 +277,7 @@ def sample_all(
     )
     progress = Progress(len(requests), terminal)
     actor = Actor(
-        engine,
+        make_engine("jax", spec),
         verifier,
         tokenizer.decode,
         None,

@@ -44,9 +44,14 @@ from trapo_jax.parts import build_decoder, build_method, build_optimizer, build_
 from trapo_jax.planning.program_cost import Traffic, matmul_flops, traffic
 from trapo_jax.runs.checkpoints import abstract_like
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
-from trapo_jax.sampling.contexts import MAX_PIECE_ROWS, PieceBatch
-from trapo_jax.sampling.decode import empty_state, make_programs, state_shardings
-from trapo_jax.sampling.engine import SAMPLING_RULES, sampling_dtypes
+from trapo_jax.sampling.jax_engine import SAMPLING_RULES, sampling_dtypes
+from trapo_jax.sampling.prefix_cache import MAX_PREFILL_ROWS, PrefillBatch
+from trapo_jax.sampling.programs import (
+    choose_layout,
+    init_state,
+    make_programs,
+    state_shardings,
+)
 from trapo_jax.training.state import new_state
 from trapo_jax.training.state import state_shardings as train_shardings
 from trapo_jax.types import TENSOR_AXIS, Moment, TrainBatch, UserError
@@ -321,18 +326,19 @@ def num_matrix_params(params: Params, decoder: DecoderConfig) -> int:
 
 
 def plan_sampling(config: Config, decoder: DecoderConfig, mesh: Mesh) -> tuple[Program, Program]:
-    """Prefill of full pieces, and a segment of decoding, all slots and all of the cache in view; of one replica."""
+    """Prefill of full chunks, and a segment of decoding, all slots and all of the cache in view; of one replica."""
     s = config.sampling
     row = mesh.devices.reshape(-1, mesh.shape[TENSOR_AXIS])[0]
     replica = Mesh(row, (TENSOR_AXIS,), axis_types=(AxisType.Auto,))
+    layout = choose_layout(decoder, replica)
     programs = make_programs(
-        decoder, replica, segment_len=s.segment_len, eos_ids=[0], with_truncation=False
+        decoder, replica, layout, segment_len=s.segment_len, eos_ids=[0], with_truncation=False
     )
     capacity = config.longest_rollout_len
     shapes = jax.eval_shape(
-        lambda: empty_state(
+        lambda: init_state(
             decoder,
-            replica,
+            layout,
             num_contexts=s.num_contexts,
             num_slots=s.num_slots,
             cache_len=capacity,
@@ -347,19 +353,19 @@ def plan_sampling(config: Config, decoder: DecoderConfig, mesh: Mesh) -> tuple[P
         sampling_dtypes(params, decoder),
     )
     params = abstract_like(params, param_shardings(params, replica, SAMPLING_RULES))
-    num_rows = min(MAX_PIECE_ROWS, max(1, s.prefill_tokens // 512))
+    num_rows = min(MAX_PREFILL_ROWS, max(1, s.prefill_tokens // 512))
     length = s.prefill_tokens // num_rows
     everywhere = NamedSharding(replica, P())
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
-    pieces = PieceBatch(ints(num_rows), ints(num_rows), ints(num_rows, length), ints(num_rows))
+    batch = PrefillBatch(ints(num_rows), ints(num_rows), ints(num_rows, length), ints(num_rows))
     prefill = compile_program(
-        "prefill", programs.prefill, (params, contexts, pieces), num_devices=replica.size
+        "prefill", programs.prefill, (params, contexts, batch), num_devices=replica.size
     )
     held = [contexts]
     decode_params = params
-    if programs.lay_out:  # beside them
+    if programs.convert_weights:  # beside them
         held.append(params["layers"])
-        decode_params = {**params, "layers": programs.lay_out.eval_shape(params["layers"])}
+        decode_params = {**params, "layers": programs.convert_weights.eval_shape(params["layers"])}
     decode = compile_program(
         f"decode {s.segment_len} tokens",
         programs.decode_segment,

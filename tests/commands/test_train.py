@@ -175,7 +175,9 @@ def test_guidance_that_changes_with_the_step_allows_no_staleness(tmp_path):
     result = train(tmp_path / "r", "sampling.max_staleness=1", "method.name=sft_then_grpo")
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: sampling.max_staleness=1: the guidance of method.name=sft_then_grpo")
+    assert line.startswith(
+        "error: sampling.max_staleness=1: the guidance of method.name=sft_then_grpo"
+    )
 
 
 def test_reference_preset_runs(tmp_path):
@@ -189,7 +191,7 @@ def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finis
 
     from trapo_jax.data import card_shuffles_splits, encode_examples
     from trapo_jax.models import apply_decoder, load_params, read_config, unembedding
-    from trapo_jax.sampling import JaxEngine
+    from trapo_jax.sampling.engine import EngineSpec, make_engine
     from trapo_jax.types import RolloutRequest, SamplingParams
 
     folder = finished_run[0] / "hf"
@@ -199,8 +201,8 @@ def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finis
     params = jax.device_put(load_params(folder, config))
     splits = card_shuffles_splits(seed=0, num_train=1, num_validation=1, num_test=20)
     problems, _ = encode_examples(splits["test"], tokenizer, max_prompt_length=16)
-    engine = JaxEngine(
-        config,
+    spec = EngineSpec(
+        decoder=config,
         num_slots=8,
         max_prompt_length=16,
         max_completion_length=64,
@@ -210,11 +212,12 @@ def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finis
         eos_ids=[tokenizer.eos_token_id],
         seed=0,
     )
-    engine.update_weights(params, 0)
+    engine = make_engine("jax", spec)
+    engine.update_weights(params)
     engine.submit([RolloutRequest(p, 0) for p in problems], step=0, params=SamplingParams(0.0))
     answers = {}
     while engine.is_busy:
-        answers |= {c.request.problem.id: c.token_ids for c in engine.poll()}
+        answers |= {c.request.problem.id: c.token_ids for c in engine.step()}
     for problem in problems:
         prompt = torch.tensor([problem.prompt_ids])
         theirs = model.generate(

@@ -10,15 +10,16 @@ import pytest
 from trapo_jax.models import (
     ARCHITECTURES,
     KVCache,
+    PerLayer,
+    PerLayerTransposed,
     apply_decoder,
+    init_cache,
     init_params,
-    lay_apart,
     load_params,
     read_config,
     unembedding,
 )
 from trapo_jax.models.attention import row_attention
-from trapo_jax.sampling.contexts import empty_cache
 
 from conftest import TINY_MODEL  # isort: skip
 
@@ -107,20 +108,20 @@ class Ours:
         segment_ids = np.ones_like(token_ids) if segment_ids is None else segment_ids
         return np.asarray(self._rows(self.params, token_ids, positions, segment_ids))
 
-    def logits_apart(self, token_ids, layers):
-        """Token by token, with parameters and cache as a CPU or a GPU decodes with them."""
-        config = dataclasses.replace(self.config, layers=layers)
-        apart = lay_apart(self.params["layers"], turned=layers == "turned")
+    def logits_by_token(self, token_ids, layout):
+        """Token by token, with parameters and cache in a layout for decoding."""
+        config = dataclasses.replace(self.config, layout=layout)
+        layers = layout.convert_weights(self.params["layers"])
         num_rows, length = token_ids.shape
-        num_slots = num_rows + (layers == "apart")  # more than are computed
-        cache = jax.tree.map(lambda x: x + 7.0, empty_cache(config, num_slots, length + 3))
+        num_slots = num_rows + layout.reads_filled_only  # one more than is computed
+        cache = jax.tree.map(lambda x: x + 7.0, init_cache(config, num_slots, length + 3))
 
         def step(cache, column):
             t, ids = column
             position = jnp.full(num_rows, t)
             hidden, cache = apply_decoder(
                 config,
-                {**self.params, "layers": apart},
+                {**self.params, "layers": layers},
                 ids[:, None],
                 position[:, None],
                 cache=cache,
@@ -187,8 +188,8 @@ def test_logits_equal_transformers(case, tmp_path):
     np.testing.assert_allclose(ours.logits(token_ids), whole, atol=1e-4)
     np.testing.assert_allclose(ours.decoded_logits(token_ids), whole, atol=1e-4)
     has_windows = any(ours.config.local_layers)
-    for layers in ("turned",) if has_windows else ("turned", "apart"):
-        np.testing.assert_allclose(ours.logits_apart(token_ids, layers), whole, atol=1e-4)
+    for layout in (PerLayerTransposed(),) if has_windows else (PerLayerTransposed(), PerLayer()):
+        np.testing.assert_allclose(ours.logits_by_token(token_ids, layout), whole, atol=1e-4)
 
     valid = np.arange(40) < np.array([40, 17, 1])[:, None]
     padded = their_logits(theirs, token_ids, valid.astype(np.int64))

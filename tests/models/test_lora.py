@@ -15,11 +15,11 @@ from trapo_jax.export import load_checkpoint
 from trapo_jax.methods import make_method
 from trapo_jax.models import (
     Lora,
+    PerLayerTransposed,
     abstract_params,
     apply_decoder,
     init_params,
     join_trained,
-    lay_apart,
     load_params,
     read_config,
     split_trained,
@@ -70,11 +70,12 @@ def test_an_adapter_computes_what_its_merged_matrix_does(target):
     assert layers[target + A].shape[1:-1] == layers[target].shape[1 : 1 + num_in]
     whole = {**base, "layers": {**base["layers"], target: layers[target] + 6.0 / 3 * product}}
     np.testing.assert_allclose(hidden(config, params), hidden(CONFIG, whole), atol=2e-5)
-    apart = hidden(
-        dataclasses.replace(config, layers="turned"),
-        {**params, "layers": lay_apart(params["layers"], turned=True)},
+    layout = PerLayerTransposed()
+    transposed = hidden(
+        dataclasses.replace(config, layout=layout),
+        {**params, "layers": layout.convert_weights(params["layers"])},
     )
-    np.testing.assert_allclose(apart, hidden(config, params), atol=2e-5)
+    np.testing.assert_allclose(transposed, hidden(config, params), atol=2e-5)
     assert np.abs(hidden(config, params) - hidden(CONFIG, base)).max() > 0.1
     ours = merged(*(np.asarray(x) for x in (layers[target], layers[target + A], b)), 6.0 / 3)
     np.testing.assert_allclose(ours, whole["layers"][target], atol=1e-5)

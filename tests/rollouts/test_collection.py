@@ -33,7 +33,7 @@ def problem(number):
 
 
 class ScriptedEngine:
-    """Finishes one request a poll, the newest or the oldest first."""
+    """Finishes one request a step, the newest or the oldest first."""
 
     def __init__(self, *, newest_first):
         self.queue, self.seen, self.newest_first = [], [], newest_first
@@ -49,13 +49,13 @@ class ScriptedEngine:
     def is_busy(self):
         return bool(self.queue)
 
-    def poll(self):
+    def step(self):
         if not self.queue:
             return []
         request = self.queue.pop(-1 if self.newest_first else 0)
         return [Completion(request, (7, EOS), (-0.5, -0.5), FinishReason.STOP)]
 
-    def update_weights(self, params, version):
+    def update_weights(self, params):
         pass
 
 
@@ -76,7 +76,7 @@ class SlotEngine:
     def is_busy(self):
         return bool(self.queue)
 
-    def poll(self):
+    def step(self):
         grown = [
             dataclasses.replace(
                 c, token_ids=(*c.token_ids, self.version), logprobs=(*c.logprobs, -0.5)
@@ -139,19 +139,19 @@ def test_idle_slots_begin_with_the_next_step_and_it_goes_on_under_its_own_weight
 
 def test_a_verdict_is_seen_while_others_are_decoded():
     """One problem's rollouts wait for a verdict while another's has a hundred tokens to go."""
-    polls, asked, first = 0, {}, Future()
+    steps, asked, first = 0, {}, Future()
 
     class Engine(SlotEngine):
         def submit(self, requests, *, step, params):
-            asked.update({(r.problem.answer, r.sample_index): polls for r in requests})
+            asked.update({(r.problem.answer, r.sample_index): steps for r in requests})
             super().submit(requests, step=step, params=params)
 
-        def poll(self):
-            nonlocal polls
-            polls += 1
-            if polls == 10:
+        def step(self):
+            nonlocal steps
+            steps += 1
+            if steps == 10:
                 first.set_result(Verdict.CORRECT)
-            return super().poll()
+            return super().step()
 
         def length(self, request):
             return 100 if request.problem.answer == "1" else 2
@@ -170,14 +170,14 @@ def test_a_verdict_is_seen_while_others_are_decoded():
         params=SamplingParams(),
     )
     assert asked["0", 1] == 10
-    assert polls == 200
+    assert steps == 200
 
 
 def test_an_engine_that_loses_requests_is_an_error():
     class Forgetful(ScriptedEngine):
         is_busy = False
 
-        def poll(self):
+        def step(self):
             return []
 
     with pytest.raises(RuntimeError, match="lost requests"):
@@ -354,7 +354,7 @@ def sampler(engine, score):
     def sample(requests, params):
         engine.submit(requests, step=0, params=params)
         while engine.is_busy:
-            yield from ((completion, score(completion).result()) for completion in engine.poll())
+            yield from ((completion, score(completion).result()) for completion in engine.step())
 
     return sample
 

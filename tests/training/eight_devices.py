@@ -1,6 +1,5 @@
 """Run by test_train_step: gradients and samples on meshes of forced host devices equal those on one device."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -25,7 +24,9 @@ from test_train_step import (  # noqa: E402
 )
 
 from trapo_jax.distributed.sharding import make_mesh, param_shardings  # noqa: E402
-from trapo_jax.sampling import JaxEngine, decode, replica  # noqa: E402
+from trapo_jax.models import PerLayer  # noqa: E402
+from trapo_jax.sampling import replica  # noqa: E402
+from trapo_jax.sampling.engine import EngineSpec, make_engine  # noqa: E402
 from trapo_jax.types import RolloutRequest, SamplingParams  # noqa: E402
 
 
@@ -56,9 +57,7 @@ def main() -> None:
     for data, fsdp, tp in [*shapes, (1, 1, 2)]:
         mesh = make_mesh(data=data, fsdp=fsdp, tp=tp, devices=jax.devices()[: data * fsdp * tp])
         assert sample(mesh, params, problems) == expected, (data, fsdp, tp)
-    as_on_gpus = lambda config, _: dataclasses.replace(config, layers="apart")
-    for module in (decode, replica):
-        module.decoder_of_slots = as_on_gpus
+    replica.choose_layout = lambda config, mesh: PerLayer()  # as on GPUs
     mesh = make_mesh(data=2, fsdp=1, tp=2, devices=jax.devices()[:4])
     assert sample(mesh, params, problems) == expected
     print(f"{len(shapes)} meshes agree")
@@ -66,8 +65,8 @@ def main() -> None:
 
 def sample(mesh, params, problems):
     """The tokens of six rollouts a problem, half of them guided; weights come as training leaves them."""
-    engine = JaxEngine(
-        CONFIG,
+    spec = EngineSpec(
+        decoder=CONFIG,
         num_slots=3,
         max_prompt_length=8,
         max_completion_length=24,
@@ -78,7 +77,8 @@ def sample(mesh, params, problems):
         seed=0,
         mesh=mesh,
     )
-    engine.update_weights(jax.device_put(params, param_shardings(params, mesh)), 0)
+    engine = make_engine("jax", spec)
+    engine.update_weights(jax.device_put(params, param_shardings(params, mesh)))
     requests = [
         RolloutRequest(problem, j, 0, 0 if j % 2 else -1, 3 if j % 2 else 0)
         for problem in problems
@@ -88,7 +88,7 @@ def sample(mesh, params, problems):
     tokens = {}
     while engine.is_busy:
         tokens |= {
-            (c.request.problem.id, c.request.sample_index): c.token_ids for c in engine.poll()
+            (c.request.problem.id, c.request.sample_index): c.token_ids for c in engine.step()
         }
     return tokens
 

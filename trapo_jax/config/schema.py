@@ -160,6 +160,8 @@ class MethodConfig(_Section):
 
 
 class SamplingConfig(_Section):
+    engine: str = "jax"
+    """Rollout engine: jax, or the import path `package.module:name` of your own."""
     temperature: PositiveFloat = 1.0
     """Of the training distribution."""
     max_completion_length: Positive = 64

@@ -1,14 +1,13 @@
-"""One decoder for every model, configured and filled from a Hugging Face folder."""
+"""One decoder for all models, configured and loaded from a Hugging Face folder."""
 
 from trapo_jax.models.attention import is_for_cudnn
 from trapo_jax.models.decoder import (
     Decoder,
     DecoderConfig,
-    KVCache,
     Params,
     abstract_params,
     apply_decoder,
-    lay_apart,
+    init_cache,
     output_projection,
     unembedding,
 )
@@ -20,6 +19,13 @@ from trapo_jax.models.hugging_face import (
     load_params,
 )
 from trapo_jax.models.hugging_face_config import ARCHITECTURES, read_config, read_eos_ids
+from trapo_jax.models.kv_layouts import (
+    KVCache,
+    PerLayer,
+    PerLayerTransposed,
+    Stacked,
+    StorageLayout,
+)
 from trapo_jax.models.lora import Lora, join_trained, split_trained
 from trapo_jax.models.pretrained import PretrainedModel, open_model, read_decoder
 from trapo_jax.models.rope import Rope
@@ -32,18 +38,22 @@ __all__ = [
     "KVCache",
     "Lora",
     "Params",
+    "PerLayer",
+    "PerLayerTransposed",
     "PretrainedModel",
     "Rope",
+    "Stacked",
+    "StorageLayout",
     "TokenCost",
     "abstract_params",
     "apply_decoder",
     "count_attention_pairs",
     "export_model",
     "find_model",
+    "init_cache",
     "init_params",
     "is_for_cudnn",
     "join_trained",
-    "lay_apart",
     "load_params",
     "load_tokenizer",
     "open_model",

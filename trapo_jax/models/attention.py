@@ -112,7 +112,7 @@ def cached_attention(
     return values.reshape(q_STNH.shape).astype(q_STNH.dtype)
 
 
-def slots_attention(
+def decode_attention(
     q_SNH: jax.Array,
     k_RCKH: jax.Array,
     v_RCKH: jax.Array,

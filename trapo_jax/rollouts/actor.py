@@ -18,7 +18,7 @@ from trapo_jax.rewards import Verifier, make_verifier
 from trapo_jax.rollouts.collection import PartialRollouts, collect_groups, share_groups
 from trapo_jax.rollouts.guidance import Guidance
 from trapo_jax.rollouts.metrics import check_grades, rollout_metrics, rollout_usage
-from trapo_jax.sampling import JaxEngine, RolloutEngine
+from trapo_jax.sampling.engine import EngineSpec, RolloutEngine, make_engine
 from trapo_jax.types import (
     Completion,
     Moment,
@@ -79,7 +79,7 @@ class Actor:
         token_cost: TokenCost,
         on_progress: Callable[[str], None] = lambda _: None,
     ):
-        self.engine: Any = engine
+        self.engine = engine
         self._grader = grader
         self._decode = decode
         self._method = method
@@ -111,8 +111,8 @@ class Actor:
         """
         assert self._method, "an actor without a method can only evaluate"
         method, started = self._method, time.perf_counter()
-        self.engine.update_weights(params, 0)
-        stats_before = self.engine.counters
+        self.engine.update_weights(params)
+        stats_before = self.engine.stats()
         num_stale = sum(gather(self._partial.num_sampled_tokens))
         collected = collect_groups(
             self.engine,
@@ -127,7 +127,7 @@ class Actor:
         self._partial = collected.partial._replace(unfinished=self.engine.release())
         groups = share_groups(collected.groups, problems)
         check_grades(groups, moment.step, max_error_rate=self._max_error_rate)
-        stats = self.engine.counters - stats_before
+        stats = self.engine.stats() - stats_before
         num_prefilled = sum(gather(stats.prefilled_tokens))
         metrics = {
             **rollout_metrics(groups, num_micro_groups=len(method.micro_groups)),
@@ -147,7 +147,7 @@ class Actor:
         The function takes the requests of this process and sampling parameters, and yields each completion with its
         verdict as soon as it is graded. All evaluations draw the same random numbers.
         """
-        self.engine.update_weights(params, 0)
+        self.engine.update_weights(params)
         try:
             yield self._sample
         finally:
@@ -159,7 +159,7 @@ class Actor:
         self.engine.submit(requests, step=EVALUATION_STEP, params=sampling)
         pending: dict[Future[Verdict], Completion] = {}
         while self.engine.is_busy or pending:
-            completions = self.engine.poll()
+            completions = self.engine.step()
             pending.update((self.grade(completion), completion) for completion in completions)
             if not completions and not self.engine.is_busy:
                 wait(pending, return_when=FIRST_COMPLETED)
@@ -175,7 +175,7 @@ class Actor:
     @property
     def kv_bytes(self) -> int:
         """Memory for keys and values on each device in bytes."""
-        return self.engine.cache_bytes
+        return self.engine.memory().kv_cache_bytes
 
     def close(self) -> None:
         """Ends the grading processes."""
@@ -216,8 +216,9 @@ def make_actor(
       on_progress: called with a description whenever a completion is finished.
     """
     sampling, rewards, axes = config.sampling, config.rewards, config.mesh
-    engine = JaxEngine(
-        model.decoder,
+    spec = EngineSpec(
+        decoder=model.decoder,
+        model_folder=model.folder,
         num_slots=sampling.num_slots,
         max_prompt_length=config.data.max_prompt_length,
         max_completion_length=sampling.max_completion_length,
@@ -228,6 +229,7 @@ def make_actor(
         seed=config.seed,
         mesh=make_mesh(data=axes.data, fsdp=axes.fsdp, tp=axes.tp),
     )
+    engine = make_engine(sampling.engine, spec)
     grader = make_verifier(
         rewards.verifier,
         eos_text=model.tokenizer.eos_token,

@@ -18,7 +18,7 @@ import jax
 
 from trapo_jax.distributed.processes import gather_shares
 from trapo_jax.rollouts.guidance import Guidance, GuidanceState
-from trapo_jax.sampling import RolloutEngine
+from trapo_jax.sampling.engine import RolloutEngine
 from trapo_jax.types import (
     REWARDS,
     Completion,
@@ -171,7 +171,7 @@ class _Collector:
         self._take_grades()
         while not all(group.is_complete for group in current):
             self._fill_idle_slots(queue)
-            completions = self._engine.poll()
+            completions = self._engine.step()
             started = time.perf_counter()
             self._pending_grades.update((self._grade(c), c) for c in completions)
             if not completions and not self._engine.is_busy:

@@ -1,5 +1,5 @@
-"""Sampling completions from the policy."""
+"""Sampling completions from the policy.
 
-from trapo_jax.sampling.engine import JaxEngine, RolloutEngine
-
-__all__ = ["JaxEngine", "RolloutEngine"]
+`engine` defines what the training loop needs from a rollout engine, `jax_engine` implements it. Import from these
+modules: the package itself imports nothing, so that the protocol and the slot scheduler can be used without jax.
+"""

@@ -1,61 +1,34 @@
-"""What the engine does on the device: slots are set going, decoded a segment at a time, moved and read."""
+"""What runs on the devices: contexts are prefilled, and slots are started, decoded, moved and read."""
 
-import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from trapo_jax.models import (
     DecoderConfig,
     KVCache,
-    abstract_params,
     apply_decoder,
-    is_for_cudnn,
-    lay_apart,
+    init_cache,
     output_projection,
 )
-from trapo_jax.sampling.contexts import copy_contexts, copy_rows, empty_cache, prefill
 from trapo_jax.sampling.draw import draw_tokens, request_key
-from trapo_jax.types import TENSOR_AXIS
+from trapo_jax.sampling.prefix_cache import PrefillBatch
+from trapo_jax.sampling.slots import SlotStart
 
-# A segment ends early once one slot in so many is done: others may wait for its place.
-SLOTS_A_LEAVE = 16
-NOWHERE = 2**30  # a position beyond every cache: what is written there is dropped
-# Bytes of a layer's weights from which on a CPU decodes layers that lie apart, turned. Measured: twice as fast with
-# 14 MB a layer, a fifth slower with 0.4 MB.
-LARGE_LAYER = 2**20
-
-
-class Starting(NamedTuple):
-    """A request that gets a slot; on the device, a column of them."""
-
-    slot: Any
-    cached_len: Any
-    last_token: Any
-    max_new: Any
-    temperature: Any
-    top_p: Any
-    top_k: Any
-    step: Any
-    problem_key: Any
-    sample_index: Any
-
-
-STARTING_DTYPES = (np.int32,) * 4 + (np.float32,) * 2 + (np.int32,) + (np.uint32,) * 3
+# A segment ends early once this fraction (one over it) of its slots have finished, since queued requests may wait.
+REFILL_DIVISOR = 16
+OUT_OF_RANGE = 2**30  # a position beyond every cache: writes to it are dropped
 
 
 class Slots(NamedTuple):
-    """Device state, one entry a slot, or in its place its shardings. `new` counts tokens."""
+    """The state of all slots on the devices, or its shardings. "New" tokens are those sampled since the start."""
 
     cache: KVCache
     cached_lens: Any  # int32 [S]
-    last_token: Any  # int32 [S], to be fed next; its position is cached_lens
+    last_token: Any  # int32 [S], the next one to feed, at position `cached_lens`
     keys: Any  # random keys [S]
     temperature: Any  # float32 [S]
     top_p: Any  # float32 [S]
@@ -63,107 +36,15 @@ class Slots(NamedTuple):
     max_new: Any  # int32 [S]
     num_new: Any  # int32 [S]
     active: Any  # bool [S]
-    tokens: Any  # int32 [S, R] sampled so far
-    logprobs: Any  # float32 [S, R]
+    tokens: Any  # int32 [S, max_new], the new tokens
+    logprobs: Any  # float32 [S, max_new]
 
 
-class Programs(NamedTuple):
-    """What a replica runs, compiled for its devices; each gives back the state that it was given."""
-
-    lay_out: Any  # params["layers"] -> as decode_segment takes them; None where it takes these
-    prefill: Any  # (params, contexts, batch) -> contexts
-    copy_context: Any  # (contexts, source, target) -> contexts
-    start_slots: Any  # (slots, contexts, rows, count, seed, starting, *, copied_len) -> slots
-    move_slots: Any  # (slots, from_slots, to_slots, count) -> slots
-    resize_cache: Any  # (slots, *, num_slots, view_len) -> slots; None but for turned layers
-    decode_segment: Any  # (params, slots, *, num_slots, view_len) -> slots, steps, tokens
-    read_rows: Any  # (slots, rows) -> tokens, logprobs
-
-
-def make_programs(
-    config: DecoderConfig,
-    mesh: Mesh,
-    *,
-    segment_len: int,
-    eos_ids: Sequence[int],
-    with_truncation: bool,
-) -> Programs:
-    """The programs of a replica on `mesh`, which has the axis `tp` alone; their shapes come with their arguments."""
-    by_heads, for_slots = state_shardings(mesh)
-    everywhere = NamedSharding(mesh, P())
-    decoding = decoder_of_slots(config, mesh)
-    is_turned = decoding.layers == "turned"
-    lay_out = jax.jit(functools.partial(lay_apart, turned=is_turned))
-    return Programs(
-        lay_out=None if decoding.layers == "stacked" else lay_out,
-        prefill=jax.jit(
-            functools.partial(prefill, config), donate_argnums=1, out_shardings=by_heads
-        ),
-        copy_context=jax.jit(copy_context, donate_argnums=0, out_shardings=by_heads),
-        start_slots=jax.jit(
-            functools.partial(start_slots, decoding),
-            static_argnames="copied_len",
-            donate_argnums=0,
-            out_shardings=for_slots,
-        ),
-        move_slots=jax.jit(move_slots, donate_argnums=0, out_shardings=for_slots),
-        resize_cache=jax.jit(resize_cache, static_argnames=("num_slots", "view_len"))
-        if is_turned
-        else None,
-        decode_segment=jax.jit(
-            functools.partial(
-                decode_segment, decoding, segment_len, tuple(eos_ids), with_truncation
-            ),
-            static_argnames=("num_slots", "view_len"),
-            donate_argnums=1,
-            out_shardings=(for_slots, everywhere, everywhere),
-        ),
-        read_rows=jax.jit(read_rows),
-    )
-
-
-def state_shardings(mesh: Mesh) -> tuple[KVCache, Slots]:
-    """Of contexts and slots: keys and values split by heads, the rest everywhere."""
-    by_heads = KVCache(*(NamedSharding(mesh, P(None, None, TENSOR_AXIS)),) * 2)
-    everywhere = NamedSharding(mesh, P())
-    return by_heads, Slots(by_heads, *(everywhere,) * (len(Slots._fields) - 1))
-
-
-def decoder_of_slots(config: DecoderConfig, mesh: Mesh) -> DecoderConfig:
-    """The decoder, its layers lying as these devices decode fastest: apart where cuDNN attends to what a slot holds."""
-    weights = sum(x.size for x in jax.tree.leaves(abstract_params(config)["layers"]))
-    layer_bytes = weights // config.num_layers * jnp.dtype(config.dtype).itemsize
-    platform = mesh.devices.flat[0].platform
-    layers = "stacked"
-    takes_cudnn = is_for_cudnn(platform, config.dtype, config.head_dim)
-    if takes_cudnn and config.attention in ("auto", "cudnn") and not any(config.local_layers):
-        layers = "apart"
-    elif platform == "cpu" and mesh.size == 1 and layer_bytes >= LARGE_LAYER:
-        layers = "turned"
-    return dataclasses.replace(config, layers=layers)
-
-
-def empty_state(
-    config: DecoderConfig,
-    mesh: Mesh,
-    *,
-    num_contexts: int,
-    num_slots: int,
-    cache_len: int,
-    max_new: int,
-) -> tuple[KVCache, Slots]:
-    """Contexts and slots that hold nothing, for these devices."""
-    decoding = decoder_of_slots(config, mesh)
-    return (
-        empty_cache(config, num_contexts, cache_len),
-        empty_slots(decoding, num_slots, cache_len=cache_len, max_new=max_new),
-    )
-
-
-def empty_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_new: int) -> Slots:
+def init_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_new: int) -> Slots:
+    """Returns inactive slots."""
     zeros = functools.partial(jnp.zeros, num_slots)
     return Slots(
-        cache=empty_cache(config, num_slots, cache_len),
+        cache=init_cache(config, num_slots, cache_len),
         cached_lens=zeros(jnp.int32),
         last_token=zeros(jnp.int32),
         keys=jax.random.split(jax.random.key(0), num_slots),
@@ -178,34 +59,33 @@ def empty_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_ne
     )
 
 
-def copy_context(contexts: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
-    one = lambda row: jnp.asarray(row)[None]
-    return copy_rows(contexts, one(source), one(target), jnp.int32(1))
+def prefill(config: DecoderConfig, params: Any, contexts: KVCache, batch: PrefillBatch) -> KVCache:
+    """Runs chunks through the model and stores their keys and values after what their rows hold.
+
+    Args:
+      config: the decoder, with the layout `Stacked`.
+      params: the parameters of the decoder.
+      contexts: the prefix cache.
+      batch: the chunks.
+    """
+    index = jnp.arange(batch.token_ids.shape[1])
+    positions = batch.starts[:, None] + index
+    cached = KVCache(contexts.keys[:, batch.rows], contexts.values[:, batch.rows])
+    _, entries = apply_decoder(
+        config, params, batch.token_ids, positions, cache=cached, cached_lens_S=batch.starts
+    )
+    cache_len = contexts.keys.shape[-1]
+    positions = jnp.where(index < batch.lens[:, None], positions, cache_len)  # padding is dropped
+    rows = jnp.broadcast_to(batch.rows[:, None], positions.shape)
+    return config.layout.append(contexts, entries, rows, positions)
 
 
-def move_slots(slots: Slots, from_slots: jax.Array, to_slots: jax.Array, count: jax.Array) -> Slots:
-    """The first `count` of `from_slots` go on in `to_slots`; of the others `to_slots` is out of range."""
-    cache = copy_rows(slots.cache, from_slots, to_slots, count)
-    put = lambda x: x.at[to_slots].set(x[from_slots], mode="drop")
-    moved = jax.tree.map(put, slots._replace(cache=None))
-    left = jnp.where(jnp.arange(len(to_slots)) < count, from_slots, len(to_slots))
-    return moved._replace(cache=cache, active=moved.active.at[left].set(False, mode="drop"))
-
-
-def resize_cache(slots: Slots, *, num_slots: int, view_len: int) -> Slots:
-    """The slots with a cache of turned layers for the first `num_slots`, of `view_len` positions each."""
-
-    def fit(x: jax.Array, *shape: int) -> jax.Array:
-        kept = x[tuple(map(slice, shape))]
-        return jnp.pad(kept, [(0, new - old) for new, old in zip(shape, kept.shape, strict=True)])
-
-    keys = [fit(x, num_slots, *x.shape[1:3], view_len) for x in slots.cache.keys]
-    values = [fit(x, num_slots, x.shape[1], view_len, x.shape[3]) for x in slots.cache.values]
-    return slots._replace(cache=KVCache(keys, values))
-
-
-def read_rows(slots: Slots, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return slots.tokens[rows], slots.logprobs[rows]
+def copy_context(
+    config: DecoderConfig, contexts: KVCache, source: jax.Array, target: jax.Array
+) -> KVCache:
+    """Copies one row of the prefix cache to another."""
+    as_array = lambda row: jnp.asarray(row)[None]
+    return config.layout.copy(contexts, as_array(source), as_array(target), jnp.int32(1))
 
 
 def start_slots(
@@ -215,30 +95,65 @@ def start_slots(
     rows: jax.Array,
     count: jax.Array,
     seed: jax.Array,
-    starting: Starting,
+    starts: SlotStart,
     *,
     copied_len: int,
 ) -> Slots:
-    """Copies the contexts of the first `count` columns to their slots and sets these going."""
-    cache = copy_contexts(
-        config, contexts, slots.cache, rows, starting.slot, count, length=copied_len
-    )
+    """Copies contexts to slots and activates them.
+
+    Args:
+      config: the decoder, in the layout of the slots.
+      slots: the state.
+      contexts: the prefix cache.
+      rows: int32 `[S]`, for each start the row of its context.
+      count: int32 `[]`, number of starts. The others have a slot that is out of range, and are dropped.
+      seed: uint32 `[]`, the seed of the run.
+      starts: arrays `[S]`.
+      copied_len: number of positions to copy, at least the longest `cached_len`.
+    """
+    cache = config.layout.insert(slots.cache, contexts, rows, starts.slot, count, length=copied_len)
     keys = jax.vmap(request_key, in_axes=(None, 0, 0, 0))(
-        seed, starting.step, starting.problem_key, starting.sample_index
+        seed, starts.step, starts.problem_key, starts.sample_index
     )
-    put = lambda old, new: old.at[starting.slot].set(new, mode="drop")
+    put = lambda old, new: old.at[starts.slot].set(new, mode="drop")
     return slots._replace(
         cache=cache,
-        cached_lens=put(slots.cached_lens, starting.cached_len),
-        last_token=put(slots.last_token, starting.last_token),
+        cached_lens=put(slots.cached_lens, starts.cached_len),
+        last_token=put(slots.last_token, starts.last_token),
         keys=put(slots.keys, keys),
-        temperature=put(slots.temperature, starting.temperature),
-        top_p=put(slots.top_p, starting.top_p),
-        top_k=put(slots.top_k, starting.top_k),
-        max_new=put(slots.max_new, starting.max_new),
+        temperature=put(slots.temperature, starts.temperature),
+        top_p=put(slots.top_p, starts.top_p),
+        top_k=put(slots.top_k, starts.top_k),
+        max_new=put(slots.max_new, starts.max_new),
         num_new=put(slots.num_new, 0),
         active=put(slots.active, True),
     )
+
+
+def move_slots(
+    config: DecoderConfig,
+    slots: Slots,
+    from_slots: jax.Array,
+    to_slots: jax.Array,
+    count: jax.Array,
+) -> Slots:
+    """Moves the first `count` of `from_slots` to `to_slots`. The other `to_slots` must be out of range."""
+    cache = config.layout.copy(slots.cache, from_slots, to_slots, count)
+    put = lambda x: x.at[to_slots].set(x[from_slots], mode="drop")
+    moved = jax.tree.map(put, slots._replace(cache=None))
+    vacated = jnp.where(jnp.arange(len(to_slots)) < count, from_slots, len(to_slots))
+    return moved._replace(cache=cache, active=moved.active.at[vacated].set(False, mode="drop"))
+
+
+def resize_cache(config: DecoderConfig, slots: Slots, *, num_slots: int, view_len: int) -> Slots:
+    """Resizes the cache to the first `num_slots` slots, with `view_len` positions each."""
+    cache = config.layout.resize(slots.cache, num_rows=num_slots, length=view_len)
+    return slots._replace(cache=cache)
+
+
+def read_slots(slots: Slots, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the tokens and log-probabilities of some slots."""
+    return slots.tokens[rows], slots.logprobs[rows]
 
 
 def decode_segment(
@@ -252,70 +167,88 @@ def decode_segment(
     num_slots: int,
     view_len: int,
 ) -> tuple[Slots, jax.Array, jax.Array]:
-    """Up to `segment_len` tokens for every active slot; stops early once a share of the slots is done.
+    """Samples up to `segment_len` tokens in every active slot, fewer if enough slots finish early.
 
-    Only the first `num_slots` may be active, and hold at most `view_len - segment_len` positions. Of stacked layers the
-    rest of the cache is not looked at; where they are apart, of every slot only what it holds is; turned ones have a
-    cache of that size.
+    Args:
+      config: the decoder, in the layout of the slots.
+      segment_len, eos_ids, with_truncation: see `EngineSpec`.
+      params: the parameters in the same layout.
+      slots: the state. Only the first `num_slots` may be active, with at most `view_len - segment_len` filled
+        positions.
+      num_slots: number of slots to compute.
+      view_len: number of positions to read.
 
-    Returns the slots, the steps done and the tokens sampled, both int32 `[]`.
+    Returns:
+      The slots, the number of decode steps and the number of sampled tokens, both int32 `[]`.
     """
     to_logits = output_projection(config, params)
-    every_slot = jnp.arange(num_slots)
     whole = slots
     slots = jax.tree.map(lambda x: x[:num_slots], whole._replace(cache=None))
     slots = slots._replace(cache=whole.cache)
 
-    def one_token(carry):
+    def decode_step(carry):
         count, num_tokens, s = carry
-        hidden, new = apply_decoder(
+        num_active = jnp.sum(s.active)
+        s = _decode_token(
             config,
             params,
-            s.last_token[:, None],
-            s.cached_lens[:, None],
-            cache=s.cache,
-            cached_lens_S=jnp.where(s.active, s.cached_lens, NOWHERE),
+            to_logits,
+            s,
             view_len=view_len,
+            eos_ids=eos_ids,
+            truncate=with_truncation,
         )
-        logits = to_logits(hidden[:, 0])
-        truncation = (s.top_p, s.top_k) if with_truncation else None
-        token, logprob = draw_tokens(s.keys, s.cached_lens + 1, logits, s.temperature, truncation)
-        where_new = jnp.where(s.active, s.num_new, s.tokens.shape[1])
-        if config.layers == "stacked":
-            # No token is negative: that is asked so that XLA sees all reading of the cache before the writing, and does
-            # it in place.
-            where_cached = jnp.where(s.active & (token >= 0), s.cached_lens, NOWHERE)
-            new_keys, new_values = (entry[:, :, 0].swapaxes(0, 1) for entry in new)  # [S, L, K, H]
-            cache = KVCache(
-                s.cache.keys.at[:, every_slot, :, :, where_cached].set(new_keys, mode="drop"),
-                s.cache.values.at[:, every_slot, :, where_cached].set(new_values, mode="drop"),
-            )
-        else:
-            cache = new
-        num_new = s.num_new + s.active
-        is_eos = jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
-        return (
-            count + 1,
-            num_tokens + jnp.sum(s.active),
-            s._replace(
-                cache=cache,
-                cached_lens=s.cached_lens + s.active,
-                last_token=jnp.where(s.active, token, s.last_token),
-                num_new=num_new,
-                active=s.active & ~is_eos & (num_new < s.max_new),
-                tokens=s.tokens.at[every_slot, where_new].set(token, mode="drop"),
-                logprobs=s.logprobs.at[every_slot, where_new].set(logprob, mode="drop"),
-            ),
-        )
+        return count + 1, num_tokens + num_active, s
 
     num_active = jnp.sum(slots.active)
-    enough_done = jnp.clip(num_active, 1, max(1, num_slots // SLOTS_A_LEAVE))
+    enough_finished = jnp.clip(num_active, 1, max(1, num_slots // REFILL_DIVISOR))
 
-    def unfinished(carry):
+    def continues(carry):
         count, _, s = carry
-        return (count < segment_len) & (num_active - jnp.sum(s.active) < enough_done)
+        return (count < segment_len) & (num_active - jnp.sum(s.active) < enough_finished)
 
     zero = jnp.int32(0)
-    num_steps, num_tokens, slots = jax.lax.while_loop(unfinished, one_token, (zero, zero, slots))
+    num_steps, num_tokens, slots = jax.lax.while_loop(continues, decode_step, (zero, zero, slots))
     put_back = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
     return jax.tree.map(put_back, whole, slots), num_steps, num_tokens
+
+
+def _decode_token(
+    config: DecoderConfig,
+    params: Any,
+    to_logits: Callable[[jax.Array], jax.Array],
+    s: Slots,
+    *,
+    view_len: int,
+    eos_ids: tuple[int, ...],
+    truncate: bool,
+) -> Slots:
+    """Samples one token in every active slot."""
+    hidden, entries = apply_decoder(
+        config,
+        params,
+        s.last_token[:, None],
+        s.cached_lens[:, None],
+        cache=s.cache,
+        cached_lens_S=jnp.where(s.active, s.cached_lens, OUT_OF_RANGE),
+        view_len=view_len,
+    )
+    logits = to_logits(hidden[:, 0])
+    truncation = (s.top_p, s.top_k) if truncate else None
+    token, logprob = draw_tokens(s.keys, s.cached_lens + 1, logits, s.temperature, truncation)
+    slot = jnp.arange(len(s.active))
+    # No token is negative. The comparison makes the write depend on the sampled token, so that XLA schedules all reads
+    # of the cache before it and updates the cache in place.
+    cache_position = jnp.where(s.active & (token >= 0), s.cached_lens, OUT_OF_RANGE)
+    output_position = jnp.where(s.active, s.num_new, s.tokens.shape[1])
+    num_new = s.num_new + s.active
+    is_eos = jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
+    return s._replace(
+        cache=config.layout.append(s.cache, entries, slot, cache_position),
+        cached_lens=s.cached_lens + s.active,
+        last_token=jnp.where(s.active, token, s.last_token),
+        num_new=num_new,
+        active=s.active & ~is_eos & (num_new < s.max_new),
+        tokens=s.tokens.at[slot, output_position].set(token, mode="drop"),
+        logprobs=s.logprobs.at[slot, output_position].set(logprob, mode="drop"),
+    )

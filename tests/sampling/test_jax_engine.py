@@ -12,10 +12,16 @@ import numpy as np
 import pytest
 
 from trapo_jax.losses import token_logprobs
-from trapo_jax.models import apply_decoder, unembedding
-from trapo_jax.sampling import JaxEngine
-from trapo_jax.sampling.decode import decoder_of_slots
-from trapo_jax.sampling.draw import BLOCK_LEN, draw_tokens, inverse_cdf, truncate
+from trapo_jax.models import (
+    PerLayer,
+    PerLayerTransposed,
+    Stacked,
+    apply_decoder,
+    unembedding,
+)
+from trapo_jax.sampling.engine import EngineSpec
+from trapo_jax.sampling.jax_engine import JaxEngine
+from trapo_jax.sampling.programs import choose_layout
 from trapo_jax.types import (
     Completion,
     Expert,
@@ -39,8 +45,8 @@ def make_engine(decoder, params, **options):
         "eos_ids": [EOS],
         "seed": 0,
     }
-    engine = JaxEngine(decoder, **{**arguments, **options})
-    engine.update_weights(params, 0)
+    engine = JaxEngine(EngineSpec(decoder=decoder, **{**arguments, **options}))
+    engine.update_weights(params)
     return engine
 
 
@@ -48,7 +54,7 @@ def sample(engine, requests, *, temperature=1.0, step=1):
     engine.submit(requests, step=step, params=SamplingParams(temperature))
     completions = []
     while engine.is_busy:
-        completions += engine.poll()
+        completions += engine.step()
     return {(c.request.problem.id, c.request.sample_index): c for c in completions}
 
 
@@ -83,16 +89,13 @@ def test_logprobs_equal_a_full_forward_pass(decoder, params, problems, temperatu
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("layers", ["turned", "apart"])
-def test_layers_that_lie_apart_decode_the_same(
-    decoder, params, problems, reference, monkeypatch, layers
+@pytest.mark.parametrize("layout", [PerLayer(), PerLayerTransposed()])
+def test_all_layouts_sample_the_same_tokens(
+    decoder, params, problems, reference, monkeypatch, layout
 ):
-    """As CPUs decode large models, and GPUs all: slots and lengths of several programs, prefixes, slots used several
-    times."""
-    of_slots = lambda config, _: dataclasses.replace(config, layers=layers)
-    monkeypatch.setattr("trapo_jax.sampling.decode.decoder_of_slots", of_slots)
-    monkeypatch.setattr("trapo_jax.sampling.replica.decoder_of_slots", of_slots)
-    monkeypatch.setattr("trapo_jax.sampling.replica.SHORTEST_VIEW", 16)
+    """With several sizes of the cache and of the decode step, prefixes, and slots that are used several times."""
+    monkeypatch.setattr("trapo_jax.sampling.replica.choose_layout", lambda config, mesh: layout)
+    monkeypatch.setattr("trapo_jax.sampling.replica.MIN_VIEW_LEN", 16)
     engine = make_engine(decoder, params)
     completions = sample(engine, requests_of(problems[:8], group=4))
     assert isinstance(engine._replicas[0]._decode_params["layers"][0], dict)
@@ -102,21 +105,21 @@ def test_layers_that_lie_apart_decode_the_same(
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
-def test_large_layers_are_turned_for_a_cpu(decoder, monkeypatch):
+def test_a_cpu_decodes_large_layers_with_transposed_weights(decoder, monkeypatch):
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("tp",))
-    assert decoder_of_slots(decoder, mesh).layers == "stacked"
-    monkeypatch.setattr("trapo_jax.sampling.decode.LARGE_LAYER", 2**18)
-    assert decoder_of_slots(decoder, mesh).layers == "turned"
+    assert choose_layout(decoder, mesh) == Stacked()
+    monkeypatch.setattr("trapo_jax.sampling.programs.MIN_TRANSPOSED_LAYER_BYTES", 2**18)
+    assert choose_layout(decoder, mesh) == PerLayerTransposed()
 
 
-def test_layers_lie_apart_where_cudnn_attends(decoder):
+def test_a_gpu_decodes_with_one_cache_per_layer_where_cudnn_supports_it(decoder):
     device = types.SimpleNamespace(platform="gpu")
     mesh: Any = types.SimpleNamespace(devices=np.array([device]), size=1)
     half = dataclasses.replace(decoder, dtype="bfloat16")
-    assert decoder_of_slots(half, mesh).layers == "apart"
-    assert decoder_of_slots(decoder, mesh).layers == "stacked"
+    assert choose_layout(half, mesh) == PerLayer()
+    assert choose_layout(decoder, mesh) == Stacked()
     for other in ({"attention": "xla"}, {"head_dim": 256}, {"window": 8, "local_layers": (True,)}):
-        assert decoder_of_slots(dataclasses.replace(half, **other), mesh).layers == "stacked"
+        assert choose_layout(dataclasses.replace(half, **other), mesh) == Stacked()
 
 
 def test_greedy_is_argmax_of_the_full_forward_pass(decoder, params, problems):
@@ -156,9 +159,9 @@ def test_same_request_same_tokens_in_waves(decoder, params, problems, reference)
     completions = []
     while requests:
         engine.submit([requests.pop()], step=1, params=SamplingParams())
-        completions += engine.poll()
+        completions += engine.step()
     while engine.is_busy:
-        completions += engine.poll()
+        completions += engine.step()
     trickled = {(c.request.problem.id, c.request.sample_index): c for c in completions}
     assert tokens_of(trickled) == tokens_of(reference)
 
@@ -172,15 +175,15 @@ def test_an_earlier_step_takes_slots_from_a_later_one(decoder, params, problems)
     }
     engine = make_engine(decoder, params, num_slots=4, segment_len=2)
     engine.submit(late, step=2, params=SamplingParams())
-    assert engine.poll() == []
+    assert engine.step() == []
     engine.submit(early, step=1, params=SamplingParams())
-    begun_at, num_finished = engine.counters.decode_steps, 0
+    begun_at, num_finished = engine.stats().decode_steps, 0
     while engine.is_busy:
-        for c in engine.poll():
+        for c in engine.step():
             num_finished += 1
             is_early = c.request.problem.id == problems[0].id
             if is_early:
-                assert engine.counters.decode_steps - begun_at == len(c.token_ids)
+                assert engine.stats().decode_steps - begun_at == len(c.token_ids)
             expected = alone[1 if is_early else 2]
             assert c.token_ids == expected[c.request.problem.id, c.request.sample_index].token_ids
     assert num_finished == 8
@@ -192,17 +195,17 @@ def test_released_and_resumed_requests_get_the_same_tokens(decoder, params, prob
     engine = make_engine(decoder, params, num_slots=16)
     engine.submit(requests, step=1, params=SamplingParams())
     completions, lens = [], set()
-    for version in range(1, 5):
-        completions += engine.poll()
+    for _ in range(4):
+        completions += engine.step()
         unfinished = engine.release()
         assert {c.finish_reason for c in unfinished} <= {FinishReason.UNFINISHED}
         lens |= {len(c.token_ids) for c in unfinished}
-        engine.update_weights(params, version)
+        engine.update_weights(params)
         assert engine.num_idle_slots == 16
         engine.resume(unfinished, step=1, params=SamplingParams())
         assert engine.num_idle_slots == max(0, 16 - len(unfinished))
     while engine.is_busy:
-        completions += engine.poll()
+        completions += engine.step()
     assert 0 in lens
     assert len(lens) > 3
     assert len(completions) == len(reference)
@@ -270,13 +273,13 @@ def test_mistaken_requests_are_refused(decoder, params):
     ):
         with pytest.raises(ValueError, match=message):
             engine.submit([request], step=0, params=SamplingParams())
-    assert engine.poll() == []
+    assert engine.step() == []
 
 
 def test_what_is_finished_is_not_resumed(decoder, params, problems):
     engine = make_engine(decoder, params)
     request = RolloutRequest(problems[0], 0)
-    whole = tuple([1] * engine.budget(request))
+    whole = tuple([1] * engine.max_tokens(request))
     for completion, message in (
         (Completion(request, (1,), (0.0,), FinishReason.STOP), "the completion is finished"),
         (
@@ -294,7 +297,7 @@ def test_weights_cannot_change_under_running_completions(decoder, params, proble
     engine = make_engine(decoder, params)
     engine.submit([RolloutRequest(problems[0], 0)], step=0, params=SamplingParams())
     with pytest.raises(RuntimeError, match="update_weights"):
-        engine.update_weights(params, 1)
+        engine.update_weights(params)
 
 
 def test_a_long_run_compiles_nothing_new_and_holds_on_to_nothing(decoder, params, problems):
@@ -303,7 +306,7 @@ def test_a_long_run_compiles_nothing_new_and_holds_on_to_nothing(decoder, params
     engine = make_engine(decoder, params, max_completion_length=24)
 
     def one_step(step):
-        engine.update_weights(params, step)
+        engine.update_weights(params)
         chosen = rng.choice(len(problems), 3, replace=False)
         ratios = rng.uniform(0, 0.9, 4)
         requests = requests_of([problems[i] for i in chosen], group=4, ratios=ratios)
@@ -324,8 +327,8 @@ def test_a_long_run_compiles_nothing_new_and_holds_on_to_nothing(decoder, params
 
 def test_weights_are_cast_by_one_program(decoder, params):
     engine = make_engine(dataclasses.replace(decoder, dtype="bfloat16"), params)
-    for version in range(1, 4):
-        engine.update_weights(params, version)
+    for _ in range(3):
+        engine.update_weights(params)
     assert engine._cast._cache_size() == 1
     assert engine._replicas[0]._params["embedding"].dtype == jnp.bfloat16
 
@@ -336,94 +339,13 @@ def resident_bytes():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_inverse_cdf_by_hand():
-    probs = jnp.tile(jnp.array([[0.0], [0.25], [0.0], [0.5], [0.25], [0.0]]), 6)
-    uniform = jnp.array([0.0, 0.2499, 0.25, 0.7499, 0.75, 0.99999994])
-    np.testing.assert_array_equal(inverse_cdf(probs, uniform), [1, 1, 3, 3, 4, 4])
-
-
-def test_inverse_cdf_over_many_blocks_never_takes_probability_zero():
-    rng = np.random.default_rng(0)
-    probs = rng.random(3 * BLOCK_LEN + 17).astype(np.float32)
-    probs[rng.random(probs.size) < 0.5] = 0.0
-    probs /= probs.sum()
-    uniform = jnp.asarray(np.append(rng.random(5000), [0.0, 1 - 2**-24]), jnp.float32)
-    tokens = np.asarray(inverse_cdf(jnp.tile(probs[:, None], uniform.size), uniform))
-    assert (probs[tokens] > 0).all()
-    exact = np.searchsorted(np.cumsum(probs, dtype=np.float64), uniform, side="right")
-    assert (tokens == exact).mean() > 0.99  # the rest lie at a boundary, within rounding
-
-
-def test_draws_follow_the_distribution():
-    """Chi-square over the top 200 of 50,000 words and the tail, 200,000 draws."""
-    rng = np.random.default_rng(0)
-    num_words, num_rows, num_calls = 50_000, 2000, 100
-    logits = (3 * rng.normal(size=num_words)).astype(np.float32)
-    probs = np.exp(logits - logits.max(), dtype=np.float64)
-    probs /= probs.sum()
-    one_row = lambda key, position, logits: draw_tokens(
-        key[None], position[None], logits[:, None], jnp.ones(1)
-    )[0][0]
-    draw = jax.jit(jax.vmap(one_row, in_axes=(0, None, None)))  # rows share their logits: cheap
-    keys = jax.random.split(jax.random.key(3), num_rows)
-    tokens = np.concatenate([draw(keys, jnp.int32(p), logits) for p in range(num_calls)])
-    top = np.argsort(probs)[::-1][:200]
-    counts = np.bincount(tokens, minlength=probs.size)
-    observed = np.append(counts[top], counts.sum() - counts[top].sum())
-    expected = np.append(probs[top], 1 - probs[top].sum()) * tokens.size
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    assert statistic < 277, statistic  # chi-square, 200 degrees of freedom, p = 0.0003
-
-
-def test_temperature_zero_is_greedy_and_temperature_scales():
-    logits = jnp.array([1.0, 3.0, 2.0])
-    keys = jax.random.split(jax.random.key(0), 2)
-    tokens, logprobs = draw_tokens(
-        keys, jnp.zeros(2), jnp.stack([logits] * 2, axis=1), jnp.array([0.0, 0.5])
-    )
-    assert tokens[0] == 1
-    np.testing.assert_allclose(logprobs[0], jax.nn.log_softmax(logits)[1], rtol=1e-6)
-    np.testing.assert_allclose(logprobs[1], jax.nn.log_softmax(logits / 0.5)[tokens[1]], rtol=1e-6)
-
-
-def test_logprobs_count_a_long_tail_of_improbable_tokens():
-    """Added one by one to 1, in float32, none of them would."""
-    num_words, num_rows = 150_000, 4
-    logits = np.full((num_words, num_rows), np.log(1e-8), np.float32)
-    logits[0] = 0.0
-    keys = jax.random.split(jax.random.key(0), num_rows)
-    tokens, logprobs = draw_tokens(keys, jnp.zeros(num_rows), logits, jnp.zeros(num_rows))
-    np.testing.assert_array_equal(tokens, 0)
-    np.testing.assert_allclose(logprobs, -np.log1p(1e-8 * (num_words - 1)), rtol=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("top_p", "top_k", "kept"),
-    [
-        (1.0, 0, [0, 1, 2, 3]),
-        (1.0, 2, [1, 2]),
-        (0.5, 0, [2]),  # 0.5 alone reaches it
-        (0.51, 0, [1, 2]),
-        (0.79, 0, [1, 2]),
-        (0.81, 0, [0, 1, 2, 3]),  # 0 and 3 are equally likely: both stay
-        (0.7, 3, [1, 2]),  # of the three first, scaled to 1: .5 / .9 and .8 / .9
-        (0.01, 0, [2]),
-    ],
-)
-def test_truncation_by_hand(top_p, top_k, kept):
-    logits = jnp.log(jnp.array([0.1, 0.3, 0.5, 0.1]))
-    got = truncate(logits[:, None], jnp.array([top_p]), jnp.array([top_k]))[:, 0]
-    assert np.flatnonzero(np.isfinite(got)).tolist() == kept
-    np.testing.assert_array_equal(got[np.array(kept)], logits[np.array(kept)])
-
-
 def test_top_k_of_one_is_greedy_with_the_whole_distribution_s_logprob(decoder, params, problems):
     requests = requests_of(problems[:4])
     engine = make_engine(decoder, params, with_truncation=True)
     engine.submit(requests, step=1, params=SamplingParams(1.0, top_k=1))
     completions = []
     while engine.is_busy:
-        completions += engine.poll()
+        completions += engine.step()
     greedy = sample(make_engine(decoder, params), requests, temperature=0.0)
     for c in completions:
         assert c.token_ids == greedy[c.request.problem.id, c.request.sample_index].token_ids
@@ -436,3 +358,51 @@ def test_an_engine_without_truncation_refuses_it(decoder, params, problems):
         make_engine(decoder, params).submit(
             [RolloutRequest(problems[0], 0)], step=0, params=SamplingParams(top_p=0.9)
         )
+
+
+def test_prefilled_tokens_are_prompts_and_distinct_extensions(decoder, params, problems):
+    """Whatever the number of rollouts. The last token of a context is decoded, not prefilled."""
+    engine = make_engine(decoder, params, num_contexts=8)
+    requests = requests_of(problems[:8], group=6, ratios=(0.0, 0.2, 0.5))
+    completions = sample(engine, requests)
+    expected = sum(
+        len(p.prompt_ids) + int(0.5 * len(p.experts[0].token_ids)) - 1 for p in problems[:8]
+    )
+    assert engine.stats().prefilled_tokens == expected
+    assert engine.stats().decoded_tokens == sum(len(c.token_ids) for c in completions.values())
+    assert engine.stats().slot_tokens >= engine.stats().decoded_tokens
+    # The same again costs the same: nothing of the weights before is used.
+    engine.update_weights(params)
+    sample(engine, requests)
+    assert engine.stats().prefilled_tokens == 2 * expected
+
+
+def test_two_experts_and_long_prefixes_in_pieces(decoder, params, problems):
+    """Rows that are copied, extended and cut into pieces give the logprobs of a full forward pass."""
+    first = problems[0].experts[0]
+    second = Expert((*first.token_ids[:3], *first.token_ids[9:30]))
+    problem = Problem("e" * 16, problems[0].prompt_ids, "", (first, second))
+    requests = [
+        RolloutRequest(problem, j, 0, expert if length else -1, length)
+        for j, (expert, length) in enumerate([(0, 0), (0, 21), (1, 5), (1, 20), (0, 8), (0, 23)])
+    ]
+    for options in ({"prefill_tokens": 16}, {"num_contexts": 1}, {"num_slots": 2}):
+        completions = sample(make_engine(decoder, params, **options), requests)
+        assert len(completions) == len(requests)
+        for completion in completions.values():
+            expected = trainer_logprobs(decoder, params, completion, 1.0)
+            np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_a_part_of_a_long_cache_is_looked_at(decoder, params, problems):
+    """Views of 256, 512 and all of 616 positions, by the longest row at work."""
+    rng = np.random.default_rng(0)
+    engine = make_engine(decoder, params, max_completion_length=600, num_slots=2)
+    problem = problems[0]
+    for prefix_len in (10, 230, 500):
+        expert = Expert(tuple(rng.choice(problem.experts[0].token_ids[:-1], 590).tolist()))
+        long = Problem(f"{prefix_len:016x}", problem.prompt_ids, "", (expert,))
+        requests = [RolloutRequest(long, 0, 0, 0, prefix_len), RolloutRequest(problem, 0)]
+        for completion in sample(engine, requests).values():
+            expected = trainer_logprobs(decoder, params, completion, 1.0)
+            np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)

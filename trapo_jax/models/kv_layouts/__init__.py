@@ -1,0 +1,25 @@
+"""Storage layouts: the order of axes in which a decoder keeps its layers' weights and its KV cache.
+
+Training and prefill always use `Stacked`. Decoding reads all weights and the filled part of the cache for every
+token, so it uses the layout that the device reads fastest (`trapo_jax.sampling.programs.choose_layout`). The decoder
+and the sampler know only the interface `StorageLayout`; another way to store the cache is one more class.
+"""
+
+from trapo_jax.models.kv_layouts.interface import (
+    CONTRACTED_AXES,
+    KVCache,
+    StorageLayout,
+    keep_operand_order,
+)
+from trapo_jax.models.kv_layouts.per_layer import PerLayer, PerLayerTransposed
+from trapo_jax.models.kv_layouts.stacked import Stacked
+
+__all__ = [
+    "CONTRACTED_AXES",
+    "KVCache",
+    "PerLayer",
+    "PerLayerTransposed",
+    "Stacked",
+    "StorageLayout",
+    "keep_operand_order",
+]

@@ -1,0 +1,269 @@
+"""The slot scheduler: which requests run, in which slots, from which cached contexts. Imports no jax.
+
+The scheduler decides and the replica carries out. Between two decode segments the replica asks which running requests
+to preempt, admits pending ones in waves, compacts the running ones into the lowest slots, and asks how many slots and
+cache positions the next segment has to compute. It reports the lengths and the sampled tokens back.
+
+Requests of an earlier training step come first: if they lack slots, requests of later steps are preempted. A
+preempted request is queued again with the tokens it has and later continues after them.
+"""
+
+import heapq
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trapo_jax.sampling.prefix_cache import (
+    ContextTable,
+    ContextUpdate,
+    next_power_of_2,
+    order_updates,
+)
+from trapo_jax.types import Completion, FinishReason, SamplingParams
+
+# A decode segment computes this number of slots times a power of 2: there is one program for each.
+MIN_DECODE_SLOTS = 2
+
+Sampled = tuple[Sequence[int], Sequence[float]]  # token ids and logprobs of one slot
+
+
+class PendingRequest(NamedTuple):
+    """A request that is queued or running.
+
+    Attributes:
+      partial: the tokens that were sampled for it before it got its slot.
+      step: the training step, which is part of its random key.
+      params: how its tokens are drawn.
+      max_tokens: maximum number of sampled tokens, those of `partial` included.
+    """
+
+    partial: Completion
+    step: int
+    params: SamplingParams
+    max_tokens: int
+
+
+class SlotStart(NamedTuple):
+    """What a slot starts from; on the device, one array for each field."""
+
+    slot: Any
+    cached_len: Any
+    last_token: Any  # fed to the first decode step
+    max_new: Any
+    temperature: Any
+    top_p: Any
+    top_k: Any
+    step: Any
+    problem_key: Any
+    sample_index: Any
+
+
+class Admission(NamedTuple):
+    """Requests that get a slot together.
+
+    Attributes:
+      context_updates: to be carried out first, in order.
+      context_rows: for each start, the row of the prefix cache to copy to its slot.
+      starts: the slots and what they start from.
+    """
+
+    context_updates: list[ContextUpdate]
+    context_rows: list[int]
+    starts: list[SlotStart]
+
+
+class CacheExtent(NamedTuple):
+    """The part of the cache that a decode segment can reach: the first `num_slots` slots, `view_len` positions."""
+
+    num_slots: int
+    view_len: int
+
+
+class SlotScheduler:
+    """Assigns requests to the slots of one replica.
+
+    Args:
+      num_slots: number of slots.
+      num_contexts: number of rows of the prefix cache.
+      cache_len: positions of a slot.
+      segment_len: maximum number of tokens that a decode segment samples per slot.
+      min_view_len: smallest `view_len` of an extent; the others are powers of 2.
+      eos_ids: token ids that end a completion.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        num_contexts: int,
+        cache_len: int,
+        segment_len: int,
+        min_view_len: int,
+        eos_ids: Iterable[int],
+    ):
+        self.num_slots = num_slots
+        self._cache_len = cache_len
+        self._segment_len = segment_len
+        self._min_view_len = min_view_len
+        self._eos_ids = frozenset(eos_ids)
+        self._contexts = ContextTable(num_contexts)
+        # A heap, ordered by training step, then by submission.
+        self._pending: list[tuple[int, int, PendingRequest]] = []
+        self._submission_count = itertools.count()
+        self._running: dict[int, PendingRequest] = {}
+        self._free = list(range(num_slots))  # a heap: the lowest slot is taken first
+        self._cached_lens = np.zeros(num_slots, np.int32)  # as on the device
+
+    @property
+    def num_requests(self) -> int:
+        """Number of queued or running requests."""
+        return len(self._pending) + len(self._running)
+
+    @property
+    def is_busy(self) -> bool:
+        return self.num_requests > 0
+
+    @property
+    def num_idle_slots(self) -> int:
+        """Number of slots that neither a running nor a queued request will use."""
+        return max(0, self.num_slots - self.num_requests)
+
+    @property
+    def running_slots(self) -> list[int]:
+        return list(self._running)
+
+    def submit(self, request: PendingRequest) -> None:
+        heapq.heappush(self._pending, (request.step, next(self._submission_count), request))
+
+    def clear_contexts(self) -> None:
+        """Invalidates the prefix cache. Call it when the weights change."""
+        self._contexts.clear()
+
+    def slots_to_preempt(self) -> list[int]:
+        """Returns the slots of later steps that the queued requests of the earliest step need.
+
+        Those with the fewest tokens come first, as they lose the least work.
+        """
+        if not self._pending:
+            return []
+        earliest, _, _ = self._pending[0]
+        later = [slot for slot, request in self._running.items() if request.step > earliest]
+        num_earliest = sum(step == earliest for step, _, _ in self._pending)
+        later.sort(key=lambda slot: self._cached_lens[slot])
+        return later[: max(0, num_earliest - len(self._free))]
+
+    def preempt(self, slots: Sequence[int], sampled: Sequence[Sampled]) -> None:
+        """Frees slots and queues their requests again, with the tokens sampled so far."""
+        requests = [self._running[slot] for slot in slots]
+        for request, partial in zip(requests, self.retire(slots, sampled), strict=True):
+            self.submit(request._replace(partial=partial))
+
+    def admit(self) -> Admission | None:
+        """Admits queued requests while there are free slots and rows for their contexts.
+
+        The caller repeats this until it returns None: a wave ends early if all rows of the prefix cache are in use by
+        the wave.
+        """
+        if not (self._pending and self._free):
+            return None
+        self._contexts.unpin_all()
+        lookups, starts = [], []
+        while self._pending and self._free:
+            _, _, request = self._pending[0]
+            target = request.partial.request
+            context = target.problem.prompt_ids + target.prefix_ids + request.partial.token_ids
+            # The last token is not prefilled: it is fed to the first decode step, so that one piece of code samples
+            # all tokens.
+            lookup = self._contexts.look_up(target.problem.id, context[:-1])
+            if lookup is None:
+                break
+            heapq.heappop(self._pending)
+            lookups.append(lookup)
+            starts.append(self._start(request, context))
+        return Admission(order_updates(lookups), [lookup.row for lookup in lookups], starts)
+
+    def _start(self, request: PendingRequest, context: tuple[int, ...]) -> SlotStart:
+        slot = heapq.heappop(self._free)
+        self._running[slot] = request
+        self._cached_lens[slot] = len(context) - 1
+        return SlotStart(
+            slot=slot,
+            cached_len=len(context) - 1,
+            last_token=context[-1],
+            max_new=request.max_tokens - len(request.partial.token_ids),
+            temperature=request.params.temperature,
+            top_p=request.params.top_p,
+            top_k=request.params.top_k,
+            step=request.step,
+            problem_key=request.partial.request.problem.key,
+            sample_index=request.partial.request.sample_index,
+        )
+
+    def compact(self) -> list[tuple[int, int]]:
+        """Moves running requests to the lowest slots if a decode segment then computes fewer slots.
+
+        Returns:
+          (from, to) pairs of slots. The caller moves their contents on the device.
+        """
+        num_slots = _round_up_slots(len(self._running))
+        beyond = sorted(slot for slot in self._running if slot >= num_slots)
+        moves = [(slot, heapq.heappop(self._free)) for slot in beyond]
+        for old, new in moves:
+            self._running[new] = self._running.pop(old)
+            self._cached_lens[new] = self._cached_lens[old]
+            heapq.heappush(self._free, old)
+        return moves
+
+    def extent(self) -> CacheExtent:
+        """Returns the part of the cache that the next segment can reach. At least one request must be running."""
+        max_len = max(int(self._cached_lens[slot]) for slot in self._running) + self._segment_len
+        return CacheExtent(
+            num_slots=min(self.num_slots, _round_up_slots(max(self._running) + 1)),
+            view_len=min(self._cache_len, next_power_of_2(max(self._min_view_len, max_len))),
+        )
+
+    def update_lens(self, cached_lens: np.ndarray) -> None:
+        """Records the filled positions of all slots after a decode segment."""
+        self._cached_lens = np.array(cached_lens)
+
+    def retire(self, slots: Sequence[int], sampled: Sequence[Sampled]) -> list[Completion]:
+        """Frees slots and returns the completions of their requests.
+
+        Args:
+          slots: running slots.
+          sampled: for each of them, what was sampled since its request was admitted.
+        """
+        completions = []
+        for slot, (token_ids, logprobs) in zip(slots, sampled, strict=True):
+            partial, _, _, max_tokens = self._running.pop(slot)
+            heapq.heappush(self._free, slot)
+            token_ids = partial.token_ids + tuple(token_ids)
+            completions.append(
+                Completion(
+                    request=partial.request,
+                    token_ids=token_ids,
+                    logprobs=partial.logprobs + tuple(logprobs),
+                    finish_reason=self._finish_reason(token_ids, max_tokens),
+                )
+            )
+        return completions
+
+    def _finish_reason(self, token_ids: tuple[int, ...], max_tokens: int) -> FinishReason:
+        if token_ids and token_ids[-1] in self._eos_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(token_ids) == max_tokens else FinishReason.UNFINISHED
+
+    def drain(self) -> list[Completion]:
+        """Empties the queue and returns its partial completions, the longest first. No request may be running."""
+        if self._running:
+            raise RuntimeError("drain while requests are running; preempt them first")
+        partials = [request.partial for _, _, request in sorted(self._pending)]
+        self._pending.clear()
+        return sorted(partials, key=lambda partial: -len(partial.token_ids))
+
+
+def _round_up_slots(number: int) -> int:
+    """The number of slots that a decode segment computes for `number` running requests."""
+    return next_power_of_2(max(MIN_DECODE_SLOTS, number))
