@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "sampling": {"models", "distributed"},
     "rollouts": {"config", "methods", "models", "rewards", "sampling", "distributed"},
     "training": {"config", "losses", "methods", "models", "distributed"},
-    "runs": {"config", "distributed", "methods", "report"},
+    "runs": {"config", "distributed", "methods"},
     "evaluation": {"distributed"},
     "comparison": {"config", "evaluation", "runs"},
     "types": set(),

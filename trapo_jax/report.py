@@ -1,75 +1,28 @@
-"""Draws runs as one self-contained HTML file that opens offline; may be made anew while they go.
+"""Draws runs as one self-contained HTML file that opens offline. It can be drawn while the runs are in progress.
 
-    python -m trapo_jax.report RUN [RUN ...] [--out report.html]
-
-What runs wrote is not trusted: it stands in the page as JSON, reaches the document as text only, and the page's
-Content-Security-Policy lets no script run but those of `assets/report`, and nothing be fetched.
+python -m trapo_jax.report RUN [RUN ...] [--out report.html]
 """
 
 import argparse
-import base64
-import hashlib
-import html
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import yaml
-
-from trapo_jax.config import Config
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
 from trapo_jax.runs.console import printable
-from trapo_jax.runs.directory import flatten, write_atomically
-from trapo_jax.runs.loggers import EVAL, TRAIN, read_records
+from trapo_jax.runs.report import REPORT, write_report
 from trapo_jax.types import UserError
-
-REPORT = "report.html"
-MOST_POINTS = 400  # of a curve; more steps are averaged
-MOST_BYTES = 3_000_000  # of rollouts in a report; then whole groups are left out
-MOST_TOKENS = 1_500  # of a response; what is between its beginning and its end is left out
-MOST_CHARACTERS = 20_000  # of a text
-STYLES = ("uplot.min.css", "report.css")
-SCRIPTS = ("uplot.min.js", "dom.js", "charts.js", "reader.js", "page.js")
-DRAWN = (
-    "reward/mean",
-    "reward/unguided_mean",
-    "policy/entropy",
-    "completion/len_mean",
-    "completion/truncated",
-    *(f"guidance/level_{i}" for i in range(4)),
-    "guidance/ratio_mean",
-    "batch/expert_trained_tokens",
-    "expert/gradient_share_inside",
-    *(f"expert/prob_from_{i / 10:.1f}" for i in range(10)),
-    "time/sample_secs",
-    "time/reward_secs",
-    "time/train_secs",
-    "time/tokens_per_sec",
-)
-CORE_SETTINGS = (  # shown always; of the others those that are not the defaults
-    "model.path",
-    "data.source",
-    "method.name",
-    "method.preset",
-    "train.num_steps",
-    "train.problems_per_step",
-    "train.learning_rate",
-    "seed",
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trapo_jax.report",
-        description="Draws runs as one HTML file that opens offline; several are laid over each other.",
+        description="Draws runs as one HTML file that opens offline. The curves of several runs share their charts.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a training run's folder")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
     parser.add_argument(
-        "--out", type=Path, help=f"default: RUN/{REPORT}, of several runs {REPORT} here"
+        "--out",
+        type=Path,
+        help=f"the file to write (default: RUN/{REPORT}; with several runs, {REPORT} in the working directory)",
     )
     args = parser.parse_args(arguments)
     out = args.out or (args.runs[0] / REPORT if len(args.runs) == 1 else Path(REPORT))
@@ -81,248 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"{out}: {error.strerror}; give another --out", EXIT_USER_ERROR)
     print(f"wrote {printable(str(out))}")
     return 0
-
-
-def write_report(folders: Sequence[Path], out: Path) -> None:
-    """Writes the report of the runs in `folders`; `out` is there whole or not at all.
-
-    Raises:
-      UserError: naming the folder or the line that is not a run's.
-      OSError: if the file cannot be written.
-    """
-    names = _names(folders)
-    runs = [
-        read_run(folder, name, most_bytes=MOST_BYTES // len(folders))
-        for folder, name in zip(folders, names, strict=True)
-    ]
-    write_atomically(out, make_page({"runs": runs}, title=", ".join(names)))
-
-
-def make_page(data: Mapping[str, Any], *, title: str) -> str:
-    """The HTML page that shows `data`; see `assets/report/page.js` for what it is made of."""
-    assets = resources.files("trapo_jax") / "assets" / "report"
-    style = "\n".join((assets / name).read_text() for name in STYLES)
-    script = "\n".join((assets / name).read_text() for name in SCRIPTS)
-    policy = (
-        f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    parts = {
-        "policy": policy,
-        "title": html.escape(printable(title)),
-        "style": style,
-        "script": script,
-        "data": embedded_json(data),
-    }
-    pieces = (assets / "report.html").read_text().split("@@")
-    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
-
-
-def embedded_json(data: Any) -> str:
-    """JSON that ends no script element, opens no comment and is ASCII; its strings hold nothing invisible.
-
-    >>> print(embedded_json("</script>\\u2028"))
-    "\\u003c/script\\u003e\\\\u2028"
-    """
-    text = json.dumps(_visible(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":  # in JSON they stand in strings only
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def _visible(value: Any) -> Any:
-    """The same with control characters, bidirectional overrides and the like spelled out in all texts."""
-    if isinstance(value, str):
-        return printable(value, keep="\n\t")
-    if isinstance(value, Mapping):
-        return {printable(name): _visible(v) for name, v in value.items()}
-    return [_visible(v) for v in value] if isinstance(value, list) else value
-
-
-def _source(text: str) -> str:
-    """How a policy names what stands inline."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """Short and different."""
-    short = [folder.absolute().name for folder in folders]
-    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
-
-
-def read_run(folder: Path, name: str, *, most_bytes: int) -> dict[str, Any]:
-    """What a report shows of a run.
-
-    Args:
-      folder: the run's.
-      name: by which the report speaks of it.
-      most_bytes: of rollouts, as JSON.
-
-    Raises:
-      UserError: naming the folder or the line that is not a run's.
-    """
-    try:
-        return _read_run(folder, name, most_bytes)
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{folder}: not the folder of a training run of this version (config.yaml, metrics.jsonl, "
-            f"samples.jsonl; {error!r})"
-        ) from error
-
-
-def _read_run(folder: Path, name: str, most_bytes: int) -> dict[str, Any]:
-    settings = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
-    records = list(read_records(folder / "metrics.jsonl"))
-    steps = [r for r in records if r["kind"] == TRAIN]
-    evaluations = [r for r in records if r["kind"] == EVAL]
-    tests = [r for r in evaluations if r["split"] == "test"]
-    last = steps[-1]["step"] if steps else 0
-    # The test set is scored again where the run ends: after its last step, or once its budget is spent.
-    after = tests[-1] if len(tests) > 1 and tests[-1]["step"] == last else None
-    num_steps = settings.get("train.num_steps", 0)
-    if after:
-        num_steps = last
-    elif steps and (share := steps[-1].get("budget/progress")):
-        num_steps = round(last / share)
-    averaged, columns = thin(steps)
-    samples, num_groups = read_samples(folder / "samples.jsonl", most_bytes=most_bytes)
-    return {
-        "name": name,
-        "method": settings.get("method.name", ""),
-        "step": last,
-        "num_steps": num_steps,
-        "complete": after is not None,
-        "settings": {k: str(v) for k, v in settings.items()},
-        "noted": noted_settings(settings),
-        "averaged": averaged,
-        "columns": columns,
-        "evaluations": [
-            {
-                "step": r["step"],
-                "split": r["split"],
-                "greedy": r["eval/accuracy_greedy"],
-                "sampled": r["eval/accuracy_sampled"],
-            }
-            for r in evaluations
-        ],
-        "scores": before_and_after(tests[0] if tests else {}, after or {}),
-        "seconds": {
-            "sampling": _total(steps, "time/sample_secs"),
-            "rewards": _total(steps, "time/reward_secs"),
-            "training": _total(steps, "time/train_secs"),
-            "evaluating": _total(evaluations, "time/eval_secs"),
-        },
-        "tokens": {
-            "trained": steps[-1]["tokens/trained"] if steps else 0,
-            "sampled": steps[-1]["tokens/sampled"] if steps else 0,
-        },
-        "samples": samples,
-        "num_groups": num_groups,
-    }
-
-
-def noted_settings(settings: Mapping[str, Any]) -> list[str]:
-    """The fields that say which run this is: a few always, of the others those that are not the defaults."""
-    defaults = flatten(Config().model_dump(mode="json"))
-    changed = [
-        field
-        for field, value in settings.items()
-        if field != "output_dir" and defaults.get(field) != value
-    ]
-    return list(dict.fromkeys([*(f for f in CORE_SETTINGS if f in settings), *changed]))
-
-
-def before_and_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[list[Any]]:
-    """Rows (name, before, after) of the test set's accuracies."""
-    return [
-        [name.removeprefix("eval/"), value, after.get(name)]
-        for name, value in sorted(before.items())
-        if "accuracy" in name or "pass@" in name
-    ]
-
-
-def thin(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, list[float | None]]]:
-    """Columns of at most `MOST_POINTS` numbers: of each so many successive steps the mean, and the last step.
-
-    Returns:
-      How many steps a point is the mean of, and for each drawn metric its points; null where none is a number.
-    """
-    averaged = max(1, math.ceil(len(records) / MOST_POINTS))
-    blocks = [records[i : i + averaged] for i in range(0, len(records), averaged)]
-    columns: dict[str, list[float | None]] = {"step": [block[-1]["step"] for block in blocks]}
-    for name in DRAWN:
-        values = ([r[name] for r in block if _is_known(name, r)] for block in blocks)
-        columns[name] = [float(f"{np.mean(v):.4g}") if v else None for v in values]
-    return averaged, columns
-
-
-def _is_known(name: str, record: Mapping[str, Any]) -> bool:
-    """Of steps that trained no expert token there is nothing to say about expert tokens."""
-    return record.get(name) is not None and (
-        not name.startswith("expert/") or record.get("batch/expert_trained_tokens", 0) > 0
-    )
-
-
-def read_samples(path: Path, *, most_bytes: int) -> tuple[list[dict[str, Any]], int]:
-    """Rollouts to read: whole groups from all over the run, the first and the last among them.
-
-    Returns:
-      The rollouts, and how many groups (the rollouts of a problem in a step) the file holds.
-    """
-    if not path.exists():
-        return [], 0
-    sizes: dict[tuple[int, str], int] = {}
-    for record in _rollouts(path):
-        group = (record["step"], record["problem_id"])
-        sizes[group] = sizes.get(group, 0) + len(json.dumps(record, separators=(",", ":")))
-    kept = set(_spread(list(sizes), sizes, most_bytes))
-    rollouts = [r for r in _rollouts(path) if (r["step"], r["problem_id"]) in kept]
-    return rollouts, len(sizes)
-
-
-def _spread(groups: Sequence[Any], sizes: Mapping[Any, int], most_bytes: int) -> list[Any]:
-    """As many of the groups, evenly, as are together not larger than `most_bytes`; at least one."""
-    number = len(groups)
-    while number > 1:
-        chosen = [groups[i] for i in np.linspace(0, len(groups) - 1, number).astype(int)]
-        total = sum(sizes[group] for group in chosen)
-        if total <= most_bytes:
-            return chosen
-        number = min(number - 1, int(number * most_bytes / total))
-    return list(groups[-1:])
-
-
-def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a samples.jsonl as the report holds them: the texts are in the tokens, and not too long."""
-    left_out = ("prefix", "completion")
-    for number, record in enumerate(read_records(path), start=1):
-        try:
-            kept = {name: value for name, value in record.items() if name not in left_out}
-            kept["step"], kept["problem_id"] = record["step"], record["problem_id"]
-            kept["prompt"] = _shortened(record["prompt"])
-            kept["answer"] = _shortened(record["answer"])
-            tokens = record["tokens"]
-            kept["num_tokens"] = len(tokens["kinds"])
-            kept["tokens"] = {name: _ends(values) for name, values in tokens.items()}
-            kept["tokens"]["pieces"] = [_shortened(p) for p in kept["tokens"]["pieces"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: not a rollout of this version") from error
-        yield kept
-
-
-def _ends(values: Any) -> Any:
-    """The beginning and the end of a long string or list."""
-    if len(values) <= MOST_TOKENS:
-        return values
-    return values[: MOST_TOKENS * 2 // 3] + values[-(MOST_TOKENS // 3) :]
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " …"
-
-
-def _total(records: Sequence[Mapping[str, Any]], name: str) -> float:
-    return round(sum(r[name] for r in records), 2)
 
 
 if __name__ == "__main__":

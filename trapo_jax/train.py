@@ -22,11 +22,11 @@ from trapo_jax.evaluation.scoring import evaluate
 from trapo_jax.methods import Method, Sampled, describe
 from trapo_jax.models import export_model, open_model
 from trapo_jax.parts import build_method
-from trapo_jax.report import REPORT
 from trapo_jax.rollouts.actor import Actor, make_actor
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.monitoring import EXIT_TRAINING_FAILED
+from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import Run
 from trapo_jax.training.learner import Learner, make_learner
 from trapo_jax.types import Problem, TrainingFailed, UserError

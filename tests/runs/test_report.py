@@ -7,10 +7,11 @@ import pytest
 import yaml
 
 from trapo_jax.config import Config
-from trapo_jax.report import main, noted_settings, read_run, read_samples, thin, write_report
+from trapo_jax.report import main
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import flatten
 from trapo_jax.runs.loggers import read_records
+from trapo_jax.runs.report import noted_settings, read_run, read_samples, thin, write_report
 from trapo_jax.types import UserError
 
 from browser import opened  # isort: skip
@@ -42,6 +43,12 @@ def test_a_step_without_expert_tokens_says_nothing_about_them():
         [step_record(1, **{"expert/gradient_share_inside": 0.5}), step_record(2, **without)]
     )
     assert columns["expert/gradient_share_inside"] == [0.5, None]
+
+
+def test_guidance_levels_are_those_of_the_records():
+    levels = {f"guidance/level_{i}": i / 66 for i in range(12)}
+    _, columns = thin([step_record(1, **levels)])
+    assert [name for name in columns if name.startswith("guidance/level")] == list(levels)
 
 
 def sample(step, problem, num_tokens=3):

@@ -17,7 +17,6 @@ import jax
 from trapo_jax.config import Config, DataConfig
 from trapo_jax.distributed.processes import from_main, gather, is_main, wait_for_all
 from trapo_jax.methods import Method
-from trapo_jax.report import REPORT, write_report
 from trapo_jax.runs.budget import Budget
 from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, Retention
 from trapo_jax.runs.console import Console
@@ -32,6 +31,7 @@ from trapo_jax.runs.directory import (
 )
 from trapo_jax.runs.loggers import EVAL, TRAIN, NoLog, RunLog, read_metrics
 from trapo_jax.runs.monitoring import Health, Interrupt, Watchdog, check_space
+from trapo_jax.runs.report import REPORT, write_report
 from trapo_jax.runs.samples import sample_records
 from trapo_jax.types import Moment, Problem, Rollout, UpdateTrace, Usage, UserError
 

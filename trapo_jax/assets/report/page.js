@@ -1,5 +1,8 @@
 "use strict";
-// The page, from DATA.runs: see `read_run` in report.py for what a run is.
+// The page, from DATA.runs: see `read_run` in runs/report.py for what a run is.
+
+const LEVEL = "guidance/level_"; // followed by the index of a micro-group
+const PART_COLORS = 4;
 
 function state(run) {
   return run.complete ? `complete, ${run.num_steps} steps` : `step ${run.step} of ${run.num_steps}`;
@@ -63,7 +66,8 @@ function curves() {
       lineChart({ title: "Truncated", about: "share of rollouts that ended at the length limit", metric: "completion/truncated", scales: SHARE }),
       ...each(some("guidance/ratio_mean"), (c, i, of) => stackChart({ run: i, title: `Guidance level${of}`,
         about: "share of problems by the last micro-group that was given the expert",
-        parts: [0, 1, 2, 3].map((k) => part(k ? `micro-group ${k + 1}` : "needed none", k, c[`guidance/level_${k}`])) })),
+        parts: Object.keys(c).filter((name) => name.startsWith(LEVEL)).map((name, k) =>
+          part(k ? `micro-group ${k + 1}` : "unguided", k % PART_COLORS, c[name])) })),
       ...each(some("batch/expert_trained_tokens"), (c, i, of) => stackChart({ run: i, title: `Expert gradient${of}`,
         about: "share that comes from tokens inside and outside the trust region (p ≥ alpha, p < alpha)",
         parts: [part("inside", 3, c["expert/gradient_share_inside"]),
