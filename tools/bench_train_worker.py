@@ -23,7 +23,7 @@ class Ours:
 
         self.packed = packed
         self.config = read_config(Path(folder), dtype=dtype, remat="dots")
-        self.mesh = make_mesh(data=1, fsdp=-1, tp=1)
+        self.mesh = make_mesh(fsdp=-1, tp=1)
         self.optimizer = make_optimizer(
             adam_b1=B1, adam_b2=B2, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_NORM
         )

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.yaml", help="of runs")
     args = parser.parse_args(arguments)
     try:
-        found = {str(file): check_step(load_config(file, [])) for file in args.configs}
+        found = {str(file): check_step(load_config(Config, file, [])) for file in args.configs}
     except BrokenStep as error:
         return fail(str(error), EXIT_BROKEN)
     except UserError as error:
@@ -79,7 +79,7 @@ def check_step(config: Config) -> float:
     folder = find_model(config.model.path)
     decoder = dataclasses.replace(build_decoder(config, folder), dtype="float32")
     method = build_method(config)
-    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tp=config.mesh.tp)
+    mesh = make_mesh(fsdp=config.mesh.fsdp, tp=config.mesh.tp)
     # Keeps the gradient, and updates nothing.
     optimizer = optax.chain(optax.trace(decay=0.0), optax.scale(0.0))
     shardings = state_shardings(abstract_params(decoder), optimizer, mesh)

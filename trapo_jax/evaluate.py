@@ -273,7 +273,6 @@ def sample_all(
         eos_text=tokenizer.eos_token,
         num_workers=args.workers,
         timeout_secs=args.timeout_secs,
-        max_response_chars=100_000,
     )
     progress = Progress(len(requests), terminal)
     actor = Actor(

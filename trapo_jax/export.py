@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from trapo_jax.config import ModelConfig, load_config
+from trapo_jax.config import Config, ModelConfig, load_config
 from trapo_jax.models import (
     DecoderConfig,
     abstract_params,
@@ -57,7 +57,7 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
     if int(path.name) not in store.steps():
         there = ", ".join(map(str, store.steps())) or "none"
         raise UserError(f"--checkpoint {path}: no such step; there are: {there}")
-    config = load_config(saved_config, [])
+    config = load_config(Config, saved_config, [])
     source = find_model(config.model.path)
     decoder = read_decoder(source, ModelConfig(), config.lora)
     abstract = abstract_params(decoder)

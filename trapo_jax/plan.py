@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     console = Console(stderr=args.json, highlight=False, width=max(110, Console().width))
     try:
-        config = load_config(args.config, parse_command_line(args.overrides)[1])
+        config = load_config(Config, args.config, parse_command_line(args.overrides)[1])
         plans = []
         for name in args.topology:
             plans.append(make_plan(config, find_topology(name), console))
@@ -220,7 +220,6 @@ def make_plan(config: Config, topology: Topology, console: Console) -> dict[str,
         divides = config.row_len % 128 == 0 and decoder.head_dim % 128 == 0
         decoder = dataclasses.replace(decoder, attention="splash" if divides else "xla")
     mesh = make_mesh(
-        data=config.mesh.data,
         fsdp=config.mesh.fsdp,
         tp=config.mesh.tp,
         devices=topology.devices,

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trapo_jax.config import Config, config_from_command_line
+from trapo_jax.config import Config, help_text, load_config, parse_command_line
 from trapo_jax.data import draw_problems, problem_batches
 from trapo_jax.data.splits import load_splits
 from trapo_jax.distributed.processes import fetch, is_main, join_processes
@@ -33,6 +33,7 @@ from trapo_jax.types import Problem, TrainingFailed, UserError
 
 ABOUT = "Trains a language model with TRAPO or another method, or resumes the run in output_dir."
 PRINT_METHOD = "--print-method"
+OPTIONS = f"  {PRINT_METHOD}    prints the method's formulas, constants and source, and does nothing else\n"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 Splits = Mapping[str, Sequence[Problem]]
@@ -196,10 +197,12 @@ def show_result(result: TrainResult) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(Config, "train", ABOUT, options=OPTIONS))
+        return 0
     try:
-        config = config_from_command_line(
-            "train", ABOUT, [argument for argument in arguments if argument != PRINT_METHOD]
-        )
+        rest = [argument for argument in arguments if argument != PRINT_METHOD]
+        config = load_config(Config, *parse_command_line(rest))
         if PRINT_METHOD in arguments:
             print(describe(build_method(config)))
             return 0

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from trapo_jax.config import load_config
+from trapo_jax.config import Config, load_config
 from trapo_jax.losses import attenuated_cross_entropy_from_logprobs, probability_attenuation
 from trapo_jax.methods import ALWAYS, NEVER, Method, Term, make_method
 from trapo_jax.parts import build_method
@@ -28,7 +28,7 @@ SMALL = {
 
 def small_config(folder, **overrides):
     given = {**SMALL, "output_dir": str(folder), **overrides}
-    return load_config(None, list(given.items()))
+    return load_config(Config, None, list(given.items()))
 
 
 def train_records(folder):

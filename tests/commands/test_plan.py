@@ -99,14 +99,14 @@ def test_a_mesh_that_does_not_fit_is_one_line(small_model):
 
 
 def test_the_shipped_configs_name_models_that_are_read(tmp_path):
-    from trapo_jax.config import load_config
+    from trapo_jax.config import Config, load_config
     from trapo_jax.models import read_config
 
     for config in sorted((REPOSITORY / "configs").glob("qwen*.yaml")):
         name = config.stem.removesuffix("_openr1")
         folder = tmp_path / name
         shutil.copytree(REPOSITORY / "configs" / "architectures" / name, folder)
-        assert load_config(config, []).row_len == 9216
+        assert load_config(Config, config, []).row_len == 9216
         assert read_config(folder).num_layers in (28, 36)
 
 

@@ -297,7 +297,7 @@ def test_trains_on_files(tmp_path, capsys):
 
 
 def test_splits_without_files_are_held_out(tmp_path):
-    from trapo_jax.config import load_config
+    from trapo_jax.config import Config, load_config
     from trapo_jax.data.splits import read_splits
 
     rows = [{"question": f"Q{i}", "answer": f"It is {i}.\n#### {i}"} for i in range(20)]
@@ -310,7 +310,7 @@ def test_splits_without_files_are_held_out(tmp_path):
         "data.num_validation": "3",
         "data.num_test": "5",
     }
-    examples, reports = read_splits(load_config(None, list(overrides.items())).data)
+    examples, reports = read_splits(load_config(Config, None, list(overrides.items())).data)
     assert {name: len(split) for name, split in examples.items()} == {
         "train": 12,
         "validation": 3,

@@ -96,7 +96,7 @@ def test_the_shipped_configs_can_be_compared_with(name):
     asked = make_grid("out", match="trained_tokens", budget=1e6)
     for run in replace(asked, config_file=file).final_runs([Trial("trapo"), Trial("sft")]):
         assert (run.config.train.budget_unit, run.config.train.budget) == ("trained_tokens", 1e6)
-        assert run.config.evaluation.times == 4
+        assert run.config.evaluation.every == 0.2
 
 
 @pytest.mark.parametrize(

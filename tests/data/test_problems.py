@@ -154,16 +154,6 @@ def test_overlong_experts_are_dropped_and_the_problem_stays(bpe):
     assert report.notes["problems without an expert"] == 1
 
 
-def test_truncated_experts_have_no_eos(bpe):
-    options = {"max_expert_length": 10, "overlong_experts": "truncate"}
-    (problem,), report = encode([example("Q", "2", "a\n\n" + LONG, SHORT)], bpe, **options)
-    cut, whole = problem.experts
-    assert cut.token_ids == tuple(bpe.encode("a\n\n" + LONG)[:10])
-    assert all(end <= 10 for end in cut.paragraph_ends)
-    assert whole.token_ids[-1] == bpe.eos_token_id
-    assert report.notes == {"experts cut to 10 tokens": 1}
-
-
 def test_eos_spelled_out_in_an_expert(bpe):
     inside, at_the_end = "x</s>y", "x</s></s>"
     (problem,), report = encode([example("Q", "2", inside, at_the_end)], bpe)

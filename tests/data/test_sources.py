@@ -72,6 +72,9 @@ def test_folders_made_by_save_to_disk(tmp_path):
     assert len(list(read_rows([str(tmp_path / "two")], split="test"))) == 3
     with pytest.raises(UserError, match="no split 'dev'; it has train, test"):
         list(read_rows([str(tmp_path / "two")], split="dev"))
+    assert len(list(read_rows([f"{tmp_path / 'two'}#test"]))) == 3
+    with pytest.raises(UserError, match="is a file, which has no splits; leave out #test"):
+        list(read_rows([f"{__file__}#test"]))
     assert sorted(tmp_path.rglob("*")) == before
 
 

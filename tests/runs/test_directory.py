@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from trapo_jax.config import list_fields, load_config
+from trapo_jax.config import Config, list_fields, load_config
 from trapo_jax.runs.directory import (
     MAY_DIFFER,
     check_run_folder,
@@ -21,7 +21,9 @@ from conftest import JOB, run_command  # isort: skip
 
 
 def text(**overrides):
-    return load_config(None, [(k.replace("__", "."), v) for k, v in overrides.items()]).to_yaml()
+    return load_config(
+        Config, None, [(k.replace("__", "."), v) for k, v in overrides.items()]
+    ).to_yaml()
 
 
 @pytest.fixture
@@ -32,12 +34,12 @@ def folder(tmp_path):
 
 def test_another_mesh_and_other_limits_are_the_same_run(folder):
     ours = text(
-        train__decay_start="1", mesh__data="2", checkpoint__keep="5", sampling__num_slots="8"
+        train__decay_start="1", mesh__fsdp="-1", checkpoint__keep="5", sampling__num_slots="8"
     )
     changes = check_run_folder(folder, ours)
     assert changes == {
         "checkpoint.keep": (2, 5),
-        "mesh.data": (-1, 2),
+        "mesh.fsdp": (1, -1),
         "sampling.num_slots": (32, 8),
     }
     assert check_run_folder(folder, text(train__decay_start="1", output_dir="x")) == {}
@@ -45,7 +47,7 @@ def test_another_mesh_and_other_limits_are_the_same_run(folder):
     assert check_run_folder(folder, ours) == {}
     (line,) = (folder / "changes.jsonl").read_text().splitlines()
     assert json.loads(line)["after_step"] == 3
-    assert json.loads(line)["changed"]["mesh.data"] == {"was": -1, "is": 2}
+    assert json.loads(line)["changed"]["mesh.fsdp"] == {"was": 1, "is": -1}
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_another_mesh_and_other_limits_are_the_same_run(folder):
     ],
 )
 def test_what_is_computed_may_not_change(folder, field, value):
-    ours = load_config(None, [("train.decay_start", "1"), (field, value)]).to_yaml()
+    ours = load_config(Config, None, [("train.decay_start", "1"), (field, value)]).to_yaml()
     with pytest.raises(UserError, match=f"holds a run with {field}=.*, not {value}; give another"):
         check_run_folder(folder, ours)
 
@@ -97,7 +99,7 @@ def test_a_run_of_another_version_may_lack_what_may_differ_only(folder):
 
 
 def test_what_may_differ_are_fields():
-    names = [name for name, *_ in list_fields()]
+    names = [name for name, *_ in list_fields(Config)]
     for field in MAY_DIFFER:
         assert any(
             name.startswith(field) if field.endswith(".") else name == field for name in names

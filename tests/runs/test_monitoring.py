@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from trapo_jax.runs.monitoring import Health, TrainingFailed, check_space
+from trapo_jax.runs.monitoring import WARN_AFTER_STEPS, Health, TrainingFailed, check_space
 
 GOOD = {
     "loss/trsft": 1.0,
@@ -25,7 +25,7 @@ GOOD = {
 
 
 def health():
-    return Health(max_logprob_gap=0.2, max_skipped_steps=3, warn_after_steps=2)
+    return Health(max_logprob_gap=0.2, max_skipped_steps=3)
 
 
 def test_a_healthy_step_says_nothing():
@@ -70,14 +70,16 @@ def test_a_sampler_that_differs_stops_the_run():
 )
 def test_what_goes_on_for_steps_is_warned_of_once(name, value, text):
     watch, bad = health(), {**GOOD, name: value}
-    assert watch.observe(1, bad) == []
-    (warning,) = watch.observe(2, bad)
-    assert "step 2: for 2 steps" in warning
+    steps = iter(range(1, 1000))
+    for _ in range(WARN_AFTER_STEPS - 1):
+        assert watch.observe(next(steps), bad) == []
+    (warning,) = watch.observe(next(steps), bad)
+    assert f"step {WARN_AFTER_STEPS}: for {WARN_AFTER_STEPS} steps" in warning
     assert text in warning
-    assert watch.observe(3, bad) == []
-    assert watch.observe(4, GOOD) == []
-    assert watch.observe(5, bad) == []
-    assert len(watch.observe(6, bad)) == 1
+    assert watch.observe(next(steps), bad) == []
+    assert watch.observe(next(steps), GOOD) == []
+    warnings = [watch.observe(next(steps), bad) for _ in range(WARN_AFTER_STEPS)]
+    assert [len(of_step) for of_step in warnings] == [0] * (WARN_AFTER_STEPS - 1) + [1]
 
 
 def test_nothing_sampled_is_no_sign(tmp_path):

@@ -107,7 +107,9 @@ def test_a_text_is_one_printable_line_of_the_console(capsys):
 def test_a_config_s_mistake_is_one_printable_line(place, capsys):
     for text in CORPUS:
         with pytest.raises(UserError) as error:
-            load_config(None, [("train.num_steps", text) if place == "value" else (text, "1")])
+            load_config(
+                Config, None, [("train.num_steps", text) if place == "value" else (text, "1")]
+            )
         fail(str(error.value), 2)
         assert capsys.readouterr().err.removesuffix("\n").isprintable(), repr(text[:80])
 

@@ -38,7 +38,7 @@ def main() -> None:
     reference = sgd_step(method, build(groups, advantages), params)[0]
     shapes = [(2, 1, 1), (8, 1, 1), (4, 2, 1), (2, 2, 2)]
     for data, fsdp, tp in shapes:
-        mesh = make_mesh(data=data, fsdp=fsdp, tp=tp, devices=jax.devices()[: data * fsdp * tp])
+        mesh = make_mesh(fsdp=fsdp, tp=tp, devices=jax.devices()[: data * fsdp * tp])
         # So many rows that whole shards hold no rollout, hence no trained token.
         batch = build(
             groups,
@@ -52,13 +52,13 @@ def main() -> None:
         assert difference < 1e-5, (data, fsdp, tp, difference)
         assert state.params["layers"]["down"].sharding.spec == P(None, "tp", "fsdp")
     problems = [group[0].request.problem for group in groups]
-    expected = sample(make_mesh(data=1, fsdp=1, tp=1, devices=jax.devices()[:1]), params, problems)
+    expected = sample(make_mesh(fsdp=1, tp=1, devices=jax.devices()[:1]), params, problems)
     assert len(expected) == 24
     for data, fsdp, tp in [*shapes, (1, 1, 2)]:
-        mesh = make_mesh(data=data, fsdp=fsdp, tp=tp, devices=jax.devices()[: data * fsdp * tp])
+        mesh = make_mesh(fsdp=fsdp, tp=tp, devices=jax.devices()[: data * fsdp * tp])
         assert sample(mesh, params, problems) == expected, (data, fsdp, tp)
     replica.choose_layout = lambda config, mesh: PerLayer()  # as on GPUs
-    mesh = make_mesh(data=2, fsdp=1, tp=2, devices=jax.devices()[:4])
+    mesh = make_mesh(fsdp=1, tp=2, devices=jax.devices()[:4])
     assert sample(mesh, params, problems) == expected
     print(f"{len(shapes)} meshes agree")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trapo_jax.check_step import BrokenStep, check_step, compare_gradients, two_short_ones
-from trapo_jax.config import load_config
+from trapo_jax.config import Config, load_config
 from trapo_jax.training import train_step
 from trapo_jax.types import Expert, Problem, UserError
 
@@ -14,7 +14,7 @@ fori_loop = jax.lax.fori_loop
 
 
 def short(method):
-    return load_config(None, [("method.name", method), ("data.num_train", "8")])
+    return load_config(Config, None, [("method.name", method), ("data.num_train", "8")])
 
 
 def test_the_step_of_a_method_with_all_kinds_of_tokens_passes():

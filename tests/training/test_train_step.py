@@ -575,4 +575,4 @@ def test_mesh_that_does_not_fit_is_named():
     from trapo_jax.types import UserError
 
     with pytest.raises(UserError, match=r"mesh.tp=3 is not the number of devices"):
-        make_mesh(data=1, fsdp=1, tp=3)
+        make_mesh(fsdp=1, tp=3)

@@ -164,11 +164,11 @@ class Grid:
         own = {v.name: v.settings for v in self.variants}
         method = own.get(trial.method, (("method.name", trial.method),))
         overrides = [*EVENLY, *self.overrides, *method, *trial.values, *decided.items()]
-        return Run(trial, seed, load_config(self.config_file, overrides))
+        return Run(trial, seed, load_config(Config, self.config_file, overrides))
 
 
 # Learning curves have as many points whatever a method's steps cost; a user's override comes later and wins.
-EVENLY = (("evaluation.every", "0"), ("evaluation.times", "4"))
+EVENLY = (("evaluation.every", "0.2"),)
 
 
 def _budget(unit: str, amount: float) -> dict[str, str]:
@@ -243,7 +243,7 @@ def _refuse_shared(option: str, field: str) -> None:
 
 
 def _whole_name(field: str) -> str:
-    names = [name for name, *_ in list_fields()]
+    names = [name for name, *_ in list_fields(Config)]
     ends = [name for name in names if name.rsplit(".", 1)[-1] == field]
     # What is not found is left for the config to complain about, with a near match.
     return field if field in names or len(ends) != 1 else ends[0]

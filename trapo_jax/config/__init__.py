@@ -1,17 +1,13 @@
-"""Configuration: what a run depends on, and how it is read from YAML and the command line."""
+"""Configuration: what a command depends on, and how it is read from YAML and the command line."""
 
+from trapo_jax.config.help import help_text, list_fields
+from trapo_jax.config.loading import load_config, parse_command_line, read_yaml
 from trapo_jax.config.schema import (
     Config,
     DataConfig,
     LoraConfig,
     MethodConfig,
     ModelConfig,
-    config_from_command_line,
-    help_text,
-    list_fields,
-    load_config,
-    parse_command_line,
-    read_yaml,
 )
 
 __all__ = [
@@ -20,7 +16,6 @@ __all__ = [
     "LoraConfig",
     "MethodConfig",
     "ModelConfig",
-    "config_from_command_line",
     "help_text",
     "list_fields",
     "load_config",

@@ -30,7 +30,6 @@ def encode_examples(
     max_prompt_length: int,
     overlong_prompts: Literal["drop", "truncate", "error"] = "drop",
     max_expert_length: int | None = None,
-    overlong_experts: Literal["drop", "truncate"] = "drop",
 ) -> tuple[list[Problem], DataReport]:
     """Renders and tokenises examples; each expert solution gets EOS.
 
@@ -43,9 +42,8 @@ def encode_examples(
       template: from `make_template`; the text as it stands unless given.
       max_prompt_length: longest prompt, in tokens, template included.
       overlong_prompts: "drop" the example, "truncate" to the last tokens (BOS is kept), or "error".
-      max_expert_length: longest expert solution in tokens, EOS included; None for no limit.
-      overlong_experts: "drop" the solution (its problem stays), or "truncate" it: its first
-        `max_expert_length` tokens, then without EOS, because it does not end there.
+      max_expert_length: longest expert solution in tokens, EOS included; a longer one is dropped, its problem
+        stays. None for no limit.
 
     Returns:
       The problems in the order of the examples, and the counts.
@@ -80,9 +78,7 @@ def encode_examples(
             if not prompt_ids:
                 dropped["with a prompt without tokens"] += 1
                 continue
-            experts = [
-                encoder.expert(ids, max_expert_length, overlong_experts, notes) for ids in own
-            ]
+            experts = [encoder.expert(ids, max_expert_length, notes) for ids in own]
             problems.append(
                 Problem(
                     id=_content_id(example),
@@ -219,7 +215,7 @@ class _Encoder:
         return ids[:num_kept_first] + ids[len(ids) - length + num_kept_first :]
 
     def expert(
-        self, ids: tuple[int, ...], max_length: int | None, overlong: str, notes: Counter[str]
+        self, ids: tuple[int, ...], max_length: int | None, notes: Counter[str]
     ) -> Expert | None:
         """The expert solution, or None if it is left out; notes what was done."""
         while ids and ids[-1] == self._eos_id:  # spelled out in the data
@@ -229,11 +225,8 @@ class _Encoder:
             return None
         ids = (*ids, self._eos_id)
         if max_length is not None and len(ids) > max_length:
-            if overlong == "drop":
-                notes[f"experts left out: over {max_length} tokens"] += 1
-                return None
-            notes[f"experts cut to {max_length} tokens"] += 1
-            ids = ids[:max_length]
+            notes[f"experts left out: over {max_length} tokens"] += 1
+            return None
         return Expert(ids, self._paragraph_ends(ids))
 
     def _paragraph_ends(self, ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -37,12 +37,13 @@ class Row(NamedTuple):
 
 
 def read_rows(data: Sequence[str], *, split: str = "train") -> Iterator[Row]:
-    """The rows of all of `data`, in order; `itertools.islice` takes the first few.
+    """Yields the rows of all of `data`, in order; `itertools.islice` takes the first few.
 
     Args:
-      data: files (`.parquet`, `.jsonl`, `.json`, `.arrow`), globs of such, folders made by
-        `save_to_disk`, and hub ids (`owner/name` or `owner/name:config`). What exists as a path is a path.
-      split: of hub ids and of folders that hold several; files have none.
+      data: files (`.parquet`, `.jsonl`, `.json`, `.arrow`), globs of such files, folders written by `save_to_disk`,
+        and Hub ids (`owner/name` or `owner/name:config`). A folder or Hub id may end with `#split`. An entry that
+        exists as a path is a path.
+      split: the split of folders and Hub ids that do not name one; files have no splits.
 
     Raises:
       UserError: naming the file, and the line where there is one: nothing there, no permission, empty,
@@ -50,32 +51,47 @@ def read_rows(data: Sequence[str], *, split: str = "train") -> Iterator[Row]:
     """
     if not data:
         raise UserError("no data: give files, folders or hub ids")
-    places = [place for entry in data for place in _find(entry)]
-    for place in places:
+    places = [place for entry in data for place in _find(entry, split)]
+    for place, place_split in places:
         number = 0
-        for number, values in _read(place, split):
+        for number, values in _read(place, place_split):
             yield Row(str(place), number, values)
         if number == 0:
             raise UserError(f"{place}: holds no rows")
 
 
-def _find(entry: str) -> list[Path | str]:
-    """The files and folders that an entry stands for; a hub id stays text."""
+def _find(entry: str, split: str) -> list[tuple[Path | str, str]]:
+    """Returns the files and folders that an entry stands for, each with its split; a Hub id remains a string."""
     path = Path(entry).expanduser()
-    try:
-        path.stat()
-        return [path]
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
-        raise UserError(f"{entry}: cannot be read ({_reason(error)})") from error
+    if _exists(path, entry):
+        return [(path, split)]
     if any(character in entry for character in "*?["):
         if matches := sorted(glob(str(path), recursive=True)):
-            return [Path(match) for match in matches]
+            return [(Path(match), split) for match in matches]
         raise UserError(f"{entry}: no file here matches, or its folder may not be read")
+    name, _, named_split = entry.rpartition("#")
+    if name and named_split:
+        path = Path(name).expanduser()
+        if _exists(path, entry):
+            if path.is_dir():
+                return [(path, named_split)]
+            raise UserError(
+                f"{entry}: {name} is a file, which has no splits; leave out #{named_split}"
+            )
+        entry, split = name, named_split
     if _HUB_ID.fullmatch(entry) and path.suffix.lower() not in _READERS:
-        return [entry]
+        return [(entry, split)]
     raise UserError(f"{entry}: no such file or folder")
+
+
+def _exists(path: Path, entry: str) -> bool:
+    try:
+        path.stat()
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise UserError(f"{entry}: cannot be read ({_reason(error)})") from error
 
 
 def _read(place: Path | str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:

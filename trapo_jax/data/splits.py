@@ -46,7 +46,6 @@ def load_splits(
             max_prompt_length=config.max_prompt_length,
             overlong_prompts=config.overlong_prompts,
             max_expert_length=config.max_expert_length,
-            overlong_experts=config.overlong_experts,
         )
         counts[name] = [dataclasses.asdict(stage) for stage in (*reports.get(name, []), report)]
     return splits, {
@@ -81,13 +80,13 @@ def _from_files(config: DataConfig) -> tuple[Splits, Reports]:
     columns = dataclasses.replace(preset, **own)
     splits: Splits = {}
     reports: Reports = {}
-    for name, files, split, size in (
-        ("train", config.train_files, config.train_split, 0),
-        ("validation", config.validation_files, config.validation_split, config.num_validation),
-        ("test", config.test_files, config.test_split, config.num_test),
+    for name, files, size in (
+        ("train", config.train_files, 0),
+        ("validation", config.validation_files, config.num_validation),
+        ("test", config.test_files, config.num_test),
     ):
         if files:
-            splits[name], report = examples_from_rows(read_rows(files, split=split), columns)
+            splits[name], report = examples_from_rows(read_rows(files, split=name), columns)
             reports[name] = [report]
         else:
             splits["train"], splits[name] = split_off(splits["train"], size, seed=config.seed)

@@ -56,22 +56,25 @@ class Rules:
     mlp: str | None = "tp"
 
 
-def make_mesh(*, data: int, fsdp: int, tp: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A (data, fsdp, tp) mesh over the devices, all if None; `data` or `fsdp` = -1 takes what the others leave.
+def make_mesh(*, fsdp: int, tp: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """Makes a (data, fsdp, tp) mesh; the axis `data` gets the devices that remain.
+
+    Args:
+      fsdp: size of the axis along which the batch and the parameters are split; -1 for all that remain.
+      tp: size of the axis along which heads, MLPs and the vocabulary are split.
+      devices: the devices of the mesh; all devices if None.
 
     Raises:
-      UserError: if the axes do not multiply to the number of devices.
+      UserError: if the sizes do not divide the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     num_devices = len(devices)
     if fsdp == -1:
-        fsdp = max(1, num_devices // (data * tp))
-    if data == -1:
-        data = max(1, num_devices // (fsdp * tp))
-    if data * fsdp * tp != num_devices:
+        fsdp = max(1, num_devices // tp)
+    data, remainder = divmod(num_devices, fsdp * tp)
+    if remainder or not data:
         raise UserError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tp={tp} is not the number of devices, "
-            f"{num_devices}"
+            f"mesh.fsdp={fsdp} x mesh.tp={tp} does not divide the number of devices, {num_devices}"
         )
     return jax.make_mesh(
         (data, fsdp, tp), ("data", "fsdp", "tp"), (AxisType.Auto,) * 3, devices=devices

@@ -31,6 +31,8 @@ MAX_REPLY_BYTES = 4096
 logger = logging.getLogger(__name__)
 Job = tuple[Future[Verdict], dict[str, str]]
 
+MAX_RESPONSE_CHARS = 100_000  # Only the end of a longer response is graded.
+
 
 class VerifierPool:
     """Judges with `verify` in processes of their own, each answer within a limit.
@@ -53,7 +55,7 @@ class VerifierPool:
         *,
         num_workers: int = 2,
         timeout_secs: float = 5.0,
-        max_response_chars: int = 100_000,
+        max_response_chars: int = MAX_RESPONSE_CHARS,
         memory_bytes: int = 2 * 2**30,
     ):
         if verify.__module__ == "__main__" or "." in verify.__qualname__:

@@ -9,7 +9,7 @@ from trapo_jax.rewards.by_source import verify_by_source
 from trapo_jax.rewards.card_shuffles import card_shuffles_verifier
 from trapo_jax.rewards.math import verify_math
 from trapo_jax.rewards.multiple_choice import verify_multiple_choice
-from trapo_jax.rewards.pool import VerifierPool
+from trapo_jax.rewards.pool import MAX_RESPONSE_CHARS, VerifierPool
 from trapo_jax.types import Problem, Verdict
 
 Verify = Callable[[str, Problem], Verdict]
@@ -72,7 +72,7 @@ def make_verifier(
     eos_text: str,
     num_workers: int,
     timeout_secs: float,
-    max_response_chars: int,
+    max_response_chars: int = MAX_RESPONSE_CHARS,
 ) -> Verifier:
     """The verifier that the config names.
 

@@ -227,7 +227,7 @@ def make_actor(
         prefill_tokens=sampling.prefill_tokens,
         eos_ids=model.eos_ids,
         seed=config.seed,
-        mesh=make_mesh(data=axes.data, fsdp=axes.fsdp, tp=axes.tp),
+        mesh=make_mesh(fsdp=axes.fsdp, tp=axes.tp),
     )
     engine = make_engine(sampling.engine, spec)
     grader = make_verifier(
@@ -235,7 +235,6 @@ def make_actor(
         eos_text=model.tokenizer.eos_token,
         num_workers=rewards.workers,
         timeout_secs=rewards.timeout_secs,
-        max_response_chars=rewards.max_response_chars,
     )
     return Actor(
         engine,

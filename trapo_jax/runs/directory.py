@@ -29,7 +29,6 @@ MAY_DIFFER = (
     "sampling.prefill_tokens",
     "rewards.workers",
     "rewards.max_error_rate",
-    "train.packing",
     "train.row_length",
     "train.per_device_rows",
     "train.logprob_chunk_size",

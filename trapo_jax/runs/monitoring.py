@@ -14,6 +14,7 @@ from pathlib import Path
 from trapo_jax.types import TrainingFailed
 
 EXIT_TRAINING_FAILED = 1
+WARN_AFTER_STEPS = 20  # in a row, without a training signal or with every completion truncated
 
 
 class Health:
@@ -22,13 +23,11 @@ class Health:
     Args:
       max_logprob_gap: limit on the mean difference of the sampler's and the trainer's log-probabilities.
       max_skipped_steps: so many updates in a row without effect end the run.
-      warn_after_steps: so many steps in a row without a signal, or all cut off, are worth a warning.
     """
 
-    def __init__(self, *, max_logprob_gap: float, max_skipped_steps: int, warn_after_steps: int):
+    def __init__(self, *, max_logprob_gap: float, max_skipped_steps: int):
         self._max_logprob_gap = max_logprob_gap
         self._max_skipped_steps = max_skipped_steps
-        self._warn_after_steps = warn_after_steps
         self._in_a_row = {"truncated": 0, "no signal": 0}
 
     def observe(self, step: int, values: Mapping[str, float]) -> list[str]:
@@ -76,9 +75,9 @@ class Health:
     def _count(self, step: int, name: str, is_so: bool, text: str) -> list[str]:
         """Counts the steps in a row, and warns once that there are enough of them."""
         self._in_a_row[name] = self._in_a_row[name] + 1 if is_so else 0
-        if self._in_a_row[name] != self._warn_after_steps:
+        if self._in_a_row[name] != WARN_AFTER_STEPS:
             return []
-        return [f"step {step}: for {self._warn_after_steps} steps {text}"]
+        return [f"step {step}: for {WARN_AFTER_STEPS} steps {text}"]
 
 
 def _why_skipped(values: Mapping[str, float]) -> str:

@@ -79,7 +79,6 @@ class Run:
         self._health = Health(
             max_logprob_gap=config.limits.max_logprob_gap,
             max_skipped_steps=train.max_skipped_steps,
-            warn_after_steps=20,
         )
         retention = Retention(newest=keep.keep, best=keep.keep_best)
         self._store = CheckpointStore(self.folder / CHECKPOINTS, retention)

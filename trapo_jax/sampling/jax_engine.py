@@ -36,7 +36,7 @@ class JaxEngine:
 
     def __init__(self, spec: EngineSpec):
         self._spec = spec
-        mesh = spec.mesh or make_mesh(data=1, fsdp=1, tp=1, devices=jax.devices()[:1])
+        mesh = spec.mesh or make_mesh(fsdp=1, tp=1, devices=jax.devices()[:1])
         shapes = abstract_params(spec.decoder)
         self._shardings = param_shardings(shapes, mesh, SAMPLING_RULES)
         self._dtypes = dtypes = sampling_dtypes(shapes, spec.decoder)

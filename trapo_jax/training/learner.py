@@ -240,7 +240,7 @@ def make_learner(config: Config, method: Method, model: PretrainedModel) -> Lear
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
     )
-    mesh = make_mesh(data=axes.data, fsdp=axes.fsdp, tp=axes.tp)
+    mesh = make_mesh(fsdp=axes.fsdp, tp=axes.tp)
     learner = Learner(config, method, model.decoder, mesh, optimizer)
     learner.load(model, seed=config.seed)
     return learner

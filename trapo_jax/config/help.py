@@ -1,0 +1,74 @@
+"""The fields of a configuration, and the `--help` text of commands that are configured by one."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, get_args, get_origin
+
+import pydantic
+import yaml
+
+USAGE = """\
+usage: python -m trapo_jax.{command} [--config FILE] [FIELD=VALUE ...]
+
+{about}
+
+  --config FILE     a YAML file; without it, the defaults below
+{options}  FIELD=VALUE       overrides a field; also --FIELD VALUE and --FIELD=VALUE
+  --help            prints this text
+
+Fields (type, default):
+"""
+
+
+class FieldHelp(NamedTuple):
+    """Describes a field: dotted name, type, default as YAML, and a help sentence."""
+
+    name: str
+    type: str
+    default: str
+    sentence: str | None
+
+
+def list_fields(section: type[pydantic.BaseModel], prefix: str = "") -> Iterator[FieldHelp]:
+    """Yields every field of a configuration class, depth first."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            yield from list_fields(field.annotation, f"{prefix}{name}.")
+        else:
+            default = yaml.safe_dump(field.default, default_flow_style=True).split("\n")[0]
+            yield FieldHelp(
+                f"{prefix}{name}", _type_name(field.annotation), default, field.description
+            )
+
+
+def help_text(
+    config_class: type[pydantic.BaseModel], command: str, about: str, *, options: str = ""
+) -> str:
+    """Returns the `--help` text: usage, and every field with type, default and a sentence.
+
+    Args:
+      config_class: the class of the command's configuration.
+      command: the command's name.
+      about: what the command does, in a sentence.
+      options: help lines of the command's other options, each ending with a newline.
+    """
+    lines = [USAGE.format(command=command, about=about, options=options)]
+    for field in list_fields(config_class):
+        lines.append(f"  {field.name}  ({field.type}, {field.default})\n      {field.sentence}")
+    return "\n".join(lines)
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    arguments = get_args(annotation)
+    if not arguments:
+        return getattr(annotation, "__name__", str(annotation))
+    if hasattr(annotation, "__metadata__"):  # Annotated[int, ...]
+        return _type_name(arguments[0])
+    if get_origin(annotation) in (tuple, list):
+        return f"list of {_type_name(arguments[0])}"
+    if get_origin(annotation) is dict:
+        return f"{_type_name(arguments[1])} by name"
+    if all(isinstance(argument, str) for argument in arguments):  # Literal["a", "b"]
+        return "|".join(arguments)
+    return "|".join(_type_name(argument) for argument in arguments)

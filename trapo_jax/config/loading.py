@@ -1,0 +1,201 @@
+"""Reads configurations from YAML files and `a.b=c` overrides.
+
+The file and the overrides are merged as plain data, which is validated once and strictly. Every mistake becomes one
+line that names the field, where it was set, its value and how to fix it.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from trapo_jax.config.help import list_fields
+from trapo_jax.config.schema import Section
+from trapo_jax.types import UserError
+
+C = TypeVar("C", bound=Section)
+
+
+def load_config(
+    config_class: type[C],
+    file: Path | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    defaults: Mapping[str, Any] | None = None,
+) -> C:
+    """Merges a file and overrides and validates the result.
+
+    Args:
+      config_class: the class of the configuration.
+      file: a YAML file, or None.
+      overrides: dotted names and YAML scalars, such as `("train.num_steps", "10")`; they win over the file.
+      defaults: plain data that the file is merged into, section by section.
+
+    Raises:
+      UserError: with one line per mistake.
+    """
+    data = _merge(defaults or {}, read_yaml(file) if file else {})
+    for name, text in overrides:
+        _set(data, name, _parse_scalar(name, text))
+    try:
+        text = json.dumps(data, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # a date as a key, a list in itself
+        where = file or "command line"
+        raise UserError(f"{where}: not plain fields and values ({error})") from error
+    try:
+        # Strict JSON mode accepts neither "3" for 3 nor true for 1, but lists and mappings as YAML gives them.
+        return config_class.model_validate_json(text, strict=True)
+    except pydantic.ValidationError as error:
+        given = {name for name, _ in overrides}
+        lines = [_explain(e, config_class, file=file, overrides=given) for e in error.errors()]
+        raise UserError("\n".join(lines)) from error
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Reads a YAML mapping from a file.
+
+    Raises:
+      UserError: naming the file and the line of a syntax error.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
+    try:
+        data = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{file}{line}: not valid YAML ({problem})") from error
+    except (ValueError, RecursionError) as error:  # 5,000 digits, February 31
+        raise UserError(f"{file}: not valid YAML ({error})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: expected fields such as 'seed: 0', found {_short(data)}")
+    return data
+
+
+def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]:
+    """Splits a command line into the config file and the overrides, in order.
+
+    Raises:
+      UserError: for an argument that is neither.
+    """
+    file: Path | None = None
+    overrides: list[tuple[str, str]] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        is_option = argument.startswith("--")
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not is_option and not equals:
+            hint = f"; did you mean --config {argument}?" if argument.endswith(".yaml") else ""
+            raise UserError(f"command line: {argument!r} is not FIELD=VALUE{hint}")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"command line: --{name} has no value")
+            value = rest.pop(0)
+        if not name:
+            raise UserError(f"command line: {argument!r} names no field")
+        if is_option and name == "config":
+            if file is not None:
+                raise UserError(f"command line: --config twice, {file} and {value}; give one file")
+            file = Path(value)
+        else:
+            overrides.append((name, value))
+    return file, overrides
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads floats as YAML 1.2 does (`1e-6` is a number) and refuses duplicate keys."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{_short(key)} cannot be a field", problem_mark=key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"duplicate key {key!r}", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+\Z"),
+    "-+.0123456789",
+)
+
+
+def _parse_scalar(name: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"command line: {name}={text!r:.200}: not a YAML value") from error
+
+
+def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `first` updated by `second`, section by section."""
+    merged = dict(first)
+    for name, value in second.items():
+        old = merged.get(name)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = _merge(old, value)
+        merged[name] = value
+    return merged
+
+
+def _set(data: dict[str, Any], name: str, value: Any) -> None:
+    *sections, leaf = name.split(".")
+    for section in sections:
+        inner = data.setdefault(section, {})
+        if inner is None:
+            inner = data[section] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"command line: {name}: {section!r} is not a section")
+        data = inner
+    data[leaf] = value
+
+
+def _explain(
+    error: Any, config_class: type[Section], *, file: Path | None, overrides: set[str]
+) -> str:
+    """Returns one line with the place, the field, its value, what is wrong and how to fix it."""
+    name = ".".join(str(part) for part in error["loc"]).replace("\n", "\\n")
+    from_command_line = any(name == o or name.startswith(o + ".") for o in overrides)
+    where = "command line" if from_command_line or file is None else str(file)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: {name}: unknown field{_did_you_mean(config_class, name)}"
+    if error["type"] == "value_error":
+        return f"{where}: {error['ctx']['error']}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{where}: {name}={_short(error['input'])}: {message}"
+
+
+def _did_you_mean(config_class: type[Section], name: str) -> str:
+    names = [field.name for field in list_fields(config_class)]
+    sections = sorted({n.rsplit(".", 1)[0] for n in names if "." in n})
+    matches = difflib.get_close_matches(name, names + sections, n=1, cutoff=0.6)
+    if not matches:  # perhaps the right name in the wrong section
+        leaf = name.rsplit(".", 1)[-1]
+        leaves = {n.rsplit(".", 1)[-1]: n for n in names}
+        close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
+        matches = [leaves[m] for m in close]
+    return f"; did you mean {matches[0]}?" if matches else "; --help lists all fields"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
