@@ -1,46 +1,27 @@
-"""Shared fixtures: the shipped model, its tokenizer, and a way to run the command line for real."""
+"""Fixtures that several packages use, and the compilation settings of the test session."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
-# Small programs, each run a few times: most of their time is LLVM's. The commands' own processes, which
-# `run_command` starts, are compiled as users compile them.
+from support.commands import CACHE_SETTINGS, TINY_MODEL, USER_XLA_FLAGS, run_command
+from support.short_run import JOB
+
+# The programs of tests are small and run a few times, so that LLVM's optimizations take longer than
+# they save.
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-USERS_FLAGS = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{USERS_FLAGS} {FAST_COMPILATION}"
+os.environ["XLA_FLAGS"] = f"{USER_XLA_FLAGS} {FAST_COMPILATION}"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
-REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "tools"))
-TINY_MODEL = REPOSITORY / "trapo_jax" / "assets" / "card_shuffles_tiny"
-
-# Each worker and each child process compiles the same programs: share them.
-CACHE = Path(os.environ.get("PYTEST_CACHE_ROOT", REPOSITORY / ".pytest_cache")) / "jax"
-CACHE_ENV = {
-    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    "XLA_FLAGS": USERS_FLAGS,
-}
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-LONGEST = (
-    *("test_processes.py", "test_train.py", "test_train_step.py", "test_stopped_runs.py"),
-    *("test_jax_engine.py", "test_decoder.py", "test_plan.py", "test_compare.py"),
-)
+for name, value in CACHE_SETTINGS.items():
+    jax.config.update(name, value)
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: a file stays in one worker, and a long one at the end leaves the others idle."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    """Puts files with slow tests first: a file stays in one worker, and a long one at the end would leave the others idle."""
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
 
 
 @pytest.fixture(scope="session")
@@ -72,34 +53,9 @@ def problems(tokenizer):
     return encode_examples(splits["train"], tokenizer, max_prompt_length=16)[0]
 
 
-def run_command(*arguments, timeout=300, cwd=REPOSITORY, **environment):
-    """Runs `python -m trapo_jax.<...>` in a separate process."""
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **CACHE_ENV, **environment},
-    )
-
-
-# A short run of the default job, for whoever stops, spoils or repeats it.
-JOB = (
-    "train.num_steps=12",
-    "train.warmup_steps=2",
-    "checkpoint.every=3",
-    "checkpoint.keep_best=1",
-    "evaluation.every=5",
-    "evaluation.num_samples=2",
-    "data.num_validation=16",
-    "data.num_test=24",
-)
-
-
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, worker_id):
-    """The job's folder and what it printed, after a run without a fault; one run serves all workers."""
+    """Folder and printed output of an undisturbed run of `JOB`; one run serves all workers."""
     root = tmp_path_factory.getbasetemp()
     root = root if worker_id == "master" else root.parent
     folder, output = root / "uninterrupted", root / "uninterrupted.txt"

@@ -7,7 +7,7 @@ import sys
 import tomllib
 from importlib import metadata
 
-from conftest import REPOSITORY  # isort: skip
+from support.commands import REPOSITORY
 
 PACKAGE = REPOSITORY / "trapo_jax"
 LEAVES = {"types", "sandbox", "import_path"}

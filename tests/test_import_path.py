@@ -5,10 +5,9 @@ import sys
 
 import pytest
 
+from support.commands import REPOSITORY
 from trapo_jax.import_path import import_object
 from trapo_jax.types import UserError
-
-from conftest import REPOSITORY  # isort: skip
 
 
 @pytest.fixture

@@ -36,11 +36,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_workers import Job, common_options, start_workers, take_turns
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench_workers import Job, common_options, start_workers, take_turns
 from trapo_jax.methods import make_method
 from trapo_jax.models import (
     DecoderConfig,

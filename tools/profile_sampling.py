@@ -20,6 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.profiler import ProfileData
+from rich.console import Console
+from rich.table import Table
+
 from bench_rollout import (
     bytes_to_move,
     make_jobs,
@@ -30,10 +34,6 @@ from bench_rollout import (
     weight_and_entry_bytes,
 )
 from bench_rollout_worker import run_freely, scripted_engine
-from jax.profiler import ProfileData
-from rich.console import Console
-from rich.table import Table
-
 from trapo_jax.models import load_params, read_config
 
 PROGRAM = "jit_decode_segment"  # its name in a profile

@@ -6,12 +6,11 @@ import subprocess
 
 import pytest
 
+from support.commands import run_command
 from trapo_jax.compare import check_steps, main
 from trapo_jax.comparison import Grid, Trial
 from trapo_jax.runs.console import Console
 from trapo_jax.types import UserError
-
-from conftest import run_command  # isort: skip
 
 SMALL = ("data.num_validation=8", "data.num_test=8", "evaluation.num_samples=2", "log_samples=0")
 

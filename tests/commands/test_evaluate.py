@@ -5,11 +5,10 @@ import json
 
 import pytest
 
+from support.commands import run_command
 from trapo_jax import evaluate
 from trapo_jax.data import card_shuffles_splits
 from trapo_jax.evaluate import main, resolve_model
-
-from conftest import run_command  # isort: skip
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-from conftest import TINY_MODEL, run_command
-from test_hugging_face import BREAKAGES
-from test_sources import MALFORMED
 
+from support.broken_models import BREAKAGES
+from support.commands import TINY_MODEL, run_command
+from support.data_files import MALFORMED
 from trapo_jax.evaluate import main as evaluate
 from trapo_jax.train import main as train
 

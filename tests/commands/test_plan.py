@@ -7,10 +7,9 @@ import shutil
 import jax
 import pytest
 
+from support.commands import REPOSITORY, run_command
 from trapo_jax.plan import find_topology, main
 from trapo_jax.types import UserError
-
-from conftest import REPOSITORY, run_command  # isort: skip
 
 ARCHITECTURE = REPOSITORY / "configs" / "architectures" / "qwen2_5_math_7b"
 SMALL = {

@@ -2,6 +2,8 @@
 
 import pytest
 
+from support.commands import run_command
+
 from trapo_jax.rollouts.metrics import check_grades
 from trapo_jax.runs.loggers import read_metrics
 from trapo_jax.types import (
@@ -13,8 +15,6 @@ from trapo_jax.types import (
     TrainingFailed,
     Verdict,
 )
-
-from conftest import run_command  # isort: skip
 
 SHORT = (
     "train.num_steps=2",

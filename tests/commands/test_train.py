@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from support.commands import TINY_MODEL, run_command
+from support.short_run import JOB
 from trapo_jax.runs.loggers import read_metrics
-
-from conftest import JOB, TINY_MODEL, run_command  # isort: skip
 
 
 def train(folder, *arguments, **options):

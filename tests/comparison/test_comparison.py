@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from support.commands import REPOSITORY
 from trapo_jax import compare
 from trapo_jax.comparison import (
     Comparison,
@@ -34,8 +35,6 @@ from trapo_jax.comparison.curves import common_grid
 from trapo_jax.comparison.report import find_differences, find_warnings, score_rows
 from trapo_jax.comparison.results import UNITS, progress
 from trapo_jax.types import UserError
-
-from conftest import REPOSITORY  # isort: skip
 
 NUM_PROBLEMS, NUM_SAMPLES = 40, 4
 LEARNING_RATES = "learning_rate=1e-4,3e-4"

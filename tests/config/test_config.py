@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 
+from support.commands import REPOSITORY, run_command
 from trapo_jax.config import (
     Config,
     help_text,
@@ -16,8 +17,6 @@ from trapo_jax.config import (
 )
 from trapo_jax.train import main as train
 from trapo_jax.types import UserError
-
-from conftest import REPOSITORY, run_command  # isort: skip
 
 
 def load(*arguments):

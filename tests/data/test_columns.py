@@ -7,12 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from support.commands import REPOSITORY
 from trapo_jax.data import COLUMN_PRESETS, Columns, Example, Message, examples_from_rows, read_rows
 from trapo_jax.data.columns import expert_text
 from trapo_jax.data.sources import Row
 from trapo_jax.types import UserError
-
-from conftest import REPOSITORY  # isort: skip
 
 OWN = Columns("q", "a", ("s",))
 SYSTEM = {"role": "system", "content": "Think twice."}

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import time
 
-import inject_faults
 import pytest
 
+import inject_faults
+from support.commands import CACHE_ENV, REPOSITORY, run_command
+from support.short_run import JOB
 from trapo_jax.distributed.processes import join_processes
 from trapo_jax.runs.loggers import read_metrics
 from trapo_jax.types import UserError
-
-from conftest import CACHE_ENV, JOB, REPOSITORY, run_command  # isort: skip
 
 
 def start_two(folder, *arguments):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from conftest import REPOSITORY  # isort: skip
+from support.commands import REPOSITORY
 
 SOURCES = sorted((REPOSITORY / "notebooks").glob("*.py"))
 

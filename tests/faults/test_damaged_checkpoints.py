@@ -3,16 +3,16 @@
 import random
 import shutil
 
-import inject_faults
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import inject_faults
+from support.commands import CACHE_ENV
+from support.short_run import JOB
 from trapo_jax.runs.checkpoints import MANIFEST, CheckpointStore, DamagedCheckpoint, abstract_like
 from trapo_jax.train import main as train
-
-from conftest import CACHE_ENV, JOB  # isort: skip
 
 STATE = {"w": jnp.arange(4096.0).reshape(64, 64) / 7, "n": jnp.int32(4)}
 HOST = {"counters": {"a": 1}, "name": "x"}

@@ -1,12 +1,11 @@
 """A whole run in which one gradient is not finite and the verifier fails now and then: it goes on, and says so."""
 
-import inject_faults
 import numpy as np
-from test_stopped_runs import unfinish
 
+import inject_faults
+from support.commands import run_command
+from support.short_run import JOB, copy_unfinished
 from trapo_jax.runs.loggers import read_metrics
-
-from conftest import JOB, run_command  # isort: skip
 
 SPOILED = """
 import itertools, sys
@@ -38,7 +37,7 @@ sys.exit(train.main())
 def test_a_gradient_that_is_not_finite_changes_nothing_is_counted_and_named(finished_run, tmp_path):
     """Steps 11 and 12 after a resume; a verifier that fails once in a hundred stops nothing and is counted, too."""
     folder, script = tmp_path / "run", tmp_path / "spoiled.py"
-    before = unfinish(finished_run[0], folder)
+    before = copy_unfinished(finished_run[0], folder)
     assert before == 10
     script.write_text(SPOILED)
     job = (f"output_dir={folder}", *JOB, "checkpoint.every=1")

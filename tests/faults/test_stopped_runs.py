@@ -9,12 +9,12 @@ import subprocess
 import time
 from pathlib import Path
 
-import inject_faults
 import pytest
 
+import inject_faults
+from support.commands import CACHE_ENV
+from support.short_run import JOB, checkpoint_steps, copy_unfinished
 from trapo_jax.train import main as train
-
-from conftest import CACHE_ENV, JOB  # isort: skip
 
 SEED = 20261124
 SECRETS = {
@@ -39,19 +39,6 @@ def wait_for_step(process, folder, step):
     while not any(record in line for line in inject_faults.read_lines(folder / "metrics.jsonl")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
-
-
-def checkpoints(folder):
-    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdecimal())
-
-
-def unfinish(run, folder):
-    """A copy of a finished run as it was before its last checkpoint; returns the step it goes on after."""
-    shutil.copytree(run, folder)
-    (folder / "summary.json").unlink()
-    shutil.rmtree(folder / "hf")
-    shutil.rmtree(folder / "checkpoints" / "12")
-    return checkpoints(folder)[-1]
 
 
 def test_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run, tmp_path, capsys):
@@ -80,7 +67,7 @@ def test_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run, tmp_
     process.send_signal(signal.SIGTERM)
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    step = checkpoints(folder)[-1]
+    step = checkpoint_steps(folder)[-1]
     assert f"stopped after step {step}; the same command resumes it" in output
     assert f"resuming {folder} after step {step}\n" in complete(folder, **environment)
     assert inject_faults.differences(folder, finished_run[0]) == []
@@ -149,7 +136,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_the_last_checkpoint_restores(
     finished_run, small_disk
 ):
     folder = small_disk / "run"
-    step = unfinish(finished_run[0], folder)
+    step = copy_unfinished(finished_run[0], folder)
     with open(small_disk / "filler", "wb") as filler:  # but for less than a checkpoint needs
         filler.write(bytes(shutil.disk_usage(small_disk).free - 5 * 2**20))
     process = start(folder)
@@ -159,7 +146,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_the_last_checkpoint_restores(
     assert f"output_dir={folder}" in error
     assert "left on the disk" in error
     assert "Traceback" not in output
-    assert checkpoints(folder)[-1] == step
+    assert checkpoint_steps(folder)[-1] == step
     (small_disk / "filler").unlink()
     assert f"after step {step}" in complete(folder)
     assert inject_faults.differences(folder, finished_run[0]) == []

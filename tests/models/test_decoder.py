@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from support.commands import TINY_MODEL
 from trapo_jax.models import (
     ARCHITECTURES,
     KVCache,
@@ -20,8 +21,6 @@ from trapo_jax.models import (
     unembedding,
 )
 from trapo_jax.models.attention import row_attention
-
-from conftest import TINY_MODEL  # isort: skip
 
 SMALL = {
     "vocab_size": 50,

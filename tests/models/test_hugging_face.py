@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from support.broken_models import BREAKAGES, break_config
+from support.commands import TINY_MODEL
 from trapo_jax.models import (
     export_model,
     init_params,
@@ -21,8 +23,6 @@ from trapo_jax.models import (
     read_config,
 )
 from trapo_jax.types import UserError
-
-from conftest import TINY_MODEL  # isort: skip
 
 GQA = {
     "architectures": ["LlamaForCausalLM"],
@@ -198,121 +198,6 @@ def test_sharded_safetensors_equal_a_single_file(folder, tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
-
-
-def break_config(folder, **changes):
-    data = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**data, **changes}))
-
-
-def break_tensors(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
-def write_index(folder, changes, move=None):
-    """An index of the one file there is; `changes` to it, None to leave a tensor out."""
-    tensors = load_file(folder / "model.safetensors")
-    weight_map = {**dict.fromkeys(tensors, "model.safetensors"), **changes}
-    weight_map = {name: file for name, file in weight_map.items() if file is not None}
-    if move:
-        tensors.pop(move)
-        save_file(tensors, folder / "model.safetensors")
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-BREAKAGES = {
-    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: cannot be read"),
-    "bad JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
-    "JSON list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
-    "field missing": (lambda f: break_config(f, hidden_size=None), "no field 'hidden_size'"),
-    "architecture": (lambda f: break_config(f, model_type="mamba"), "'mamba' is not covered"),
-    "rope type": (
-        lambda f: break_config(f, rope_scaling={"rope_type": "yarn"}),
-        "rope type 'yarn' is not covered",
-    ),
-    "rope without its numbers": (
-        lambda f: break_config(f, rope_scaling={"rope_type": "llama3", "factor": 8.0}),
-        "rope type 'llama3' needs a number 'low_freq_factor'",
-    ),
-    "partial rotation": (
-        lambda f: break_config(f, partial_rotary_factor=0.5),
-        "partial_rotary_factor 0.5 is not covered",
-    ),
-    "MLP biases": (lambda f: break_config(f, mlp_bias=True), "mlp_bias is not covered"),
-    "quantised": (
-        lambda f: break_config(f, quantization_config={"bits": 4}),
-        "quantization_config is not covered",
-    ),
-    "biases missing": (
-        lambda f: break_config(f, attention_bias=True),
-        "8 tensors are .'model.layers.0.self_attn.k_proj.bias'.* missing",
-    ),
-    "text for a number": (
-        lambda f: break_config(f, hidden_size="24"),
-        "field 'hidden_size' must be an integer >= 1, found '24'",
-    ),
-    "heads": (
-        lambda f: break_config(f, num_key_value_heads=4),
-        "num_key_value_heads 4 does not divide num_attention_heads 6",
-    ),
-    "layer types": (
-        lambda f: break_config(
-            f, model_type="mistral", sliding_window=4, layer_types=["linear_attention"] * 2
-        ),
-        "layer_types must be 2 times one of",
-    ),
-    "activation": (lambda f: break_config(f, hidden_act="gelu"), "hidden_act 'gelu'"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "not a readable safetensors"),
-    "LFS pointer": (
-        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com"),
-        "not a readable safetensors",
-    ),
-    "truncated": (
-        lambda f: (f / "model.safetensors").write_bytes(
-            (f / "model.safetensors").read_bytes()[:-40]
-        ),
-        "not a readable safetensors",
-    ),
-    "tensor missing": (
-        lambda f: break_tensors(f, lambda t: t.pop("model.norm.weight")),
-        "tensor 'model.norm.weight' is missing",
-    ),
-    "tensor too many": (
-        lambda f: break_tensors(f, lambda t: t.update(extra=np.zeros(2, np.float32))),
-        "tensor 'extra' is not expected",
-    ),
-    "misshapen": (
-        lambda f: break_tensors(
-            f, lambda t: t.update({"model.norm.weight": np.zeros(7, np.float32)})
-        ),
-        r"'model.norm.weight' has shape \(7,\), expected \(24,\)",
-    ),
-    "integers": (
-        lambda f: break_tensors(
-            f, lambda t: t.update({"model.norm.weight": np.zeros(24, np.int32)})
-        ),
-        "'model.norm.weight' is I32; F32, BF16, F16 are covered",
-    ),
-    "index without its file": (
-        lambda f: write_index(f, {"model.norm.weight": "model-2.safetensors"}),
-        r"model-2.safetensors: not a readable safetensors file",
-    ),
-    "index without a tensor": (
-        lambda f: write_index(f, {"model.norm.weight": None}),
-        "tensor 'model.norm.weight' is missing",
-    ),
-    "index out of the folder": (
-        lambda f: write_index(f, {"model.norm.weight": "../model.safetensors"}),
-        "'model.norm.weight' is said to be in '../model.safetensors'",
-    ),
-    "index of another file": (
-        lambda f: write_index(f, {}, move="model.norm.weight"),
-        "'model.norm.weight' is missing, though",
-    ),
-}
 
 
 @pytest.mark.parametrize("what", BREAKAGES)

@@ -10,6 +10,8 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh
 
+from support.commands import TINY_MODEL, run_command
+from support.short_run import JOB
 from trapo_jax.distributed.sharding import param_shardings
 from trapo_jax.export import load_checkpoint
 from trapo_jax.methods import make_method
@@ -28,7 +30,6 @@ from trapo_jax.models import (
 from trapo_jax.models.lora import SUFFIXES, A, B, merged
 from trapo_jax.training.state import init_state
 
-from conftest import JOB, TINY_MODEL, run_command  # isort: skip
 from test_train_step import (  # isort: skip
     CONFIG,
     build,

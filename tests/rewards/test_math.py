@@ -2,11 +2,10 @@
 
 import pytest
 
+from support.commands import REPOSITORY
 from trapo_jax.rewards import VerifierPool, extract_math_answer, verify_math
 from trapo_jax.rewards.math import MAX_ANSWER_CHARS, equivalent
 from trapo_jax.types import Problem, Verdict
-
-from conftest import REPOSITORY  # isort: skip
 
 MATH_500 = REPOSITORY.parent / "shared" / "data" / "valid.math.parquet"
 SHARED = "/work/shared/data/valid.math.parquet"

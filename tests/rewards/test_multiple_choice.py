@@ -82,5 +82,5 @@ def test_a_problem_whose_answer_is_no_letter_is_an_error(answer):
     ],
 )
 def test_long_texts_take_linear_time(text):
-    """A quadratic search would take hours: pytest-timeout sees it."""
+    """A quadratic search would take hours: the timeout of pyproject.toml would end it."""
     extract_choice(text)

@@ -9,13 +9,12 @@ import sys
 import threading
 import time
 
-import hostile_verifiers
 import pytest
 
+from support import hostile_verifiers
+from support.commands import REPOSITORY
 from trapo_jax.rewards import InlineVerifier, VerifierPool, make_verifier, verify_math
 from trapo_jax.types import Problem, Verdict
-
-from conftest import REPOSITORY  # isort: skip
 
 PATIENT = {"num_workers": 1, "timeout_secs": 60.0}  # a limit that only what never ends exceeds
 HASTY = {"num_workers": 1, "timeout_secs": 2.0}
@@ -119,7 +118,8 @@ def test_a_worker_imports_nothing_heavy(module):
 def test_a_worker_does_not_import_the_main_module_again(tmp_path):
     """As in `python -m trapo_jax.train`, whose main module imports jax."""
     (tmp_path / "main_of_a_run.py").write_text(
-        "import jax, hostile_verifiers\n"
+        "import jax\n"
+        "from support import hostile_verifiers\n"
         "from trapo_jax.rewards import VerifierPool\n"
         "from trapo_jax.types import Problem\n"
         "with VerifierPool(hostile_verifiers.has_module) as pool:\n"
@@ -156,7 +156,8 @@ def test_workers_end_with_the_pool_and_with_the_trainer():
 
 def test_a_busy_worker_whose_trainer_is_killed_ends():
     script = (
-        "import hostile_verifiers, sys, time\n"
+        "import sys, time\n"
+        "from support import hostile_verifiers\n"
         "from trapo_jax.rewards import VerifierPool\n"
         "from trapo_jax.types import Problem\n"
         "pool = VerifierPool(hostile_verifiers.verify, num_workers=1, timeout_secs=1.5)\n"

@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from support.commands import run_command
+from support.short_run import JOB
+
 from trapo_jax.config import Config, list_fields, load_config
 from trapo_jax.runs.directory import (
     MAY_DIFFER,
@@ -16,8 +19,6 @@ from trapo_jax.runs.directory import (
     record_changes,
 )
 from trapo_jax.types import UserError
-
-from conftest import JOB, run_command  # isort: skip
 
 
 def text(**overrides):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 
+from support.browser import opened
 from trapo_jax.config import Config
 from trapo_jax.report import main
 from trapo_jax.runs.console import Console
@@ -13,8 +14,6 @@ from trapo_jax.runs.directory import flatten
 from trapo_jax.runs.loggers import read_records
 from trapo_jax.runs.report import noted_settings, read_run, read_samples, thin, write_report
 from trapo_jax.types import UserError
-
-from browser import opened  # isort: skip
 
 
 def step_record(step, **values):

@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 
-from conftest import REPOSITORY  # isort: skip
+from support.commands import REPOSITORY
 
 PACKAGE = REPOSITORY / "trapo_jax"
 # Modules that run or unpickle what they read, or a shell.

@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 
-import bench_rollout
 import numpy as np
 import pytest
+
+import bench_rollout
 from bench_rollout_worker import Ours, batches, run_freely
-from conftest import REPOSITORY, TINY_MODEL
+from support.commands import REPOSITORY, TINY_MODEL
 
 VOCAB_SIZE = 24
 
@@ -89,7 +90,6 @@ def test_the_command_compares_and_writes_json(tmp_path):
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     assert "tunix is not installed here and left out" in result.stdout
@@ -107,7 +107,6 @@ def test_a_profile_names_programs_and_operations():
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     for expected in ("decode_segment", "prefill", "ms a step of 4 rows", "dot_general"):

@@ -4,10 +4,11 @@ import json
 import subprocess
 import sys
 
-import bench_train
 import pytest
+
+import bench_train
 from bench_train_worker import ENGINES, padded_micro_batches
-from conftest import REPOSITORY, TINY_MODEL
+from support.commands import REPOSITORY, TINY_MODEL
 
 ARGUMENTS = ["--model", str(TINY_MODEL), "--row-len", "64", "--rows", "2", "--num-rollouts", "7"]
 
@@ -52,7 +53,6 @@ def test_the_command_compares_and_writes_json(tmp_path):
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     assert "tunix is not installed here and left out" in result.stdout

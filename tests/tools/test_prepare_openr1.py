@@ -7,8 +7,8 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import REPOSITORY
 
+from support.commands import REPOSITORY
 from trapo_jax.data.columns import COLUMN_PRESETS, examples_from_rows
 from trapo_jax.data.sources import read_rows
 from trapo_jax.types import UserError

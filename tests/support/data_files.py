@@ -1,0 +1,86 @@
+"""Data files in every format, and malformed ones with the error message that each one gets."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROWS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(600)]
+TABLE = pa.Table.from_pylist(ROWS)
+
+
+def write_parquet(path):
+    pq.write_table(TABLE, path, row_group_size=100)
+
+
+def write_jsonl(path):
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+def write_json(path):
+    path.write_text("\ufeff" + json.dumps(ROWS, indent=1))  # with the mark that Windows writes
+
+
+def write_arrow_stream(path):
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, TABLE.schema) as writer:
+        writer.write_table(TABLE)
+
+
+def write_arrow_file(path):
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, TABLE.schema) as writer:
+        writer.write_table(TABLE, max_chunksize=100)
+
+
+def truncated_parquet(path):
+    write_parquet(path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def corrupt_parquet(path):
+    write_parquet(path)
+    data = bytearray(path.read_bytes())
+    data[4:200] = b"\xff" * 196
+    path.write_bytes(data)
+
+
+def truncated_arrow(path):
+    write_arrow_stream(path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def lfs_pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+
+
+def bytes_of(data):
+    return lambda path: path.write_bytes(data)
+
+
+MALFORMED = [
+    ("absent.parquet", lambda path: None, r"no such file"),
+    ("empty.parquet", bytes_of(b""), r"empty file"),
+    ("empty.jsonl", bytes_of(b""), r"empty file"),
+    ("blank.jsonl", bytes_of(b"\n\n"), r"holds no rows"),
+    ("norows.parquet", lambda p: pq.write_table(TABLE.slice(0, 0), p), r"holds no rows"),
+    ("truncated.parquet", truncated_parquet, r"damaged or not readable \(.+\)"),
+    ("corrupt.parquet", corrupt_parquet, r"damaged or not readable \(.+\)"),
+    ("jsonl.parquet", write_jsonl, r"damaged or not readable \(.+\)"),
+    ("truncated.arrow", truncated_arrow, r"damaged or not readable \(.+\)"),
+    ("parquet.arrow", write_parquet, r"damaged or not readable \(.+\)"),
+    ("pointer.parquet", lfs_pointer, r"Git-LFS pointer.*git lfs pull"),
+    ("pointer.jsonl", lfs_pointer, r"Git-LFS pointer.*git lfs pull"),
+    ("latin1.jsonl", bytes_of(b'{"a": 1}\n{"a": "\xe9"}\n'), r", line 2: not UTF-8 \(byte 8"),
+    ("latin1.json", bytes_of(b'[{"a": 1},\n{"a": "\xe9"}]\n'), r", line 2: not UTF-8"),
+    ("utf16.jsonl", bytes_of('{"a": 1}\n'.encode("utf-16")), r", line 1: not UTF-8"),
+    ("cut.jsonl", bytes_of(b'{"a": 1}\n{"a": '), r", line 2: not JSON \(Expecting value"),
+    ("cut.json", bytes_of(b'[{"a": 1},\n{"a": '), r", line 2: not JSON \(Expecting value"),
+    ("deep.jsonl", bytes_of(b'{"a": ' + b"[" * 100_000), r", line 1: not JSON"),
+    ("longint.jsonl", bytes_of(b'{"a": ' + b"1" * 5000 + b"}"), r", line 1: not JSON"),
+    ("number.jsonl", bytes_of(b'{"a": 1}\n7\n'), r", line 2: a JSON int, not an object"),
+    ("numbers.json", bytes_of(b"[1, 2]"), r", row 1: a JSON int, not an object"),
+    ("data.csv", bytes_of(b"a,b\n"), r"format '.csv' unknown; have .parquet, .jsonl"),
+    ("data", bytes_of(b"a,b\n"), r"format 'without suffix' unknown"),
+    ("folder", lambda path: path.mkdir(), r"not one made by save_to_disk; give its files"),
+    ("*.parquet", lambda path: None, r"no file here matches"),
+    ("a\0b.parquet", lambda path: None, r"cannot be read"),
+]
