@@ -3,7 +3,6 @@
 import pytest
 
 from support.commands import run_command
-
 from trapo_jax.rollouts.metrics import check_grades
 from trapo_jax.runs.loggers import read_metrics
 from trapo_jax.types import (

@@ -12,6 +12,13 @@ from jax.sharding import AbstractMesh
 
 from support.commands import TINY_MODEL, run_command
 from support.short_run import JOB
+from support.train_step import (
+    CONFIG,
+    build,
+    one_device_mesh,
+    ragged_groups,
+    sgd_step,
+)
 from trapo_jax.distributed.sharding import param_shardings
 from trapo_jax.export import load_checkpoint
 from trapo_jax.methods import make_method
@@ -29,14 +36,6 @@ from trapo_jax.models import (
 )
 from trapo_jax.models.lora import SUFFIXES, A, B, merged
 from trapo_jax.training.state import init_state
-
-from test_train_step import (  # isort: skip
-    CONFIG,
-    build,
-    one_device_mesh,
-    ragged_groups,
-    sgd_step,
-)
 
 TARGETS = ("qkv", "output", "gate_up", "down")
 IDS = jnp.asarray([[3, 5, 2, 7, 7, 1]])

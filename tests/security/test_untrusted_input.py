@@ -7,6 +7,8 @@ import tomllib
 import pytest
 
 from support.commands import REPOSITORY
+from trapo_jax.config import load_config
+from trapo_jax.types import UserError
 
 PACKAGE = REPOSITORY / "trapo_jax"
 # Modules that run or unpickle what they read, or a shell.
@@ -112,14 +114,14 @@ def test_the_package_runs_no_code_that_it_reads():
     assert not found
 
 
-def test_yaml_is_read_by_a_safe_loader():
-    import yaml
-
-    from trapo_jax import config
-
-    assert issubclass(config._Loader, yaml.SafeLoader)
-    with pytest.raises(yaml.YAMLError):
-        yaml.load("!!python/object/apply:os.system ['true']", config._Loader)
+def test_yaml_that_names_a_python_object_is_refused_and_not_run(tmp_path):
+    witness = tmp_path / "witness"
+    file = tmp_path / "config.yaml"
+    for tag in ("object/apply:os.system", "object/new:os.system"):
+        file.write_text(f"seed: !!python/{tag} ['touch {witness}']\n")
+        with pytest.raises(UserError, match="not valid YAML"):
+            load_config(file, [])
+    assert not witness.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,33 +1,23 @@
 """Run by test_train_step: gradients and samples on meshes of forced host devices equal those on one device."""
 
-import sys
-from pathlib import Path
-
 import jax
 from jax.sharding import PartitionSpec as P
 
-sys.path[:0] = [
-    str(Path(__file__).parent),
-    str(Path(__file__).parents[1]),
-    str(Path(__file__).parents[2]),
-]
-
-from test_train_step import (  # noqa: E402
+from support.train_step import (
     CONFIG,
     NO_TIES,
     build,
-    init_params,
     method_of_every_term,
     ragged_groups,
     relative_difference,
     sgd_step,
 )
 
-from trapo_jax.distributed.sharding import make_mesh, param_shardings  # noqa: E402
-from trapo_jax.models import PerLayer  # noqa: E402
-from trapo_jax.sampling import replica  # noqa: E402
-from trapo_jax.sampling.engine import EngineSpec, make_engine  # noqa: E402
-from trapo_jax.types import RolloutRequest, SamplingParams  # noqa: E402
+from trapo_jax.distributed.sharding import make_mesh, param_shardings
+from trapo_jax.models import PerLayer, init_params
+from trapo_jax.sampling import replica
+from trapo_jax.sampling.engine import EngineSpec, make_engine
+from trapo_jax.types import RolloutRequest, SamplingParams
 
 
 def main() -> None:
