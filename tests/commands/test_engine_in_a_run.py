@@ -3,7 +3,7 @@
 import json
 import os
 
-from conftest import REPOSITORY, run_command  # isort: skip
+from support.commands import REPOSITORY, run_command
 
 ENGINE = """
 import json

@@ -12,7 +12,6 @@ from support.train_step import (
     relative_difference,
     sgd_step,
 )
-
 from trapo_jax.distributed.sharding import make_mesh, param_shardings
 from trapo_jax.models import PerLayer, init_params
 from trapo_jax.sampling import replica
