@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trapo_jax.models.attention import row_attention, slots_attention
+from trapo_jax.models.attention import row_attention, decode_attention
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
 
@@ -56,7 +56,7 @@ def test_slots_of_several_lengths_fewer_than_the_cache_holds():
     q = normal(0, num_slots, NUM_HEADS, HEAD_DIM)
     k, v = (normal(i, num_rows, length, NUM_KV_HEADS, HEAD_DIM) for i in (1, 2))
     lens = jnp.array([1, 5, 96, 33, 64, 2], jnp.int32)
-    attend = functools.partial(slots_attention, scale=HEAD_DIM**-0.5)
+    attend = functools.partial(decode_attention, scale=HEAD_DIM**-0.5)
     by_cudnn = jax.jit(functools.partial(attend, implementation="cudnn"))(q, k, v, lens)
     exact = attend(*(x.astype(jnp.float32) for x in (q, k, v)), lens, implementation="xla")
     assert distance(by_cudnn, exact) < 1e-2

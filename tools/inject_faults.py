@@ -111,8 +111,8 @@ def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str
         found.append("samples.jsonl")
     state, host = read_checkpoint(ours)
     their_state, their_host = read_checkpoint(theirs)
-    if _uncounted_time(host["counters"]) != _uncounted_time(their_host["counters"]):
-        found.append("counters")
+    if _without_seconds(host["usage"]) != _without_seconds(their_host["usage"]):
+        found.append("usage")
     if host["method_state"] != their_host["method_state"]:
         found.append("method_state")
     for name, leaf in their_state.items():
@@ -144,8 +144,8 @@ def read_checkpoint(
     return {jax.tree_util.keystr(name): np.asarray(x) for name, x in flat}, loaded["host"]
 
 
-def _uncounted_time(counters: dict[str, Any]) -> dict[str, Any]:
-    return {name: count for name, count in counters.items() if name != "seconds"}
+def _without_seconds(usage: dict[str, Any]) -> dict[str, Any]:
+    return {name: count for name, count in usage.items() if name != "seconds"}
 
 
 def _untimed(line: str) -> dict[str, Any]:
