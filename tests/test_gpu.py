@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trapo_jax.models.attention import row_attention, decode_attention
+from trapo_jax.models.attention import decode_attention, row_attention
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
 

@@ -9,7 +9,6 @@ import pytest
 
 from support.commands import run_command
 from support.short_run import JOB
-
 from trapo_jax.config import Config, list_fields, load_config
 from trapo_jax.runs.directory import (
     MAY_DIFFER,

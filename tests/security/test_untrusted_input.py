@@ -7,7 +7,7 @@ import tomllib
 import pytest
 
 from support.commands import REPOSITORY
-from trapo_jax.config import load_config
+from trapo_jax.config import Config, load_config
 from trapo_jax.types import UserError
 
 PACKAGE = REPOSITORY / "trapo_jax"
@@ -120,7 +120,7 @@ def test_yaml_that_names_a_python_object_is_refused_and_not_run(tmp_path):
     for tag in ("object/apply:os.system", "object/new:os.system"):
         file.write_text(f"seed: !!python/{tag} ['touch {witness}']\n")
         with pytest.raises(UserError, match="not valid YAML"):
-            load_config(file, [])
+            load_config(Config, file, [])
     assert not witness.exists()
 
 
