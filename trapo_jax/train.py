@@ -79,7 +79,20 @@ def train(
         model = open_model(config.model, config.lora)
         splits, data_summary = load_splits(config.data, model.tokenizer)
         learner = make_learner(config, method, model)
-        with make_actor(config, method, model, on_progress=run.heartbeat) as actor:
+        actor = make_actor(
+            config.sampling,
+            config.rewards,
+            model,
+            grader=config.rewards.verifier,
+            max_prompt_length=config.data.max_prompt_length,
+            seed=config.seed,
+            mesh=learner.mesh,
+            method=method,
+            temperature=config.sampling.temperature,
+            max_error_rate=config.rewards.max_error_rate,
+            on_progress=run.heartbeat,
+        )
+        with actor:
             run.start(learner, data_summary, model.tokenizer.decode)
             if run.step == 0:
                 run.console.say(describe_memory(config, actor, learner))

@@ -1,14 +1,16 @@
-"""`python -m trapo_jax.evaluate`, for real: whole, stopped and gone on with, and mistaken."""
+"""`python -m trapo_jax.evaluate`: complete, stopped and resumed, of a run, and with mistakes."""
 
-import dataclasses
 import json
 
 import pytest
+import yaml
 
 from support.commands import run_command
 from trapo_jax import evaluate
+from trapo_jax.config import EvaluateConfig, load_evaluate_config
 from trapo_jax.data import card_shuffles_splits
-from trapo_jax.evaluate import main, resolve_model
+from trapo_jax.evaluate import load_model, main
+from trapo_jax.types import UserError
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +31,10 @@ def data(tmp_path_factory):
 
 def arguments(data, out, *more):
     return [
-        *("--model", "card_shuffles_tiny", "--data", str(data), "--out", str(out)),
-        *("--template", "none", "--verifier", "card_shuffles", "--temperature", "1"),
-        *("--samples", "4", "--max-prompt-length", "16", "--max-completion-length", "64"),
-        *map(str, more),
+        *("model.path=card_shuffles_tiny", f"data.test_files={data}", f"output_dir={out}"),
+        *("data.template=none", "rewards.grader=card_shuffles", "sampling.temperature=1"),
+        *("sampling.num_samples=4", "data.max_prompt_length=16"),
+        *("sampling.max_completion_length=64", *more),
     ]
 
 
@@ -85,8 +87,8 @@ def test_going_on_after_a_stop_gives_the_same(whole, data, tmp_path, capsys):
     # Killed in the middle of a line.
     (again / "samples.jsonl").write_bytes(b"".join(lines[:20]) + lines[20][:30])
     # Another number of slots draws the same.
-    assert main(arguments(data, again, "--num-slots", 5)) == 0
-    assert "going on after 20 of 48" in capsys.readouterr().out
+    assert main(arguments(data, again, "sampling.num_slots=5")) == 0
+    assert "resuming after 20 of 48" in capsys.readouterr().out
     ours, theirs = read_samples(again), read_samples(out)
     assert {k: r["completion"] for k, r in ours.items()} == {
         k: r["completion"] for k, r in theirs.items()
@@ -98,66 +100,77 @@ def test_going_on_after_a_stop_gives_the_same(whole, data, tmp_path, capsys):
 
 
 def test_other_settings_in_the_same_folder_are_refused(whole, data, capsys):
-    assert main(arguments(data, whole[0], "--seed", 1)) == 2
+    assert main(arguments(data, whole[0], "seed=1")) == 2
     assert "seed=0, not 1" in capsys.readouterr().err
 
 
 def test_other_weights_in_the_same_folder_are_refused(whole, data, monkeypatch, capsys):
     """As of a run that has been trained further."""
-    known = evaluate.resolve_model
+    known = evaluate.load_model
 
-    def trained_further(name):
-        model, config = known(name)
-        params = {**model.params, "final_norm": model.params["final_norm"] * 1.001}
-        return dataclasses.replace(model, params=params), config
+    def trained_further(config):
+        model, params = known(config)
+        return model, {**params, "final_norm": params["final_norm"] * 1.001}
 
-    monkeypatch.setattr(evaluate, "resolve_model", trained_further)
+    monkeypatch.setattr(evaluate, "load_model", trained_further)
     assert main(arguments(data, whole[0])) == 2
     assert "holds a run with weights=" in capsys.readouterr().err
 
 
 MISTAKES = {
-    "no such file": (["--data", "missing.parquet"], "missing.parquet: no such file"),
-    "no such model": (["--model", "nowhere/model"], "nowhere/model"),
-    "no chat template": (["--template", "chat"], "has no chat template"),
-    "no such column": (["--column", "answer=solution"], "column 'solution': missing"),
-    "column of another name": (["--column", "gold=x"], "--column gold=x: not NAME=PATH"),
-    "prompts too long": (["--max-prompt-length", "3"], "no usable problem"),
+    "no such file": ("data.test_files=missing.parquet", "missing.parquet: no such file"),
+    "no such model": ("model.path=nowhere/model", "model.path='nowhere/model': no such folder"),
+    "no chat template": ("data.template=chat", "has no chat template"),
+    "no such column": ("data.columns.answer=solution", "column 'solution': missing"),
+    "no such field": ("data.columns.gold=x", "data.columns.gold: unknown field; did you mean"),
+    "a field of training": ("train.num_steps=3", "train: unknown field"),
+    "prompts too long": ("data.max_prompt_length=3", "no usable problem"),
+    "no samples": ("sampling.num_samples=0", "sampling.num_samples=0: input should be"),
+    "no number": ("sampling.temperature=hot", 'sampling.temperature="hot": input should be'),
+    "greedy samples": ("sampling.temperature=0", "give sampling.num_samples=1"),
+    "no row": ("data.limit=-1", "data.limit=-1: input should be"),
+    "no probability": ("sampling.top_p=0", "sampling.top_p=0: input should be"),
+    "no token": ("sampling.top_k=-1", "sampling.top_k=-1: input should be"),
+    "nothing to evaluate": ("data={source: files}", "data.test_files=[]: data.source=files needs"),
 }
 
 
 @pytest.mark.parametrize("what", MISTAKES)
 def test_mistakes_are_one_line_and_leave_nothing(what, data, tmp_path, capsys):
-    changes, message = MISTAKES[what]
+    change, message = MISTAKES[what]
     out = tmp_path / "out"
-    assert main([*arguments(data, out), *changes]) == 2
+    assert main([*arguments(data, out), change]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        ["--samples", "0"],
-        ["--temperature", "hot"],
-        ["--temperature", "0"],
-        ["--limit", "-1"],
-        ["--top-p", "0"],
-        ["--top-k", "-1"],
-    ],
-)
-def test_values_out_of_range_are_refused(changes, data, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments(data, tmp_path / "out"), *changes])
-    assert stop.value.code == 2
-    assert changes[0] in capsys.readouterr().err
-
-
 def test_a_folder_that_is_no_run_and_no_model_is_refused(tmp_path):
-    from trapo_jax.types import UserError
-
     (tmp_path / "config.yaml").write_text("{}\n")
+    config = load_evaluate_config(None, [("model.path", str(tmp_path))])
     with pytest.raises(UserError, match="a run without a checkpoint yet"):
-        resolve_model(str(tmp_path))
+        load_model(config)
+
+
+def test_a_run_gives_the_defaults_of_data_and_grading(tmp_path):
+    run = {
+        "data": {"num_test": 5, "template": "none", "max_prompt_length": 16, "num_train": 8},
+        "rewards": {"timeout_secs": 9.0, "max_error_rate": 0.1},
+        "sampling": {"max_completion_length": 64, "temperature": 1.0},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
+    config = load_evaluate_config(
+        None, [("model.path", str(tmp_path)), ("data.num_test", "7"), ("seed", "1")]
+    )
+    assert (config.data.num_test, config.data.num_train, config.data.template) == (7, 8, "none")
+    assert (config.rewards.timeout_secs, config.grader) == (9.0, "card_shuffles")
+    assert config.sampling.max_completion_length == 64
+    assert config.sampling.temperature == EvaluateConfig().sampling.temperature
+
+
+def test_help_lists_the_fields_of_an_evaluation(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "sampling.num_samples  (int, 1)\n      Samples per problem." in text
+    assert "train.num_steps" not in text

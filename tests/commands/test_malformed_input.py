@@ -103,13 +103,9 @@ def test_malformed_rows(what, tmp_path, capsys):
 def test_evaluation_of_malformed_data(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "1 + 1?"}\n')
-    options = {
-        "--model": "card_shuffles_tiny",
-        "--data": file,
-        "--columns": "trl",
-        "--out": tmp_path / "out",
-    }
-    code = evaluate([str(x) for pair in options.items() for x in pair])
+    code = evaluate(
+        [f"data.test_files={file}", "data.columns.preset=trl", f"output_dir={tmp_path / 'out'}"]
+    )
     assert_one_line(capsys, code, tmp_path, file, "row 1, column 'answer': missing")
 
 

@@ -1,24 +1,33 @@
 """Configuration: what a command depends on, and how it is read from YAML and the command line."""
 
+from trapo_jax.config.evaluation import EvaluateConfig, load_evaluate_config
 from trapo_jax.config.help import help_text, list_fields
 from trapo_jax.config.loading import load_config, parse_command_line, read_yaml
 from trapo_jax.config.schema import (
     Config,
     DataConfig,
+    EngineConfig,
+    GradingConfig,
     LoraConfig,
     MethodConfig,
     ModelConfig,
+    PretrainedConfig,
 )
 
 __all__ = [
     "Config",
     "DataConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "GradingConfig",
     "LoraConfig",
     "MethodConfig",
     "ModelConfig",
+    "PretrainedConfig",
     "help_text",
     "list_fields",
     "load_config",
+    "load_evaluate_config",
     "parse_command_line",
     "read_yaml",
 ]

@@ -26,11 +26,14 @@ class Section(pydantic.BaseModel):
     )
 
 
-class ModelConfig(Section):
+class PretrainedConfig(Section):
     path: str = "card_shuffles_tiny"
     """A Hugging Face model folder, or `card_shuffles_tiny`, the one that ships with the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matmul inputs; weights, logits, losses and reductions are float32."""
+
+
+class ModelConfig(PretrainedConfig):
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes anew to save memory: nothing, all but matmuls, or whole layers."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -140,11 +143,9 @@ class MethodConfig(Section):
     """Weight of the entropy bonus on own tokens."""
 
 
-class SamplingConfig(Section):
+class EngineConfig(Section):
     engine: str = "jax"
     """Rollout engine: jax, or the import path `package.module:name` of your own."""
-    temperature: PositiveFloat = 1.0
-    """Of the training distribution."""
     max_completion_length: Positive = 64
     """Longest expert prefix + completion, in tokens."""
     num_slots: Positive = 32
@@ -155,17 +156,25 @@ class SamplingConfig(Section):
     """Prompts and expert prefixes whose keys and values are kept for the other rollouts of their problem."""
     prefill_tokens: Positive = 512
     """Tokens of prompts and prefixes run through the model at once, at most; bounds memory."""
+
+
+class SamplingConfig(EngineConfig):
+    temperature: PositiveFloat = 1.0
+    """Of the training distribution."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """Steps a token may be older than its update; 1: idle slots begin with the next step's problems (set method.clip_*)."""
 
 
-class RewardsConfig(Section):
-    verifier: Literal["card_shuffles", "math", "multiple_choice", "by_source"] = "card_shuffles"
-    """What judges a response; by_source is multiple_choice or math by the problem's source."""
+class GradingConfig(Section):
     workers: Positive = 2
     """Processes in which math and by_source judge."""
     timeout_secs: PositiveFloat = 5.0
     """Limit for judging one response; a worker that exceeds it is killed and replaced."""
+
+
+class RewardsConfig(GradingConfig):
+    verifier: Literal["card_shuffles", "math", "multiple_choice", "by_source"] = "card_shuffles"
+    """What judges a response; by_source is multiple_choice or math by the problem's source."""
     max_error_rate: Fraction = 0.2
     """Stop if a larger share of a step's rollouts gets no verdict (error or timeout)."""
 

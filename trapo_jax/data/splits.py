@@ -1,13 +1,18 @@
 """From the config's `data` section to train, validation and test problems, and what was dropped on the way."""
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trapo_jax.config import DataConfig
 from trapo_jax.data import (
     COLUMN_PRESETS,
+    Columns,
     DataReport,
     Example,
+    TemplateKind,
     card_shuffles_splits,
     encode_examples,
     examples_from_rows,
@@ -75,9 +80,7 @@ def read_splits(config: DataConfig) -> tuple[Splits, Reports]:
 
 def _from_files(config: DataConfig) -> tuple[Splits, Reports]:
     """From files or the hub; a split without files of its own is held out of the training data."""
-    preset = COLUMN_PRESETS[config.columns.preset]
-    own = config.columns.model_dump(exclude={"preset"}, exclude_none=True)
-    columns = dataclasses.replace(preset, **own)
+    columns = _columns(config)
     splits: Splits = {}
     reports: Reports = {}
     for name, files, size in (
@@ -91,3 +94,42 @@ def _from_files(config: DataConfig) -> tuple[Splits, Reports]:
         else:
             splits["train"], splits[name] = split_off(splits["train"], size, seed=config.seed)
     return splits, reports
+
+
+def read_test_examples(
+    config: DataConfig, *, limit: int | None = None
+) -> tuple[list[Example], dict[str, DataReport]]:
+    """Returns the raw test examples without their solutions, and what became of the rows of each file.
+
+    They are those of `data.test_files` if there are any, and the test split that a training run would use otherwise.
+
+    Args:
+      config: the data section.
+      limit: number of rows read from each file; None for all.
+    """
+    if not config.test_files:
+        examples = read_splits(config)[0]["test"][:limit]
+        return [example._replace(solutions=()) for example in examples], {}
+    columns = dataclasses.replace(_columns(config), solutions=())
+    examples: list[Example] = []
+    reports: dict[str, DataReport] = {}
+    for entry in config.test_files:
+        rows = islice(read_rows([entry], split="test"), limit)
+        found, reports[entry] = examples_from_rows(rows, columns, default_source=Path(entry).stem)
+        examples += found
+    return examples, reports
+
+
+def default_template(
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast"
+) -> TemplateKind:
+    """Returns the template of a tokenizer: its own, or else ChatML for chat messages and none for plain text."""
+    if tokenizer.chat_template:
+        return "chat"
+    return "none" if all(isinstance(example.prompt, str) for example in examples) else "chatml"
+
+
+def _columns(config: DataConfig) -> Columns:
+    preset = COLUMN_PRESETS[config.columns.preset]
+    replaced = config.columns.model_dump(exclude={"preset"}, exclude_none=True)
+    return dataclasses.replace(preset, **replaced)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, NamedTuple
 
-from trapo_jax.config import Config
+from jax.sharding import Mesh
+
+from trapo_jax.config import EngineConfig, GradingConfig
 from trapo_jax.distributed.processes import gather, my_share
-from trapo_jax.distributed.sharding import make_mesh
 from trapo_jax.methods import Method
 from trapo_jax.models import PretrainedModel, TokenCost, token_cost
 from trapo_jax.rewards import Verifier, make_verifier
@@ -201,49 +202,60 @@ def guidance_at(
 
 
 def make_actor(
-    config: Config,
-    method: Method,
+    sampling: EngineConfig,
+    grading: GradingConfig,
     model: PretrainedModel,
     *,
+    grader: Any,
+    max_prompt_length: int,
+    seed: int,
+    mesh: Mesh | None = None,
+    with_truncation: bool = False,
+    method: Method | None = None,
+    temperature: float = 1.0,
+    max_error_rate: float = 1.0,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> Actor:
-    """Builds the actor of a training run from its config.
+    """Builds an actor for training or evaluation.
 
     Args:
-      config: the sections `sampling`, `rewards` and `mesh`, and the prompt length of `data`.
-      method: decides the guidance of each problem.
+      sampling: the config's section of the rollout engine.
+      grading: the config's section of the graders.
       model: the pretrained model; its parameters are not loaded.
-      on_progress: called with a description whenever a completion is finished.
+      grader: name or import path of the grader.
+      max_prompt_length: maximum prompt length in tokens.
+      seed: random seed of sampling.
+      mesh: the mesh to sample on; a single device if None.
+      with_truncation: whether requests may use top-p and top-k.
+      method, temperature, max_error_rate, on_progress: see `Actor`.
     """
-    sampling, rewards, axes = config.sampling, config.rewards, config.mesh
     spec = EngineSpec(
         decoder=model.decoder,
         model_folder=model.folder,
         num_slots=sampling.num_slots,
-        max_prompt_length=config.data.max_prompt_length,
+        max_prompt_length=max_prompt_length,
         max_completion_length=sampling.max_completion_length,
         segment_len=sampling.segment_len,
         num_contexts=sampling.num_contexts,
         prefill_tokens=sampling.prefill_tokens,
         eos_ids=model.eos_ids,
-        seed=config.seed,
-        mesh=make_mesh(fsdp=axes.fsdp, tp=axes.tp),
-    )
-    engine = make_engine(sampling.engine, spec)
-    grader = make_verifier(
-        rewards.verifier,
-        eos_text=model.tokenizer.eos_token,
-        num_workers=rewards.workers,
-        timeout_secs=rewards.timeout_secs,
+        seed=seed,
+        mesh=mesh,
+        with_truncation=with_truncation,
     )
     return Actor(
-        engine,
-        grader,
+        make_engine(sampling.engine, spec),
+        make_verifier(
+            grader,
+            eos_text=model.tokenizer.eos_token,
+            num_workers=grading.workers,
+            timeout_secs=grading.timeout_secs,
+        ),
         model.tokenizer.decode,
         method,
         max_completion_length=sampling.max_completion_length,
-        temperature=sampling.temperature,
-        max_error_rate=rewards.max_error_rate,
+        temperature=temperature,
+        max_error_rate=max_error_rate,
         token_cost=token_cost(model.decoder),
         on_progress=on_progress,
     )
