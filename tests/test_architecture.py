@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "models": {"config"},
     "rewards": set(),
     "distributed": set(),
-    "planning": set(),
+    "planning": {"config", "distributed", "methods", "models", "sampling", "training"},
     "data": {"config"},
     "methods": {"losses"},
     "sampling": {"models", "distributed"},

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from trapo_jax.config import Config, ModelConfig, load_config
+from trapo_jax.distributed.sharding import abstract_like
 from trapo_jax.models import (
     DecoderConfig,
     abstract_params,
@@ -18,7 +19,7 @@ from trapo_jax.models import (
     find_model,
     read_decoder,
 )
-from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, abstract_like
+from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
 from trapo_jax.types import UserError
 

@@ -11,7 +11,8 @@ import pytest
 import inject_faults
 from support.commands import CACHE_ENV
 from support.short_run import JOB
-from trapo_jax.runs.checkpoints import MANIFEST, CheckpointStore, DamagedCheckpoint, abstract_like
+from trapo_jax.distributed.sharding import abstract_like
+from trapo_jax.runs.checkpoints import MANIFEST, CheckpointStore, DamagedCheckpoint
 from trapo_jax.train import main as train
 
 STATE = {"w": jnp.arange(4096.0).reshape(64, 64) / 7, "n": jnp.int32(4)}

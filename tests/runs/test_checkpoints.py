@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trapo_jax.distributed.sharding import abstract_like
 from trapo_jax.methods.advantages import group_advantages
-from trapo_jax.runs.checkpoints import CheckpointStore, Retention, abstract_like
+from trapo_jax.runs.checkpoints import CheckpointStore, Retention
 from trapo_jax.runs.loggers import RunLog, read_metrics
 from trapo_jax.types import UserError
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trapo_jax.check_step import BrokenStep, check_step, compare_gradients, two_short_ones
+from trapo_jax.check_step import check_config
 from trapo_jax.config import Config, load_config
 from trapo_jax.training import train_step
+from trapo_jax.training.gradient_check import BrokenTrainStep, compare_gradients, pick_test_problems
 from trapo_jax.types import Expert, Problem, UserError
 
 fori_loop = jax.lax.fori_loop
@@ -18,7 +19,7 @@ def short(method):
 
 
 def test_the_step_of_a_method_with_all_kinds_of_tokens_passes():
-    assert 0 < check_step(short("trapo")) < 1e-5
+    assert 0 < check_config(short("trapo")) < 1e-5
 
 
 def test_dropped_gradients_of_micro_batches_are_caught(monkeypatch):
@@ -30,8 +31,10 @@ def test_dropped_gradients_of_micro_batches_are_caught(monkeypatch):
         return body(upper - 1, initial)
 
     monkeypatch.setattr(jax.lax, "fori_loop", last_alone)
-    with pytest.raises(BrokenStep, match="sft: the gradient of a batch cut into micro-batches"):
-        check_step(short("sft"))
+    with pytest.raises(
+        BrokenTrainStep, match="sft: the gradient of a batch cut into micro-batches"
+    ):
+        check_config(short("sft"))
 
 
 def test_a_mean_of_micro_batch_means_is_caught(monkeypatch):
@@ -48,8 +51,10 @@ def test_a_mean_of_micro_batch_means_is_caught(monkeypatch):
 
     micro_batch = train_step._micro_batch
     monkeypatch.setattr(train_step, "_micro_batch", equal_shares)
-    with pytest.raises(BrokenStep, match="sft: the gradient of a batch cut into micro-batches"):
-        check_step(short("sft"))
+    with pytest.raises(
+        BrokenTrainStep, match="sft: the gradient of a batch cut into micro-batches"
+    ):
+        check_config(short("sft"))
 
 
 def test_difference_is_a_share_of_the_gradient_s_norm():
@@ -58,7 +63,7 @@ def test_difference_is_a_share_of_the_gradient_s_norm():
     assert compare_gradients(whole, close, "m") == pytest.approx(1e-4)
     half = jax.tree.map(lambda x: x / 2, whole)
     with pytest.raises(
-        BrokenStep, match=r"m: .* differs from that of the whole by 0\.5 of its norm"
+        BrokenTrainStep, match=r"m: .* differs from that of the whole batch by 0\.5 of its norm"
     ):
         compare_gradients(whole, half, "m")
 
@@ -66,7 +71,7 @@ def test_difference_is_a_share_of_the_gradient_s_norm():
 def test_a_gradient_that_is_zero_or_not_a_number_proves_nothing():
     for value in (0.0, np.nan, np.inf):
         gradient = {"a": np.array([value])}
-        with pytest.raises(BrokenStep, match="the gradient of the checked batch has norm"):
+        with pytest.raises(BrokenTrainStep, match="the gradient of the checked batch has norm"):
             compare_gradients(gradient, gradient, "m")
 
 
@@ -74,6 +79,6 @@ def test_rows_are_made_of_short_experts_of_unequal_lengths():
     lens = {"a": 5, "b": 3, "c": 3, "d": 4, "e": 40}
     problems = [Problem(name, (1,), "", (Expert((2,) * n),)) for name, n in lens.items()]
     problems.append(Problem("f", (1,), "", ()))
-    assert [p.id for p in two_short_ones(problems, 10)] == ["b", "d"]
+    assert [p.id for p in pick_test_problems(problems, 10)] == ["b", "d"]
     with pytest.raises(UserError, match="no two training problems have an expert solution"):
-        two_short_ones(problems[4:], 10)
+        pick_test_problems(problems[4:], 10)

@@ -148,3 +148,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def num_batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def abstract_like(tree: Any, shardings: Any) -> Any:
+    """Returns shapes, dtypes and shardings of a tree of arrays or shapes."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )

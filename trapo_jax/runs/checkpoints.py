@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 from orbax.checkpoint import v1 as ocp
 
 from trapo_jax.distributed.processes import is_main, wait_for_all
@@ -182,15 +181,6 @@ class CheckpointStore:
         context = ocp.Context()
         context.checkpointables.registry = self._registry
         return context
-
-
-def abstract_like(tree: Any, shardings: Any) -> Any:
-    """Shapes, dtypes and shardings of `tree` (arrays or shapes), for `CheckpointStore.restore`."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        tree,
-        shardings,
-    )
 
 
 def _write_manifest(folder: Path, score: float | None) -> None:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from trapo_jax.config import Config
-from trapo_jax.distributed.sharding import make_mesh, num_batch_shards
+from trapo_jax.distributed.sharding import abstract_like, make_mesh, num_batch_shards
 from trapo_jax.methods import Method, Update
 from trapo_jax.models import (
     DecoderConfig,
@@ -67,7 +67,7 @@ class Learner:
       method: its terms are the objective.
       decoder: the decoder's shape.
       mesh: the mesh to train on.
-      optimizer: an optax transformation for a learning rate of 1.
+      optimizer: an optax transformation for a learning rate of 1; the optimizer of the config if None.
     """
 
     def __init__(
@@ -76,9 +76,15 @@ class Learner:
         method: Method,
         decoder: DecoderConfig,
         mesh: Mesh,
-        optimizer: optax.GradientTransformation,
+        optimizer: optax.GradientTransformation | None = None,
     ):
         train, sampling = config.train, config.sampling
+        optimizer = optimizer or make_optimizer(
+            adam_b1=train.adam_b1,
+            adam_b2=train.adam_b2,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+        )
         self.mesh = mesh
         self.method = method
         self.optimizer = optimizer
@@ -156,11 +162,7 @@ class Learner:
             lambda params: new_state(params, self.optimizer, len(self.method.optimizers)),
             abstract_params(self._decoder),
         )
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            shapes,
-            self.shardings,
-        )
+        return abstract_like(shapes, self.shardings)
 
     def free(self) -> None:
         """Deletes the arrays of the state, so that a restored one does not need memory beside them."""
@@ -233,15 +235,9 @@ class Learner:
 
 def make_learner(config: Config, method: Method, model: PretrainedModel) -> Learner:
     """Builds a learner from a config and loads the model's parameters."""
-    train, axes = config.train, config.mesh
-    optimizer = make_optimizer(
-        adam_b1=train.adam_b1,
-        adam_b2=train.adam_b2,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-    )
+    axes = config.mesh
     mesh = make_mesh(fsdp=axes.fsdp, tp=axes.tp)
-    learner = Learner(config, method, model.decoder, mesh, optimizer)
+    learner = Learner(config, method, model.decoder, mesh)
     learner.load(model, seed=config.seed)
     return learner
 

@@ -1,0 +1,115 @@
+"""Devices to plan for: TPU topologies described by libtpu, and forced host devices."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from trapo_jax.types import UserError
+
+GIB = 2**30
+HOST = "cpu"
+# Keep libtpu, which only compiles here, from looking for TPUs and for other processes that use them.
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published specifications of a device.
+
+    Attributes:
+      memory: size in bytes.
+      flops: bfloat16 FLOPs per second.
+      memory_bandwidth: bytes per second.
+      link_bandwidth: bytes per second of one link to a neighbor, in one direction.
+      ring_multiple: a dimension of the topology is a ring if its size is a multiple of this, otherwise a line.
+    """
+
+    memory: float
+    flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    ring_multiple: int
+
+
+# From cloud.google.com/tpu/docs/v5e, /v5p and /v6e. A chip's interconnect bandwidth is divided by its 4 links (v5p: 6).
+CHIPS = {
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 50e9, ring_multiple=16),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 100e9, ring_multiple=4),
+    "v6e": Chip(32 * GIB, 918e12, 1600e9, 100e9, ring_multiple=16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to plan for.
+
+    Attributes:
+      name: `CHIP:SHAPE`.
+      chip: specifications of a device; None for host devices, for which none are published.
+      dims: number of devices along each dimension.
+      devices: the devices, or descriptions of them to compile for.
+    """
+
+    name: str
+    chip: Chip | None
+    dims: tuple[int, ...]
+    devices: Sequence[Any]
+
+    @property
+    def interconnect_bandwidth(self) -> float:
+        """Bytes per second that a device can receive. The end of a line has one link along it, not two."""
+        assert self.chip
+        links = sum(2 if n % self.chip.ring_multiple == 0 else 1 for n in self.dims if n > 1)
+        return links * self.chip.link_bandwidth
+
+
+def find_topology(name: str) -> Topology:
+    """Returns the devices of `CHIP:SHAPE`, for example `v5p:2x2x4` or `cpu:8`.
+
+    Raises:
+      UserError: if the name is not of this form, or there is no compiler for such devices.
+    """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if not found or found[1] not in {*CHIPS, HOST}:
+        raise UserError(
+            f"--topology {name}: give {', '.join(CHIPS)} or {HOST}, a colon and a shape"
+        )
+    kind, dims = found[1], tuple(int(n) for n in found[2].split("x"))
+    if kind == HOST:
+        return Topology(name, None, dims, _host_devices(name, math.prod(dims)))
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f'--topology {name}: needs the TPU compiler; install it with pip install "trapo_jax[tpu]"'
+        )
+    os.environ.update(LIBTPU_ENVIRONMENT)
+    try:
+        described = topologies.get_topology_desc(name, platform="tpu")
+    except Exception as error:  # libtpu raises exceptions of several types
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"--topology {name}: libtpu knows no such topology ({reason})") from error
+    return Topology(name, CHIPS[kind], dims, described.devices)
+
+
+def _host_devices(name: str, count: int) -> Sequence[Any]:
+    with contextlib.suppress(RuntimeError):  # raised if jax has already created its devices
+        jax.config.update("jax_platforms", HOST)
+        jax.config.update("jax_num_cpu_devices", count)
+    if jax.device_count() != count:
+        raise UserError(
+            f"--topology {name}: a process has one number of host devices, here {jax.device_count()}; run the command "
+            "once for each"
+        )
+    return jax.devices()

@@ -1,0 +1,210 @@
+"""Checks that the gradient of a batch does not depend on how the batch is cut into micro-batches.
+
+Published baselines were handicapped by train steps that dropped the gradients of all micro-batches but one, or took
+the mean of micro-batch means (arXiv 2604.23747).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from trapo_jax.config import Config
+from trapo_jax.distributed.sharding import make_mesh, num_batch_shards
+from trapo_jax.methods import Method, Sampled, Update
+from trapo_jax.models import PretrainedModel
+from trapo_jax.training.learner import Learner
+from trapo_jax.training.packing import build_batch
+from trapo_jax.training.train_step import place_batch
+from trapo_jax.types import (
+    Completion,
+    FinishReason,
+    Moment,
+    Problem,
+    Rollout,
+    RolloutRequest,
+    TrainBatch,
+    UserError,
+    Verdict,
+)
+
+ROW_LEN_MULTIPLE = 128  # required by some attention kernels
+STAGES = (
+    0.0,
+    0.99,
+)  # Progress of a run: a method may change its objective between the start and the end.
+TOLERANCE = 1e-4  # relative to the norm of the gradient; float32 rounding is well below it
+
+
+class BrokenTrainStep(Exception):
+    """The gradient of a batch depends on how the batch is cut into micro-batches."""
+
+
+def check_gradient(
+    config: Config, method: Method, model: PretrainedModel, problems: Sequence[Problem]
+) -> float:
+    """Computes the gradients of synthetic rollouts in one micro-batch, and in one micro-batch per row.
+
+    Args:
+      config: the run's config.
+      method: the run's method.
+      model: the run's model.
+      problems: problems to make rollouts of; at least two with an expert solution.
+
+    Returns:
+      The largest relative difference of the two gradients.
+
+    Raises:
+      BrokenTrainStep: if the difference exceeds rounding, or a gradient is zero and proves nothing.
+      UserError: if there are not enough expert solutions.
+    """
+    axes = config.mesh
+    learner = Learner(
+        config,
+        method,
+        dataclasses.replace(model.decoder, dtype="float32"),
+        make_mesh(fsdp=axes.fsdp, tp=axes.tp),
+        optimizer=optax.chain(optax.trace(decay=0.0), optax.scale(0.0)),  # stores the gradient
+    )
+    learner.load(model, seed=config.seed)
+    max_completion_len = config.sampling.max_completion_length
+    chosen = pick_test_problems(problems, max_completion_len)
+    largest = 0.0
+    for moment, update in synthetic_updates(method, chosen, config.seed, max_completion_len):
+        gradients = []
+        for num_rows in (len(update.rows), 1):
+            batch = cut_batch(update, num_rows, learner, max_row_len=config.row_len)
+            gradients.append(_gradient(learner, batch, moment))
+        largest = max(largest, compare_gradients(gradients[0], gradients[1], method.name))
+    return largest
+
+
+def pick_test_problems(problems: Sequence[Problem], max_completion_len: int) -> list[Problem]:
+    """Picks the problem with the shortest expert solution, and the next one whose length differs.
+
+    With rows of equal length, a mean of micro-batch means would be correct and the check could not tell.
+
+    Raises:
+      UserError: if fewer than two problems have an expert solution of at most `max_completion_len` tokens.
+    """
+    length = lambda problem: len(problem.experts[0].token_ids)
+    candidates = sorted(
+        (p for p in problems if p.experts and length(p) <= max_completion_len), key=length
+    )
+    if len(candidates) < 2:
+        raise UserError(
+            "data: no two training problems have an expert solution of at most "
+            f"sampling.max_completion_length={max_completion_len} tokens to check the train step with"
+        )
+    first = candidates[0]
+    return [first, next((p for p in candidates if length(p) > length(first)), candidates[1])]
+
+
+def cut_batch(update: Update, num_rows: int, learner: Learner, *, max_row_len: int) -> TrainBatch:
+    """Places the rows of an update on the devices, in micro-batches.
+
+    Args:
+      update: the rows.
+      num_rows: rows per micro-batch; rounded up to a number that the devices can share.
+      learner: the learner whose train step receives the batch.
+      max_row_len: longest row that the config allows.
+    """
+    num_shards = num_batch_shards(learner.mesh)
+    longest = max(row.length for row in update.rows)
+    batch = build_batch(
+        update.rows,
+        row_len=min(max_row_len, -(-longest // ROW_LEN_MULTIPLE) * ROW_LEN_MULTIPLE),
+        micro_batch_rows=-(-num_rows // num_shards) * num_shards,
+        num_shards=num_shards,
+        packed=False,
+    )
+    # Any other policy serves as the reference of losses that need one.
+    batch = batch._replace(ref_logprobs=batch.sampler_logprobs)
+    return place_batch(batch, learner.mesh)
+
+
+def compare_gradients(whole: Any, cut: Any, name: str) -> float:
+    """Returns the norm of the difference of two gradients divided by the norm of the first, over all leaves.
+
+    Args:
+      whole: gradient of one micro-batch.
+      cut: gradient of several micro-batches.
+      name: name of the method, for the error.
+
+    Raises:
+      BrokenTrainStep: if the gradient is zero or not finite, or the difference is above `TOLERANCE`.
+    """
+    norm = _norm(whole)
+    if not norm > 0 or not np.isfinite(norm):
+        raise BrokenTrainStep(f"{name}: the gradient of the checked batch has norm {norm:g}")
+    difference = _norm(jax.tree.map(np.subtract, whole, cut)) / norm
+    if not difference <= TOLERANCE:
+        raise BrokenTrainStep(
+            f"{name}: the gradient of a batch cut into micro-batches differs from that of the whole batch by "
+            f"{difference:.2g} of its norm; a comparison with such a train step would be meaningless"
+        )
+    return difference
+
+
+def synthetic_updates(
+    method: Method, problems: Sequence[Problem], seed: int, max_completion_len: int
+) -> Iterator[tuple[Moment, Update]]:
+    """Yields what the method trains, early and late in a run, on rollouts in which all micro-groups are guided.
+
+    All rollouts of the first problem are wrong. Of each other problem every second rollout is correct.
+    """
+    rng = np.random.default_rng(0)
+    for stage in STAGES:
+        moment = Moment(1, stage, seed)
+        groups = []
+        for i, problem in enumerate(problems):
+            micro_groups = method.micro_groups_at(moment, problem)
+            ratios = [group.ratio for group in micro_groups for _ in range(group.size)]
+            groups.append(
+                [
+                    _synthetic_rollout(rng, problem, j, ratio, is_correct=i > 0 and j % 2 == 0)
+                    for j, ratio in enumerate(ratios)
+                ]
+            )
+        sampled = Sampled(
+            groups=groups,
+            moment=moment,
+            state={},
+            extra_problems=problems,
+            problems={p.id: p for p in problems},
+            max_completion_length=max_completion_len,
+        )
+        for update in method.select(sampled).updates:
+            yield moment, update
+
+
+def _gradient(learner: Learner, batch: TrainBatch, moment: Moment) -> Any:
+    coefficients = learner.method.coefficients(moment, learning_rate=1.0)
+    learner.state, *_ = learner.train_step(learner.state, batch, coefficients)
+    return jax.device_get(learner.state.opt_state[0].trace)
+
+
+def _synthetic_rollout(
+    rng: np.random.Generator, problem: Problem, index: int, ratio: float, *, is_correct: bool
+) -> Rollout:
+    """Returns a rollout with a prefix of the expert solution and a random selection of its tokens as completion."""
+    solution = np.array(problem.experts[0].token_ids)
+    prefix_len = int(ratio * len(solution))
+    request = RolloutRequest(problem, index, 0, 0 if prefix_len else -1, prefix_len, ratio)
+    tokens = rng.permutation(solution)[: len(solution) - prefix_len]
+    tokens = tokens[: rng.integers(1, len(tokens) + 1)] if len(tokens) else tokens
+    completion = Completion(
+        request,
+        tuple(tokens.tolist()),
+        tuple(rng.uniform(-2, 0, len(tokens)).tolist()),
+        FinishReason.STOP if len(tokens) else FinishReason.NOT_SAMPLED,
+    )
+    verdict = Verdict.CORRECT if is_correct else Verdict.WRONG
+    return Rollout(completion, verdict, float(is_correct))
+
+
+def _norm(tree: Any) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(x, dtype=float)) for x in jax.tree.leaves(tree))))
