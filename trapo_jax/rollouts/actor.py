@@ -114,7 +114,7 @@ class Actor:
         method, started = self._method, time.perf_counter()
         self.engine.update_weights(params)
         stats_before = self.engine.stats()
-        num_stale = sum(gather(self._partial.num_sampled_tokens))
+        num_stale = self._partial.num_sampled_tokens
         collected = collect_groups(
             self.engine,
             lambda problem: guidance_at(method, moment, problem, self._max_completion_length),
@@ -129,7 +129,8 @@ class Actor:
         groups = share_groups(collected.groups, problems)
         check_grades(groups, moment.step, max_error_rate=self._max_error_rate)
         stats = self.engine.stats() - stats_before
-        num_prefilled = sum(gather(stats.prefilled_tokens))
+        counts = gather([num_stale, stats.prefilled_tokens])
+        num_stale, num_prefilled = (sum(column) for column in zip(*counts, strict=True))
         metrics = {
             **rollout_metrics(groups, num_micro_groups=len(method.micro_groups)),
             "tokens/prefilled": num_prefilled,

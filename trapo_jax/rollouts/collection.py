@@ -8,7 +8,6 @@ that is allowed.
 """
 
 import collections
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from trapo_jax.distributed.processes import gather_shares
-from trapo_jax.rollouts.guidance import Guidance, GuidanceState
+from trapo_jax.rollouts.guidance import Group, Guidance
 from trapo_jax.sampling.engine import RolloutEngine
 from trapo_jax.types import (
     REWARDS,
@@ -31,46 +30,6 @@ from trapo_jax.types import (
 )
 
 Grade = Callable[[Completion], Future[Verdict]]
-
-
-@dataclasses.dataclass
-class Group:
-    """The rollouts of one problem while they are being collected.
-
-    Attributes:
-      guidance: decides how each rollout starts.
-      step: the optimizer step that the group is sampled for; part of the random keys.
-      state: the state of the guidance.
-      submitted: sample indices of the requests that have been handed out.
-      rollouts: finished rollouts by sample index.
-    """
-
-    guidance: Guidance
-    step: int
-    state: GuidanceState
-    submitted: set[int] = dataclasses.field(default_factory=set)
-    rollouts: dict[int, Rollout] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def start(cls, problem: Problem, guidance: Guidance, step: int) -> "Group":
-        return cls(guidance, step, guidance.start(problem))
-
-    @property
-    def is_complete(self) -> bool:
-        return self.state.is_complete
-
-    def new_requests(self) -> list[RolloutRequest]:
-        """Returns the requests that are decided and have not been handed out before."""
-        ready = self.guidance.ready(self.state)
-        new = [request for request in ready if request.sample_index not in self.submitted]
-        self.submitted.update(request.sample_index for request in new)
-        return new
-
-    def observe(self, completion: Completion, verdict: Verdict) -> None:
-        """Adds a graded rollout."""
-        index, reward = completion.request.sample_index, REWARDS[verdict]
-        self.rollouts[index] = Rollout(completion, verdict, reward)
-        self.state = self.guidance.observe(self.state, index, reward)
 
 
 class PartialRollouts(NamedTuple):
@@ -192,10 +151,7 @@ class _Collector:
     def _release(self, groups: Iterable[Group]) -> None:
         """Submits the new requests of groups: to the engine, or to the grader if there is nothing to sample."""
         for group in groups:
-            longest = group.guidance.max_completion_length
-            to_sample, complete = [], []
-            for request in group.new_requests():
-                (complete if is_complete(request, longest) else to_sample).append(request)
+            to_sample, complete = group.new_requests()
             self._engine.submit(to_sample, step=group.step, params=self._params)
             for request in complete:
                 completion = Completion(request, (), (), FinishReason.NOT_SAMPLED)
@@ -219,14 +175,6 @@ class _Collector:
             if problem.id not in self._groups:
                 group = self._groups[problem.id] = self._start(problem, self._step + 1)
                 self._release([group])
-
-
-def is_complete(request: RolloutRequest, max_completion_length: int) -> bool:
-    """Returns whether the expert prefix is the entire response, so that there is nothing to sample."""
-    if request.prefix_len == 0:
-        return False
-    expert = request.problem.experts[request.expert_index]
-    return request.prefix_len >= min(len(expert.token_ids), max_completion_length)
 
 
 def share_groups(

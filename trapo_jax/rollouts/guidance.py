@@ -5,7 +5,8 @@ order. Before micro-group i starts, the mean reward of all earlier rollouts of t
 threshold t_i. If the mean is below it, the rollouts of the micro-group start from the expert prefix of ratio L_i;
 otherwise they are unguided.
 
-`Guidance` is a pure state machine on the host and imports no jax. Its state is an immutable value.
+`Guidance` is a pure state machine on the host and imports no jax. Its state is an immutable value. A `Group` keeps
+the state of one problem while its rollouts are collected.
 
 Departure from the paper: a micro-group is released as soon as its decision is certain. Rewards lie in [0, 1], so
 the rewards that are still missing bound the mean. If both bounds fall on the same side of the threshold, the
@@ -17,7 +18,16 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from trapo_jax.types import MicroGroup, PrefixBoundary, Problem, RolloutRequest
+from trapo_jax.types import (
+    REWARDS,
+    Completion,
+    MicroGroup,
+    PrefixBoundary,
+    Problem,
+    Rollout,
+    RolloutRequest,
+    Verdict,
+)
 
 PARAGRAPH_REACH = 0.3  # A paragraph break counts if it lies before (ratio + 0.3) * length.
 
@@ -139,3 +149,58 @@ def is_guided(rewards: Sequence[float | None], threshold: float) -> bool | None:
     if math.fsum(known) / len(rewards) >= threshold:
         return False
     return None
+
+
+@dataclasses.dataclass
+class Group:
+    """The rollouts of one problem while they are being collected.
+
+    Attributes:
+      guidance: decides how each rollout starts.
+      step: the optimizer step that the group is sampled for; part of the random keys.
+      state: the state of the guidance.
+      submitted: sample indices of the requests that have been handed out.
+      rollouts: finished rollouts by sample index.
+    """
+
+    guidance: Guidance
+    step: int
+    state: GuidanceState
+    submitted: set[int] = dataclasses.field(default_factory=set)
+    rollouts: dict[int, Rollout] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def start(cls, problem: Problem, guidance: Guidance, step: int) -> "Group":
+        return cls(guidance, step, guidance.start(problem))
+
+    @property
+    def is_complete(self) -> bool:
+        return self.state.is_complete
+
+    def new_requests(self) -> tuple[list[RolloutRequest], list[RolloutRequest]]:
+        """Returns the requests that are decided and have not been handed out before.
+
+        Returns:
+          Requests to sample, and requests whose expert prefix is the entire response.
+        """
+        to_sample, complete = [], []
+        for request in self.guidance.ready(self.state):
+            if request.sample_index not in self.submitted:
+                self.submitted.add(request.sample_index)
+                is_whole = is_complete(request, self.guidance.max_completion_length)
+                (complete if is_whole else to_sample).append(request)
+        return to_sample, complete
+
+    def observe(self, completion: Completion, verdict: Verdict) -> None:
+        """Adds a graded rollout."""
+        index, reward = completion.request.sample_index, REWARDS[verdict]
+        self.rollouts[index] = Rollout(completion, verdict, reward)
+        self.state = self.guidance.observe(self.state, index, reward)
+
+
+def is_complete(request: RolloutRequest, max_completion_length: int) -> bool:
+    """Returns whether the expert prefix is the entire response, so that there is nothing to sample."""
+    if request.prefix_len == 0:
+        return False
+    expert = request.problem.experts[request.expert_index]
+    return request.prefix_len >= min(len(expert.token_ids), max_completion_length)

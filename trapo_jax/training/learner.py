@@ -24,7 +24,7 @@ from trapo_jax.models import (
     token_cost,
 )
 from trapo_jax.training.optimizer import make_learning_rate, make_optimizer
-from trapo_jax.training.packing import balance, build_batch, count_kinds
+from trapo_jax.training.packing import batch_metrics, build_batch
 from trapo_jax.training.state import (
     TrainState,
     init_state,
@@ -85,6 +85,13 @@ class Learner:
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
         )
+        self._learning_rate = make_learning_rate(
+            learning_rate=train.learning_rate,
+            warmup_steps=train.warmup_steps,
+            num_steps=train.num_steps,
+            decay_start=train.decay_start,
+            final_learning_rate_ratio=train.final_learning_rate_ratio,
+        )
         self.mesh = mesh
         self.method = method
         self.optimizer = optimizer
@@ -106,13 +113,6 @@ class Learner:
             ratio_to="sampler" if sampling.max_staleness else "trainer",
         )
         self._batch_logprobs = make_batch_logprobs(scorer, mesh, self.shardings.params)
-        self._learning_rate = make_learning_rate(
-            learning_rate=train.learning_rate,
-            warmup_steps=train.warmup_steps,
-            num_steps=train.num_steps,
-            decay_start=train.decay_start,
-            final_learning_rate_ratio=train.final_learning_rate_ratio,
-        )
         self._decoder = decoder
         self._token_cost = token_cost(decoder)
         self._config = config
@@ -194,6 +194,7 @@ class Learner:
         config, method = self._config, self.method
         num_iterations = config.train.num_iterations
         host_batch = self._build_batch(update.rows)
+        metrics = batch_metrics(host_batch, num_batch_shards(self.mesh))
         batch = place_batch(host_batch, self.mesh)
         if num_iterations > 1:  # With one iteration the old policy is the current one.
             batch = batch._replace(old_logprobs=self._batch_logprobs(self.params, batch))
@@ -209,9 +210,8 @@ class Learner:
             coefficients = method.coefficients(moment, learning_rate=learning_rate)
             state, device_metrics, trace = self.train_step(state, batch, coefficients)
         self._state = swap_optimizer(state, index)
-        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        metrics |= {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         metrics["optimizer/learning_rate"] = learning_rate
-        metrics |= batch_metrics(host_batch, num_batch_shards(self.mesh))
         return metrics, UpdateTrace(update.rows, host_batch, trace)
 
     def _build_batch(self, rows: Sequence[TrainRow]) -> TrainBatch:
@@ -266,16 +266,6 @@ def update_usage(
         flops=num_iterations * cost.update(num_tokens, num_pairs)
         + num_forward * cost.forward(num_tokens, num_pairs),
     )
-
-
-def batch_metrics(batch: TrainBatch, num_shards: int) -> dict[str, float]:
-    """Returns the composition of a batch: tokens of each kind, share of padding, balance between devices."""
-    kinds = count_kinds(batch)
-    return {
-        **{f"batch/{name}_tokens": count for name, count in kinds.items()},
-        "batch/pad_fraction": kinds["pad"] / max(1, sum(kinds.values())),
-        "batch/balance": balance(batch, num_shards),
-    }
 
 
 def merge_metrics(

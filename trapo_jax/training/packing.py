@@ -126,6 +126,16 @@ def balance(batch: TrainBatch, num_shards: int) -> float:
     return float(by_shard.mean(axis=-1).sum() / busiest) if busiest else 1.0
 
 
+def batch_metrics(batch: TrainBatch, num_shards: int) -> dict[str, float]:
+    """Returns the composition of a batch: tokens of each kind, share of padding, balance between devices."""
+    kinds = count_kinds(batch)
+    return {
+        **{f"batch/{name}_tokens": count for name, count in kinds.items()},
+        "batch/pad_fraction": kinds["pad"] / max(1, sum(kinds.values())),
+        "batch/balance": balance(batch, num_shards),
+    }
+
+
 def _empty_batch(num_micro_batches: int, num_rows: int, row_len: int, pad_id: int) -> TrainBatch:
     shape = (num_micro_batches, num_rows, row_len)
     return TrainBatch(
