@@ -37,7 +37,6 @@ from trapo_jax.evaluation.records import (
 )
 from trapo_jax.evaluation.results import plot_pass_at_k, table_of
 from trapo_jax.evaluation.scoring import Sample, Scores, score_samples, scores_by_source
-from trapo_jax.export import load_checkpoint
 from trapo_jax.models import (
     Params,
     PretrainedModel,
@@ -50,6 +49,7 @@ from trapo_jax.rollouts.actor import Actor, make_actor
 from trapo_jax.runs.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, as_command, fail
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import check_run_folder, prepare_run_folder, write_atomically
+from trapo_jax.runs.saved_model import load_checkpoint
 from trapo_jax.types import (
     Completion,
     Problem,

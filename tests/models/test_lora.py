@@ -20,7 +20,6 @@ from support.train_step import (
     sgd_step,
 )
 from trapo_jax.distributed.sharding import param_shardings
-from trapo_jax.export import load_checkpoint
 from trapo_jax.methods import make_method
 from trapo_jax.models import (
     Lora,
@@ -35,6 +34,7 @@ from trapo_jax.models import (
     token_cost,
 )
 from trapo_jax.models.lora import SUFFIXES, A, B, merged
+from trapo_jax.runs.saved_model import load_checkpoint
 from trapo_jax.training.state import init_state
 
 TARGETS = ("qkv", "output", "gate_up", "down")

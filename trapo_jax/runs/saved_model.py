@@ -1,0 +1,46 @@
+"""The model of a run's checkpoint, without the rest of the train state."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from trapo_jax.config import Config, ModelConfig, load_config
+from trapo_jax.distributed.sharding import abstract_like
+from trapo_jax.models import DecoderConfig, abstract_params, find_model, read_decoder
+from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint
+from trapo_jax.runs.directory import CONFIG
+from trapo_jax.types import UserError
+
+
+def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
+    """Loads the parameters of a checkpoint.
+
+    Args:
+      path: `RUN/checkpoints/STEP`.
+
+    Returns:
+      The parameters on the default device, their decoder, and the model folder that the run started from.
+
+    Raises:
+      UserError: if the path is not a checkpoint of a run, or the checkpoint is damaged.
+    """
+    store = CheckpointStore(path.absolute().parent)
+    saved_config = path.absolute().parents[1] / CONFIG
+    if not path.name.isdecimal() or not saved_config.is_file():
+        raise UserError(f"{path}: not RUN/checkpoints/STEP of a training run")
+    step = int(path.name)
+    if step not in store.steps():
+        existing = ", ".join(map(str, store.steps())) or "none"
+        raise UserError(f"{path}: no such step; the run has checkpoints of these steps: {existing}")
+    config = load_config(Config, saved_config, [])
+    source = find_model(config.model.path)
+    decoder = read_decoder(source, ModelConfig(), config.lora)
+    abstract = abstract_params(decoder)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = abstract_like(abstract, jax.tree.map(lambda _: device, abstract))
+    try:
+        store.verify(step)
+    except DamagedCheckpoint as error:
+        raise UserError(f"{path}: {error}; give the checkpoint of another step") from error
+    return store.restore_params(step, placed), decoder, source
