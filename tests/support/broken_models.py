@@ -18,7 +18,13 @@ def break_tensors(folder, change):
 
 
 def write_index(folder, changes, move=None):
-    """An index of the one file there is; `changes` to it, None to leave a tensor out."""
+    """Writes an index of the only file.
+
+    Args:
+      folder: the model folder.
+      changes: entries of the index to change; None leaves a tensor out.
+      move: a tensor to remove from the file.
+    """
     tensors = load_file(folder / "model.safetensors")
     weight_map = {**dict.fromkeys(tensors, "model.safetensors"), **changes}
     weight_map = {name: file for name, file in weight_map.items() if file is not None}
@@ -33,28 +39,31 @@ BREAKAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: cannot be read"),
     "bad JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
     "JSON list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
-    "field missing": (lambda f: break_config(f, hidden_size=None), "no field 'hidden_size'"),
-    "architecture": (lambda f: break_config(f, model_type="mamba"), "'mamba' is not covered"),
+    "field missing": (
+        lambda f: break_config(f, hidden_size=None),
+        "field 'hidden_size' is missing",
+    ),
+    "architecture": (lambda f: break_config(f, model_type="mamba"), "'mamba' is not supported"),
     "rope type": (
         lambda f: break_config(f, rope_scaling={"rope_type": "yarn"}),
-        "rope type 'yarn' is not covered",
+        "rope type 'yarn' is not supported",
     ),
-    "rope without its numbers": (
+    "rope with missing fields": (
         lambda f: break_config(f, rope_scaling={"rope_type": "llama3", "factor": 8.0}),
         "rope type 'llama3' needs a number 'low_freq_factor'",
     ),
     "partial rotation": (
         lambda f: break_config(f, partial_rotary_factor=0.5),
-        "partial_rotary_factor 0.5 is not covered",
+        "partial_rotary_factor 0.5 is not supported",
     ),
-    "MLP biases": (lambda f: break_config(f, mlp_bias=True), "mlp_bias is not covered"),
-    "quantised": (
+    "MLP biases": (lambda f: break_config(f, mlp_bias=True), "mlp_bias is not supported"),
+    "quantized": (
         lambda f: break_config(f, quantization_config={"bits": 4}),
-        "quantization_config is not covered",
+        "quantization_config is not supported",
     ),
     "biases missing": (
         lambda f: break_config(f, attention_bias=True),
-        "8 tensors are .'model.layers.0.self_attn.k_proj.bias'.* missing",
+        r"8 tensors \('model.layers.0.self_attn.k_proj.bias'.*\) are missing",
     ),
     "text for a number": (
         lambda f: break_config(f, hidden_size="24"),
@@ -68,7 +77,7 @@ BREAKAGES = {
         lambda f: break_config(
             f, model_type="mistral", sliding_window=4, layer_types=["linear_attention"] * 2
         ),
-        "layer_types must be 2 times one of",
+        "layer_types must be a list of 2 entries among",
     ),
     "activation": (lambda f: break_config(f, hidden_act="gelu"), "hidden_act 'gelu'"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "not a readable safetensors"),
@@ -86,9 +95,9 @@ BREAKAGES = {
         lambda f: break_tensors(f, lambda t: t.pop("model.norm.weight")),
         "tensor 'model.norm.weight' is missing",
     ),
-    "tensor too many": (
+    "additional tensor": (
         lambda f: break_tensors(f, lambda t: t.update(extra=np.zeros(2, np.float32))),
-        "tensor 'extra' is not expected",
+        "tensor 'extra' is unexpected",
     ),
     "misshapen": (
         lambda f: break_tensors(
@@ -100,9 +109,9 @@ BREAKAGES = {
         lambda f: break_tensors(
             f, lambda t: t.update({"model.norm.weight": np.zeros(24, np.int32)})
         ),
-        "'model.norm.weight' is I32; F32, BF16, F16 are covered",
+        "'model.norm.weight' is I32; supported are F32, BF16, F16",
     ),
-    "index without its file": (
+    "index with a missing file": (
         lambda f: write_index(f, {"model.norm.weight": "model-2.safetensors"}),
         r"model-2.safetensors: not a readable safetensors file",
     ),
@@ -110,12 +119,12 @@ BREAKAGES = {
         lambda f: write_index(f, {"model.norm.weight": None}),
         "tensor 'model.norm.weight' is missing",
     ),
-    "index out of the folder": (
+    "index that leaves the folder": (
         lambda f: write_index(f, {"model.norm.weight": "../model.safetensors"}),
-        "'model.norm.weight' is said to be in '../model.safetensors'",
+        "the file of tensor 'model.norm.weight' must be a file name, found '../model.safetensors'",
     ),
-    "index of another file": (
+    "index with a tensor that the file lacks": (
         lambda f: write_index(f, {}, move="model.norm.weight"),
-        "'model.norm.weight' is missing, though",
+        "'model.norm.weight' is missing, although",
     ),
 }

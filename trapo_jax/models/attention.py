@@ -1,4 +1,4 @@
-"""Attention behind two functions: whole rows, and new tokens against a cache."""
+"""Attention: within whole rows, and of new tokens to a KV cache."""
 
 import functools
 from typing import Any, Literal
@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from trapo_jax.types import BATCH_AXES, TENSOR_AXIS
 
 Implementation = Literal["auto", "xla", "cudnn", "splash", "splash_interpreted"]
-SPLASH_BLOCKS = (512, 256, 128)  # tokens of a tile: the largest that divides the row
+# Tile sizes in tokens; the largest one that divides the row length is used.
+SPLASH_BLOCKS = (512, 256, 128)
 
 
 def row_attention(
@@ -24,17 +25,19 @@ def row_attention(
     is_local: jax.Array | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Causal attention within segments, `[B, T, N, H]`. Pad positions (segment 0) give finite, unused values.
+    """Causal attention within segments.
 
     Args:
-      q_BTNH, k_BTKH, v_BTKH: query heads in groups of N / K to a key-value head.
-      segment_ids_BT: int32; tokens see their own segment.
+      q_BTNH, k_BTKH, v_BTKH: each key-value head serves N / K query heads.
+      segment_ids_BT: int32; tokens attend to tokens of the same segment. Padding is segment 0.
       scale: factor of the scores, usually `H ** -0.5`.
-      window: a token sees itself and the `window - 1` before it; None for all.
-      is_local: bool scalar; where False the window does not apply. None: it applies.
-      implementation: "xla" anywhere; "cudnn" on NVIDIA GPUs, half precision; "splash" on TPUs, T and H
-        multiples of 128, and "splash_interpreted" anywhere, slowly; "auto" takes what the device and the
-        shapes allow.
+      window: a token attends to itself and to the `window - 1` tokens before it. None: to all tokens before it.
+      is_local: bool scalar; where it is False, the window does not apply. None: it applies.
+      implementation: "xla" runs anywhere; "cudnn" on NVIDIA GPUs in half precision; "splash" on TPUs if T and H are
+        multiples of 128; "splash_interpreted" anywhere, slowly; "auto" chooses by device and shapes.
+
+    Returns:
+      `[B, T, N, H]`. The values at padding positions are finite but meaningless.
     """
     chosen = _choose(implementation, q_BTNH)
     if chosen in ("splash", "splash_interpreted"):
@@ -72,38 +75,45 @@ def cached_attention(
     window: int | None = None,
     is_local: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention of T new tokens a slot to the slot's cache and to each other; `[S, T, N, H]`.
+    """Causal attention of T new tokens per slot to the slot's cache and to each other.
 
-    The new tokens' keys and values come beside the cache: the layer only reads the cache, and all layers' new
-    entries are written at once afterwards, in place. Or they are in the cache already, behind `cached_lens_S`
-    positions: then `new_STKH` is None. Keys are cached with the position last, so that both products contract
-    along contiguous memory without a transposed copy.
-    `scale`, `window` and `is_local` are those of `row_attention`.
+    Keys are cached with the position as the last axis, so that both products contract along contiguous memory without
+    a transposed copy.
+
+    Args:
+      q_STNH: the new tokens.
+      new_STKH: keys and values of the new tokens. None: they are in the cache, after `cached_lens_S` positions.
+      cached_k_SKHC, cached_v_SKCH: the cache.
+      cached_lens_S: int32, filled positions of each slot, without the new tokens.
+      scale, window, is_local: see `row_attention`.
+
+    Returns:
+      `[S, T, N, H]`.
     """
     num_slots, num_new, num_heads, head_dim = q_STNH.shape
     num_kv_heads, cache_len = cached_v_SKCH.shape[1:3]
     group = num_heads // num_kv_heads
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    # Q: the queries of a key-value head, its group's heads times the new tokens. One plain batched matmul.
+    # Q: the queries of one key-value head, which are its query heads times the new tokens. One batched matmul.
     q_SKGTH = q_STNH.reshape(num_slots, num_new, num_kv_heads, group, head_dim).transpose(
         0, 2, 3, 1, 4
     )
     q_SKQH = q_SKGTH.reshape(num_slots, num_kv_heads, group * num_new, head_dim)
     scores = einsum("SKQH,SKHC->SKQC", q_SKQH, cached_k_SKHC)
-    query = jnp.tile(jnp.arange(num_new), group)[:, None]  # [Q, 1]: which new token asks
+    query = jnp.tile(jnp.arange(num_new), group)[:, None]  # [Q, 1]: index of the new token
     cached, lens = jnp.arange(cache_len), cached_lens_S[:, None, None]
-    sees = cached < (lens if new_STKH else lens + query + 1)
-    everywhere = False if is_local is None else ~is_local
+    is_visible = cached < (lens if new_STKH else lens + query + 1)
+    is_global = False if is_local is None else ~is_local
     if window is not None:
-        sees &= (lens + query - cached < window) | everywhere
-    scores = jnp.where(sees[:, None], scores, -jnp.inf)
+        is_visible &= (lens + query - cached < window) | is_global
+    scores = jnp.where(is_visible[:, None], scores, -jnp.inf)
     if new_STKH:
         to_new = einsum("SKQH,STKH->SKQT", q_SKQH, new_STKH[0])
         new = jnp.arange(num_new)
-        sees_new = new <= query
+        is_new_visible = new <= query
         if window is not None:
-            sees_new &= (query - new < window) | everywhere
-        scores = jnp.concatenate([scores, jnp.where(sees_new, to_new, -jnp.inf)], axis=-1)
+            is_new_visible &= (query - new < window) | is_global
+        scores = jnp.concatenate([scores, jnp.where(is_new_visible, to_new, -jnp.inf)], axis=-1)
     weights = jax.nn.softmax(scores * scale).astype(cached_v_SKCH.dtype)
     values = einsum("SKQC,SKCH->SKQH", weights[..., :cache_len], cached_v_SKCH)
     if new_STKH:
@@ -121,17 +131,25 @@ def decode_attention(
     scale: float,
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Attention of one token a slot to the first `lens_S` positions of its cache, its own the last; `[S, N, H]`.
+    """Attention of one token per slot to the first `lens_S` positions of its cache.
 
-    Of R >= S slots the first S are meant. The cache lies as cuDNN wants it, which reads no more of it than these
-    positions; XLA reads all. `scale` and `implementation` are those of `row_attention`.
+    The cache has the order of axes that cuDNN takes. cuDNN reads only the first `lens_S` positions, XLA reads all.
+
+    Args:
+      q_SNH: the tokens.
+      k_RCKH, v_RCKH: the cache of R >= S slots, of which the first S are used.
+      lens_S: int32, filled positions of each slot, the new token included.
+      scale, implementation: see `row_attention`.
+
+    Returns:
+      `[S, N, H]`.
     """
     num_slots = len(q_SNH)
     if _choose(implementation, q_SNH[:, None]) == "cudnn":
-        # A slice of the cache would be a copy: all slots take part, and the others have no tokens.
-        others = len(k_RCKH) - num_slots
-        q_R1NH = jnp.pad(q_SNH, ((0, others), (0, 0), (0, 0)))[:, None]
-        lens_R = jnp.pad(lens_S, (0, others))
+        # Slicing the cache would copy it, so all R slots take part; the others have length 0.
+        num_unused = len(k_RCKH) - num_slots
+        q_R1NH = jnp.pad(q_SNH, ((0, num_unused), (0, 0), (0, 0)))[:, None]
+        lens_R = jnp.pad(lens_S, (0, num_unused))
         attended = jax.nn.dot_product_attention(
             q_R1NH,
             k_RCKH,
@@ -142,12 +160,12 @@ def decode_attention(
             implementation="cudnn",
         )
         return attended[:num_slots, 0]
-    sees = jnp.arange(k_RCKH.shape[1]) < lens_S[:, None]
+    is_filled = jnp.arange(k_RCKH.shape[1]) < lens_S[:, None]
     attended = jax.nn.dot_product_attention(
         q_SNH[:, None],
         k_RCKH[:num_slots],
         v_RCKH[:num_slots],
-        mask=sees[:, None, None],
+        mask=is_filled[:, None, None],
         scale=scale,
         implementation="xla",
     )
@@ -155,7 +173,7 @@ def decode_attention(
 
 
 def is_for_cudnn(platform: str, dtype: str, head_dim: int) -> bool:
-    """Whether cuDNN's attention takes such heads."""
+    """Whether cuDNN attention supports this platform, dtype and head size."""
     return platform == "gpu" and dtype in ("bfloat16", "float16") and head_dim in range(8, 129, 8)
 
 
@@ -171,13 +189,13 @@ def _choose(implementation: Implementation, q_BTNH: jax.Array) -> Any:
 
 
 def _splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, window, interpret):
-    """Pallas' block-sparse flash attention: no `[T, T]` scores, and no work on what is masked.
+    """The block-sparse flash attention of Pallas, which computes no `[T, T]` scores and skips masked blocks.
 
-    The compiler cannot split a kernel by itself: each device runs it on its rows and heads.
+    The compiler cannot partition a kernel, so `shard_map` runs it on each device for its rows and heads.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    def on_a_device(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    def per_device(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         length, num_heads = q_BTNH.shape[1:3]
         mask = splash.CausalMask((length, length))
         if window is not None:
@@ -198,20 +216,20 @@ def _splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, window, 
             interpret=interpret,
         )
 
-        def one_row(q_TNH, k_TKH, v_TKH, segment_ids_T):
+        def per_row(q_TNH, k_TKH, v_TKH, segment_ids_T):
             heads_first = (x.swapaxes(0, 1) for x in (q_TNH * scale, k_TKH, v_TKH))
             segments = splash.SegmentIds(segment_ids_T, segment_ids_T)
             attended: Any = kernel(*heads_first, segment_ids=segments)
             return attended.swapaxes(0, 1)
 
-        return jax.vmap(one_row)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return jax.vmap(per_row)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return on_a_device(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return per_device(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
     heads, rows = P(BATCH_AXES, None, TENSOR_AXIS, None), P(BATCH_AXES, None)
     return jax.shard_map(
-        on_a_device,
+        per_device,
         mesh=mesh,
         in_specs=(heads, heads, heads, rows),
         out_specs=heads,

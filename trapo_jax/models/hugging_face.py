@@ -1,4 +1,4 @@
-"""Weights of Hugging Face folders in and out."""
+"""Reads and writes the weights of Hugging Face model folders."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from trapo_jax.types import UserError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 DTYPES = ("F32", "BF16", "F16")
-# What belongs to a model besides its weights, copied as it is on export.
+# Files of a model other than config and weights, which are copied on export.
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,10 +37,13 @@ SIDE_FILES = (
 
 
 def find_model(path: str) -> Path:
-    """The model's folder: the packaged one by its name, or a local path.
+    """Returns the folder of a model.
+
+    Args:
+      path: the name of a packaged model, or a local path.
 
     Raises:
-      UserError: if there is none.
+      UserError: if there is no such folder.
     """
     packaged = Path(str(resources.files("trapo_jax"))) / "assets" / path
     if "/" not in path and packaged.is_dir():
@@ -55,7 +58,7 @@ def find_model(path: str) -> Path:
 
 
 def init_params(config: DecoderConfig, *, seed: int) -> Params:
-    """Freshly drawn parameters: normal with variance 1 / fan-in, norms 1."""
+    """Initializes parameters: normal with variance 1 / fan-in, scales of norms 1."""
     return nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))[1])
 
 
@@ -64,31 +67,31 @@ def load_params(
 ) -> Params:
     """Reads the safetensors of `folder` (float32, bfloat16 or float16) as float32 arrays on the devices.
 
-    One stacked parameter is put together on the host at a time, and only one tensor read. Adapters are drawn.
+    The host holds one stacked parameter and one tensor at a time. Adapters are initialized, not read.
 
     Args:
-      folder: with `model.safetensors`, or several files and their index.
-      config: of this folder.
-      shardings: where each parameter lies; None for the default device.
-      seed: of the adapters, if `config.lora` asks for them.
+      folder: contains `model.safetensors`, or several files and their index.
+      config: the shape of the model in this folder.
+      shardings: the sharding of each parameter. None: everything is on the default device.
+      seed: for the adapters of `config.lora`.
 
     Raises:
-      UserError: naming tensor and file, for a missing, unexpected, misshapen or unreadable tensor,
-        before any is read.
+      UserError: if a tensor is missing, unexpected, misshapen or unreadable. The error names tensor and file, and
+        all but the last are found before any tensor is read.
     """
     tensors = _TensorReader(folder)
-    layout = _layout(config)
+    tensor_map = _tensor_map(config)
     tensors.check(
-        {piece.name: piece.shape for pieces in layout.values() for piece in pieces},
+        {part.name: part.shape for parts in tensor_map.values() for part in parts},
         ignored={"lm_head.weight"} if config.tied_embeddings else set(),
     )
 
     def load(path, abstract, sharding):
         host = np.empty(abstract.shape, np.float32)
-        for piece in layout[_name(path)]:
-            ours = host[piece.index]
-            theirs = tensors.read(piece.name)
-            ours[...] = (theirs.T if piece.is_linear else theirs).reshape(ours.shape)
+        for part in tensor_map[_name(path)]:
+            ours = host[part.index]
+            theirs = tensors.read(part.name)
+            ours[...] = (theirs.T if part.is_linear else theirs).reshape(ours.shape)
         if sharding is None:
             return jax.device_put(host)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
@@ -98,10 +101,13 @@ def load_params(
         shardings = jax.tree.map(lambda _: None, abstract)
     if config.lora is None:
         return jax.tree_util.tree_map_with_path(load, abstract, shardings)
-    (adapters, kept), (of_adapters, of_kept) = map(split_trained, (abstract, shardings))
-    draw = lambda: split_trained(init_params(config, seed=seed))[0]  # the rest is never computed
-    adapters = jax.jit(draw, out_shardings=of_adapters)()
-    return join_trained(adapters, jax.tree_util.tree_map_with_path(load, kept, of_kept))
+    (adapters, kept), (adapter_shardings, kept_shardings) = map(
+        split_trained, (abstract, shardings)
+    )
+    # Under jit, the parameters that are not adapters are never computed.
+    init_adapters = lambda: split_trained(init_params(config, seed=seed))[0]
+    adapters = jax.jit(init_adapters, out_shardings=adapter_shardings)()
+    return join_trained(adapters, jax.tree_util.tree_map_with_path(load, kept, kept_shardings))
 
 
 def export_model(
@@ -112,15 +118,17 @@ def export_model(
     destination: Path,
     max_file_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a Hugging Face folder that `transformers` loads; appears whole or not at all.
+    """Writes a Hugging Face folder that `transformers` loads. The folder appears complete or not at all.
 
-    `config.json` and the tokenizer are those of `source`, the folder the run began from; the
-    weights are float32, adapters merged into them, in several files with an index where one would exceed
-    `max_file_bytes`.
-    An existing `destination` is replaced.
+    Args:
+      params: written in float32, with adapters merged into their matrices.
+      config: the shape of the model.
+      source: the folder from which the run started; its `config.json` and tokenizer are copied.
+      destination: replaced if it exists.
+      max_file_bytes: larger models are split into several files with an index.
 
     Raises:
-      UserError: if `source` cannot be read or `destination` not be written.
+      UserError: if `source` cannot be read or `destination` cannot be written.
     """
     staging = destination.with_name(destination.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
@@ -151,22 +159,22 @@ def _write_side_files(source: Path, folder: Path) -> None:
 def _write_tensors(
     params: Params, config: DecoderConfig, folder: Path, max_file_bytes: int
 ) -> None:
-    """Tensors in the order of `_layout`, a file's worth on the host at a time."""
-    layout = _layout(config)
+    """Writes the tensors in the order of `_tensor_map`, with the tensors of one file on the host at a time."""
+    tensor_map = _tensor_map(config)
     by_name = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
-    files = _split_into_files(layout, max_file_bytes)
+    files = _split_into_files(tensor_map, max_file_bytes)
     weight_map, total_size, pending = {}, 0, {}
     file_of = {name: i for i, names in enumerate(files) for name in names}
-    for parameter, pieces in layout.items():
+    for parameter, parts in tensor_map.items():
         host = _on_host(by_name[parameter])
         if config.lora and parameter + A in by_name:
             a, b = (_on_host(by_name[parameter + suffix]) for suffix in (A, B))
             host = merged(host, a, b, config.lora.scale)
-        for piece in pieces:
-            ours = host[piece.index]
-            theirs = ours.reshape(piece.shape[::-1]).T if piece.is_linear else ours
-            pending[piece.name] = np.array(theirs.reshape(piece.shape), order="C")
-            index = file_of[piece.name]
+        for part in parts:
+            ours = host[part.index]
+            theirs = ours.reshape(part.shape[::-1]).T if part.is_linear else ours
+            pending[part.name] = np.array(theirs.reshape(part.shape), order="C")
+            index = file_of[part.name]
             if len(pending) == len(files[index]):
                 file = WEIGHTS if len(files) == 1 else SHARD.format(index + 1, len(files))
                 save_file(pending, folder / file, metadata={"format": "pt"})
@@ -182,48 +190,57 @@ def _on_host(x: jax.Array) -> np.ndarray:
     return np.asarray(jax.device_get(x), np.float32)
 
 
-class _Piece(NamedTuple):
-    """A Hugging Face tensor, and the part `index` of one of our parameters that it is."""
+class _TensorPart(NamedTuple):
+    """A Hugging Face tensor, and the part of one of our parameters that it corresponds to.
+
+    Attributes:
+      name: of the tensor.
+      shape: of the tensor.
+      index: of the part.
+      is_linear: whether the tensor has the shape [out, in], and the part [in, ..., out].
+    """
 
     name: str
     shape: tuple[int, ...]
     index: Any = ...
-    is_linear: bool = False  # theirs is [out, in], ours [in, ..., out]
+    is_linear: bool = False
 
 
-def _split_into_files(layout: dict[str, list[_Piece]], max_bytes: int) -> list[list[str]]:
-    """Tensor names by file; a tensor larger than `max_bytes` has one of its own."""
+def _split_into_files(tensor_map: dict[str, list[_TensorPart]], max_bytes: int) -> list[list[str]]:
+    """Returns the tensor names of each file. A tensor larger than `max_bytes` gets a separate file."""
     files: list[list[str]] = [[]]
     size = 0
-    for piece in (piece for pieces in layout.values() for piece in pieces):
-        nbytes = 4 * math.prod(piece.shape)
+    for part in (part for parts in tensor_map.values() for part in parts):
+        nbytes = 4 * math.prod(part.shape)
         if files[-1] and size + nbytes > max_bytes:
             files.append([])
             size = 0
-        files[-1].append(piece.name)
+        files[-1].append(part.name)
         size += nbytes
     return files
 
 
-def _layout(c: DecoderConfig) -> dict[str, list[_Piece]]:
-    """Each of our parameters, by its path, and the Hugging Face tensors it is made of."""
-    layout = {
-        "embedding": [_Piece("model.embed_tokens.weight", (c.vocab_size, c.width))],
-        "final_norm": [_Piece("model.norm.weight", (c.width,))],
+def _tensor_map(c: DecoderConfig) -> dict[str, list[_TensorPart]]:
+    """Returns the Hugging Face tensors of each of our parameters, by the path of the parameter."""
+    tensor_map = {
+        "embedding": [_TensorPart("model.embed_tokens.weight", (c.vocab_size, c.width))],
+        "final_norm": [_TensorPart("model.norm.weight", (c.width,))],
     }
     if not c.tied_embeddings:
-        layout["unembedding"] = [_Piece("lm_head.weight", (c.vocab_size, c.width), is_linear=True)]
-    for parameter, pieces in _layer_layout(c).items():
-        layout[f"layers.{parameter}"] = [
-            piece._replace(name=f"model.layers.{i}.{piece.name}", index=(i, *piece.index))
-            for i in range(c.num_layers)
-            for piece in pieces
+        tensor_map["unembedding"] = [
+            _TensorPart("lm_head.weight", (c.vocab_size, c.width), is_linear=True)
         ]
-    return layout
+    for parameter, parts in _layer_tensor_map(c).items():
+        tensor_map[f"layers.{parameter}"] = [
+            part._replace(name=f"model.layers.{i}.{part.name}", index=(i, *part.index))
+            for i in range(c.num_layers)
+            for part in parts
+        ]
+    return tensor_map
 
 
-def _layer_layout(c: DecoderConfig) -> dict[str, list[_Piece]]:
-    """The same of one layer: names and indices without the layer's number."""
+def _layer_tensor_map(c: DecoderConfig) -> dict[str, list[_TensorPart]]:
+    """Returns the same for one layer, with names and indices that lack the number of the layer."""
     group = c.num_heads // c.num_kv_heads
     query_len, key_len = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     every = slice(None)
@@ -239,28 +256,30 @@ def _layer_layout(c: DecoderConfig) -> dict[str, list[_Piece]]:
         norms["query_norm"] = ("self_attn.q_norm", c.head_dim)
         norms["key_norm"] = ("self_attn.k_norm", c.head_dim)
 
-    def linear(name: str, shape: tuple[int, int], index: tuple = ()) -> _Piece:
-        return _Piece(f"{name}.weight", shape, index, is_linear=True)
+    def linear(name: str, shape: tuple[int, int], index: tuple = ()) -> _TensorPart:
+        return _TensorPart(f"{name}.weight", shape, index, is_linear=True)
 
-    layout = {name: [_Piece(f"{n}.weight", (size,), ())] for name, (n, size) in norms.items()}
-    layout["qkv"] = [
+    tensor_map = {
+        name: [_TensorPart(f"{n}.weight", (size,), ())] for name, (n, size) in norms.items()
+    }
+    tensor_map["qkv"] = [
         linear(f"self_attn.{name}_proj", (size, c.width), (every, every, part))
         for name, (size, part) in heads.items()
     ]
     if c.qkv_bias:
-        layout["qkv_bias"] = [
-            _Piece(f"self_attn.{name}_proj.bias", (size,), (every, part))
+        tensor_map["qkv_bias"] = [
+            _TensorPart(f"self_attn.{name}_proj.bias", (size,), (every, part))
             for name, (size, part) in heads.items()
         ]
-    layout["output"] = [linear("self_attn.o_proj", (c.width, query_len))]
+    tensor_map["output"] = [linear("self_attn.o_proj", (c.width, query_len))]
     if c.output_bias:
-        layout["output_bias"] = [_Piece("self_attn.o_proj.bias", (c.width,), ())]
-    layout["gate_up"] = [
+        tensor_map["output_bias"] = [_TensorPart("self_attn.o_proj.bias", (c.width,), ())]
+    tensor_map["gate_up"] = [
         linear("mlp.gate_proj", (c.mlp_width, c.width), (every, 0)),
         linear("mlp.up_proj", (c.mlp_width, c.width), (every, 1)),
     ]
-    layout["down"] = [linear("mlp.down_proj", (c.width, c.mlp_width))]
-    return layout
+    tensor_map["down"] = [linear("mlp.down_proj", (c.width, c.mlp_width))]
+    return tensor_map
 
 
 def _name(path: tuple) -> str:
@@ -268,36 +287,38 @@ def _name(path: tuple) -> str:
 
 
 class _TensorReader:
-    """Reads named tensors from one safetensors file or from several with an index."""
+    """Reads tensors by name, from one safetensors file or from several files with an index."""
 
     def __init__(self, folder: Path):
         if (folder / INDEX).is_file():
-            self._where = folder / INDEX
-            weight_map = read_json_object(self._where).get("weight_map")
+            self._path = folder / INDEX
+            weight_map = read_json_object(self._path).get("weight_map")
             if not isinstance(weight_map, dict):
-                raise UserError(f"{self._where}: no field 'weight_map'")
+                raise UserError(f"{self._path}: field 'weight_map' is missing")
             for name, file in weight_map.items():
                 if not isinstance(file, str) or Path(file).name != file:
-                    raise UserError(f"{self._where}: tensor {name!r} is said to be in {file!r}")
+                    raise UserError(
+                        f"{self._path}: the file of tensor {name!r} must be a file name, found {file!r}"
+                    )
             self._files = {name: folder / file for name, file in weight_map.items()}
         else:
-            self._where = folder / WEIGHTS
-            with _open_safetensors(self._where) as file:
-                self._files = dict.fromkeys(file.keys(), self._where)
+            self._path = folder / WEIGHTS
+            with _open_safetensors(self._path) as file:
+                self._files = dict.fromkeys(file.keys(), self._path)
 
     def check(self, expected: dict[str, tuple[int, ...]], *, ignored: set[str]) -> None:
-        """Compares names, shapes and dtypes with what the files' headers say."""
+        """Checks names, shapes and dtypes against the headers of the files."""
         if missing := sorted(expected.keys() - self._files.keys()):
-            raise UserError(f"{self._where}: {_listed('tensor', missing)} missing")
+            raise UserError(f"{self._path}: {_listed('tensor', missing)} missing")
         if surplus := sorted(self._files.keys() - expected.keys() - ignored):
-            raise UserError(f"{self._where}: {_listed('tensor', surplus)} not expected")
+            raise UserError(f"{self._path}: {_listed('tensor', surplus)} unexpected")
         for path in sorted(set(self._files.values())):
             with _open_safetensors(path) as file:
-                held = set(file.keys())
+                found = set(file.keys())
                 for name in sorted(n for n, p in self._files.items() if p == path):
-                    if name not in held:
+                    if name not in found:
                         raise UserError(
-                            f"{path}: tensor {name!r} is missing, though {INDEX} has it"
+                            f"{path}: tensor {name!r} is missing, although {INDEX} lists it"
                         )
                     if name in expected:
                         _check_tensor(path, name, file.get_slice(name), expected[name])
@@ -317,7 +338,7 @@ def _check_tensor(path: Path, name: str, header: Any, shape: tuple[int, ...]) ->
         raise UserError(f"{path}: tensor {name!r} has shape {found}, expected {shape}")
     if header.get_dtype() not in DTYPES:
         raise UserError(
-            f"{path}: tensor {name!r} is {header.get_dtype()}; {', '.join(DTYPES)} are covered"
+            f"{path}: tensor {name!r} is {header.get_dtype()}; supported are {', '.join(DTYPES)}"
         )
 
 
@@ -325,7 +346,7 @@ def _listed(what: str, names: list[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:3])
     if len(names) == 1:
         return f"{what} {shown} is"
-    return f"{len(names)} {what}s are ({shown}{', ...' if len(names) > 3 else ''})"
+    return f"{len(names)} {what}s ({shown}{', ...' if len(names) > 3 else ''}) are"
 
 
 def _open_safetensors(path: Path):

@@ -1,4 +1,4 @@
-"""From a Hugging Face `config.json` to a `DecoderConfig`: exactly, or not at all."""
+"""Converts a Hugging Face `config.json` to a `DecoderConfig`, or refuses it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from trapo_jax.types import UserError
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3")
 DEFAULT_THETA = 10_000.0
-# Any of these would change the result; this decoder computes none of them.
-UNCOVERED = (
+# Any of these fields would change the result, and the decoder supports none of them.
+UNSUPPORTED = (
     "mlp_bias",
     "quantization_config",
     "attn_logit_softcapping",
@@ -31,24 +31,19 @@ def read_config(
     attention: Implementation = "auto",
     lora: Lora | None = None,
 ) -> DecoderConfig:
-    """Reads the decoder's shape from `folder/config.json`; the rest is how it is computed.
+    """Reads the shape of a decoder from `folder/config.json`.
+
+    Args:
+      folder: the model folder.
+      dtype, remat, attention, lora: how the decoder is computed; see `DecoderConfig`.
 
     Raises:
-      UserError: naming file and field, for anything this decoder would not compute exactly.
+      UserError: if the decoder would not compute the model exactly. The error names file and field.
     """
     fields = _Fields(folder / "config.json")
     family = fields.get("model_type")
-    if family not in ARCHITECTURES:
-        raise fields.error(f"model_type {family!r} is not covered; {', '.join(ARCHITECTURES)} are")
-    for name in UNCOVERED:
-        if fields.get(name):
-            raise fields.error(f"{name} is not covered by this decoder")
     is_gemma = family == "gemma3_text"
-    activation_field, activation = (
-        ("hidden_activation", "gelu_pytorch_tanh") if is_gemma else ("hidden_act", "silu")
-    )
-    if (found := fields.get(activation_field, activation)) != activation:
-        raise fields.error(f"{activation_field} {found!r} is not covered; {activation!r} is")
+    _check_supported(fields, family, is_gemma=is_gemma)
     width, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
@@ -70,7 +65,7 @@ def read_config(
         head_dim=head_dim,
         rope=rope,
         norm_epsilon=fields.number("rms_norm_eps"),
-        # transformers' default, where the file is silent, is tied for Gemma alone.
+        # If the file does not say it, transformers ties the embeddings of Gemma alone.
         tied_embeddings=fields.flag("tie_word_embeddings", is_gemma),
         activation="gelu_tanh" if is_gemma else "silu",
         qkv_bias=has_bias or family == "qwen2",
@@ -90,11 +85,29 @@ def read_config(
     )
 
 
+def _check_supported(fields: "_Fields", family: Any, *, is_gemma: bool) -> None:
+    """Raises a `UserError` for a model that the decoder does not compute."""
+    if family not in ARCHITECTURES:
+        raise fields.error(
+            f"model_type {family!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        )
+    for name in UNSUPPORTED:
+        if fields.get(name):
+            raise fields.error(f"{name} is not supported")
+    activation_field, activation = (
+        ("hidden_activation", "gelu_pytorch_tanh") if is_gemma else ("hidden_act", "silu")
+    )
+    if (found := fields.get(activation_field, activation)) != activation:
+        raise fields.error(
+            f"{activation_field} {found!r} is not supported; expected {activation!r}"
+        )
+
+
 def read_eos_ids(folder: Path, tokenizer_eos_id: int) -> list[int]:
-    """Token ids that end a completion: the tokenizer's, and those of `generation_config.json`.
+    """Returns the token ids that end a completion: that of the tokenizer, and those of `generation_config.json`.
 
     Raises:
-      UserError: if that file is there and holds something else than ids.
+      UserError: if the file exists and its `eos_token_id` is not a list of ids.
     """
     path = folder / "generation_config.json"
     if not path.is_file():
@@ -107,14 +120,16 @@ def read_eos_ids(folder: Path, tokenizer_eos_id: int) -> list[int]:
 
 
 def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool, ...]:
-    """Which layers have a sliding window; empty if none has."""
+    """Returns for each layer whether it has a sliding window; empty if none has."""
     switched_off = family.startswith("qwen") and not fields.flag("use_sliding_window", False)
     if family == "llama" or switched_off or fields.get("sliding_window") is None:
         return ()
     if (types := fields.get("layer_types")) is not None:
         known = {"sliding_attention": True, "full_attention": False}
         if not isinstance(types, list) or len(types) != num_layers or set(types) - set(known):
-            raise fields.error(f"layer_types must be {num_layers} times one of {', '.join(known)}")
+            raise fields.error(
+                f"layer_types must be a list of {num_layers} entries among {', '.join(known)}"
+            )
         layers = tuple(known[name] for name in types)
     elif family == "gemma3_text":
         pattern = fields.integer("sliding_window_pattern", 6)
@@ -128,7 +143,7 @@ def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool
 
 
 def _read_ropes(fields: "_Fields", *, is_gemma: bool) -> tuple[Rope, Rope | None]:
-    """The rope of all layers, or Gemma's of full and of local layers.
+    """Returns the rotary embedding of all layers, or those of the full and the local layers of Gemma.
 
     transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
     """
@@ -149,10 +164,12 @@ def _read_ropes(fields: "_Fields", *, is_gemma: bool) -> tuple[Rope, Rope | None
 def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
     kind = data.get("rope_type", data.get("type", "default"))
     if kind not in ROPE_TYPES:
-        raise fields.error(f"rope type {kind!r} is not covered; {', '.join(ROPE_TYPES)} are")
+        raise fields.error(
+            f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
+        )
     partial = data.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
-        raise fields.error(f"partial_rotary_factor {partial!r} is not covered")
+        raise fields.error(f"partial_rotary_factor {partial!r} is not supported; expected 1.0")
 
     def number(name: str) -> float:
         value = data.get(name)
@@ -176,7 +193,7 @@ def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
 
 
 class _Fields:
-    """The fields of a JSON file; what is missing or of another type is named with the file."""
+    """The fields of a JSON file. Errors name the file and the field."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -190,13 +207,13 @@ class _Fields:
         return default if value is None else value
 
     def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
-        value = self._needed(name, default)
+        value = self._required(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.error(f"field {name!r} must be an integer >= {minimum}, found {value!r}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        value = self._needed(name, default)
+        value = self._required(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise self.error(f"field {name!r} must be a number > 0, found {value!r}")
         return float(value)
@@ -213,8 +230,8 @@ class _Fields:
             raise self.error(f"field {name!r} must be an object, found {value!r}")
         return value
 
-    def _needed(self, name: str, default: Any) -> Any:
+    def _required(self, name: str, default: Any) -> Any:
         value = self.get(name, default)
         if value is None:
-            raise self.error(f"no field {name!r}; is this a Hugging Face model folder?")
+            raise self.error(f"field {name!r} is missing; is this a Hugging Face model folder?")
         return value

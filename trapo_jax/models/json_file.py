@@ -1,4 +1,4 @@
-"""JSON files of a model folder, as data."""
+"""JSON files of a model folder."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,10 @@ from trapo_jax.types import UserError
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises:
-    UserError: in one line naming the file, if it cannot be read or holds no JSON object.
+    """Reads a JSON object.
+
+    Raises:
+      UserError: in one line that names the file, if it cannot be read or does not contain a JSON object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a matrix W that is kept computes `x W + alpha / rank x A B`.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): the frozen matrix W becomes `W + alpha / rank * A B`.
 
-A `[in, rank]` begins normal, B `[rank, out]` zero: a run begins with the model as it is. Where a tree of parameters
-holds adapters, they alone are trained.
+A `[in, rank]` is initialized with normal noise and B `[rank, out]` with zeros, so that training starts from the
+original model. If a tree of parameters contains adapters, only these are trained.
 """
 
 import dataclasses
@@ -15,7 +15,13 @@ SUFFIXES = A, B = "_lora_a", "_lora_b"
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which of a layer's matrices have an adapter: `targets` among qkv, output, gate_up and down."""
+    """The adapters of a decoder.
+
+    Attributes:
+      rank: the inner dimension of an adapter.
+      alpha: an adapter is scaled by `alpha / rank`.
+      targets: the matrices of a layer that have an adapter, among qkv, output, gate_up and down.
+    """
 
     rank: int
     alpha: float
@@ -27,7 +33,11 @@ class Lora:
 
 
 def split_trained(params: Any) -> tuple[Any, Any]:
-    """What is trained and what is kept, two trees: the adapters and the rest, or everything and nothing."""
+    """Splits parameters into the trained and the frozen ones.
+
+    Returns:
+      Two trees: the adapters and all other parameters, or, without adapters, all parameters and an empty tree.
+    """
     flat = flatten_dict(params)
     adapters = {path: leaf for path, leaf in flat.items() if path[-1].endswith(SUFFIXES)}
     if not adapters:
@@ -37,12 +47,22 @@ def split_trained(params: Any) -> tuple[Any, Any]:
 
 
 def join_trained(trained: Any, kept: Any) -> Any:
-    """The whole tree of `split_trained`."""
+    """Joins the two trees that `split_trained` returns."""
     return unflatten_dict({**flatten_dict(kept), **flatten_dict(trained)})
 
 
 def merged(weights: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    """The matrices `[L, *in, *out]` that compute what `weights` and its adapters `[L, *in, r]`, `[L, r, *out]` do."""
+    """Merges adapters into the matrices that they adapt.
+
+    Args:
+      weights: `[L, *in, *out]`, the matrix of each layer.
+      a: `[L, *in, rank]`.
+      b: `[L, rank, *out]`.
+      scale: see `Lora.scale`.
+
+    Returns:
+      `weights + scale * a b`.
+    """
     num_layers, rank = b.shape[:2]
     product = a.reshape(num_layers, -1, rank) @ b.reshape(num_layers, rank, -1)
     return weights + scale * product.reshape(weights.shape)

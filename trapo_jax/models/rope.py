@@ -13,15 +13,14 @@ Angles = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """How positions become angles.
+    """The frequencies of a rotary embedding.
 
     Attributes:
-      theta: the base of the frequencies.
-      scaling: none; "linear" divides every frequency by `factor`; "llama3" divides the low ones
-        and leaves the high ones, with a ramp between.
-      factor: by how much the context was extended.
-      low_freq_factor, high_freq_factor: where Llama 3's ramp begins and ends, in turns of
-        `original_len` positions.
+      theta: base of the frequencies.
+      scaling: "none"; "linear" divides all frequencies by `factor`; "llama3" divides the low frequencies, keeps
+        the high ones, and interpolates between them.
+      factor: ratio of the extended to the original context length.
+      low_freq_factor, high_freq_factor: ends of the interpolation of "llama3", in turns per `original_len` positions.
       original_len: context length before the extension, in tokens.
     """
 
@@ -33,7 +32,7 @@ class Rope:
     original_len: int = 8192
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians per position of each pair, float32 `[H / 2]`."""
+        """Returns the radians per position of each pair of dimensions, float32 `[H / 2]`."""
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         frequencies = 1.0 / np.float32(self.theta) ** exponents
         if self.scaling == "linear":
@@ -47,13 +46,13 @@ class Rope:
 
 
 def rope_angles(positions_BT: jax.Array, rope: Rope, head_dim: int) -> Angles:
-    """Cosine and sine `[B, T, 1, H / 2]` in float32."""
+    """Returns the cosine and sine of all angles, float32 `[B, T, 1, H / 2]`."""
     angles = positions_BT[..., None].astype(jnp.float32) * rope.frequencies(head_dim)
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
 def apply_rope(x_BTNH: jax.Array, angles: Angles) -> jax.Array:
-    """Rotates the pairs (h, h + H / 2), as the Hugging Face checkpoints expect."""
+    """Rotates the pairs of dimensions (h, h + H / 2), the pairing of Hugging Face checkpoints."""
     cos, sin = angles
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)

@@ -11,16 +11,18 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """Loads `tokenizer.json` of a local folder; never fetches, never runs the folder's code.
+    """Loads `tokenizer.json` from a local folder.
 
-    Not `AutoTokenizer`, which looks for code that the folder names and asks on the terminal whether to run it.
+    It never downloads anything and never runs code from the folder. `AutoTokenizer` would look for code that the
+    folder names, and ask on the terminal whether to run it.
 
     Raises:
-      UserError: naming the folder, if there is none that can be read, or it has no EOS token.
+      UserError: if the folder has no readable tokenizer, or the tokenizer has no EOS token. The error names the
+        folder.
     """
-    # Its tokenizers are all that is used here: no advice to install torch for its models.
+    # Only the tokenizers of transformers are used here: suppress its advice to install torch for the models.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers  # seconds to import
+    import transformers  # takes seconds to import
 
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: no tokenizer that can be loaded (no tokenizer.json)")

@@ -1,13 +1,13 @@
-"""Drawing one token per row, from numbers that depend on nothing but the request and the position."""
+"""Token sampling, with random numbers that depend only on the request and the position."""
 
 import jax
 import jax.numpy as jnp
 
-BLOCK_LEN = 256
+BLOCK_LEN = 256  # tokens of the vocabulary that are summed together
 
 
 def request_key(seed: jax.Array, step: jax.Array, problem_key: jax.Array, sample_index: jax.Array):
-    """fold_in(run seed, step, problem, sample index): one rollout's random key."""
+    """Returns the random key of a rollout: fold_in(run seed, step, problem, sample index)."""
     key = jax.random.key(seed)
     for number in (step, problem_key, sample_index):
         key = jax.random.fold_in(key, number)
@@ -21,24 +21,24 @@ def draw_tokens(
     temperatures_S: jax.Array,
     top_p_and_k_S: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token a row from `softmax(logits / temperature)`, and its log-probability there.
+    """Draws one token per row from `softmax(logits / temperature)`.
 
     Temperature 0 takes the most likely token; its log-probability is that at temperature 1.
 
-    A two-level inverse CDF: a block of the vocabulary by its mass, then a token within it. One
-    uniform number a row, no sort, no Gumbel noise over V; and sums of at most `BLOCK_LEN` and
-    V / BLOCK_LEN terms keep float32's rounding far below the smallest probability that matters.
-    The vocabulary comes first: sums over it take many rows at once.
+    The draw inverts the CDF in two levels: it chooses a block of the vocabulary by its mass, then a token within the
+    block. That takes one uniform number per row, no sort, and no Gumbel noise over V. Sums of at most `BLOCK_LEN` and
+    V / BLOCK_LEN terms keep the rounding of float32 far below the smallest relevant probability. The vocabulary is
+    the first axis, so that sums over it process many rows at once.
 
     Args:
-      keys_S: random keys, one a row; the position is folded in here.
-      positions_S: int32, the position the drawn token will have.
+      keys_S: random keys; the position is folded in here.
+      positions_S: int32, the position that the drawn token will have.
       logits_VS: float32.
       temperatures_S: float32, >= 0.
-      top_p_and_k_S: see `truncate`; None for the whole distribution, which needs no sort.
+      top_p_and_k_S: see `truncate`. None: the distribution is not truncated, and no sort is needed.
 
     Returns:
-      int32 `[S]` and float32 `[S]`; the log-probability is that of the whole distribution.
+      The tokens, int32 `[S]`, and their log-probabilities under the distribution before truncation, float32 `[S]`.
     """
     greedy_S = temperatures_S == 0
     logits_VS = logits_VS / jnp.where(greedy_S, 1.0, temperatures_S)
@@ -59,13 +59,21 @@ def draw_tokens(
     )
     chosen_S = jnp.take_along_axis(logits_VS, token_S[None], axis=0)[0]
     masses = jnp.sum(_in_blocks(weights_VS), axis=1)
-    total_S = jnp.cumsum(masses, axis=0)[-1]  # as `inverse_cdf` adds up
+    total_S = jnp.cumsum(masses, axis=0)[-1]  # summed in the same order as in `inverse_cdf`
     return token_S, chosen_S - highest_S - jnp.log(total_S)
 
 
 def truncate(logits_VS: jax.Array, top_p_S: jax.Array, top_k_S: jax.Array) -> jax.Array:
-    """The logits, -inf off the most likely tokens: the `top_k` first (0: all), and of these as many as it takes
-    for their probabilities to reach `top_p`. Tokens as likely as the last one stay."""
+    """Sets the logits of unlikely tokens to -inf.
+
+    Kept are the `top_k` most likely tokens, and of these the fewest whose probabilities, normalized over the `top_k`,
+    sum to at least `top_p`. Ties with the least likely kept token are kept, too.
+
+    Args:
+      logits_VS: float32.
+      top_p_S: float32, in (0, 1].
+      top_k_S: int32, >= 0; 0 for the whole vocabulary.
+    """
     descending = jnp.sort(logits_VS, axis=0, descending=True)
     vocab_size = len(logits_VS)
     among_k = jnp.arange(vocab_size)[:, None] < jnp.where(top_k_S == 0, vocab_size, top_k_S)
@@ -77,9 +85,13 @@ def truncate(logits_VS: jax.Array, top_p_S: jax.Array, top_k_S: jax.Array) -> ja
 
 
 def inverse_cdf(weights_VS: jax.Array, uniform_S: jax.Array) -> jax.Array:
-    """The index at which the cumulative sum of `weights` passes the share `uniform` in [0, 1) of all; int32 `[S]`.
+    """Returns the index at which the cumulative sum of weights exceeds a fraction of their total, int32 `[S]`.
 
-    Never an index of weight 0.
+    The weight at this index is never 0.
+
+    Args:
+      weights_VS: float32, >= 0, not necessarily normalized.
+      uniform_S: float32, the fraction, in [0, 1).
     """
     blocks = _in_blocks(weights_VS)
     _, block_len, num_rows = blocks.shape
@@ -95,7 +107,7 @@ def inverse_cdf(weights_VS: jax.Array, uniform_S: jax.Array) -> jax.Array:
 
 
 def _in_blocks(weights_VS: jax.Array) -> jax.Array:
-    """`[N, C, S]`: blocks of C tokens; what is lacking in the last weighs nothing."""
+    """Reshapes to `[N, C, S]`, blocks of C tokens, and pads the last block with zeros."""
     vocab_size, num_rows = weights_VS.shape
     block_len = min(BLOCK_LEN, vocab_size)
     num_blocks = -(-vocab_size // block_len)
@@ -104,8 +116,11 @@ def _in_blocks(weights_VS: jax.Array) -> jax.Array:
 
 
 def _first_above(masses: jax.Array, cdf: jax.Array, target: jax.Array) -> jax.Array:
-    """First index of positive mass with `cdf > target`; the last of positive mass if rounding
-    leaves none. (Parallel sums need not be monotone: mass is asked for explicitly.) int32 `[S]`."""
+    """Returns the first index of positive mass with `cdf > target`, int32 `[S]`.
+
+    If rounding leaves no such index, it is the last one of positive mass. Parallel sums need not be monotone, so the
+    mass is tested, too.
+    """
     size = len(masses)
     positive = masses > 0
     last_positive = size - 1 - jnp.argmax(positive[::-1], axis=0)
