@@ -1,4 +1,4 @@
-"""The decoder against transformers, for every architecture, and against itself by other ways."""
+"""The decoder equals transformers for every architecture, in whole rows and against a cache."""
 
 import dataclasses
 
@@ -39,10 +39,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-# transformers' model_type and what differs from SMALL.
+# The model_type of transformers, and what differs from SMALL.
 CASES = {
     "llama": ("llama", {"tie_word_embeddings": False}),
-    "llama tied, heads of their own width": ("llama", {"tie_word_embeddings": True, "head_dim": 8}),
+    "llama tied, with a separate head size": (
+        "llama",
+        {"tie_word_embeddings": True, "head_dim": 8},
+    ),
     "llama with biases": ("llama", {"attention_bias": True}),
     "llama 3 rope": ("llama", {"rope_scaling": LLAMA3}),
     "llama linear rope": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
@@ -70,7 +73,7 @@ def needs_torch():
 
 
 def make_theirs(kind, changes, folder):
-    """A random model, every parameter away from its initial 0 or 1, written by transformers."""
+    """A random model written by transformers, with no parameter at its initial value of 0 or 1."""
     torch = needs_torch()
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -92,7 +95,7 @@ def their_logits(model, token_ids, mask=None):
 
 
 class Ours:
-    """A model folder as we compute it: whole rows, and token by token against a cache."""
+    """A model folder computed by our decoder."""
 
     def __init__(self, folder):
         self.config = read_config(folder)
@@ -132,9 +135,9 @@ class Ours:
         return jax.lax.scan(step, cache, columns)[1].swapaxes(0, 1)
 
     def decoded_logits(self, token_ids):
-        """Three tokens at once, four more on top of them, the rest one by one, as an engine does.
+        """Three tokens at once, then four more, then the others one by one, as an engine computes them.
 
-        The cache is longer than the row, and what is not valid in it must not matter.
+        The cache is longer than the row, and its unfilled positions must not matter.
         """
         config, (num_rows, length) = self.config, token_ids.shape
         shape = (config.num_layers, num_rows, config.num_kv_heads)
@@ -156,7 +159,7 @@ class Ours:
         return np.concatenate([*logits, one_by_one], axis=1)
 
     def _extend(self, cache, start, token_ids):
-        """The cache with these tokens, of positions `start` on, and their logits."""
+        """Appends tokens from position `start` on; returns the cache and their logits."""
         num_rows, count = token_ids.shape
         positions = start + jnp.arange(count)
         hidden, (keys, values) = apply_decoder(
@@ -216,7 +219,7 @@ def test_tiny_model_equals_transformers():
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_memory_and_not_the_gradient(remat):
+def test_remat_saves_memory_and_keeps_the_gradient(remat):
     token_ids = np.random.default_rng(0).integers(3, 30, (4, 64))
     positions = np.broadcast_to(np.arange(64), token_ids.shape)
 
@@ -241,7 +244,7 @@ def test_remat_changes_memory_and_not_the_gradient(remat):
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("is_local", [None, True, False])
 def test_splash_attention_equals_plain_attention(window, is_local):
-    """In the interpreter; values and gradients, grouped heads, packed rows with pad."""
+    """Values and gradients in the interpreter, with grouped heads and packed, padded rows."""
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (2, 256, 4, 128))
     k, v = (jax.random.normal(key, (2, 256, 2, 128)) for key in keys[1:])

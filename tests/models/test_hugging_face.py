@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out, whole, broken and hostile."""
+"""Reading and writing Hugging Face folders, among them damaged and hostile ones."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ GQA = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """A random small model with grouped queries, untied embeddings and its own rope base."""
+    """A small random model with grouped queries, untied embeddings and an unusual rope base."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(GQA))
@@ -91,7 +91,7 @@ def test_export_in_several_files_equals_one(folder, tmp_path):
             np.testing.assert_array_equal(tensor, whole[name])
 
 
-def test_failed_export_leaves_what_was_there(folder, tmp_path):
+def test_a_failed_export_keeps_the_previous_folder(folder, tmp_path):
     config = read_config(folder)
     params = load_params(folder, config)
     kept = tmp_path / "kept"
@@ -136,9 +136,11 @@ print(memory("VmHWM") - before, sum(sizes), max(sizes))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to measure memory by")
-def test_loading_needs_little_memory_beside_the_parameters(tmp_path):
-    """On a CPU the devices' memory is the host's: what is allowed beyond is one stacked parameter and a tensor."""
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="memory is measured through /proc"
+)
+def test_loading_needs_little_memory_beyond_the_parameters(tmp_path):
+    """On a CPU, device memory is host memory. Beyond the parameters, one stacked parameter and one tensor are allowed."""
     data = {**GQA, "num_hidden_layers": 16, "hidden_size": 512, "intermediate_size": 2048}
     source = tmp_path / "source"
     source.mkdir()
@@ -201,7 +203,7 @@ def test_sharded_safetensors_equal_a_single_file(folder, tmp_path):
 
 
 @pytest.mark.parametrize("what", BREAKAGES)
-def test_broken_folders_are_named(what, folder):
+def test_damaged_folders_are_refused_by_name(what, folder):
     breakage, message = BREAKAGES[what]
     breakage(folder)
     with pytest.raises(UserError, match=message) as caught:
@@ -218,7 +220,7 @@ def test_broken_folders_are_named(what, folder):
         ('{"version": "1.0"}', "no tokenizer that can be loaded"),
     ],
 )
-def test_folder_without_a_good_tokenizer_is_named(content, message, folder):
+def test_a_folder_without_a_readable_tokenizer_is_refused_by_name(content, message, folder):
     if content is not None:
         (folder / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=message) as caught:

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they add, what is trained, what is exported."""
+"""Low-rank adapters: what they compute, what is trained, and what is exported."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def base_of(params):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_an_adapter_computes_what_its_merged_matrix_does(target):
+def test_an_adapter_equals_its_merged_matrix(target):
     config = with_adapters(target)
     params = init_params(config, seed=0)
     base = base_of(params)
@@ -64,7 +64,7 @@ def test_an_adapter_computes_what_its_merged_matrix_does(target):
     layers = params["layers"]
     b = jax.random.normal(jax.random.key(1), layers[target + B].shape)
     params = {**params, "layers": {**layers, target + B: b}}
-    # W + alpha / rank A B, written out for the one layer and the axes that are contracted.
+    # W + alpha / rank * A B, computed layer by layer over the contracted axes.
     num_in = 3 if target == "output" else 1
     product = np.stack([np.tensordot(a, b, 1) for a, b in zip(layers[target + A], b, strict=True)])
     assert layers[target + A].shape[1:-1] == layers[target].shape[1 : 1 + num_in]
@@ -81,7 +81,7 @@ def test_an_adapter_computes_what_its_merged_matrix_does(target):
     np.testing.assert_allclose(ours, whole["layers"][target], atol=1e-5)
 
 
-def test_trained_and_kept_are_the_whole():
+def test_trained_and_frozen_parameters_are_all_parameters():
     params = init_params(with_adapters("qkv", "down"), seed=0)
     trained, kept = split_trained(params)
     assert set(trained["layers"]) == {"qkv" + A, "qkv" + B, "down" + A, "down" + B}
@@ -93,14 +93,14 @@ def test_trained_and_kept_are_the_whole():
     assert split_trained(base) == (base, {})
 
 
-def test_a_step_changes_the_adapters_alone():
+def test_a_step_changes_only_the_adapters():
     config = with_adapters(*TARGETS)
     params = jax.device_get(init_params(config, seed=0))
     batch = build(*ragged_groups())
     difference, _, _ = sgd_step(make_method("trapo"), batch, params, config=config)
     adapters, rest = split_trained(difference)
     assert all(np.all(x == 0) for x in jax.tree.leaves(rest))
-    # At B = 0 no change of A changes anything; B's gradient is that of W times A.
+    # With B = 0 the gradient of A is 0, and the gradient of B is A times the gradient of W.
     for name, x in adapters["layers"].items():
         assert np.any(x) == name.endswith(B), name
     gradient, _, _ = sgd_step(make_method("trapo"), batch, base_of(params))
@@ -115,7 +115,7 @@ def test_a_step_changes_the_adapters_alone():
         np.testing.assert_allclose(by_b, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_the_optimizer_holds_nothing_for_what_is_kept():
+def test_the_optimizer_has_no_state_for_frozen_parameters():
     params = init_params(with_adapters("down"), seed=0)
     state = init_state(params, optax.adam(1e-3), one_device_mesh(), num_optimizers=2)
     for opt_state in (state.opt_state, *state.other_opt_states):
@@ -127,12 +127,12 @@ def test_adapters_are_sharded_like_their_matrices():
     mesh = AbstractMesh((2, 2, 2), ("data", "fsdp", "tp"))
     found = {k: tuple(v.spec) for k, v in param_shardings(shapes, mesh)["layers"].items()}
     for name in TARGETS:
-        num_in = 4 if name == "output" else 2  # with the layers
+        num_in = 4 if name == "output" else 2  # and the layer axis
         assert found[name + A] == (*found[name][:num_in], None)
         assert found[name + B] == (None, None, *found[name][num_in:])
 
 
-def test_flops_leave_out_the_gradients_of_kept_weights():
+def test_flops_exclude_the_gradients_of_frozen_weights():
     every, adapters = token_cost(CONFIG), token_cost(with_adapters("qkv"))
     assert every.num_trained == every.num_params
     num_adapters = CONFIG.num_layers * 3 * (16 + 2 * 4 * 4)

@@ -23,20 +23,22 @@ def test_inverse_cdf_over_many_blocks_never_takes_probability_zero():
     tokens = np.asarray(inverse_cdf(jnp.tile(probs[:, None], uniform.size), uniform))
     assert (probs[tokens] > 0).all()
     exact = np.searchsorted(np.cumsum(probs, dtype=np.float64), uniform, side="right")
-    assert (tokens == exact).mean() > 0.99  # the rest lie at a boundary, within rounding
+    assert (tokens == exact).mean() > 0.99  # rounding moves the others across a boundary
 
 
 def test_draws_follow_the_distribution():
-    """Chi-square over the top 200 of 50,000 words and the tail, 200,000 draws."""
+    """Chi-square test of 200,000 draws, over the 200 most likely of 50,000 tokens and the rest."""
     rng = np.random.default_rng(0)
-    num_words, num_rows, num_calls = 50_000, 2000, 100
-    logits = (3 * rng.normal(size=num_words)).astype(np.float32)
+    vocab_size, num_rows, num_calls = 50_000, 2000, 100
+    logits = (3 * rng.normal(size=vocab_size)).astype(np.float32)
     probs = np.exp(logits - logits.max(), dtype=np.float64)
     probs /= probs.sum()
     one_row = lambda key, position, logits: draw_tokens(
         key[None], position[None], logits[:, None], jnp.ones(1)
     )[0][0]
-    draw = jax.jit(jax.vmap(one_row, in_axes=(0, None, None)))  # rows share their logits: cheap
+    draw = jax.jit(
+        jax.vmap(one_row, in_axes=(0, None, None))
+    )  # rows share their logits, which is cheap
     keys = jax.random.split(jax.random.key(3), num_rows)
     tokens = np.concatenate([draw(keys, jnp.int32(p), logits) for p in range(num_calls)])
     top = np.argsort(probs)[::-1][:200]
@@ -59,14 +61,14 @@ def test_temperature_zero_is_greedy_and_temperature_scales():
 
 
 def test_logprobs_count_a_long_tail_of_improbable_tokens():
-    """Added one by one to 1, in float32, none of them would."""
-    num_words, num_rows = 150_000, 4
-    logits = np.full((num_words, num_rows), np.log(1e-8), np.float32)
+    """If they were added one by one to 1 in float32, the sum would stay 1."""
+    vocab_size, num_rows = 150_000, 4
+    logits = np.full((vocab_size, num_rows), np.log(1e-8), np.float32)
     logits[0] = 0.0
     keys = jax.random.split(jax.random.key(0), num_rows)
     tokens, logprobs = draw_tokens(keys, jnp.zeros(num_rows), logits, jnp.zeros(num_rows))
     np.testing.assert_array_equal(tokens, 0)
-    np.testing.assert_allclose(logprobs, -np.log1p(1e-8 * (num_words - 1)), rtol=2e-3)
+    np.testing.assert_allclose(logprobs, -np.log1p(1e-8 * (vocab_size - 1)), rtol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -74,11 +76,11 @@ def test_logprobs_count_a_long_tail_of_improbable_tokens():
     [
         (1.0, 0, [0, 1, 2, 3]),
         (1.0, 2, [1, 2]),
-        (0.5, 0, [2]),  # 0.5 alone reaches it
+        (0.5, 0, [2]),  # token 2 alone reaches it
         (0.51, 0, [1, 2]),
         (0.79, 0, [1, 2]),
-        (0.81, 0, [0, 1, 2, 3]),  # 0 and 3 are equally likely: both stay
-        (0.7, 3, [1, 2]),  # of the three first, scaled to 1: .5 / .9 and .8 / .9
+        (0.81, 0, [0, 1, 2, 3]),  # 0 and 3 are equally likely: both are kept
+        (0.7, 3, [1, 2]),  # normalized over the first three: .5 / .9 and .8 / .9
         (0.01, 0, [2]),
     ],
 )

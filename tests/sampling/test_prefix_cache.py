@@ -1,25 +1,26 @@
-"""Contexts: what is computed for them, in which order, and what is never computed twice."""
+"""The prefix cache: which rows hold which contexts, and what is prefilled in which order."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trapo_jax.sampling.prefix_cache import (
+    ContextCopy,
     ContextLookup,
     ContextTable,
     PrefillChunk,
     batch_chunks,
+    order_updates,
 )
 
 
-def test_a_prompt_is_computed_once_and_extended():
+def test_a_prompt_is_prefilled_once_and_extended():
     table = ContextTable(2)
     assert table.look_up("a", (1, 2, 3)) == ContextLookup(0, PrefillChunk(0, 0, (1, 2, 3)), None)
     assert table.look_up("a", (1, 2, 3)) == ContextLookup(0, None, None)
     assert table.look_up("a", (1, 2, 3, 4, 5)) == ContextLookup(0, PrefillChunk(0, 3, (4, 5)), None)
-    assert table.look_up("a", (1, 2, 3, 4)) == ContextLookup(
-        0, None, None
-    )  # a shorter prefix is there
+    # A shorter prefix is cached, too.
+    assert table.look_up("a", (1, 2, 3, 4)) == ContextLookup(0, None, None)
 
 
 def test_another_expert_copies_the_prompt():
@@ -30,20 +31,18 @@ def test_another_expert_copies_the_prompt():
     assert table.look_up("a", (1, 2, 7, 8)) == ContextLookup(1, PrefillChunk(1, 3, (8,)), None)
 
 
-def test_the_least_recently_used_row_makes_room_but_no_pinned_one():
+def test_the_least_recently_used_row_is_evicted_unless_it_is_pinned():
     table = ContextTable(2)
     table.look_up("a", (1,))
     table.look_up("b", (1,))
     assert table.look_up("c", (1,)) is None
     table.unpin_all()
     table.look_up("a", (1,))
-    assert table.look_up("c", (1,)) == ContextLookup(
-        1, PrefillChunk(1, 0, (1,)), None
-    )  # in place of b
+    assert table.look_up("c", (1,)) == ContextLookup(1, PrefillChunk(1, 0, (1,)), None)  # evicts b
     assert table.look_up("b", (1,)) is None
 
 
-def test_a_single_row_goes_another_way_in_place():
+def test_a_single_row_is_reused_for_a_diverging_context():
     table = ContextTable(1)
     table.look_up("a", (1, 2, 3))
     assert table.look_up("a", (1, 4)) is None
@@ -51,7 +50,7 @@ def test_a_single_row_goes_another_way_in_place():
     assert table.look_up("a", (1, 4)) == ContextLookup(0, PrefillChunk(0, 1, (4,)), None)
 
 
-def test_new_weights_forget_everything():
+def test_clear_forgets_all_contexts():
     table = ContextTable(1)
     table.look_up("a", (1, 2))
     table.unpin_all()
@@ -59,14 +58,31 @@ def test_new_weights_forget_everything():
     assert table.look_up("a", (1, 2)) == ContextLookup(0, PrefillChunk(0, 0, (1, 2)), None)
 
 
+def test_chunks_of_a_row_are_prefilled_together_before_the_row_is_copied():
+    table = ContextTable(3)
+    contexts = [(1, 2, 3), (1, 2, 3, 4), (1, 2, 5), (1, 2, 5, 6)]
+    updates = order_updates(table.look_up("a", context) for context in contexts)
+    assert updates == [
+        (PrefillChunk(0, 0, (1, 2, 3, 4)),),
+        ContextCopy(0, 1),
+        (PrefillChunk(1, 2, (5, 6)),),
+    ]
+
+
+def test_cached_contexts_need_no_updates():
+    table = ContextTable(1)
+    assert order_updates([table.look_up("a", (1, 2))]) == [(PrefillChunk(0, 0, (1, 2)),)]
+    assert order_updates([table.look_up("a", (1, 2))]) == []
+
+
 PROBLEMS = st.tuples(st.sampled_from("ab"), st.lists(st.integers(1, 2), max_size=6).map(tuple))
 
 
 @given(st.lists(st.lists(PROBLEMS, min_size=1, max_size=4), max_size=8), st.integers(1, 3))
-def test_rows_hold_what_was_asked_for(waves, num_rows):
+def test_rows_hold_the_contexts_that_were_looked_up(waves, num_rows):
     """Carrying out the copies and chunks gives every pinned row its context."""
     table = ContextTable(num_rows)
-    held = [()] * num_rows
+    rows = [()] * num_rows
     for wave in waves:
         table.unpin_all()
         wanted = {}
@@ -76,15 +92,15 @@ def test_rows_hold_what_was_asked_for(waves, num_rows):
                 assert len(wanted) == num_rows
                 break
             if found.copy:
-                held[found.copy[1]] = held[found.copy[0]]
+                rows[found.copy[1]] = rows[found.copy[0]]
             if found.chunk:
-                assert len(held[found.chunk.row]) >= found.chunk.start
-                kept = held[found.chunk.row][: found.chunk.start]
-                held[found.chunk.row] = kept + found.chunk.token_ids
+                assert len(rows[found.chunk.row]) >= found.chunk.start
+                kept = rows[found.chunk.row][: found.chunk.start]
+                rows[found.chunk.row] = kept + found.chunk.token_ids
             wanted.setdefault(found.row, []).append(context)
         for row, contexts in wanted.items():
             for context in contexts:
-                assert held[row][: len(context)] == context
+                assert rows[row][: len(context)] == context
 
 
 @given(st.lists(st.integers(1, 300), max_size=30), st.sampled_from([16, 64, 100]))

@@ -133,7 +133,7 @@ def compile_sampling(config: Config, decoder: DecoderConfig, mesh: Mesh) -> tupl
             max_new=sampling.max_completion_length,
         )
     )
-    contexts, slots = abstract_like(shapes, state_shardings(replica))
+    contexts, slots = abstract_like(shapes, state_shardings(replica, layout))
     params = abstract_sampling_params(decoder, replica)
     prefill = compile_program(
         PREFILL,

@@ -73,7 +73,7 @@ def make_programs(
       layout: for decoding.
       segment_len, eos_ids, with_truncation: see `EngineSpec`.
     """
-    for_contexts, for_slots = state_shardings(mesh)
+    for_contexts, for_slots = state_shardings(mesh, layout)
     replicated = NamedSharding(mesh, P())
     decoding = dataclasses.replace(config, layout=layout)
     return Programs(
@@ -152,8 +152,18 @@ def init_state(
     )
 
 
-def state_shardings(mesh: Mesh) -> tuple[KVCache, Slots]:
-    """Returns the shardings of contexts and slots: keys and values are split by heads, the rest is replicated."""
-    by_heads = KVCache(*(NamedSharding(mesh, P(None, None, TENSOR_AXIS)),) * 2)
+def state_shardings(mesh: Mesh, layout: StorageLayout) -> tuple[KVCache, Slots]:
+    """Returns the shardings of contexts and slots: keys and values are split by heads, the rest is replicated.
+
+    Args:
+      mesh: see `make_programs`.
+      layout: of the slots.
+    """
+
+    def by_heads(layout: StorageLayout) -> KVCache:
+        sharding = NamedSharding(mesh, P(*[None] * layout.head_axis, TENSOR_AXIS))
+        return KVCache(sharding, sharding)
+
     replicated = NamedSharding(mesh, P())
-    return by_heads, Slots(by_heads, *(replicated,) * (len(Slots._fields) - 1))
+    slots = Slots(by_heads(layout), *(replicated,) * (len(Slots._fields) - 1))
+    return by_heads(Stacked()), slots

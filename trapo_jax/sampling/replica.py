@@ -78,7 +78,7 @@ class Replica:
             cache_len=cache_len,
             max_new=spec.max_completion_length,
         )
-        self._init = jax.jit(init, out_shardings=state_shardings(mesh))
+        self._init = jax.jit(init, out_shardings=state_shardings(mesh, layout))
         self._shapes = jax.eval_shape(init)
         self._contexts: Any = None
         self._slots: Any = None

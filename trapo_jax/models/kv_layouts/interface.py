@@ -33,11 +33,13 @@ class StorageLayout(abc.ABC):
         of it saves nothing.
       needs_resize: whether the cache must be resized to the rows and positions in use, because `attend` reads all of
         it.
+      head_axis: axis of the key-value heads in the arrays of a cache.
     """
 
     converts_weights: ClassVar[bool] = False
     reads_filled_only: ClassVar[bool] = False
     needs_resize: ClassVar[bool] = False
+    head_axis: ClassVar[int] = 2
 
     @abc.abstractmethod
     def init_layers(

@@ -124,6 +124,7 @@ class PerLayerTransposed(PerLayer):
 
     reads_filled_only: ClassVar[bool] = False
     needs_resize: ClassVar[bool] = True
+    head_axis: ClassVar[int] = 1
 
     def matmul(self, x_BTI, weights, *, num_contracted):
         del num_contracted  # the contracted axes are one axis, the last

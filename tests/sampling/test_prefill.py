@@ -1,0 +1,54 @@
+"""Prefill and cached prefixes on the device, seen through the engine."""
+
+import numpy as np
+
+from support.engines import make_engine, requests_of, sample, trainer_logprobs
+from trapo_jax.types import Expert, Problem, RolloutRequest
+
+
+def test_prefilled_tokens_are_prompts_and_distinct_extensions(decoder, params, problems):
+    """For any number of rollouts. The last token of a context is decoded, not prefilled."""
+    engine = make_engine(decoder, params, num_contexts=8)
+    requests = requests_of(problems[:8], group=6, ratios=(0.0, 0.2, 0.5))
+    completions = sample(engine, requests)
+    expected = sum(
+        len(p.prompt_ids) + int(0.5 * len(p.experts[0].token_ids)) - 1 for p in problems[:8]
+    )
+    assert engine.stats().prefilled_tokens == expected
+    assert engine.stats().decoded_tokens == sum(len(c.token_ids) for c in completions.values())
+    assert engine.stats().slot_tokens >= engine.stats().decoded_tokens
+    # New weights invalidate the prefix cache, so the same requests cost the same again.
+    engine.update_weights(params)
+    sample(engine, requests)
+    assert engine.stats().prefilled_tokens == 2 * expected
+
+
+def test_two_experts_and_long_prefixes_in_chunks(decoder, params, problems):
+    """Rows that are copied, extended and prefilled in chunks give the logprobs of a full forward pass."""
+    first = problems[0].experts[0]
+    second = Expert((*first.token_ids[:3], *first.token_ids[9:30]))
+    problem = Problem("e" * 16, problems[0].prompt_ids, "", (first, second))
+    requests = [
+        RolloutRequest(problem, j, 0, expert if length else -1, length)
+        for j, (expert, length) in enumerate([(0, 0), (0, 21), (1, 5), (1, 20), (0, 8), (0, 23)])
+    ]
+    for options in ({"prefill_tokens": 16}, {"num_contexts": 1}, {"num_slots": 2}):
+        completions = sample(make_engine(decoder, params, **options), requests)
+        assert len(completions) == len(requests)
+        for completion in completions.values():
+            expected = trainer_logprobs(decoder, params, completion, 1.0)
+            np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_a_view_of_a_long_cache_gives_the_same_logprobs(decoder, params, problems):
+    """With views of 256, 512 and all 616 positions, as the longest running row requires."""
+    rng = np.random.default_rng(0)
+    engine = make_engine(decoder, params, max_completion_length=600, num_slots=2)
+    problem = problems[0]
+    for prefix_len in (10, 230, 500):
+        expert = Expert(tuple(rng.choice(problem.experts[0].token_ids[:-1], 590).tolist()))
+        long = Problem(f"{prefix_len:016x}", problem.prompt_ids, "", (expert,))
+        requests = [RolloutRequest(long, 0, 0, 0, prefix_len), RolloutRequest(problem, 0)]
+        for completion in sample(engine, requests).values():
+            expected = trainer_logprobs(decoder, params, completion, 1.0)
+            np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
