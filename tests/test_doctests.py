@@ -24,6 +24,7 @@ MODULES = (
     "trapo_jax.rewards.extraction",
     "trapo_jax.rewards.math",
     "trapo_jax.rewards.multiple_choice",
+    "trapo_jax.sampling.prefix_cache",
 )
 
 
