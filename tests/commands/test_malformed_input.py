@@ -15,7 +15,7 @@ GOOD_ROW = {"prompt": "?r:12345=", "answer": "54321", "solution": "r54321;#54321
 GOOD_ROWS = [{**GOOD_ROW, "prompt": f"?{op}:12345="} for op in "rlt"]
 
 
-def assert_one_line(capsys, code, tmp_path, *mentions):
+def assert_one_line_error(capsys, code, tmp_path, *mentions):
     stderr = capsys.readouterr().err
     assert code == 2
     assert stderr.startswith("error: ")
@@ -25,19 +25,19 @@ def assert_one_line(capsys, code, tmp_path, *mentions):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("what", BREAKAGES)
-def test_broken_model_folders(what, tmp_path, capsys):
+@pytest.mark.parametrize("case", BREAKAGES)
+def test_broken_model_folder_is_reported_in_one_line(case, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(TINY_MODEL, folder)
-    BREAKAGES[what][0](folder)
+    BREAKAGES[case][0](folder)
     before = sorted(tmp_path.rglob("*"))
     code = train([f"model.path={folder}", f"output_dir={tmp_path / 'out'}"])
-    assert_one_line(capsys, code, tmp_path, folder)
+    assert_one_line_error(capsys, code, tmp_path, folder)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(("name", "make", "_"), MALFORMED, ids=[m[0] for m in MALFORMED])
-def test_malformed_data_files(name, make, _, tmp_path, capsys):
+def test_malformed_data_file_is_reported_in_one_line(name, make, _, tmp_path, capsys):
     file = tmp_path / "data" / name
     file.parent.mkdir()
     make(file)
@@ -45,11 +45,11 @@ def test_malformed_data_files(name, make, _, tmp_path, capsys):
     code = train(
         ["data.source=files", f"data.train_files={file}", f"output_dir={tmp_path / 'out'}"]
     )
-    assert_one_line(capsys, code, tmp_path, str(file).replace("\0", "\\x00"))
+    assert_one_line_error(capsys, code, tmp_path, str(file).replace("\0", "\\x00"))
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# (rows, more of the command line, what the line says)
+# (rows, more of the command line, case the line says)
 ROWS = {
     "missing column": (
         [{"question": "?", "answer": "2"}],
@@ -87,9 +87,9 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("what", ROWS)
-def test_malformed_rows(what, tmp_path, capsys):
-    rows, more, message = ROWS[what]
+@pytest.mark.parametrize("case", ROWS)
+def test_malformed_rows_are_reported_in_one_line(case, tmp_path, capsys):
+    rows, more, message = ROWS[case]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [
@@ -97,19 +97,19 @@ def test_malformed_rows(what, tmp_path, capsys):
         *("data.num_validation=1", "data.num_test=1", "train.problems_per_step=1"),
         f"output_dir={tmp_path / 'out'}",
     ]
-    assert_one_line(capsys, train(arguments), tmp_path, message)
+    assert_one_line_error(capsys, train(arguments), tmp_path, message)
 
 
-def test_evaluation_of_malformed_data(tmp_path, capsys):
+def test_evaluate_reports_malformed_data_in_one_line(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "1 + 1?"}\n')
     code = evaluate(
         [f"data.test_files={file}", "data.columns.preset=trl", f"output_dir={tmp_path / 'out'}"]
     )
-    assert_one_line(capsys, code, tmp_path, file, "row 1, column 'answer': missing")
+    assert_one_line_error(capsys, code, tmp_path, file, "row 1, column 'answer': missing")
 
 
-def test_a_real_process_prints_no_traceback(tmp_path):
+def test_process_prints_no_traceback_for_a_broken_model(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(TINY_MODEL, folder)
     weights = folder / "model.safetensors"

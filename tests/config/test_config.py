@@ -23,14 +23,14 @@ def load(*arguments):
     return load_config(Config, *parse_command_line(arguments))
 
 
-def test_defaults_are_the_shipped_file():
+def test_shipped_config_lists_every_default():
     file = REPOSITORY / "configs" / "smoke_cpu.yaml"
     assert load_config(Config, file, []) == Config()
     # ... and every field stands in it, so that it can be read and copied.
     assert yaml.safe_load(file.read_text()) == yaml.safe_load(Config().to_yaml())
 
 
-def test_three_ways_to_override():
+def test_overrides_have_three_forms():
     for arguments in (
         ["train.num_steps=7"],
         ["--train.num_steps", "7"],
@@ -39,21 +39,21 @@ def test_three_ways_to_override():
         assert load(*arguments).train.num_steps == 7
 
 
-def test_overrides_win_over_the_file(tmp_path):
+def test_overrides_take_precedence_over_the_file(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("seed: 3\ntrain: {num_steps: 5, warmup_steps: 1}\n")
     config = load("--config", str(file), "train.num_steps=9")
     assert (config.seed, config.train.num_steps, config.train.warmup_steps) == (3, 9, 1)
 
 
-def test_scientific_notation_is_a_number(tmp_path):
+def test_scientific_notation_is_parsed_as_a_number(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("train:\n  learning_rate: 1e-6\n")
     assert load("--config", str(file)).train.learning_rate == 1e-6
     assert load("train.learning_rate=2.5E-5").train.learning_rate == 2.5e-5
 
 
-def test_resolved_yaml_loads_again(tmp_path):
+def test_resolved_yaml_round_trips(tmp_path):
     config = load("method.name=grpo", "method.expert_weight=0.25", "mesh.tp=1")
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
@@ -163,13 +163,15 @@ def assert_refused(capsys, arguments, message, folder):
 
 
 @pytest.mark.parametrize(("arguments", "message"), COMMAND_LINES, ids=[x[1] for x in COMMAND_LINES])
-def test_mistaken_command_line_is_one_clear_line(arguments, message, tmp_path, capsys, monkeypatch):
+def test_command_line_mistake_is_reported_in_one_line(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(REPOSITORY)
     assert_refused(capsys, arguments, message, tmp_path)
 
 
 @pytest.mark.parametrize(("text", "message"), FILES, ids=[x[1] for x in FILES])
-def test_mistaken_file_is_one_clear_line_with_its_name(text, message, tmp_path, capsys):
+def test_mistake_in_a_file_is_reported_in_one_line_that_names_it(text, message, tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_bytes(text.encode(errors="surrogateescape"))
     assert_refused(capsys, ["--config", str(file)], message, tmp_path)
@@ -178,7 +180,7 @@ def test_mistaken_file_is_one_clear_line_with_its_name(text, message, tmp_path, 
     assert str(caught.value).startswith(str(file))
 
 
-def test_several_mistakes_are_several_lines():
+def test_each_mistake_is_reported_in_its_own_line():
     with pytest.raises(UserError) as caught:
         load("train.num_step=3", "seed=-1")
     assert len(str(caught.value).splitlines()) == 2
@@ -198,7 +200,7 @@ def test_several_mistakes_are_several_lines():
         ),
     ],
 )
-def test_an_output_dir_that_cannot_be_is_one_line_too(name, message, tmp_path, capsys):
+def test_unusable_output_dir_is_reported_in_one_line(name, message, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.txt").write_text("mine")
@@ -207,7 +209,7 @@ def test_an_output_dir_that_cannot_be_is_one_line_too(name, message, tmp_path, c
     assert_refused(capsys, [f"output_dir={json.dumps(str(tmp_path / name))}"], message, tmp_path)
 
 
-def test_the_command_exits_with_2_and_creates_nothing(tmp_path):
+def test_command_with_a_mistake_exits_with_2_and_creates_nothing(tmp_path):
     result = run_command("trapo_jax.train", f"output_dir={tmp_path}/run", "train.num_step=3")
     assert result.returncode == 2
     assert "did you mean train.num_steps?" in result.stderr
@@ -215,14 +217,14 @@ def test_the_command_exits_with_2_and_creates_nothing(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, capsys, monkeypatch):
+def test_tilde_in_output_dir_is_expanded(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "file").write_text("mine")
     assert train(["output_dir=~/file"]) == 2
     assert f"output_dir={tmp_path}/file: a file is in the way" in capsys.readouterr().err
 
 
-def test_help_command():
+def test_help_command_prints_the_fields():
     result = run_command("trapo_jax.train", "--help")
     assert result.returncode == 0
     assert "train.learning_rate  (float, 0.0002)" in result.stdout
@@ -237,7 +239,7 @@ def test_help_command():
         ("return 3", 3, ""),
     ],
 )
-def test_a_command_ends_without_a_traceback(main, code, error):
+def test_command_never_ends_with_a_traceback(main, code, error):
     program = f"from trapo_jax.runs.command_line import as_command\ndef main():\n    {main}\nas_command(main)"
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)

@@ -31,11 +31,11 @@ SIZES = {"num_train": 128, "num_validation": 256, "num_test": 256}
         ("o", "32145"),
     ],
 )
-def test_operations(operation, result):
+def test_each_operation_moves_the_digits_as_documented(operation, result):
     assert apply_operation(operation, "12345") == result
 
 
-def test_clean_trace_of_the_documentation():
+def test_trace_equals_the_documented_example():
     trace = expert_trace(random.Random(0), "rsm", "48137", noise=False)
     assert trace == "r73184;s37184;m38174;#38174"
 
@@ -60,7 +60,7 @@ def replay(prompt: str, solution: str) -> tuple[str, int, int]:
     return digits, fillers, leaps
 
 
-def test_experts_are_right_and_careless_in_style():
+def test_careless_experts_are_correct_with_fillers_and_leaps():
     examples = card_shuffles_splits(seed=3, num_train=3000, num_validation=1, num_test=1)["train"]
     num_steps = num_fillers = num_leaps = 0
     for example in examples:
@@ -73,7 +73,7 @@ def test_experts_are_right_and_careless_in_style():
     assert 0.055 < num_leaps / num_steps < 0.075  # 8 % of the steps that are not the last
 
 
-def test_splits_are_disjoint_and_of_the_right_size():
+def test_splits_are_disjoint_and_have_the_requested_sizes():
     splits = card_shuffles_splits(seed=0, **SIZES)
     prompts = {name: {e.prompt for e in split} for name, split in splits.items()}
     assert {name: len(p) for name, p in prompts.items()} == {
@@ -85,25 +85,25 @@ def test_splits_are_disjoint_and_of_the_right_size():
     assert {e.source for e in splits["train"]} == {"K=3", "K=4", "K=5"}
 
 
-def test_programs_are_distinct_operations():
+def test_programs_do_not_repeat_operations():
     for example in card_shuffles_splits(seed=0, **SIZES)["train"]:
         program = example.prompt[1:].split(":")[0]
         assert set(program) <= set(OPERATIONS)
         assert len(set(program)) == len(program)
 
 
-def test_deterministic_by_seed():
+def test_seed_determines_the_splits():
     assert card_shuffles_splits(seed=5, **SIZES) == card_shuffles_splits(seed=5, **SIZES)
     assert card_shuffles_splits(seed=5, **SIZES) != card_shuffles_splits(seed=6, **SIZES)
 
 
-def test_early_difficulty_begins_with_the_unfamiliar_operation():
+def test_early_programs_start_with_the_unfamiliar_operation():
     for example in card_shuffles_splits(seed=0, **SIZES, difficulty="early")["train"]:
         assert re.fullmatch(rf"\?{UNFAMILIAR}[rltsexm]{{1,2}}:\d{{5}}=", example.prompt)
         replay(example.prompt, example.solutions[0])
 
 
-def test_a_clean_expert_solves_the_same_problems_step_by_step():
+def test_clean_experts_solve_the_same_problems_step_by_step():
     careless = card_shuffles_splits(seed=0, **SIZES)
     clean = card_shuffles_splits(seed=0, **SIZES, style="clean")
     for name, examples in clean.items():
@@ -128,12 +128,12 @@ def test_a_clean_expert_solves_the_same_problems_step_by_step():
         ("#٣٨١٧٤<eos>", Verdict.WRONG),  # other scripts' digits
     ],
 )
-def test_verifier(response, verdict):
+def test_grades_of_responses(response, verdict):
     verify = card_shuffles_verifier("<eos>")
     assert verify(response, Problem("0" * 16, (1,), "38174")) is verdict
 
 
-def test_expert_solutions_pass_the_verifier(problems, tokenizer):
+def test_expert_solutions_are_graded_correct(problems, tokenizer):
     verify = card_shuffles_verifier(tokenizer.eos_token)
     for problem in problems:
         text = tokenizer.decode(problem.experts[0].token_ids)
@@ -146,7 +146,7 @@ def test_tokenizer_round_trips(problems, tokenizer):
         assert tokenizer.unk_token_id not in problem.prompt_ids + problem.experts[0].token_ids
 
 
-def test_batches_are_permutations_without_repeats():
+def test_each_epoch_is_a_new_permutation():
     batches = problem_batches(list(range(10)), batch_size=4, seed=0)  # type: ignore[arg-type]
     epochs = [[*batches[2 * e], *batches[2 * e + 1]] for e in range(4)]
     for epoch in epochs:
@@ -156,7 +156,7 @@ def test_batches_are_permutations_without_repeats():
     assert again[5] == batches[5]
 
 
-def test_long_prompts_are_refused(tokenizer):
+def test_overlong_prompts_raise(tokenizer):
     from trapo_jax.types import UserError
 
     examples = card_shuffles_splits(seed=0, num_train=4, num_validation=1, num_test=1)["train"]

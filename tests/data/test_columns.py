@@ -13,7 +13,7 @@ from trapo_jax.data.columns import expert_text
 from trapo_jax.data.sources import Row
 from trapo_jax.types import UserError
 
-OWN = Columns("q", "a", ("s",))
+COLUMNS = Columns("q", "a", ("s",))
 SYSTEM = {"role": "system", "content": "Think twice."}
 
 
@@ -21,7 +21,7 @@ def rows_of(*values):
     return [Row("f.jsonl", i, value) for i, value in enumerate(values, start=1)]
 
 
-def one_example(value, columns=OWN):
+def example_from(value, columns=COLUMNS):
     (example,), _ = examples_from_rows(rows_of(value), columns)
     return example
 
@@ -43,7 +43,7 @@ def verl_row(**changes):
     return row | changes
 
 
-def test_verl_from_parquet(tmp_path):
+def test_verl_preset_reads_parquet(tmp_path):
     file = tmp_path / "train.parquet"
     pq.write_table(pa.Table.from_pylist([verl_row()] * 3), file)
     examples, report = examples_from_rows(read_rows([str(file)]), COLUMN_PRESETS["verl"])
@@ -52,10 +52,10 @@ def test_verl_from_parquet(tmp_path):
     assert (report.num_read, report.num_kept, report.dropped, report.notes) == (3, 3, {}, {})
 
 
-def test_verl_with_target_alone_or_without_any_expert():
-    alone = one_example(verl_row(extra_info={"index": 0}), COLUMN_PRESETS["verl"])
+def test_verl_preset_falls_back_to_target_and_then_to_no_expert():
+    alone = example_from(verl_row(extra_info={"index": 0}), COLUMN_PRESETS["verl"])
     assert alone.solutions == ("One and one.",)
-    text = one_example(verl_row(extra_info=None, target="It is 2."), COLUMN_PRESETS["verl"])
+    text = example_from(verl_row(extra_info=None, target="It is 2."), COLUMN_PRESETS["verl"])
     assert text.solutions == ("It is 2.",)
     bare = verl_row(extra_info={"index": 0})
     del bare["target"]
@@ -64,24 +64,24 @@ def test_verl_with_target_alone_or_without_any_expert():
     assert report.notes == {"without an expert solution": 1}
 
 
-def test_trl_with_text_and_with_messages():
+def test_trl_preset_reads_text_and_chat_messages():
     trl = COLUMN_PRESETS["trl"]
-    text = one_example({"prompt": "1 + 1?", "solution": "One more is 2.", "answer": "2"}, trl)
+    text = example_from({"prompt": "1 + 1?", "solution": "One more is 2.", "answer": "2"}, trl)
     assert text == Example("1 + 1?", "2", ("One more is 2.",), "")
-    chat = one_example({"prompt": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}, trl)
+    chat = example_from({"prompt": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}, trl)
     assert chat == Example((Message("user", "1 + 1?"),), "2", (), "")
 
 
 @pytest.mark.parametrize(
     ("last_line", "answer"), [("#### 42", "42"), ("#### 1,080", "1080"), ("####-3.5 ", "-3.5")]
 )
-def test_gsm8k(last_line, answer):
+def test_gsm8k_preset_takes_the_answer_after_the_marker(last_line, answer):
     text = f"She has <<40+2=42>>42 of them.\n{last_line}"
-    example = one_example({"question": "How many?", "answer": text}, COLUMN_PRESETS["gsm8k"])
+    example = example_from({"question": "How many?", "answer": text}, COLUMN_PRESETS["gsm8k"])
     assert example == Example("How many?", answer, (text.strip(),), "")
 
 
-def test_own_columns_with_dots_and_several_experts():
+def test_custom_columns_with_dotted_paths_and_several_experts():
     columns = Columns("in.text", "out", ("a", "b.c", "d?"), source="kind")
     value = {
         "in": {"text": "Q"},
@@ -90,17 +90,17 @@ def test_own_columns_with_dots_and_several_experts():
         "b": {"c": "y"},
         "kind": "k",
     }
-    assert one_example(value, columns) == Example("Q", "7", ("x", "y"), "k")
+    assert example_from(value, columns) == Example("Q", "7", ("x", "y"), "k")
 
 
 @pytest.mark.parametrize(
     ("value", "answer"), [(7, "7"), (7.0, "7"), (0.5, "0.5"), (" x ", "x"), (-1, "-1")]
 )
 def test_answers_are_text_or_numbers(value, answer):
-    assert one_example({"q": "Q", "a": value, "s": "S"}).answer == answer
+    assert example_from({"q": "Q", "a": value, "s": "S"}).answer == answer
 
 
-def test_the_source_of_rows_that_name_none():
+def test_rows_without_a_source_get_the_default_source():
     columns = Columns("q", "a", source="kind?")
     rows = rows_of({"q": "Q", "a": "1"}, {"q": "Q", "a": "1", "kind": "k"})
     examples, _ = examples_from_rows(rows, columns, default_source="mine")
@@ -118,7 +118,7 @@ def test_the_source_of_rows_that_name_none():
         ("  ", ""),
     ],
 )
-def test_the_expert_is_the_inside_of_think(solution, text):
+def test_expert_text_is_the_content_of_think(solution, text):
     assert expert_text(solution) == text
 
 
@@ -139,7 +139,7 @@ def test_dropped_rows_are_counted_by_reason():
         good | {"s": ""},
         good | {"s": None},
     )
-    examples, report = examples_from_rows(rows, OWN)
+    examples, report = examples_from_rows(rows, COLUMNS)
     assert [example.solutions for example in examples] == [("S",), (), ()]
     assert report.dropped == {
         "with an empty prompt": 4,
@@ -153,55 +153,55 @@ def test_dropped_rows_are_counted_by_reason():
     )
 
 
-def test_gsm8k_without_the_marker_is_counted():
+def test_rows_without_the_answer_marker_are_counted():
     rows = rows_of({"question": "Q", "answer": "#### 1"}, {"question": "Q", "answer": "1"})
     _, report = examples_from_rows(rows, COLUMN_PRESETS["gsm8k"])
     assert report.dropped == {"without #### in the answer": 1}
 
 
-def test_nothing_usable_stops_with_the_counts():
+def test_no_usable_row_raises_with_counts():
     rows = rows_of({"q": "", "a": "1", "s": ""}, {"q": "Q", "a": "", "s": ""})
     with pytest.raises(UserError, match="no usable row: 0 of 2 kept; dropped: 1 with an empty ans"):
-        examples_from_rows(rows, OWN)
+        examples_from_rows(rows, COLUMNS)
 
 
 GOOD = {"q": "Q", "a": "1", "s": "S", "deep": {"x": "X"}}
 MALFORMED = [
-    ({"a": "1", "s": "S"}, OWN, r"column 'q': missing; there are a, s"),
-    ({"q": "Q", "s": "S"}, OWN, r"column 'a': missing"),
-    ({"q": "Q", "a": "1"}, OWN, r"column 's': missing"),
+    ({"a": "1", "s": "S"}, COLUMNS, r"column 'q': missing; there are a, s"),
+    ({"q": "Q", "s": "S"}, COLUMNS, r"column 'a': missing"),
+    ({"q": "Q", "a": "1"}, COLUMNS, r"column 's': missing"),
     (GOOD, Columns("deep.y", "a"), r"column 'deep\.y': missing; there are q, a, s, deep\.x"),
     (GOOD, Columns("q.x", "a"), r"column 'q\.x': is str \('Q'\), not an object with a field 'x'"),
-    (GOOD | {"q": 7}, OWN, r"column 'q': is int \(7\), not text or a list of chat messages"),
-    (GOOD | {"q": ["Q"]}, OWN, r"column 'q': is list"),
-    (GOOD | {"q": [{"role": "user"}]}, OWN, r"column 'q': is list"),
-    (GOOD | {"q": [{"role": "user", "content": [{}]}]}, OWN, r"column 'q': is list"),
+    (GOOD | {"q": 7}, COLUMNS, r"column 'q': is int \(7\), not text or a list of chat messages"),
+    (GOOD | {"q": ["Q"]}, COLUMNS, r"column 'q': is list"),
+    (GOOD | {"q": [{"role": "user"}]}, COLUMNS, r"column 'q': is list"),
+    (GOOD | {"q": [{"role": "user", "content": [{}]}]}, COLUMNS, r"column 'q': is list"),
     (
         GOOD | {"q": [{"role": "assistant", "content": "Q"}]},
-        OWN,
+        COLUMNS,
         r"column 'q': ends with the role 'assistant'",
     ),
-    (GOOD | {"a": ["1"]}, OWN, r"column 'a': is list \(\['1'\]\), not text or a number"),
-    (GOOD | {"a": True}, OWN, r"column 'a': is bool"),
-    (GOOD | {"s": 7}, OWN, r"column 's': is int"),
-    (GOOD | {"s": [7]}, OWN, r"column 's': is list"),
-    (GOOD | {"s": {"text": "S" * 99}}, OWN, r"column 's': is dict \(.{60}\.\.\.\)"),
+    (GOOD | {"a": ["1"]}, COLUMNS, r"column 'a': is list \(\['1'\]\), not text or a number"),
+    (GOOD | {"a": True}, COLUMNS, r"column 'a': is bool"),
+    (GOOD | {"s": 7}, COLUMNS, r"column 's': is int"),
+    (GOOD | {"s": [7]}, COLUMNS, r"column 's': is list"),
+    (GOOD | {"s": {"text": "S" * 99}}, COLUMNS, r"column 's': is dict \(.{60}\.\.\.\)"),
     (GOOD, Columns("q", "a", source="deep"), r"column 'deep': is dict"),
     (GOOD | {"s": 7}, Columns("q", "a", ("s?",)), r"column 's': is int"),
 ]
 
 
 @pytest.mark.parametrize(("value", "columns", "message"), MALFORMED)
-def test_malformed_rows_are_one_line_with_file_row_and_column(value, columns, message):
+def test_malformed_row_error_names_file_row_and_column(value, columns, message):
     with pytest.raises(UserError, match=message) as caught:
         examples_from_rows(rows_of(GOOD | {"kind": "k"}, value), columns)
-    row = 1 if columns not in (OWN, Columns("q", "a", ("s?",))) else 2
+    row = 1 if columns not in (COLUMNS, Columns("q", "a", ("s?",))) else 2
     assert str(caught.value).startswith(f"f.jsonl, row {row}, column ")
     assert "data.columns" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_math_500_as_it_is_shared():
+def test_reads_the_released_math_500_file():
     file = REPOSITORY / "../shared/data/valid.math.parquet"
     if not file.exists():
         pytest.skip(f"{file} is not there")

@@ -17,9 +17,9 @@ from trapo_jax.data import (
     encode_examples,
     fingerprint,
     gsm_symbolic_splits,
+    hold_out,
     make_template,
     problem_batches,
-    split_off,
 )
 from trapo_jax.data.templates import MATH_INSTRUCTION
 from trapo_jax.types import UserError
@@ -60,7 +60,7 @@ def example(prompt="Q", answer="2", *solutions):
     return Example(prompt, answer, solutions, "s")
 
 
-def test_prompt_and_experts_are_the_texts_and_eos(bpe):
+def test_prompts_and_experts_are_tokenized_and_experts_end_with_eos(bpe):
     (problem,), report = encode([example("What?", "2", TEXT, "It is 2.")], bpe)
     assert bpe.decode(problem.prompt_ids) == problem.prompt_text == "What?"
     assert [bpe.decode(e.token_ids) for e in problem.experts] == [TEXT + "</s>", "It is 2.</s>"]
@@ -68,7 +68,7 @@ def test_prompt_and_experts_are_the_texts_and_eos(bpe):
     assert (report.num_read, report.num_kept, report.dropped, report.notes) == (1, 1, {}, {})
 
 
-def test_paragraph_ends_are_where_a_blank_line_is_complete(bpe):
+def test_paragraph_ends_follow_blank_lines(bpe):
     (problem,), _ = encode([example("Q", "2", TEXT)], bpe)
     (expert,) = problem.experts
     prefixes = [bpe.decode(expert.token_ids[:end]) for end in expert.paragraph_ends]
@@ -76,13 +76,13 @@ def test_paragraph_ends_are_where_a_blank_line_is_complete(bpe):
     assert prefixes == [first, second, second + "\n"]
 
 
-def test_a_blank_line_of_two_tokens_ends_a_paragraph(tokenizer_of_bytes):
-    (problem,), _ = encode([example("Q", "2", "a\n\nb\nc\n\n\nd")], tokenizer_of_bytes)
+def test_blank_line_of_two_tokens_ends_a_paragraph(byte_tokenizer):
+    (problem,), _ = encode([example("Q", "2", "a\n\nb\nc\n\n\nd")], byte_tokenizer)
     assert problem.experts[0].paragraph_ends == (3, 8, 9)
 
 
 @pytest.fixture
-def tokenizer_of_bytes():
+def byte_tokenizer():
     vocab = {"<s>": 0, "</s>": 1}
     vocab |= {c: i + 2 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab, []))
@@ -91,14 +91,14 @@ def tokenizer_of_bytes():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def test_template_is_rendered_before_tokens_are_counted(bpe):
+def test_template_counts_toward_the_prompt_length(bpe):
     template = make_template("qwen_math", bpe)
     (problem,), _ = encode([example("What?")], bpe, template=template, max_prompt_length=1000)
     assert problem.prompt_text == template.render("What?")
     assert bpe.decode(problem.prompt_ids) == problem.prompt_text
 
 
-def test_bos_comes_first_exactly_once(bpe):
+def test_bos_occurs_exactly_once_at_the_start(bpe):
     with_bos = train_tokenizer(adds_bos=True)
     with_bos.chat_template = "{{ bos_token }}{{ messages[-1].content }}"
     for template in (Template("none"), Template("chatml"), make_template("chat", with_bos)):
@@ -119,7 +119,7 @@ def test_overlong_prompts_are_dropped_and_counted(bpe):
     assert report.dropped == {"with a prompt over 10 tokens": 1}
 
 
-def test_overlong_prompts_keep_their_end_and_bos():
+def test_truncated_prompts_keep_bos_and_their_end():
     options = {"max_prompt_length": 10, "overlong_prompts": "truncate"}
     for adds_bos in (False, True):
         tokenizer = train_tokenizer(adds_bos=adds_bos)
@@ -132,12 +132,12 @@ def test_overlong_prompts_keep_their_end_and_bos():
         assert report.notes["prompts cut to 10 tokens"] == 1
 
 
-def test_overlong_prompts_are_an_error_where_asked(bpe):
+def test_overlong_prompt_raises_under_error(bpe):
     with pytest.raises(UserError, match=r"max_prompt_length=10: the prompt 'x y z .*'\.\.\. has 1"):
         encode([example(LONG)], bpe, max_prompt_length=10, overlong_prompts="error")
 
 
-def test_a_prompt_and_an_expert_of_exactly_the_limit_fit(bpe):
+def test_prompt_and_expert_of_exactly_the_maximum_length_are_kept(bpe):
     num_prompt, num_expert = len(bpe.encode(SHORT)), len(bpe.encode(LONG)) + 1
     options = {"max_prompt_length": num_prompt, "max_expert_length": num_expert}
     (problem,), report = encode([example(SHORT, "2", LONG)], bpe, **options)
@@ -145,7 +145,7 @@ def test_a_prompt_and_an_expert_of_exactly_the_limit_fit(bpe):
     assert (report.dropped, report.notes) == ({}, {})
 
 
-def test_overlong_experts_are_dropped_and_the_problem_stays(bpe):
+def test_overlong_experts_are_dropped_but_their_problems_stay(bpe):
     (problem,), report = encode([example("Q", "2", LONG, SHORT)], bpe, max_expert_length=10)
     assert [bpe.decode(e.token_ids) for e in problem.experts] == [SHORT + "</s>"]
     assert report.notes == {"experts left out: over 10 tokens": 1}
@@ -154,14 +154,14 @@ def test_overlong_experts_are_dropped_and_the_problem_stays(bpe):
     assert report.notes["problems without an expert"] == 1
 
 
-def test_eos_spelled_out_in_an_expert(bpe):
+def test_expert_with_eos_inside_is_dropped_and_trailing_eos_is_not_repeated(bpe):
     inside, at_the_end = "x</s>y", "x</s></s>"
     (problem,), report = encode([example("Q", "2", inside, at_the_end)], bpe)
     assert [bpe.decode(e.token_ids) for e in problem.experts] == ["x</s>"]
     assert report.notes == {"experts left out: nothing, or EOS inside": 1}
 
 
-def test_equal_problems_become_one_with_the_experts_of_all(bpe):
+def test_identical_problems_are_merged_with_all_their_experts(bpe):
     chat = (Message("user", "Q"),)
     rows = [example("Q", "2", "a"), example("R"), example("Q", "2", "b", "a"), example(chat)]
     problems, report = encode(rows, bpe)
@@ -171,7 +171,7 @@ def test_equal_problems_become_one_with_the_experts_of_all(bpe):
     assert (report.num_read, report.num_kept) == (4, 2)
 
 
-def test_ids_come_from_prompt_and_answer_alone(bpe):
+def test_problem_id_depends_only_on_prompt_and_answer(bpe):
     rows = [
         example("Q", "2"),
         example("Q", "3"),
@@ -186,14 +186,14 @@ def test_ids_come_from_prompt_and_answer_alone(bpe):
     assert problems[0].id == hashlib.sha256(b'["Q", "2"]').hexdigest()[:16]
 
 
-def test_nothing_usable_stops_with_the_counts(bpe):
+def test_no_usable_problem_raises_with_counts(bpe):
     with pytest.raises(UserError, match="no usable problem: 0 of 1 kept; dropped: 1 with a prompt"):
         encode([example(LONG)], bpe, max_prompt_length=10)
     with pytest.raises(UserError, match="no usable problem: 0 of 0 kept"):
         encode([], bpe)
 
 
-def test_chunks_do_not_show(bpe):
+def test_encoding_does_not_depend_on_chunk_boundaries(bpe):
     rng = random.Random(0)
     rows = [example(str(i), "2", *["ab " * rng.randrange(5)] * (i % 3)) for i in range(600)]
     problems, _ = encode(rows, bpe)
@@ -202,26 +202,26 @@ def test_chunks_do_not_show(bpe):
         assert alone == problems[i]
 
 
-def test_without_a_template_the_prompt_is_the_text_as_it_stands(tokenizer):
+def test_default_template_leaves_the_prompt_unchanged(tokenizer):
     examples = card_shuffles_splits(seed=0, num_train=4, num_validation=1, num_test=1)["train"]
     problems, _ = encode_examples(examples, tokenizer, max_prompt_length=16)
     assert [tokenizer.decode(p.prompt_ids) for p in problems] == [e.prompt for e in examples]
     assert fingerprint(problems) != fingerprint(problems[::-1])
 
 
-def test_a_split_held_out_is_disjoint_by_prompt_and_repeatable():
+def test_held_out_split_is_disjoint_by_prompt_and_reproducible():
     examples = [example(f"p{i % 10}", answer=str(i)) for i in range(30)]
-    rest, taken = split_off(examples, 4, seed=0)
+    rest, taken = hold_out(examples, 4, seed=0)
     assert sorted([*rest, *taken]) == sorted(examples)
     assert len(taken) == 12
     assert not {e.prompt for e in rest} & {e.prompt for e in taken}
-    assert split_off(examples, 4, seed=0) == (rest, taken)
-    assert split_off(examples, 4, seed=1)[1] != taken
+    assert hold_out(examples, 4, seed=0) == (rest, taken)
+    assert hold_out(examples, 4, seed=1)[1] != taken
     with pytest.raises(UserError, match="10 problems cannot be held out of 10"):
-        split_off(examples, 10, seed=0)
+        hold_out(examples, 10, seed=0)
 
 
-def test_fewer_problems_than_a_batch_is_one_line(bpe):
+def test_batch_larger_than_the_training_set_raises(bpe):
     problems, _ = encode([example()], bpe)
     with pytest.raises(UserError, match=r"train\.problems_per_step=2: more than the 1 training"):
         problem_batches(problems, batch_size=2, seed=0)
@@ -232,7 +232,7 @@ def has_reasoning_gym():
 
 
 @pytest.mark.skipif(not has_reasoning_gym(), reason="reasoning-gym (extra `tasks`) is missing")
-def test_gsm_symbolic():
+def test_gsm_symbolic_splits_are_reproducible_disjoint_and_well_formed():
     sizes = {"num_train": 50, "num_validation": 20, "num_test": 30}
     splits = gsm_symbolic_splits(seed=0, **sizes)
     assert splits == gsm_symbolic_splits(seed=0, **sizes)
@@ -250,7 +250,7 @@ def test_gsm_symbolic():
         assert Template("qwen_math").render(e.prompt).count(MATH_INSTRUCTION) == 1
 
 
-def test_without_reasoning_gym_the_extra_is_named(monkeypatch):
+def test_missing_reasoning_gym_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(UserError, match=r"pip install 'trapo-jax\[tasks\]'"):
         gsm_symbolic_splits(seed=0, num_train=1, num_validation=1, num_test=1)

@@ -30,7 +30,7 @@ from trapo_jax.types import UserError
         ("file.arrow", write_arrow_file),
     ],
 )
-def test_a_file_gives_its_rows_and_nothing_is_left_beside_it(tmp_path, name, write):
+def test_every_format_yields_the_rows_and_leaves_no_files_behind(tmp_path, name, write):
     file = tmp_path / name
     write(file)
     rows = list(read_rows([str(file)]))
@@ -40,7 +40,7 @@ def test_a_file_gives_its_rows_and_nothing_is_left_beside_it(tmp_path, name, wri
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_folders_made_by_save_to_disk(tmp_path):
+def test_reads_folders_written_by_save_to_disk(tmp_path):
     import datasets
 
     data = datasets.Dataset.from_list(ROWS)
@@ -60,7 +60,7 @@ def test_folders_made_by_save_to_disk(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_several_files_and_globs_in_order(tmp_path):
+def test_files_and_globs_are_read_in_order(tmp_path):
     for name in ("b", "a", "c"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"name": name}) + "\n")
     write_parquet(tmp_path / "x.parquet")
@@ -69,20 +69,20 @@ def test_several_files_and_globs_in_order(tmp_path):
     assert [row.number for row in rows[600:]] == [1, 1, 1]
 
 
-def test_blank_lines_count_but_are_no_rows(tmp_path):
+def test_blank_lines_are_counted_as_lines_but_not_as_rows(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"a": 1}\n\n{"a": 2}\n')
     assert [(row.number, row.values["a"]) for row in read_rows([str(file)])] == [(1, 1), (3, 2)]
 
 
-def test_a_name_with_brackets_is_a_file_first(tmp_path):
+def test_existing_file_name_with_brackets_is_not_a_glob(tmp_path):
     file = tmp_path / "a[1].jsonl"
     file.write_text('{"a": 1}\n')
     assert len(list(read_rows([str(file)]))) == 1
 
 
 @pytest.mark.parametrize(("name", "make", "message"), MALFORMED, ids=[m[0] for m in MALFORMED])
-def test_malformed_input_is_one_line_naming_the_file(tmp_path, name, make, message):
+def test_malformed_file_error_is_one_line_that_names_the_file(tmp_path, name, make, message):
     path = tmp_path / name
     make(path)
     with pytest.raises(UserError, match=message) as caught:
@@ -91,7 +91,7 @@ def test_malformed_input_is_one_line_naming_the_file(tmp_path, name, make, messa
     assert "\n" not in str(caught.value)
 
 
-def test_a_saved_folder_that_was_truncated(tmp_path):
+def test_truncated_saved_folder_raises(tmp_path):
     import datasets
 
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
@@ -101,7 +101,7 @@ def test_a_saved_folder_that_was_truncated(tmp_path):
         list(read_rows([str(tmp_path / "saved")]))
 
 
-def test_nothing_given_and_a_missing_second_file(tmp_path):
+def test_missing_files_raise_before_any_row_is_read(tmp_path):
     with pytest.raises(UserError, match="no data"):
         list(read_rows([]))
     write_jsonl(tmp_path / "a.jsonl")
@@ -121,7 +121,7 @@ def unprivileged():
 
 
 @pytest.mark.parametrize("name", ["locked", "locked/a.jsonl", "readable/secret.jsonl"])
-def test_without_permission(tmp_path, name, request):
+def test_unreadable_file_raises(tmp_path, name, request):
     for folder in ("locked", "readable"):
         (tmp_path / folder).mkdir()
     for file in ("locked/a.jsonl", "readable/secret.jsonl"):
@@ -147,7 +147,7 @@ def offline(monkeypatch):
 
 
 @pytest.mark.parametrize("hub_id", ["nobody/nothing-here", "nobody/nothing-here:main"])
-def test_hub_ids_offline(offline, hub_id, tmp_path, monkeypatch):
+def test_unreachable_hub_dataset_raises(offline, hub_id, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         UserError, match="no such file here, and as a data set of the hub"
@@ -157,13 +157,13 @@ def test_hub_ids_offline(offline, hub_id, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_a_mistyped_file_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+def test_mistyped_file_name_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^data/train\.parquet: no such file or folder$"):
         list(read_rows(["data/train.parquet"]))
 
 
-def test_importing_the_room_imports_no_large_library():
+def test_importing_the_package_imports_no_large_library():
     heavy = ["datasets", "transformers", "reasoning_gym", "pandas", "pyarrow", "torch"]
     code = f"import sys, trapo_jax.data; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -46,7 +46,7 @@ def make_tokenizer(chat_template=None, **special):
         ),
     ],
 )
-def test_qwen_math_is_the_papers_prompt_whatever_the_row_holds(prompt):
+def test_qwen_math_always_renders_the_prompt_of_the_paper(prompt):
     assert Template("qwen_math").render(prompt) == QWEN_MATH
 
 
@@ -57,7 +57,7 @@ def test_qwen_math_keeps_earlier_turns():
     assert text.count(INSTRUCTION) == 1
 
 
-def test_chatml_adds_nothing_of_its_own():
+def test_chatml_adds_no_system_message():
     assert Template("chatml").render("Hi") == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -67,12 +67,12 @@ def test_chatml_adds_nothing_of_its_own():
     )
 
 
-def test_none_is_the_text_as_it_stands():
+def test_none_leaves_the_text_unchanged():
     assert Template("none").render("  ?rsm:48137=\n") == "  ?rsm:48137=\n"
     assert Template("none").render((USER,)) == USER.content
 
 
-def test_chat_is_the_tokenizers_own_template_and_does_not_depend_on_the_date():
+def test_chat_renders_the_tokenizer_template_with_a_fixed_date():
     template = make_template("chat", make_tokenizer(DATED + CHAT))
     prompts = ["Hi", (Message("user", "Hi"),), "\ud800\x1b\u2028\n"]
     first, second, third = template.render_all(prompts)
@@ -108,7 +108,7 @@ def test_chat_is_the_tokenizers_own_template_and_does_not_depend_on_the_date():
         (lambda: Template("qwen_math"), QWEN_MATH, "would be wrapped twice"),
     ],
 )
-def test_what_does_not_go_with_a_template_is_one_line(make, prompt, message):
+def test_prompt_or_tokenizer_that_does_not_fit_the_template_raises(make, prompt, message):
     with pytest.raises(UserError, match=message) as caught:
         make().render(prompt)
     assert "data.template" in str(caught.value)
@@ -126,8 +126,8 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
         ("{{ 'x' * 10 ** 11 }}", r"refuses the messages user \(MemoryError\)"),
     ],
 )
-def test_a_hostile_template_costs_one_line(hostile, message, monkeypatch):
-    monkeypatch.setattr(templates, "CHAT_SECS", 1.0)
+def test_hostile_template_is_stopped(hostile, message, monkeypatch):
+    monkeypatch.setattr(templates, "CHAT_TIMEOUT_SECS", 1.0)
     template = make_template(
         "chat", make_tokenizer("{% if messages[0].content == 'B' %}" + hostile + "{% endif %}")
     )
@@ -137,7 +137,7 @@ def test_a_hostile_template_costs_one_line(hostile, message, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_a_template_sees_no_secret_and_a_worker_that_fails_is_one_line(monkeypatch):
+def test_template_worker_sees_no_secret_and_its_failure_is_one_line(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(templates, "CHAT_WORKER", ("/bin/sh", "-c", "echo $HF_TOKEN. >&2; exit 3"))
     with pytest.raises(UserError, match=r"cannot be run \(\.\); choose another") as caught:
@@ -145,7 +145,7 @@ def test_a_template_sees_no_secret_and_a_worker_that_fails_is_one_line(monkeypat
     assert "\n" not in str(caught.value)
 
 
-def test_hashes_tell_templates_apart_and_stay():
+def test_hash_identifies_a_template():
     templates = [
         Template("none"),
         Template("chatml"),

@@ -65,7 +65,7 @@ class EvaluateConfig(Section):
     rewards: EvaluationGradingConfig = EvaluationGradingConfig()
 
     @pydantic.model_validator(mode="after")
-    def _fields_agree(self) -> Self:
+    def _check_consistency(self) -> Self:
         sampling = self.sampling
         if sampling.temperature == 0 and sampling.num_samples > 1:
             raise ValueError(
@@ -88,8 +88,8 @@ class EvaluateConfig(Section):
         """The name of the grader."""
         if self.rewards.grader is not None:
             return self.rewards.grader
-        is_own_task = self.data.source == "card_shuffles" and not self.data.test_files
-        return "card_shuffles" if is_own_task else "by_source"
+        is_card_shuffles = self.data.source == "card_shuffles" and not self.data.test_files
+        return "card_shuffles" if is_card_shuffles else "by_source"
 
 
 def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]) -> EvaluateConfig:

@@ -41,7 +41,7 @@ def load_config(
     """
     data = _merge(defaults or {}, read_yaml(file) if file else {})
     for name, text in overrides:
-        _set(data, name, _parse_scalar(name, text))
+        _set_field(data, name, _parse_scalar(name, text))
     try:
         text = json.dumps(data, default=str)
     except (TypeError, ValueError, RecursionError) as error:  # a date as a key, a list in itself
@@ -78,7 +78,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # 5,000 digits, February 31
         raise UserError(f"{file}: not valid YAML ({error})") from error
     if not isinstance(data, dict):
-        raise UserError(f"{file}: expected fields such as 'seed: 0', found {_short(data)}")
+        raise UserError(f"{file}: expected fields such as 'seed: 0', found {_shorten(data)}")
     return data
 
 
@@ -122,7 +122,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(
-                    problem=f"{_short(key)} cannot be a field", problem_mark=key_node.start_mark
+                    problem=f"{_shorten(key)} cannot be a field", problem_mark=key_node.start_mark
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -157,7 +157,7 @@ def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _set(data: dict[str, Any], name: str, value: Any) -> None:
+def _set_field(data: dict[str, Any], name: str, value: Any) -> None:
     *sections, leaf = name.split(".")
     for section in sections:
         inner = data.setdefault(section, {})
@@ -181,7 +181,7 @@ def _explain(
     if error["type"] == "value_error":
         return f"{where}: {error['ctx']['error']}"
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{where}: {name}={_short(error['input'])}: {message}"
+    return f"{where}: {name}={_shorten(error['input'])}: {message}"
 
 
 def _did_you_mean(config_class: type[Section], name: str) -> str:
@@ -196,6 +196,6 @@ def _did_you_mean(config_class: type[Section], name: str) -> str:
     return f"; did you mean {matches[0]}?" if matches else "; --help lists all fields"
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

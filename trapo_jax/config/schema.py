@@ -13,10 +13,10 @@ NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 # One string stands for a list of one.
-_as_tuple = pydantic.BeforeValidator(
+_to_tuple = pydantic.BeforeValidator(
     lambda x: (x,) if isinstance(x, str) else tuple(x) if isinstance(x, list) else x
 )
-StringList = Annotated[tuple[str, ...], _as_tuple]
+StringList = Annotated[tuple[str, ...], _to_tuple]
 NotNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
@@ -46,7 +46,7 @@ class LoraConfig(Section):
     alpha: PositiveFloat = 32.0
     """What an adapter adds is scaled by alpha / rank."""
     targets: Annotated[
-        tuple[Literal["qkv", "output", "gate_up", "down"], ...], _as_tuple, Field(min_length=1)
+        tuple[Literal["qkv", "output", "gate_up", "down"], ...], _to_tuple, Field(min_length=1)
     ] = ("qkv", "output", "gate_up", "down")
     """Matrices of every layer that get one: attention's two, the MLP's two."""
 
@@ -282,7 +282,7 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
 
     @pydantic.model_validator(mode="after")
-    def _fields_agree(self) -> Self:
+    def _check_consistency(self) -> Self:
         train, data = self.train, self.data
         if train.budget is None and train.budget_unit != "steps":
             raise ValueError(

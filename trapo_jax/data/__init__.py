@@ -14,8 +14,8 @@ from trapo_jax.data.problems import (
     draw_problems,
     encode_examples,
     fingerprint,
+    hold_out,
     problem_batches,
-    split_off,
 )
 from trapo_jax.data.sources import Row, read_rows
 from trapo_jax.data.templates import Template, TemplateKind, make_template
@@ -35,8 +35,8 @@ __all__ = [
     "examples_from_rows",
     "fingerprint",
     "gsm_symbolic_splits",
+    "hold_out",
     "make_template",
     "problem_batches",
     "read_rows",
-    "split_off",
 ]

@@ -53,7 +53,7 @@ _THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?", re.ASCII)
 _MISSING = object()
 
 
-class _Unusable(Exception):
+class _UnusableRow(Exception):
     """Why a row is dropped; caught and counted."""
 
 
@@ -83,10 +83,10 @@ def examples_from_rows(
         num_read += 1
         try:
             examples.append(_example(row, columns, default_source))
-        except _Unusable as reason:
+        except _UnusableRow as reason:
             dropped[str(reason)] += 1
-    without = sum(not example.solutions for example in examples)
-    notes = {"without an expert solution": without} if without else {}
+    num_without = sum(not example.solutions for example in examples)
+    notes = {"without an expert solution": num_without} if num_without else {}
     report = DataReport(num_read, len(examples), dict(dropped), notes)
     if not examples:
         raise UserError(f"the data hold no usable row: {report}")
@@ -126,7 +126,7 @@ def _example(row: Row, columns: Columns, default_source: str) -> Example:
 def _prompt(row: Row, path: str) -> Prompt:
     value = _look_up(row, path)
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
-        raise _Unusable("with an empty prompt")
+        raise _UnusableRow("with an empty prompt")
     if isinstance(value, str):
         return value
     messages = _messages(value)
@@ -135,14 +135,14 @@ def _prompt(row: Row, path: str) -> Prompt:
     if messages[-1].role != "user":
         raise _error(row, path, f"ends with the role {messages[-1].role!r}, not with the user's")
     if not messages[-1].content.strip():
-        raise _Unusable("with an empty prompt")
+        raise _UnusableRow("with an empty prompt")
     return messages
 
 
 def _answer(row: Row, columns: Columns) -> str:
     value = _look_up(row, columns.answer)
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise _Unusable("with an empty answer")
+        raise _UnusableRow("with an empty answer")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -152,10 +152,10 @@ def _answer(row: Row, columns: Columns) -> str:
     if columns.answer_marker:
         _, marker, value = value.rpartition(columns.answer_marker)
         if not marker:
-            raise _Unusable(f"without {columns.answer_marker} in the answer")
+            raise _UnusableRow(f"without {columns.answer_marker} in the answer")
     value = value.strip()
     if not value:
-        raise _Unusable("with an empty answer")
+        raise _UnusableRow("with an empty answer")
     is_grouped = columns.answer_marker and _THOUSANDS.fullmatch(value)
     return value.replace(",", "") if is_grouped else value
 
@@ -210,7 +210,7 @@ def _check_unicode(example: Example) -> None:
         for text in (*texts, example.answer, *example.solutions, example.source):
             text.encode()
     except UnicodeEncodeError:
-        raise _Unusable("with text that is not Unicode") from None
+        raise _UnusableRow("with text that is not Unicode") from None
 
 
 def _missing(row: Row, path: str) -> UserError:
@@ -223,10 +223,10 @@ def _wrong_type(row: Row, path: str, value: Any, wanted: str) -> UserError:
     return _error(row, path, f"is {type(value).__name__} ({shown}), not {wanted}")
 
 
-def _error(row: Row, path: str, what: str) -> UserError:
+def _error(row: Row, path: str, mistake: str) -> UserError:
     name = path.removesuffix("?")
     return UserError(
-        f"{row.file}, row {row.number}, column {name!r}: {what}; set data.columns to how the rows look"
+        f"{row.file}, row {row.number}, column {name!r}: {mistake}; set data.columns to how the rows look"
     )
 
 

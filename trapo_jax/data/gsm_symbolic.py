@@ -15,7 +15,7 @@ from trapo_jax.data.templates import MATH_INSTRUCTION
 from trapo_jax.types import UserError
 
 SOURCE = "gsm_symbolic"
-MARKER = "####"
+ANSWER_MARKER = "####"
 BLOCK_SIZE = 1000
 
 
@@ -41,7 +41,7 @@ def gsm_symbolic_splits(
 def gsm_symbolic_example(item: dict[str, Any]) -> Example | None:
     """The example of one of reasoning-gym's items; None if its worked solution misses its answer."""
     answer = item["answer"]
-    steps, marker, result = item["metadata"]["answer_cot"].rpartition(MARKER)
+    steps, marker, result = item["metadata"]["answer_cot"].rpartition(ANSWER_MARKER)
     if not marker or float(result.replace(",", "")) != float(answer):
         return None
     prompt = f"{item['question']}\n{MATH_INSTRUCTION}"

@@ -17,16 +17,16 @@ from trapo_jax.types import Expert, Problem, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PLAIN = Template()  # the text as it stands
-EXTRA_PROBLEMS = 1  # a stream of random numbers of its own, beside the order of the batches
-_ENCODE_EXAMPLES = 256  # at once; the tokenizer runs them on all cores
+PLAIN_TEXT = Template()  # the text as it stands
+EXTRA_PROBLEMS_STREAM = 1  # a stream of random numbers of its own, beside the order of the batches
+_CHUNK_SIZE = 256  # at once; the tokenizer runs them on all cores
 
 
 def encode_examples(
     examples: Iterable[Example],
     tokenizer: "PreTrainedTokenizerFast",
     *,
-    template: Template = PLAIN,
+    template: Template = PLAIN_TEXT,
     max_prompt_length: int,
     overlong_prompts: Literal["drop", "truncate", "error"] = "drop",
     max_expert_length: int | None = None,
@@ -59,13 +59,13 @@ def encode_examples(
         dropped["joined to an equal problem"] = num_read - len(merged)
     problems: list[Problem] = []
     rendered = template.render_all([example.prompt for example in merged])
-    for start in range(0, len(merged), _ENCODE_EXAMPLES):
-        chunk = merged[start : start + _ENCODE_EXAMPLES]
-        texts = rendered[start : start + _ENCODE_EXAMPLES]
+    for start in range(0, len(merged), _CHUNK_SIZE):
+        chunk = merged[start : start + _CHUNK_SIZE]
+        texts = rendered[start : start + _CHUNK_SIZE]
         prompts = [encoder.with_bos(ids) for ids in encoder.encode(texts)]
         solutions = iter(encoder.encode([s for example in chunk for s in example.solutions]))
         for example, text, prompt_ids in zip(chunk, texts, prompts, strict=True):
-            own = [next(solutions) for _ in example.solutions]
+            solution_ids = [next(solutions) for _ in example.solutions]
             if len(prompt_ids) > max_prompt_length:
                 if overlong_prompts == "error":
                     raise _overlong_prompt(text, len(prompt_ids), max_prompt_length)
@@ -78,7 +78,7 @@ def encode_examples(
             if not prompt_ids:
                 dropped["with a prompt without tokens"] += 1
                 continue
-            experts = [encoder.expert(ids, max_expert_length, notes) for ids in own]
+            experts = [encoder.encode_expert(ids, max_expert_length, notes) for ids in solution_ids]
             problems.append(
                 Problem(
                     id=_content_id(example),
@@ -89,15 +89,15 @@ def encode_examples(
                     source=example.source,
                 )
             )
-    if without := sum(not problem.experts for problem in problems):
-        notes["problems without an expert"] = without
+    if num_without := sum(not problem.experts for problem in problems):
+        notes["problems without an expert"] = num_without
     report = DataReport(num_read, len(problems), dict(dropped), dict(notes))
     if not problems:
         raise UserError(f"the data hold no usable problem: {report}")
     return problems, report
 
 
-def split_off(
+def hold_out(
     examples: Sequence[Example], size: int, *, seed: int
 ) -> tuple[list[Example], list[Example]]:
     """Takes `size` examples out at random: the rest and what was taken, each in its order.
@@ -158,7 +158,7 @@ def draw_problems(
     for position in range((step - 1) * count, step * count):
         epoch, index = divmod(position, len(with_expert))
         if epoch not in orders:
-            random = np.random.default_rng([seed, EXTRA_PROBLEMS, epoch])
+            random = np.random.default_rng([seed, EXTRA_PROBLEMS_STREAM, epoch])
             orders[epoch] = random.permutation(len(with_expert))
         drawn.append(with_expert[orders[epoch][index]])
     return drawn
@@ -214,7 +214,7 @@ class _Encoder:
         num_kept_first = int(ids[0] == self._bos_id)
         return ids[:num_kept_first] + ids[len(ids) - length + num_kept_first :]
 
-    def expert(
+    def encode_expert(
         self, ids: tuple[int, ...], max_length: int | None, notes: Counter[str]
     ) -> Expert | None:
         """The expert solution, or None if it is left out; notes what was done."""

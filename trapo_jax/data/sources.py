@@ -1,6 +1,6 @@
 """Rows from local files and from the Hugging Face hub.
 
-Local files are read in place, a piece at a time, and leave no cache behind: parquet and Arrow by pyarrow, JSON by
+Local files are read in location, a piece at a time, and leave no cache behind: parquet and Arrow by pyarrow, JSON by
 line, so that a mistake has a line number. Folders made by `save_to_disk` and hub ids go through `datasets`
 (hub files into its usual cache).
 """
@@ -51,16 +51,16 @@ def read_rows(data: Sequence[str], *, split: str = "train") -> Iterator[Row]:
     """
     if not data:
         raise UserError("no data: give files, folders or hub ids")
-    places = [place for entry in data for place in _find(entry, split)]
-    for place, place_split in places:
+    locations = [location for entry in data for location in _locate(entry, split)]
+    for location, split_of_location in locations:
         number = 0
-        for number, values in _read(place, place_split):
-            yield Row(str(place), number, values)
+        for number, values in _read(location, split_of_location):
+            yield Row(str(location), number, values)
         if number == 0:
-            raise UserError(f"{place}: holds no rows")
+            raise UserError(f"{location}: holds no rows")
 
 
-def _find(entry: str, split: str) -> list[tuple[Path | str, str]]:
+def _locate(entry: str, split: str) -> list[tuple[Path | str, str]]:
     """Returns the files and folders that an entry stands for, each with its split; a Hub id remains a string."""
     path = Path(entry).expanduser()
     if _exists(path, entry):
@@ -94,21 +94,21 @@ def _exists(path: Path, entry: str) -> bool:
         raise UserError(f"{entry}: cannot be read ({_reason(error)})") from error
 
 
-def _read(place: Path | str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read(location: Path | str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        if isinstance(place, str):
-            yield from enumerate(_hub_rows(place, split), start=1)
-        elif place.is_dir():
-            yield from enumerate(_folder_rows(place, split), start=1)
+        if isinstance(location, str):
+            yield from enumerate(_hub_rows(location, split), start=1)
+        elif location.is_dir():
+            yield from enumerate(_folder_rows(location, split), start=1)
         else:
-            yield from _file_reader(place)(place)
+            yield from _file_reader(location)(location)
     except _READ_ERRORS as error:
-        if isinstance(place, str):
+        if isinstance(location, str):
             raise UserError(
-                f"{place}: no such file here, and as a data set of the hub it cannot be had "
+                f"{location}: no such file here, and as a data set of the hub it cannot be had "
                 f"({_reason(error)})"
             ) from error
-        raise UserError(f"{place}: damaged or not readable ({_reason(error)})") from error
+        raise UserError(f"{location}: damaged or not readable ({_reason(error)})") from error
 
 
 def _file_reader(path: Path):

@@ -18,9 +18,9 @@ from trapo_jax.data import (
     examples_from_rows,
     fingerprint,
     gsm_symbolic_splits,
+    hold_out,
     make_template,
     read_rows,
-    split_off,
 )
 from trapo_jax.types import Problem
 
@@ -92,7 +92,7 @@ def _from_files(config: DataConfig) -> tuple[Splits, Reports]:
             splits[name], report = examples_from_rows(read_rows(files, split=name), columns)
             reports[name] = [report]
         else:
-            splits["train"], splits[name] = split_off(splits["train"], size, seed=config.seed)
+            splits["train"], splits[name] = hold_out(splits["train"], size, seed=config.seed)
     return splits, reports
 
 

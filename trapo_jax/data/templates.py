@@ -33,7 +33,7 @@ MATH_INSTRUCTION = "Please reason step by step, and put your final answer within
 DATE = "26 Jul 2024"
 _TURN = "<|im_start|>"
 CHAT_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py")))
-CHAT_SECS = 10.0  # for one prompt, of which a template makes thousands a second
+CHAT_TIMEOUT_SECS = 10.0  # for one prompt, of which a template makes thousands a second
 CHAT_MEMORY_BYTES = 2 * 2**30
 
 
@@ -93,7 +93,7 @@ class Template:
         setting = {"template": self.tokenizer.chat_template, "variables": variables}
         requests = [setting, *([message._asdict() for message in chat] for chat in chats)]
         worker = subprocess.run(
-            [*CHAT_WORKER, str(CHAT_SECS), str(CHAT_MEMORY_BYTES)],
+            [*CHAT_WORKER, str(CHAT_TIMEOUT_SECS), str(CHAT_MEMORY_BYTES)],
             input="".join(json.dumps(request) + "\n" for request in requests),
             capture_output=True,
             text=True,
@@ -102,12 +102,12 @@ class Template:
         replies = [json.loads(line) for line in worker.stdout.splitlines()]
         for chat, reply in zip(chats, replies, strict=False):
             if "refusal" in reply:
-                raise _refused(f"refuses the messages {_roles(chat)} ({reply['refusal']})")
+                raise _template_error(f"refuses the messages {_roles(chat)} ({reply['refusal']})")
         if worker.returncode == -signal.SIGALRM:
-            raise _refused(f"takes more than {CHAT_SECS:g} s for one prompt")
+            raise _template_error(f"takes more than {CHAT_TIMEOUT_SECS:g} s for one prompt")
         if worker.returncode or len(replies) < len(chats):
             reason = worker.stderr.strip().splitlines()[-1:] or [f"exit code {worker.returncode}"]
-            raise _refused(f"cannot be run ({reason[0]})")
+            raise _template_error(f"cannot be run ({reason[0]})")
         return [reply["text"] for reply in replies]
 
 
@@ -161,7 +161,7 @@ def _roles(messages: tuple[Message, ...]) -> str:
     return ", ".join(message.role for message in messages)
 
 
-def _refused(what: str) -> UserError:
+def _template_error(what: str) -> UserError:
     return UserError(
         f"data.template=chat: the tokenizer's chat template {what}; choose another template"
     )
