@@ -3,7 +3,19 @@
     python -m trapo_jax.train [--config FILE] [FIELD=VALUE ...]
 
 In every step the actor samples and grades a group of rollouts for each problem, the method selects what is trained,
-and the learner updates the parameters. The run decides when to stop and writes everything down.
+and the learner updates the parameters. The run decides when to stop and writes everything down. Where to look:
+
+    config/     every option, its default and its help; configs/ holds examples
+    data/       problems from files, the Hub or generators: column presets, chat templates, splits
+    methods/    the methods: guidance and micro-groups of each, selection, advantages, the terms of its objective
+    losses/     the loss functions that the terms are made of
+    rollouts/   the actor: collection of rollouts, guidance by rewards, rollout metrics
+    sampling/   rollout engines; engine.py lists them
+    rewards/    graders and reward functions; verifier.py lists them
+    training/   the learner: packing, the train step and its diagnostics, the optimizer and its schedule
+    models/     the decoder, its model families and Hugging Face folders
+    runs/       the run: directory, resuming, checkpoints and which are kept, loggers, console, monitoring
+    distributed/  which axis of which array is sharded over which axis of the mesh
 """
 
 import dataclasses
@@ -71,7 +83,6 @@ def train(
       TrainingFailed: if training cannot continue; a later call resumes from the last checkpoint.
     """
     method = method or build_method(config)
-    check_staleness(config, method)
     join_processes()
     with Run.open(config, method, show_progress=show_progress) as run:
         if run.is_complete:
@@ -88,6 +99,7 @@ def train(
             seed=config.seed,
             mesh=learner.mesh,
             method=method,
+            max_staleness=config.sampling.max_staleness,
             temperature=config.sampling.temperature,
             max_error_rate=config.rewards.max_error_rate,
             on_progress=run.heartbeat,
@@ -95,14 +107,12 @@ def train(
         with actor:
             run.start(learner, data_summary, model.tokenizer.decode)
             if run.step == 0:
-                run.console.say(describe_memory(config, actor, learner))
-                for split in config.evaluation.splits:
-                    evaluate_split(split, splits, run, actor, learner, config)
+                run.console.say(describe_memory(actor, learner))
+                evaluate_splits(run.final_splits, splits, run, actor, learner)
             train_loop(config, method, splits, run, actor, learner)
             if run.is_interrupted:
                 return TrainResult(run.folder, run.step, None)
-            for split in config.evaluation.splits:
-                evaluate_split(split, splits, run, actor, learner, config)
+            evaluate_splits(run.final_splits, splits, run, actor, learner)
             params = fetch(learner.params)
             if is_main():
                 destination = run.folder / "hf"
@@ -119,10 +129,8 @@ def train_loop(
         splits["train"], batch_size=config.train.problems_per_step, seed=config.seed
     )
     by_id = {problem.id: problem for problem in splits["train"]}
-    for problems in run.steps(batches):
+    for problems, upcoming in run.steps(batches):
         moment = run.moment
-        may_start_next = config.sampling.max_staleness and run.step < config.train.num_steps
-        upcoming = batches[run.step] if may_start_next else ()
         collected = actor.collect(problems, learner.params, moment, upcoming=upcoming)
         num_extra = method.extra_rows_per_problem * config.train.problems_per_step
         selection = method.select(
@@ -145,41 +153,30 @@ def train_loop(
             learned.traces,
             selection.state,
         )
-        score = None
-        if run.evaluation_is_due:
-            score = evaluate_split("validation", splits, run, actor, learner, config)
+        score = evaluate_splits(run.due_splits, splits, run, actor, learner)
         run.save_if_due(learner, score)
 
 
-def evaluate_split(
-    split: str, splits: Splits, run: Run, actor: Actor, learner: Learner, config: Config
-) -> float:
-    """Evaluates the current parameters on a split and returns the sampled accuracy."""
-    started = time.perf_counter()
-    run.heartbeat(f"evaluating after step {run.step}")
-    with actor.sampler(learner.params) as sample:
-        result = evaluate(sample, splits[split], num_samples=config.evaluation.num_samples)
-    seconds = time.perf_counter() - started
-    return run.record_evaluation(split, result.metrics, result.problems, seconds)
+def evaluate_splits(
+    names: Sequence[str], splits: Splits, run: Run, actor: Actor, learner: Learner
+) -> float | None:
+    """Evaluates the current parameters on some splits; returns the sampled accuracy on the last one, if any."""
+    score = None
+    for name in names:
+        started = time.perf_counter()
+        run.heartbeat(f"evaluating after step {run.step}")
+        with actor.sampler(learner.params) as sample:
+            result = evaluate(sample, splits[name], num_samples=run.num_evaluation_samples)
+        seconds = time.perf_counter() - started
+        score = run.record_evaluation(name, result.metrics, result.problems, seconds)
+    return score
 
 
-def check_staleness(config: Config, method: Method) -> None:
-    """Refuses to start rollouts a step early for methods whose guidance changes with every step."""
-    if config.sampling.max_staleness and method.guidance_varies:
-        raise UserError(
-            f"sampling.max_staleness=1: the guidance of method.name={method.name} changes with every step, and a "
-            "rollout that starts a step early would have the guidance of the step before; give "
-            "sampling.max_staleness=0"
-        )
-
-
-def describe_memory(config: Config, actor: Actor, learner: Learner) -> str:
+def describe_memory(actor: Actor, learner: Learner) -> str:
     """Returns what the run keeps in memory."""
-    sampling = config.sampling
     return (
-        f"parameters and optimizer {learner.num_bytes / 2**20:,.0f} MiB; keys and values of {sampling.num_slots} "
-        f"slots and {sampling.num_contexts} contexts of {config.longest_rollout_len} tokens "
-        f"{actor.kv_bytes / 2**20:,.0f} MiB"
+        f"parameters and optimizer {learner.num_bytes / 2**20:,.0f} MiB; KV cache of the rollout engine "
+        f"{actor.kv_bytes / 2**20:,.0f} MiB per device"
     )
 
 

@@ -28,6 +28,7 @@ from trapo_jax.types import (
     RolloutRequest,
     SamplingParams,
     Usage,
+    UserError,
     Verdict,
 )
 
@@ -61,6 +62,7 @@ class Actor:
       decode: turns token ids into text, special tokens included.
       method: decides the guidance of each problem; None for an actor that only evaluates.
       max_completion_length: maximum number of tokens of prefix + completion.
+      max_staleness: 1 to start rollouts of the next step in idle slots, 0 not to.
       temperature: sampling temperature of training rollouts, > 0.
       max_error_rate: maximum share of a step's rollouts in [0, 1] that may fail to be graded.
       token_cost: FLOPs per token of the model.
@@ -75,16 +77,24 @@ class Actor:
         method: Method | None,
         *,
         max_completion_length: int,
+        max_staleness: int,
         temperature: float,
         max_error_rate: float,
         token_cost: TokenCost,
         on_progress: Callable[[str], None] = lambda _: None,
     ):
+        if max_staleness and method and method.guidance_varies:
+            raise UserError(
+                f"sampling.max_staleness={max_staleness}: the guidance of method.name={method.name} changes with every "
+                "step, and a rollout that starts a step early would have the guidance of the step before; give "
+                "sampling.max_staleness=0"
+            )
         self.engine = engine
         self._grader = grader
         self._decode = decode
         self._method = method
         self._max_completion_length = max_completion_length
+        self._max_staleness = max_staleness
         self._temperature = temperature
         self._max_error_rate = max_error_rate
         self._token_cost = token_cost
@@ -105,7 +115,7 @@ class Actor:
           problems: the distinct problems of the step.
           params: the parameters of the policy.
           moment: the step; decides the guidance and is part of the random keys.
-          upcoming: problems of the next step, which may be started in slots that would otherwise be idle.
+          upcoming: problems of the next step, started in slots that would otherwise be idle if `max_staleness` allows.
 
         Raises:
           TrainingFailed: if too many rollouts could not be graded.
@@ -123,7 +133,7 @@ class Actor:
             step=moment.step,
             params=SamplingParams(self._temperature),
             partial=self._partial,
-            upcoming=my_share(upcoming),
+            upcoming=my_share(upcoming) if self._max_staleness else (),
         )
         self._partial = collected.partial._replace(unfinished=self.engine.release())
         groups = share_groups(collected.groups, problems)
@@ -213,6 +223,7 @@ def make_actor(
     mesh: Mesh | None = None,
     with_truncation: bool = False,
     method: Method | None = None,
+    max_staleness: int = 0,
     temperature: float = 1.0,
     max_error_rate: float = 1.0,
     on_progress: Callable[[str], None] = lambda _: None,
@@ -228,7 +239,7 @@ def make_actor(
       seed: random seed of sampling.
       mesh: the mesh to sample on; a single device if None.
       with_truncation: whether requests may use top-p and top-k.
-      method, temperature, max_error_rate, on_progress: see `Actor`.
+      method, max_staleness, temperature, max_error_rate, on_progress: see `Actor`.
     """
     spec = EngineSpec(
         decoder=model.decoder,
@@ -255,6 +266,7 @@ def make_actor(
         model.tokenizer.decode,
         method,
         max_completion_length=sampling.max_completion_length,
+        max_staleness=max_staleness,
         temperature=temperature,
         max_error_rate=max_error_rate,
         token_cost=token_cost(model.decoder),

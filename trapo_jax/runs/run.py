@@ -175,15 +175,21 @@ class Run:
         """Whether the run was asked to stop and has steps left."""
         return self._is_interrupted and not self.is_over
 
-    def steps(self, batches: Sequence[Sequence[Problem]]) -> Iterator[Sequence[Problem]]:
-        """Yields the problems of each remaining step until the run is over or interrupted."""
+    def steps(
+        self, batches: Sequence[Sequence[Problem]]
+    ) -> Iterator[tuple[Sequence[Problem], Sequence[Problem]]]:
+        """Yields the problems of each remaining step and of the step after it, if any.
+
+        Ends when the run is over or interrupted.
+        """
         while not (self.is_over or self._is_interrupted):
             self.step += 1
             self._progress_before = self._progress
             self.heartbeat(f"working on step {self.step}")
             check_space(self.folder, LOG_BYTES, "a step's record")
             self._step_started = time.perf_counter()
-            yield batches[self.step - 1]
+            is_last = self.step >= self._config.train.num_steps
+            yield batches[self.step - 1], () if is_last else batches[self.step]
 
     def record(
         self,
@@ -225,13 +231,21 @@ class Run:
         self._is_interrupted = any(gather(self._interrupt.received))
 
     @property
-    def evaluation_is_due(self) -> bool:
-        """Whether the validation split is to be evaluated after the current step."""
-        if self.is_over:
-            return False
-        return is_due(
-            self.step, self._progress_before, self._progress, self._config.evaluation.every
-        )
+    def final_splits(self) -> Sequence[str]:
+        """The splits to evaluate before the first step and after the last one."""
+        return self._config.evaluation.splits
+
+    @property
+    def due_splits(self) -> Sequence[str]:
+        """The splits to evaluate after the current step, which is not the last one."""
+        every = self._config.evaluation.every
+        due = is_due(self.step, self._progress_before, self._progress, every)
+        return ("validation",) if due and not self.is_over else ()
+
+    @property
+    def num_evaluation_samples(self) -> int:
+        """Samples per problem in evaluations."""
+        return self._config.evaluation.num_samples
 
     def record_evaluation(
         self, split: str, metrics: Mapping[str, float], problems: Mapping[str, list], seconds: float

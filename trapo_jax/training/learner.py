@@ -79,7 +79,8 @@ class Learner:
         optimizer: optax.GradientTransformation | None = None,
     ):
         train, sampling = config.train, config.sampling
-        optimizer = optimizer or make_optimizer(
+        self.mesh, self.method = mesh, method
+        self.optimizer = optimizer or make_optimizer(
             adam_b1=train.adam_b1,
             adam_b2=train.adam_b2,
             weight_decay=train.weight_decay,
@@ -92,27 +93,24 @@ class Learner:
             decay_start=train.decay_start,
             final_learning_rate_ratio=train.final_learning_rate_ratio,
         )
-        self.mesh = mesh
-        self.method = method
-        self.optimizer = optimizer
         self.shardings = state_shardings(
-            abstract_params(decoder), optimizer, mesh, len(method.optimizers)
+            abstract_params(decoder), self.optimizer, self.mesh, len(method.optimizers)
         )
         scorer = TokenScorer(
             decoder,
             temperature=sampling.temperature,
-            chunk_size=train.logprob_chunk_size * num_batch_shards(mesh),
+            chunk_size=train.logprob_chunk_size * num_batch_shards(self.mesh),
         )
         self.train_step = make_train_step(
             scorer,
-            method,
-            optimizer,
-            mesh,
+            self.method,
+            self.optimizer,
+            self.mesh,
             self.shardings,
             max_completion_length=sampling.max_completion_length,
             ratio_to="sampler" if sampling.max_staleness else "trainer",
         )
-        self._batch_logprobs = make_batch_logprobs(scorer, mesh, self.shardings.params)
+        self._batch_logprobs = make_batch_logprobs(scorer, self.mesh, self.shardings.params)
         self._decoder = decoder
         self._token_cost = token_cost(decoder)
         self._config = config
@@ -235,9 +233,9 @@ class Learner:
 
 def make_learner(config: Config, method: Method, model: PretrainedModel) -> Learner:
     """Builds a learner from a config and loads the model's parameters."""
-    axes = config.mesh
-    mesh = make_mesh(fsdp=axes.fsdp, tp=axes.tp)
-    learner = Learner(config, method, model.decoder, mesh)
+    learner = Learner(
+        config, method, model.decoder, make_mesh(fsdp=config.mesh.fsdp, tp=config.mesh.tp)
+    )
     learner.load(model, seed=config.seed)
     return learner
 
