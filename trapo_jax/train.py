@@ -37,6 +37,7 @@ from trapo_jax.parts import build_method
 from trapo_jax.rollouts.actor import Actor, make_actor
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
 from trapo_jax.runs.console import Console
+from trapo_jax.runs.directory import METRICS, SAMPLES
 from trapo_jax.runs.monitoring import EXIT_TRAINING_FAILED
 from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import Run
@@ -199,8 +200,8 @@ def show_result(result: TrainResult) -> None:
     for name, description in (
         ("hf", "the model, for transformers and vLLM"),
         (REPORT, "curves and a reader for rollouts; open it in a browser"),
-        ("metrics.jsonl", "metrics of every step; tb/ holds the same for TensorBoard"),
-        ("samples.jsonl", "rollouts, token by token"),
+        (METRICS, "metrics of every step; tb/ holds the same for TensorBoard"),
+        (SAMPLES, "rollouts, token by token"),
     ):
         console.say(f"{result.folder / name}: {description}")
 

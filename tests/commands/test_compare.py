@@ -1,4 +1,4 @@
-"""The command: a real grid, as small as one can be, and what it says to mistakes."""
+"""`trapo_jax.compare`: a small grid of real runs, and mistakes on the command line."""
 
 import csv
 import json
@@ -7,9 +7,9 @@ import subprocess
 import pytest
 
 from support.commands import run_command
-from trapo_jax.compare import check_steps, main
+from trapo_jax.compare import main
 from trapo_jax.comparison import Grid, Trial
-from trapo_jax.runs.console import Console
+from trapo_jax.comparison.experiment import check_train_steps
 from trapo_jax.types import UserError
 
 SMALL = ("data.num_validation=8", "data.num_test=8", "evaluation.num_samples=2", "log_samples=0")
@@ -47,12 +47,12 @@ def test_a_grid_runs_and_reports(tmp_path):
     assert 0 < float(rows["trapo"]["expert_share"]) < 1
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert text in result.stdout
-    assert "a smoke test, no result" in text
+    assert "this is a smoke test, not a result" in text
     assert "BUDGETS DO NOT MATCH" not in text
 
 
-def test_a_broken_train_step_is_refused(tmp_path, monkeypatch):
-    asked = Grid(None, (), ("sft",), (), (), 1, 1, "steps", 2.0, tmp_path)
+def test_a_broken_train_step_ends_the_comparison(tmp_path, monkeypatch):
+    grid = Grid(None, (), ("sft",), (), (), 1, 1, "steps", 2.0, tmp_path)
 
     def broken(*_, **__):
         return subprocess.CompletedProcess(
@@ -61,7 +61,7 @@ def test_a_broken_train_step_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", broken)
     with pytest.raises(UserError, match=r"^check of the train steps: sft: the gradient differs"):
-        check_steps(asked.final_runs([Trial("sft")]), {}, Console(1, first_step=0))
+        check_train_steps(grid.final_runs([Trial("sft")]), {}, print)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,10 @@ def test_a_broken_train_step_is_refused(tmp_path, monkeypatch):
         (["--methods", "trapo,grppo"], 'method.name="grppo"'),
         (["--methods", "trapo", "train.learning_rat=1"], "did you mean train.learning_rate?"),
         (["--methods", "trapo", "--sweep", "learning_rate"], "--sweep learning_rate: not"),
-        (["--methods", "trapo", "seed=1"], "seed: a comparison decides it"),
+        (["--methods", "trapo", "seed=1"], "seed: set by the comparison"),
     ],
 )
-def test_mistakes_cost_one_line(arguments, message, tmp_path, capsys):
+def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*arguments, "--budget", "10", "--out", str(out)]) == 2
     error = capsys.readouterr().err
@@ -83,7 +83,7 @@ def test_mistakes_cost_one_line(arguments, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("budget", ["0", "many", "inf"])
-def test_a_budget_is_an_amount(budget, tmp_path, capsys):
+def test_the_budget_must_be_a_positive_number(budget, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--methods", "sft", "--out", str(tmp_path), "--budget", budget])
     assert "is not a number above 0" in capsys.readouterr().err

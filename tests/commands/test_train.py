@@ -255,7 +255,10 @@ def test_export_of_a_checkpoint_equals_the_run_s_own(finished_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
-    [("checkpoints/7", "no such step; the run has checkpoints of these steps: .*12"), ("hf", "not RUN/checkpoints/STEP")],
+    [
+        ("checkpoints/7", "no such step; the run has checkpoints of these steps: .*12"),
+        ("hf", "not RUN/checkpoints/STEP"),
+    ],
 )
 def test_export_of_something_else_is_one_line(checkpoint, message, finished_run, tmp_path):
     from trapo_jax.runs.saved_model import load_checkpoint

@@ -1,44 +1,35 @@
-"""Comparing methods: which runs, doing them, reading their results, and writing the report.
+"""Comparisons of methods: the grid of runs, their execution, their results, and the report.
 
-Host only: nothing here touches a device, so that the runs have them to themselves.
+Nothing here uses a device, because the devices belong to the processes of the runs.
 """
 
-from trapo_jax.comparison.curves import plot_curves
-from trapo_jax.comparison.document import Document, Image, Table, to_html, to_markdown, write_csv
-from trapo_jax.comparison.grid import Failure, Interrupted, do_runs
-from trapo_jax.comparison.report import Comparison, describe
-from trapo_jax.comparison.results import Result, pick_trials, read_result
-from trapo_jax.comparison.trials import (
+from trapo_jax.comparison.analysis import Comparison
+from trapo_jax.comparison.experiment import compare, write_report
+from trapo_jax.comparison.grid import (
     Grid,
-    Run,
+    PlannedRun,
     Sweep,
     Trial,
     Variant,
-    read_sweep,
-    read_variant,
+    parse_sweep,
+    parse_variant,
 )
+from trapo_jax.comparison.results import Result, read_result
+from trapo_jax.comparison.run_pool import Failure, Interrupted
 
 __all__ = [
     "Comparison",
-    "Document",
     "Failure",
     "Grid",
-    "Image",
     "Interrupted",
+    "PlannedRun",
     "Result",
-    "Run",
     "Sweep",
-    "Table",
     "Trial",
     "Variant",
-    "describe",
-    "do_runs",
-    "pick_trials",
-    "plot_curves",
+    "compare",
+    "parse_sweep",
+    "parse_variant",
     "read_result",
-    "read_sweep",
-    "read_variant",
-    "to_html",
-    "to_markdown",
-    "write_csv",
+    "write_report",
 ]

@@ -1,4 +1,4 @@
-"""A report as blocks of text, tables and images; as Markdown, and as HTML in one file."""
+"""A document of text, tables and images, written as Markdown or as a single HTML file."""
 
 import base64
 import csv
@@ -16,8 +16,8 @@ class Paragraph(NamedTuple):
     text: str
 
 
-class Warning_(NamedTuple):
-    """What a reader must not miss."""
+class WarningBlock(NamedTuple):
+    """A paragraph that readers must not overlook."""
 
     text: str
 
@@ -37,10 +37,10 @@ class Code(NamedTuple):
 
 class Image(NamedTuple):
     path: Path
-    text: str  # what it shows, for those who cannot see it
+    text: str  # alternative text
 
 
-Block = Heading | Paragraph | Warning_ | Bullets | Table | Code | Image
+Block = Heading | Paragraph | WarningBlock | Bullets | Table | Code | Image
 
 
 class Document(NamedTuple):
@@ -49,7 +49,7 @@ class Document(NamedTuple):
 
 
 def to_markdown(document: Document) -> str:
-    """Images are named by their file, beside the report."""
+    """Returns Markdown that refers to images by file name, in the folder of the document."""
     return "\n\n".join([f"# {document.title}", *map(_markdown, document.blocks)]) + "\n"
 
 
@@ -59,7 +59,7 @@ def _markdown(block: Block) -> str:
             return f"## {_one_line(text)}"
         case Paragraph(text):
             return _one_line(text)
-        case Warning_(text):
+        case WarningBlock(text):
             return f"> **Warning: {_one_line(text)}**"
         case Bullets(items):
             return "\n".join(f"- {_one_line(item)}" for item in items)
@@ -73,7 +73,7 @@ def _markdown(block: Block) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Without HTML: a failed run's message may hold anything."""
+    """Replaces line breaks and escapes HTML: the message of a failed run may contain anything."""
     return text.replace("<", "&lt;").replace("\n", " ")
 
 
@@ -94,7 +94,7 @@ img { max-width: 100%; background: white; }
 
 
 def to_html(document: Document) -> str:
-    """One page that needs no other file and no network; all text is escaped."""
+    """Returns a page that needs no other file and no network. All text is escaped."""
     title = html.escape(document.title)
     body = "\n".join(map(_html, document.blocks))
     return (
@@ -110,7 +110,7 @@ def _html(block: Block) -> str:
             return f"<h2>{html.escape(text)}</h2>"
         case Paragraph(text):
             return f"<p>{html.escape(text)}</p>"
-        case Warning_(text):
+        case WarningBlock(text):
             return f'<p class="warning" role="alert">Warning: {html.escape(text)}</p>'
         case Bullets(items):
             return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
@@ -120,7 +120,7 @@ def _html(block: Block) -> str:
                 "<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in row) + "</tr>\n"
                 for row in rows
             )
-            # Scrolls by itself on a narrow screen, by keyboard too.
+            # Scrolls on narrow screens, also by keyboard.
             return (
                 f'<div class="wide" tabindex="0" role="region" aria-label="table: {html.escape(header[0])}">'
                 f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>"
@@ -133,5 +133,6 @@ def _html(block: Block) -> str:
 
 
 def write_csv(path: Path, table: Table) -> None:
+    """Writes a table as a CSV file."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([table.header, *table.rows])

@@ -1,168 +1,266 @@
-"""Doing the runs of a comparison: a process each, side by side; what is finished is never repeated.
+"""The grid of a comparison: methods, settings of the swept fields, and seeds.
 
-A run that was stopped is resumed by the trainer itself. A run that fails is kept, with its log, and tried again the
-next time; the others go on.
+All runs are made from one config, so that they differ in the method, the swept fields and the seed alone.
 """
 
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from trapo_jax.comparison.results import is_complete, progress
-from trapo_jax.comparison.trials import Run
-from trapo_jax.runs.directory import check_run_folder, write_atomically
+from trapo_jax.config import Config, list_fields, load_config, parse_command_line
+from trapo_jax.runs.budget import STEPS
 from trapo_jax.types import UserError
 
-LOOK_EVERY_SECS = 0.5
-SAY_EVERY_SECS = 60.0
-Say = Callable[[str], None]
+FIRST_TUNING_SEED = 1000  # Trials and final runs have different seeds.
+UNLIMITED_STEPS = 10**9
+VALIDATION, TEST = "validation", "test"
+METHOD_NAME = "method.name"
+# Fields that the comparison sets, and the option to use instead.
+SET_BY_COMPARISON = {
+    METHOD_NAME: "--methods",
+    "seed": "--seeds",
+    "output_dir": "--out",
+    "train.budget_unit": "--match",
+    "train.budget": "--budget",
+    "train.num_steps": "--match steps --budget",
+    "evaluation.splits": "none: tuning evaluates the validation split, the final runs both",
+}
+# Prefixes of fields that must be the same for all methods.
+SHARED = ("data.", "evaluation.", "rewards.", "model.path")
+# By default all learning curves have the same number of points, however expensive the steps of a method are.
+DEFAULT_OVERRIDES = (("evaluation.every", "0.2"),)
 
 
-class Failure(NamedTuple):
-    """A run that ended otherwise than complete."""
+class Sweep(NamedTuple):
+    """Values of one field to try, for the named methods, or for all methods that no other sweep names."""
 
-    run: Run
-    reason: str
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM; the runs at work have been saved."""
+    methods: tuple[str, ...]
+    field: str
+    values: tuple[str, ...]  # YAML scalars
 
 
-class _Job(NamedTuple):
-    run: Run
-    process: subprocess.Popen
+class Variant(NamedTuple):
+    """A method with other settings, under a different name."""
+
+    name: str
+    settings: tuple[tuple[str, str], ...]  # (field, value), including `method.name`
 
 
-def do_runs(
-    runs: Sequence[Run], *, jobs: int, environment: Mapping[str, str], say: Say
-) -> list[Failure]:
-    """Does what is not complete yet, `jobs` at a time.
+class Trial(NamedTuple):
+    """A method with one setting of the swept fields."""
 
-    Args:
-      runs: in the order in which they are begun.
-      jobs: processes at a time.
-      environment: of the processes.
-      say: takes a line of progress.
+    method: str
+    values: tuple[tuple[str, str], ...] = ()  # (field, value)
 
-    Returns:
-      The runs that failed.
+    @property
+    def setting(self) -> str:
+        """The swept values, for example `learning_rate=2e-4, expert_weight=1`."""
+        assignments = [f"{field.rsplit('.', 1)[-1]}={value}" for field, value in self.values]
+        return ", ".join(assignments) or "as configured"
+
+
+class PlannedRun(NamedTuple):
+    """One training run of a comparison."""
+
+    trial: Trial
+    seed: int
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return self.config.run_folder
+
+    @property
+    def name(self) -> str:
+        """Method, setting and seed, for messages."""
+        setting = f" ({self.trial.setting})" if self.trial.values else ""
+        return f"{self.trial.method}{setting}, seed {self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A comparison as the user requested it.
+
+    Attributes:
+      config_file: YAML file of all runs; None for the defaults.
+      overrides: (field, value) pairs that apply to all runs.
+      methods: names of methods or variants.
+      variants: methods with other settings.
+      sweeps: fields to tune.
+      num_seeds: final runs of each method.
+      num_tuning_seeds: runs of each trial.
+      match: unit of the budget.
+      budget: amount of that unit that every run may spend.
+      runs: directory that contains the run directories.
+    """
+
+    config_file: Path | None
+    overrides: tuple[tuple[str, str], ...]
+    methods: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    sweeps: tuple[Sweep, ...]
+    num_seeds: int
+    num_tuning_seeds: int
+    match: str
+    budget: float
+    runs: Path
+
+    def trials(self) -> dict[str, list[Trial]]:
+        """Returns the trials of each method; every method has the same number.
+
+        Raises:
+          UserError: if the numbers would differ, or the options contradict each other.
+        """
+        self._check_options()
+        trials = {method: self._trials_of(method) for method in self.methods}
+        if len({len(found) for found in trials.values()}) > 1:
+            counts = ", ".join(f"{method} {len(found)}" for method, found in trials.items())
+            raise UserError(
+                f"--sweep: numbers of trials differ ({counts}); tune every method equally, with "
+                "--sweep METHOD:FIELD=VALUE,... for fields that not all methods have"
+            )
+        return trials
+
+    def tuning_runs(self, trials: Sequence[Trial]) -> list[PlannedRun]:
+        """Returns the runs of trials, ordered by seed. They evaluate the validation split only."""
+        seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.num_tuning_seeds)
+        return [self._plan(trial, seed, [VALIDATION]) for seed in seeds for trial in trials]
+
+    def final_runs(self, trials: Sequence[Trial]) -> list[PlannedRun]:
+        """Returns the runs that are reported, ordered by seed. They evaluate the test split before and after training."""
+        return [
+            self._plan(trial, seed, [VALIDATION, TEST])
+            for seed in range(self.num_seeds)
+            for trial in trials
+        ]
+
+    def _check_options(self) -> None:
+        for field in [name for name, _ in self.overrides] + [s.field for s in self.sweeps]:
+            if field in SET_BY_COMPARISON:
+                raise UserError(
+                    f"command line: {field}: set by the comparison ({SET_BY_COMPARISON[field]})"
+                )
+        for sweep in self.sweeps:
+            _check_not_shared("--sweep", sweep.field)
+        names = [v.name for v in self.variants]
+        if len(set(names)) < len(names):
+            raise UserError(f"--variant: a name is given twice ({', '.join(names)})")
+        unused = set(names) - set(self.methods)
+        if unused:
+            raise UserError(f"--variant: {', '.join(sorted(unused))} not among --methods")
+        unknown = {m for s in self.sweeps for m in s.methods} - set(self.methods)
+        if unknown:
+            raise UserError(f"--sweep: {', '.join(sorted(unknown))} not among --methods")
+
+    def _trials_of(self, method: str) -> list[Trial]:
+        named = [s for s in self.sweeps if method in s.methods]
+        sweeps = named or [s for s in self.sweeps if not s.methods]
+        settings = itertools.product(*([(s.field, value) for value in s.values] for s in sweeps))
+        return [Trial(method, setting) for setting in settings]
+
+    def _plan(self, trial: Trial, seed: int, splits: list[str]) -> PlannedRun:
+        folder = self.runs / trial.method / _file_name(trial.setting) / f"seed_{seed}"
+        set_here = {
+            "seed": str(seed),
+            "output_dir": json.dumps(str(folder)),
+            "evaluation.splits": json.dumps(splits),
+            **_budget_fields(self.match, self.budget),
+        }
+        variants = {v.name: v.settings for v in self.variants}
+        method = variants.get(trial.method, ((METHOD_NAME, trial.method),))
+        overrides = [
+            *DEFAULT_OVERRIDES,
+            *self.overrides,
+            *method,
+            *trial.values,
+            *set_here.items(),
+        ]
+        return PlannedRun(trial, seed, load_config(Config, self.config_file, overrides))
+
+
+def _budget_fields(unit: str, amount: float) -> dict[str, str]:
+    if unit == STEPS:
+        return {
+            "train.num_steps": str(int(amount)),
+            "train.budget_unit": STEPS,
+            "train.budget": "null",  # replaces the budget of the config file
+        }
+    return {
+        "train.num_steps": str(UNLIMITED_STEPS),
+        "train.budget_unit": unit,
+        "train.budget": repr(float(amount)),
+    }
+
+
+def parse_sweep(text: str) -> Sweep:
+    """Parses `[METHOD,...:]FIELD=VALUE,...`; the last part of a field's name suffices if it is unique.
+
+    >>> parse_sweep("trapo,luffy:expert_weight=0.5,2")
+    Sweep(methods=('trapo', 'luffy'), field='method.expert_weight', values=('0.5', '2'))
 
     Raises:
-      UserError: if a run's folder holds something else; before anything is begun.
-      Interrupted: once the runs at work have been saved.
+      UserError: for anything else.
     """
-    for run in runs:
-        check_run_folder(run.folder, run.config.to_yaml())
-    waiting = [run for run in runs if not is_complete(run)]
-    active: list[_Job] = []
-    failures: list[Failure] = []
-    clock = _Clock(runs, say)
-    previous = signal.signal(signal.SIGTERM, _raise_interrupt)
+    found = re.fullmatch(r"(?:([\w,]+):)?([\w.]+)=([^,=]+(?:,[^,=]+)*)", text)
+    if not found:
+        raise UserError(f"--sweep {text}: not [METHOD,...:]FIELD=VALUE,VALUE")
+    methods = tuple(found[1].split(",")) if found[1] else ()
+    values = tuple(found[3].split(","))
+    if len(set(values)) < len(values):
+        raise UserError(f"--sweep {text}: the same value twice")
+    return Sweep(methods, _full_field_name(found[2]), values)
+
+
+def parse_variant(text: str) -> Variant:
+    """Parses `NAME: method.name=METHOD FIELD=VALUE ...`.
+
+    >>> parse_variant("late: method.name=trapo method.alpha=0.5").settings
+    (('method.name', 'trapo'), ('method.alpha', '0.5'))
+
+    Raises:
+      UserError: for anything else.
+    """
+    name, _, rest = (part.strip() for part in text.partition(":"))
     try:
-        while waiting or active:
-            while waiting and len(active) < jobs:
-                active.append(_start(waiting.pop(0), environment))
-            time.sleep(LOOK_EVERY_SECS)
-            for job in [job for job in active if job.process.poll() is not None]:
-                active.remove(job)
-                failed = _failure(job)
-                failures += failed
-                what = f"failed: {failed[0].reason}" if failed else "complete"
-                clock.say(len(active), len(waiting), f"{job.run.name} {what}; ")
-            clock.say_at_times(len(active), len(waiting))
-    except KeyboardInterrupt:
-        _stop(active)
-        raise Interrupted from None
-    except BaseException:  # such as a closed pipe: the runs at work are saved all the same
-        _stop(active)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        for job in active:
-            if job.process.poll() is None:
-                job.process.kill()
-    return failures
-
-
-def log_file(run: Run) -> Path:
-    """What the run's process printed; beside its folder, which is the trainer's alone."""
-    return run.folder.with_name(run.folder.name + ".log")
-
-
-def _start(run: Run, environment: Mapping[str, str]) -> _Job:
-    config_file = run.folder.with_name(run.folder.name + ".yaml")
-    try:
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(config_file, run.config.to_yaml())
-        with open(log_file(run), "w", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "trapo_jax.train", "--config", str(config_file)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=dict(environment),
-                # Ctrl-C comes to the runs from here, once: a second signal would end them unsaved.
-                start_new_session=True,
-            )
-    except OSError as error:
-        raise UserError(f"--out: {run.folder.parent}: {error.strerror}") from error
-    return _Job(run, process)
-
-
-def _failure(job: _Job) -> list[Failure]:
-    """What went wrong with a run that has ended; nothing if it is complete."""
-    if is_complete(job.run):
-        return []
-    lines = [line for line in log_file(job.run).read_text(errors="replace").splitlines() if line]
-    errors = [line for line in lines if line.startswith("error: ")]
-    last = (errors or lines or ["it printed nothing"])[-1]
-    reason = f"{last[:300]} (exit code {job.process.returncode}; {log_file(job.run)})"
-    return [Failure(job.run, reason)]
-
-
-def _stop(active: Sequence[_Job]) -> None:
-    """Lets every run finish its step and save."""
-    for job in active:
-        job.process.send_signal(signal.SIGINT)
-    for job in active:
-        job.process.wait()
-
-
-def _raise_interrupt(number: int, frame: object) -> None:
-    del number, frame
-    raise KeyboardInterrupt
-
-
-class _Clock:
-    """How much is done, how fast, and how long the rest takes at that rate."""
-
-    def __init__(self, runs: Sequence[Run], say: Say):
-        self._runs, self._say = runs, say
-        self._started = self._last_said = time.monotonic()
-        self._done_before = self._work_done()
-
-    def _work_done(self) -> float:
-        """In runs; those at work count by the share of their budget that is spent."""
-        return sum(progress(run) for run in self._runs)
-
-    def say_at_times(self, num_active: int, num_waiting: int) -> None:
-        if time.monotonic() - self._last_said >= SAY_EVERY_SECS:
-            self.say(num_active, num_waiting)
-
-    def say(self, num_active: int, num_waiting: int, first: str = "") -> None:
-        self._last_said = now = time.monotonic()
-        done, hours = self._work_done(), (now - self._started) / 3600
-        rate = (done - self._done_before) / hours
-        pace = ""
-        if rate > 0:
-            pace = f"; {rate:.1f} runs an hour, {(len(self._runs) - done) / rate * 60:.0f} min left"
-        complete = sum(map(is_complete, self._runs))
-        self._say(
-            f"{first}{complete} of {len(self._runs)} runs complete, {num_active} at work, "
-            f"{num_waiting} waiting{pace}"
+        file, overrides = parse_command_line(shlex.split(rest))
+    except ValueError as error:  # raised by shlex for a missing closing quotation mark
+        raise UserError(f"--variant {text}: {error}") from error
+    if file:
+        raise UserError(
+            f"--variant {text}: --config applies to all runs; give it outside of --variant"
         )
+    settings = tuple((_full_field_name(field), value) for field, value in overrides)
+    fields = [field for field, _ in settings]
+    if not re.fullmatch(r"\w+", name) or METHOD_NAME not in fields:
+        raise UserError(f"--variant {text}: not NAME: method.name=METHOD FIELD=VALUE ...")
+    for field in fields:
+        if field in SET_BY_COMPARISON and field != METHOD_NAME:
+            raise UserError(
+                f"--variant {text}: {field}: set by the comparison ({SET_BY_COMPARISON[field]})"
+            )
+        _check_not_shared(f"--variant {text}", field)
+    return Variant(name, settings)
+
+
+def _check_not_shared(option: str, field: str) -> None:
+    if field.startswith(SHARED):
+        raise UserError(
+            f"{option}: {field}: must be the same for all runs; give {field}=... without {option.split()[0]}"
+        )
+
+
+def _full_field_name(field: str) -> str:
+    names = [name for name, *_ in list_fields(Config)]
+    matches = [name for name in names if name.rsplit(".", 1)[-1] == field]
+    # An unknown name is kept: loading the config reports it with a near match.
+    return field if field in names or len(matches) != 1 else matches[0]
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.=,+-]", "_", text.replace(", ", ","))

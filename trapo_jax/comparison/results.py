@@ -1,4 +1,4 @@
-"""What finished runs have left in their folders, and which trial of a method did best."""
+"""Results of complete runs, read from their directories, and the choice of the best trial of each method."""
 
 import dataclasses
 import json
@@ -10,36 +10,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trapo_jax.comparison.trials import TEST, VALIDATION, Run, Trial
+from trapo_jax.comparison.grid import TEST, VALIDATION, PlannedRun, Trial
 from trapo_jax.evaluation.statistics import pass_at_k
+from trapo_jax.runs.budget import UNITS
+from trapo_jax.runs.directory import METRICS, SUMMARY, evaluation_file
 from trapo_jax.runs.loggers import EVAL, TRAIN, read_metrics
 from trapo_jax.types import UserError
 
-SUMMARY = "summary.json"  # the trainer writes it last
-# What a run spends, in the words of `train.budget_unit`: the metric that counts it.
-UNITS = {
-    "trained_tokens": "tokens/trained",
-    "sampled_tokens": "tokens/sampled",
-    "flops": "budget/flops",
-    "problems": "problems/seen",
-    "seconds": "time/budget_secs",
-    "steps": "step",
-}
-TAIL_BYTES = 2**16  # of metrics.jsonl, surely more than a record
+TAIL_BYTES = 2**16  # of metrics.jsonl; larger than any record
 
 
 class Scores(NamedTuple):
-    """An evaluation, problem by problem in the order of their ids."""
+    """Scores of an evaluation, by problem in the order of their ids."""
 
     ids: tuple[str, ...]
     greedy: np.ndarray  # float [problems], 0 or 1
-    sampled: np.ndarray  # float [problems], share of the samples that are right
-    best_of: np.ndarray  # float [problems], pass@n for all n samples
+    sampled: np.ndarray  # float [problems], share of the samples that are correct
+    best_of: np.ndarray  # float [problems], pass@n, where n is the number of samples
     completion_len: float  # mean, tokens
 
 
-class Point(NamedTuple):
-    """Of a learning curve."""
+class CurvePoint(NamedTuple):
+    """A point of a learning curve."""
 
     spent: Mapping[str, float]  # by unit
     accuracy: float  # sampled, on the validation split
@@ -47,22 +39,22 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a finished run has left.
+    """The result of a complete run.
 
     Attributes:
-      run: which.
-      spent: by unit.
-      curve: from before training to the end.
-      before, after: scores on the test split; None of a run that only tunes.
-      num_samples: of each problem.
-      entropy: nats a token, of the samples on the test split after training.
-      guidance: mean share of the expert's solution that rollouts started from.
-      expert_share: of the tokens trained.
+      run: the run.
+      spent: amount spent in each unit.
+      curve: accuracy on the validation split, from before training to the end.
+      before, after: scores on the test split; None for a tuning run.
+      num_samples: samples of each problem.
+      entropy: nats per token, of the samples of the last evaluation.
+      guidance: mean ratio of the expert solution that rollouts started from.
+      expert_share: share of the trained tokens that are expert tokens.
     """
 
-    run: Run
+    run: PlannedRun
     spent: Mapping[str, float]
-    curve: tuple[Point, ...]
+    curve: tuple[CurvePoint, ...]
     before: Scores | None
     after: Scores | None
     num_samples: int
@@ -71,53 +63,55 @@ class Result:
     expert_share: float
 
 
-def is_complete(run: Run) -> bool:
-    """Whether the run has come to its end, and is not one of fewer steps that is to go on."""
+def is_complete(run: PlannedRun) -> bool:
+    """Returns whether the run has ended, and did not end at fewer steps than are wanted now."""
     if not (run.folder / SUMMARY).exists():
         return False
     train = run.config.train
     return train.budget is not None or _last_step(run).get("step", 0) >= train.num_steps
 
 
-def progress(run: Run) -> float:
-    """The share of its budget that a run has spent so far."""
+def progress(run: PlannedRun) -> float:
+    """Returns the share of its budget that a run has spent."""
     return 1.0 if is_complete(run) else min(1.0, _last_step(run).get("budget/progress", 0.0))
 
 
-def _last_step(run: Run) -> dict[str, Any]:
-    """The record of the last step so far; empty if there is none."""
-    path = run.folder / "metrics.jsonl"
+def _last_step(run: PlannedRun) -> dict[str, Any]:
+    """Returns the record of the last step; empty if there is none."""
+    path = run.folder / METRICS
     if not path.exists():
         return {}
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        lines = file.read().split(b"\n")[:-1]  # the last may be half written
+        lines = file.read().split(b"\n")[:-1]  # The last line may be incomplete.
     for line in reversed(lines):
         if b'"kind": "train"' in line and line.startswith(b"{"):
             return json.loads(line)
     return {}
 
 
-def read_result(run: Run) -> Result:
-    """Of a complete run.
+def read_result(run: PlannedRun) -> Result:
+    """Reads the result of a complete run.
 
     Raises:
-      UserError: naming the folder, if it is not a run's of this version.
+      UserError: if the run directory is not one that this version writes.
     """
     try:
         return _read_result(run)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{run.folder}: not a complete run of this version ({error!r}); delete it to do it again"
+            f"{run.folder}: not a complete run of this version ({error!r}); delete it to repeat the run"
         ) from error
 
 
-def _read_result(run: Run) -> Result:
+def _read_result(run: PlannedRun) -> Result:
     records = read_metrics(run.folder)
     steps = {r["step"]: r for r in records if r["kind"] == TRAIN}
     evaluations = [r for r in records if r["kind"] == EVAL]
     spent_at = {0: dict.fromkeys(UNITS, 0.0)}
-    spent_at |= {n: {unit: r[name] for unit, name in UNITS.items()} for n, r in steps.items()}
+    spent_at |= {
+        n: {name: r[unit.metric] for name, unit in UNITS.items()} for n, r in steps.items()
+    }
     last = max(steps)
     num_samples = run.config.evaluation.num_samples
     splits = run.config.evaluation.splits
@@ -125,7 +119,7 @@ def _read_result(run: Run) -> Result:
         run=run,
         spent=spent_at[last],
         curve=tuple(
-            Point(spent_at[r["step"]], r["eval/accuracy_sampled"])
+            CurvePoint(spent_at[r["step"]], r["eval/accuracy_sampled"])
             for r in evaluations
             if r["split"] == VALIDATION
         ),
@@ -139,12 +133,12 @@ def _read_result(run: Run) -> Result:
 
 
 def _number(value: float | None) -> float:
-    """What a log has null for is not a number."""
+    """Returns NaN for null, which stands for it in the log."""
     return math.nan if value is None else value
 
 
 def _scores(folder: Path, split: str, step: int, num_samples: int) -> Scores:
-    columns = json.loads((folder / "evaluations" / f"{split}_{step}.json").read_text())
+    columns = json.loads(evaluation_file(folder, split, step).read_text())
     correct = columns["correct"]
     return Scores(
         ids=tuple(columns["id"]),
@@ -156,22 +150,22 @@ def _scores(folder: Path, split: str, step: int, num_samples: int) -> Scores:
 
 
 class TrialScore(NamedTuple):
-    """How a trial did on the validation split."""
+    """Scores of a trial on the validation split."""
 
     trial: Trial
-    accuracies: tuple[float, ...]  # sampled, of the tuning seeds that finished
+    accuracies: tuple[float, ...]  # sampled, one per complete run
     num_failed: int
-    fingerprint: tuple  # what only the same run leaves
+    fingerprint: tuple  # equal for two trials only if their runs were identical
 
     @property
     def score(self) -> float:
-        """Of the seeds; a trial of which a run failed is worse than any other."""
+        """Mean accuracy of the seeds; -1 if a run failed, which is worse than any accuracy."""
         return -1.0 if self.num_failed else fmean(self.accuracies)
 
 
-def pick_trials(runs: Sequence[Run]) -> tuple[list[Trial], list[TrialScore]]:
-    """Each method's best trial on the validation split, the first of equals; and all their scores."""
-    by_trial: dict[Trial, list[Run]] = {}
+def pick_trials(runs: Sequence[PlannedRun]) -> tuple[list[Trial], list[TrialScore]]:
+    """Returns the trial of each method with the best validation accuracy (the first of equals), and all scores."""
+    by_trial: dict[Trial, list[PlannedRun]] = {}
     for run in runs:
         by_trial.setdefault(run.trial, []).append(run)
     scores = []

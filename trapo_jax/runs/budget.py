@@ -1,16 +1,48 @@
 """When a run ends: after a number of steps or when a budget is spent."""
 
 import dataclasses
+from typing import NamedTuple
 
 from trapo_jax.types import Usage, UserError
 
-# Field of `Usage` that each unit of a budget refers to.
+STEPS = "steps"
+
+# The metric that counts each field of `Usage` since the start of the run.
+USAGE_METRICS = {
+    "tokens_trained": "tokens/trained",
+    "tokens_expert_trained": "tokens/expert_trained",
+    "tokens_prompt": "tokens/prompt",
+    "tokens_sampled": "tokens/sampled",
+    "problems_seen": "problems/seen",
+    "flops": "budget/flops",
+    "seconds": "time/budget_secs",
+}
+
+
+class Unit(NamedTuple):
+    """A unit of a budget.
+
+    Attributes:
+      field: field of `Usage`; None for steps.
+      label: what is counted, for charts.
+    """
+
+    field: str | None
+    label: str
+
+    @property
+    def metric(self) -> str:
+        """Name in metrics.jsonl of the amount spent since the start of the run."""
+        return USAGE_METRICS[self.field] if self.field else "step"
+
+
 UNITS = {
-    "trained_tokens": "tokens_trained",
-    "sampled_tokens": "tokens_sampled",
-    "flops": "flops",
-    "problems": "problems_seen",
-    "seconds": "seconds",
+    "trained_tokens": Unit("tokens_trained", "trained tokens"),
+    "sampled_tokens": Unit("tokens_sampled", "sampled tokens"),
+    "flops": Unit("flops", "FLOPs"),
+    "problems": Unit("problems_seen", "problems"),
+    "seconds": Unit("seconds", "seconds"),
+    STEPS: Unit(None, "steps"),
 }
 
 
@@ -19,7 +51,7 @@ class Budget:
     """Ends a run after `num_steps` steps or when `amount` of a unit is spent, whichever comes first.
 
     Attributes:
-      unit: a key of `UNITS`, or "steps".
+      unit: a key of `UNITS`.
       amount: amount of the unit, > 0; None if the run is limited by `num_steps` alone.
       num_steps: maximum number of steps.
     """
@@ -33,7 +65,8 @@ class Budget:
         share = step / self.num_steps
         if self.amount is None:
             return share
-        spent = step if self.unit == "steps" else getattr(usage, UNITS[self.unit])
+        field = UNITS[self.unit].field
+        spent = getattr(usage, field) if field else step
         return max(share, spent / self.amount)
 
     def check_spent(self, usage: Usage, method_name: str) -> None:

@@ -14,6 +14,13 @@ from trapo_jax.types import UserError
 
 LOCK = ".lock"
 CONFIG, CHANGES = "config.yaml", "changes.jsonl"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+DATA = (
+    "data.json"  # fingerprint of the training data, chat template, what was dropped while reading
+)
+CHECKPOINTS = "checkpoints"  # folder with one folder per checkpoint
+EVALUATIONS = "evaluations"  # folder with one file per evaluation; see `evaluation_file`
+SUMMARY = "summary.json"  # written last; marks a run as complete
 
 # What a resumed run may change: where and how fast it computes, what it keeps and says, and when it stops or warns.
 # What it computes stays the same, but for the rounding of sums and, with sampling.max_staleness, the clock. A name
@@ -158,6 +165,11 @@ def only_process_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def evaluation_file(folder: Path, split: str, step: int) -> Path:
+    """Returns the file with the evaluation of a split after a step."""
+    return folder / EVALUATIONS / f"{split}_{step}.json"
 
 
 def write_atomically(path: Path, text: str) -> None:

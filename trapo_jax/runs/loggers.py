@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trapo_jax.runs.console import printable
+from trapo_jax.runs.directory import METRICS, SAMPLES
 from trapo_jax.types import UserError
 
 TRAIN, EVAL = "train", "eval"
@@ -26,7 +27,7 @@ class RunLog:
       UserError: if a file is shorter than it was at the checkpoint.
     """
 
-    FILES = ("metrics.jsonl", "samples.jsonl")
+    FILES = (METRICS, SAMPLES)
 
     def __init__(self, folder: Path, *, offsets: Mapping[str, int] | None):
         from tensorboardX import SummaryWriter  # seconds to import
@@ -42,7 +43,7 @@ class RunLog:
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl: `step`, `kind`, and the values (NaN and inf as null)."""
-        self._write("metrics.jsonl", {"step": step, "kind": kind, **values})
+        self._write(METRICS, {"step": step, "kind": kind, **values})
         prefix = f"{values['split']}/" if "split" in values else ""
         for name, value in values.items():
             if not isinstance(value, str):
@@ -51,7 +52,7 @@ class RunLog:
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Lines of samples.jsonl."""
         for record in records:
-            self._write("samples.jsonl", record)
+            self._write(SAMPLES, record)
 
     def offsets(self) -> dict[str, int]:
         """Lengths of the files in bytes, by path in the folder, after forcing them to disk."""
@@ -115,7 +116,7 @@ def _event_files(folder: Path) -> list[Path]:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl."""
-    return list(read_records(folder / "metrics.jsonl"))
+    return list(read_records(folder / METRICS))
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

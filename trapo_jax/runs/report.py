@@ -19,7 +19,7 @@ import yaml
 
 from trapo_jax.config import Config
 from trapo_jax.runs.console import printable
-from trapo_jax.runs.directory import flatten, write_atomically
+from trapo_jax.runs.directory import CONFIG, METRICS, SAMPLES, flatten, write_atomically
 from trapo_jax.runs.loggers import EVAL, TRAIN, read_records
 from trapo_jax.types import UserError
 
@@ -146,8 +146,8 @@ def read_run(folder: Path, name: str, *, most_bytes: int) -> dict[str, Any]:
 
 
 def _read_run(folder: Path, name: str, most_bytes: int) -> dict[str, Any]:
-    settings = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
-    records = list(read_records(folder / "metrics.jsonl"))
+    settings = flatten(yaml.safe_load((folder / CONFIG).read_text()))
+    records = list(read_records(folder / METRICS))
     steps = [r for r in records if r["kind"] == TRAIN]
     evaluations = [r for r in records if r["kind"] == EVAL]
     tests = [r for r in evaluations if r["split"] == "test"]
@@ -160,7 +160,7 @@ def _read_run(folder: Path, name: str, most_bytes: int) -> dict[str, Any]:
     elif steps and (share := steps[-1].get("budget/progress")):
         num_steps = round(last / share)
     averaged, columns = thin(steps)
-    samples, num_groups = read_samples(folder / "samples.jsonl", most_bytes=most_bytes)
+    samples, num_groups = read_samples(folder / SAMPLES, most_bytes=most_bytes)
     return {
         "name": name,
         "method": settings.get("method.name", ""),

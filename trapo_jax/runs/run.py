@@ -17,13 +17,17 @@ import jax
 from trapo_jax.config import Config, DataConfig
 from trapo_jax.distributed.processes import from_main, gather, is_main, wait_for_all
 from trapo_jax.methods import Method
-from trapo_jax.runs.budget import Budget
+from trapo_jax.runs.budget import USAGE_METRICS, Budget
 from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, Retention
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import (
+    CHECKPOINTS,
+    DATA,
     NUM_STEPS,
+    SUMMARY,
     Changes,
     check_run_folder,
+    evaluation_file,
     only_process_in,
     prepare_run_folder,
     record_changes,
@@ -35,12 +39,6 @@ from trapo_jax.runs.report import REPORT, write_report
 from trapo_jax.runs.samples import sample_records
 from trapo_jax.types import Moment, Problem, Rollout, UpdateTrace, Usage, UserError
 
-CHECKPOINTS = "checkpoints"
-DATA = (
-    "data.json"  # fingerprint of the training data, chat template, what was dropped while reading
-)
-SUMMARY = "summary.json"  # written last; marks a run as complete
-EVALUATIONS = "evaluations"  # folder with one file per evaluation
 LOG_BYTES = 4 * 2**20  # generous upper bound on the size of a step's records
 
 
@@ -259,7 +257,7 @@ class Run:
           seconds: duration of the evaluation.
         """
         if is_main():
-            path = self.folder / EVALUATIONS / f"{split}_{self.step}.json"
+            path = evaluation_file(self.folder, split, self.step)
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, json.dumps(problems) + "\n")
         self._log.metrics(EVAL, self.step, {"split": split, **metrics, "time/eval_secs": seconds})
@@ -355,16 +353,8 @@ class Run:
         return f"resuming {self.folder} after step {self.step}{changed}"
 
     def _usage_metrics(self) -> dict[str, float]:
-        return {
-            "tokens/trained": self.usage.tokens_trained,
-            "tokens/expert_trained": self.usage.tokens_expert_trained,
-            "tokens/prompt": self.usage.tokens_prompt,
-            "tokens/sampled": self.usage.tokens_sampled,
-            "problems/seen": self.usage.problems_seen,
-            "budget/flops": self.usage.flops,
-            "budget/progress": self._progress,
-            "time/budget_secs": self.usage.seconds,
-        }
+        spent = {metric: getattr(self.usage, field) for field, metric in USAGE_METRICS.items()}
+        return {**spent, "budget/progress": self._progress}
 
 
 def is_due(step: int, progress_before: float, progress: float, every: float) -> bool:

@@ -1,0 +1,145 @@
+"""Differences, warnings and the report of results that are made up."""
+
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from support.comparisons import LEARNING_RATES, NUM_SAMPLES, make_comparison, make_grid, write_run
+from trapo_jax import compare
+from trapo_jax.comparison import experiment
+from trapo_jax.comparison.analysis import (
+    Comparison,
+    find_differences,
+    find_warnings,
+    score_methods,
+)
+from trapo_jax.comparison.curves import plot_curves
+from trapo_jax.comparison.document import Image, to_html, to_markdown, write_csv
+from trapo_jax.comparison.report import make_report
+from trapo_jax.comparison.results import pick_trials
+from trapo_jax.comparison.run_pool import Failure
+from trapo_jax.types import UserError
+
+
+def test_only_clear_differences_are_significant(tmp_path):
+    comparison = make_comparison(tmp_path, {"grpo": 0.3, "trapo": 0.7, "sft": 0.31})
+    found = {(d.better, d.other): d for d in find_differences(comparison)}
+    assert {pair for pair, d in found.items() if d.is_significant} == {
+        ("trapo", "grpo"),
+        ("trapo", "sft"),
+    }
+    clear = found["trapo", "grpo"]
+    assert clear.estimate.mean == pytest.approx(0.4, abs=0.05)
+    assert clear.adjusted_p == pytest.approx(
+        max(3 * min(d.estimate.p_value for d in found.values()), 2 * clear.estimate.p_value)
+    )
+    text = to_markdown(make_report(comparison, None)[0])
+    significant, rest = text.split("Not significant:")
+    assert "trapo over grpo" in significant
+    assert "trapo over" not in rest
+    assert score_methods(comparison)[0].method == "trapo"
+    assert find_warnings(comparison) == []
+
+
+def test_with_one_seed_nothing_is_significant(tmp_path):
+    comparison = make_comparison(tmp_path, {"grpo": 0.1, "trapo": 0.9}, seeds=1)
+    assert not any(d.is_significant for d in find_differences(comparison))
+    text = to_markdown(make_report(comparison, None)[0])
+    assert "**Warning: this is a smoke test, not a result: 1 seed per method instead of 5**" in text
+
+
+def test_only_complete_runs_count_as_seeds(tmp_path):
+    whole = make_comparison(tmp_path, {"grpo": 0.1, "trapo": 0.9})
+    assert find_warnings(whole) == []
+    part = [r for r in whole.results if r.run.seed < 2 or r.run.trial.method == "grpo"]
+    assert "2 seeds per method instead of 5" in find_warnings(replace(whole, results=part))[0]
+
+
+def test_budgets_that_do_not_match_are_warned_of(tmp_path):
+    comparison = make_comparison(tmp_path, {"grpo": 0.5, "trapo": 0.5}, trapo={"overspent": 0.05})
+    warnings = find_warnings(comparison)
+    assert len(warnings) == 5
+    assert all(w.startswith("BUDGETS DO NOT MATCH: trapo, seed") for w in warnings)
+    assert "5.00%" in to_markdown(make_report(comparison, None)[0])
+
+
+def test_methods_scored_on_different_problems_are_not_compared(tmp_path):
+    with pytest.raises(UserError, match=r"seed_0: scored on different problems"):
+        find_differences(
+            make_comparison(tmp_path, {"grpo": 0.5, "trapo": 0.5}, trapo={"problems": "x"})
+        )
+
+
+def test_trials_with_identical_results_are_warned_of(tmp_path):
+    grid = make_grid(tmp_path, LEARNING_RATES, methods=("grpo",), seeds=5)
+    runs = grid.tuning_runs(grid.trials()["grpo"])
+    for run in runs:
+        write_run(run, 0.5)
+    _, scores = pick_trials(runs)
+    missing, warning = find_warnings(Comparison(grid, "", [], [], scores))
+    assert missing == "no run of grpo is complete"
+    assert (
+        "grpo gave identical results with learning_rate=1e-4 and with learning_rate=3e-4" in warning
+    )
+
+
+def test_messages_of_failed_runs_are_escaped_in_the_report(tmp_path):
+    comparison = make_comparison(tmp_path, {"grpo": 0.5}, failures=[0])
+    document = make_report(comparison, None)[0]
+    page, text = to_html(document), to_markdown(document)
+    for report in (page, text):
+        assert "failed: grpo, seed 0: error: &lt;script" in report
+        assert "<script" not in report
+
+
+def test_all_report_files_have_the_same_numbers(tmp_path):
+    comparison = make_comparison(tmp_path, {"grpo": 0.4, "trapo": 0.6})
+    picture = Image(tmp_path / "curves.png", "curves")
+    plot_curves(picture.path, comparison.results)
+    document, tables = make_report(comparison, picture)
+    page = to_html(document)
+    assert "data:image/png;base64,iVBOR" in page
+    assert page.count("<table>") == 2
+    write_csv(tmp_path / "runs.csv", tables["runs.csv"])
+    with open(tmp_path / "runs.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10
+    of_trapo = [float(row["sampled"]) for row in rows if row["method"] == "trapo"]
+    best = score_methods(comparison)[0]
+    assert np.mean(of_trapo) == pytest.approx(best.sampled.mean)
+    assert f"{best.sampled.mean:.3f} [{best.sampled.low:.3f}" in page
+    assert best.sampled.low < best.sampled.mean < best.sampled.high
+
+
+def test_the_command_tunes_then_trains_with_new_seeds_and_reports_failures(
+    tmp_path, monkeypatch, capsys
+):
+    grid = []
+
+    def do_fake_runs(runs, **_):
+        grid.append(runs)
+        failed = [run for run in runs if (run.trial.method, run.seed) == ("grpo", 1)]
+        for run in runs:
+            if run not in failed:
+                write_run(run, 0.7 if run.config.train.learning_rate == 3e-4 else 0.3)
+        return [Failure(run, "error: no space") for run in failed]
+
+    monkeypatch.setattr(experiment, "check_train_steps", lambda *_: "cpu")
+    monkeypatch.setattr(experiment, "execute_runs", do_fake_runs)
+    arguments = ["--methods", "trapo,grpo", "--seeds", "2", "--match", "steps", "--budget", "20"]
+    arguments += ["--sweep", LEARNING_RATES, "--out", str(tmp_path / "out")]
+    assert compare.main([*arguments, f"evaluation.num_samples={NUM_SAMPLES}"]) == 1
+    tuning, final = grid
+    assert [run.seed for run in tuning] == [1000] * 4
+    assert {(run.trial.setting, run.seed) for run in final} == {
+        ("learning_rate=3e-4", 0),
+        ("learning_rate=3e-4", 1),
+    }
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "failed: grpo (learning_rate=3e-4), seed 1: error: no space" in text
+    assert "| grpo | learning_rate=3e-4 | 1 of 2 |" in text
+    assert text.count("| chosen |") == 2
+    assert f"    python -m trapo_jax.compare {' '.join(arguments)}" in text
+    assert text in capsys.readouterr().out

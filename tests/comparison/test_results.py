@@ -1,0 +1,66 @@
+"""Results and learning curves, read from run directories."""
+
+import numpy as np
+import pytest
+
+from support.comparisons import LEARNING_RATES, make_comparison, make_grid, write_run
+from trapo_jax.comparison.curves import common_grid
+from trapo_jax.comparison.document import to_markdown
+from trapo_jax.comparison.grid import Trial
+from trapo_jax.comparison.report import make_report
+from trapo_jax.comparison.results import pick_trials, progress, read_result
+from trapo_jax.types import UserError
+
+
+def test_a_result_holds_what_the_run_directory_says(tmp_path):
+    (result,) = make_comparison(tmp_path, {"trapo": 0.6}, seeds=1).results
+    assert result.spent["steps"] == 20
+    assert result.spent["trained_tokens"] == 2_000
+    assert [p.spent["problems"] for p in result.curve] == [0, 2_000]
+    assert result.curve[1].accuracy > result.curve[0].accuracy
+    assert (result.guidance, result.expert_share, result.entropy) == (0.5, 0.25, 0.5)
+    assert result.after.sampled.mean() == pytest.approx(0.6, abs=0.1)
+    assert result.before.sampled.mean() == pytest.approx(0.25, abs=0.1)
+    # With one correct sample among four, pass@4 is 1.
+    assert result.after.best_of[result.after.sampled > 0].min() == 1
+
+
+def test_progress_ignores_an_incomplete_line(tmp_path):
+    (run,) = make_grid(tmp_path, methods=("trapo",), seeds=1).final_runs([Trial("trapo")])
+    assert progress(run) == 0
+    write_run(run, 0.5)
+    (run.folder / "summary.json").unlink()
+    path = run.folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:12]) + lines[12][:30])
+    assert progress(run) == 0.5
+
+
+def test_the_best_trial_on_validation_is_chosen(tmp_path):
+    grid = make_grid(tmp_path, LEARNING_RATES, seeds=1)
+    trials = [trial for of_method in grid.trials().values() for trial in of_method]
+    runs = grid.tuning_runs(trials)
+    for run, accuracy in zip(runs[:3], (0.3, 0.7, 0.6), strict=True):
+        write_run(run, accuracy)
+    chosen, scores = pick_trials(runs)  # The second run of GRPO failed.
+    assert chosen == [trials[1], trials[2]]
+    assert [s.num_failed for s in scores] == [0, 0, 0, 1]
+
+
+def test_a_run_of_another_version_is_reported_in_one_line(tmp_path):
+    comparison = make_comparison(tmp_path, {"trapo": 0.5}, seeds=2, trapo={"entropy": None})
+    assert np.isnan(comparison.results[0].entropy)
+    assert "nan" in to_markdown(make_report(comparison, None)[0])
+    run = comparison.results[0].run
+    (run.folder / "evaluations" / "test_0.json").unlink()
+    with pytest.raises(UserError, match=r"seed_0: not a complete run of this version .*; delete"):
+        read_result(run)
+
+
+def test_curves_end_where_the_shortest_run_ends(tmp_path):
+    results = make_comparison(tmp_path, {"trapo": 0.6}, seeds=2).results
+    x, curves = common_grid(results, "flops")
+    assert (x[0], x[-1]) == (0, 2_000)
+    assert curves[:, -1].tolist() == [r.curve[-1].accuracy for r in results]
+    middle = [(r.curve[0].accuracy + r.curve[1].accuracy) / 2 for r in results]
+    assert curves[:, len(x) // 2] == pytest.approx(middle)

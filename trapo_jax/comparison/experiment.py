@@ -1,0 +1,147 @@
+"""Compares methods at an equal budget: checks the train steps, tunes, executes the runs, and writes the report."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trapo_jax.comparison.analysis import Comparison
+from trapo_jax.comparison.curves import plot_curves
+from trapo_jax.comparison.document import Image, to_html, to_markdown, write_csv
+from trapo_jax.comparison.grid import Grid, PlannedRun, Trial
+from trapo_jax.comparison.report import make_report
+from trapo_jax.comparison.results import TrialScore, is_complete, pick_trials, read_result
+from trapo_jax.comparison.run_pool import Failure, Say, execute_runs
+from trapo_jax.runs.directory import write_atomically
+from trapo_jax.types import UserError
+
+CURVES, MARKDOWN, HTML = "curves.png", "comparison.md", "comparison.html"
+CURVES_TEXT = "Validation accuracy as a function of trained tokens, sampled tokens, FLOPs, problems and seconds"
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """How runs are executed.
+
+    Attributes:
+      jobs: number of runs at a time.
+      environment: environment variables of their processes.
+      say: receives lines that report progress.
+    """
+
+    jobs: int
+    environment: Mapping[str, str]
+    say: Say
+
+
+def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) -> Comparison:
+    """Executes the runs of a comparison that are not complete yet. The report is written by `write_report`.
+
+    Args:
+      grid: the comparison.
+      out: directory of the report; created before anything runs.
+      command: the command line, for the report.
+      jobs: number of runs at a time; None for one per core, or one on an accelerator.
+      say: receives lines that report progress.
+
+    Raises:
+      UserError: for a mistake in the options, or if the gradient of a method depends on how a batch is cut.
+      Interrupted: once the active runs have saved a checkpoint.
+    """
+    trials = grid.trials()
+    # Planning all runs first reports a mistake in the config of a trial before anything runs.
+    planned = grid.tuning_runs([trial for of_method in trials.values() for trial in of_method])
+    examples = list({run.trial.method: run for run in planned}.values())
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        grid.runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}, --runs {grid.runs}: {error.strerror}") from error
+    # The runs of a method compile the same programs and share a cache.
+    cache = str(grid.runs.absolute() / "compiled")
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
+    device = check_train_steps(examples, environment, say)
+    jobs = jobs or (num_cores() if device == "cpu" else 1)
+    resources = Resources(jobs, {**environment, **core_limits(jobs)}, say)
+    chosen, scores, failures = tune(grid, trials, resources)
+    final = grid.final_runs(chosen)
+    say(f"{len(final)} runs, {jobs} at a time")
+    failures += execute_runs(final, jobs=jobs, environment=resources.environment, say=say)
+    results = [read_result(run) for run in final if is_complete(run)]
+    return Comparison(grid, command, results, failures, scores)
+
+
+def check_train_steps(runs: Sequence[PlannedRun], environment: Mapping[str, str], say: Say) -> str:
+    """Checks that the gradient of no method depends on how a batch is cut, and returns the kind of device.
+
+    The check runs in a separate process, because this process must not occupy the devices of the runs.
+
+    Raises:
+      UserError: if the check fails.
+    """
+    say("checking that no gradient depends on how a batch is cut into micro-batches")
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for run in runs:
+            files.append(Path(folder) / f"{run.trial.method}.yaml")
+            files[-1].write_text(run.config.to_yaml())
+        command = [sys.executable, "-m", "trapo_jax.check_step", *map(str, files)]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        lines = process.stderr.splitlines() or [f"exit code {process.returncode}"]
+        raise UserError(f"check of the train steps: {lines[-1].removeprefix('error: ')}")
+    report = json.loads(process.stdout.splitlines()[-1])
+    largest = max(report["largest_differences"].values())
+    say(f"checked: no gradient differs by more than {largest:.1g} of its norm")
+    return report["device"]
+
+
+def num_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def core_limits(jobs: int) -> dict[str, str]:
+    """Returns environment variables that limit the threads of a run to its share of the cores."""
+    threads = str(max(1, num_cores() // jobs))
+    return {"NPROC": threads, "OMP_NUM_THREADS": threads}
+
+
+def tune(
+    grid: Grid, trials: Mapping[str, Sequence[Trial]], resources: Resources
+) -> tuple[list[Trial], list[TrialScore], list[Failure]]:
+    """Returns the best trial of each method, the scores of all trials, and the runs that failed."""
+    if not grid.sweeps:
+        return [of_method[0] for of_method in trials.values()], [], []
+    runs = grid.tuning_runs([trial for of_method in trials.values() for trial in of_method])
+    resources.say(f"tuning: {len(runs)} runs, {resources.jobs} at a time")
+    failures = execute_runs(
+        runs, jobs=resources.jobs, environment=resources.environment, say=resources.say
+    )
+    chosen, scores = pick_trials(runs)
+    for trial in chosen:
+        resources.say(f"tuned: {trial.method}: {trial.setting}")
+    return chosen, scores, failures
+
+
+def write_report(comparison: Comparison, out: Path) -> tuple[str, list[str]]:
+    """Writes the report as Markdown and HTML, the curves, and the tables as CSV.
+
+    Returns:
+      The report as Markdown, and the names of the files.
+    """
+    curves = None
+    if comparison.results:
+        curves = Image(out / CURVES, CURVES_TEXT)
+        plot_curves(curves.path, comparison.results)
+    document, tables = make_report(comparison, curves)
+    markdown = to_markdown(document)
+    write_atomically(out / MARKDOWN, markdown)
+    write_atomically(out / HTML, to_html(document))
+    for name, table in tables.items():
+        write_csv(out / name, table)
+    return markdown, [MARKDOWN, HTML, *([CURVES] if curves else []), *tables]
