@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench_rollout import log_normal, matmul_tokens_per_sec, model_folder, random_ids
+from bench_jobs import log_normal, random_ids
+from bench_limits import matmul_tokens_per_sec, model_folder
 from bench_workers import Job, common_options, median, start_workers, take_turns
 from trapo_jax.models import read_config
 

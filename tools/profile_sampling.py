@@ -24,13 +24,12 @@ from jax.profiler import ProfileData
 from rich.console import Console
 from rich.table import Table
 
-from bench_rollout import (
+from bench_jobs import make_jobs, uniform_options
+from bench_limits import (
     bytes_to_move,
-    make_jobs,
     matmul_tokens_per_sec,
     model_folder,
-    reading_gb_per_sec,
-    uniform_options,
+    read_gb_per_sec,
     weight_and_entry_bytes,
 )
 from bench_rollout_worker import run_freely, scripted_engine
@@ -99,7 +98,7 @@ def profile(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
 
     num_steps = job["rounds"][0][0]["num_new"]
     limits = {
-        "memory_gb_per_sec": reading_gb_per_sec(),
+        "memory_gb_per_sec": read_gb_per_sec(),
         **weight_and_entry_bytes(config),
     }
     bound = bytes_to_move(job, limits) / num_steps / limits["memory_gb_per_sec"] / 1e6

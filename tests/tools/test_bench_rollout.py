@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+import bench_jobs
+import bench_limits
 import bench_rollout
 from bench_rollout_worker import Ours, batches, run_freely
 from support.commands import REPOSITORY, TINY_MODEL
@@ -18,7 +20,7 @@ VOCAB_SIZE = 24
 @pytest.fixture(scope="module")
 def job():
     options = ["--model", str(TINY_MODEL), "--slots", "8", "--median-len", "6"]
-    return bench_rollout.make_jobs(bench_rollout.parse(options), VOCAB_SIZE)[0]
+    return bench_jobs.make_jobs(bench_rollout.parse(options), VOCAB_SIZE)[0]
 
 
 def rows_of(job):
@@ -28,7 +30,7 @@ def rows_of(job):
 def test_rounds_are_what_the_rewards_lead_to(job):
     first, *later = job["rounds"]
     assert [(r["problem"], r["sample"], r["prefix_len"]) for r in first] == [
-        (i, j, 0) for i in range(bench_rollout.NUM_PROBLEMS) for j in range(4)
+        (i, j, 0) for i in range(bench_jobs.NUM_PROBLEMS) for j in range(4)
     ]
     second = {(r["problem"], r["sample"]): r for r in later[0]}
     for i, problem in enumerate(job["problems"]):
@@ -38,9 +40,9 @@ def test_rounds_are_what_the_rewards_lead_to(job):
 
 
 def test_grpo_samples_as_many_tokens(job):
-    grpo = bench_rollout.grpo_job(job)
-    assert bench_rollout.num_tokens(grpo) == bench_rollout.num_tokens(job)
-    assert len(rows_of(grpo)) == 8 * bench_rollout.NUM_PROBLEMS
+    grpo = bench_jobs.grpo_job(job)
+    assert bench_jobs.num_tokens(grpo) == bench_jobs.num_tokens(job)
+    assert len(rows_of(grpo)) == 8 * bench_jobs.NUM_PROBLEMS
 
 
 def test_batches_hold_every_row_once_within_the_slots(job):
@@ -60,12 +62,12 @@ def test_prefilled_tokens_are_prompts_and_distinct_extensions_exactly(job):
     expected = sum(len(job["problems"][i]["prompt"]) + n - 1 for i, n in longest.items())
     reply = Ours(str(TINY_MODEL), "float32", run_freely).run(job)
     assert reply["prefilled_tokens"] == expected
-    assert reply["decoded_tokens"] == bench_rollout.num_tokens(job)
+    assert reply["decoded_tokens"] == bench_jobs.num_tokens(job)
 
 
 def test_bytes_to_move_are_weights_a_step_and_entries_a_token(job):
     limits = {"weight_bytes": 10**6, "entry_bytes": 1}
-    weights, entries = divmod(bench_rollout.bytes_to_move(job, limits), 10**6)
+    weights, entries = divmod(bench_limits.bytes_to_move(job, limits), 10**6)
     rows = rows_of(job)
     assert weights == max(
         -(-sum(row["num_new"] for row in rows) // 8), *(row["num_new"] for row in rows)
