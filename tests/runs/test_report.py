@@ -12,7 +12,7 @@ from trapo_jax.report import main
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import flatten
 from trapo_jax.runs.loggers import read_records
-from trapo_jax.runs.report import noted_settings, read_run, read_samples, thin, write_report
+from trapo_jax.runs.report import downsample, read_run, read_samples, shown_settings, write_report
 from trapo_jax.types import UserError
 
 
@@ -21,15 +21,15 @@ def step_record(step, **values):
 
 
 def test_few_steps_are_drawn_as_they_are():
-    averaged, columns = thin([step_record(1), step_record(2, **{"reward/mean": None})])
-    assert averaged == 1
+    steps_per_point, columns = downsample([step_record(1), step_record(2, **{"reward/mean": None})])
+    assert steps_per_point == 1
     assert columns["step"] == [1, 2]
     assert columns["reward/mean"] == [0.001, None]
 
 
 def test_many_steps_are_averaged_and_the_last_is_there():
-    averaged, columns = thin([step_record(step) for step in range(1, 1002)])
-    assert averaged == 3
+    steps_per_point, columns = downsample([step_record(step) for step in range(1, 1002)])
+    assert steps_per_point == 3
     assert len(columns["step"]) == 334
     assert columns["step"][:2] == [3, 6]
     assert columns["reward/mean"][:2] == [0.002, 0.005]
@@ -38,7 +38,7 @@ def test_many_steps_are_averaged_and_the_last_is_there():
 
 def test_a_step_without_expert_tokens_says_nothing_about_them():
     without = {"batch/expert_trained_tokens": 0, "expert/gradient_share_inside": 0.0}
-    _, columns = thin(
+    _, columns = downsample(
         [step_record(1, **{"expert/gradient_share_inside": 0.5}), step_record(2, **without)]
     )
     assert columns["expert/gradient_share_inside"] == [0.5, None]
@@ -46,7 +46,7 @@ def test_a_step_without_expert_tokens_says_nothing_about_them():
 
 def test_guidance_levels_are_those_of_the_records():
     levels = {f"guidance/level_{i}": i / 66 for i in range(12)}
-    _, columns = thin([step_record(1, **levels)])
+    _, columns = downsample([step_record(1, **levels)])
     assert [name for name in columns if name.startswith("guidance/level")] == list(levels)
 
 
@@ -70,9 +70,9 @@ def write_lines(path, records):
 def test_whole_groups_from_all_over_the_run_fit_the_bytes(tmp_path):
     path = tmp_path / "samples.jsonl"
     write_lines(path, [sample(step, f"{step}") for step in range(100) for _ in range(2)])
-    everything, num_groups = read_samples(path, most_bytes=10**9)
+    everything, num_groups = read_samples(path, max_bytes=10**9)
     assert (len(everything), num_groups) == (200, 100)
-    some, num_groups = read_samples(path, most_bytes=8_000)
+    some, num_groups = read_samples(path, max_bytes=8_000)
     assert num_groups == 100
     assert 4_000 < len(json.dumps(some, separators=(",", ":"))) <= 8_000
     steps = [rollout["step"] for rollout in some]
@@ -80,13 +80,13 @@ def test_whole_groups_from_all_over_the_run_fit_the_bytes(tmp_path):
     assert (steps[0], steps[-1]) == (0, 99)
     gaps = {b - a for a, b in zip(steps[::2], steps[2::2], strict=False)}
     assert max(gaps) - min(gaps) <= 1
-    one, _ = read_samples(path, most_bytes=1)
+    one, _ = read_samples(path, max_bytes=1)
     assert [rollout["step"] for rollout in one] == [99, 99]
 
 
 def test_of_a_long_response_the_ends_are_kept(tmp_path):
     write_lines(tmp_path / "samples.jsonl", [sample(1, "p", num_tokens=5_000)])
-    (rollout,), _ = read_samples(tmp_path / "samples.jsonl", most_bytes=10**9)
+    (rollout,), _ = read_samples(tmp_path / "samples.jsonl", max_bytes=10**9)
     pieces = rollout["tokens"]["pieces"]
     assert pieces == [str(i) for i in [*range(1000), *range(4500, 5000)]]
     assert all(len(values) == 1500 for values in rollout["tokens"].values())
@@ -98,20 +98,20 @@ def test_a_line_that_is_still_being_written_is_left_out_and_a_broken_one_is_name
     path = tmp_path / "samples.jsonl"
     write_lines(path, [sample(1, "p")])
     path.write_text(path.read_text() + '{"step": 2, "prob')
-    assert read_samples(path, most_bytes=10**9)[1] == 1
+    assert read_samples(path, max_bytes=10**9)[1] == 1
     path.write_text(path.read_text() + "\n")
     with pytest.raises(UserError, match=r"samples\.jsonl, line 2: not a JSON record"):
-        read_samples(path, most_bytes=10**9)
+        read_samples(path, max_bytes=10**9)
     write_lines(path, [{"step": 1, "problem_id": "p"}])
     with pytest.raises(UserError, match=r"samples\.jsonl, line 1: not a rollout of this version"):
-        read_samples(path, most_bytes=10**9)
+        read_samples(path, max_bytes=10**9)
 
 
 def test_settings_that_are_not_the_defaults_are_noted():
     settings = flatten(yaml.safe_load(Config().to_yaml()))
-    assert "train.weight_decay" not in noted_settings(settings)
-    assert "method.name" in noted_settings(settings)
-    assert noted_settings({**settings, "train.weight_decay": 0.5})[-1] == "train.weight_decay"
+    assert "train.weight_decay" not in shown_settings(settings)
+    assert "method.name" in shown_settings(settings)
+    assert shown_settings({**settings, "train.weight_decay": 0.5})[-1] == "train.weight_decay"
 
 
 @pytest.mark.parametrize("name", ["absent", "other"])
@@ -161,13 +161,13 @@ def test_a_run_that_its_budget_ended_is_complete(finished_run, tmp_path):
         shutil.copy(finished_run[0] / name, tmp_path)
     config = tmp_path / "config.yaml"
     config.write_text(config.read_text().replace("num_steps: 12\n", "num_steps: 1000000000\n"))
-    run = read_run(tmp_path, "r", most_bytes=10**6)
+    run = read_run(tmp_path, "r", max_bytes=10**6)
     assert (run["complete"], run["step"], run["num_steps"]) == (True, 12, 12)
     assert all(after is not None for _, _, after in run["scores"])
     records = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     half = [r for r in records if json.loads(r)["step"] <= 6]
     (tmp_path / "metrics.jsonl").write_text("".join(half))
-    run = read_run(tmp_path, "r", most_bytes=10**6)
+    run = read_run(tmp_path, "r", max_bytes=10**6)
     assert (run["complete"], run["step"], run["num_steps"]) == (False, 6, 12)
 
 

@@ -24,14 +24,14 @@ from trapo_jax.runs.loggers import EVAL, TRAIN, read_records
 from trapo_jax.types import UserError
 
 REPORT = "report.html"
-MOST_POINTS = 400  # of a curve; more steps are averaged
-MOST_BYTES = 3_000_000  # of rollouts in a report; then whole groups are left out
-MOST_TOKENS = 1_500  # of a response; what is between its beginning and its end is left out
-MOST_CHARACTERS = 20_000  # of a text
+MAX_POINTS = 400  # of a curve; more steps are averaged
+MAX_BYTES = 3_000_000  # of rollouts in a report; then whole groups are left out
+MAX_TOKENS = 1_500  # of a response; what is between its beginning and its end is left out
+MAX_CHARACTERS = 20_000  # of a text
 STYLES = ("uplot.min.css", "report.css")
 SCRIPTS = ("uplot.min.js", "dom.js", "charts.js", "reader.js", "page.js")
-LEVEL = "guidance/level_"  # followed by the index of a micro-group; a run has one for each of its method
-DRAWN = (
+LEVEL_PREFIX = "guidance/level_"  # followed by the index of a micro-group; a run has one for each of its method
+PLOTTED = (
     "reward/mean",
     "reward/unguided_mean",
     "policy/entropy",
@@ -65,9 +65,9 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
       UserError: naming the folder or the line that is not a run's.
       OSError: if the file cannot be written.
     """
-    names = _names(folders)
+    names = _short_names(folders)
     runs = [
-        read_run(folder, name, most_bytes=MOST_BYTES // len(folders))
+        read_run(folder, name, max_bytes=MAX_BYTES // len(folders))
         for folder, name in zip(folders, names, strict=True)
     ]
     write_atomically(out, make_page({"runs": runs}, title=", ".join(names)))
@@ -79,7 +79,7 @@ def make_page(data: Mapping[str, Any], *, title: str) -> str:
     style = "\n".join((assets / name).read_text() for name in STYLES)
     script = "\n".join((assets / name).read_text() for name in SCRIPTS)
     policy = (
-        f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; "
+        f"default-src 'none'; script-src {_content_hash(script)}; style-src {_content_hash(style)}; "
         "base-uri 'none'; form-action 'none'"
     )
     parts = {
@@ -99,45 +99,47 @@ def embedded_json(data: Any) -> str:
     >>> print(embedded_json("</script>\\u2028"))
     "\\u003c/script\\u003e\\\\u2028"
     """
-    text = json.dumps(_visible(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(
+        _make_visible(data), ensure_ascii=True, allow_nan=False, separators=(",", ":")
+    )
     for character in "<>&":  # in JSON they stand in strings only
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def _visible(value: Any) -> Any:
+def _make_visible(value: Any) -> Any:
     """The same with control characters, bidirectional overrides and the like spelled out in all texts."""
     if isinstance(value, str):
         return printable(value, keep="\n\t")
     if isinstance(value, Mapping):
-        return {printable(name): _visible(v) for name, v in value.items()}
-    return [_visible(v) for v in value] if isinstance(value, list) else value
+        return {printable(name): _make_visible(v) for name, v in value.items()}
+    return [_make_visible(v) for v in value] if isinstance(value, list) else value
 
 
-def _source(text: str) -> str:
+def _content_hash(text: str) -> str:
     """How a policy names what stands inline."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def _short_names(folders: Sequence[Path]) -> list[str]:
     """Short and different."""
     short = [folder.absolute().name for folder in folders]
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 
 
-def read_run(folder: Path, name: str, *, most_bytes: int) -> dict[str, Any]:
+def read_run(folder: Path, name: str, *, max_bytes: int) -> dict[str, Any]:
     """What a report shows of a run.
 
     Args:
       folder: the run's.
       name: by which the report speaks of it.
-      most_bytes: of rollouts, as JSON.
+      max_bytes: of rollouts, as JSON.
 
     Raises:
       UserError: naming the folder or the line that is not a run's.
     """
     try:
-        return _read_run(folder, name, most_bytes)
+        return _read_run(folder, name, max_bytes)
     except (OSError, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(
             f"{folder}: not the folder of a training run of this version (config.yaml, metrics.jsonl, "
@@ -145,7 +147,7 @@ def read_run(folder: Path, name: str, *, most_bytes: int) -> dict[str, Any]:
         ) from error
 
 
-def _read_run(folder: Path, name: str, most_bytes: int) -> dict[str, Any]:
+def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
     settings = flatten(yaml.safe_load((folder / CONFIG).read_text()))
     records = list(read_records(folder / METRICS))
     steps = [r for r in records if r["kind"] == TRAIN]
@@ -159,8 +161,8 @@ def _read_run(folder: Path, name: str, most_bytes: int) -> dict[str, Any]:
         num_steps = last
     elif steps and (share := steps[-1].get("budget/progress")):
         num_steps = round(last / share)
-    averaged, columns = thin(steps)
-    samples, num_groups = read_samples(folder / SAMPLES, most_bytes=most_bytes)
+    steps_per_point, columns = downsample(steps)
+    samples, num_groups = read_samples(folder / SAMPLES, max_bytes=max_bytes)
     return {
         "name": name,
         "method": settings.get("method.name", ""),
@@ -168,8 +170,8 @@ def _read_run(folder: Path, name: str, most_bytes: int) -> dict[str, Any]:
         "num_steps": num_steps,
         "complete": after is not None,
         "settings": {k: str(v) for k, v in settings.items()},
-        "noted": noted_settings(settings),
-        "averaged": averaged,
+        "shown_settings": shown_settings(settings),
+        "steps_per_point": steps_per_point,
         "columns": columns,
         "evaluations": [
             {
@@ -180,7 +182,7 @@ def _read_run(folder: Path, name: str, most_bytes: int) -> dict[str, Any]:
             }
             for r in evaluations
         ],
-        "scores": before_and_after(tests[0] if tests else {}, after or {}),
+        "scores": score_rows(tests[0] if tests else {}, after or {}),
         "seconds": {
             "sampling": _total(steps, "time/sample_secs"),
             "rewards": _total(steps, "time/reward_secs"),
@@ -196,7 +198,7 @@ def _read_run(folder: Path, name: str, most_bytes: int) -> dict[str, Any]:
     }
 
 
-def noted_settings(settings: Mapping[str, Any]) -> list[str]:
+def shown_settings(settings: Mapping[str, Any]) -> list[str]:
     """The fields that say which run this is: a few always, of the others those that are not the defaults."""
     defaults = flatten(Config().model_dump(mode="json"))
     changed = [
@@ -207,7 +209,7 @@ def noted_settings(settings: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys([*(f for f in CORE_SETTINGS if f in settings), *changed]))
 
 
-def before_and_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[list[Any]]:
+def score_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[list[Any]]:
     """Rows (name, before, after) of the test set's accuracies."""
     return [
         [name.removeprefix("eval/"), value, after.get(name)]
@@ -216,30 +218,30 @@ def before_and_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
     ]
 
 
-def thin(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, list[float | None]]]:
-    """Columns of at most `MOST_POINTS` numbers: of each so many successive steps the mean, and the last step.
+def downsample(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, list[float | None]]]:
+    """Columns of at most `MAX_POINTS` numbers: of each so many successive steps the mean, and the last step.
 
     Returns:
       How many steps a point is the mean of, and for each drawn metric its points; null where none is a number.
     """
-    averaged = max(1, math.ceil(len(records) / MOST_POINTS))
-    blocks = [records[i : i + averaged] for i in range(0, len(records), averaged)]
+    steps_per_point = max(1, math.ceil(len(records) / MAX_POINTS))
+    blocks = [records[i : i + steps_per_point] for i in range(0, len(records), steps_per_point)]
     columns: dict[str, list[float | None]] = {"step": [block[-1]["step"] for block in blocks]}
-    levels = {name for record in records for name in record if name.startswith(LEVEL)}
-    for name in (*DRAWN, *sorted(levels, key=lambda name: int(name.removeprefix(LEVEL)))):
-        values = ([r[name] for r in block if _is_known(name, r)] for block in blocks)
+    levels = {name for record in records for name in record if name.startswith(LEVEL_PREFIX)}
+    for name in (*PLOTTED, *sorted(levels, key=lambda name: int(name.removeprefix(LEVEL_PREFIX)))):
+        values = ([r[name] for r in block if _has_value(name, r)] for block in blocks)
         columns[name] = [float(f"{np.mean(v):.4g}") if v else None for v in values]
-    return averaged, columns
+    return steps_per_point, columns
 
 
-def _is_known(name: str, record: Mapping[str, Any]) -> bool:
+def _has_value(name: str, record: Mapping[str, Any]) -> bool:
     """Of steps that trained no expert token there is nothing to say about expert tokens."""
     return record.get(name) is not None and (
         not name.startswith("expert/") or record.get("batch/expert_trained_tokens", 0) > 0
     )
 
 
-def read_samples(path: Path, *, most_bytes: int) -> tuple[list[dict[str, Any]], int]:
+def read_samples(path: Path, *, max_bytes: int) -> tuple[list[dict[str, Any]], int]:
     """Rollouts to read: whole groups from all over the run, the first and the last among them.
 
     Returns:
@@ -251,20 +253,20 @@ def read_samples(path: Path, *, most_bytes: int) -> tuple[list[dict[str, Any]], 
     for record in _rollouts(path):
         group = (record["step"], record["problem_id"])
         sizes[group] = sizes.get(group, 0) + len(json.dumps(record, separators=(",", ":")))
-    kept = set(_spread(list(sizes), sizes, most_bytes))
+    kept = set(_choose_groups(list(sizes), sizes, max_bytes))
     rollouts = [r for r in _rollouts(path) if (r["step"], r["problem_id"]) in kept]
     return rollouts, len(sizes)
 
 
-def _spread(groups: Sequence[Any], sizes: Mapping[Any, int], most_bytes: int) -> list[Any]:
-    """As many of the groups, evenly, as are together not larger than `most_bytes`; at least one."""
+def _choose_groups(groups: Sequence[Any], sizes: Mapping[Any, int], max_bytes: int) -> list[Any]:
+    """As many of the groups, evenly, as are together not larger than `max_bytes`; at least one."""
     number = len(groups)
     while number > 1:
         chosen = [groups[i] for i in np.linspace(0, len(groups) - 1, number).astype(int)]
         total = sum(sizes[group] for group in chosen)
-        if total <= most_bytes:
+        if total <= max_bytes:
             return chosen
-        number = min(number - 1, int(number * most_bytes / total))
+        number = min(number - 1, int(number * max_bytes / total))
     return list(groups[-1:])
 
 
@@ -275,26 +277,26 @@ def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
         try:
             kept = {name: value for name, value in record.items() if name not in left_out}
             kept["step"], kept["problem_id"] = record["step"], record["problem_id"]
-            kept["prompt"] = _shortened(record["prompt"])
-            kept["answer"] = _shortened(record["answer"])
+            kept["prompt"] = _cut_end(record["prompt"])
+            kept["answer"] = _cut_end(record["answer"])
             tokens = record["tokens"]
             kept["num_tokens"] = len(tokens["kinds"])
-            kept["tokens"] = {name: _ends(values) for name, values in tokens.items()}
-            kept["tokens"]["pieces"] = [_shortened(p) for p in kept["tokens"]["pieces"]]
+            kept["tokens"] = {name: _cut_middle(values) for name, values in tokens.items()}
+            kept["tokens"]["pieces"] = [_cut_end(p) for p in kept["tokens"]["pieces"]]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number}: not a rollout of this version") from error
         yield kept
 
 
-def _ends(values: Any) -> Any:
+def _cut_middle(values: Any) -> Any:
     """The beginning and the end of a long string or list."""
-    if len(values) <= MOST_TOKENS:
+    if len(values) <= MAX_TOKENS:
         return values
-    return values[: MOST_TOKENS * 2 // 3] + values[-(MOST_TOKENS // 3) :]
+    return values[: MAX_TOKENS * 2 // 3] + values[-(MAX_TOKENS // 3) :]
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " …"
+def _cut_end(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " …"
 
 
 def _total(records: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -1,7 +1,7 @@
 "use strict";
 // The page, from DATA.runs: see `read_run` in runs/report.py for what a run is.
 
-const LEVEL = "guidance/level_"; // followed by the index of a micro-group
+const LEVEL_PREFIX = "guidance/level_"; // followed by the index of a micro-group
 const PART_COLORS = 4;
 
 function state(run) {
@@ -15,7 +15,7 @@ function summary() {
   const names = [...new Set(DATA.runs.flatMap((run) => run.scores.map(([name]) => name)))];
   const score = (run, name, k) => run.scores.find((row) => row[0] === name)?.[k] ?? null;
   const heads = DATA.runs.flatMap((run) => (DATA.runs.length > 1 ? [`${run.name}: before`, `${run.name}: after`] : ["before", "after"]));
-  const noted = [...new Set(DATA.runs.flatMap((run) => run.noted))];
+  const shown = [...new Set(DATA.runs.flatMap((run) => run.shown_settings))];
   const fields = [...new Set(DATA.runs.flatMap((run) => Object.keys(run.settings)))];
   const settings = (chosen) => table("Settings", ["setting", ...DATA.runs.map((run) => run.name)],
     chosen.map((field) => [field, ...DATA.runs.map((run) => run.settings[field] ?? "–")]));
@@ -25,7 +25,7 @@ function summary() {
       make("div", {}, make("h3", {}, "Test set"),
         table("Test set, before and after", ["score", ...heads], names.map((name) =>
           [name, ...DATA.runs.flatMap((run) => [fixed(score(run, name, 1)), fixed(score(run, name, 2))])]))),
-      make("div", {}, make("h3", {}, "Settings"), settings(noted), folded("All settings", () => settings(fields)))),
+      make("div", {}, make("h3", {}, "Settings"), settings(shown), folded("All settings", () => settings(fields)))),
   ];
 }
 
@@ -47,13 +47,13 @@ function timeTable() {
 }
 
 function curves() {
-  const averaged = Math.max(...DATA.runs.map((run) => run.averaged));
+  const stepsPerPoint = Math.max(...DATA.runs.map((run) => run.steps_per_point));
   const some = (metric) => (run) => run.columns[metric].some((v) => v !== null && v !== 0);
   const each = (has, build) => DATA.runs.flatMap((run, i) => (has(run)
     ? [build(run.columns, i, DATA.runs.length > 1 ? `: ${run.name}` : "")] : []));
   const part = (name, tone, values) => ({ name, color: `--part-${tone}`, values });
   return [
-    make("p", { class: "muted" }, "Thin: " + (averaged > 1 ? `the mean of ${averaged} steps` : "each step")
+    make("p", { class: "muted" }, "Thin: " + (stepsPerPoint > 1 ? `the mean of ${stepsPerPoint} steps` : "each step")
       + ", bold: a running mean. Drag over a chart to look closer, double-click to go back."),
     DATA.runs.length > 1 ? runToggles() : null,
     make("div", { class: "charts" }, ...[
@@ -66,7 +66,7 @@ function curves() {
       lineChart({ title: "Truncated", about: "share of rollouts that ended at the length limit", metric: "completion/truncated", scales: SHARE }),
       ...each(some("guidance/ratio_mean"), (c, i, of) => stackChart({ run: i, title: `Guidance level${of}`,
         about: "share of problems by the last micro-group that was given the expert",
-        parts: Object.keys(c).filter((name) => name.startsWith(LEVEL)).map((name, k) =>
+        parts: Object.keys(c).filter((name) => name.startsWith(LEVEL_PREFIX)).map((name, k) =>
           part(k ? `micro-group ${k + 1}` : "unguided", k % PART_COLORS, c[name])) })),
       ...each(some("batch/expert_trained_tokens"), (c, i, of) => stackChart({ run: i, title: `Expert gradient${of}`,
         about: "share that comes from tokens inside and outside the trust region (p ≥ alpha, p < alpha)",
