@@ -1,4 +1,6 @@
-"""Draws runs as one self-contained HTML file that opens offline. It can be drawn while the runs are in progress.
+"""Writes a report of one or more runs: a self-contained HTML file that opens offline.
+
+The runs may be in progress.
 
 python -m trapo_jax.report RUN [RUN ...] [--out report.html]
 """
@@ -16,7 +18,7 @@ from trapo_jax.types import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trapo_jax.report",
-        description="Draws runs as one HTML file that opens offline. The curves of several runs share their charts.",
+        description="Writes a report of one or more runs as an HTML file that opens offline. Curves of several runs share charts.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The report: what is left out and how, and the page of a real run in a browser."""
+"""The report: its data, and the page of a real run in a browser."""
 
 import json
 import shutil
@@ -20,14 +20,14 @@ def step_record(step, **values):
     return {"step": step, "batch/expert_trained_tokens": 1, "reward/mean": step / 1000, **values}
 
 
-def test_few_steps_are_drawn_as_they_are():
+def test_few_steps_are_not_averaged():
     steps_per_point, columns = downsample([step_record(1), step_record(2, **{"reward/mean": None})])
     assert steps_per_point == 1
     assert columns["step"] == [1, 2]
     assert columns["reward/mean"] == [0.001, None]
 
 
-def test_many_steps_are_averaged_and_the_last_is_there():
+def test_many_steps_are_averaged_and_the_last_step_is_kept():
     steps_per_point, columns = downsample([step_record(step) for step in range(1, 1002)])
     assert steps_per_point == 3
     assert len(columns["step"]) == 334
@@ -36,7 +36,7 @@ def test_many_steps_are_averaged_and_the_last_is_there():
     assert columns["step"][-1] == 1001
 
 
-def test_a_step_without_expert_tokens_says_nothing_about_them():
+def test_a_step_without_expert_tokens_has_no_metrics_of_them():
     without = {"batch/expert_trained_tokens": 0, "expert/gradient_share_inside": 0.0}
     _, columns = downsample(
         [step_record(1, **{"expert/gradient_share_inside": 0.5}), step_record(2, **without)]
@@ -67,7 +67,7 @@ def write_lines(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def test_whole_groups_from_all_over_the_run_fit_the_bytes(tmp_path):
+def test_evenly_spaced_whole_groups_fit_into_the_limit(tmp_path):
     path = tmp_path / "samples.jsonl"
     write_lines(path, [sample(step, f"{step}") for step in range(100) for _ in range(2)])
     everything, num_groups = read_samples(path, max_bytes=10**9)
@@ -84,7 +84,7 @@ def test_whole_groups_from_all_over_the_run_fit_the_bytes(tmp_path):
     assert [rollout["step"] for rollout in one] == [99, 99]
 
 
-def test_of_a_long_response_the_ends_are_kept(tmp_path):
+def test_the_middle_of_a_long_response_is_omitted(tmp_path):
     write_lines(tmp_path / "samples.jsonl", [sample(1, "p", num_tokens=5_000)])
     (rollout,), _ = read_samples(tmp_path / "samples.jsonl", max_bytes=10**9)
     pieces = rollout["tokens"]["pieces"]
@@ -94,7 +94,7 @@ def test_of_a_long_response_the_ends_are_kept(tmp_path):
     assert "completion" not in rollout
 
 
-def test_a_line_that_is_still_being_written_is_left_out_and_a_broken_one_is_named(tmp_path):
+def test_an_incomplete_last_line_is_ignored_and_a_damaged_line_is_reported(tmp_path):
     path = tmp_path / "samples.jsonl"
     write_lines(path, [sample(1, "p")])
     path.write_text(path.read_text() + '{"step": 2, "prob')
@@ -107,7 +107,7 @@ def test_a_line_that_is_still_being_written_is_left_out_and_a_broken_one_is_name
         read_samples(path, max_bytes=10**9)
 
 
-def test_settings_that_are_not_the_defaults_are_noted():
+def test_settings_that_differ_from_the_defaults_are_shown():
     settings = flatten(yaml.safe_load(Config().to_yaml()))
     assert "train.weight_decay" not in shown_settings(settings)
     assert "method.name" in shown_settings(settings)
@@ -115,7 +115,7 @@ def test_settings_that_are_not_the_defaults_are_noted():
 
 
 @pytest.mark.parametrize("name", ["absent", "other"])
-def test_what_is_not_a_run_is_one_line_and_exit_code_2(name, tmp_path, capsys):
+def test_a_folder_that_is_not_a_run_is_one_line_and_exit_code_2(name, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("- 1\n")
     assert main([str(tmp_path / name)]) == 2
@@ -135,7 +135,7 @@ def test_a_report_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path, c
     assert capsys.readouterr().err == expected + "\n"
 
 
-def test_progress_tells_of_the_last_evaluation_and_fits_80_columns(monkeypatch, capsys):
+def test_progress_shows_the_last_evaluation_and_fits_into_80_columns(monkeypatch, capsys):
     values = {
         "reward/mean": 0.5312,
         "guidance/ratio_mean": 0.21,
@@ -155,8 +155,7 @@ def test_progress_tells_of_the_last_evaluation_and_fits_80_columns(monkeypatch, 
         assert ("\x1b[" in output) == (on_a_terminal == "1")
 
 
-def test_a_run_that_its_budget_ended_is_complete(finished_run, tmp_path):
-    """Whatever number of steps it might have had."""
+def test_a_run_whose_budget_is_spent_is_complete(finished_run, tmp_path):
     for name in ("config.yaml", "metrics.jsonl"):
         shutil.copy(finished_run[0] / name, tmp_path)
     config = tmp_path / "config.yaml"
@@ -194,7 +193,7 @@ def two_runs(finished_run, tmp_path_factory):
     return out
 
 
-def test_the_page_of_two_runs_asks_for_nothing_and_passes_axe(two_runs):
+def test_the_page_of_two_runs_makes_no_requests_and_passes_axe(two_runs):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is missing")
     for scheme, width in (("light", 1280), ("dark", 390)):
         options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
@@ -212,8 +211,8 @@ def test_the_page_of_two_runs_asks_for_nothing_and_passes_axe(two_runs):
             assert (seen.complaints, seen.requests) == ([], [])
 
 
-def test_filters_keys_and_tables_tell_what_the_files_hold(two_runs, finished_run):
-    """By their names and by keyboard, as a screen reader's user goes."""
+def test_filters_keys_and_tables_show_the_contents_of_the_files(two_runs, finished_run):
+    """Elements are found by their names and operated by keyboard, as with a screen reader."""
     folder = finished_run[0]
     samples = list(read_records(folder / "samples.jsonl"))
     with opened(two_runs, color_scheme="light") as seen:
@@ -241,7 +240,7 @@ def test_filters_keys_and_tables_tell_what_the_files_hold(two_runs, finished_run
         page.keyboard.press("End")
         assert chart.locator(".readout").text_content().startswith("step 12")
         chart.locator("summary").click()
-        chart.get_by_role("row").nth(12).wait_for()  # the table is made when it is opened
+        chart.get_by_role("row").nth(12).wait_for()  # The table is built when it is opened.
         assert chart.get_by_role("row").count() == 13
         page.get_by_role("button", name="Theme").click()
         page.get_by_role("button", name="Theme").click()

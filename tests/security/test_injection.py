@@ -158,7 +158,7 @@ def test_in_a_browser_the_texts_are_texts(run):
             details.click()
         shown = ""
         for coloring in ("kind", "probability", "advantage", "gradient"):
-            page.get_by_label("Colour by").select_option(coloring)
+            page.get_by_label("Color by").select_option(coloring)
         while True:
             page.locator("article summary").last.click()
             page.keyboard.press("Tab")

@@ -1,7 +1,7 @@
 """The report of one or more runs: a self-contained HTML file that opens offline.
 
-What runs wrote is not trusted: it stands in the page as JSON, reaches the document as text only, and the page's
-Content-Security-Policy lets no script run but those of `assets/report`, and nothing be fetched.
+The contents of run directories are not trusted. They are embedded as JSON and enter the document as text only. The
+page's Content-Security-Policy allows no scripts but those of `assets/report`, and no requests.
 """
 
 import base64
@@ -24,13 +24,13 @@ from trapo_jax.runs.loggers import EVAL, TRAIN, read_records
 from trapo_jax.types import UserError
 
 REPORT = "report.html"
-MAX_POINTS = 400  # of a curve; more steps are averaged
-MAX_BYTES = 3_000_000  # of rollouts in a report; then whole groups are left out
-MAX_TOKENS = 1_500  # of a response; what is between its beginning and its end is left out
-MAX_CHARACTERS = 20_000  # of a text
+MAX_POINTS = 400  # per curve; more steps are averaged
+MAX_BYTES = 3_000_000  # of rollouts per report; beyond it, whole groups are omitted
+MAX_TOKENS = 1_500  # per response; the middle of a longer one is omitted
+MAX_CHARACTERS = 20_000  # per text
 STYLES = ("uplot.min.css", "report.css")
 SCRIPTS = ("uplot.min.js", "dom.js", "charts.js", "reader.js", "page.js")
-LEVEL_PREFIX = "guidance/level_"  # followed by the index of a micro-group; a run has one for each of its method
+LEVEL_PREFIX = "guidance/level_"  # followed by the index of a micro-group; the method decides how many there are
 PLOTTED = (
     "reward/mean",
     "reward/unguided_mean",
@@ -46,7 +46,7 @@ PLOTTED = (
     "time/train_secs",
     "time/tokens_per_sec",
 )
-CORE_SETTINGS = (  # shown always; of the others those that are not the defaults
+CORE_SETTINGS = (  # always shown; other settings are shown if they differ from the default
     "model.path",
     "data.source",
     "method.name",
@@ -59,10 +59,14 @@ CORE_SETTINGS = (  # shown always; of the others those that are not the defaults
 
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
-    """Writes the report of the runs in `folders`; `out` is there whole or not at all.
+    """Writes the report of one or more runs atomically.
+
+    Args:
+      folders: run directories.
+      out: the HTML file.
 
     Raises:
-      UserError: naming the folder or the line that is not a run's.
+      UserError: if a folder is not a run directory, or a line of its logs is damaged.
       OSError: if the file cannot be written.
     """
     names = _short_names(folders)
@@ -74,7 +78,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
 
 
 def make_page(data: Mapping[str, Any], *, title: str) -> str:
-    """The HTML page that shows `data`; see `assets/report/page.js` for what it is made of."""
+    """Returns the HTML page that shows `data`, which `assets/report/page.js` reads."""
     assets = resources.files("trapo_jax") / "assets" / "report"
     style = "\n".join((assets / name).read_text() for name in STYLES)
     script = "\n".join((assets / name).read_text() for name in SCRIPTS)
@@ -94,7 +98,7 @@ def make_page(data: Mapping[str, Any], *, title: str) -> str:
 
 
 def embedded_json(data: Any) -> str:
-    """JSON that ends no script element, opens no comment and is ASCII; its strings hold nothing invisible.
+    """Returns JSON that is safe inside a script element: ASCII without `<`, `>`, `&` and invisible characters.
 
     >>> print(embedded_json("</script>\\u2028"))
     "\\u003c/script\\u003e\\\\u2028"
@@ -102,13 +106,13 @@ def embedded_json(data: Any) -> str:
     text = json.dumps(
         _make_visible(data), ensure_ascii=True, allow_nan=False, separators=(",", ":")
     )
-    for character in "<>&":  # in JSON they stand in strings only
+    for character in "<>&":  # In JSON they occur in strings only.
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
 def _make_visible(value: Any) -> Any:
-    """The same with control characters, bidirectional overrides and the like spelled out in all texts."""
+    """Spells out control characters, bidirectional overrides and similar characters in all strings."""
     if isinstance(value, str):
         return printable(value, keep="\n\t")
     if isinstance(value, Mapping):
@@ -117,26 +121,26 @@ def _make_visible(value: Any) -> Any:
 
 
 def _content_hash(text: str) -> str:
-    """How a policy names what stands inline."""
+    """Returns the source expression of an inline script or style in a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """Short and different."""
+    """Returns the last parts of the paths if they differ, otherwise the whole paths."""
     short = [folder.absolute().name for folder in folders]
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 
 
 def read_run(folder: Path, name: str, *, max_bytes: int) -> dict[str, Any]:
-    """What a report shows of a run.
+    """Returns everything that the report shows of a run, as plain data.
 
     Args:
-      folder: the run's.
-      name: by which the report speaks of it.
-      max_bytes: of rollouts, as JSON.
+      folder: the run directory.
+      name: name of the run in the report.
+      max_bytes: maximum size of its rollouts as JSON.
 
     Raises:
-      UserError: naming the folder or the line that is not a run's.
+      UserError: if the folder is not a run directory, or a line of its logs is damaged.
     """
     try:
         return _read_run(folder, name, max_bytes)
@@ -154,7 +158,7 @@ def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
     evaluations = [r for r in records if r["kind"] == EVAL]
     tests = [r for r in evaluations if r["split"] == "test"]
     last = steps[-1]["step"] if steps else 0
-    # The test set is scored again where the run ends: after its last step, or once its budget is spent.
+    # The test split is evaluated a second time when the run ends, after its last step or when its budget is spent.
     after = tests[-1] if len(tests) > 1 and tests[-1]["step"] == last else None
     num_steps = settings.get("train.num_steps", 0)
     if after:
@@ -199,7 +203,7 @@ def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
 
 
 def shown_settings(settings: Mapping[str, Any]) -> list[str]:
-    """The fields that say which run this is: a few always, of the others those that are not the defaults."""
+    """Returns the fields that characterize a run: `CORE_SETTINGS`, and those that differ from the default."""
     defaults = flatten(Config().model_dump(mode="json"))
     changed = [
         field
@@ -210,7 +214,7 @@ def shown_settings(settings: Mapping[str, Any]) -> list[str]:
 
 
 def score_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[list[Any]]:
-    """Rows (name, before, after) of the test set's accuracies."""
+    """Returns rows (name, before, after) of the accuracies on the test split."""
     return [
         [name.removeprefix("eval/"), value, after.get(name)]
         for name, value in sorted(before.items())
@@ -219,10 +223,11 @@ def score_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[list
 
 
 def downsample(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, list[float | None]]]:
-    """Columns of at most `MAX_POINTS` numbers: of each so many successive steps the mean, and the last step.
+    """Averages consecutive steps, so that a curve has at most `MAX_POINTS` points.
 
     Returns:
-      How many steps a point is the mean of, and for each drawn metric its points; null where none is a number.
+      The number of steps per point, and the points of each plotted metric: the last step and the means; None where
+      no step has a value.
     """
     steps_per_point = max(1, math.ceil(len(records) / MAX_POINTS))
     blocks = [records[i : i + steps_per_point] for i in range(0, len(records), steps_per_point)]
@@ -235,17 +240,17 @@ def downsample(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, lis
 
 
 def _has_value(name: str, record: Mapping[str, Any]) -> bool:
-    """Of steps that trained no expert token there is nothing to say about expert tokens."""
+    """Returns whether a record has a value. Metrics of expert tokens have none if no expert token was trained."""
     return record.get(name) is not None and (
         not name.startswith("expert/") or record.get("batch/expert_trained_tokens", 0) > 0
     )
 
 
 def read_samples(path: Path, *, max_bytes: int) -> tuple[list[dict[str, Any]], int]:
-    """Rollouts to read: whole groups from all over the run, the first and the last among them.
+    """Reads whole groups of rollouts, evenly spaced over the run, including the first and the last.
 
     Returns:
-      The rollouts, and how many groups (the rollouts of a problem in a step) the file holds.
+      The rollouts, and the number of groups (rollouts of one problem in one step) in the file.
     """
     if not path.exists():
         return [], 0
@@ -259,7 +264,7 @@ def read_samples(path: Path, *, max_bytes: int) -> tuple[list[dict[str, Any]], i
 
 
 def _choose_groups(groups: Sequence[Any], sizes: Mapping[Any, int], max_bytes: int) -> list[Any]:
-    """As many of the groups, evenly, as are together not larger than `max_bytes`; at least one."""
+    """Returns the largest evenly spaced selection of groups of at most `max_bytes`, but at least one group."""
     number = len(groups)
     while number > 1:
         chosen = [groups[i] for i in np.linspace(0, len(groups) - 1, number).astype(int)]
@@ -271,11 +276,11 @@ def _choose_groups(groups: Sequence[Any], sizes: Mapping[Any, int], max_bytes: i
 
 
 def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a samples.jsonl as the report holds them: the texts are in the tokens, and not too long."""
-    left_out = ("prefix", "completion")
+    """Yields the records of a samples.jsonl. Texts that the tokens contain are omitted, long ones are cut."""
+    omitted = ("prefix", "completion")
     for number, record in enumerate(read_records(path), start=1):
         try:
-            kept = {name: value for name, value in record.items() if name not in left_out}
+            kept = {name: value for name, value in record.items() if name not in omitted}
             kept["step"], kept["problem_id"] = record["step"], record["problem_id"]
             kept["prompt"] = _cut_end(record["prompt"])
             kept["answer"] = _cut_end(record["answer"])
@@ -289,13 +294,14 @@ def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _cut_middle(values: Any) -> Any:
-    """The beginning and the end of a long string or list."""
+    """Removes the middle of a long string or list."""
     if len(values) <= MAX_TOKENS:
         return values
     return values[: MAX_TOKENS * 2 // 3] + values[-(MAX_TOKENS // 3) :]
 
 
 def _cut_end(text: str) -> str:
+    """Removes the end of a long text."""
     return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " …"
 
 

@@ -1,5 +1,5 @@
 "use strict";
-// Charts over the steps of runs: uPlot draws; each has a summary in words, a readout for pointer and keys, a table.
+// Charts over the steps of runs, drawn by uPlot. Each has a text summary, a readout for pointer and keyboard, and a table.
 
 const RUN_COLORS = 6;
 const DASHES = [[], [8, 4], [2, 3], [12, 3, 2, 3]];
@@ -14,7 +14,7 @@ function swatch(run) {
   return line;
 }
 
-// The mean of the points around each, so that noise does not hide the course.
+// The mean of the points around each point, which makes the trend visible.
 function smooth(values) {
   const reach = Math.floor(values.length / 40);
   if (reach === 0) return values;
@@ -24,7 +24,7 @@ function smooth(values) {
   });
 }
 
-function course(steps, values) {
+function describeTrend(steps, values) {
   const known = values.map((v, i) => [v, steps[i]]).filter(([v]) => v !== null && v !== undefined);
   if (known.length === 0) return "no values";
   const [first, last] = [known[0], known[known.length - 1]];
@@ -38,20 +38,20 @@ function axes() {
   return [{ ...common, size: 26, grid: { show: false } }, { ...common, size: 52, values: (_, marks) => marks.map(number) }];
 }
 
-// The frame of every chart. `lines`: {name, values, run} for words, readout and table; `draw`: options for uPlot.
+// The frame of every chart. `lines`: {name, values, run} for summary, readout and table; `draw`: options for uPlot.
 function frame({ title, about, steps, lines, parts = null, data, draw }) {
-  const words = lines.map((line) => `${line.name}: ${course(steps, line.values)}`).join(". ");
+  const trends = lines.map((line) => `${line.name}: ${describeTrend(steps, line.values)}`).join(". ");
   const plot = make("div", { class: "plot", "aria-hidden": "true" });
   const readout = make("p", { class: "readout" });
   const box = make("figure", { class: "chart" }, make("h3", {}, title), make("p", { class: "muted" }, about), parts,
     make("div", { tabindex: 0, role: "application", "aria-roledescription": "chart",
-      "aria-label": `${title}. ${words}. Arrow keys read the values step by step.`, keydown: (e) => move(e) }, plot),
+      "aria-label": `${title}. ${trends}. Arrow keys read the values step by step.`, keydown: (e) => move(e) }, plot),
     readout,
     folded("Data table", () => table(title, ["step", ...lines.map((l) => l.name)],
       steps.map((step, i) => [step, ...lines.map((l) => l.values[i] ?? null)]))));
   let chart = null;
 
-  function tell(index) {
+  function showReadout(index) {
     readout.replaceChildren(...(index === null || index === undefined ? [] :
       [make("span", {}, `step ${steps[index]}`), ...lines.filter((l) => l.values[index] !== null && l.values[index] !== undefined)
         .map((l) => make("span", {}, `${l.name} ${number(l.values[index])}`))]));
@@ -61,7 +61,7 @@ function frame({ title, about, steps, lines, parts = null, data, draw }) {
     const by = { ArrowLeft: -1, ArrowRight: 1, PageDown: 10, PageUp: -10, Home: -Infinity, End: Infinity }[event.key];
     if (by === undefined) return;
     event.preventDefault();
-    readout.setAttribute("aria-live", "polite"); // not when the pointer moves
+    readout.setAttribute("aria-live", "polite"); // announced for keys, not for the pointer
     const at = Math.min(steps.length - 1, Math.max(0, (chart.cursor.idx ?? (by > 0 ? -1 : steps.length)) + by));
     chart.setCursor({ left: chart.valToPos(steps[at], "x"), top: 10 });
   }
@@ -71,7 +71,7 @@ function frame({ title, about, steps, lines, parts = null, data, draw }) {
     cursor: { y: false, sync: { key: "steps", scales: ["x", null] }, points: { size: 7 } },
     ...draw,
     scales: { x: { time: false, range: (_, low, high) => [low <= 1 ? 0 : low, high] }, ...draw.scales },
-    hooks: { setCursor: [(u) => tell(u.cursor.idx)], ...draw.hooks },
+    hooks: { setCursor: [(u) => showReadout(u.cursor.idx)], ...draw.hooks },
   }, data, plot);
   new ResizeObserver(() => { if (plot.clientWidth) chart.setSize({ width: plot.clientWidth, height: 210 }); }).observe(plot);
   charts.push({ chart, runs: draw.series.map((s) => s.run) });
@@ -79,11 +79,11 @@ function frame({ title, about, steps, lines, parts = null, data, draw }) {
 }
 
 const fromZero = (_, low, high) => [Math.min(0, low ?? 0), (high ?? 1) * 1.05 || 1];
-// The top of an axis that holds nearly all values.
-const mostly = (values) => 1.4 * ([...values].sort((a, b) => a - b)[Math.floor(0.95 * (values.length - 1))] || 1);
+// The upper end of an axis that shows nearly all values.
+const nearlyAll = (values) => 1.4 * ([...values].sort((a, b) => a - b)[Math.floor(0.95 * (values.length - 1))] || 1);
 const SHARE = { y: { range: [0, 1] } };
 
-// One line a run: the points thin, their running mean bold.
+// One curve per run: the points as a thin line, their running mean as a bold line.
 function lineChart({ title, about, metric, scales = { y: { range: fromZero } } }) {
   const tables = [], series = [{}], steps = new Set();
   DATA.runs.forEach((run, i) => {
@@ -101,7 +101,7 @@ function lineChart({ title, about, metric, scales = { y: { range: fromZero } } }
   return frame({ title, about, steps: data[0], lines, data, draw: { series, scales } });
 }
 
-// Evaluations: validation as a line, the test set's as squares.
+// Evaluations: the validation split as a line, the test split as large points.
 function accuracyChart({ title, about, field }) {
   const tables = [], series = [{}], lines = [];
   DATA.runs.forEach((run, i) => {
@@ -121,13 +121,13 @@ function accuracyChart({ title, about, field }) {
   return frame({ title, about, steps: data[0], lines, data, draw: { series, scales: SHARE } });
 }
 
-// Parts of a whole, one on the other, running means; of one run.
+// Shares of a whole, stacked, as running means; for one run.
 function stackChart({ title, about, run, parts, scales = SHARE }) {
   const { step } = DATA.runs[run].columns;
   const lines = parts.map((part) => ({ name: part.name, values: part.values, run }));
   const means = parts.map((part) => smooth(part.values));
   const upTo = means.map((_, k) => step.map((_, i) => means.slice(0, k + 1).reduce((sum, mean) => sum + (mean[i] ?? 0), 0)));
-  const data = [step, ...[...upTo].reverse()]; // the highest first; each covers what is under it
+  const data = [step, ...[...upTo].reverse()]; // the highest first; each covers the ones below it
   const series = [{}, ...[...parts].reverse().map((part) => ({ run, stroke: () => color(part.color), width: 1,
     fill: () => color(part.color), points: { show: false } }))];
   const list = make("ul", { class: "parts" }, ...parts.map((part) => make("li", {}, patch(`var(${part.color})`), part.name)));
@@ -140,7 +140,7 @@ function patch(background) {
   return node;
 }
 
-// How the shares of ten bins of [0, 1] move: the more of the tokens, the stronger the cell.
+// The shares of ten bins of [0, 1] over time. A larger share has a stronger color.
 function heatMap({ title, about, run, bins }) {
   const { step } = DATA.runs[run].columns;
   const lines = bins.map((values, k) => ({ name: `${k / 10}–${(k + 1) / 10}`, values, run }));

@@ -1,5 +1,5 @@
 "use strict";
-// Building the document. What comes from the data reaches it as text or as a plain attribute, never as markup.
+// Builds the document. Data enter it as text or as plain attributes, never as markup.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 
@@ -13,7 +13,7 @@ function make(tag, attributes = {}, ...children) {
   return node;
 }
 
-// Four digits, as people write them; "–" where there is none.
+// Formats a number with up to four significant digits; "–" for a missing one.
 function number(value) {
   if (value === null || value === undefined) return "–";
   if (Number.isInteger(value)) return value.toLocaleString("en");
@@ -27,10 +27,10 @@ function seconds(value) {
   return value < 7200 ? `${(value / 60).toFixed(1)} min` : `${(value / 3600).toFixed(1)} h`;
 }
 
-// Of accuracies.
+// Formats an accuracy.
 const fixed = (value) => make("span", {}, value === null ? "–" : value.toFixed(3));
 
-// A table in a box that scrolls sideways, by keyboard too; the first cell of a row is its heading.
+// A table in a box that scrolls horizontally, also by keyboard. The first cell of a row is its header.
 function table(caption, header, rows) {
   const cell = (content) =>
     content instanceof Node ? make("td", {}, content)
@@ -43,7 +43,7 @@ function table(caption, header, rows) {
         make("tr", {}, make("th", { scope: "row" }, name instanceof Node ? name : String(name)), ...cells.map(cell))))));
 }
 
-// What is inside is made when it is opened for the first time.
+// A collapsed section whose content is built when it is first opened.
 function folded(title, build) {
   const details = make("details", {}, make("summary", {}, title));
   details.addEventListener("toggle", () => details.append(build()), { once: true });

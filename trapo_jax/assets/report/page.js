@@ -1,5 +1,5 @@
 "use strict";
-// The page, from DATA.runs: see `read_run` in runs/report.py for what a run is.
+// Builds the page from DATA.runs; `read_run` in runs/report.py defines the fields of a run.
 
 const LEVEL_PREFIX = "guidance/level_"; // followed by the index of a micro-group
 const PART_COLORS = 4;
@@ -22,14 +22,14 @@ function summary() {
   return [
     table("Runs", ["run", "method", "state", "tokens sampled", "tokens trained", "time"], runs),
     make("div", { class: "columns" },
-      make("div", {}, make("h3", {}, "Test set"),
-        table("Test set, before and after", ["score", ...heads], names.map((name) =>
+      make("div", {}, make("h3", {}, "Test split"),
+        table("Test split, before and after training", ["score", ...heads], names.map((name) =>
           [name, ...DATA.runs.flatMap((run) => [fixed(score(run, name, 1)), fixed(score(run, name, 2))])]))),
       make("div", {}, make("h3", {}, "Settings"), settings(shown), folded("All settings", () => settings(fields)))),
   ];
 }
 
-// Which runs the curves show.
+// Checkboxes that select the runs in the charts.
 function runToggles() {
   const toggle = (i) => (event) => charts.forEach(({ chart, runs }) => chart.batch(() => runs.forEach((run, k) => {
     if (run === i) chart.setSeries(k, { show: event.target.checked });
@@ -43,7 +43,7 @@ function timeTable() {
     const total = Object.values(run.seconds).reduce((a, b) => a + b) || 1;
     return [run.name, ...Object.values(run.seconds).map((s) => `${seconds(s)} (${Math.round((100 * s) / total)} %)`)];
   });
-  return table("Where the time went", ["run", ...Object.keys(DATA.runs[0].seconds)], rows);
+  return table("Time spent", ["run", ...Object.keys(DATA.runs[0].seconds)], rows);
 }
 
 function curves() {
@@ -53,39 +53,39 @@ function curves() {
     ? [build(run.columns, i, DATA.runs.length > 1 ? `: ${run.name}` : "")] : []));
   const part = (name, tone, values) => ({ name, color: `--part-${tone}`, values });
   return [
-    make("p", { class: "muted" }, "Thin: " + (stepsPerPoint > 1 ? `the mean of ${stepsPerPoint} steps` : "each step")
-      + ", bold: a running mean. Drag over a chart to look closer, double-click to go back."),
+    make("p", { class: "muted" }, "Thin line: " + (stepsPerPoint > 1 ? `means of ${stepsPerPoint} steps` : "each step")
+      + ". Bold line: running mean. Drag over a chart to zoom in, double-click to reset."),
     DATA.runs.length > 1 ? runToggles() : null,
     make("div", { class: "charts" }, ...[
-      lineChart({ title: "Reward", about: "mean over all rollouts, guided ones too", metric: "reward/mean", scales: SHARE }),
-      lineChart({ title: "Reward without guidance", about: "mean over the rollouts that had no expert prefix", metric: "reward/unguided_mean", scales: SHARE }),
-      accuracyChart({ title: "Accuracy, sampled", about: "line: validation set; large points: test set", field: "sampled" }),
-      accuracyChart({ title: "Accuracy, greedy", about: "line: validation set; large points: test set", field: "greedy" }),
-      lineChart({ title: "Entropy", about: "of the policy at its own tokens, nats", metric: "policy/entropy" }),
-      lineChart({ title: "Completion length", about: "mean, tokens", metric: "completion/len_mean" }),
+      lineChart({ title: "Reward", about: "mean over all rollouts, guided ones included", metric: "reward/mean", scales: SHARE }),
+      lineChart({ title: "Reward without guidance", about: "mean over the rollouts without an expert prefix", metric: "reward/unguided_mean", scales: SHARE }),
+      accuracyChart({ title: "Accuracy, sampled", about: "line: validation split; large points: test split", field: "sampled" }),
+      accuracyChart({ title: "Accuracy, greedy", about: "line: validation split; large points: test split", field: "greedy" }),
+      lineChart({ title: "Entropy", about: "of the policy at the tokens of completions, in nats", metric: "policy/entropy" }),
+      lineChart({ title: "Completion length", about: "mean, in tokens", metric: "completion/len_mean" }),
       lineChart({ title: "Truncated", about: "share of rollouts that ended at the length limit", metric: "completion/truncated", scales: SHARE }),
       ...each(some("guidance/ratio_mean"), (c, i, of) => stackChart({ run: i, title: `Guidance level${of}`,
-        about: "share of problems by the last micro-group that was given the expert",
+        about: "share of problems by the last guided micro-group",
         parts: Object.keys(c).filter((name) => name.startsWith(LEVEL_PREFIX)).map((name, k) =>
           part(k ? `micro-group ${k + 1}` : "unguided", k % PART_COLORS, c[name])) })),
       ...each(some("batch/expert_trained_tokens"), (c, i, of) => stackChart({ run: i, title: `Expert gradient${of}`,
-        about: "share that comes from tokens inside and outside the trust region (p ≥ alpha, p < alpha)",
+        about: "share of the gradient from tokens inside (p ≥ alpha) and outside (p < alpha) the trust region",
         parts: [part("inside", 3, c["expert/gradient_share_inside"]),
           part("outside", 1, c["expert/gradient_share_inside"].map((v) => (v === null ? null : 1 - v)))] })),
       ...each(some("batch/expert_trained_tokens"), (c, i, of) => heatMap({ run: i, title: `Probability of expert tokens${of}`,
-        about: "the stronger, the more of the trained expert tokens have this probability",
+        about: "a stronger color means a larger share of the trained expert tokens",
         bins: [...Array(10).keys()].map((k) => c[`expert/prob_from_${(k / 10).toFixed(1)}`]) })),
-      lineChart({ title: "Throughput", about: "trained tokens a second, sampling and judging included", metric: "time/tokens_per_sec" }),
-      ...each(some("time/train_secs"), (c, i, of) => stackChart({ run: i, title: `Seconds a step${of}`, about: "without evaluations and saving; the slowest steps, which compile, go beyond the chart",
-        scales: { y: { range: () => [0, mostly(c["time/train_secs"].map((s, k) => s + c["time/sample_secs"][k] + c["time/reward_secs"][k]))] } },
+      lineChart({ title: "Throughput", about: "trained tokens per second, including sampling and grading", metric: "time/tokens_per_sec" }),
+      ...each(some("time/train_secs"), (c, i, of) => stackChart({ run: i, title: `Seconds per step${of}`, about: "without evaluation and checkpoints; steps that compile exceed the chart",
+        scales: { y: { range: () => [0, nearlyAll(c["time/train_secs"].map((s, k) => s + c["time/sample_secs"][k] + c["time/reward_secs"][k]))] } },
         parts: [part("sampling", 1, c["time/sample_secs"]), part("waiting for rewards", 2, c["time/reward_secs"]), part("training", 3, c["time/train_secs"])] })),
     ].filter((chart) => chart !== null)),
-    make("h3", {}, "Where the time went"),
+    make("h3", {}, "Time spent"),
     timeTable(),
   ].filter((node) => node !== null);
 }
 
-// light or dark: as the system has it until the button says otherwise.
+// Light or dark: the system's preference until the button selects one.
 function themes() {
   const system = matchMedia("(prefers-color-scheme: dark)"), button = document.getElementById("theme");
   let chosen = "system";

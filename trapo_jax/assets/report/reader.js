@@ -1,17 +1,17 @@
 "use strict";
-// The reader: sampled rollouts, every token coloured by what it is or by what the update made of it.
+// The reader: rollouts with every token colored by its kind or by its role in the update.
 
 const KINDS = { 1: "prompt", 2: "expert, context only", 3: "expert, trained", 4: "completion" };
 const PAGE = 8; // rollouts shown together
 
 const COLORINGS = {
   kind: { label: "kind of token", legend: () => [1, 2, 3, 4].map((kind) => make("span", { class: `kind-${kind}` }, KINDS[kind])) },
-  probability: { label: "probability", legend: () => words("The stronger, the less likely the token was under the policy.") },
+  probability: { label: "probability", legend: () => caption("A stronger color means a less likely token under the policy.") },
   advantage: { label: "advantage", legend: () => [tinted("--for", 0.6, "above the group's mean"), tinted("--against", 0.6, "below it")] },
-  gradient: { label: "gradient weight", legend: () => words("The stronger, the more the token's log-probability weighs in the update; scaled to the largest of its group.") },
+  gradient: { label: "gradient weight", legend: () => caption("A stronger color means a larger weight of the token's log-probability in the update, relative to the largest of its group.") },
 };
 
-const words = (text) => [make("span", {}, text)];
+const caption = (text) => [make("span", {}, text)];
 
 function tinted(name, strength, text) {
   const node = make("span", {}, text);
@@ -23,7 +23,7 @@ function tint(node, name, strength) {
   node.style.backgroundColor = `rgb(var(${name}) / calc(var(--strongest) * ${strength.toFixed(3)}))`;
 }
 
-// The rollouts of all runs, the last step first, with what a token is compared with.
+// The rollouts of all runs, the last step first, with the largest gradient weight of their group.
 function allRollouts() {
   const rollouts = DATA.runs.flatMap((run, i) => run.samples.map((sample) => ({ ...sample, run: i })));
   const largest = new Map();
@@ -54,7 +54,7 @@ function describeToken(rollout, i) {
   return `${text}, probability ${number(Math.exp(logprobs[i]))}${advantage}, gradient weight ${number(weights[i])}`;
 }
 
-// A rollout. Arrow keys, or a pointer, go from token to token and tell about each.
+// A rollout. Arrow keys or the pointer select a token, which is described below the text.
 function card(rollout, coloring) {
   const { pieces } = rollout.tokens;
   const spans = pieces.map((piece, i) => {
@@ -72,7 +72,7 @@ function card(rollout, coloring) {
     about.textContent = describeToken(rollout, i);
   };
   const text = make("div", { class: "text-of-rollout", tabindex: 0, role: "group",
-    "aria-label": `Response to problem ${rollout.problem_id}, sample ${rollout.sample_index}; arrow keys go from token to token`,
+    "aria-label": `Response to problem ${rollout.problem_id}, sample ${rollout.sample_index}; arrow keys move from token to token`,
     pointerover: (e) => show(spans.indexOf(e.target), false),
     keydown: (e) => {
       const by = { ArrowLeft: -1, ArrowRight: 1 }[e.key];
@@ -88,7 +88,7 @@ function card(rollout, coloring) {
     make("p", {}, make("span", { class: "verdict" }, `${rollout.verdict}, reward ${number(rollout.reward)}`),
       ` · advantage ${number(rollout.advantage)} · ${guided} · micro-group ${rollout.micro_group + 1} · ${rollout.num_tokens} tokens`),
     text,
-    leftOut ? make("p", {}, `${leftOut} tokens between beginning and end are left out`) : null,
+    leftOut ? make("p", {}, `${leftOut} tokens in the middle are omitted`) : null,
     make("p", {}, `${run}step ${rollout.step}, problem ${rollout.problem_id}, sample ${rollout.sample_index}, ended by ${rollout.finish_reason}; answer ${rollout.answer}`),
     about,
     folded("Tokens as a table", () => table("Tokens", ["token", "text", "kind", "probability", "gradient weight"],
@@ -108,7 +108,7 @@ function distinct(rollouts, value, text = value) {
 
 function reader() {
   const rollouts = allRollouts();
-  if (rollouts.length === 0) return make("p", { class: "muted" }, "No rollouts were logged (log_samples, samples.jsonl).");
+  if (rollouts.length === 0) return make("p", { class: "muted" }, "No rollouts were logged (log_samples=0).");
   const rewardOf = (r) => (r.reward === 1 ? "1" : r.reward === 0 ? "0" : "between 0 and 1");
   const fields = [
     ["Run", (r) => r.run, (r) => DATA.runs[r.run].name],
@@ -120,7 +120,7 @@ function reader() {
   let page = 0;
   const refilter = () => { page = 0; update(); };
   const filters = fields.map(([name, value, text]) => ({ value, ...choice(name, distinct(rollouts, value, text), refilter) }));
-  const coloring = choice("Colour by", Object.entries(COLORINGS).map(([name, c]) => [name, c.label]), () => update());
+  const coloring = choice("Color by", Object.entries(COLORINGS).map(([name, c]) => [name, c.label]), () => update());
   const status = make("span", { role: "status" });
   const earlier = make("button", { type: "button", click: () => { page -= 1; update(); } }, "Previous");
   const later = make("button", { type: "button", click: () => { page += 1; update(); } }, "Next");
@@ -130,7 +130,7 @@ function reader() {
   function update() {
     const chosen = rollouts.filter((r) => filters.every((f) => f.select.value === "" || f.select.value === String(f.value(r))));
     const from = page * PAGE, shown = chosen.slice(from, from + PAGE);
-    status.textContent = chosen.length ? `${from + 1} to ${from + shown.length} of ${chosen.length} rollouts` : "No rollout is like that";
+    status.textContent = chosen.length ? `${from + 1} to ${from + shown.length} of ${chosen.length} rollouts` : "No matching rollouts";
     earlier.disabled = page === 0;
     later.disabled = from + PAGE >= chosen.length;
     legend.replaceChildren(...COLORINGS[coloring.select.value].legend());
@@ -141,7 +141,7 @@ function reader() {
   const held = DATA.runs.map((run) => new Set(run.samples.map((s) => `${s.step} ${s.problem_id}`)).size);
   const selection = DATA.runs.map((run, i) => `${held[i]} of the ${run.num_groups} logged groups of ${run.name}`).join(", ");
   return make("div", {},
-    make("p", { class: "muted" }, `This report holds ${selection}, from all over the run. A group is the rollouts of one problem in one step.`),
+    make("p", { class: "muted" }, `This report contains ${selection}, evenly spaced over the run. A group is the rollouts of one problem in one step.`),
     make("form", { class: "filters", submit: (e) => e.preventDefault() }, ...filters.map((f) => f.label), coloring.label),
     make("div", { class: "pager" }, earlier, later, status), legend, cards);
 }
