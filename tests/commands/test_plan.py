@@ -1,4 +1,4 @@
-"""`trapo_jax.plan`: the real programs, compiled for devices that are not here."""
+"""`trapo_jax.plan`: the programs of a run, compiled for devices that are not attached."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
-    """The 7B model's architecture with fewer and smaller layers; heads of 128, as the TPU's kernel wants them."""
+    """The 7B model's architecture with fewer and smaller layers; heads have width 128, as the TPU kernel requires."""
     folder = tmp_path_factory.mktemp("small")
     config = json.loads((ARCHITECTURE / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **SMALL}))
@@ -52,16 +52,16 @@ def test_host_devices(small_model):
     num_params = 3 * layer + 2 * 2048 * 512 + 512
     assert found["num_params"] == num_params
     step = found["programs"]["train step"]
-    # Parameters and two moments in float32, split over four devices but for the norms; and the batch.
+    # Parameters and two moments in float32, sharded over four devices except for the norms; and the batch.
     assert step["arguments"] == pytest.approx(12 * num_params / 4, rel=0.05)
     multiplied = num_params - 2048 * 512  # all but the input embedding
     tokens = 4 * 8 * 1024
     pairs = 3 * tokens * 1025 / 2 * 4 * 128
     assert step["useful_flops"] == pytest.approx((6 * multiplied * tokens + 12 * pairs) / 4)
-    # Full remat: a forward pass more; and attention as whole squares, not triangles.
+    # Full rematerialization adds a forward pass, and attention computes whole squares instead of triangles.
     assert 8 / 6 * 0.9 < step["flops"] / step["useful_flops"] < 8 / 6 * 1.6
     assert step["traffic"]["collectives"]["all-gather"] > 0
-    assert found["fits"] is None  # nothing is published of this machine
+    assert found["fits"] is None  # The memory of host devices is not known.
 
 
 @pytest.mark.skipif(
@@ -74,11 +74,11 @@ def test_a_tpu_topology(small_model):
     assert found["fits"] is True
     assert found["attention"] == "splash"
     step = found["programs"]["train step"]
-    scores = 4 * 1024 * 1024 * 4  # of one row's heads, in float32
-    assert step["temporaries"] < 16 * scores + 2**25  # three layers would keep 12 of them
+    scores = 4 * 1024 * 1024 * 4  # the heads of one row, in float32
+    assert step["temporaries"] < 16 * scores + 2**25  # Three layers would keep 12 of them.
     gathered = (
         2 * found["num_params"] * 8 * 3
-    )  # bfloat16, each of eight micro-batches, three passes
+    )  # bfloat16, in eight micro-batches of three passes each
     moved = sum(step["traffic"]["collectives"].values())
     assert 0.5 * gathered < moved < 2 * gathered
     assert 0 < step["mfu_bound"] < 1
@@ -86,19 +86,19 @@ def test_a_tpu_topology(small_model):
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2xa", "v5p:", "gpu:8"])
-def test_a_topology_that_there_is_not(name):
+def test_an_unknown_topology_is_refused(name):
     with pytest.raises(UserError, match=f"--topology {name}: give v5e, v5p, v6e or cpu"):
         find_topology(name)
 
 
-def test_a_mesh_that_does_not_fit_is_one_line(small_model):
+def test_a_mesh_that_does_not_divide_the_devices_is_one_line(small_model):
     result, _ = plan(small_model, "cpu:4", "mesh.tp=3")
     assert result.returncode == 2
     assert "mesh.tp=3" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
 
 
-def test_the_shipped_configs_name_models_that_are_read(tmp_path):
+def test_the_architectures_of_the_shipped_configs_can_be_read(tmp_path):
     from trapo_jax.config import Config, load_config
     from trapo_jax.models import read_config
 
@@ -110,7 +110,7 @@ def test_the_shipped_configs_name_models_that_are_read(tmp_path):
         assert read_config(folder).num_layers in (28, 36)
 
 
-def test_what_the_compiler_finds_no_memory_for_does_not_fit(monkeypatch, capsys):
+def test_a_plan_that_the_compiler_cannot_fit_into_memory_does_not_fit(monkeypatch, capsys):
     message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, 53.42G exceeds 31.25G"
 
     def compile_program(*_, **__):

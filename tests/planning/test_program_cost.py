@@ -1,4 +1,4 @@
-"""What a program costs: matmuls counted by hand, loops by their trips, traffic of written-out programs."""
+"""The cost of programs: matmuls counted by hand, loops, and the traffic of a program in HLO text."""
 
 import jax
 import jax.numpy as jnp
@@ -7,42 +7,42 @@ import pytest
 from trapo_jax.planning.program_cost import matmul_flops, traffic
 
 SQUARE = jnp.zeros((8, 8))
-ONE = 2 * 8**3  # FLOPs of a product of two such
+ONE = 2 * 8**3  # FLOPs of the product of two such matrices
 
 
 def flops(function, *arguments, **options):
     return matmul_flops(jax.jit(function).trace(*arguments).jaxpr, **options)
 
 
-def test_a_matmul_and_a_batched_one():
+def test_matmuls_and_batched_matmuls_are_counted():
     assert flops(lambda a: a @ a, SQUARE) == ONE
     assert flops(lambda a: jnp.einsum("bij,bjk->bik", a, a), jnp.zeros((3, 8, 8))) == 3 * ONE
 
 
-def test_loops_count_by_their_trips():
+def test_the_body_of_a_loop_counts_once_per_iteration():
     body = lambda carry, _: (carry @ carry, None)
     assert flops(lambda a: jax.lax.scan(body, a, length=5)[0], SQUARE) == 5 * ONE
     twice = lambda a: jax.lax.scan(lambda c, _: (body(body(c, 0)[0], 0)[0], None), a, length=5)[0]
     assert flops(twice, SQUARE) == 10 * ONE
 
 
-def test_a_loop_whose_length_is_data_counts_as_told():
+def test_a_loop_of_unknown_length_has_the_given_number_of_iterations():
     function = lambda a, n: jax.lax.fori_loop(0, n, lambda _, x: x @ x, a)
     assert flops(function, SQUARE, 3, unknown_trips=7) == 7 * ONE
 
 
-def test_of_branches_the_costliest_counts():
+def test_the_most_expensive_branch_counts():
     function = lambda a: jax.lax.cond(a[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, a)
     assert flops(function, SQUARE) == 2 * ONE
 
 
-def test_gradients_and_recomputation_are_seen():
+def test_gradients_and_recomputation_are_counted():
     loss = lambda a: jnp.sum(jnp.sin(a @ a) @ a)
     assert flops(jax.grad(loss), SQUARE) == 6 * ONE
     assert flops(jax.grad(jax.checkpoint(loss)), SQUARE) == 7 * ONE
 
 
-# As the TPU compiler writes it: no trip counts, a counter that an unrolled body raises by 2, a gather in pieces.
+# As the TPU compiler writes it: no trip counts, a counter that the unrolled body increments by 2, a split all-gather.
 PROGRAM = """HloModule jit_step
 
 %fused (p0: f32[4,16], p1: bf16[32], p2: bf16[512]) -> (f32[16], bf16[512]) {
@@ -86,19 +86,19 @@ ENTRY %main (a: (s32[], f32[4,16], bf16[32], bf16[512])) -> (s32[], f32[4,16], b
 """
 
 
-@pytest.mark.parametrize(("limit", "rounds"), [("8", 4), ("7", 4), ("2", 1)])
-def test_rounds_of_a_loop_are_read_off_its_condition(limit, rounds):
+@pytest.mark.parametrize(("limit", "iterations"), [("8", 4), ("7", 4), ("2", 1)])
+def test_the_number_of_iterations_is_read_from_the_condition(limit, iterations):
     found = traffic(PROGRAM.replace("LIMIT", limit))
-    assert found.collectives == {"all-gather": 1024, "collective-permute": rounds * 64}
+    assert found.collectives == {"all-gather": 1024, "collective-permute": iterations * 64}
 
 
-def test_a_fusion_reads_the_slice_and_touches_nothing_that_it_hands_on():
+def test_a_fusion_reads_slices_and_does_not_touch_values_that_it_passes_through():
     once, twice = (traffic(PROGRAM.replace("LIMIT", n)).memory for n in ("2", "4"))
     fusion, permute, counter, condition = 64 + 64, 64 + 64, 3 * 4, 4 + 4 + 1
     assert twice - once == fusion + permute + counter + condition
 
 
-def test_a_compiled_program_moves_its_operands_and_result_once_a_trip():
+def test_a_compiled_loop_moves_operands_and_result_once_per_iteration():
     function = lambda a: jax.lax.scan(lambda c, _: (c @ c, None), a, length=10)[0]
     compiled = jax.jit(function).lower(jnp.zeros((64, 64))).compile()
     size = 64 * 64 * 4

@@ -1,4 +1,4 @@
-"""The check that a comparison begins with catches what it is there for."""
+"""The gradient check finds the bugs of published baselines."""
 
 import jax
 import jax.numpy as jnp
@@ -18,27 +18,27 @@ def short(method):
     return load_config(Config, None, [("method.name", method), ("data.num_train", "8")])
 
 
-def test_the_step_of_a_method_with_all_kinds_of_tokens_passes():
+def test_a_method_with_all_kinds_of_tokens_passes():
     assert 0 < check_config(short("trapo")) < 1e-5
 
 
-def test_dropped_gradients_of_micro_batches_are_caught(monkeypatch):
-    """The bug of published baselines: of several micro-batches only the last one's gradient is applied."""
+def test_dropped_gradients_of_micro_batches_are_found(monkeypatch):
+    """Only the gradient of the last micro-batch is applied, as in published baselines."""
 
-    def last_alone(lower, upper, body, initial):
+    def only_last(lower, upper, body, initial):
         if body.__name__ != "add_micro_batch":
             return fori_loop(lower, upper, body, initial)
         return body(upper - 1, initial)
 
-    monkeypatch.setattr(jax.lax, "fori_loop", last_alone)
+    monkeypatch.setattr(jax.lax, "fori_loop", only_last)
     with pytest.raises(
         BrokenTrainStep, match="sft: the gradient of a batch cut into micro-batches"
     ):
         check_config(short("sft"))
 
 
-def test_a_mean_of_micro_batch_means_is_caught(monkeypatch):
-    """The other bug: every micro-batch counts the same, however few tokens it holds."""
+def test_a_mean_of_micro_batch_means_is_found(monkeypatch):
+    """Every micro-batch has the same weight, whatever its number of tokens, as in published baselines."""
 
     def equal_shares(tree, index):
         one = micro_batch(tree, index)
@@ -57,7 +57,7 @@ def test_a_mean_of_micro_batch_means_is_caught(monkeypatch):
         check_config(short("sft"))
 
 
-def test_difference_is_a_share_of_the_gradient_s_norm():
+def test_the_difference_is_relative_to_the_norm_of_the_gradient():
     whole = {"a": np.array([3.0, 0.0]), "b": np.array([[4.0]])}
     close = {"a": np.array([3.0, 3e-4]), "b": np.array([[4.0 + 4e-4]])}
     assert compare_gradients(whole, close, "m") == pytest.approx(1e-4)
@@ -68,14 +68,14 @@ def test_difference_is_a_share_of_the_gradient_s_norm():
         compare_gradients(whole, half, "m")
 
 
-def test_a_gradient_that_is_zero_or_not_a_number_proves_nothing():
+def test_a_gradient_that_is_zero_or_not_finite_is_refused():
     for value in (0.0, np.nan, np.inf):
         gradient = {"a": np.array([value])}
         with pytest.raises(BrokenTrainStep, match="the gradient of the checked batch has norm"):
             compare_gradients(gradient, gradient, "m")
 
 
-def test_rows_are_made_of_short_experts_of_unequal_lengths():
+def test_problems_with_short_solutions_of_different_lengths_are_picked():
     lens = {"a": 5, "b": 3, "c": 3, "d": 4, "e": 40}
     problems = [Problem(name, (1,), "", (Expert((2,) * n),)) for name, n in lens.items()]
     problems.append(Problem("f", (1,), "", ()))

@@ -1,7 +1,7 @@
-"""What a compiled program costs a device: FLOPs, bytes of memory traffic, bytes of collectives by kind.
+"""Cost of a compiled program on one device: FLOPs, memory traffic, and bytes received in collectives.
 
-XLA's own cost analysis counts the body of a loop once. Here loops count by their trips: matmuls are read off the
-traced program (before the compiler fuses them), memory traffic and collectives off the compiled one.
+XLA's cost analysis counts the body of a loop once. Here it counts once per iteration. Matmuls are counted in the
+traced program (before the compiler fuses them), memory traffic and collectives in the compiled program.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ COLLECTIVES: tuple[str, ...] = (
     "all-to-all",
     "collective-permute",
 )
-# They move nothing themselves, or what they call is counted.
+# Operations that move nothing, or that call a computation which is counted.
 NO_TRAFFIC = frozenset(
     [
         "parameter",
@@ -49,7 +49,10 @@ NO_TRAFFIC = frozenset(
     ]
 )
 VIEWS = ("bitcast", "copy", "reshape")
-UPDATE_OPERAND = {"dynamic-update-slice": 1, "scatter": 2}  # written into operand 0, in place
+UPDATE_OPERAND = {
+    "dynamic-update-slice": 1,
+    "scatter": 2,
+}  # operand that is written into operand 0 in place
 
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
@@ -57,18 +60,19 @@ LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 INDEX = re.compile(r"index=(\d+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 CHANNEL = re.compile(r"channel_id=(\d+)")
-# One collective, cut into pieces that run beside the rounds of a loop: start, pieces and end all show it whole.
-CHAINED = 'chain_id="'
+# Marks a collective that is split into pieces which overlap with the iterations of a loop. Its start, its pieces and
+# its end all have the type of the whole collective.
+CHAIN_ID = 'chain_id="'
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a device moves, in bytes.
+    """Bytes that a device moves.
 
     Attributes:
-      memory: read from and written to its main memory.
-      collectives: received from other devices, by kind.
+      memory: bytes read from and written to main memory.
+      collectives: bytes received from other devices, by kind of collective.
     """
 
     memory: float
@@ -81,16 +85,16 @@ class _Instruction:
     type: str
     op: str
     operands: list[str]
-    arguments: str  # as written
-    rest: str  # attributes
+    arguments: str  # text between the parentheses
+    rest: str  # text after the parentheses: attributes
 
 
 def matmul_flops(jaxpr: Any, *, unknown_trips: int = 1) -> float:
-    """FLOPs of all matmuls of a traced program, over all devices; kernels (Pallas) are not looked into.
+    """Returns the FLOPs of all matmuls of a traced program, over all devices. Pallas kernels are not counted.
 
     Args:
-      jaxpr: from `jitted.trace(...).jaxpr`.
-      unknown_trips: of loops whose length is data.
+      jaxpr: the `jaxpr` of `jitted.trace(...)`.
+      unknown_trips: number of iterations of loops whose length depends on data.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
@@ -124,20 +128,22 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def traffic(hlo_text: str, *, unknown_trips: int = 1) -> Traffic:
-    """What a compiled program moves on one device.
+    """Returns the bytes that a compiled program moves on one device.
 
-    An operation reads its operands and writes its result, but for slices of larger arrays, which are read and
-    updated in place, and for arrays that the compiler placed in another memory than the main one.
+    An operation reads its operands and writes its result. Exceptions are slices of larger arrays, which are read and
+    updated in place, and arrays that the compiler placed outside of main memory.
 
     Args:
-      hlo_text: from `compiled.as_text()`.
-      unknown_trips: of loops whose length is data.
+      hlo_text: the text of `compiled.as_text()`.
+      unknown_trips: number of iterations of loops whose length depends on data.
     """
     computations, entry = _parse(hlo_text)
-    calls = _Calls(computations, unknown_trips)
+    calls = _CallCounts(computations, unknown_trips)
     calls.follow(entry, times=1, in_fusion=False)
     memory, collectives = 0.0, dict.fromkeys(COLLECTIVES, 0.0)
-    pieces: dict[str, tuple[int, str, float]] = {}  # of a collective cut up by its channel
+    pieces: dict[
+        str, tuple[int, str, float]
+    ] = {}  # split collectives by channel: (times, kind, bytes)
     for (name, in_fusion), times in calls.times.items():
         body = computations[name]
         memory += 0.0 if in_fusion else times * _memory_bytes(body, computations)
@@ -146,7 +152,7 @@ def traffic(hlo_text: str, *, unknown_trips: int = 1) -> Traffic:
             if kind not in COLLECTIVES:
                 continue
             size = _collective_bytes(instruction, body)
-            if CHAINED not in instruction.rest:
+            if CHAIN_ID not in instruction.rest:
                 collectives[kind] += times * size
                 continue
             channel = CHANNEL.findall(instruction.rest)[0]
@@ -157,11 +163,11 @@ def traffic(hlo_text: str, *, unknown_trips: int = 1) -> Traffic:
     return Traffic(memory, {kind: total for kind, total in collectives.items() if total})
 
 
-class _Calls:
-    """How often each computation runs; loops count by their trips.
+class _CallCounts:
+    """Counts how often each computation runs.
 
     Attributes:
-      times: by name, and whether it is part of a fusion.
+      times: number of runs by name and by whether the computation is part of a fusion.
     """
 
     def __init__(self, computations: dict[str, list[_Instruction]], unknown_trips: int):
@@ -170,13 +176,13 @@ class _Calls:
         self._unknown_trips = unknown_trips
 
     def follow(self, name: str, *, times: int, in_fusion: bool) -> None:
-        """Counts a computation that runs so many more times, and all it calls."""
+        """Adds `times` runs of a computation, and the computations that it calls."""
         if name not in self._computations:
             return
         self.times[name, in_fusion] = self.times.get((name, in_fusion), 0) + times
         for i in self._computations[name]:
             if i.op not in ("while", "call", "conditional", "fusion", "async-start"):
-                continue  # reductions and the like call a scalar function
+                continue  # Operations such as reductions call a scalar function.
             trips = self._trips(i) if i.op == "while" else 1
             names = CALLED.findall(i.rest)
             for branches in BRANCHES.findall(i.rest):
@@ -185,7 +191,7 @@ class _Calls:
                 self.follow(called, times=times * trips, in_fusion=in_fusion or i.op == "fusion")
 
     def _trips(self, loop: _Instruction) -> int:
-        """As the compiler says, or from a condition that compares a counter with a constant."""
+        """Returns the number of iterations: from the compiler, or from a condition that compares a counter with a constant."""
         if found := TRIPS.search(loop.rest):
             return int(found[1])
         ((condition, body),) = LOOP.findall(loop.rest)
@@ -199,7 +205,7 @@ class _Calls:
         return self._unknown_trips
 
     def _stride(self, body: str, index: int) -> int:
-        """What is added to the loop's `index`-th value in a round; unrolled loops add more than 1."""
+        """Returns the increment per iteration of the `index`-th value of a loop; more than 1 in unrolled loops."""
         instructions = self._computations.get(body, [])
         inside = {i.name: i for i in instructions}
         step = inside.get(instructions[-1].operands[index])
@@ -209,7 +215,7 @@ class _Calls:
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """The instructions of every computation by its name, and the name of the entry."""
+    """Returns the instructions of each computation by name, and the name of the entry computation."""
     computations: dict[str, list[_Instruction]] = {}
     entry, current = "", []
     for line in text.splitlines():
@@ -234,7 +240,7 @@ def _instruction(line: str) -> _Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis closes that opens at `start`."""
+    """Returns the position of the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -244,7 +250,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _bytes_of(type_: str) -> float:
-    """Of all arrays of a type that lie in main memory."""
+    """Returns the bytes of all arrays of a type that are in main memory."""
     total = 0.0
     for dtype, dims, layout in ARRAY.findall(type_):
         if "S(" not in layout:
@@ -253,19 +259,21 @@ def _bytes_of(type_: str) -> float:
 
 
 def _all_bytes_of(type_: str) -> float:
+    """Returns the bytes of all arrays of a type, in any memory."""
     return _bytes_of(re.sub(r"\{[^}]*\}", "", type_))
 
 
 def _collective_bytes(i: _Instruction, body: list[_Instruction]) -> float:
-    """What a collective brings: the size of the larger of operand and result."""
+    """Returns the bytes that a collective receives: the size of its operand or its result, whichever is larger."""
     sizes = [_all_bytes_of(array[0]) for array in ARRAY.finditer(i.type)]
-    # The type of a start names the operand, too.
+    # The type of a start operation includes the operand.
     result = max(sizes, default=0.0) if i.op.endswith("-start") else sum(sizes)
     operands = sum(_all_bytes_of(o.type) for o in body if o.name in i.operands)
     return max(result, operands)
 
 
 def _memory_bytes(body: list[_Instruction], computations: dict[str, list[_Instruction]]) -> float:
+    """Returns the memory traffic of one run of a computation, without that of computations that it calls."""
     types = {i.name: i.type for i in body}
     total = 0.0
     for i in body:
@@ -279,7 +287,7 @@ def _memory_bytes(body: list[_Instruction], computations: dict[str, list[_Instru
             total += _fusion_bytes(i, types, computations)
         else:
             arrays = [_bytes_of(array[0]) for array in ARRAY.finditer(i.type)]
-            # The type of a start names the operand, too.
+            # The type of a start operation includes the operand.
             total += max(arrays, default=0.0) if i.op.endswith("-start") else sum(arrays)
             total += sum(_bytes_of(types.get(n, "")) for n in i.operands)
     return total
@@ -288,9 +296,10 @@ def _memory_bytes(body: list[_Instruction], computations: dict[str, list[_Instru
 def _fusion_bytes(
     fusion: _Instruction, types: dict[str, str], computations: dict[str, list[_Instruction]]
 ) -> float:
-    """A fusion's operands and result; of an operand that it only slices, the slices; of one that it updates, these.
+    """Returns the memory traffic of a fusion: its operands and its result.
 
-    What it only hands on, such as the buffers of a collective that runs beside it, is not touched.
+    Only the slices count of operands that are sliced, and only the updates of operands that are updated in place.
+    Values that are passed through, such as the buffers of a concurrent collective, do not count.
     """
     (called, *_) = CALLED.findall(fusion.rest)
     inside = computations[called]
@@ -304,21 +313,21 @@ def _fusion_bytes(
     root = inside[-1]
     if root.op != "tuple":
         return reads + _bytes_of(fusion.type)
-    handed_on = {i.name for i in inside if i.op == "parameter" or CHAINED in i.rest}
-    return reads + sum(_bytes_of(inner_types[n]) for n in root.operands if n not in handed_on)
+    passed_through = {i.name for i in inside if i.op == "parameter" or CHAIN_ID in i.rest}
+    return reads + sum(_bytes_of(inner_types[n]) for n in root.operands if n not in passed_through)
 
 
 def _parameter_bytes(
     name: str, number: int, type_: str, computations: dict[str, list[_Instruction]]
 ) -> tuple[float, float]:
-    """Of the `number`-th parameter of a fused computation: bytes read, and bytes read and written in place."""
+    """Returns, for a parameter of a fused computation, the bytes read, and the bytes read and written in place."""
     inside = computations[name]
     types = {i.name: i.type for i in inside}
-    (own,) = [i.name for i in inside if i.op == "parameter" and int(i.arguments) == number]
-    views = {own}  # the parameter, seen otherwise
+    (parameter,) = [i.name for i in inside if i.op == "parameter" and int(i.arguments) == number]
+    views = {parameter}  # names of the parameter and of its views
     reads, updates = 0.0, 0.0
     for i in inside:
-        if not views & set(i.operands) or CHAINED in i.rest or i.op == "tuple":
+        if not views & set(i.operands) or CHAIN_ID in i.rest or i.op == "tuple":
             continue
         if i.op in VIEWS:
             views.add(i.name)
