@@ -15,8 +15,8 @@ import jax
 
 from trapo_jax.config import Config, load_config
 from trapo_jax.data.splits import load_splits
+from trapo_jax.methods import make_method
 from trapo_jax.models import open_model
-from trapo_jax.parts import build_method
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
 from trapo_jax.training.gradient_check import BrokenTrainStep, check_gradient
 from trapo_jax.types import UserError
@@ -48,7 +48,9 @@ def check_config(config: Config) -> float:
     """Checks the train step of a run; returns the largest relative difference of gradients."""
     model = open_model(config.model, config.lora)
     splits, _ = load_splits(config.data, model.tokenizer)
-    return check_gradient(config, build_method(config), model, splits["train"])
+    return check_gradient(
+        config, make_method(config.method.name, **config.method.constants), model, splits["train"]
+    )
 
 
 if __name__ == "__main__":

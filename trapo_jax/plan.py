@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from trapo_jax.config import Config, load_config, parse_command_line
-from trapo_jax.parts import build_method
+from trapo_jax.methods import make_method
 from trapo_jax.planning.plan import make_plan
 from trapo_jax.planning.table import print_comparison, print_plan
 from trapo_jax.planning.topology import find_topology
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plans = []
     try:
         config = load_config(Config, args.config, parse_command_line(args.overrides)[1])
-        method = build_method(config)
+        method = make_method(config.method.name, **config.method.constants)
         for name in args.topology:
             topology = find_topology(name)
             console.print(f"compiling for {name} ...")

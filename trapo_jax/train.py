@@ -31,9 +31,8 @@ from trapo_jax.data import draw_problems, problem_batches
 from trapo_jax.data.splits import load_splits
 from trapo_jax.distributed.processes import fetch, is_main, join_processes
 from trapo_jax.evaluation.scoring import evaluate
-from trapo_jax.methods import Method, Sampled, describe
+from trapo_jax.methods import Method, Sampled, describe, make_method
 from trapo_jax.models import export_model, open_model
-from trapo_jax.parts import build_method
 from trapo_jax.rollouts.actor import Actor, make_actor
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
 from trapo_jax.runs.console import Console
@@ -83,7 +82,7 @@ def train(
       UserError: for a mistake in the config, the model folder, the data or the run directory.
       TrainingFailed: if training cannot continue; a later call resumes from the last checkpoint.
     """
-    method = method or build_method(config)
+    method = method or make_method(config.method.name, **config.method.constants)
     join_processes()
     with Run.open(config, method, show_progress=show_progress) as run:
         if run.is_complete:
@@ -215,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest = [argument for argument in arguments if argument != PRINT_METHOD]
         config = load_config(Config, *parse_command_line(rest))
         if PRINT_METHOD in arguments:
-            print(describe(build_method(config)))
+            print(describe(make_method(config.method.name, **config.method.constants)))
             return 0
         result = train(config, show_progress=True)
     except UserError as error:

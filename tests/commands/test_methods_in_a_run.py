@@ -9,7 +9,6 @@ import pytest
 from trapo_jax.config import Config, load_config
 from trapo_jax.losses import attenuated_cross_entropy_from_logprobs, probability_attenuation
 from trapo_jax.methods import ALWAYS, NEVER, Method, Term, make_method
-from trapo_jax.parts import build_method
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.loggers import read_metrics
 from trapo_jax.train import main, train
@@ -70,7 +69,7 @@ def test_budget_ends_a_run_and_a_buffer_survives_a_resume(tmp_path):
         folder,
         **{
             "method.name": "relift",
-            "method.constants.buffer_size": "2",
+            "method.buffer_size": "2",
             "train.problems_per_step": "4",
             "data.num_train": "16",
             "train.num_steps": "50",
@@ -79,7 +78,7 @@ def test_budget_ends_a_run_and_a_buffer_survives_a_resume(tmp_path):
             "checkpoint.every": "2",
         },
     )
-    assert train(config, build_method(config)).summary
+    assert train(config).summary
     expected = train_records(folder)
     assert [r["budget/progress"] for r in expected] == [0.25, 0.5, 0.75, 1.0]
     assert expected[-1]["tokens/sampled"] == sum(r["batch/completion_tokens"] for r in expected)
@@ -98,7 +97,7 @@ def test_budget_ends_a_run_and_a_buffer_survives_a_resume(tmp_path):
     shutil.rmtree(folder / "checkpoints" / "4")
     shutil.rmtree(folder / "hf")
     (folder / "summary.json").unlink()
-    assert train(config, build_method(config)).summary
+    assert train(config).summary
     assert train_records(folder) == expected
     for name, content in written.items():
         assert (folder / name).read_bytes() == content
@@ -121,5 +120,5 @@ def test_print_method_prints_and_does_nothing_else(tmp_path, capsys):
     assert main(["--print-method", f"output_dir={folder}", "method.name=hpt"]) == 0
     assert capsys.readouterr().out.startswith("hpt: HPT, arXiv 2509.04419, mix_trainer.py\n")
     assert not folder.exists()
-    assert main(["--print-method", "method.name=hpt", "method.constants.gat=1"]) == 2
+    assert main(["--print-method", "method.name=hpt", "method.gat=1"]) == 2
     assert "did you mean gate?" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_scientific_notation_is_parsed_as_a_number(tmp_path):
 
 
 def test_resolved_yaml_round_trips(tmp_path):
-    config = load("method.name=grpo", "method.expert_weight=0.25", "mesh.tp=1")
+    config = load("method.name=luffy", "method.expert_weight=0.25", "mesh.tp=1")
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
     assert load_config(Config, file, []) == config
@@ -85,8 +85,10 @@ COMMAND_LINES = [
     (["method.alpha=0"], "method.alpha=0: input should be greater than 0"),
     (["lora.targets=[mlp]"], "lora.targets"),
     (["method.alpha=1.5"], "method.alpha=1.5: input should be less than or equal to 1"),
-    (["method.name=ppo"], "method.name=\"ppo\": input should be 'trapo', 'trapo_plus', 'grpo', "),
-    (["method.constants=3"], "method.constants=3: "),
+    (["method.name=ppo"], "method.name='ppo': no such method; there are trapo, trapo_plus"),
+    (["method.name=3"], "method.name=3: input should be a valid string"),
+    (["method.alhpa=0.2"], "method.alhpa=0.2: trapo has no such constant; did you mean alpha?"),
+    (["method.name=sft", "method.alpha=0.2"], "method.alpha=0.2: sft has no such constant"),
     (["model.dtype=fp16"], "model.dtype=\"fp16\": input should be 'float32' or 'bfloat16'"),
     (["train.budget_unit=flops"], "train.budget=null: train.budget_unit=flops needs a number"),
     (["train.budget=0"], "train.budget=0: input should be greater than 0"),

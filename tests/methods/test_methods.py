@@ -1,27 +1,25 @@
 """Every method: its objective against an independent float64 implementation, its guidance against a table, its constants."""
 
 import dataclasses
+import json
 import math
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trapo_jax.config import MethodConfig
 from trapo_jax.methods import (
     METHODS,
     NEVER,
     Sampled,
     Schedule,
     TokenInputs,
-    constants_of,
     describe,
+    fingerprint,
     make_method,
 )
-from trapo_jax.rollouts.collection import is_complete
-from trapo_jax.rollouts.guidance import Guidance
+from trapo_jax.rollouts.guidance import Guidance, is_complete
 from trapo_jax.training.packing import build_batch
 from trapo_jax.training.train_step import term_weights
 from trapo_jax.types import (
@@ -394,17 +392,17 @@ def test_objective_equals_independent_float64(name):
 
 
 def test_hpt_takes_the_expert_of_what_its_gate_closes_on():
-    method = make_method("hpt", constants={"gate": 1})
+    method = make_method("hpt", gate=1)
     sampled = sample(method)
     (update,) = method.select(sampled).updates
-    kinds = [(row.num_own > 0, row.num_expert_trained) for row in update.rows]
+    kinds = [(row.num_completion > 0, row.num_expert_trained) for row in update.rows]
     assert kinds == [(False, 5)] + [(True, 0)] * 24
     own = [r for group in sampled.groups[1:] for r in group]
     assert [row.completion for row in update.rows[1:]] == [r.completion for r in own]
 
 
 def test_relift_buffers_what_nobody_solved_until_there_is_enough():
-    method = make_method("relift", constants={"buffer_size": 2, "sft_learning_rate_scale": 0.5})
+    method = make_method("relift", buffer_size=2, sft_learning_rate_scale=0.5)
     sampled = sample(method, state={"unsolved": [problem(2).id]})
     never = [Rollout(r.completion, r.verdict, 0.0) for r in sampled.groups[0]]
     sampled = sampled._replace(groups=[never, *sampled.groups[1:], never])
@@ -486,7 +484,7 @@ def test_trapo_plus_trains_what_has_an_advantage_or_a_prefix():
 
 
 def test_guidance_that_varies():
-    stages = make_method("sft_then_grpo", constants={"sft_share": 0.25})
+    stages = make_method("sft_then_grpo", sft_share=0.25)
     prefix = make_method("prefix_rft")
     at = lambda method, progress: [
         (g.size, g.ratio) for g in method.micro_groups_at(Moment(1, progress, 0), LONG)
@@ -515,7 +513,7 @@ def test_hints_of_uft_are_binomial_and_end():
 
 
 def test_mu_of_chord_warms_up_and_decays():
-    method = make_method("chord", constants={"mu_warmup_steps": 10, "mu_decay_steps": 20})
+    method = make_method("chord", mu_warmup_steps=10, mu_decay_steps=20)
     own, expert = method.terms
     for step, mu in ((5, 0.45), (10, 0.9), (20, (0.9 + 0.05) / 2), (30, 0.05), (99, 0.05)):
         numbers = method.coefficients(Moment(step, 0.0, 0), learning_rate=1.0)
@@ -527,18 +525,18 @@ def test_mu_of_chord_warms_up_and_decays():
 
 DEFAULTS = {  # DESIGN 2.4: constants of its own; weights of the terms, in order; (clip_low, clip_high)
     "sft": ({}, [1.0], (None, None)),
-    "grpo": ({"num_own": 8}, [1.0], (None, None)),
+    "grpo": ({"num_rollouts": 8}, [1.0], (None, None)),
     "sft_then_grpo": (
-        {"num_own": 8, "sft_share": 0.5, "sft_learning_rate_scale": 1.0},
+        {"num_rollouts": 8, "sft_share": 0.5, "sft_learning_rate_scale": 1.0},
         [1.0, 1.0],
         (None, None),
     ),
-    "trapo_plus": ({"num_own": 7, "threshold": 0.5}, [1.0, 1.0], (None, None)),
-    "luffy": ({"num_own": 7, "gamma": 0.1}, [1.0, 1.0], (None, None)),
-    "rl_plus_sft": ({"num_own": 7}, [1.0, 1.0], (None, None)),
+    "trapo_plus": ({"num_rollouts": 7, "threshold": 0.5}, [1.0, 1.0], (None, None)),
+    "luffy": ({"num_rollouts": 7, "gamma": 0.1}, [1.0, 1.0], (None, None)),
+    "rl_plus_sft": ({"num_rollouts": 7}, [1.0, 1.0], (None, None)),
     "relift": (
         {
-            "num_own": 8,
+            "num_rollouts": 8,
             "buffer_size": 128,
             "expert_entropy_weight": 0.001,
             "sft_learning_rate_scale": 1.0,
@@ -546,16 +544,20 @@ DEFAULTS = {  # DESIGN 2.4: constants of its own; weights of the terms, in order
         [1.0, 1.0, 0.001],
         (None, None),
     ),
-    "hpt": ({"num_own": 8, "gate": 0, "max_applied_grad_norm": 80.0}, [1.0, 1.0], (None, None)),
+    "hpt": (
+        {"num_rollouts": 8, "gate": 0, "max_applied_grad_norm": 80.0},
+        [1.0, 1.0],
+        (None, None),
+    ),
     "srft": (
-        {"num_own": 7, "gamma": 0.1, "success_weight": 0.1},
+        {"num_rollouts": 7, "gamma": 0.1, "success_weight": 0.1},
         [0.1, 1.0, 0.5, 1.0],
         (None, None),
     ),
     "chord": (
         {
-            "num_own": 8,
-            "expert_rows_per_own": 256 / 64,
+            "num_rollouts": 8,
+            "expert_rows_per_rollout": 256 / 64,
             "mu_peak": 0.9,
             "mu_valley": 0.05,
             "mu_warmup_steps": 0,
@@ -565,17 +567,23 @@ DEFAULTS = {  # DESIGN 2.4: constants of its own; weights of the terms, in order
         (0.2, 0.2),
     ),
     "chord_phi": (
-        {"num_own": 8, "expert_rows_per_own": 256 / 64, "mu": 0.1},
+        {"num_rollouts": 8, "expert_rows_per_rollout": 256 / 64, "mu": 0.1},
         [0.9, 0.1],
         (0.2, 0.2),
     ),
     "uft": (
-        {"num_own": 8, "hint_slices": 5, "hint_high": 0.95, "hint_low": 0.05, "hint_steps": 300},
+        {
+            "num_rollouts": 8,
+            "hint_slices": 5,
+            "hint_high": 0.95,
+            "hint_low": 0.05,
+            "hint_steps": 300,
+        },
         [1.0, 0.001, 0.001],
         (0.2, 0.2),
     ),
     "prefix_rft": (
-        {"num_own": 7, "prefix_start": 0.95, "prefix_end": 0.05, "top_entropy_share": 0.2},
+        {"num_rollouts": 7, "prefix_start": 0.95, "prefix_end": 0.05, "top_entropy_share": 0.2},
         [1.0, 1.0],
         (None, None),
     ),
@@ -591,7 +599,7 @@ def test_constants_are_those_of_the_design(name):
     method = make_method(name)
     if name in DEFAULTS:
         constants, weights, clips = DEFAULTS[name]
-        assert method.constants == constants
+        assert constants.items() <= method.constants.items()
         assert (method.clip_low, method.clip_high) == clips
         if weights is not None:
             assert [term.weight for term in method.terms] == pytest.approx(weights)
@@ -607,50 +615,84 @@ def test_constants_are_those_of_the_design(name):
     assert method.max_applied_grad_norm == (80.0 if name == "hpt" else math.inf)
 
 
-def test_the_config_knows_every_method():
-    assert get_args(MethodConfig.model_fields["name"].annotation) == tuple(METHODS)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_constant_has_an_effect_that_is_described(name):
+    other = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x / 2 or 0.5}
+    values = {
+        "micro_groups": [[1, 0.0, -1.0], [2, 0.75, 0.5]],
+        "prefix_boundary": "paragraph",
+        "second_expert_last": True,
+        "preset": "reference",
+        "normalizer": "sequence_mean",
+        "clip_low": 0.1,
+        "clip_high": 0.1,
+    }
+    plain = make_method(name)
+    for field in METHODS[name].model_fields:
+        default = getattr(METHODS[name](), field)
+        value = values.get(field) or other[type(default)](default)
+        method = make_method(name, **{field: value})
+        assert describe(method) != describe(plain)
+        assert fingerprint(method) != fingerprint(plain)
+    assert fingerprint(make_method(name)) == fingerprint(plain)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_constant_can_be_overridden(name):
-    other = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x / 2}
-    for constant, default in constants_of(name).items():
-        value = other.get(type(default), lambda x: x)(default)
-        if constant == "micro_groups":
-            value = [[1, 0.0, -1.0], [2, 0.75, 0.5]]
-        if constant == "prefix_boundary":
-            value = "paragraph"
-        method = make_method(name, constants={constant: value})
-        assert method.constants[constant] == value
-        plain = make_method(name)
-        assert describe(method) != describe(plain)
-    common = {"expert_weight": 0.25, "normalizer": "sequence_mean"}
-    method = make_method(name, alpha=0.3, clip_low=0.1, **common)
-    assert (method.alpha, method.clip_low) == (0.3, 0.1)
-    of_entropy = {t.name for t in method.terms if t.formula == "-H"}
-    assert {t.normalizer for t in method.terms if t.name not in of_entropy} == {"sequence_mean"}
+def test_a_normalizer_is_that_of_all_terms_but_the_entropy_s(name):
+    method = make_method(name, normalizer="sequence_mean")
+    assert {t.normalizer for t in method.terms if t.formula != "-H"} == {"sequence_mean"}
+
+
+def test_a_trust_region_belongs_to_the_methods_that_use_it():
+    assert make_method("trapo", alpha=0.3).alpha == 0.3
+    with pytest.raises(UserError, match="grpo has no such constant"):
+        make_method("grpo", alpha=0.3)
 
 
 @pytest.mark.parametrize(
     ("name", "constants", "message"),
     [
-        ("hpt", {"gat": 1}, "method.constants.gat=1: hpt has no such constant; did you mean gate?"),
-        ("sft", {"gamma": 1.0}, "sft has no such constant; it has none"),
-        ("hpt", {"gate": "many"}, "gate='many': give something like 0, its default for hpt"),
-        ("luffy", {"gamma": -1.0}, "gamma=-1.0: must not be negative"),
-        ("relift", {"buffer_size": 0}, "buffer_size=0: must be at least 1"),
-        ("relift", {"buffer_size": True}, "buffer_size=True: give something like 128"),
-        ("uft", {"hint_high": 1.5}, "hint_high=1.5: must lie between 0 and 1"),
-        ("trapo", {"micro_groups": [[4, 2.0, 0.5]]}, "ratios in [0, 1]"),
-        ("trapo", {"micro_groups": 3}, "give a list of [size, ratio, threshold]"),
-        ("trapo", {"prefix_boundary": "word"}, "give exact or paragraph"),
+        ("hpt", {"gat": 1}, "method.gat=1: hpt has no such constant; did you mean gate?"),
+        ("sft", {"gamma": 1.0}, "sft has no such constant; it has normalizer, expert_weight"),
+        ("hpt", {"gate": "many"}, 'method.gate="many": input should be a valid number'),
+        ("luffy", {"gamma": -1.0}, "method.gamma=-1.0: input should be greater than or equal to 0"),
+        ("relift", {"buffer_size": 0}, "method.buffer_size=0: input should be greater than or"),
+        (
+            "relift",
+            {"buffer_size": True},
+            "method.buffer_size=true: input should be a valid integer",
+        ),
+        (
+            "uft",
+            {"hint_high": 1.5},
+            "method.hint_high=1.5: input should be less than or equal to 1",
+        ),
+        (
+            "trapo",
+            {"micro_groups": [[4, 2.0, 0.5]]},
+            "method.micro_groups.0.1=2.0: input should be",
+        ),
+        ("trapo", {"micro_groups": 3}, "method.micro_groups=3: input should be a valid"),
+        ("trapo", {"prefix_boundary": "word"}, "input should be 'exact' or 'paragraph'"),
+        ("trappo", {}, "method.name='trappo': no such method; did you mean trapo?"),
+        ("no_such_module:Method", {}, "method.name=no_such_module:Method"),
+        ("trapo_jax.types:UserError", {}, "gives a UserError; name a Method"),
     ],
 )
 def test_a_mistaken_constant_is_one_clear_line(name, constants, message):
     with pytest.raises(UserError) as caught:
-        make_method(name, constants=constants)
+        make_method(name, **constants)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_fingerprints_tell_methods_from_outside_apart():
+    method = make_method("grpo")
+    other = dataclasses.replace(method, select=make_method("relift").select)
+    assert fingerprint(other) != fingerprint(method)
+    other = dataclasses.replace(method, terms=make_method("sft").terms)
+    assert fingerprint(other) != fingerprint(method)
+    assert json.loads(json.dumps(fingerprint(method))) == fingerprint(method)
 
 
 WITH_PRESETS = ("trapo", "micro_group_grpo", "micro_group_sft", "micro_group_luffy")

@@ -14,8 +14,8 @@ EXPERT = Expert(tuple(range(100, 110)))  # 10 tokens, the last one EOS
 PROBLEM = Problem("0" * 16, (1, 2, 3), "42", (EXPERT,))
 
 
-def scheduler(name="trapo", preset="paper", **overrides) -> Guidance:
-    method = make_method(name, preset=preset)
+def scheduler(name="trapo", *, preset=None, **overrides) -> Guidance:
+    method = make_method(name, **({"preset": preset} if preset else {}))
     arguments = {
         "micro_groups": method.micro_groups,
         "max_completion_length": 64,

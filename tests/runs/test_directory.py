@@ -1,5 +1,6 @@
 """A run folder belongs to one run, and to one process at a time; what a resumed run may change."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from support.commands import run_command
 from support.short_run import JOB
 from trapo_jax.config import Config, list_fields, load_config
+from trapo_jax.methods import fingerprint, make_method
 from trapo_jax.runs.directory import (
     MAY_DIFFER,
     check_run_folder,
@@ -82,7 +84,26 @@ def test_a_run_whose_method_depends_on_its_length_may_not_become_longer(tmp_path
     staged = {"method__name": "sft_then_grpo", "train__decay_start": "1"}
     prepare_run_folder(tmp_path / "staged", text(**staged))
     with pytest.raises(UserError, match=r"not 400; method.name=sft_then_grpo depends on it"):
-        check_run_folder(tmp_path / "staged", text(**staged, train__num_steps="400"))
+        check_run_folder(
+            tmp_path / "staged", text(**staged, train__num_steps="400"), depends_on_length=True
+        )
+
+
+def test_a_run_of_another_method_is_refused_by_name(tmp_path):
+    """A method from outside is not in the config: its fingerprint tells."""
+    folder, trapo = tmp_path / "run", fingerprint(make_method("trapo"))
+    prepare_run_folder(folder, text(), method=trapo)
+    assert check_run_folder(folder, text(), method=trapo) == {}
+    mine = dataclasses.replace(make_method("trapo"), name="mine")
+    with pytest.raises(UserError, match="a run of the method trapo, not mine; give another"):
+        check_run_folder(folder, text(), method=fingerprint(mine))
+    changed = dataclasses.replace(make_method("trapo"), second_expert_last=True)
+    with pytest.raises(
+        UserError, match=r"another version of the method trapo \(second_expert_last"
+    ):
+        check_run_folder(folder, text(), method=fingerprint(changed))
+    with pytest.raises(UserError, match=r"holds a run with method\.name=trapo, not grpo"):
+        check_run_folder(folder, text(method__name="grpo"))
 
 
 def test_a_run_of_another_version_may_lack_what_may_differ_only(folder):

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple, get_args, get_origin
 import pydantic
 import yaml
 
+from trapo_jax.config.schema import MethodConfig
+from trapo_jax.methods import list_constants
+
 USAGE = """\
 usage: python -m trapo_jax.{command} [--config FILE] [FIELD=VALUE ...]
 
@@ -34,10 +37,32 @@ def list_fields(section: type[pydantic.BaseModel], prefix: str = "") -> Iterator
         if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
             yield from list_fields(field.annotation, f"{prefix}{name}.")
         else:
-            default = yaml.safe_dump(field.default, default_flow_style=True).split("\n")[0]
+            default = _as_yaml(field.default)
             yield FieldHelp(
                 f"{prefix}{name}", _type_name(field.annotation), default, field.description
             )
+    if section is MethodConfig:
+        yield from _list_constants(prefix)
+
+
+def _list_constants(prefix: str) -> Iterator[FieldHelp]:
+    """Yields the constants of all methods; the default says which methods have them."""
+    for constant in list_constants():
+        by_default: dict[str, list[str]] = {}
+        for method, default in constant.defaults.items():
+            by_default.setdefault(_as_yaml(default), []).append(method)
+        groups = sorted(by_default.items(), key=lambda group: len(group[1]))
+        defaults = "; ".join(
+            f"{default} for {', '.join(names) if len(names) <= 6 else 'most methods'}"
+            for default, names in groups
+        )
+        yield FieldHelp(
+            f"{prefix}{constant.name}", _type_name(constant.annotation), defaults, constant.sentence
+        )
+
+
+def _as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
 
 
 def help_text(

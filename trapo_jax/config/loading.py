@@ -16,6 +16,7 @@ import yaml
 
 from trapo_jax.config.help import list_fields
 from trapo_jax.config.schema import Section
+from trapo_jax.methods import constant_names
 from trapo_jax.types import UserError
 
 C = TypeVar("C", bound=Section)
@@ -40,8 +41,10 @@ def load_config(
       UserError: with one line per mistake.
     """
     data = _merge(defaults or {}, read_yaml(file) if file else {})
-    for name, text in overrides:
-        _set_field(data, name, _parse_scalar(name, text))
+    values = [(name, _parse_scalar(name, text)) for name, text in overrides]
+    _drop_constants_of_another_method(data, dict(values).get("method.name"))
+    for name, value in values:
+        _set_field(data, name, value)
     try:
         text = json.dumps(data, default=str)
     except (TypeError, ValueError, RecursionError) as error:  # a date as a key, a list in itself
@@ -155,6 +158,15 @@ def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
             value = _merge(old, value)
         merged[name] = value
     return merged
+
+
+def _drop_constants_of_another_method(data: dict[str, Any], name: Any) -> None:
+    """Drops the file's method constants that the method named on the command line does not have."""
+    section = data.get("method")
+    if not isinstance(section, dict) or not isinstance(name, str) or name == section.get("name"):
+        return
+    known = {"name", *constant_names(name)}
+    data["method"] = {field: value for field, value in section.items() if field in known}
 
 
 def _set_field(data: dict[str, Any], name: str, value: Any) -> None:

@@ -8,6 +8,9 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from trapo_jax.methods import read_constants
+from trapo_jax.types import UserError
+
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -99,48 +102,30 @@ class DataConfig(Section):
 
 
 class MethodConfig(Section):
-    name: Literal[
-        "trapo",
-        "trapo_plus",
-        "grpo",
-        "sft",
-        "sft_then_grpo",
-        "micro_group_grpo",
-        "micro_group_sft",
-        "micro_group_luffy",
-        "luffy",
-        "rl_plus_sft",
-        "relift",
-        "hpt",
-        "srft",
-        "chord",
-        "chord_phi",
-        "uft",
-        "prefix_rft",
-    ] = "trapo"
-    """Training method; --print-method shows its formulas and constants."""
-    preset: Literal["paper", "reference"] = "paper"
-    """Guidance of TRAPO and its ablations (micro_group_*) as in the paper or as in its released code."""
-    constants: dict[str, Any] = {}
-    """Constants of the method that differ from its own; --print-method lists them."""
-    alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    """TrSFT's trust-region bound: expert tokens below this probability get a reduced gradient."""
-    expert_weight: NotNegativeFloat | None = None
-    """Weight of the loss on expert tokens; null for the method's own."""
-    normalizer: Literal["token_mean", "sequence_mean", "constant_sum", "constant_mean"] | None = (
-        None
-    )
-    """What sums of token losses are divided by; null for the method's own."""
-    clip_low: Fraction | None = None
-    """Clip the ratio of new to old policy below 1 - clip_low; null for the method's own, mostly no bound."""
-    clip_high: NotNegativeFloat | None = None
-    """Clip the ratio above 1 + clip_high; null for the method's own, mostly no bound."""
-    kl_weight: NotNegativeFloat | None = None
-    """Weight of the divergence (k3) from the model the run began with, which is then held in memory too; null for the method's own, mostly 0."""
-    scale_advantages_by_std: bool | None = None
-    """Divide a group's advantages by their standard deviation; null for the method's own, mostly false."""
-    entropy_weight: NotNegativeFloat = 0.0
-    """Weight of the entropy bonus on own tokens."""
+    """The name of a method and its constants, which are fields of this section."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    name: str = "trapo"
+    """Training method, or the import path `package.module:name` of your own; --print-method shows its formulas."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill_in_constants(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("name", ""), str):
+            return data  # Validation of the fields says what is wrong.
+        name = data.get("name", cls.model_fields["name"].default)
+        given = {field: value for field, value in data.items() if field != "name"}
+        try:
+            constants = read_constants(name, given)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return {"name": name, **(constants.model_dump(mode="json") if constants else {})}
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constants of the method, defaults included; empty for a method without any."""
+        return dict(self.model_extra or {})
 
 
 class EngineConfig(Section):

@@ -1,15 +1,22 @@
 """The family of methods as data: guidance, selection, and the terms of the objective.
 
-`make_method(name)` gives one of `METHODS`; a method of your own is a `Method` that you build, and whatever takes one
-(`train_one_step`, `make_train_step`) takes it.
+`make_method(name)` makes one of `METHODS`. A method of your own is a `Method` that you build, or a subclass of
+`Constants`; pass it to `trapo_jax.train.train`, or name its import path as `method.name`.
 """
 
-from trapo_jax.methods.common import PRESETS, Preset
+from trapo_jax.methods.constants import Constants
 from trapo_jax.methods.describe import describe, fingerprint
 from trapo_jax.methods.family import METHODS
 from trapo_jax.methods.guidance import ALWAYS, NEVER
-from trapo_jax.methods.make import constants_of, make_method
+from trapo_jax.methods.make import (
+    constant_names,
+    find_method,
+    list_constants,
+    make_method,
+    read_constants,
+)
 from trapo_jax.methods.method import Method, Normalizer, Schedule, Term, TokenInputs
+from trapo_jax.methods.micro_grouped import PRESETS, Preset
 from trapo_jax.methods.selection import Sampled, Selection, Update, train_all
 
 __all__ = [
@@ -17,6 +24,7 @@ __all__ = [
     "METHODS",
     "NEVER",
     "PRESETS",
+    "Constants",
     "Method",
     "Normalizer",
     "Preset",
@@ -26,9 +34,12 @@ __all__ = [
     "Term",
     "TokenInputs",
     "Update",
-    "constants_of",
+    "constant_names",
     "describe",
+    "find_method",
     "fingerprint",
+    "list_constants",
     "make_method",
+    "read_constants",
     "train_all",
 ]

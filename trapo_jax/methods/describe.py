@@ -1,13 +1,14 @@
 """A method in words: what `python -m trapo_jax.train --print-method` prints."""
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from trapo_jax.methods.common import PRESETS
-from trapo_jax.methods.family import METHODS
 from trapo_jax.methods.guidance import ALWAYS, NEVER
-from trapo_jax.methods.make import constants_of, has_presets
 from trapo_jax.methods.method import Method, Normalizer, Schedule, Term
+from trapo_jax.methods.micro_grouped import PRESETS
 from trapo_jax.types import MicroGroup, TokenKind
 
 TOKENS = {TokenKind.COMPLETION: "own tokens", TokenKind.EXPERT_TRAINED: "expert tokens"}
@@ -34,14 +35,12 @@ def describe(method: Method) -> str:
         lines.append(f"  beside each problem {method.extra_rows_per_problem} rows of other experts")
     if method.notes:
         lines += ["", *(f"note: {note}" for note in method.notes)]
-    shared = {"alpha": method.alpha, "clip_low": method.clip_low, "clip_high": method.clip_high}
-    lines += ["", *_table("shared constants (method)", shared)]
-    lines += _table("constants of its own (method.constants)", method.constants)
+    lines += ["", *_table("constants (method.NAME=VALUE)", method.constants)]
     lines += _table("published settings, not set by the method", method.published)
     if len(method.optimizers) > 1:
         lines.append(f"optimiser states: {', '.join(method.optimizers)}")
-    if method.name in METHODS and has_presets(method.name):
-        lines += ["", *_preset_differences(method.name)]
+    if "preset" in method.constants:
+        lines += ["", *_preset_differences()]
     return "\n".join(lines)
 
 
@@ -75,16 +74,60 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _preset_differences(name: str) -> list[str]:
+def _preset_differences() -> list[str]:
     lines = ["presets (method.preset)"]
-    by_preset = {preset: constants_of(name, preset) for preset in PRESETS}
-    for constant in next(iter(by_preset.values())):
-        values = {preset: constants[constant] for preset, constants in by_preset.items()}
-        if len(set(map(str, values.values()))) > 1:
-            lines += [f"  {constant}", *(f"    {p}: {_short(v)}" for p, v in values.items())]
+    for constant in ("micro_groups", "prefix_boundary", "second_expert_last"):
+        lines.append(f"  {constant}")
+        lines += [f"    {p}: {_short(getattr(v, constant))}" for p, v in PRESETS.items()]
     return lines
 
 
 def fingerprint(method: Method) -> dict[str, Any]:
-    """Returns what identifies a method."""
-    return {"name": method.name}
+    """Returns JSON-serializable data that identifies a method, one of the family or from outside.
+
+    Two methods with the same fingerprint have the same name, constants, guidance, selection and terms as far as these
+    are described by names and formulas.
+    """
+    return {
+        "name": method.name,
+        "source": method.source,
+        "constants": {name: _plain(value) for name, value in method.constants.items()},
+        "micro_groups": [list(dataclasses.astuple(group)) for group in method.micro_groups],
+        "vary": _qualified_name(method.vary),
+        "prefix_boundary": method.prefix_boundary,
+        "second_expert_last": method.second_expert_last,
+        "select": _qualified_name(method.select),
+        "terms": [
+            {
+                "name": term.name,
+                "kind": term.kind.name,
+                "formula": term.formula,
+                "weight": getattr(term.weight, "formula", term.weight),
+                "normalizer": term.normalizer,
+                "loss": _qualified_name(term.loss),
+            }
+            for term in method.terms
+        ],
+        "optimizers": list(method.optimizers),
+        "extra_rows_per_problem": method.extra_rows_per_problem,
+        "needs_reference": method.needs_reference,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value as JSON would give it back."""
+    return json.loads(json.dumps(value))
+
+
+def _qualified_name(function: Any) -> str:
+    """Returns where a function or callable object is defined, with the arguments that it is bound to."""
+    if isinstance(function, partial):
+        bound = [_qualified_name(x) if callable(x) else repr(x) for x in function.args]
+        bound += [
+            f"{name}={_qualified_name(x) if callable(x) else repr(x)}"
+            for name, x in sorted(function.keywords.items())
+        ]
+        return f"{_qualified_name(function.func)}({', '.join(bound)})"
+    if hasattr(function, "__qualname__"):
+        return f"{function.__module__}.{function.__qualname__}"
+    return repr(function)

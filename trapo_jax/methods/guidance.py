@@ -20,9 +20,9 @@ def unguided(size: int) -> MicroGroups:
     return (MicroGroup(size, 0.0, NEVER),)
 
 
-def own_and_expert(num_own: int) -> MicroGroups:
-    """`num_own` unguided rollouts, and the expert's whole solution as one more."""
-    return (*unguided(num_own), *whole_expert())
+def rollouts_and_expert(num_rollouts: int) -> MicroGroups:
+    """`num_rollouts` unguided rollouts, and the whole expert solution as one more."""
+    return (*unguided(num_rollouts), *whole_expert())
 
 
 def whole_expert() -> MicroGroups:

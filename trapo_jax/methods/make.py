@@ -1,74 +1,120 @@
-"""A method by name, with its constants."""
+"""Methods by name or import path, with their constants."""
 
 import dataclasses
 import difflib
-import inspect
-from collections.abc import Mapping
-from typing import Any
+import json
+from typing import Any, NamedTuple
 
-from trapo_jax.methods.common import PRESETS, PUBLISHED, Common, Preset
+import pydantic
+
+from trapo_jax.import_path import import_object
+from trapo_jax.methods.constants import Constants
 from trapo_jax.methods.family import METHODS
 from trapo_jax.methods.method import Method
 from trapo_jax.types import UserError
 
 
-def make_method(
-    name: str,
-    *,
-    preset: Preset = "paper",
-    constants: Mapping[str, Any] | None = None,
-    **common: Any,
-) -> Method:
-    """The named method.
+def make_method(name: str, **constants: Any) -> Method:
+    """Returns a method.
 
     Args:
-      name: a key of `METHODS`.
-      preset: the guidance of TRAPO and its ablations, as in the paper or as in the released code.
-      constants: what differs from the method's own, by the names of `constants_of`.
-      **common: what `Common` lists; a method ignores what it has no use for.
+      name: a key of `METHODS`, or the import path `package.module:name` of a `Constants` class, of a `Method`, or of a
+        function without arguments that returns one.
+      **constants: values that differ from the method's defaults.
 
     Raises:
-      UserError: for a constant that the method does not have, or a value that it cannot have.
+      UserError: for an unknown name or constant, or a value out of range.
     """
-    own = constants_of(name, preset)
-    given = dict(constants or {})
-    for constant, value in given.items():
-        _check(name, constant, value, own)
-    resolved = {**own, **given}
-    method = METHODS[name](Common(**common), **resolved)
-    published = PUBLISHED[preset] if has_presets(name) else method.published
-    return dataclasses.replace(method, name=name, constants=resolved, published=published)
+    values = read_constants(name, constants)
+    if values is not None:
+        method = values.make()
+        return dataclasses.replace(method, name=name, constants=values.resolved())
+    found = import_object(name, "method.name")
+    method = found if isinstance(found, Method) else found()
+    if not isinstance(method, Method):
+        raise UserError(
+            f"method.name={name}: gives a {type(method).__name__}; name a Method, a subclass of Constants, or a "
+            "function that returns a Method"
+        )
+    return method
 
 
-def constants_of(name: str, preset: Preset = "paper") -> dict[str, Any]:
-    """The constants of a method beside those of `Common`, and their values by default."""
-    parameters = inspect.signature(METHODS[name]).parameters.values()
-    own = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    return {p.name: PRESETS[preset].get(p.name, p.default) for p in own}
+def read_constants(name: str, given: dict[str, Any]) -> Constants | None:
+    """Returns the validated constants of a method; None for a method from outside that has none.
+
+    Raises:
+      UserError: with one line per mistake.
+    """
+    found = find_method(name)
+    if not (isinstance(found, type) and issubclass(found, Constants)):
+        if given:
+            raise UserError(f"method.{next(iter(given))}: {name} has no constants")
+        return None
+    try:
+        # Strict JSON mode accepts neither "3" for 3 nor true for 1, but lists as YAML gives them.
+        return found.model_validate_json(json.dumps(given), strict=True)
+    except pydantic.ValidationError as error:
+        names = list(found.model_fields)
+        # One mistake can cause several errors in the same field.
+        first = {e["loc"][0]: e for e in reversed(error.errors())}
+        lines = [_explain(name, names, e) for e in reversed(first.values())]
+        raise UserError("\n".join(lines)) from error
 
 
-def has_presets(name: str) -> bool:
-    """Whether a method's guidance depends on the preset."""
-    return constants_of(name, "paper") != constants_of(name, "reference")
+def constant_names(name: str) -> list[str]:
+    """Returns the names of a method's constants; none for an unknown method and for one from outside without any."""
+    found = METHODS.get(name) if ":" not in name else find_method(name)
+    if isinstance(found, type) and issubclass(found, Constants):
+        return list(found.model_fields)
+    return []
 
 
-def _check(name: str, constant: str, value: Any, own: Mapping[str, Any]) -> None:
-    """The constant exists, and the value is of its kind."""
-    where = f"method.constants.{constant}={value!r}"
-    if constant not in own:
-        close = difflib.get_close_matches(constant, own, n=1)
-        there_are = f"did you mean {close[0]}?" if close else f"it has {', '.join(own) or 'none'}"
-        raise UserError(f"{where}: {name} has no such constant; {there_are}")
-    default = own[constant]
-    if isinstance(default, bool) or isinstance(value, bool):
-        fits = isinstance(default, bool) and isinstance(value, bool)
-    elif isinstance(default, int):
-        fits = isinstance(value, int)
-    elif isinstance(default, float):
-        fits = isinstance(value, (int, float))
-    else:
-        fits = isinstance(value, str) == isinstance(default, str)
-    if not fits:
-        raise UserError(f"{where}: give something like {default!r}, its default for {name}")
-    if isinstance(value, (int, float)) and not value >= 0:
-        raise UserError(f"{where}: must not be negative")
+class ConstantHelp(NamedTuple):
+    """A constant that one or several methods have.
+
+    Attributes:
+      name: the constant's name.
+      annotation: its type.
+      sentence: what it does.
+      defaults: its default value in each method that has it.
+    """
+
+    name: str
+    annotation: Any
+    sentence: str | None
+    defaults: dict[str, Any]
+
+
+def list_constants() -> list[ConstantHelp]:
+    """Returns the constants of all methods of the family."""
+    constants: dict[str, ConstantHelp] = {}
+    for method, kind in METHODS.items():
+        for name, field in kind.model_fields.items():
+            new = ConstantHelp(name, field.annotation, field.description, {})
+            constants.setdefault(name, new).defaults[method] = field.default
+    return list(constants.values())
+
+
+def find_method(name: str) -> Any:
+    """Returns what a name or import path of a method stands for.
+
+    Raises:
+      UserError: if there is no such method.
+    """
+    if ":" in name:
+        return import_object(name, "method.name")
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(METHODS)}"
+        raise UserError(f"method.name={name!r}: no such method; {known}")
+    return METHODS[name]
+
+
+def _explain(method: str, names: list[str], error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    value = json.dumps(error["input"], default=str)
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(field, names, n=1)
+        known = f"did you mean {close[0]}?" if close else f"it has {', '.join(names) or 'none'}"
+        return f"method.{field}={value}: {method} has no such constant; {known}"
+    return f"method.{field}={value}: {error['msg'][0].lower()}{error['msg'][1:]}"

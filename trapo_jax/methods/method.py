@@ -45,6 +45,10 @@ class Schedule:
     at: Callable[[Moment], float]
     formula: str
 
+    def times(self, factor: float) -> "Schedule":
+        """Returns the schedule multiplied by a factor."""
+        return Schedule(lambda moment: factor * self.at(moment), f"{factor:g} * ({self.formula})")
+
 
 @dataclasses.dataclass(frozen=True)
 class Term:
@@ -86,6 +90,7 @@ class Method:
       buffer_size: rows of an update that does not come from the step's own problems, at most.
       needs_reference: a term looks at the log-probabilities of the model the run began with.
       max_applied_grad_norm: an update with a larger gradient is skipped.
+      depends_on_length: guidance, selection or weights depend on the length of the run.
       alpha: bound of the trust region that the metrics look at.
       clip_low, clip_high: bounds on the policy ratio that the metrics look at.
       constants: by name, what `make_method` was given or took by default.
@@ -106,6 +111,7 @@ class Method:
     buffer_size: int = 0
     needs_reference: bool = False
     max_applied_grad_norm: float = math.inf
+    depends_on_length: bool = False
     alpha: float = 0.1
     clip_low: float | None = None
     clip_high: float | None = None

@@ -1,145 +1,173 @@
-"""TRAPO; the ablations of its Table 2: its guidance with another loss on the expert's tokens, or none; TRAPO changed."""
+"""TRAPO, and methods with its micro-groups: the ablations of its Table 2 and a variant of this project."""
 
-from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field
 
 from trapo_jax.methods import selection, terms
-from trapo_jax.methods.common import Common, MicroGroupTable, as_micro_groups, share, size
+from trapo_jax.methods.constants import (
+    Count,
+    ExpertConstants,
+    PolicyGradientConstants,
+    Share,
+    Weight,
+)
 from trapo_jax.methods.guidance import NEVER
 from trapo_jax.methods.method import Method, Term
-from trapo_jax.types import UserError
+from trapo_jax.types import MicroGroup, PrefixBoundary
+
+Alpha = Annotated[float, Field(gt=0.0, le=1.0)]
+Preset = Literal["paper", "reference"]
+MicroGroupTable = tuple[tuple[Count, Share, float], ...]  # size, ratio, threshold of each
 
 
-def trapo(
-    common: Common,
-    *,
-    micro_groups: MicroGroupTable,
-    prefix_boundary: str,
-    second_expert_last: bool,
-) -> Method:
-    """TRAPO: micro-groups, and TrSFT on the expert's tokens (Sections 3.1 to 3.3, Table 5)."""
-    common = common.or_else(expert_weight=1.0)
-    normalizer = common.normalize_by("constant_mean")
-    return _micro_grouped(
-        common,
-        (terms.trsft(common.alpha, common.weight, normalizer),),
-        micro_groups=micro_groups,
-        prefix_boundary=prefix_boundary,
-        second_expert_last=second_expert_last,
-        source="TRAPO, arXiv 2512.17636",
-    )
+class PresetValues(NamedTuple):
+    """The guidance of a preset, and published settings that belong to other sections of the config."""
+
+    micro_groups: MicroGroupTable
+    prefix_boundary: PrefixBoundary
+    second_expert_last: bool
+    published: dict[str, Any]
 
 
-def micro_group_grpo(
-    common: Common,
-    *,
-    micro_groups: MicroGroupTable,
-    prefix_boundary: str,
-    second_expert_last: bool,
-) -> Method:
-    """TRAPO's guidance alone: the expert's tokens are context."""
-    return _micro_grouped(
-        common,
-        (),
-        micro_groups=micro_groups,
-        prefix_boundary=prefix_boundary,
-        second_expert_last=second_expert_last,
-        source="micro-groups alone, an ablation of arXiv 2512.17636, Table 2",
-    )
+PRESETS: dict[Preset, PresetValues] = {
+    "paper": PresetValues(
+        ((4, 0.0, NEVER), (2, 0.2, 0.5), (1, 0.5, 0.7), (1, 1.0, 0.9)),
+        "exact",
+        False,
+        {"train.problems_per_step": 128, "train.learning_rate": 5e-6},
+    ),
+    "reference": PresetValues(
+        ((4, 0.0, NEVER), (2, 0.25, 2 / 4), (1, 0.5, 4 / 6), (1, 1.0, 7 / 7)),
+        "paragraph",
+        True,
+        {"train.problems_per_step": 8, "train.learning_rate": 1e-6, "train.weight_decay": 0.01},
+    ),
+}
 
 
-def micro_group_sft(
-    common: Common,
-    *,
-    micro_groups: MicroGroupTable,
-    prefix_boundary: str,
-    second_expert_last: bool,
-) -> Method:
-    """TRAPO's guidance with plain cross-entropy on the expert's tokens."""
-    common = common.or_else(expert_weight=1.0)
-    normalizer = common.normalize_by("constant_mean")
-    return _micro_grouped(
-        common,
-        (terms.cross_entropy(common.weight, normalizer),),
-        micro_groups=micro_groups,
-        prefix_boundary=prefix_boundary,
-        second_expert_last=second_expert_last,
-        source="micro-groups and plain SFT loss, an ablation of arXiv 2512.17636, Table 2",
-    )
+class MicroGrouped(PolicyGradientConstants):
+    """Micro-groups with some loss on the expert tokens, or none."""
 
+    preset: Preset = "paper"
+    """Guidance as in the paper or as in the released code; the three constants below replace parts of it."""
+    micro_groups: Annotated[MicroGroupTable, Field(min_length=1)] | None = None
+    """[size, ratio, threshold] of each micro-group, in order; null for the preset's."""
+    prefix_boundary: PrefixBoundary | None = None
+    """Where an expert prefix ends: exact, or at the end of a paragraph; null for the preset's."""
+    second_expert_last: bool | None = None
+    """Whether the last micro-group uses a problem's second expert solution; null for the preset's."""
 
-def micro_group_luffy(
-    common: Common,
-    *,
-    micro_groups: MicroGroupTable,
-    prefix_boundary: str,
-    second_expert_last: bool,
-    gamma: float = 0.1,
-) -> Method:
-    """TRAPO's guidance with LUFFY's loss on the expert's tokens, by the advantage of the row that carries them."""
-    common = common.or_else(expert_weight=1.0)
-    normalizer = common.normalize_by("constant_mean")
-    return _micro_grouped(
-        common,
-        (terms.shaped_policy_gradient(gamma, common.weight, normalizer),),
-        micro_groups=micro_groups,
-        prefix_boundary=prefix_boundary,
-        second_expert_last=second_expert_last,
-        source="micro-groups and LUFFY's loss, an ablation of arXiv 2512.17636, Table 2",
-    )
+    def resolved(self) -> dict[str, Any]:
+        preset = PRESETS[self.preset]
+        constants = super().resolved()
+        return {
+            name: getattr(preset, name) if value is None and name in PresetValues._fields else value
+            for name, value in constants.items()
+        }
 
+    def expert_terms(self) -> tuple[Term, ...]:
+        """Returns the terms of the objective on expert tokens."""
+        return ()
 
-def trapo_plus(common: Common, *, num_own: int = 7, threshold: float = 0.5) -> Method:
-    """TRAPO that takes the expert whole or not at all, and trains only what says something.
+    source: ClassVar[str]
 
-    `num_own` unguided rollouts; where their mean reward is below `threshold`, the expert's whole solution as
-    one more. Rollouts without an advantage or a prefix are left out, of the mean over rollouts too: a step on
-    problems that are solved costs no trained tokens, so a run with a budget of these takes more steps.
-    """
-    common = common.or_else(expert_weight=1.0)
-    normalizer = common.normalize_by("constant_mean")
-    return _micro_grouped(
-        common,
-        (terms.trsft(common.alpha, common.weight, normalizer),),
-        micro_groups=(
-            (size("num_own", num_own), 0.0, NEVER),
-            (1, 1.0, share("threshold", threshold)),
-        ),
-        prefix_boundary="exact",
-        second_expert_last=False,
-        source="TRAPO, arXiv 2512.17636, changed by this project: docs/comparison.md",
-        select=selection.train_signal,
-    )
-
-
-def _micro_grouped(
-    common: Common,
-    expert_terms: Sequence[Term],
-    *,
-    micro_groups: MicroGroupTable,
-    prefix_boundary: Any,
-    second_expert_last: bool,
-    source: str,
-    select: Callable[..., selection.Selection] = selection.train_all,
-) -> Method:
-    """TRAPO's guidance with some loss on the expert's tokens."""
-    carriers = selection.first_of_each_prefix if expert_terms else selection.no_prefix
-    if prefix_boundary not in ("exact", "paragraph"):
-        raise UserError(
-            f"method.constants.prefix_boundary={prefix_boundary!r}: give exact or paragraph"
+    def make(self) -> Method:
+        constants = self.resolved()
+        expert_terms = self.expert_terms()
+        carriers = selection.first_of_each_prefix if expert_terms else selection.no_prefix
+        advantages = self.advantages(selection.advantages_over_group)
+        return Method(
+            name="",
+            micro_groups=tuple(MicroGroup(*row) for row in constants["micro_groups"]),
+            prefix_boundary=constants["prefix_boundary"],
+            second_expert_last=constants["second_expert_last"],
+            select=partial(selection.train_all, advantages=advantages, carriers=carriers),
+            terms=(*self.completion_terms(), *expert_terms),
+            source=self.source,
+            published=PRESETS[self.preset].published,
+            **self.method_fields(),
         )
-    return Method(
-        name="",
-        micro_groups=as_micro_groups(micro_groups),
-        prefix_boundary=prefix_boundary,
-        second_expert_last=second_expert_last,
-        select=partial(
-            select,
-            advantages=common.advantages(selection.advantages_over_group),
-            carriers=carriers,
-        ),
-        terms=(*common.own_terms(), *expert_terms),
-        source=source,
-        **common.of_method(),
-    )
+
+
+class MicroGroupGrpo(MicroGrouped):
+    """TRAPO's guidance alone; expert tokens are context."""
+
+    source = "micro-groups alone, an ablation of arXiv 2512.17636, Table 2"
+
+
+class MicroGroupSft(MicroGrouped, ExpertConstants):
+    """TRAPO's guidance with plain cross-entropy on expert tokens."""
+
+    source = "micro-groups and plain SFT loss, an ablation of arXiv 2512.17636, Table 2"
+
+    def expert_terms(self) -> tuple[Term, ...]:
+        normalizer = self.normalize_by("constant_mean")
+        return (terms.cross_entropy(self.expert_weight, normalizer),)
+
+
+class MicroGroupLuffy(MicroGrouped, ExpertConstants):
+    """TRAPO's guidance with LUFFY's loss on expert tokens, with the advantage of the row that trains them."""
+
+    source = "micro-groups and LUFFY's loss, an ablation of arXiv 2512.17636, Table 2"
+
+    gamma: Weight = 0.1
+    """Shaping constant of LUFFY's policy gradient, -A p / (p + gamma)."""
+
+    def expert_terms(self) -> tuple[Term, ...]:
+        normalizer = self.normalize_by("constant_mean")
+        return (terms.shaped_policy_gradient(self.gamma, self.expert_weight, normalizer),)
+
+
+class Trapo(MicroGrouped, ExpertConstants):
+    """TRAPO: micro-groups, and TrSFT on expert tokens (Sections 3.1 to 3.3, Table 5)."""
+
+    source = "TRAPO, arXiv 2512.17636"
+
+    alpha: Alpha = 0.1
+    """TrSFT's trust-region bound: expert tokens with a lower probability get a reduced gradient."""
+
+    def expert_terms(self) -> tuple[Term, ...]:
+        normalizer = self.normalize_by("constant_mean")
+        return (terms.trsft(self.alpha, self.expert_weight, normalizer),)
+
+    def method_fields(self) -> dict[str, Any]:
+        return {**super().method_fields(), "alpha": self.alpha}
+
+
+class TrapoPlus(PolicyGradientConstants, ExpertConstants):
+    """TRAPO that takes the expert solution whole or not at all, and trains only rows that have a gradient.
+
+    `num_rollouts` unguided rollouts; if their mean reward is below `threshold`, the whole expert solution is one
+    more. Rollouts without an advantage or an expert prefix are left out, also of the mean over rollouts. A step on
+    solved problems therefore costs no trained tokens, and a run with a budget of trained tokens makes more steps.
+    """
+
+    num_rollouts: Count = 7
+    """Unguided rollouts per problem."""
+    threshold: Share = 0.5
+    """The expert solution is used if the mean reward of the rollouts is below this value."""
+    alpha: Alpha = 0.1
+    """TrSFT's trust-region bound: expert tokens with a lower probability get a reduced gradient."""
+
+    def make(self) -> Method:
+        return Method(
+            name="",
+            micro_groups=(
+                MicroGroup(self.num_rollouts, 0.0, NEVER),
+                MicroGroup(1, 1.0, self.threshold),
+            ),
+            select=partial(
+                selection.train_signal,
+                advantages=self.advantages(selection.advantages_over_group),
+                carriers=selection.first_of_each_prefix,
+            ),
+            terms=(
+                *self.completion_terms(),
+                terms.trsft(self.alpha, self.expert_weight, self.normalize_by("constant_mean")),
+            ),
+            source="TRAPO, arXiv 2512.17636, changed by this project: docs/comparison.md",
+            alpha=self.alpha,
+            **self.method_fields(),
+        )

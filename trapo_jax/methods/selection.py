@@ -72,7 +72,7 @@ def advantages_over_group(group: Group, *, scale_by_std: bool = False) -> np.nda
     return group_advantages(rewards, scale_by_std=scale_by_std)
 
 
-def advantages_over_own(group: Group, *, scale_by_std: bool = False) -> np.ndarray:
+def advantages_over_sampled(group: Group, *, scale_by_std: bool = False) -> np.ndarray:
     """`r_j - mean(r)` over the rollouts in which the policy sampled; 0 for the others."""
     own = np.array([bool(rollout.completion.token_ids) for rollout in group])
     advantages = np.zeros(len(group), np.float32)
@@ -179,7 +179,7 @@ def buffer_unsolved(
     return Selection(updates, {"unsolved": unsolved})
 
 
-def signs_for_own(group: Group, *, advantages: Advantages) -> np.ndarray:
+def signs_for_sampled(group: Group, *, advantages: Advantages) -> np.ndarray:
     """SRFT: own rollouts get +1 for the full reward and -1 for less, the expert its advantage."""
     values = advantages(group)
     for j, rollout in enumerate(group):

@@ -21,7 +21,7 @@ from trapo_jax.losses import (
 from trapo_jax.methods.method import Normalizer, Schedule, Term, TokenInputs
 from trapo_jax.types import TokenKind
 
-OWN, EXPERT = TokenKind.COMPLETION, TokenKind.EXPERT_TRAINED
+COMPLETION, EXPERT = TokenKind.COMPLETION, TokenKind.EXPERT_TRAINED
 Weight = float | Schedule
 
 
@@ -36,7 +36,7 @@ def policy_gradient(
     clipped = clip_low is not None or clip_high is not None
     return Term(
         name="policy_gradient",
-        kind=OWN,
+        kind=COMPLETION,
         loss=lambda x: policy_gradient_loss(
             x.logprobs,
             x.old_logprobs,
@@ -57,7 +57,7 @@ def divergence(weight: float, normalizer: Normalizer) -> Term:
     """KL(policy || the model the run began with) at own tokens, k3."""
     return Term(
         name="kl",
-        kind=OWN,
+        kind=COMPLETION,
         loss=lambda x: kl_penalty(x.logprobs, x.ref_logprobs, estimator="k3", where=x.where),
         weight=weight,
         normalizer=normalizer,
@@ -68,7 +68,7 @@ def divergence(weight: float, normalizer: Normalizer) -> Term:
 def entropy_bonus(weight: float, kind: TokenKind) -> Term:
     """Minus the mean entropy at the tokens of a kind."""
     return Term(
-        name="entropy" if kind == OWN else "expert_entropy",
+        name="entropy" if kind == COMPLETION else "expert_entropy",
         kind=kind,
         loss=lambda x: jnp.where(x.where, -x.entropies, 0.0),
         weight=weight,
@@ -159,7 +159,7 @@ def own_successes(weight: Weight, normalizer: Normalizer) -> Term:
 
     return Term(
         name="own_successes",
-        kind=OWN,
+        kind=COMPLETION,
         loss=loss,
         weight=weight,
         normalizer=normalizer,
@@ -171,7 +171,7 @@ def own_failures(weight: Weight, normalizer: Normalizer) -> Term:
     """SRFT: own rollouts of less than full reward are made less likely."""
     return Term(
         name="own_failures",
-        kind=OWN,
+        kind=COMPLETION,
         loss=lambda x: jnp.where(x.where & (x.advantages < 0), x.logprobs, 0.0),
         weight=weight,
         normalizer=normalizer,

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from trapo_jax.types import UserError
 
 LOCK = ".lock"
-CONFIG, CHANGES = "config.yaml", "changes.jsonl"
+CONFIG, METHOD, CHANGES = "config.yaml", "method.json", "changes.jsonl"
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 DATA = (
     "data.json"  # fingerprint of the training data, chat template, what was dropped while reading
@@ -45,14 +45,25 @@ MAY_DIFFER = (
     "limits.",
     "mesh.",
 )
-NUM_STEPS, DECAY_START = "train.num_steps", "train.decay_start"
-SCHEDULED_METHODS = ("sft_then_grpo", "prefix_rft")  # what they do depends on the run's length
+NUM_STEPS, DECAY_START, METHOD_NAME = "train.num_steps", "train.decay_start", "method.name"
 
 Changes = dict[str, tuple[Any, Any]]  # by field: what it was, what it is
 
 
-def check_run_folder(folder: Path, config_text: str) -> Changes:
+def check_run_folder(
+    folder: Path,
+    config_text: str,
+    *,
+    method: dict[str, Any] | None = None,
+    depends_on_length: bool = False,
+) -> Changes:
     """Refuses a folder that holds something else or another run; nothing is created here.
+
+    Args:
+      folder: the run directory.
+      config_text: the resolved config as YAML.
+      method: the fingerprint of the run's method.
+      depends_on_length: whether the method depends on the length of the run.
 
     Returns:
       The fields of `MAY_DIFFER` that a run in the folder was given otherwise, `output_dir` aside; and
@@ -69,7 +80,9 @@ def check_run_folder(folder: Path, config_text: str) -> Changes:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"output_dir={folder}: a file is in the way")
         if saved.is_file():
-            changes = _changes(folder, _read_config(saved), flatten(yaml.safe_load(config_text)))
+            ours = flatten(yaml.safe_load(config_text))
+            changes = _changes(folder, _read_config(saved), ours, depends_on_length)
+            _check_method(folder, method)
         elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
             raise UserError(
                 f"output_dir={folder}: not empty and not a run; give another output_dir"
@@ -84,9 +97,32 @@ def check_run_folder(folder: Path, config_text: str) -> Changes:
     return changes
 
 
-def _changes(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> Changes:
+def _check_method(folder: Path, method: dict[str, Any] | None) -> None:
+    """Refuses a run that was trained by another method, even if it has the same name."""
+    if method is None or not (folder / METHOD).is_file():
+        return
+    saved = json.loads((folder / METHOD).read_text())
+    if saved == method:
+        return
+    if saved.get("name") != method["name"]:
+        raise UserError(
+            f"output_dir={folder}: holds a run of the method {saved.get('name')}, not {method['name']}; give another "
+            "output_dir"
+        )
+    different = ", ".join(name for name in method if saved.get(name) != method[name])
+    raise UserError(
+        f"output_dir={folder}: holds a run of another version of the method {method['name']} ({different}); give "
+        "another output_dir"
+    )
+
+
+def _changes(
+    folder: Path, theirs: dict[str, Any], ours: dict[str, Any], depends_on_length: bool
+) -> Changes:
     changes: Changes = {}
-    for field in sorted({*theirs, *ours} - {"output_dir"}):
+    # The name of the method first, because its constants differ with it.
+    fields = sorted({*theirs, *ours} - {"output_dir"}, key=lambda x: (x != METHOD_NAME, x))
+    for field in fields:
         there, here = theirs.get(field, "absent"), ours.get(field, "absent")
         if there == here:
             continue
@@ -96,7 +132,7 @@ def _changes(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> Chan
                 "give another output_dir"
             )
         is_longer = field == NUM_STEPS and isinstance(there, int) and here > there
-        schedule = _schedule(ours) if is_longer else ""
+        schedule = _schedule(ours, depends_on_length) if is_longer else ""
         if not (_may_differ(field) or (is_longer and not schedule)):
             reason = f"; {schedule} depends on it" if schedule else ""
             raise UserError(
@@ -107,10 +143,10 @@ def _changes(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> Chan
     return changes
 
 
-def _schedule(config: dict[str, Any]) -> str:
-    """What of a run depends on its length; empty for nothing."""
-    if config["method.name"] in SCHEDULED_METHODS:
-        return f"method.name={config['method.name']}"
+def _schedule(config: dict[str, Any], depends_on_length: bool) -> str:
+    """Returns what depends on the length of the run; empty if nothing does."""
+    if depends_on_length:
+        return f"{METHOD_NAME}={config[METHOD_NAME]}"
     return f"its learning rate, unless {DECAY_START}=1," if config[DECAY_START] != 1 else ""
 
 
@@ -125,11 +161,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not the config of a run; give another output_dir") from error
 
 
-def prepare_run_folder(folder: Path, config_text: str) -> None:
-    """Makes the folder and writes the resolved config, where they are not there yet."""
+def prepare_run_folder(
+    folder: Path, config_text: str, *, method: dict[str, Any] | None = None
+) -> None:
+    """Creates the folder and writes the resolved config and the method's fingerprint, unless they exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / CONFIG).exists():
+            if method is not None:
+                write_atomically(folder / METHOD, json.dumps(method, indent=2) + "\n")
             write_atomically(folder / CONFIG, config_text)
     except OSError as error:
         raise UserError(f"output_dir={folder}: {error.strerror}") from error

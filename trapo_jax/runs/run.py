@@ -16,7 +16,7 @@ import jax
 
 from trapo_jax.config import Config, DataConfig
 from trapo_jax.distributed.processes import from_main, gather, is_main, wait_for_all
-from trapo_jax.methods import Method
+from trapo_jax.methods import Method, fingerprint
 from trapo_jax.runs.budget import USAGE_METRICS, Budget
 from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, Retention
 from trapo_jax.runs.console import Console
@@ -98,7 +98,12 @@ class Run:
         Raises:
           UserError: if the directory holds something else, or a run with another config or method.
         """
-        check = lambda: check_run_folder(config.run_folder, config.to_yaml())
+        check = lambda: check_run_folder(
+            config.run_folder,
+            config.to_yaml(),
+            method=fingerprint(method),
+            depends_on_length=method.depends_on_length,
+        )
         changes = from_main(check() if is_main() else None)
         return cls(config, method, changes, show_progress=show_progress)
 
@@ -129,7 +134,9 @@ class Run:
         self._data_fingerprint = data_summary["fingerprint"]
         if is_main():
             self._stack.enter_context(only_process_in(self.folder))
-            prepare_run_folder(self.folder, self._config.to_yaml())
+            prepare_run_folder(
+                self.folder, self._config.to_yaml(), method=fingerprint(self._method)
+            )
             if not (self.folder / DATA).exists():
                 write_atomically(self.folder / DATA, json.dumps(data_summary, indent=2) + "\n")
         wait_for_all("run directory prepared")

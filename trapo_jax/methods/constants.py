@@ -1,0 +1,110 @@
+"""Constants of methods: typed, validated and documented fields, shared by the methods that honor them.
+
+Every method is a frozen pydantic model whose fields are its constants and whose `make` builds the `Method`. The
+fields are the only place where names, defaults, ranges and help sentences of constants are stated.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+import numpy as np
+import pydantic
+from pydantic import Field
+
+from trapo_jax.methods import terms
+from trapo_jax.methods.method import Method, Normalizer, Term
+from trapo_jax.methods.selection import Advantages
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Constants(pydantic.BaseModel):
+    """The constants of a method.
+
+    Subclass it to write a method of your own: give fields with defaults and docstrings, and implement `make`.
+    """
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    def make(self) -> Method:
+        """Returns the method with these constants."""
+        raise NotImplementedError(f"{type(self).__name__}.make")
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns the constants by name, with those that follow from others filled in."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+
+class NormalizedConstants(Constants):
+    """Constants of methods whose token losses are normalized by a choice."""
+
+    normalizer: Normalizer | None = None
+    """What sums of token losses are divided by; null for the normalizer of each term."""
+
+    def normalize_by(self, default: Normalizer) -> Normalizer:
+        """Returns the chosen normalizer, or the default of a term."""
+        return self.normalizer or default
+
+
+class ExpertConstants(NormalizedConstants):
+    """Constants of methods with a loss on expert tokens."""
+
+    expert_weight: Weight = 1.0
+    """Weight of the loss on expert tokens."""
+
+
+class PolicyGradientConstants(NormalizedConstants):
+    """Constants of methods with a policy gradient on completion tokens."""
+
+    clip_low: Share | None = None
+    """Clips the ratio of the new to the old policy below 1 - clip_low; null for no bound."""
+    clip_high: Weight | None = None
+    """Clips the ratio of the new to the old policy above 1 + clip_high; null for no bound."""
+    kl_weight: Weight = 0.0
+    """Weight of the KL divergence (k3) from the initial model, which is kept in memory unless the weight is 0."""
+    scale_advantages_by_std: bool = False
+    """Divide a group's advantages by their standard deviation."""
+    entropy_weight: Weight = 0.0
+    """Weight of the entropy bonus on completion tokens."""
+
+    def advantages(self, over: Callable[..., np.ndarray]) -> Advantages:
+        """Returns the function that computes a group's advantages."""
+        return partial(over, scale_by_std=self.scale_advantages_by_std)
+
+    def completion_terms(
+        self, normalizer: Normalizer = "constant_mean", *, weight: terms.Weight = 1.0
+    ) -> tuple[Term, ...]:
+        """Returns the policy gradient and the regularizers."""
+        policy_gradient = terms.policy_gradient(
+            self.normalize_by(normalizer),
+            weight=weight,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+        )
+        return (policy_gradient, *self.regularizers(normalizer))
+
+    def regularizers(self, normalizer: Normalizer = "constant_mean") -> tuple[Term, ...]:
+        """Returns the KL divergence and the entropy bonus, if they have a weight."""
+        regularizers = []
+        if self.kl_weight:
+            regularizers.append(terms.divergence(self.kl_weight, self.normalize_by(normalizer)))
+        if self.entropy_weight:
+            regularizers.append(terms.entropy_bonus(self.entropy_weight, terms.COMPLETION))
+        return tuple(regularizers)
+
+    def method_fields(self) -> dict[str, Any]:
+        """Returns the fields of `Method` that follow from these constants."""
+        return {
+            "clip_low": self.clip_low,
+            "clip_high": self.clip_high,
+            "needs_reference": self.kl_weight > 0,
+        }
+
+
+class MixedConstants(PolicyGradientConstants, ExpertConstants):
+    """Constants of methods that learn from both completions and expert tokens."""
