@@ -1,8 +1,8 @@
-"""One engine of `bench_rollout.py`, in a process of its own: jobs in on standard input, times out on standard output.
+"""A worker process of `bench_rollout.py`: runs jobs with one engine.
 
     python tools/bench_rollout_worker.py ENGINE MODEL_FOLDER DTYPE
 
-Imports what its engine needs and nothing else: Tunix lives in an environment without trapo_jax.
+Imports only what its engine needs, because Tunix runs in an environment without trapo_jax.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from bench_workers import Job, serve
 
 
 class Ours:
-    """Our engine; `run_rollouts(engine, job)` says in which order it is given work.
+    """The engine of trapo_jax; `run_rollouts(engine, job)` decides in which order it receives requests.
 
-    Timed with `update_weights`, which every training step calls.
+    The time includes `update_weights`, which every training step calls.
     """
 
     def __init__(self, folder: str, dtype: str, run_rollouts: Callable[[Any, Job], None]):
@@ -34,7 +34,7 @@ class Ours:
 
     def run(self, job: Job) -> dict[str, Any]:
         if job["name"] != self.job_name:
-            self.engine = None  # its memory first
+            self.engine = None  # frees its memory before the next engine is built
             self.job_name, self.engine = job["name"], scripted_engine(self.config, job)
         engine = self.engine
         before, compiled = engine.stats(), engine.num_compiled
@@ -54,7 +54,7 @@ class Ours:
 
 
 def scripted_engine(config, job: Job):
-    """A `JaxEngine` that samples as many tokens a rollout as the job says."""
+    """Returns a `JaxEngine` that samples the number of tokens that the job prescribes for each rollout."""
     from trapo_jax.sampling.engine import EngineSpec
     from trapo_jax.sampling.jax_engine import JaxEngine
 
@@ -79,6 +79,7 @@ def scripted_engine(config, job: Job):
 
 
 def make_problems(job: Job) -> list:
+    """Returns the problems of a job."""
     from trapo_jax.types import Expert, Problem
 
     return [
@@ -93,13 +94,14 @@ def make_problems(job: Job) -> list:
 
 
 def run_freely(engine, job: Job) -> None:
+    """Collects rollouts as training does: each problem advances independently."""
     from concurrent.futures import Future
 
     from trapo_jax.rollouts.collection import collect_groups
     from trapo_jax.rollouts.guidance import Guidance
     from trapo_jax.types import MicroGroup, SamplingParams, Verdict
 
-    def score(completion):
+    def grade(completion):
         request, verdict = completion.request, Future()
         solved = job["problems"][int(request.problem.id, 16)]["rewards"][request.sample_index]
         verdict.set_result(Verdict.CORRECT if solved else Verdict.WRONG)
@@ -110,7 +112,7 @@ def run_freely(engine, job: Job) -> None:
     collect_groups(
         engine,
         lambda _: Guidance(micro_groups, longest),
-        score,
+        grade,
         make_problems(job),
         step=1,
         params=SamplingParams(),
@@ -118,7 +120,7 @@ def run_freely(engine, job: Job) -> None:
 
 
 def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
-    """A micro-group of every problem, then the next; prompts shared by the rollouts of a problem or not."""
+    """Completes a micro-group of all problems before the next; the rollouts of a problem may share its prompt."""
     from trapo_jax.types import RolloutRequest, SamplingParams
 
     problems = make_problems(job)
@@ -126,7 +128,7 @@ def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
         requests = []
         for row in rows:
             problem = problems[row["problem"]]
-            if not shared_prompts:  # keys and values are found by the problem's id
+            if not shared_prompts:  # The prefix cache is indexed by the id of the problem.
                 problem = dataclasses.replace(problem, id=f"{problem.id}/{row['sample']}")
             requests.append(RolloutRequest(problem, row["sample"], 0, 0, row["prefix_len"]))
         engine.submit(requests, step=1, params=SamplingParams())
@@ -135,7 +137,7 @@ def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
 
 
 def batches(job: Job):
-    """(contexts, how many tokens to sample for each) of what an engine without refill runs at once."""
+    """Yields the batches of an engine that cannot refill rows: contexts, and the number of tokens to sample for each."""
     for rows in job["rounds"]:
         for start in range(0, len(rows), job["slots"]):
             batch = rows[start : start + job["slots"]]
@@ -150,7 +152,7 @@ def batches(job: Job):
 
 
 class Transformers:
-    """`generate` with its KV cache; rows that are done are padded until the longest is."""
+    """`generate` with its KV cache; finished rows are padded until the longest row is finished."""
 
     def __init__(self, folder: str, dtype: str):
         import torch
@@ -160,7 +162,7 @@ class Transformers:
         self.torch = torch
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         self.model = self.model.eval().to(device)
-        self.model.generation_config.eos_token_id = None  # lengths are the job's
+        self.model.generation_config.eos_token_id = None  # The job prescribes the lengths.
 
     def run(self, job: Job) -> dict[str, Any]:
         prefilled, decoded, started = 0, 0, time.perf_counter()
@@ -172,7 +174,7 @@ class Transformers:
         return {"seconds": seconds, "prefilled_tokens": prefilled, "decoded_tokens": decoded}
 
     def generate(self, contexts: list[list[int]], num_new: int) -> int:
-        """Returns how many tokens each row got."""
+        """Samples tokens, and returns the number of new tokens per row."""
         longest = max(map(len, contexts))
         pad = lambda ids, fill: [fill] * (longest - len(ids)) + ids
         tensor = lambda rows: self.torch.tensor(rows, device=self.model.device)
@@ -191,8 +193,11 @@ class Transformers:
 
 
 class Tunix:
-    """Tunix's own sampler. It compiles for every length of a batch: prompts are padded to few lengths, and the buffer is
-    always as long as the longest needs, though it stops where the batch at hand does."""
+    """The sampler of Tunix.
+
+    It compiles for every length of a batch. Prompts are therefore padded to few lengths, and the token buffer always has
+    the length of the longest batch; decoding still ends where the current batch ends.
+    """
 
     def __init__(self, folder: str, dtype: str):
         self.model, self.config = tunix_model(folder, dtype)
@@ -204,7 +209,7 @@ class Tunix:
         )
 
         work = [
-            (contexts, rounded(max(map(len, contexts))), num_new)
+            (contexts, round_up(max(map(len, contexts))), num_new)
             for contexts, num_new in batches(job)
         ]
         if getattr(self, "job_name", None) != job["name"]:
@@ -233,7 +238,7 @@ class Tunix:
 
 
 def tunix_model(folder: str, dtype: str) -> tuple[Any, Any]:
-    """Tunix's Llama with the weights of a Hugging Face folder, and its config."""
+    """Returns the Llama of Tunix with the weights of a Hugging Face folder, and its config."""
     import jax.numpy as jnp
     from tunix.models.llama3 import model, params  # pyright: ignore[reportMissingImports]
 
@@ -251,13 +256,13 @@ def tunix_model(folder: str, dtype: str) -> tuple[Any, Any]:
         norm_eps=shape["rms_norm_eps"],
         weight_tying=shape["tie_word_embeddings"],
     )
-    # Its attention does not pass the config's base on (0.1.7).
+    # Its attention ignores rope_theta of the config (0.1.7).
     model.apply_rope = functools.partial(model.apply_rope, rope_theta=config.rope_theta)
     return params.create_model_from_safe_tensors(folder, config, dtype=getattr(jnp, dtype)), config
 
 
 def fixed_buffer(sampler_class):
-    """The sampler, with one length of token buffer for all batches; how far it decodes is data."""
+    """Returns a subclass of the sampler with one length of token buffer for all batches."""
 
     class FixedBuffer(sampler_class):
         def init_sample_state(self, *args, total_sampling_steps: int, **kwargs):
@@ -269,7 +274,7 @@ def fixed_buffer(sampler_class):
 
 
 class TokenIds:
-    """A tokenizer of numbers, for an API that wants text."""
+    """A tokenizer whose texts are the token ids in decimal, for an API that expects text."""
 
     NEVER = -1
 
@@ -280,7 +285,7 @@ class TokenIds:
         return " ".join(map(str, ids))
 
     def bos_id(self) -> int:
-        return 0  # taken for none: nothing is put before a prompt
+        return 0  # interpreted as none, so that no token is prepended to a prompt
 
     def eos_id(self) -> int:
         return self.NEVER
@@ -289,7 +294,8 @@ class TokenIds:
         return 0
 
 
-def rounded(length: int) -> int:
+def round_up(length: int) -> int:
+    """Rounds a length up to a multiple of 32."""
     return -(-length // 32) * 32
 
 

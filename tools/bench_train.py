@@ -1,19 +1,20 @@
-"""Compares train steps on the same weights and rows, side by side in one run: tokens a second, and peak memory.
+"""Compares train steps on the same weights and rows: tokens per second and peak memory.
 
     python tools/bench_train.py --model models/smollm2_135m
     python tools/bench_train.py --model DIR --engines ours,torch,tunix --tunix-python VENV/bin/python --json FILE
 
-Engines: `ours`, the train step of `trapo_jax.train`, with its metrics; `torch`, a plain loop on the `transformers`
-model; `tunix`, the step of its trainer, in an environment of its own. All do the same: one AdamW step (gradients clipped)
-on the mean cross-entropy of the responses, in micro-batches of equally many rows. Each runs in a process of its own and
-is asked in turn, A B A B ..., after one round that compiles; their first losses must agree.
+Engines: `ours`, the train step of `trapo_jax.train`, including its metrics; `torch`, a plain loop with the
+`transformers` model; `tunix`, the step of its trainer, in a separate environment. All make one AdamW step with clipped
+gradients on the mean cross-entropy of the responses, in micro-batches of the same number of rows. Each engine runs in a
+separate process. After one round that compiles, the engines take turns (A B A B ...); their first losses must agree.
 
-Workloads: `equal`, rows of one length, nothing to pack; `ragged`, responses of log-normal length, which we pack into
-rows, and the others pad to the longest of a micro-batch, rows of like length together (`torch, unsorted` as they come;
-`ours, unpacked` to the longest of all). Ours keeps what its matmuls give for the backward pass (`model.remat=dots`).
+Workloads: `equal` has rows of equal length, so that there is nothing to pack. `ragged` has responses of log-normal
+length: `ours` packs them into rows, the others pad each micro-batch to its longest row. `torch` sorts the rows by length
+(`torch, unsorted` does not), and `ours, unpacked` pads all rows to the longest. `ours` keeps the results of matmuls for
+the backward pass (`model.remat=dots`).
 
-With `--dtype bfloat16` the weights are still float32, and cast for the matmuls: `torch` under autocast. A model folder
-that holds no weights gets random ones, in a temporary folder.
+With `--dtype bfloat16` the weights remain float32 and are cast for the matmuls; `torch` uses autocast. If the model
+folder has no weights, random weights are used.
 """
 
 import argparse
@@ -41,7 +42,7 @@ ENGINES = {
     "tunix": "tunix",
 }
 WORKER = Path(__file__).with_name("bench_train_worker.py")
-LOSSES_AGREE = {"float32": 1e-3, "bfloat16": 1e-2}  # relative: they are sums in another order
+LOSSES_AGREE = {"float32": 1e-3, "bfloat16": 1e-2}  # relative; the order of summation differs
 
 
 def main() -> int:
@@ -55,7 +56,7 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
     config = read_config(folder, dtype=args.dtype)
     jobs = [equal_job(args, config.vocab_size), ragged_job(args, config.vocab_size)]
     report = []
-    for job in jobs:  # new processes: peaks of memory are a workload's own
+    for job in jobs:  # New processes, because the peak memory is measured per workload.
         workers = start_workers(
             WORKER, args.engines, str(folder), args.dtype, tunix_python=args.tunix_python
         )
@@ -64,13 +65,13 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
             worker.close()
         losses = {name: found[0]["loss"] for name, found in replies.items()}
         check_losses(losses, job["name"], LOSSES_AGREE[args.dtype])
-        report += [summary(job, name, found[1:]) for name, found in replies.items()]
-    jax.config.update("jax_default_matmul_precision", "highest")  # as the engines
-    # Forward, and twice that backward.
+        report += [summarize(job, name, found[1:]) for name, found in replies.items()]
+    jax.config.update("jax_default_matmul_precision", "highest")  # as in the engines
+    # The backward pass has twice the FLOPs of the forward pass.
     bound = matmul_tokens_per_sec(config, args.rows * args.row_len) / 3
     for result in report:
         result["share_of_matmul_bound"] = result["tokens_per_sec"] / bound
-    show(console, report, bound)
+    print_table(console, report, bound)
     if args.json:
         limits = {"matmul_tokens_per_sec": bound, "device": jax.devices()[0].device_kind}
         args.json.write_text(json.dumps({"limits": limits, "results": report}, indent=2) + "\n")
@@ -86,40 +87,41 @@ def parse() -> argparse.Namespace:
         "--engines",
         default="ours,torch",
         type=lambda text: text.split(","),
-        help=f"of {', '.join(ENGINES)} (default ours,torch)",
+        help=f"any of {', '.join(ENGINES)} (default ours,torch)",
     )
     parser.add_argument("--rows", type=int, default=2, help="rows of a micro-batch (default 2)")
-    parser.add_argument("--row-len", type=int, default=256, help="their tokens (default 256)")
-    parser.add_argument("--num-rollouts", type=int, default=24, help="ragged (default 24)")
+    parser.add_argument("--row-len", type=int, default=256, help="length of the rows (default 256)")
+    parser.add_argument(
+        "--num-rollouts", type=int, default=24, help="ragged: number of rollouts (default 24)"
+    )
     parser.add_argument(
         "--dtype",
         default="float32",
         choices=tuple(LOSSES_AGREE),
-        help="of activations and matmuls (default float32)",
+        help="dtype of activations and matmuls (default float32)",
     )
     args = parser.parse_args()
     if args.dtype != "float32" and "tunix" in args.engines:
-        parser.error("--engines: tunix trains here in float32 only")
+        parser.error("--engines: tunix is measured in float32 only")
     for name in args.engines:
         if name not in ENGINES:
-            parser.error(f"--engines: no {name!r}; there are {', '.join(ENGINES)}")
+            parser.error(f"--engines: unknown engine {name!r}; give any of {', '.join(ENGINES)}")
     args.engines = [ENGINES[name] for name in args.engines]
     return args
 
 
 def equal_job(args: argparse.Namespace, vocab_size: int) -> Job:
-    """Two micro-batches of rows that are full."""
+    """Returns a job with two micro-batches of full rows."""
     rng = np.random.default_rng(0)
     rows = [
         {"prompt": random_ids(rng, 1, vocab_size), "response": random_ids(rng, n, vocab_size)}
         for n in [args.row_len - 1] * (2 * args.rows)
     ]
-    # Nothing to pack: ours has one row a rollout either way.
     return make_job("equal", rows, args)
 
 
 def ragged_job(args: argparse.Namespace, vocab_size: int) -> Job:
-    """Prompts and responses as rollouts have them; the longest response fills a row."""
+    """Returns a job with prompts and responses of lengths like those of rollouts; the longest response fills a row."""
     rng = np.random.default_rng(1)
     rows = []
     for _ in range(args.num_rollouts):
@@ -146,7 +148,7 @@ def check_losses(losses: dict[str, float], job_name: str, tolerance: float) -> N
         sys.exit(f"{job_name}: the engines' first losses differ: {losses}")
 
 
-def summary(job: Job, engine: str, replies: list[dict]) -> dict:
+def summarize(job: Job, engine: str, replies: list[dict]) -> dict:
     seconds = median(replies, "seconds")
     lens = [(len(row["prompt"]), len(row["response"])) for row in job["rows"]]
     return {
@@ -161,11 +163,13 @@ def summary(job: Job, engine: str, replies: list[dict]) -> dict:
     }
 
 
-def show(console: Console, report: list[dict], bound: float) -> None:
-    table = Table(title="medians; tokens without pad; `ours` = 1", title_justify="left")
+def print_table(console: Console, report: list[dict], bound: float) -> None:
+    table = Table(
+        title="medians; tokens without padding; time ratio to `ours`", title_justify="left"
+    )
     for name in ("workload", "engine"):
         table.add_column(name)
-    for name in ("tokens/s", "trained/s", "step", "time ratio", "of matmul bound", "with pad"):
+    for name in ("tokens/s", "trained/s", "step", "time ratio", "of matmul bound", "with padding"):
         table.add_column(name, justify="right")
     table.add_column("process peak MiB", justify="right")
     ours = {r["workload"]: r["seconds"] for r in report if r["engine"] == "ours"}
@@ -184,7 +188,7 @@ def show(console: Console, report: list[dict], bound: float) -> None:
         )
     console.print(table)
     console.print(
-        f"{jax.devices()[0].device_kind}: the model's matmuls alone, three times, allow {bound:,.0f} tokens/s"
+        f"{jax.devices()[0].device_kind}: the matmuls of forward and backward pass alone allow {bound:,.0f} tokens/s"
     )
 
 

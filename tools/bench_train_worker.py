@@ -1,4 +1,7 @@
-"""One engine of `bench_train.py`, in a process of its own: `ENGINE MODEL_FOLDER DTYPE`."""
+"""A worker process of `bench_train.py`: runs jobs with one engine.
+
+python tools/bench_train_worker.py ENGINE MODEL_FOLDER DTYPE
+"""
 
 import functools
 import sys
@@ -12,7 +15,7 @@ LEARNING_RATE, B1, B2, WEIGHT_DECAY, MAX_NORM = 1e-5, 0.9, 0.98, 0.01, 1.0
 
 
 class Ours:
-    """The step of `trapo_jax.train` for `method.name=sft`, batch building included."""
+    """The step of `trapo_jax.train` with `method.name=sft`, including the construction of the batch."""
 
     def __init__(self, folder: str, dtype: str, *, packed: bool):
         from trapo_jax.distributed.sharding import make_mesh
@@ -66,6 +69,7 @@ class Ours:
 
 
 def train_rows(job: Job) -> list:
+    """Returns the rows of a job, each with a response that is an expert solution."""
     from trapo_jax.types import (
         Completion,
         Expert,
@@ -85,7 +89,13 @@ def train_rows(job: Job) -> list:
 
 
 def padded_micro_batches(job: Job, *, by_length: bool = True, multiple: int = 1):
-    """(token ids, 1 on what is trained, 1 on what is no pad), as lists; rows of like length together, or as they come."""
+    """Yields micro-batches as lists: token ids, a mask of trained tokens, and a mask of tokens that are not padding.
+
+    Args:
+      job: the job.
+      by_length: whether to sort the rows by length.
+      multiple: lengths are padded to a multiple of this.
+    """
     rows = job["rows"]
     if by_length:
         rows = sorted(rows, key=lambda row: len(row["prompt"]) + len(row["response"]))
@@ -102,7 +112,7 @@ def padded_micro_batches(job: Job, *, by_length: bool = True, multiple: int = 1)
 
 
 class Torch:
-    """A plain loop: forward, backward a micro-batch, clip, AdamW."""
+    """A plain loop: forward and backward pass of each micro-batch, gradient clipping, AdamW."""
 
     def __init__(self, folder: str, dtype: str, *, by_length: bool = True):
         import torch
@@ -140,10 +150,10 @@ class Torch:
 
 
 class Tunix:
-    """The jitted step of its trainer, once a micro-batch: `optax.MultiSteps` updates after the last.
+    """The jitted step of the Tunix trainer, once per micro-batch; `optax.MultiSteps` updates after the last one.
 
-    Its own loss is the mean over a micro-batch, hence not the batch's; here every micro-batch's sum is divided by the
-    same number. Lengths are padded to few, as it compiles for each.
+    The loss of Tunix is the mean over a micro-batch, which is not the mean over the batch. Here the sum of every
+    micro-batch is divided by the same number. Lengths are padded to few values, because the step compiles for each.
     """
 
     def __init__(self, folder: str, dtype: str):
@@ -180,6 +190,7 @@ class Tunix:
 
 
 def tunix_step(model, num_micro_batches: int):
+    """Returns the jitted train step of the Tunix trainer."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -191,8 +202,8 @@ def tunix_step(model, num_micro_batches: int):
     def loss(model, input_tokens, input_mask, positions, attention_mask, divisor):
         logits, _ = model(input_tokens, positions, None, attention_mask)
         logprobs = jax.nn.log_softmax(logits[:, :-1])
-        of_targets = jnp.take_along_axis(logprobs, input_tokens[:, 1:, None], axis=-1)[..., 0]
-        return -jnp.sum(of_targets * input_mask[:, 1:]) / divisor
+        target_logprobs = jnp.take_along_axis(logprobs, input_tokens[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.sum(target_logprobs * input_mask[:, 1:]) / divisor
 
     optimizer = optax.chain(
         optax.clip_by_global_norm(MAX_NORM),

@@ -1,6 +1,6 @@
-"""What the benchmarks share: contenders in processes of their own, asked in turn, A B A B ...
+"""Worker processes of the benchmarks, which take turns (A B A B ...).
 
-Standard library alone: a contender may live in an environment without trapo_jax.
+This module uses the standard library alone, because a worker may run in an environment without trapo_jax.
 """
 
 import argparse
@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
-# No TF32 in any of them.
-EXACT = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+# Prevents TF32 in all workers.
+FLOAT32_MATMULS = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 
 
 class Worker:
-    """The parent's end of a contender's process."""
+    """A process that runs one of the compared implementations."""
 
     def __init__(self, script: Path, name: str, *arguments: str, python: str = sys.executable):
         self.name = name
         pipe = subprocess.PIPE
-        # The workers share a GPU's memory.
-        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **EXACT}
+        # The workers share the memory of a GPU.
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **FLOAT32_MATMULS}
         self._process = subprocess.Popen(
             [python, str(script), name, *arguments],
             stdin=pipe,
@@ -37,6 +37,7 @@ class Worker:
         self.is_installed = self._reply() is not None
 
     def run(self, job: Job) -> dict[str, Any]:
+        """Runs a job and returns the reply."""
         assert self._process.stdin
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
@@ -46,10 +47,11 @@ class Worker:
         return reply
 
     def close(self) -> None:
+        """Ends the process."""
         self._process.communicate()
 
     def _reply(self) -> dict[str, Any] | None:
-        """The next one; None if the process has ended."""
+        """Returns the next reply; None if the process has ended."""
         assert self._process.stdout
         line = self._process.stdout.readline()
         return json.loads(line) if line else None
@@ -58,25 +60,27 @@ class Worker:
 def start_workers(
     script: Path, names: Sequence[str], *arguments: str, tunix_python: str
 ) -> list[Worker]:
-    """A process for each contender; those that are not installed are left out, with a word."""
+    """Starts a process for each implementation that is installed, and reports the others."""
     started = [
         Worker(script, name, *arguments, python=tunix_python if name == "tunix" else sys.executable)
         for name in names
     ]
     for worker in started:
         if not worker.is_installed:
-            print(f"{worker.name} is not installed here and left out")
+            print(f"{worker.name} is not installed and is skipped")
     return [worker for worker in started if worker.is_installed]
 
 
 def common_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every benchmark."""
+    """Adds the options of every benchmark."""
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default 3)")
     parser.add_argument(
-        "--tunix-python", default=sys.executable, help="a Python where google-tunix is installed"
+        "--tunix-python", default=sys.executable, help="Python of an environment with google-tunix"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the results to this file"
+    )
 
 
 def take_turns(
@@ -85,34 +89,40 @@ def take_turns(
     repeats: int,
     track: Callable[..., Any],
 ) -> dict[str, list[dict]]:
-    """Each contender's replies: one that warms up, then `repeats` measured ones. Their medians are printed at once, should
-    what comes later fail."""
-    able = [w for w in workers if w.name in job.get("only", [w.name])]
-    replies: dict[str, list[dict]] = {worker.name: [] for worker in able}
-    for worker in track([w for _ in range(1 + repeats) for w in able], description=job["name"]):
+    """Runs a job on all workers in turn: once to warm up, then `repeats` times.
+
+    Medians are printed at once, in case that something fails later.
+
+    Returns:
+      The replies of each worker, the one of the warm-up first.
+    """
+    selected = [w for w in workers if w.name in job.get("only", [w.name])]
+    replies: dict[str, list[dict]] = {worker.name: [] for worker in selected}
+    for worker in track([w for _ in range(1 + repeats) for w in selected], description=job["name"]):
         replies[worker.name].append(worker.run(job))
     found = (f"{name} {median(done[1:], 'seconds'):.3f} s" for name, done in replies.items())
     print(f"{job['name']}: {', '.join(found)}", flush=True)
     return replies
 
 
-def serve(contenders: Mapping[str, Callable[..., Any]]) -> int:
-    """The child's end: `SCRIPT NAME ARGUMENTS...`, jobs in on standard input, replies out on standard output."""
+def serve(implementations: Mapping[str, Callable[..., Any]]) -> int:
+    """Runs `SCRIPT NAME ARGUMENTS...`: reads jobs from standard input and writes replies to standard output."""
     name, *arguments = sys.argv[1:]
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no reply
+    os.dup2(2, 1)  # Output of libraries must not mix with the replies.
     try:
-        contender = contenders[name](*arguments)
+        implementation = implementations[name](*arguments)
     except ModuleNotFoundError as e:
         print(f"{name}: {e}", file=sys.stderr)
         return 1
     print(json.dumps({"engine": name}), file=replies, flush=True)
     for line in sys.stdin:
-        reply = contender.run(json.loads(line))
+        reply = implementation.run(json.loads(line))
         reply["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps(reply), file=replies, flush=True)
     return 0
 
 
 def median(replies: Sequence[dict], name: str) -> float:
+    """Returns the median of a number in the replies."""
     return statistics.median(reply[name] for reply in replies)

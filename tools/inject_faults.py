@@ -1,10 +1,10 @@
-"""Kills real runs at random moments, resumes them, and compares every bit with a run that was never stopped.
+"""Kills runs at random moments, resumes them, and compares every bit with an uninterrupted run.
 
     python tools/inject_faults.py [--kills 20] [--seed 0] [--folder DIR]
 
-The run is the default job, shortened. Each fault prints its seed, when it struck and what it hit; the comparison
-covers `metrics.jsonl` (timings aside), `samples.jsonl`, and parameters, optimiser state and host state of
-the last checkpoint. One run goes on on another mesh, and ends equal to 1e-5. Exit code 1 if anything differs.
+The run is a short version of the default job. Each fault prints its seed and how far the run was. The comparison covers
+`metrics.jsonl` (without timings), `samples.jsonl`, and the parameters, optimizer state and host state of the last
+checkpoint. One run resumes on another mesh and must agree to 1e-5. The exit code is 1 if anything differs.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from trapo_jax.runs.directory import CHECKPOINTS, METRICS, SAMPLES
+
 NUM_STEPS = 40
 JOB = (
     f"train.num_steps={NUM_STEPS}",
@@ -40,11 +42,11 @@ TOLERANCE_ON_ANOTHER_MESH = 1e-5
 
 
 class TooLate(Exception):
-    """The run had ended: there was nothing to interrupt."""
+    """The run ended before it was interrupted."""
 
 
 def start(folder: Path, job: Sequence[str] = JOB, **environment: str) -> subprocess.Popen:
-    """Starts, or resumes, the job in a process of its own."""
+    """Starts or resumes the job in a separate process."""
     return subprocess.Popen(
         [sys.executable, "-m", "trapo_jax.train", f"output_dir={folder}", *job],
         cwd=Path(__file__).parents[1],
@@ -56,7 +58,7 @@ def start(folder: Path, job: Sequence[str] = JOB, **environment: str) -> subproc
 
 
 def complete(folder: Path, job: Sequence[str] = JOB, **environment: str) -> str:
-    """Runs the job to its end; returns what it printed."""
+    """Runs the job to its end and returns its output."""
     process = start(folder, job, **environment)
     output = process.communicate()[0]
     if process.returncode:
@@ -67,10 +69,10 @@ def complete(folder: Path, job: Sequence[str] = JOB, **environment: str) -> str:
 def interrupt(
     folder: Path, number: signal.Signals, after_secs: float, job: Sequence[str] = JOB
 ) -> str:
-    """Starts the job, sends it a signal and waits for its end; returns what it had reached.
+    """Starts the job, sends it a signal, waits for its end, and returns its progress.
 
     Raises:
-      TooLate: if it ended before the signal.
+      TooLate: if it ended before the signal was sent.
     """
     process = start(folder, job)
     try:
@@ -83,32 +85,36 @@ def interrupt(
 
 
 def progress(folder: Path) -> str:
-    """The last record of the metrics, and the folders of checkpoints, unfinished ones included."""
-    lines = read_lines(folder / "metrics.jsonl")
+    """Describes the last record of the metrics and the checkpoint folders, including incomplete ones."""
+    lines = read_lines(folder / METRICS)
     last = json.loads(lines[-1]) if lines else None
     reached = f"after {last['kind']} {last['step']}" if last else "before any record"
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     names = sorted(p.name for p in checkpoints.iterdir()) if checkpoints.is_dir() else []
     return f"{reached}; checkpoints: {' '.join(names) or 'none'}"
 
 
 def read_lines(path: Path) -> list[str]:
-    """The whole lines of a file that may have been cut."""
+    """Returns the complete lines of a file that may end in an incomplete one."""
     text = path.read_text() if path.exists() else ""
     return text[: text.rfind("\n") + 1].splitlines()
 
 
 def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str]:
-    """What differs between two finished runs, in words; with a tolerance, in numbers only relative to it."""
+    """Returns the names of everything that differs between two complete runs.
+
+    Args:
+      ours, theirs: run directories.
+      tolerance: relative and absolute tolerance of numbers; 0 requires equal bits.
+    """
     found = []
     records, their_records = (
-        [_untimed(line) for line in read_lines(folder / "metrics.jsonl")]
-        for folder in (ours, theirs)
+        [_untimed(line) for line in read_lines(folder / METRICS)] for folder in (ours, theirs)
     )
     if not _same_records(records, their_records, tolerance):
-        found.append("metrics.jsonl")
-    if tolerance == 0 and _bytes(ours, "samples.jsonl") != _bytes(theirs, "samples.jsonl"):
-        found.append("samples.jsonl")
+        found.append(METRICS)
+    if tolerance == 0 and _bytes(ours, SAMPLES) != _bytes(theirs, SAMPLES):
+        found.append(SAMPLES)
     state, host = read_checkpoint(ours)
     their_state, their_host = read_checkpoint(theirs)
     if _without_seconds(host["usage"]) != _without_seconds(their_host["usage"]):
@@ -124,15 +130,15 @@ def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str
 def read_checkpoint(
     folder: Path, step: int | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Every array of a checkpoint, the last unless given, by its path, and the host's state."""
+    """Returns the arrays of a checkpoint (the last one by default) by their path, and the host state."""
     import jax
 
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")  # as CheckpointStore does
     context = ocp.Context()
     context.checkpointables.registry = registry
-    steps = [int(path.name) for path in (folder / "checkpoints").iterdir()]
-    path = str((folder / "checkpoints" / str(step or max(steps))).absolute())
+    steps = [int(path.name) for path in (folder / CHECKPOINTS).iterdir()]
+    path = str((folder / CHECKPOINTS / str(step or max(steps))).absolute())
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with context:
         shapes = ocp.checkpointables_metadata(path).metadata["state"]
@@ -152,8 +158,8 @@ def _untimed(line: str) -> dict[str, Any]:
     return {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
 
 
-# What depends on the devices of a run, or is nothing but rounding.
-OF_THE_MESH = ("batch/pad", "batch/balance", "sampling/slot_utilization", "policy/logprob_gap")
+# Prefixes of metrics that depend on the mesh, or consist of rounding errors.
+MESH_DEPENDENT = ("batch/pad", "batch/balance", "sampling/slot_utilization", "policy/logprob_gap")
 
 
 def _bytes(folder: Path, name: str) -> bytes:
@@ -168,7 +174,7 @@ def _same_records(ours: list[dict], theirs: list[dict], tolerance: float) -> boo
     )
     return all(
         a.keys() == b.keys()
-        and all(is_same(a[k], b[k]) for k in a if not k.startswith(OF_THE_MESH))
+        and all(is_same(a[k], b[k]) for k in a if not k.startswith(MESH_DEPENDENT))
         for a, b in zip(ours, theirs, strict=True)
     )
 
@@ -181,12 +187,21 @@ def _same_array(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="random moments of a SIGKILL")
-    parser.add_argument("--seed", type=int, default=0, help="of the first fault; the others follow")
-    parser.add_argument("--folder", type=Path, help="for the runs; a temporary one if not given")
+    parser.add_argument(
+        "--kills", type=int, default=20, help="number of SIGKILLs at random moments"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the first fault; the following faults use the following seeds",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="folder of the runs (default: a temporary folder)"
+    )
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="inject_faults_"))
-    # Runs that compile nothing anew spend their time, and are struck, in what they are about.
+    # With a warm compilation cache, faults strike training instead of compilation.
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
@@ -198,7 +213,10 @@ def main() -> int:
     complete(folder / "again")
     whole_secs = time.monotonic() - started
     same = differences(folder / "again", uninterrupted) or "equal, bit for bit"
-    print(f"runs in {folder}; uninterrupted {whole_secs:.0f} s, once more: {same}", flush=True)
+    print(
+        f"runs in {folder}; an uninterrupted run takes {whole_secs:.0f} s; repeated: {same}",
+        flush=True,
+    )
     faults = collections.deque(plan_faults(args.kills, whole_secs))
     num_faults, num_bad, num_struck = len(faults), 0, 0
     for seed in itertools.count(args.seed):
@@ -208,7 +226,7 @@ def main() -> int:
         try:
             reached = fault.strike(run, random.Random(seed))
         except TooLate:
-            print(f"seed {seed}: {fault.name} came too late, another is tried", flush=True)
+            print(f"seed {seed}: {fault.name} came too late and is tried again", flush=True)
             faults.append(fault)
             continue
         complete(run, **fault.environment)
@@ -225,7 +243,7 @@ def main() -> int:
 
 
 class Fault(NamedTuple):
-    """What happens to a run, the environment in which it then goes on, and how equal it is to end."""
+    """A fault: what happens to a run, the environment in which it resumes, and the tolerance of the comparison."""
 
     name: str
     strike: Callable[[Path, random.Random], str]
@@ -234,7 +252,7 @@ class Fault(NamedTuple):
 
 
 def plan_faults(num_kills: int, whole_secs: float) -> list[Fault]:
-    """So many kills at any moment of a run that takes so long, and one of each other kind."""
+    """Returns `num_kills` kills at random moments of a run of `whole_secs` seconds, and one of each other kind."""
     kill = lambda f, rng: interrupt(f, signal.SIGKILL, rng.uniform(0.1, 1) * whole_secs)
     stop = lambda f, rng: interrupt(f, signal.SIGTERM, rng.uniform(0.3, 0.9) * whole_secs)
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"

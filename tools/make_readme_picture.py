@@ -1,6 +1,6 @@
-"""Draws docs/idea.png: TrSFT's gradient, and how guidance answers to a problem's solve rate.
+"""Draws docs/idea.png: the gradient of TrSFT, and guidance as a function of the solve rate of a problem.
 
-python tools/make_readme_picture.py        # needs the extra [notebooks]
+python tools/make_readme_picture.py        # requires the extra [notebooks]
 """
 
 import itertools
@@ -21,22 +21,19 @@ OUTPUT = Path(__file__).parents[1] / "docs" / "idea.png"
 
 
 def guided_probability(solve_rates: np.ndarray) -> np.ndarray:
-    """For each solve rate, the probability that micro-group i is guided; `[rates, micro-groups]`.
-
-    Exact: every outcome of the group goes through the scheduler.
-    """
+    """Returns the probability that a micro-group is guided, `[rates, micro-groups]`, by enumerating all outcomes."""
     method = make_method("trapo")
-    scheduler = Guidance(method.micro_groups, 1000)
+    guidance = Guidance(method.micro_groups, 1000)
     problem = Problem("0" * 16, (1,), "", (Expert(tuple(range(100))),))
     result = np.zeros((len(solve_rates), len(method.micro_groups)))
-    for outcome in itertools.product((0.0, 1.0), repeat=scheduler.group_size):
-        state, guided = scheduler.start(problem), np.zeros(len(method.micro_groups))
+    for outcome in itertools.product((0.0, 1.0), repeat=guidance.group_size):
+        state, guided = guidance.start(problem), np.zeros(len(method.micro_groups))
         while not state.is_complete:
-            request = scheduler.ready(state)[0]
+            request = guidance.ready(state)[0]
             guided[request.micro_group] = request.prefix_len > 0
-            state = scheduler.observe(state, request.sample_index, outcome[request.sample_index])
+            state = guidance.observe(state, request.sample_index, outcome[request.sample_index])
         solved = sum(outcome)
-        chance = solve_rates**solved * (1 - solve_rates) ** (scheduler.group_size - solved)
+        chance = solve_rates**solved * (1 - solve_rates) ** (guidance.group_size - solved)
         result += chance[:, None] * guided
     return result
 

@@ -1,11 +1,11 @@
-"""Rebuilds the embedded model: a Llama-shaped decoder of 0.35M parameters that can nearly shuffle cards.
+"""Rebuilds the embedded model: a Llama decoder with 0.35M parameters that has partly learned to shuffle cards.
 
     python tools/make_tiny_model.py --out DIR [--seed 2] [--steps 550] [--careless]
 
-It is taught 15 % direct answers (K 1-6), 35 % clean traces of 1 to 3 operations and 50 % free chains (5 or 6
-operations of its own choice, no program to follow). So it knows every operation and how to go on
-for long, but not how to follow a program of more than three. Lessons are packed, about seven a row.
-With `--careless` traces and chains have the style of the task's careless expert, which is then nothing new to it.
+The training texts are 15% direct answers (programs of 1 to 6 operations), 35% clean traces of 1 to 3 operations, and 50%
+free chains (5 or 6 random operations without a program). The model thus knows every operation and long traces, but cannot
+follow programs of more than three operations. About seven texts are packed into a row. With `--careless`, traces and
+chains have the style of the task's careless expert.
 """
 
 import argparse
@@ -42,20 +42,25 @@ CHARACTERS = "0123456789" + "?:=;#," + "rltsexm" + "hoku"
 ROW_LEN = 256
 BATCH_SIZE = 48
 PEAK_LEARNING_RATE = 3e-3
-# Largest random jump of positions: after each operation of the program and after the program, in
-# every lesson; after a step, in half of them.
+# Largest random jumps of positions: after each operation of the program and after the program in every text, and
+# after a step in half of the texts.
 MAX_PROGRAM_JUMP, MAX_DIGITS_JUMP, MAX_STEP_JUMP = 3, 16, 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument(
-        "--seed", type=int, default=2, help="of weights and data (default 2, the shipped one)"
+        "--out", type=Path, required=True, help="the folder to write; it must not exist"
     )
-    parser.add_argument("--steps", type=int, default=550, help="optimiser steps (default 550)")
     parser.add_argument(
-        "--careless", action="store_true", help="lessons mumble and leap as the task's expert does"
+        "--seed",
+        type=int,
+        default=2,
+        help="seed of weights and data (default 2, that of the shipped model)",
+    )
+    parser.add_argument("--steps", type=int, default=550, help="optimizer steps (default 550)")
+    parser.add_argument(
+        "--careless", action="store_true", help="train on texts in the style of the careless expert"
     )
     args = parser.parse_args()
     if args.out.exists():
@@ -74,11 +79,12 @@ def main() -> None:
 
 
 def vocabulary() -> dict[str, int]:
+    """Returns the token ids."""
     return {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *CHARACTERS])}
 
 
 def write_side_files(folder: Path) -> None:
-    """`config.json` and a character tokenizer, as `transformers` reads them."""
+    """Writes `config.json` and a character tokenizer in the format of `transformers`."""
     ids = vocabulary()
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -120,8 +126,8 @@ def write_side_files(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def lesson(rng: random.Random, careless: bool) -> str:
-    """One training text of the base model, without EOS."""
+def draw_text(rng: random.Random, careless: bool) -> str:
+    """Draws a training text, without EOS."""
     digits, kind = random_digits(rng), rng.random()
     if kind < 0.5:
         return f":{digits}=" + free_chain(rng, digits, careless)
@@ -136,23 +142,23 @@ def lesson(rng: random.Random, careless: bool) -> str:
 
 
 def free_chain(rng: random.Random, digits: str, careless: bool) -> str:
+    """Draws a trace of random operations."""
     program = rng.choices(list(OPERATIONS), k=rng.choice((5, 6)))
     return expert_trace(rng, "".join(program), digits, noise=careless)
 
 
 def make_rows(rng: random.Random, ids: dict[str, int], careless: bool) -> tuple[np.ndarray, ...]:
-    """Packed lessons: token ids, positions, segment ids and what is trained, each `[B, ROW_LEN]`.
+    """Packs texts into rows: token ids, positions, segment ids and the mask of trained tokens, each `[B, ROW_LEN]`.
 
-    Positions make random jumps. Otherwise the k-th operation could be found by counting positions,
-    and such a model is certain that there is nothing after the three steps it has seen: TRAPO then
-    has no probability to work with.
+    Positions make random jumps. Otherwise the model could find the k-th operation by its position, and would assign no
+    probability to anything after the three steps that it has seen, which leaves TRAPO nothing to reinforce.
     """
     token_ids, positions, segment_ids = np.zeros((3, BATCH_SIZE, ROW_LEN), np.int32)
     trained = np.zeros((BATCH_SIZE, ROW_LEN), bool)
     for row in range(BATCH_SIZE):
         start, segment = 0, 1
         while True:
-            text = lesson(rng, careless)
+            text = draw_text(rng, careless)
             end = start + len(text) + 1
             if end > ROW_LEN:
                 break
@@ -165,7 +171,7 @@ def make_rows(rng: random.Random, ids: dict[str, int], careless: bool) -> tuple[
 
 
 def jumping_positions(rng: random.Random, text: str) -> np.ndarray:
-    """The position of every character of a lesson and of the EOS behind it."""
+    """Returns the position of each character of a text and of the EOS after it."""
     step_jump = MAX_STEP_JUMP if rng.random() < 0.5 else 0
     program = text.partition(":")[0]
     largest = [MAX_PROGRAM_JUMP] * len(program) + [MAX_DIGITS_JUMP]

@@ -1,10 +1,10 @@
-"""Prints what `linear_token_logprobs` needs beside its inputs and gradients, at full size.
+"""Prints the memory that `linear_token_logprobs` needs beside its inputs and gradients, at full size.
 
     python tools/measure_logprob_memory.py [--tokens 8192] [--width 3584] [--vocab 152064]
 
-Compiles value and gradient for abstract bfloat16 arrays and asks the compiler; no data is made and nothing
-is run, so a laptop can answer for a model that it could not hold. The compiler is that of the first jax
-device; on a CPU the figure includes the float32 copies that it makes of bfloat16 operands.
+Value and gradient are compiled for abstract bfloat16 arrays, and the compiler reports the memory. Nothing is executed,
+so that a laptop can measure a model that it could not hold. The compiler is that of the first jax device; on a CPU the
+result includes float32 copies of bfloat16 operands.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def compiled_memory(tokens: int, width: int, vocab: int, *, chunk_size: int):
-    """The compiler's memory analysis of value and gradient, by hidden states and unembedding."""
+    """Returns the compiler's memory analysis of the value and the gradient for hidden states and unembedding."""
 
     def loss(hidden, unembedding, labels):
         logprobs, entropies = linear_token_logprobs(
@@ -52,7 +52,9 @@ def compiled_memory(tokens: int, width: int, vocab: int, *, chunk_size: int):
     )
     analysis = lowered.compile().memory_analysis()
     if analysis is None:
-        raise SystemExit(f"the compiler for {jax.devices()[0].platform} gives no memory analysis")
+        raise SystemExit(
+            f"the compiler for {jax.devices()[0].platform} provides no memory analysis"
+        )
     return analysis
 
 

@@ -1,12 +1,12 @@
-"""Builds the paper's training set: OpenR1-Math-46k-8192 with one more solution for each problem from OpenR1-Math-220k.
+"""Builds the training set of the paper: OpenR1-Math-46k-8192 with a second solution from OpenR1-Math-220k.
 
     python tools/prepare_openr1.py --out data/openr1_46k_two_experts.parquet
     python -m trapo_jax.train data.source=files data.train_files=data/openr1_46k_two_experts.parquet \\
         data.columns.preset=verl data.template=qwen_math rewards.verifier=math ...
 
-Every solution is judged by the same verifier that training uses; a problem keeps those that are right, at most two,
-the first set's own in front. A problem of which none is right is dropped. Beside the parquet file, in verl's layout,
-stands a report (`.json`) of what was dropped, and why.
+Every solution is graded by the grader that training uses. A problem keeps at most two correct solutions, that of the
+first set before those of the second; a problem without a correct solution is dropped. A report (`.json`) beside the
+parquet file, which has the layout of verl, counts what was dropped and why.
 
 `--problems` and `--solutions` are hub ids (12 GB to download together) or local parquet, JSONL or Arrow files in
 these layouts:
@@ -37,19 +37,19 @@ PROBLEMS = "Elliott/Openr1-Math-46k-8192"
 SOLUTIONS = "open-r1/OpenR1-Math-220k:all"
 SOLUTIONS_SPLITS = ("default", "extended")
 MAX_EXPERTS = 2
-IN_FLIGHT = 256  # solutions handed to the verifier and not yet judged
+MAX_PENDING = 256  # solutions that are being graded at a time
 PROGRESS_SECS = 10.0
 
 
 @dataclasses.dataclass
 class Entry:
-    """A problem on its way through."""
+    """A problem and its candidate solutions."""
 
     question: str
     answer: str
     source: str
-    candidates: list[str]  # solutions in order of preference, not judged yet
-    num_own: int  # how many of them are the first set's
+    candidates: list[str]  # solutions in order of preference
+    num_first: int  # number of candidates from the first set
 
 
 def main() -> int:
@@ -57,12 +57,16 @@ def main() -> int:
         description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="parquet file to write; must not exist"
+        "--out", type=Path, required=True, help="the parquet file to write; it must not exist"
     )
     parser.add_argument("--problems", default=PROBLEMS, help=f"default {PROBLEMS}")
     parser.add_argument("--solutions", default=SOLUTIONS, help=f"default {SOLUTIONS}")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="verifier processes")
-    parser.add_argument("--timeout-secs", type=float, default=5.0, help="for one solution")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="number of grader processes"
+    )
+    parser.add_argument(
+        "--timeout-secs", type=float, default=5.0, help="time limit for grading one solution"
+    )
     args = parser.parse_args()
     try:
         report = prepare(args.out, args.problems, args.solutions, args.workers, args.timeout_secs)
@@ -78,10 +82,10 @@ def main() -> int:
 def prepare(
     out: Path, problems: str, solutions: str, num_workers: int, timeout_secs: float
 ) -> dict[str, int]:
-    """Writes the data set and its report, and returns the report.
+    """Writes the dataset and its report, and returns the report.
 
     Raises:
-      UserError: for data that are missing, damaged or of another layout; if nothing is left.
+      UserError: if data are missing, damaged or in another layout, or if no problem remains.
     """
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: give a name that ends in .parquet")
@@ -98,10 +102,10 @@ def prepare(
         timeout_secs=timeout_secs,
         max_response_chars=1_000_000,
     ) as verifier:
-        verdicts = judge(verifier, entries.values())
+        verdicts = grade(verifier, entries.values())
     rows = list(finished_rows(entries.values(), verdicts, counts))
     if not rows:
-        raise UserError(f"no problem is left: {json.dumps(counts)}")
+        raise UserError(f"no problem has a correct solution: {json.dumps(counts)}")
     counts["problems written"] = len(rows)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_parquet(out, rows)
@@ -110,7 +114,7 @@ def prepare(
 
 
 def read_problems(data: str, counts: Counter[str]) -> dict[str, Entry]:
-    """The first set, by the question without its white space."""
+    """Reads the first set; keys are questions without white space."""
     entries: dict[str, Entry] = {}
     for row in read_rows([data]):
         counts["problems read"] += 1
@@ -120,7 +124,7 @@ def read_problems(data: str, counts: Counter[str]) -> dict[str, Entry]:
         if not question or not isinstance(answer, str) or not answer.strip():
             counts["problems dropped: empty question or answer"] += 1
         elif key(question) in entries:
-            counts["problems dropped: a question seen before"] += 1
+            counts["problems dropped: duplicate question"] += 1
         else:
             source = row.values.get("data_source") or "openr1"
             candidates = [own] if own else []
@@ -129,7 +133,7 @@ def read_problems(data: str, counts: Counter[str]) -> dict[str, Entry]:
 
 
 def add_solutions(entries: dict[str, Entry], data: str, counts: Counter[str]) -> None:
-    """Adds the second set's complete solutions to the problems of the first, in its order."""
+    """Adds the complete solutions of the second set to the problems of the first, in the order of the second set."""
     matched: set[str] = set()
     for row in second_set(data):
         question = field_of(row, "problem")
@@ -141,15 +145,16 @@ def add_solutions(entries: dict[str, Entry], data: str, counts: Counter[str]) ->
         complete = row.values.get("is_reasoning_complete") or [True] * len(generations)
         for text, is_complete in zip(generations, complete, strict=False):
             if not is_complete or not text:
-                counts["second solutions left out: incomplete"] += 1
+                counts["second solutions dropped: incomplete"] += 1
             elif expert_text(text) in map(expert_text, entry.candidates):
-                counts["second solutions left out: the same as one before"] += 1
+                counts["second solutions dropped: duplicate"] += 1
             else:
                 entry.candidates.append(text)
     counts["problems in both sets"] = len(matched)
 
 
 def second_set(data: str) -> Iterator[Row]:
+    """Yields the rows of the second set."""
     if data != SOLUTIONS:
         yield from read_rows([data])
         return
@@ -157,33 +162,33 @@ def second_set(data: str) -> Iterator[Row]:
         yield from read_rows([data], split=split)
 
 
-def judge(verifier: Verifier, entries: Iterable[Entry]) -> dict[str, Verdict]:
-    """The verdict on every candidate that is needed: in order, until a problem has two right ones."""
+def grade(verifier: Verifier, entries: Iterable[Entry]) -> dict[str, Verdict]:
+    """Grades the candidates of each problem in order, until it has two correct ones."""
     verdicts: dict[str, Verdict] = {}
-    waiting = list(entries)
-    total, started, told = len(waiting), time.monotonic(), time.monotonic()
-    judging: dict[Future[Verdict], tuple[Entry, int, int]] = {}
-    waiting.reverse()
+    remaining = list(entries)
+    total, started, last_report = len(remaining), time.monotonic(), time.monotonic()
+    pending: dict[Future[Verdict], tuple[Entry, int, int]] = {}
+    remaining.reverse()
 
-    def ask(entry: Entry, index: int, num_right: int) -> None:
-        if num_right < MAX_EXPERTS and index < len(entry.candidates):
+    def submit(entry: Entry, index: int, num_correct: int) -> None:
+        if num_correct < MAX_EXPERTS and index < len(entry.candidates):
             problem = Problem("", (), entry.answer)
-            judging[verifier.submit(entry.candidates[index], problem)] = (entry, index, num_right)
+            pending[verifier.submit(entry.candidates[index], problem)] = (entry, index, num_correct)
 
-    while waiting or judging:
-        while waiting and len(judging) < IN_FLIGHT:
-            ask(waiting.pop(), 0, 0)
-        done = wait(judging, return_when=FIRST_COMPLETED).done if judging else ()
+    while remaining or pending:
+        while remaining and len(pending) < MAX_PENDING:
+            submit(remaining.pop(), 0, 0)
+        done = wait(pending, return_when=FIRST_COMPLETED).done if pending else ()
         for future in done:
-            entry, index, num_right = judging.pop(future)
+            entry, index, num_correct = pending.pop(future)
             verdict = verdicts[entry.candidates[index]] = future.result()
-            ask(entry, index + 1, num_right + (verdict is Verdict.CORRECT))
-        if time.monotonic() - told > PROGRESS_SECS:
-            told = time.monotonic()
-            rate = (total - len(waiting)) / (told - started)
-            left = len(waiting) / rate
+            submit(entry, index + 1, num_correct + (verdict is Verdict.CORRECT))
+        if time.monotonic() - last_report > PROGRESS_SECS:
+            last_report = time.monotonic()
+            rate = (total - len(remaining)) / (last_report - started)
+            left = len(remaining) / rate
             print(
-                f"judged {total - len(waiting)} of {total} problems, {rate:.0f}/s, {left:.0f} s left"
+                f"graded {total - len(remaining)} of {total} problems, {rate:.0f}/s, {left:.0f} s left"
             )
     return verdicts
 
@@ -191,31 +196,32 @@ def judge(verifier: Verifier, entries: Iterable[Entry]) -> dict[str, Verdict]:
 def finished_rows(
     entries: Iterable[Entry], verdicts: dict[str, Verdict], counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """Rows in verl's layout, of problems with a right solution; counts what became of the others."""
+    """Yields rows in the layout of verl for problems with a correct solution, and counts the others."""
     for index, entry in enumerate(entries):
-        right = []
+        correct = []
         for i, text in enumerate(entry.candidates):
             verdict = verdicts.get(text)
-            if verdict is Verdict.CORRECT and len(right) < MAX_EXPERTS:
-                right.append(text)
+            if verdict is Verdict.CORRECT and len(correct) < MAX_EXPERTS:
+                correct.append(text)
             elif verdict not in (None, Verdict.CORRECT):
-                which = "first" if i < entry.num_own else "second"
+                which = "first" if i < entry.num_first else "second"
                 counts[f"{which} solutions dropped: {verdict}"] += 1
-        if not right:
-            counts["problems dropped: no right solution"] += 1
+        if not correct:
+            counts["problems dropped: no correct solution"] += 1
             continue
-        counts[f"problems with {len(right)} solution{'s' * (len(right) > 1)}"] += 1
+        counts[f"problems with {len(correct)} solution{'s' * (len(correct) > 1)}"] += 1
         yield {
             "data_source": entry.source,
             "prompt": [{"role": "user", "content": entry.question}],
-            "target": [{"role": "assistant", "content": right[0]}],
+            "target": [{"role": "assistant", "content": correct[0]}],
             "ability": "math",
             "reward_model": {"ground_truth": entry.answer, "style": "rule"},
-            "extra_info": {"answer_list": right, "index": index, "split": "train"},
+            "extra_info": {"answer_list": correct, "index": index, "split": "train"},
         }
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows atomically."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -230,10 +236,12 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def report_path(out: Path) -> Path:
+    """Returns the path of the report of a parquet file."""
     return out.with_suffix(".json")
 
 
 def key(question: str) -> str:
+    """Returns the question without white space."""
     return "".join(question.split())
 
 
@@ -250,13 +258,15 @@ def field(values: Any, name: str, row: Row) -> Any:
 
 
 def last_content(row: Row, name: str) -> str:
-    """The text of a chat's last message."""
+    """Returns the text of the last message of a chat."""
     messages = field_of(row, name)
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{row.file}, row {row.number}: {name!r} is not a list of chat messages")
     content = field(messages[-1], "content", row)
     if not isinstance(content, str):
-        raise UserError(f"{row.file}, row {row.number}: {name!r}: its last content is not text")
+        raise UserError(
+            f"{row.file}, row {row.number}: {name!r}: the content of the last message is not text"
+        )
     return content.strip()
 
 

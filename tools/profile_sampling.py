@@ -1,11 +1,11 @@
-"""Where a sampler's time goes: by program, and of decoding by operation, beside what memory allows.
+"""Profiles the rollout engine: time by program, time of decoding by operation, and the bounds of the machine.
 
     python tools/profile_sampling.py --model models/smollm2_135m --rows 16
     python tools/profile_sampling.py --model DIR --dtype bfloat16 --rows 64 --prompt-len 128 --new-len 256 --segment-len 32
 
-The engine samples as many rows as it has slots, once to warm up and once to be measured; every program is waited for,
-so that its time is its own. An operation's time is that of all threads that ran it. A model folder that holds no weights
-(`configs/architectures/...`) gets random ones, in a temporary folder.
+The engine samples one row per slot, once to warm up and once to measure. Each program is waited for, so that its time
+does not include others. The time of an operation is the sum over the threads that ran it. If the model folder has no
+weights (`configs/architectures/...`), random weights are used.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from bench_limits import (
 from bench_rollout_worker import run_freely, scripted_engine
 from trapo_jax.models import load_params, read_config
 
-PROGRAM = "jit_decode_segment"  # its name in a profile
+PROGRAM = "jit_decode_segment"  # name of the program in a profile
 
 
 def main() -> int:
@@ -51,9 +51,12 @@ def parse() -> argparse.Namespace:
         description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="Hugging Face folder")
-    parser.add_argument("--rows", type=int, default=16, help="at once (default 16)")
+    parser.add_argument("--rows", type=int, default=16, help="rows at a time (default 16)")
     parser.add_argument(
-        "--operations", type=int, default=20, help="how many to list (default 20; 0: none)"
+        "--operations",
+        type=int,
+        default=20,
+        help="number of operations to list (default 20); 0 lists none",
     )
     uniform_options(parser)
     args = parser.parse_args()
@@ -68,17 +71,17 @@ def profile(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
     [job] = make_jobs(args, config.vocab_size)
     engine = scripted_engine(config, job)
     [replica] = engine._replicas
-    spent: dict[str, list[float]] = collections.defaultdict(list)
+    secs_of: dict[str, list[float]] = collections.defaultdict(list)
     last_call: dict[str, Any] = {}
 
     def timed(name: str, program: Any) -> Callable:
         @functools.wraps(program)
         def run(*arguments, **options):
-            # What is donated leaves its shape behind.
+            # Keep the shapes: donated arrays are deleted.
             last_call[name] = jax.tree.map(jax.typeof, arguments), options
             started = time.perf_counter()
             result = jax.block_until_ready(program(*arguments, **options))
-            spent[name].append(time.perf_counter() - started)
+            secs_of[name].append(time.perf_counter() - started)
             return result
 
         return run
@@ -88,13 +91,13 @@ def profile(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
         *(program and timed(name, program) for name, program in programs._asdict().items())
     )
     seconds = 0.0
-    for _ in range(2):  # the first compiles
-        spent.clear()
+    for _ in range(2):  # The first round compiles.
+        secs_of.clear()
         started = time.perf_counter()
         engine.update_weights(params)
         run_freely(engine, job)
         seconds = time.perf_counter() - started
-    show_programs(console, spent, seconds)
+    print_programs(console, secs_of, seconds)
 
     num_steps = job["rounds"][0][0]["num_new"]
     limits = {
@@ -103,9 +106,9 @@ def profile(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
     }
     bound = bytes_to_move(job, limits) / num_steps / limits["memory_gb_per_sec"] / 1e6
     matmuls = job["slots"] / matmul_tokens_per_sec(config, job["slots"]) * 1e3
-    step = sum(spent["decode_segment"]) / num_steps * 1e3
+    step = sum(secs_of["decode_segment"]) / num_steps * 1e3
     console.print(
-        f"{jax.devices()[0].device_kind}: decoding {step:.2f} ms a step of {job['slots']} rows; reading weights, keys and "
+        f"{jax.devices()[0].device_kind}: a decode step of {job['slots']} rows takes {step:.2f} ms; reading weights, keys and "
         f"values takes {bound:.2f} ms ({bound / step:.0%}) at {limits['memory_gb_per_sec']:,.0f} GB/s, the matmuls alone "
         f"{matmuls:.2f} ms ({matmuls / step:.0%})"
     )
@@ -114,39 +117,38 @@ def profile(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
         meanings = operation_meanings(programs.decode_segment, *last_call["decode_segment"])
         with jax.profiler.trace(str(scratch)):
             run_freely(engine, job)
-        show_operations(console, scratch, meanings, num_steps, args.operations)
+        print_operations(console, scratch, meanings, num_steps, args.operations)
 
 
-def show_programs(console: Console, spent: dict[str, list[float]], seconds: float) -> None:
-    table = Table(title="of a round, by program", title_justify="left")
+def print_programs(console: Console, secs_of: dict[str, list[float]], seconds: float) -> None:
+    table = Table(title="time of a round by program", title_justify="left")
     for name in ("program", "calls", "ms", "share"):
         table.add_column(name, justify="left" if name == "program" else "right")
-    rest = seconds - sum(map(sum, spent.values()))
-    rows = [(name, len(calls), sum(calls)) for name, calls in spent.items()]
+    rest = seconds - sum(map(sum, secs_of.values()))
+    rows = [(name, len(calls), sum(calls)) for name, calls in secs_of.items()]
     for name, count, secs in [*sorted(rows, key=lambda row: -row[2]), ("(the host)", "", rest)]:
         table.add_row(name, str(count), f"{secs * 1e3:,.1f}", f"{secs / seconds:.0%}")
     console.print(table)
 
 
 def operation_meanings(program: Any, arguments: Any, options: dict) -> dict[str, str]:
-    """By name what each operation of the compiled program computes: result, and where it comes from."""
+    """Returns the result and the origin of each operation of a compiled program, by name."""
     text = program.lower(*arguments, **options).compile().as_text()
     found = re.findall(r'%(\S+) = (\S+) .*?op_name="([^"]*)"', text)
     return {
-        plain(name): f"{shape.split('{')[0]} {'/'.join(origin.split('/')[-2:])}"
+        normalize_name(name): f"{shape.split('{')[0]} {'/'.join(origin.split('/')[-2:])}"
         for name, shape, origin in found
     }
 
 
-def show_operations(
+def print_operations(
     console: Console, folder: Path, meanings: dict[str, str], num_steps: int, count: int
 ) -> None:
     total: dict[str, float] = collections.defaultdict(float)
     calls = collections.Counter[str]()
     for name, nanoseconds in operations(folder):
-        if name in meanings and not name.startswith(
-            "while"
-        ):  # whose time is that of what it repeats
+        is_loop = name.startswith("while")  # Its time is that of the operations in its body.
+        if name in meanings and not is_loop:
             total[name] += nanoseconds
             calls[name] += 1
     by_meaning: dict[tuple[str, str], float] = collections.defaultdict(float)
@@ -155,8 +157,8 @@ def show_operations(
         key = re.sub(r"_\d+$", "", name), meanings[name]
         by_meaning[key] += nanoseconds
         calls_of[key] += calls[name]
-    table = Table(title="of decoding, by operation", title_justify="left")
-    for name in ("ms a step", "calls a step", "operation", "result and origin"):
+    table = Table(title="time of decoding by operation", title_justify="left")
+    for name in ("ms per step", "calls per step", "operation", "result and origin"):
         table.add_column(name, justify="right" if "step" in name else "left")
     for key, nanoseconds in sorted(by_meaning.items(), key=lambda item: -item[1])[:count]:
         ms = nanoseconds / num_steps / 1e6
@@ -165,16 +167,17 @@ def show_operations(
 
 
 def operations(folder: Path) -> Iterator[tuple[str, float]]:
+    """Yields the name and the nanoseconds of each executed operation of the decode program."""
     for file in folder.rglob("*.xplane.pb"):
         for plane in ProfileData.from_file(str(file)).planes:
             for line in plane.lines:
                 for event in line.events:
                     if dict(event.stats).get("hlo_module") == PROGRAM:
-                        yield plain(event.name), event.duration_ns
+                        yield normalize_name(event.name), event.duration_ns
 
 
-def plain(name: str) -> str:
-    """A name in HLO and of its kernel, which has other separators."""
+def normalize_name(name: str) -> str:
+    """Returns a name with the same separators in HLO and in the profile."""
     return re.sub(r"[.-]", "_", name)
 
 

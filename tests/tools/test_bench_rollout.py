@@ -1,4 +1,4 @@
-"""tools/bench_rollout.py: every engine is given the same work, and ours does no more than that."""
+"""tools/bench_rollout.py: every engine receives the same work, and ours does no more than that."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def rows_of(job):
     return [row for rows in job["rounds"] for row in rows]
 
 
-def test_rounds_are_what_the_rewards_lead_to(job):
+def test_rounds_follow_from_the_rewards(job):
     first, *later = job["rounds"]
     assert [(r["problem"], r["sample"], r["prefix_len"]) for r in first] == [
         (i, j, 0) for i in range(bench_jobs.NUM_PROBLEMS) for j in range(4)
@@ -39,13 +39,13 @@ def test_rounds_are_what_the_rewards_lead_to(job):
         assert [second[i, j]["prefix_len"] for j in (4, 5)] == [expected] * 2
 
 
-def test_grpo_samples_as_many_tokens(job):
+def test_grpo_samples_the_same_number_of_tokens(job):
     grpo = bench_jobs.grpo_job(job)
     assert bench_jobs.num_tokens(grpo) == bench_jobs.num_tokens(job)
     assert len(rows_of(grpo)) == 8 * bench_jobs.NUM_PROBLEMS
 
 
-def test_batches_hold_every_row_once_within_the_slots(job):
+def test_batches_contain_every_row_once_and_fit_into_the_slots(job):
     contexts = [context for batch, _ in batches(job) for context in batch]
     assert sorted(map(len, contexts)) == sorted(
         len(job["problems"][row["problem"]]["prompt"]) + row["prefix_len"] for row in rows_of(job)
@@ -53,9 +53,8 @@ def test_batches_hold_every_row_once_within_the_slots(job):
     assert max(len(batch) for batch, _ in batches(job)) <= job["slots"]
 
 
-def test_prefilled_tokens_are_prompts_and_distinct_extensions_exactly(job):
-    """Of a problem its prompt and the longest prefix that is sampled from, but for the one token that decoding
-    takes."""
+def test_only_prompts_and_their_extensions_are_prefilled(job):
+    """For each problem the prompt and its longest prefix, without the last token, which decoding reads."""
     longest = dict.fromkeys(range(len(job["problems"])), 0)
     for row in rows_of(job):
         longest[row["problem"]] = max(longest[row["problem"]], row["prefix_len"])
@@ -65,7 +64,7 @@ def test_prefilled_tokens_are_prompts_and_distinct_extensions_exactly(job):
     assert reply["decoded_tokens"] == bench_jobs.num_tokens(job)
 
 
-def test_bytes_to_move_are_weights_a_step_and_entries_a_token(job):
+def test_bytes_to_move_are_weights_per_step_and_entries_per_token(job):
     limits = {"weight_bytes": 10**6, "entry_bytes": 1}
     weights, entries = divmod(bench_limits.bytes_to_move(job, limits), 10**6)
     rows = rows_of(job)
@@ -81,7 +80,7 @@ def test_bytes_to_move_are_weights_a_step_and_entries_a_token(job):
 
 
 def test_the_command_compares_and_writes_json(tmp_path):
-    """With a folder that holds no weights."""
+    """The model folder has no weights."""
     file, shape = tmp_path / "bench.json", tmp_path / "shape"
     shape.mkdir()
     shutil.copy(TINY_MODEL / "config.json", shape)
@@ -94,7 +93,7 @@ def test_the_command_compares_and_writes_json(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "tunix is not installed here and left out" in result.stdout
+    assert "tunix is not installed and is skipped" in result.stdout
     report = json.loads(file.read_text())
     assert [r["workload"] for r in report["results"]] == ["uniform 1", "uniform 12"]
     assert [r["tokens"] for r in report["results"]] == [20, 240]
@@ -111,5 +110,5 @@ def test_a_profile_names_programs_and_operations():
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    for expected in ("decode_segment", "prefill", "ms a step of 4 rows", "dot_general"):
+    for expected in ("decode_segment", "prefill", "a decode step of 4 rows takes", "dot_general"):
         assert expected in result.stdout

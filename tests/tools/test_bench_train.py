@@ -55,7 +55,7 @@ def test_the_command_compares_and_writes_json(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "tunix is not installed here and left out" in result.stdout
+    assert "tunix is not installed and is skipped" in result.stdout
     results = json.loads(file.read_text())["results"]
     assert [(r["workload"], r["engine"]) for r in results] == [
         ("equal", "ours"),

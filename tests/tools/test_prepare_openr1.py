@@ -115,16 +115,16 @@ def test_problems_keep_their_right_solutions(tool, tmp_path):
     assert all(row["target"][0]["content"] == row["extra_info"]["answer_list"][0] for row in rows)
     assert report == {
         "problems read": 6,
-        "problems dropped: a question seen before": 1,
+        "problems dropped: duplicate question": 1,
         "problems dropped: empty question or answer": 1,
-        "second solutions left out: the same as one before": 1,
-        "second solutions left out: incomplete": 1,
+        "second solutions dropped: duplicate": 1,
+        "second solutions dropped: incomplete": 1,
         "problems in both sets": 3,
         "first solutions dropped: wrong": 2,
         "second solutions dropped: wrong": 2,
         "problems with 2 solutions": 1,
         "problems with 1 solution": 2,
-        "problems dropped: no right solution": 1,
+        "problems dropped: no correct solution": 1,
         "problems written": 3,
     }
     assert json.loads((tmp_path / "out" / "set.json").read_text()) == report
@@ -147,7 +147,7 @@ def test_problems_keep_their_right_solutions(tool, tmp_path):
         ([{**FIRST[0], "prompt": "1 + 1?"}], SECOND, "'prompt' is not a list of chat messages"),
         ([{**FIRST[0], "reward_model": None}], SECOND, "no field 'ground_truth'"),
         (FIRST, [{"problem": "What is 1 + 1?"}], "row 1: no field 'generations'"),
-        ([FIRST[3]], [SECOND[3]], "no problem is left"),
+        ([FIRST[3]], [SECOND[3]], "no problem has a correct solution"),
     ],
 )
 def test_other_layouts_are_one_line(tool, tmp_path, first, second, message):
