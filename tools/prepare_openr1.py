@@ -2,7 +2,7 @@
 
     python tools/prepare_openr1.py --out data/openr1_46k_two_experts.parquet
     python -m trapo_jax.train data.source=files data.train_files=data/openr1_46k_two_experts.parquet \\
-        data.columns.preset=verl data.template=qwen_math rewards.verifier=math ...
+        data.columns.preset=verl data.template=qwen_math rewards.grader=math ...
 
 Every solution is graded by the grader that training uses. A problem keeps at most two correct solutions, that of the
 first set before those of the second; a problem without a correct solution is dropped. A report (`.json`) beside the
@@ -29,7 +29,7 @@ from typing import Any
 
 from trapo_jax.data.columns import expert_text
 from trapo_jax.data.sources import Row, read_rows
-from trapo_jax.rewards import Verifier, make_verifier
+from trapo_jax.rewards import Grader, make_grader
 from trapo_jax.runs.command_line import fail
 from trapo_jax.types import Problem, UserError, Verdict
 
@@ -95,14 +95,14 @@ def prepare(
     counts: Counter[str] = Counter()
     entries = read_problems(problems, counts)
     add_solutions(entries, solutions, counts)
-    with make_verifier(
+    with make_grader(
         "math",
         eos_text="",
         num_workers=num_workers,
         timeout_secs=timeout_secs,
         max_response_chars=1_000_000,
-    ) as verifier:
-        verdicts = grade(verifier, entries.values())
+    ) as grader:
+        verdicts = grade(grader, entries.values())
     rows = list(finished_rows(entries.values(), verdicts, counts))
     if not rows:
         raise UserError(f"no problem has a correct solution: {json.dumps(counts)}")
@@ -162,7 +162,7 @@ def second_set(data: str) -> Iterator[Row]:
         yield from read_rows([data], split=split)
 
 
-def grade(verifier: Verifier, entries: Iterable[Entry]) -> dict[str, Verdict]:
+def grade(grader: Grader, entries: Iterable[Entry]) -> dict[str, Verdict]:
     """Grades the candidates of each problem in order, until it has two correct ones."""
     verdicts: dict[str, Verdict] = {}
     remaining = list(entries)
@@ -173,7 +173,7 @@ def grade(verifier: Verifier, entries: Iterable[Entry]) -> dict[str, Verdict]:
     def submit(entry: Entry, index: int, num_correct: int) -> None:
         if num_correct < MAX_EXPERTS and index < len(entry.candidates):
             problem = Problem("", (), entry.answer)
-            pending[verifier.submit(entry.candidates[index], problem)] = (entry, index, num_correct)
+            pending[grader.submit(entry.candidates[index], problem)] = (entry, index, num_correct)
 
     while remaining or pending:
         while remaining and len(pending) < MAX_PENDING:

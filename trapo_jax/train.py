@@ -11,7 +11,7 @@ and the learner updates the parameters. The run decides when to stop and writes 
     losses/     the loss functions that the terms are made of
     rollouts/   the actor: collection of rollouts, guidance by rewards, rollout metrics
     sampling/   rollout engines; engine.py lists them
-    rewards/    graders and reward functions; verifier.py lists them
+    rewards/    graders and reward functions; grader.py lists them
     training/   the learner: packing, the train step and its diagnostics, the optimizer and its schedule
     models/     the decoder, its model families and Hugging Face folders
     runs/       the run: directory, resuming, checkpoints and which are kept, loggers, console, monitoring
@@ -94,7 +94,7 @@ def train(
             config.sampling,
             config.rewards,
             model,
-            grader=config.rewards.verifier,
+            grader=config.rewards.grader,
             max_prompt_length=config.data.max_prompt_length,
             seed=config.seed,
             mesh=learner.mesh,

@@ -43,7 +43,7 @@ class Problem:
     Attributes:
       id: 16 hexadecimal digits from the content; equal content, equal id.
       prompt_ids: the prompt after the chat template.
-      answer: what the verifier compares with.
+      answer: what the grader compares with.
       experts: zero or more expert solutions, in order of preference.
       prompt_text: for people.
       source: the name under which results are grouped (data source, difficulty).

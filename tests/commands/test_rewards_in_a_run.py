@@ -1,4 +1,4 @@
-"""Verdicts in whole runs: counted, logged, and a verifier that fails too often stops the run."""
+"""Verdicts in whole runs: counted, logged, and a grader that fails too often stops the run."""
 
 import pytest
 
@@ -23,11 +23,11 @@ SHORT = (
 )
 
 
-def test_a_verifier_that_always_raises_stops_the_run_at_once(tmp_path):
-    """No answer of card shuffles is a letter, which the multiple-choice verifier takes for an error."""
+def test_a_grader_that_always_raises_stops_the_run_at_once(tmp_path):
+    """No answer of card shuffles is a letter, which the multiple-choice grader takes for an error."""
     folder = tmp_path / "run"
     result = run_command(
-        "trapo_jax.train", f"output_dir={folder}", "rewards.verifier=multiple_choice", *SHORT
+        "trapo_jax.train", f"output_dir={folder}", "rewards.grader=multiple_choice", *SHORT
     )
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
@@ -38,13 +38,13 @@ def test_a_verifier_that_always_raises_stops_the_run_at_once(tmp_path):
     assert evaluation["eval/error_rate"] == 1.0
 
 
-def test_a_run_with_a_verifier_in_processes(tmp_path):
+def test_a_run_with_a_grader_in_processes(tmp_path):
     """Mathematics finds no answer in card shuffles: every verdict is WRONG, none failed."""
     folder = tmp_path / "run"
     result = run_command(
         "trapo_jax.train",
         f"output_dir={folder}",
-        "rewards.verifier=math",
+        "rewards.grader=math",
         "rewards.timeout_secs=60",
         *SHORT,
     )

@@ -1,4 +1,4 @@
-"""The embedded task: operations, expert style, splits and verifier."""
+"""The embedded task: operations, expert style, splits and grader."""
 
 import random
 import re
@@ -12,7 +12,7 @@ from trapo_jax.data.card_shuffles import (
     apply_operation,
     expert_trace,
 )
-from trapo_jax.rewards import card_shuffles_verifier
+from trapo_jax.rewards import card_shuffles_grader
 from trapo_jax.types import Problem, Verdict
 
 SIZES = {"num_train": 128, "num_validation": 256, "num_test": 256}
@@ -129,12 +129,12 @@ def test_clean_experts_solve_the_same_problems_step_by_step():
     ],
 )
 def test_grades_of_responses(response, verdict):
-    verify = card_shuffles_verifier("<eos>")
+    verify = card_shuffles_grader("<eos>")
     assert verify(response, Problem("0" * 16, (1,), "38174")) is verdict
 
 
 def test_expert_solutions_are_graded_correct(problems, tokenizer):
-    verify = card_shuffles_verifier(tokenizer.eos_token)
+    verify = card_shuffles_grader(tokenizer.eos_token)
     for problem in problems:
         text = tokenizer.decode(problem.experts[0].token_ids)
         assert verify(text, problem) is Verdict.CORRECT

@@ -1,4 +1,4 @@
-"""A whole run in which one gradient is not finite and the verifier fails now and then: it goes on, and says so."""
+"""A whole run in which one gradient is not finite and the grader fails now and then: it goes on, and says so."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ import itertools, sys
 from trapo_jax import train
 from trapo_jax.rollouts import actor
 from trapo_jax.training import learner
-from trapo_jax.rewards import InlineVerifier, card_shuffles_verifier
+from trapo_jax.rewards import InlineGrader, card_shuffles_grader
 
 build_batch, batches = learner.build_batch, itertools.count()
 
@@ -22,20 +22,20 @@ def spoil_the_first(rows, **options):
     return build_batch(rows, **options)
 
 def fail_once_in_a_hundred(name, *, eos_text, **_):
-    verify, answers = card_shuffles_verifier(eos_text), itertools.count(1)
+    verify, answers = card_shuffles_grader(eos_text), itertools.count(1)
     def sometimes(text, problem):
         if next(answers) % 100 == 0:
             raise ValueError
         return verify(text, problem)
-    return InlineVerifier(sometimes)
+    return InlineGrader(sometimes)
 
-learner.build_batch, actor.make_verifier = spoil_the_first, fail_once_in_a_hundred
+learner.build_batch, actor.make_grader = spoil_the_first, fail_once_in_a_hundred
 sys.exit(train.main())
 """
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_is_counted_and_named(finished_run, tmp_path):
-    """Steps 11 and 12 after a resume; a verifier that fails once in a hundred stops nothing and is counted, too."""
+    """Steps 11 and 12 after a resume; a grader that fails once in a hundred stops nothing and is counted, too."""
     folder, script = tmp_path / "run", tmp_path / "spoiled.py"
     before = copy_unfinished(finished_run[0], folder)
     assert before == 10

@@ -3,7 +3,7 @@
 import pytest
 
 from support.commands import REPOSITORY
-from trapo_jax.rewards import VerifierPool, extract_math_answer, verify_math
+from trapo_jax.rewards import GraderPool, extract_math_answer, grade_math
 from trapo_jax.rewards.math import MAX_ANSWER_CHARS, equivalent
 from trapo_jax.types import Problem, Verdict
 
@@ -118,7 +118,7 @@ def test_order_of_gold_and_answer_matters():
 
 
 def verdict(response, answer):
-    return verify_math(response, Problem("", (), answer))
+    return grade_math(response, Problem("", (), answer))
 
 
 def test_verdicts():
@@ -152,7 +152,7 @@ def test_every_answer_of_math_500_verifies_against_itself_and_no_wrong_one_does(
     pairs = [(golds[i], golds[i]) for i in range(500)] + [
         (golds[i], golds[i - 1]) for i in range(500)
     ]
-    with VerifierPool(verify_math, num_workers=2, timeout_secs=30.0) as pool:
+    with GraderPool(grade_math, num_workers=2, timeout_secs=30.0) as pool:
         futures = [
             pool.submit(rf"Thus $x = \boxed{{{answer}}}$.<|im_end|>", Problem("", (), gold))
             for gold, answer in pairs

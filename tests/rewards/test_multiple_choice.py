@@ -2,7 +2,7 @@
 
 import pytest
 
-from trapo_jax.rewards import extract_choice, verify_multiple_choice
+from trapo_jax.rewards import extract_choice, grade_multiple_choice
 from trapo_jax.types import Problem, Verdict
 
 
@@ -58,15 +58,15 @@ def test_letter_of_a_response(response, letter):
 @pytest.mark.parametrize("answer", ["B", "(B)", "B.", " B "])
 def test_verdicts(answer):
     problem = Problem("", (), answer)
-    assert verify_multiple_choice("Answer: B", problem) is Verdict.CORRECT
-    assert verify_multiple_choice("Answer: C", problem) is Verdict.WRONG
-    assert verify_multiple_choice("no idea", problem) is Verdict.WRONG
+    assert grade_multiple_choice("Answer: B", problem) is Verdict.CORRECT
+    assert grade_multiple_choice("Answer: C", problem) is Verdict.WRONG
+    assert grade_multiple_choice("no idea", problem) is Verdict.WRONG
 
 
 @pytest.mark.parametrize("answer", ["", "K", "12", "AB", "b"])
 def test_a_problem_whose_answer_is_no_letter_is_an_error(answer):
     with pytest.raises(ValueError, match="not a letter"):
-        verify_multiple_choice("Answer: B", Problem("", (), answer))
+        grade_multiple_choice("Answer: B", Problem("", (), answer))
 
 
 @pytest.mark.parametrize(

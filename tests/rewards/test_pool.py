@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from support import hostile_verifiers
+from support import hostile_graders
 from support.commands import REPOSITORY
-from trapo_jax.rewards import InlineVerifier, VerifierPool, make_verifier, verify_math
+from trapo_jax.rewards import GraderPool, InlineGrader, grade_math, make_grader
 from trapo_jax.types import Problem, Verdict
 
 PATIENT = {"num_workers": 1, "timeout_secs": 60.0}  # a limit that only what never ends exceeds
@@ -30,13 +30,13 @@ def judge(pool, text, answer="42"):
 
 @pytest.fixture(scope="module")
 def patient():
-    with VerifierPool(hostile_verifiers.verify, **PATIENT) as pool:
+    with GraderPool(hostile_graders.verify, **PATIENT) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def hasty():
-    with VerifierPool(hostile_verifiers.verify, **HASTY) as pool:
+    with GraderPool(hostile_graders.verify, **HASTY) as pool:
         yield pool
 
 
@@ -52,14 +52,14 @@ def test_what_goes_wrong_is_an_error(patient, text):
     assert judge(patient, "42") is Verdict.CORRECT
 
 
-def test_what_a_verifier_prints_is_no_verdict(patient):
+def test_what_a_grader_prints_is_no_verdict(patient):
     assert judge(patient, "print") is Verdict.WRONG
 
 
 def test_an_idle_worker_that_is_killed_is_replaced(patient):
     assert judge(patient, "42") is Verdict.CORRECT
     for _ in range(2):
-        (pid,) = children_of(os.getpid(), "hostile_verifiers:verify 60.0")
+        (pid,) = children_of(os.getpid(), "hostile_graders:verify 60.0")
         os.kill(pid, signal.SIGKILL)
         while is_running(pid):
             time.sleep(0.01)
@@ -67,7 +67,7 @@ def test_an_idle_worker_that_is_killed_is_replaced(patient):
 
 
 def test_what_failed_is_logged_once_without_the_text(caplog):
-    with VerifierPool(hostile_verifiers.verify, **PATIENT) as pool:
+    with GraderPool(hostile_graders.verify, **PATIENT) as pool:
         for _ in range(3):
             judge(pool, "raise")
     assert caplog.text.count("ValueError") == 1
@@ -95,22 +95,22 @@ def test_hostile_texts_change_no_other_verdict(hasty):
     ],
 )
 def test_any_string_arrives_as_it_is(text):
-    with VerifierPool(hostile_verifiers.same_text, **PATIENT) as pool:
+    with GraderPool(hostile_graders.same_text, **PATIENT) as pool:
         assert judge(pool, text, text) is Verdict.CORRECT
 
 
 def test_of_a_long_text_the_end_is_judged():
-    with VerifierPool(hostile_verifiers.length_is, max_response_chars=1000, **PATIENT) as pool:
+    with GraderPool(hostile_graders.length_is, max_response_chars=1000, **PATIENT) as pool:
         assert judge(pool, "x" * 10**7, "1000") is Verdict.CORRECT
         assert judge(pool, "x" * 999, "999") is Verdict.CORRECT
-    with VerifierPool(verify_math, max_response_chars=1000, **PATIENT) as pool:
+    with GraderPool(grade_math, max_response_chars=1000, **PATIENT) as pool:
         assert judge(pool, "x" * 10**7 + r"\boxed{42}") is Verdict.CORRECT
         assert judge(pool, r"\boxed{42}" + "x" * 10**7) is Verdict.WRONG
 
 
 @pytest.mark.parametrize("module", ["jax", "jaxlib", "flax", "transformers", "torch"])
 def test_a_worker_imports_nothing_heavy(module):
-    with VerifierPool(hostile_verifiers.has_module, **PATIENT) as pool:
+    with GraderPool(hostile_graders.has_module, **PATIENT) as pool:
         assert judge(pool, module) is Verdict.WRONG
         assert judge(pool, "trapo_jax.rewards") is Verdict.CORRECT
 
@@ -119,10 +119,10 @@ def test_a_worker_does_not_import_the_main_module_again(tmp_path):
     """As in `python -m trapo_jax.train`, whose main module imports jax."""
     (tmp_path / "main_of_a_run.py").write_text(
         "import jax\n"
-        "from support import hostile_verifiers\n"
-        "from trapo_jax.rewards import VerifierPool\n"
+        "from support import hostile_graders\n"
+        "from trapo_jax.rewards import GraderPool\n"
         "from trapo_jax.types import Problem\n"
-        "with VerifierPool(hostile_verifiers.has_module) as pool:\n"
+        "with GraderPool(hostile_graders.has_module) as pool:\n"
         "    print(pool.submit('jax', Problem('', (), '')).result())\n"
     )
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY), str(REPOSITORY / "tests")])
@@ -139,17 +139,17 @@ def test_no_secret_reaches_a_worker(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws_secret")
     monkeypatch.setenv("LANG", "C.UTF-8")
-    with VerifierPool(hostile_verifiers.has_variable, **PATIENT) as pool:
+    with GraderPool(hostile_graders.has_variable, **PATIENT) as pool:
         for text in ("hf_secret", "HF_TOKEN", "aws_secret", "AWS_"):
             assert judge(pool, text) is Verdict.WRONG
         assert judge(pool, "LANG=C.UTF-8") is Verdict.CORRECT
 
 
 def test_workers_end_with_the_pool_and_with_the_trainer():
-    with VerifierPool(hostile_verifiers.verify, num_workers=2, timeout_secs=61.0) as pool:
+    with GraderPool(hostile_graders.verify, num_workers=2, timeout_secs=61.0) as pool:
         assert judge(pool, "42") is Verdict.CORRECT
-        assert len(children_of(os.getpid(), "hostile_verifiers:verify 61.0")) == 2
-    assert not children_of(os.getpid(), "hostile_verifiers:verify 61.0")
+        assert len(children_of(os.getpid(), "hostile_graders:verify 61.0")) == 2
+    assert not children_of(os.getpid(), "hostile_graders:verify 61.0")
     with pytest.raises(RuntimeError, match="closed"):
         pool.submit("42", problem())
 
@@ -157,10 +157,10 @@ def test_workers_end_with_the_pool_and_with_the_trainer():
 def test_a_busy_worker_whose_trainer_is_killed_ends():
     script = (
         "import sys, time\n"
-        "from support import hostile_verifiers\n"
-        "from trapo_jax.rewards import VerifierPool\n"
+        "from support import hostile_graders\n"
+        "from trapo_jax.rewards import GraderPool\n"
         "from trapo_jax.types import Problem\n"
-        "pool = VerifierPool(hostile_verifiers.verify, num_workers=1, timeout_secs=1.5)\n"
+        "pool = GraderPool(hostile_graders.verify, num_workers=1, timeout_secs=1.5)\n"
         "pool.submit('42', Problem('', (), '')).result()\n"
         "pool.submit('hold the GIL', Problem('', (), ''))\n"
         "time.sleep(0.5)\n"  # the worker is at it
@@ -173,7 +173,7 @@ def test_a_busy_worker_whose_trainer_is_killed_ends():
         [sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment
     ) as trainer:
         trainer.stdout.readline()
-        workers = children_of(trainer.pid, "hostile_verifiers:verify")
+        workers = children_of(trainer.pid, "hostile_graders:verify")
         trainer.kill()
     assert len(workers) == 1
     while is_running(workers[0]):  # pytest-timeout ends a test that waits for ever
@@ -181,34 +181,34 @@ def test_a_busy_worker_whose_trainer_is_killed_ends():
 
 
 def test_close_cancels_what_has_not_begun():
-    pool = VerifierPool(hostile_verifiers.verify, **HASTY)
+    pool = GraderPool(hostile_graders.verify, **HASTY)
     futures = [pool.submit("hang", problem()) for _ in range(50)]
     pool.close()
     assert all(future.done() for future in futures)
     assert sum(future.cancelled() for future in futures) >= 48
 
 
-def test_a_verifier_that_cannot_be_imported_is_an_error(tmp_path, monkeypatch, caplog):
+def test_a_grader_that_cannot_be_imported_is_an_error(tmp_path, monkeypatch, caplog):
     (tmp_path / "fleeting.py").write_text("def verify(text, problem): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     import fleeting
 
     (tmp_path / "fleeting.py").unlink()
-    with VerifierPool(fleeting.verify, **PATIENT) as pool:
+    with GraderPool(fleeting.verify, **PATIENT) as pool:
         assert judge(pool, "42") is Verdict.ERROR
     assert "fleeting" in caplog.text
 
 
 def test_a_function_that_has_no_importable_name_is_refused():
     with pytest.raises(ValueError, match="top level"):
-        VerifierPool(lambda text, problem: Verdict.CORRECT)
+        GraderPool(lambda text, problem: Verdict.CORRECT)
 
 
-def test_inline_verifier_answers_at_once_and_never_raises(caplog):
-    with InlineVerifier(hostile_verifiers.verify) as verifier:
-        assert verifier.submit("42", problem()).done()
-        assert judge(verifier, "42") is Verdict.CORRECT
-        assert judge(verifier, "raise") is Verdict.ERROR
+def test_inline_grader_answers_at_once_and_never_raises(caplog):
+    with InlineGrader(hostile_graders.verify) as grader:
+        assert grader.submit("42", problem()).done()
+        assert judge(grader, "42") is Verdict.CORRECT
+        assert judge(grader, "raise") is Verdict.ERROR
 
 
 def test_config_names_make_verifiers():
@@ -220,9 +220,9 @@ def test_config_names_make_verifiers():
         ("by_source", "math", r"\boxed{1/2}", "0.5"),
         ("by_source", "ARC-Challenge", "Answer: B", "B"),
     ):
-        with make_verifier(name, eos_text="<eos>", **options) as verifier:
-            assert verifier.submit(text, problem(answer, source)).result() is Verdict.CORRECT
-            assert verifier.submit("", problem(answer, source)).result() is Verdict.WRONG
+        with make_grader(name, eos_text="<eos>", **options) as grader:
+            assert grader.submit(text, problem(answer, source)).result() is Verdict.CORRECT
+            assert grader.submit("", problem(answer, source)).result() is Verdict.WRONG
 
 
 HOSTILE_MATH = {
@@ -282,7 +282,7 @@ def test_of_200_answers_20_hostile_ones_cost_their_own_verdicts_only():
     for text in hostile:
         texts.insert(rng.randrange(len(texts) + 1), (text, None))
     with (
-        VerifierPool(verify_math, num_workers=2, timeout_secs=3.0) as pool,
+        GraderPool(grade_math, num_workers=2, timeout_secs=3.0) as pool,
         Heartbeat() as heartbeat,
     ):
         longest_call = 0.0

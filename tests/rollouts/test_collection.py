@@ -236,7 +236,7 @@ def test_groups_are_whole_in_order_and_guided_by_reward(newest_first):
     assert len({(r.problem.id, r.sample_index) for r in engine.seen}) == 22
 
 
-class LateVerifier:
+class LateGrader:
     """Holds verdicts back: every submission and every look may release some, by a coin."""
 
     def __init__(self, reward_of, seed):
@@ -276,7 +276,7 @@ class LateVerifier:
 def test_late_verdicts_in_any_order_change_nothing(solved, seed):
     reward = lambda r: float((int(r.problem.answer), r.sample_index) in solved)
     expected, _ = collect(reward)
-    with LateVerifier(reward, seed) as score:
+    with LateGrader(reward, seed) as score:
         groups, _ = collect(reward, newest_first=bool(seed % 2), score=score)
     assert groups == expected
 

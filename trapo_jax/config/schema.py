@@ -60,7 +60,7 @@ class ColumnsConfig(Section):
     prompt: str | None = None
     """Path of the prompt: a column, or with dots a field in it; text or chat messages."""
     answer: str | None = None
-    """Path of the answer that the verifier compares with."""
+    """Path of the answer that the grader compares with."""
     solutions: StringList | None = None
     """Paths of expert solutions, in order of preference; a path that ends in ? may be missing."""
     source: str | None = None
@@ -158,7 +158,7 @@ class GradingConfig(Section):
 
 
 class RewardsConfig(GradingConfig):
-    verifier: Literal["card_shuffles", "math", "multiple_choice", "by_source"] = "card_shuffles"
+    grader: Literal["card_shuffles", "math", "multiple_choice", "by_source"] = "card_shuffles"
     """What judges a response; by_source is multiple_choice or math by the problem's source."""
     max_error_rate: Fraction = 0.2
     """Stop if a larger share of a step's rollouts gets no verdict (error or timeout)."""

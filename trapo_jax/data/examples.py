@@ -21,7 +21,7 @@ class Example(NamedTuple):
 
     Attributes:
       prompt: text or chat messages.
-      answer: what the verifier compares with.
+      answer: what the grader compares with.
       solutions: texts of zero or more expert solutions, in order of preference.
       source: the name under which results are grouped.
     """

@@ -1,4 +1,4 @@
-"""The verifier of the embedded task."""
+"""The grader of the embedded task."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from trapo_jax.types import Problem, Verdict
 
 
-def card_shuffles_verifier(eos_text: str) -> Callable[[str, Problem], Verdict]:
+def card_shuffles_grader(eos_text: str) -> Callable[[str, Problem], Verdict]:
     """Correct if the response ends in exactly `#ddddd` and EOS with the right digits and has one `#`.
 
     The response is prefix and completion with special tokens spelled out, so that an answer the

@@ -28,7 +28,7 @@ ANSWER_PHRASE = re.compile(
 DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
 
-def verify_math(response_text: str, problem: Problem) -> Verdict:
+def grade_math(response_text: str, problem: Problem) -> Verdict:
     """Whether the response's answer equals the problem's.
 
     Args:

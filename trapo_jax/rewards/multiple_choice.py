@@ -22,7 +22,7 @@ AFTER_LETTER = re.compile(r"\s{0,3}(?:$|[.,:;)*$\]}]|because\b|since\b|as\b)")
 SECOND_LETTER = re.compile(rf"\W{{0,6}}(?:(?:and|or|,|/|&)\W{{0,6}})\(?[{LETTERS}](?![\w'-])")
 
 
-def verify_multiple_choice(response_text: str, problem: Problem) -> Verdict:
+def grade_multiple_choice(response_text: str, problem: Problem) -> Verdict:
     """Whether the response settles on the problem's letter; WRONG too if it settles on none.
 
     Raises:

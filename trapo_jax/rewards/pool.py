@@ -1,4 +1,4 @@
-"""Verifiers in processes that can be killed.
+"""Graders in processes that can be killed.
 
 One thread holds one worker (`worker.py`, a fresh interpreter without jax, started with an environment of allowed
 names only) and talks with it over a socket, so that a limit on the wall clock bounds every wait. A worker that
@@ -34,11 +34,11 @@ Job = tuple[Future[Verdict], dict[str, str]]
 MAX_RESPONSE_CHARS = 100_000  # Only the end of a longer response is graded.
 
 
-class VerifierPool:
-    """Judges with `verify` in processes of their own, each answer within a limit.
+class GraderPool:
+    """Judges with `reward_function` in processes of their own, each answer within a limit.
 
     Args:
-      verify: a function at the top level of a module that imports no jax. It sees the text and a
+      reward_function: a function at the top level of a module that imports no jax. It sees the text and a
         problem that has id, answer and source only.
       num_workers: processes, started at once; >= 1.
       timeout_secs: wall-clock limit for one answer, from when a worker gets it; > 0.
@@ -46,25 +46,27 @@ class VerifierPool:
       memory_bytes: limit of a worker's address space, where the platform has one.
 
     Raises:
-      ValueError: if a worker could not find `verify` by its name.
+      ValueError: if a worker could not find `reward_function` by its name.
     """
 
     def __init__(
         self,
-        verify: Callable[[str, Problem], Verdict],
+        reward_function: Callable[[str, Problem], Verdict],
         *,
         num_workers: int = 2,
         timeout_secs: float = 5.0,
         max_response_chars: int = MAX_RESPONSE_CHARS,
         memory_bytes: int = 2 * 2**30,
     ):
-        if verify.__module__ == "__main__" or "." in verify.__qualname__:
-            raise ValueError(f"{verify.__qualname__}: not at the top level of an importable module")
+        if reward_function.__module__ == "__main__" or "." in reward_function.__qualname__:
+            raise ValueError(
+                f"{reward_function.__qualname__}: not at the top level of an importable module"
+            )
         self._max_response_chars = max_response_chars
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._closed = False
         self._reasons: set[str] = set()
-        start = lambda: _Worker(verify, timeout_secs, memory_bytes)
+        start = lambda: _Worker(reward_function, timeout_secs, memory_bytes)
         self._threads = [
             threading.Thread(target=_serve, args=(self._jobs, start, self._report), daemon=True)
             for _ in range(num_workers)
@@ -80,7 +82,7 @@ class VerifierPool:
           RuntimeError: after `close`.
         """
         if self._closed:
-            raise RuntimeError("the verifier is closed")
+            raise RuntimeError("the grader is closed")
         text = response_text[-self._max_response_chars :]
         request = {
             "text": text,
@@ -156,12 +158,12 @@ def _start(start: Callable[[], "_Worker"]) -> "_Worker | None":
 class _Worker:
     """One process and the socket to it."""
 
-    def __init__(self, verify: Callable, timeout_secs: float, memory_bytes: int):
+    def __init__(self, reward_function: Callable, timeout_secs: float, memory_bytes: int):
         self._timeout_secs = timeout_secs
         self._ready = False
         self._buffer = b""
         self._socket, theirs = socket.socketpair()
-        function = f"{verify.__module__}:{verify.__qualname__}"
+        function = f"{reward_function.__module__}:{reward_function.__qualname__}"
         with theirs:
             self._process = subprocess.Popen(
                 [*COMMAND, function, str(timeout_secs), str(memory_bytes)],

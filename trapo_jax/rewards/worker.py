@@ -2,7 +2,7 @@
 
     python -m trapo_jax.rewards.worker MODULE:FUNCTION TIMEOUT_SECS MEMORY_BYTES
 
-Started by `VerifierPool`. Only strings come in and only a verdict and an exception's name go out: no
+Started by `GraderPool`. Only strings come in and only a verdict and an exception's name go out: no
 pickle, and never a parsed answer, whose very `repr` may hang. Imports no jax.
 """
 
@@ -33,26 +33,26 @@ def main(function: str, timeout_secs: str, memory_bytes: str) -> None:
         try:
             module_name, _, name = function.partition(":")
             module = importlib.import_module(module_name)
-            verify = getattr(module, name)
+            reward_function = getattr(module, name)
             getattr(module, "warm_up", lambda: None)()
         except Exception as error:
             return reply(failure=f"{type(error).__name__}: {error}"[:500])
         limit_memory(int(memory_bytes))
         reply(ready=True)
         for line in lines:
-            if not _answer(line, verify, reply, float(timeout_secs)):
+            if not _answer(line, reward_function, reply, float(timeout_secs)):
                 return None
     return None
 
 
-def _answer(line: bytes, verify: Callable, reply: Callable, timeout_secs: float) -> bool:
+def _answer(line: bytes, reward_function: Callable, reply: Callable, timeout_secs: float) -> bool:
     """Judges one text; False if the process should end."""
     request = json.loads(line)
     problem = Problem(request["id"], (), request["answer"], source=request["source"])
     # The pool kills at the limit. Should the pool be gone, the kernel does, soon after it.
     signal.setitimer(signal.ITIMER_REAL, timeout_secs + 1.0)
     try:
-        reply(verdict=Verdict(verify(request["text"], problem)))
+        reply(verdict=Verdict(reward_function(request["text"], problem)))
     except MemoryError:
         reply(verdict=Verdict.ERROR, reason="MemoryError")
         return False  # what is still held is unknown: make room

@@ -15,7 +15,7 @@ from trapo_jax.config import EngineConfig, GradingConfig
 from trapo_jax.distributed.processes import gather, my_share
 from trapo_jax.methods import Method
 from trapo_jax.models import PretrainedModel, TokenCost, token_cost
-from trapo_jax.rewards import Verifier, make_verifier
+from trapo_jax.rewards import Grader, make_grader
 from trapo_jax.rollouts.collection import PartialRollouts, collect_groups, share_groups
 from trapo_jax.rollouts.guidance import Guidance
 from trapo_jax.rollouts.metrics import check_grades, rollout_metrics, rollout_usage
@@ -72,7 +72,7 @@ class Actor:
     def __init__(
         self,
         engine: RolloutEngine,
-        grader: Verifier,
+        grader: Grader,
         decode: Callable[[Sequence[int]], str],
         method: Method | None,
         *,
@@ -257,7 +257,7 @@ def make_actor(
     )
     return Actor(
         make_engine(sampling.engine, spec),
-        make_verifier(
+        make_grader(
             grader,
             eos_text=model.tokenizer.eos_token,
             num_workers=grading.workers,

@@ -1,24 +1,24 @@
-"""One interface for cheap verifiers and for those that need processes of their own."""
+"""One interface for cheap graders and for those that need processes of their own."""
 
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Literal, Protocol, Self
 
-from trapo_jax.rewards.by_source import verify_by_source
-from trapo_jax.rewards.card_shuffles import card_shuffles_verifier
-from trapo_jax.rewards.math import verify_math
-from trapo_jax.rewards.multiple_choice import verify_multiple_choice
-from trapo_jax.rewards.pool import MAX_RESPONSE_CHARS, VerifierPool
+from trapo_jax.rewards.by_source import grade_by_source
+from trapo_jax.rewards.card_shuffles import card_shuffles_grader
+from trapo_jax.rewards.math import grade_math
+from trapo_jax.rewards.multiple_choice import grade_multiple_choice
+from trapo_jax.rewards.pool import MAX_RESPONSE_CHARS, GraderPool
 from trapo_jax.types import Problem, Verdict
 
-Verify = Callable[[str, Problem], Verdict]
-VerifierName = Literal["card_shuffles", "math", "multiple_choice", "by_source"]
+RewardFunction = Callable[[str, Problem], Verdict]
+GraderName = Literal["card_shuffles", "math", "multiple_choice", "by_source"]
 
 logger = logging.getLogger(__name__)
 
 
-class Verifier(Protocol):
+class Grader(Protocol):
     """Judges responses, now or later."""
 
     def submit(self, response_text: str, problem: Problem) -> Future[Verdict]:
@@ -38,19 +38,19 @@ class Verifier(Protocol):
     def __exit__(self, *_) -> None: ...
 
 
-class InlineVerifier:
+class InlineGrader:
     """Judges at once, in this process: only for functions that take microseconds on any text."""
 
-    def __init__(self, verify: Verify):
-        self._verify = verify
+    def __init__(self, reward_function: RewardFunction):
+        self._reward_function = reward_function
         self._reasons: set[str] = set()
 
     def submit(self, response_text: str, problem: Problem) -> Future[Verdict]:
         future: Future[Verdict] = Future()
         try:
-            future.set_result(self._verify(response_text, problem))
+            future.set_result(self._reward_function(response_text, problem))
         except Exception as error:
-            reason = f"verifier: error ({type(error).__name__})"
+            reason = f"grader: error ({type(error).__name__})"
             logger.log(logging.DEBUG if reason in self._reasons else logging.WARNING, reason)
             self._reasons.add(reason)
             future.set_result(Verdict.ERROR)
@@ -66,27 +66,27 @@ class InlineVerifier:
         self.close()
 
 
-def make_verifier(
-    name: VerifierName,
+def make_grader(
+    name: GraderName,
     *,
     eos_text: str,
     num_workers: int,
     timeout_secs: float,
     max_response_chars: int = MAX_RESPONSE_CHARS,
-) -> Verifier:
-    """The verifier that the config names.
+) -> Grader:
+    """The grader that the config names.
 
     Args:
       name: what judges. "math" and "by_source" run in processes, the others at once.
       eos_text: the tokenizer's EOS, with which a card-shuffles response must end.
-      num_workers, timeout_secs, max_response_chars: see `VerifierPool`.
+      num_workers, timeout_secs, max_response_chars: see `GraderPool`.
     """
     if name == "card_shuffles":
-        return InlineVerifier(card_shuffles_verifier(eos_text))
+        return InlineGrader(card_shuffles_grader(eos_text))
     if name == "multiple_choice":
-        return InlineVerifier(verify_multiple_choice)
-    return VerifierPool(
-        {"math": verify_math, "by_source": verify_by_source}[name],
+        return InlineGrader(grade_multiple_choice)
+    return GraderPool(
+        {"math": grade_math, "by_source": grade_by_source}[name],
         num_workers=num_workers,
         timeout_secs=timeout_secs,
         max_response_chars=max_response_chars,
