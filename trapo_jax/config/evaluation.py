@@ -26,7 +26,7 @@ RUN_CONFIG = "config.yaml"
 class EvaluationDataConfig(DataConfig):
     limit: Positive | None = None
     """Number of rows read from each of data.test_files; null for all."""
-    template: Literal["none", "chat", "chatml", "qwen_math"] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    template: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Chat template; null for the tokenizer's own, or chatml for messages and none for plain text if it has none."""
     max_prompt_length: Positive = 1024
     """Maximum prompt length in tokens."""

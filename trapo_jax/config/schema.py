@@ -91,8 +91,8 @@ class DataConfig(Section):
     test_files: StringList = ()
     """The same for testing (default split: test). Without any, problems are held out of the training data."""
     columns: ColumnsConfig = ColumnsConfig()
-    template: Literal["none", "chat", "chatml", "qwen_math"] = "none"
-    """How a prompt becomes text, for training and evaluation alike: as it stands, or by a chat template."""
+    template: str = "none"
+    """Chat template of prompts: none, chat (the tokenizer's own), chatml, qwen_math, or the import path `package.module:name` of a function of your own."""
     max_prompt_length: Positive = 16
     """Longest prompt, in tokens."""
     overlong_prompts: Literal["drop", "truncate", "error"] = "error"
@@ -158,8 +158,8 @@ class GradingConfig(Section):
 
 
 class RewardsConfig(GradingConfig):
-    grader: Literal["card_shuffles", "math", "multiple_choice", "by_source"] = "card_shuffles"
-    """What judges a response; by_source is multiple_choice or math by the problem's source."""
+    grader: str = "card_shuffles"
+    """Grader of responses: card_shuffles, math, multiple_choice, by_source (multiple_choice or math by the problem's source), or the import path `package.module:name` of a reward function of your own."""
     max_error_rate: Fraction = 0.2
     """Stop if a larger share of a step's rollouts gets no verdict (error or timeout)."""
 

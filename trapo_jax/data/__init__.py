@@ -18,17 +18,17 @@ from trapo_jax.data.problems import (
     problem_batches,
 )
 from trapo_jax.data.sources import Row, read_rows
-from trapo_jax.data.templates import Template, TemplateKind, make_template
+from trapo_jax.data.templates import TEMPLATES, Template, make_template
 
 __all__ = [
     "COLUMN_PRESETS",
+    "TEMPLATES",
     "Columns",
     "DataReport",
     "Example",
     "Message",
     "Row",
     "Template",
-    "TemplateKind",
     "card_shuffles_splits",
     "draw_problems",
     "encode_examples",

@@ -12,7 +12,6 @@ from trapo_jax.data import (
     Columns,
     DataReport,
     Example,
-    TemplateKind,
     card_shuffles_splits,
     encode_examples,
     examples_from_rows,
@@ -120,9 +119,7 @@ def read_test_examples(
     return examples, reports
 
 
-def default_template(
-    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast"
-) -> TemplateKind:
+def default_template(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast") -> str:
     """Returns the template of a tokenizer: its own, or else ChatML for chat messages and none for plain text."""
     if tokenizer.chat_template:
         return "chat"

@@ -9,23 +9,25 @@ secrets, within limits of time and memory.
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 from trapo_jax.data.examples import Message, Prompt
+from trapo_jax.import_path import import_object
 from trapo_jax.sandbox import child_environment
 from trapo_jax.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TemplateKind = Literal["none", "chat", "chatml", "qwen_math"]
+TEMPLATES = ("none", "chat", "chatml", "qwen_math")
 
 MATH_SYSTEM = "You are a helpful assistant."
 MATH_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -46,10 +48,12 @@ class Template:
         without a system line of its own; "qwen_math", ChatML with the system line and instruction of
         Qwen2.5-Math.
       tokenizer: whose chat template it is; for "chat" only.
+      function: turns chat messages into text; for a template of your own, whose kind is its import path.
     """
 
-    kind: TemplateKind = "none"
+    kind: str = "none"
     tokenizer: "PreTrainedTokenizerFast | None" = dataclasses.field(default=None, repr=False)
+    function: Callable[[tuple[Message, ...]], str] | None = None
 
     def render(self, prompt: Prompt) -> str:
         """The prompt's text, ending where the assistant is to begin.
@@ -67,6 +71,8 @@ class Template:
         if self.kind == "none":
             return [_plain_text(prompt) for prompt in prompts]
         chats = [(Message("user", p),) if isinstance(p, str) else p for p in prompts]
+        if self.function:
+            return [self._apply(self.function, messages) for messages in chats]
         if self.kind == "chat":
             return self._chat(chats)
         if self.kind == "qwen_math":
@@ -82,6 +88,17 @@ class Template:
         elif self.kind != "none":
             content.append(self.render("{prompt}"))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _apply(self, function: Callable, messages: tuple[Message, ...]) -> str:
+        try:
+            text = function(messages)
+        except Exception as error:
+            raise UserError(
+                f"data.template={self.kind}: raises {type(error).__name__} for the messages {_roles(messages)} ({error})"
+            ) from error
+        if not isinstance(text, str):
+            raise UserError(f"data.template={self.kind}: returns {type(text).__name__}, not a str")
+        return text
 
     def _special_tokens(self) -> dict[str, str]:
         assert self.tokenizer is not None
@@ -111,12 +128,26 @@ class Template:
         return [reply["text"] for reply in replies]
 
 
-def make_template(kind: TemplateKind, tokenizer: "PreTrainedTokenizerFast") -> Template:
-    """The template of a run.
+def make_template(kind: str, tokenizer: "PreTrainedTokenizerFast") -> Template:
+    """Builds a template.
+
+    Args:
+      kind: one of `TEMPLATES`, or the import path `package.module:name` of a function from chat messages, a tuple of
+        `Message`, to the text that the policy continues.
+      tokenizer: the policy's tokenizer.
 
     Raises:
-      UserError: for "chat" with a tokenizer that has no chat template.
+      UserError: for an unknown kind, or for "chat" with a tokenizer that has no chat template.
     """
+    if ":" in kind:
+        function = import_object(kind, "data.template")
+        if not callable(function):
+            raise UserError(f"data.template={kind}: not a function of chat messages")
+        return Template(kind, function=cast(Any, function))
+    if kind not in TEMPLATES:
+        close = difflib.get_close_matches(kind, TEMPLATES, n=1)
+        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(TEMPLATES)}"
+        raise UserError(f"data.template={kind!r}: no such template; {known}")
     if kind != "chat":
         return Template(kind)
     if not tokenizer.chat_template:

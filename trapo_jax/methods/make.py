@@ -30,7 +30,7 @@ def make_method(name: str, **constants: Any) -> Method:
         method = values.make()
         return dataclasses.replace(method, name=name, constants=values.resolved())
     found = import_object(name, "method.name")
-    method = found if isinstance(found, Method) else found()
+    method = found() if callable(found) else found
     if not isinstance(method, Method):
         raise UserError(
             f"method.name={name}: gives a {type(method).__name__}; name a Method, a subclass of Constants, or a "

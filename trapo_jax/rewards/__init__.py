@@ -7,13 +7,14 @@ A `RewardFunction` is a plain function `(response_text, problem) -> Verdict`. Th
 
 from trapo_jax.rewards.by_source import grade_by_source
 from trapo_jax.rewards.card_shuffles import card_shuffles_grader
-from trapo_jax.rewards.grader import Grader, InlineGrader, RewardFunction, make_grader
+from trapo_jax.rewards.grader import GRADERS, Grader, InlineGrader, RewardFunction, make_grader
 from trapo_jax.rewards.math import extract_math_answer, grade_math
 from trapo_jax.rewards.multiple_choice import extract_choice, grade_multiple_choice
 from trapo_jax.rewards.pool import GraderPool
 from trapo_jax.types import REWARDS
 
 __all__ = [
+    "GRADERS",
     "REWARDS",
     "Grader",
     "GraderPool",

@@ -51,7 +51,7 @@ class GraderPool:
 
     def __init__(
         self,
-        reward_function: Callable[[str, Problem], Verdict],
+        reward_function: Callable[[str, Problem], Any],
         *,
         num_workers: int = 2,
         timeout_secs: float = 5.0,

@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Callable
 
+from trapo_jax.rewards.verdicts import as_verdict
 from trapo_jax.sandbox import limit_memory
 from trapo_jax.types import Problem, Verdict
 
@@ -52,7 +53,7 @@ def _answer(line: bytes, reward_function: Callable, reply: Callable, timeout_sec
     # The pool kills at the limit. Should the pool be gone, the kernel does, soon after it.
     signal.setitimer(signal.ITIMER_REAL, timeout_secs + 1.0)
     try:
-        reply(verdict=Verdict(reward_function(request["text"], problem)))
+        reply(verdict=as_verdict(reward_function(request["text"], problem)))
     except MemoryError:
         reply(verdict=Verdict.ERROR, reason="MemoryError")
         return False  # what is still held is unknown: make room

@@ -1,0 +1,93 @@
+"""A method, a reward function, a template and an engine of the user's own, named by import path."""
+
+import json
+
+import pytest
+
+from support.commands import run_command
+from trapo_jax.runs.loggers import read_metrics
+from trapo_jax.train import main as train
+
+MINE = """
+from trapo_jax.methods import Constants, Method, make_method
+from trapo_jax.sampling.jax_engine import JaxEngine
+
+class Half(Constants):
+    num_rollouts: int = 2
+    \"\"\"Rollouts per problem.\"\"\"
+
+    def make(self):
+        return make_method("grpo", num_rollouts=self.num_rollouts)
+
+def ends_with_eos(response, problem):
+    return response.endswith("<eos>")
+
+def plain(messages):
+    return messages[-1].content
+
+def engine(spec):
+    print("my engine:", spec.num_slots, "slots")
+    return JaxEngine(spec)
+"""
+
+SHORT = (
+    "train.num_steps=1",
+    "train.problems_per_step=2",
+    "data.num_train=4",
+    "data.num_validation=1",
+    "data.num_test=2",
+    "evaluation.num_samples=1",
+)
+
+
+def test_objects_in_a_file_of_one_s_own_are_used(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    result = run_command(
+        "trapo_jax.train",
+        "output_dir=run",
+        "method.name=mine:Half",
+        "method.num_rollouts=3",
+        "rewards.grader=mine:ends_with_eos",
+        "rewards.timeout_secs=60",
+        "data.template=mine:plain",
+        "sampling.engine=mine:engine",
+        *SHORT,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "my engine: 32 slots" in result.stdout
+    records = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "train"]
+    assert records[0]["reward/error_rate"] == 0
+    with open(tmp_path / "run" / "samples.jsonl") as lines:
+        samples = [json.loads(line) for line in lines]
+    assert len(samples) == 2 * 3
+    for sample in samples:
+        ends = sample["completion"].endswith("<eos>")
+        assert sample["verdict"] == ("correct" if ends else "wrong")
+    assert json.loads((tmp_path / "run" / "method.json").read_text())["name"] == "mine:Half"
+    data = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert data["template"]["kind"] == "mine:plain"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("rewards.grader=maths", "rewards.grader='maths': no such grader; did you mean math?"),
+        ("rewards.grader=no_module:x", "rewards.grader=no_module:x: no module 'no_module'"),
+        ("rewards.grader=math:pi", "rewards.grader=math:pi: not a function of a response"),
+        ("data.template=chatlm", "data.template='chatlm': no such template; did you mean chatml?"),
+        ("data.template=math:pi", "data.template=math:pi: not a function of chat messages"),
+        (
+            "data.template=math:sqrt",
+            "data.template=math:sqrt: raises TypeError for the messages user",
+        ),
+        ("method.name=math:pi", "method.name=math:pi"),
+        ("sampling.engine=math:pi", "sampling.engine=math:pi"),
+    ],
+)
+def test_a_mistaken_name_or_path_is_one_line_and_leaves_nothing(change, message, tmp_path, capsys):
+    assert train([f"output_dir={tmp_path / 'run'}", *SHORT, change]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
