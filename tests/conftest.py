@@ -1,6 +1,7 @@
 """Fixtures that several packages use, and the compilation settings of the test session."""
 
 import os
+from pathlib import Path
 
 from support.commands import CACHE_SETTINGS, TINY_MODEL, USER_XLA_FLAGS, run_command
 from support.short_run import JOB
@@ -14,8 +15,14 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
+from trapo_jax.planning.topology import LIBTPU_ENVIRONMENT  # noqa: E402
+
 for name, value in CACHE_SETTINGS.items():
     jax.config.update(name, value)
+
+# On a machine without a TPU, libtpu would print warnings to standard error, here and in subprocesses.
+if not any(Path("/dev").glob("accel*")) and not any(Path("/dev").glob("vfio/*")):
+    os.environ.update(LIBTPU_ENVIRONMENT)
 
 
 def pytest_collection_modifyitems(items):
