@@ -1,4 +1,4 @@
-"""The shape of the house: no import circle, every room in its place."""
+"""The layers of the package are those that CONTRIBUTING.md states."""
 
 import ast
 import re
@@ -7,59 +7,66 @@ import sys
 import tomllib
 from importlib import metadata
 
+import pytest
+
 from support.commands import REPOSITORY
 from trapo_jax.__main__ import COMMANDS
 
 PACKAGE = REPOSITORY / "trapo_jax"
-LEAVES = {"types", "sandbox", "import_path"}
-# Commands may import every package, but not each other.
-SEES_ALL = {*COMMANDS, "__main__", "parts"}
-# What a package may import besides the leaves.
-MAY_IMPORT = {
-    "config": {"methods"},
-    "losses": set(),
-    "models": {"config"},
-    "rewards": set(),
-    "distributed": set(),
-    "planning": {"config", "distributed", "methods", "models", "sampling", "training"},
-    "data": {"config"},
-    "methods": {"losses"},
-    "sampling": {"models", "distributed"},
-    "rollouts": {"config", "methods", "models", "rewards", "sampling", "distributed"},
-    "training": {"config", "losses", "methods", "models", "distributed"},
-    "runs": {"config", "distributed", "methods", "models"},
-    "evaluation": {"distributed"},
-    "comparison": {"config", "evaluation", "runs"},
-    "types": set(),
-    "sandbox": set(),
-    "import_path": set(),
-}
+CONTRACT = (REPOSITORY / "CONTRIBUTING.md").read_text()
 
 
-def rooms_imported(room):
-    """The rooms of trapo_jax that a room's files import."""
-    files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else []
-    files += (PACKAGE / room).rglob("*.py")
+def contract():
+    """The table of CONTRIBUTING.md: for each package, from the lowest layer up, what it may import."""
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", CONTRACT, flags=re.MULTILINE)
+    return {package: re.findall(r"`(\w+)`", allowed) for package, allowed in rows}
+
+
+def imports_of(package):
+    """The packages of trapo_jax that the files of a package or module import."""
+    files = [PACKAGE / f"{package}.py"] if (PACKAGE / f"{package}.py").exists() else []
+    files += (PACKAGE / package).rglob("*.py")
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom):
                 parts = (node.module or "").split(".")
-                if parts[0] == "trapo_jax" and len(parts) > 1 and parts[1] != room:
+                if parts[0] == "trapo_jax" and len(parts) > 1 and parts[1] != package:
                     yield parts[1]
 
 
-def test_data_flows_one_way():
-    rooms = {p.stem for p in PACKAGE.glob("*.py")} | {
-        p.parent.name for p in PACKAGE.glob("*/__init__.py")
-    }
-    assert rooms - {"__init__"} - SEES_ALL == set(MAY_IMPORT)
-    for room, allowed in MAY_IMPORT.items():
-        assert set(rooms_imported(room)) <= allowed | LEAVES, room
+def test_the_contract_names_every_package():
+    packages = {p.stem for p in PACKAGE.glob("*.py")}
+    packages |= {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    assert set(contract()) == packages - {*COMMANDS, "__init__", "__main__"}
+
+
+def test_every_package_imports_what_the_contract_allows():
+    for package, allowed in contract().items():
+        assert set(imports_of(package)) <= set(allowed), f"{package}: see CONTRIBUTING.md"
+
+
+def test_the_contract_has_no_import_upward_and_hence_no_circle():
+    above = set(contract())
+    for package, allowed in contract().items():
+        assert not above & set(allowed), package
+        above.remove(package)
+        assert package not in allowed
+
+
+def test_losses_import_jax_alone():
+    for file in (PACKAGE / "losses").glob("*.py"):
+        assert modules_imported(file) <= {"jax", "trapo_jax", *sys.stdlib_module_names}, file
+
+
+@pytest.mark.parametrize("module", ["rollouts.guidance", "sampling.slots"])
+def test_host_only_modules_import_no_jax(module):
+    code = f"import sys, trapo_jax.{module}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_commands_do_not_import_each_other():
     for command in COMMANDS:
-        assert not set(rooms_imported(command)) & set(COMMANDS), command
+        assert not set(imports_of(command)) & set(COMMANDS), command
 
 
 def test_what_is_imported_is_declared():

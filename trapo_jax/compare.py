@@ -10,7 +10,6 @@ with new seeds, and evaluated once on the test split. The same command resumes a
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,15 +23,14 @@ from trapo_jax.comparison import (
 )
 from trapo_jax.config import parse_command_line
 from trapo_jax.runs.budget import UNITS
-from trapo_jax.runs.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, as_command, fail
+from trapo_jax.runs.command_line import EXIT_INTERRUPTED, as_command, command, fail
 from trapo_jax.runs.console import Console
-from trapo_jax.types import UserError
 
 EXIT_RUN_FAILED = 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+@command
+def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
     console = Console(1, first_step=0)
     try:
@@ -40,8 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = shlex.join(["python", "-m", "trapo_jax.compare", *arguments])
         comparison = compare(grid, args.out, command=command, jobs=args.jobs, say=console.say)
         markdown, files = write_report(comparison, args.out)
-    except UserError as error:
-        return fail(str(error), EXIT_USER_ERROR)
     except (Interrupted, KeyboardInterrupt):
         return fail("stopped; the same command resumes the comparison", EXIT_INTERRUPTED)
     for line in markdown.splitlines():

@@ -9,7 +9,6 @@ stopped.
 import dataclasses
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +45,7 @@ from trapo_jax.models import (
 )
 from trapo_jax.rewards import extract_choice, extract_math_answer
 from trapo_jax.rollouts.actor import Actor, make_actor
-from trapo_jax.runs.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, as_command, fail
+from trapo_jax.runs.command_line import EXIT_INTERRUPTED, as_command, command, fail
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import check_run_folder, prepare_run_folder, write_atomically
 from trapo_jax.runs.saved_model import load_checkpoint
@@ -247,8 +246,8 @@ class Progress:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+@command
+def main(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_text(EvaluateConfig, "evaluate", ABOUT))
         return 0
@@ -257,8 +256,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_evaluate_config(*parse_command_line(arguments))
         folder = config.folder
         result = evaluate(config, show_progress=True)
-    except UserError as error:
-        return fail(str(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
         if folder is None:
             raise

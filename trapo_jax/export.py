@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trapo_jax.models import export_model
-from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
+from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, command, fail
 from trapo_jax.runs.saved_model import load_checkpoint
-from trapo_jax.types import UserError
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trapo_jax.export",
         description="Writes the model of a checkpoint as a Hugging Face folder. The folder appears when it is complete.",
@@ -25,13 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, required=True, help="the folder to write; it must not exist"
     )
     args = parser.parse_args(arguments)
-    try:
-        if args.out.exists():
-            raise UserError(f"--out {args.out}: exists already; give a new folder")
-        params, decoder, source = load_checkpoint(args.checkpoint)
-        export_model(params, decoder, source=source, destination=args.out)
-    except UserError as error:
-        return fail(str(error), EXIT_USER_ERROR)
+    if args.out.exists():
+        return fail(f"--out {args.out}: exists already; give a new folder", EXIT_USER_ERROR)
+    params, decoder, source = load_checkpoint(args.checkpoint)
+    export_model(params, decoder, source=source, destination=args.out)
     print(f"wrote {args.out}, the model after step {args.checkpoint.name}")
     return 0
 

@@ -18,31 +18,26 @@ from pathlib import Path
 from rich.console import Console
 
 from trapo_jax.config import Config, load_config, parse_command_line
-from trapo_jax.methods import make_method
 from trapo_jax.planning.plan import make_plan
 from trapo_jax.planning.table import print_comparison, print_plan
 from trapo_jax.planning.topology import find_topology
-from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
-from trapo_jax.types import UserError
+from trapo_jax.runs.command_line import as_command, command
 
 EXIT_DOES_NOT_FIT = 1
 MIN_WIDTH = 110  # of the tables, in columns
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
     console = Console(stderr=args.json, highlight=False, width=max(MIN_WIDTH, Console().width))
     plans = []
-    try:
-        config = load_config(Config, args.config, parse_command_line(args.overrides)[1])
-        method = make_method(config.method.name, **config.method.constants)
-        for name in args.topology:
-            topology = find_topology(name)
-            console.print(f"compiling for {name} ...")
-            plans.append(make_plan(config, method, topology))
-            print_plan(plans[-1], console)
-    except UserError as error:
-        return fail(str(error), EXIT_USER_ERROR)
+    config = load_config(Config, args.config, parse_command_line(args.overrides)[1])
+    for name in args.topology:
+        topology = find_topology(name)
+        console.print(f"compiling for {name} ...")
+        plans.append(make_plan(config, topology))
+        print_plan(plans[-1], console)
     if len(plans) > 1:
         print_comparison(plans, console)
     if args.json:

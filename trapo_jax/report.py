@@ -9,13 +9,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
+from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, command, fail
 from trapo_jax.runs.console import printable
 from trapo_jax.runs.report import REPORT, write_report
-from trapo_jax.types import UserError
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trapo_jax.report",
         description="Writes a report of one or more runs as an HTML file that opens offline. Curves of several runs share charts.",
@@ -30,8 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = args.out or (args.runs[0] / REPORT if len(args.runs) == 1 else Path(REPORT))
     try:
         write_report(args.runs, out)
-    except UserError as error:
-        return fail(str(error), EXIT_USER_ERROR)
     except OSError as error:
         return fail(f"{out}: {error.strerror}; give another --out", EXIT_USER_ERROR)
     print(f"wrote {printable(str(out))}")

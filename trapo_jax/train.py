@@ -19,8 +19,6 @@ and the learner updates the parameters. The run decides when to stop and writes 
 """
 
 import dataclasses
-import errno
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,19 +32,17 @@ from trapo_jax.evaluation.scoring import evaluate
 from trapo_jax.methods import Method, Sampled, describe, make_method
 from trapo_jax.models import export_model, open_model
 from trapo_jax.rollouts.actor import Actor, make_actor
-from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
+from trapo_jax.runs.command_line import as_command, command
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import METRICS, SAMPLES
-from trapo_jax.runs.monitoring import EXIT_TRAINING_FAILED
 from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import Run
 from trapo_jax.training.learner import Learner, make_learner
-from trapo_jax.types import Problem, TrainingFailed, UserError
+from trapo_jax.types import Problem
 
 ABOUT = "Trains a language model with TRAPO or another method, or resumes the run in output_dir."
 PRINT_METHOD = "--print-method"
 OPTIONS = f"  {PRINT_METHOD}    prints the method's formulas, constants and source, and does nothing else\n"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 Splits = Mapping[str, Sequence[Problem]]
 
@@ -205,30 +201,17 @@ def show_result(result: TrainResult) -> None:
         console.say(f"{result.folder / name}: {description}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+@command
+def main(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_text(Config, "train", ABOUT, options=OPTIONS))
         return 0
-    try:
-        rest = [argument for argument in arguments if argument != PRINT_METHOD]
-        config = load_config(Config, *parse_command_line(rest))
-        if PRINT_METHOD in arguments:
-            print(describe(make_method(config.method.name, **config.method.constants)))
-            return 0
-        result = train(config, show_progress=True)
-    except UserError as error:
-        return fail(str(error), EXIT_USER_ERROR)
-    except TrainingFailed as error:
-        return fail(str(error), EXIT_TRAINING_FAILED)
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        return fail(
-            f"{error.filename or 'output_dir'}: {error.strerror}; free some space, and the same command resumes from "
-            "the last checkpoint",
-            EXIT_TRAINING_FAILED,
-        )
+    rest = [argument for argument in arguments if argument != PRINT_METHOD]
+    config = load_config(Config, *parse_command_line(rest))
+    if PRINT_METHOD in arguments:
+        print(describe(make_method(config.method.name, **config.method.constants)))
+        return 0
+    result = train(config, show_progress=True)
     if is_main():
         show_result(result)
     return 0

@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trapo_jax.check_step import check_config
 from trapo_jax.config import Config, load_config
 from trapo_jax.training import train_step
-from trapo_jax.training.gradient_check import BrokenTrainStep, compare_gradients, pick_test_problems
+from trapo_jax.training.gradient_check import (
+    BrokenTrainStep,
+    check_config,
+    compare_gradients,
+    pick_test_problems,
+)
 from trapo_jax.types import Expert, Problem, UserError
 
 fori_loop = jax.lax.fori_loop

@@ -9,7 +9,7 @@ import jax
 
 from trapo_jax.config import Config
 from trapo_jax.distributed.sharding import make_mesh
-from trapo_jax.methods import Method
+from trapo_jax.methods import make_method
 from trapo_jax.models import DecoderConfig, abstract_params, find_model, read_decoder
 from trapo_jax.planning.programs import (
     OutOfMemory,
@@ -130,17 +130,17 @@ class Plan:
         }
 
 
-def make_plan(config: Config, method: Method, topology: Topology) -> Plan:
+def make_plan(config: Config, topology: Topology) -> Plan:
     """Compiles the programs of a run for a topology. Only config.json of the model folder is read.
 
     Args:
       config: the run's config.
-      method: the run's method.
       topology: the devices.
 
     Raises:
       UserError: if the model folder or the mesh is not usable.
     """
+    method = make_method(config.method.name, **config.method.constants)
     folder = find_model(config.model.path)
     decoder = read_decoder(folder, config.model, config.lora)
     if topology.chip and decoder.attention == "auto":  # "auto" would look at the local devices.

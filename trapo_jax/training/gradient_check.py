@@ -13,9 +13,10 @@ import numpy as np
 import optax
 
 from trapo_jax.config import Config
+from trapo_jax.data.splits import load_splits
 from trapo_jax.distributed.sharding import make_mesh, num_batch_shards
-from trapo_jax.methods import Method, Sampled, Update
-from trapo_jax.models import PretrainedModel
+from trapo_jax.methods import Method, Sampled, Update, make_method
+from trapo_jax.models import PretrainedModel, open_model
 from trapo_jax.training.learner import Learner
 from trapo_jax.training.packing import build_batch
 from trapo_jax.training.train_step import place_batch
@@ -27,6 +28,7 @@ from trapo_jax.types import (
     Rollout,
     RolloutRequest,
     TrainBatch,
+    TrainingFailed,
     UserError,
     Verdict,
 )
@@ -39,8 +41,16 @@ STAGES = (
 TOLERANCE = 1e-4  # relative to the norm of the gradient; float32 rounding is well below it
 
 
-class BrokenTrainStep(Exception):
+class BrokenTrainStep(TrainingFailed):
     """The gradient of a batch depends on how the batch is cut into micro-batches."""
+
+
+def check_config(config: Config) -> float:
+    """Checks the train step of a run on its own model and problems; see `check_gradient`."""
+    model = open_model(config.model, config.lora)
+    splits, _ = load_splits(config.data, model.tokenizer)
+    method = make_method(config.method.name, **config.method.constants)
+    return check_gradient(config, method, model, splits["train"])
 
 
 def check_gradient(

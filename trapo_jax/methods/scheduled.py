@@ -1,0 +1,224 @@
+"""Methods whose guidance or weights change during the run: SFT then GRPO, CHORD, UFT and Prefix-RFT."""
+
+from functools import partial
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+
+from trapo_jax.methods import selection, terms
+from trapo_jax.methods.constants import Count, MixedConstants, Share, Weight
+from trapo_jax.methods.guidance import (
+    ALWAYS,
+    BinomialHints,
+    CosinePrefix,
+    ExpertFirst,
+    cosine,
+    unguided,
+)
+from trapo_jax.methods.method import Method, Schedule, Term
+from trapo_jax.types import MicroGroup, Moment
+
+
+class SftThenGrpo(MixedConstants):
+    """SFT for a share of the run, in units of its budget, then GRPO with the same optimizer state and data order."""
+
+    num_rollouts: Count = 8
+    """Rollouts per problem in the second stage."""
+    sft_share: Share = 0.5
+    """Share of the run that is SFT."""
+    sft_learning_rate_scale: Weight = 1.0
+    """Multiplies the learning rate during SFT."""
+
+    def make(self) -> Method:
+        return Method(
+            name="",
+            micro_groups=unguided(self.num_rollouts),
+            vary=ExpertFirst(self.sft_share),
+            select=partial(
+                selection.train_in_stages,
+                until=self.sft_share,
+                learning_rate_scale=self.sft_learning_rate_scale,
+                advantages=self.advantages(selection.advantages_over_group),
+            ),
+            terms=(
+                *self.completion_terms(),
+                terms.cross_entropy(self.expert_weight, self.normalize_by("token_mean")),
+            ),
+            depends_on_length=True,
+            source="SFT, then GRPO; a baseline of arXiv 2512.17636, Table 1",
+            notes=("batches hold only expert solutions until sft_share of the run, then none",),
+            **self.method_fields(),
+        )
+
+
+class ChordConstants(MixedConstants):
+    """Constants that both variants of CHORD share."""
+
+    clip_low: Share | None = 0.2
+    """Clips the ratio of the new to the old policy below 1 - clip_low; null for no bound."""
+    clip_high: Weight | None = 0.2
+    """Clips the ratio of the new to the old policy above 1 + clip_high; null for no bound."""
+    scale_advantages_by_std: bool = True
+    """Divide a group's advantages by their standard deviation."""
+    num_rollouts: Count = 8
+    """Rollouts per problem."""
+    expert_rows_per_rollout: Weight = 4.0
+    """Expert solutions of other problems per rollout."""
+
+    def make_chord(self, name: str, cross_entropy: Term, weight: terms.Weight) -> Method:
+        """Returns the method with an SFT term, and a weight on the terms on completions."""
+        return Method(
+            name="",
+            micro_groups=unguided(self.num_rollouts),
+            select=partial(
+                selection.train_all_beside_experts,
+                advantages=self.advantages(selection.advantages_over_group),
+            ),
+            terms=(*self.completion_terms("token_mean", weight=weight), cross_entropy),
+            extra_rows_per_problem=round(self.num_rollouts * self.expert_rows_per_rollout),
+            source=f"{name}, arXiv 2508.11408, Trinity-RFT, chord_policy_loss.py",
+            published={"rollouts per step": 64, "expert rows per step": 256},
+            notes=("the expert rows are of problems drawn in addition to those of the step",),
+            **self.method_fields(),
+        )
+
+
+class Chord(ChordConstants):
+    """CHORD-mu: SFT on a separate expert batch beside clipped GRPO, with a share that falls.
+
+    `chord_policy_loss.py` of Trinity-RFT; mu depends on the step.
+    """
+
+    mu_peak: Share = 0.9
+    """Share of SFT after the warm-up."""
+    mu_valley: Share = 0.05
+    """Share of SFT after the decay."""
+    mu_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up to mu_peak."""
+    mu_decay_steps: Annotated[int, Field(ge=0)] = 200
+    """Steps of cosine decay to mu_valley."""
+
+    def make(self) -> Method:
+        mu = Mu(self.mu_peak, self.mu_valley, self.mu_warmup_steps, self.mu_decay_steps)
+        weight = Schedule(mu, "mu: warm-up to mu_peak, then along a cosine to mu_valley")
+        if self.expert_weight != 1.0:
+            weight = weight.times(self.expert_weight)
+        cross_entropy = terms.cross_entropy(weight, self.normalize_by("token_mean"))
+        rest = Schedule(lambda moment: 1.0 - mu(moment), "1 - mu")
+        return self.make_chord("CHORD-mu", cross_entropy, rest)
+
+
+class ChordPhi(ChordConstants):
+    """CHORD-phi: like CHORD-mu, with a constant mu and SFT weighted by p (1 - p)."""
+
+    mu: Share = 0.1
+    """Share of SFT."""
+
+    def make(self) -> Method:
+        cross_entropy = terms.variance_weighted_cross_entropy(
+            self.mu * self.expert_weight, self.normalize_by("token_mean")
+        )
+        return self.make_chord("CHORD-phi", cross_entropy, 1.0 - self.mu)
+
+
+class Mu(NamedTuple):
+    """CHORD's share of SFT: linear warm-up from 0 to `peak`, then along a cosine to `valley`."""
+
+    peak: float
+    valley: float
+    warmup_steps: int
+    decay_steps: int
+
+    def __call__(self, moment: Moment) -> float:
+        if moment.step < self.warmup_steps:
+            return self.peak * moment.step / self.warmup_steps
+        decayed = (moment.step - self.warmup_steps) / self.decay_steps if self.decay_steps else 1.0
+        return cosine(decayed, start=self.peak, end=self.valley)
+
+
+class Uft(MixedConstants):
+    """UFT: all rollouts of a problem start from a hint whose length falls; the hint is trained with a small weight.
+
+    `rl_dataset.py` and `run.py` of its code: q falls from 0.95 to 0.05 over 300 steps, and there are no hints after
+    that. Slices are of tokens here and of sentences there; a whole hint is the whole solution, and nothing is sampled.
+    """
+
+    clip_low: Share | None = 0.2
+    """Clips the ratio of the new to the old policy below 1 - clip_low; null for no bound."""
+    clip_high: Weight | None = 0.2
+    """Clips the ratio of the new to the old policy above 1 + clip_high; null for no bound."""
+    kl_weight: Weight = 0.001
+    """Weight of the KL divergence (k3) from the initial model, which is kept in memory unless the weight is 0."""
+    scale_advantages_by_std: bool = True
+    """Divide a group's advantages by their standard deviation."""
+    expert_weight: Weight = 0.001
+    """Weight of the cross-entropy on hints."""
+    num_rollouts: Count = 8
+    """Rollouts per problem."""
+    hint_slices: Annotated[int, Field(ge=0)] = 5
+    """Number of slices that an expert solution is divided into."""
+    hint_high: Share = 0.95
+    """Probability of a slice being part of the hint at the first step."""
+    hint_low: Share = 0.05
+    """Probability of a slice being part of the hint at step hint_steps."""
+    hint_steps: Annotated[int, Field(ge=0)] = 300
+    """Steps with hints."""
+
+    def make(self) -> Method:
+        return Method(
+            name="",
+            micro_groups=(MicroGroup(self.num_rollouts, 1.0, ALWAYS),),
+            vary=BinomialHints(self.hint_slices, self.hint_high, self.hint_low, self.hint_steps),
+            select=partial(
+                selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+            ),
+            terms=(
+                *self.completion_terms("token_mean"),
+                terms.cross_entropy(self.expert_weight, self.normalize_by("token_mean")),
+            ),
+            source="UFT, arXiv 2505.16984, rl_dataset.py",
+            published={"train.problems_per_step": 256, "train.learning_rate": 1e-6},
+            notes=(
+                "a hint has Binomial(hint_slices, q) slices; q follows a cosine over hint_steps, then no hints",
+            ),
+            **self.method_fields(),
+        )
+
+
+class PrefixRft(MixedConstants):
+    """Prefix-RFT: one rollout of a group starts from a prefix, whose uncertain tokens get the policy gradient.
+
+    From secondary descriptions alone. They disagree on whether the prefix length is drawn at random below the cosine;
+    here it is the cosine.
+    """
+
+    num_rollouts: Count = 7
+    """Unguided rollouts per problem, besides the one with a prefix."""
+    prefix_start: Share = 0.95
+    """Ratio of the prefix at the start of the run."""
+    prefix_end: Share = 0.05
+    """Ratio of the prefix at the end of the run."""
+    top_entropy_share: Share = 0.2
+    """Share of the prefix tokens, those with the highest entropy, that are trained."""
+
+    def make(self) -> Method:
+        return Method(
+            name="",
+            micro_groups=(*unguided(self.num_rollouts), MicroGroup(1, self.prefix_start, ALWAYS)),
+            vary=CosinePrefix(self.prefix_start, self.prefix_end),
+            select=partial(
+                selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+            ),
+            terms=(
+                *self.completion_terms(),
+                terms.uncertain_prefix_policy_gradient(
+                    self.top_entropy_share,
+                    self.expert_weight,
+                    self.normalize_by("constant_mean"),
+                ),
+            ),
+            depends_on_length=True,
+            source="Prefix-RFT, arXiv 2507.01679, from secondary descriptions",
+            notes=("the ratio of the prefix falls along a cosine over the run",),
+            **self.method_fields(),
+        )
