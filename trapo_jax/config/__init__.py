@@ -1,4 +1,4 @@
-"""Configuration: what a command depends on, and how it is read from YAML and the command line."""
+"""Configurations of the commands, and how they are read from YAML files and the command line."""
 
 from trapo_jax.config.evaluation import EvaluateConfig, load_evaluate_config
 from trapo_jax.config.help import help_text, list_fields

@@ -31,7 +31,7 @@ class EvaluationDataConfig(DataConfig):
     max_prompt_length: Positive = 1024
     """Maximum prompt length in tokens."""
     overlong_prompts: Literal["drop", "truncate", "error"] = "drop"
-    """What to do with longer prompts; truncate keeps their end."""
+    """What to do with longer prompts: drop the problem, keep the end of the prompt (truncate), or stop with an error."""
 
 
 class EvaluationSamplingConfig(EngineConfig):
@@ -42,21 +42,21 @@ class EvaluationSamplingConfig(EngineConfig):
     top_k: NotNegative = 0
     """Sample only from this many of the most likely tokens; 0 for all tokens."""
     num_samples: Positive = 1
-    """Samples per problem."""
+    """Number of samples per problem."""
     max_completion_length: Positive = 2048
     """Maximum completion length in tokens."""
 
 
 class EvaluationGradingConfig(GradingConfig):
     grader: str | None = None
-    """What grades responses, as in training; null for card_shuffles on that task and by_source on files."""
+    """Grader, as in training. null for card_shuffles on that task and by_source on files."""
 
 
 class EvaluateConfig(Section):
-    """Everything an evaluation depends on."""
+    """Everything that an evaluation depends on."""
 
     output_dir: str | None = None
-    """Directory of the results; null for evaluations/<name of the model>. An evaluation that is there is resumed."""
+    """Directory of the results. null for evaluations/<name of the model>. An evaluation that it contains is resumed."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random seed of sampling."""
     model: PretrainedConfig = PretrainedConfig()

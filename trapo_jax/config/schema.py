@@ -15,7 +15,7 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-# One string stands for a list of one.
+# A single string is accepted as a list of one.
 _to_tuple = pydantic.BeforeValidator(
     lambda x: (x,) if isinstance(x, str) else tuple(x) if isinstance(x, list) else x
 )
@@ -24,6 +24,8 @@ NotNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class Section(pydantic.BaseModel):
+    """A section of a configuration; the docstrings of its fields are their help sentences."""
+
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
     )
@@ -31,74 +33,74 @@ class Section(pydantic.BaseModel):
 
 class PretrainedConfig(Section):
     path: str = "card_shuffles_tiny"
-    """A Hugging Face model folder, or `card_shuffles_tiny`, the one that ships with the package."""
+    """Hugging Face model folder, or `card_shuffles_tiny` for the model that ships with the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and matmul inputs; weights, logits, losses and reductions are float32."""
+    """Data type of activations and matmul inputs. Weights, logits, losses and reductions are always float32."""
 
 
 class ModelConfig(PretrainedConfig):
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes anew to save memory: nothing, all but matmuls, or whole layers."""
+    """What the backward pass recomputes to save memory: nothing, everything except matmuls, or whole layers."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Attention over whole rows; auto takes what the device and the shapes allow."""
+    """Attention implementation for training rows. auto selects the best one for the device and the shapes."""
 
 
 class LoraConfig(Section):
     rank: NotNegative = 0
-    """Of the adapters; 0: none, all weights are trained."""
+    """Rank of the LoRA adapters. 0 disables LoRA and trains all weights."""
     alpha: PositiveFloat = 32.0
-    """What an adapter adds is scaled by alpha / rank."""
+    """Scaling factor: the output of an adapter is multiplied by alpha / rank."""
     targets: Annotated[
         tuple[Literal["qkv", "output", "gate_up", "down"], ...], _to_tuple, Field(min_length=1)
     ] = ("qkv", "output", "gate_up", "down")
-    """Matrices of every layer that get one: attention's two, the MLP's two."""
+    """Weight matrices of every layer that get an adapter: qkv and output of attention, gate_up and down of the MLP."""
 
 
 class ColumnsConfig(Section):
     preset: Literal["trl", "verl", "gsm8k"] = "verl"
-    """Which column is what: TRL's, verl's or GSM8K's layout; the fields below replace parts of it."""
+    """Column layout of the dataset: that of TRL, verl or GSM8K. The fields below override parts of it."""
     prompt: str | None = None
-    """Path of the prompt: a column, or with dots a field in it; text or chat messages."""
+    """Path of the prompt, which is text or chat messages. A path is a column, or a nested field with dots in its name."""
     answer: str | None = None
-    """Path of the answer that the grader compares with."""
+    """Path of the reference answer for the grader."""
     solutions: StringList | None = None
-    """Paths of expert solutions, in order of preference; a path that ends in ? may be missing."""
+    """Paths of the expert solutions in order of preference. A path that ends in ? may be missing from rows."""
     source: str | None = None
-    """Path of the name under which results are grouped."""
+    """Path of the name by which results are grouped."""
     answer_marker: str | None = None
-    """The answer is what follows the last of these (GSM8K: ####)."""
+    """Marker in the answer column; the answer is the text after its last occurrence (#### in GSM8K)."""
 
 
 class DataConfig(Section):
     source: Literal["card_shuffles", "gsm_symbolic", "files"] = "card_shuffles"
-    """Where problems come from: the embedded task, reasoning-gym's gsm_symbolic (extra tasks), or files."""
+    """Source of the problems: the embedded task, gsm_symbolic of reasoning-gym (requires the extra `tasks`), or files."""
     seed: NotNegative = 0
-    """Of procedural problems and of held-out splits; independent of the run's seed, so that runs compare."""
+    """Random seed of generated problems and held-out splits. It is independent of the seed of the run, so that runs with different seeds can be compared."""
     difficulty: Literal["late", "early"] = "late"
-    """Card shuffles: hard after the third operation, or at the (unfamiliar) first."""
+    """Card shuffles only: where a solution becomes hard, after the third operation (late) or at an unfamiliar first one (early)."""
     expert_style: Literal["careless", "clean"] = "careless"
-    """Card shuffles: whether the expert mumbles and leaps, or writes each step and nothing else."""
+    """Card shuffles only: whether expert solutions contain filler words and skipped steps (careless) or exactly the steps (clean)."""
     num_train: Positive = 128
-    """Training problems of a procedural source."""
+    """Number of training problems of a generated task."""
     num_validation: Positive = 256
-    """Validation problems, for evaluation during training; of a source of files, how many are held out."""
+    """Number of validation problems, which are evaluated during training. With files, the number held out if there are no validation_files."""
     num_test: Positive = 256
-    """Test problems, for evaluation before and after training; of a source of files, as above."""
+    """Number of test problems, which are evaluated before and after training. With files, the number held out if there are no test_files."""
     train_files: StringList = ()
-    """Parquet, JSONL or Arrow files, globs, saved folders or Hub ids, as in owner/name:config#split (split: train)."""
+    """Training data: Parquet, JSON Lines or Arrow files, globs, folders written by save_to_disk, or Hub datasets such as owner/name:config#split. The default split is train."""
     validation_files: StringList = ()
-    """The same for validation (default split: validation). Without any, problems are held out of the training data."""
+    """Validation data, in the same formats. The default split is validation. If empty, problems are held out of the training data."""
     test_files: StringList = ()
-    """The same for testing (default split: test). Without any, problems are held out of the training data."""
+    """Test data, in the same formats. The default split is test. If empty, problems are held out of the training data."""
     columns: ColumnsConfig = ColumnsConfig()
     template: str = "none"
     """Chat template of prompts: none, chat (the tokenizer's own), chatml, qwen_math, or the import path `package.module:name` of a function of your own."""
     max_prompt_length: Positive = 16
-    """Longest prompt, in tokens."""
+    """Maximum prompt length in tokens."""
     overlong_prompts: Literal["drop", "truncate", "error"] = "error"
-    """What to do with a longer prompt; truncate keeps its end."""
+    """What to do with longer prompts: drop the problem, keep the end of the prompt (truncate), or stop with an error."""
     max_expert_length: Positive | None = None
-    """Longest expert solution in tokens, EOS included; null for no limit."""
+    """Maximum length of an expert solution in tokens, EOS included; null for no limit. Longer solutions are dropped, but their problems stay."""
 
 
 class MethodConfig(Section):
@@ -130,77 +132,77 @@ class MethodConfig(Section):
 
 class EngineConfig(Section):
     engine: str = "jax"
-    """Rollout engine: jax, or the import path `package.module:name` of your own."""
+    """Rollout engine: jax, or the import path package.module:name of another engine."""
     max_completion_length: Positive = 64
-    """Longest expert prefix + completion, in tokens."""
+    """Maximum length of expert prefix and completion together, in tokens."""
     num_slots: Positive = 32
-    """Rows decoded at once."""
+    """Maximum number of rollouts that are decoded at the same time."""
     segment_len: Positive = 8
-    """Tokens decoded between two looks at the queue, at most."""
+    """Maximum number of tokens that are decoded before finished rollouts are replaced by waiting ones."""
     num_contexts: Positive = 16
-    """Prompts and expert prefixes whose keys and values are kept for the other rollouts of their problem."""
+    """Number of prompts and expert prefixes whose keys and values are cached for the other rollouts of their problem."""
     prefill_tokens: Positive = 512
-    """Tokens of prompts and prefixes run through the model at once, at most; bounds memory."""
+    """Maximum number of prompt and prefix tokens in one prefill. A smaller number needs less memory."""
 
 
 class SamplingConfig(EngineConfig):
     temperature: PositiveFloat = 1.0
-    """Of the training distribution."""
+    """Sampling temperature of training rollouts. Log-probabilities are those of the scaled distribution."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """Steps a token may be older than its update; 1: idle slots begin with the next step's problems (set method.clip_*)."""
+    """Maximum age of a sampled token in steps. 1 lets idle slots start the problems of the next step; set method.clip_low and method.clip_high then."""
 
 
 class GradingConfig(Section):
     workers: Positive = 2
-    """Processes in which math and by_source judge."""
+    """Number of worker processes that grade responses."""
     timeout_secs: PositiveFloat = 5.0
-    """Limit for judging one response; a worker that exceeds it is killed and replaced."""
+    """Time limit in seconds for grading one response. A worker that exceeds it is killed and replaced."""
 
 
 class RewardsConfig(GradingConfig):
     grader: str = "card_shuffles"
     """Grader of responses: card_shuffles, math, multiple_choice, by_source (multiple_choice or math by the problem's source), or the import path `package.module:name` of a reward function of your own."""
     max_error_rate: Fraction = 0.2
-    """Stop if a larger share of a step's rollouts gets no verdict (error or timeout)."""
+    """Maximum share of the rollouts of a step whose grading fails or times out; the run stops above it."""
 
 
 class TrainConfig(Section):
     num_steps: Positive = 375
-    """Optimiser steps, at most."""
+    """Maximum number of steps."""
     budget_unit: Literal[
         "steps", "trained_tokens", "sampled_tokens", "flops", "problems", "seconds"
     ] = "steps"
-    """What train.budget counts; flops by formula, seconds of sampling, judging and training."""
+    """Unit of train.budget. flops are computed by formula; seconds are those of sampling, grading and training."""
     budget: PositiveFloat | None = None
-    """The run ends after the first step at which so much is spent; null for train.num_steps alone."""
+    """The run ends after the step in which this amount is reached. null limits the run by train.num_steps alone."""
     problems_per_step: Positive = 8
-    """Problems in one optimiser batch; each gets a group of rollouts."""
+    """Number of problems per step; a group of rollouts is sampled for each."""
     num_iterations: Positive = 1
-    """Updates on each optimiser batch; with more than one, set method.clip_low and method.clip_high."""
+    """Number of optimizer updates per batch. With more than one, set method.clip_low and method.clip_high."""
     row_length: Positive | None = None
-    """Tokens of a row; null: data.max_prompt_length + sampling.max_completion_length."""
+    """Length of a training row in tokens; rollouts are packed into rows. null for data.max_prompt_length + sampling.max_completion_length."""
     per_device_rows: Positive = 4
-    """Rows a device computes at once; changes memory and speed, not the result."""
+    """Number of rows per device and micro-batch. It affects memory and speed, not the result."""
     learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate, of Muon too: its updates are scaled to the size of AdamW's."""
+    """Peak learning rate of AdamW."""
     warmup_steps: NotNegative = 10
-    """Linear warm-up from 0; a shorter run ends within it."""
+    """Number of steps over which the learning rate rises linearly from 0."""
     decay_start: Fraction = 0.5
-    """Share of the run, by steps or by train.budget, after which the learning rate falls linearly."""
+    """Share of the run, by steps or by train.budget, after which the learning rate decays linearly. 1 for no decay."""
     final_learning_rate_ratio: Fraction = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Final learning rate as a share of the peak."""
     adam_b1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """AdamW's decay of the first moment."""
+    """Decay rate of the first moment of AdamW."""
     adam_b2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
-    """AdamW's decay of the second moment."""
+    """Decay rate of the second moment of AdamW."""
     weight_decay: NotNegativeFloat = 0.01
-    """Weight decay, on matrices only."""
+    """Weight decay of AdamW, applied to matrices but not to norms and biases."""
     max_grad_norm: PositiveFloat = 1.0
-    """Global gradient norm is clipped to this."""
+    """Maximum global norm of the gradient; larger gradients are clipped."""
     max_skipped_steps: Positive = 5
-    """Stop after this many steps in a row with a non-finite loss or gradient."""
+    """The run stops after this many consecutive updates that were skipped because of a non-finite loss or gradient."""
     logprob_chunk_size: Positive = 4096
-    """Tokens whose logits are held at once, on each device."""
+    """Number of tokens per device whose logits are in memory at the same time."""
 
 
 def _check_interval(value: Any) -> Any:
@@ -215,45 +217,45 @@ def _check_interval(value: Any) -> Any:
 
 class EvaluationConfig(Section):
     splits: tuple[Literal["validation", "test"], ...] = ("test",)
-    """What is scored before and after training."""
+    """Splits that are evaluated before and after training."""
     every: Annotated[int | float, pydantic.BeforeValidator(_check_interval)] = 125
-    """Interval between evaluations on the validation split: steps, or a share of the run below 1; 0 for none."""
+    """Interval between evaluations on the validation split: a number of steps, or a share of the run between 0 and 1, so that 0.2 evaluates at 20 %, 40 %, 60 % and 80 %. 0 for none."""
     num_samples: Positive = 8
-    """Samples per problem at temperature 1, for accuracy and pass@k."""
+    """Number of samples per problem at temperature 1, for the sampled accuracy and pass@k."""
 
 
 class CheckpointConfig(Section):
     every: NotNegative = 75
-    """Steps between checkpoints; one is always written at the end."""
+    """Number of steps between checkpoints. One is always saved at the end of the run; 0 saves no others."""
     keep: Positive = 2
-    """Newest checkpoints kept."""
+    """Number of the newest checkpoints that are kept."""
     keep_best: NotNegative = 0
-    """Keep so many of the best by sampled accuracy on the validation split, too; each is saved when it is found."""
+    """Number of checkpoints with the highest sampled accuracy on the validation split that are kept as well. A new best is saved as soon as it is found."""
 
 
 class LimitsConfig(Section):
     max_logprob_gap: PositiveFloat = 0.2
-    """Stop if sampler and trainer differ by more in a step's mean log-probability of own tokens."""
+    """Maximum mean difference between the log-probabilities of the sampler and the trainer on the completions of a step; the run stops above it."""
     stuck_after_secs: PositiveFloat = 3600.0
-    """End the process, showing where it stands, if nothing happens for so long."""
+    """The process prints a stack trace and exits if it makes no progress for this many seconds."""
 
 
 class MeshConfig(Section):
     fsdp: Annotated[int, Field(ge=-1)] = 1
-    """Devices across which the batch and the parameters are split; -1 for all that remain."""
+    """Number of devices over which the batch, the parameters and the optimizer state are sharded; -1 for all that tp leaves."""
     tp: Positive = 1
-    """Devices across which heads, MLPs and the vocabulary are split. The batch is split across the remaining devices."""
+    """Number of devices over which attention heads, MLPs and the vocabulary are sharded. Over the remaining devices only the batch is sharded."""
 
 
 class Config(Section):
-    """Everything a run depends on."""
+    """Everything that a training run depends on."""
 
     output_dir: Annotated[str, Field(min_length=1)] = "runs/card_shuffles_trapo"
-    """The run folder; a run that is there already is resumed."""
+    """Run directory. A run that it contains is resumed."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of data order and sampling."""
+    """Random seed of the data order and of sampling."""
     log_samples: NotNegative = 4
-    """Problems a step whose rollouts go to samples.jsonl."""
+    """Number of problems per step whose rollouts are written to samples.jsonl."""
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
@@ -271,43 +273,46 @@ class Config(Section):
         train, data = self.train, self.data
         if train.budget is None and train.budget_unit != "steps":
             raise ValueError(
-                f"train.budget=null: train.budget_unit={train.budget_unit} needs a number"
+                f"train.budget=null: train.budget_unit={train.budget_unit} needs an amount; give a number"
             )
         if data.source == "files" and not data.train_files:
-            raise ValueError("data.train_files=[]: data.source=files needs them")
+            raise ValueError("data.train_files=[]: data.source=files needs at least one file")
         if data.source != "files" and train.problems_per_step > data.num_train:
             raise ValueError(
-                f"train.problems_per_step={train.problems_per_step}: more than "
-                f"data.num_train={data.num_train}; a batch would repeat problems"
+                f"train.problems_per_step={train.problems_per_step}: larger than "
+                f"data.num_train={data.num_train}, so that a batch would repeat problems"
             )
         if self.mesh.fsdp == 0:
-            raise ValueError("mesh.fsdp=0: give a number of devices, or -1 for all that remain")
+            raise ValueError(
+                "mesh.fsdp=0: give a number of devices, or -1 for all that mesh.tp leaves"
+            )
         if self.checkpoint.keep_best and not self.evaluation.every:
             raise ValueError(
-                f"checkpoint.keep_best={self.checkpoint.keep_best}: evaluation.every=0 never finds a best checkpoint; "
-                "give an interval"
+                f"checkpoint.keep_best={self.checkpoint.keep_best}: evaluation.every=0 never finds a best "
+                "checkpoint; give an interval"
             )
         if self.row_len < self.longest_rollout_len:
             raise ValueError(
                 f"train.row_length={train.row_length}: less than data.max_prompt_length + "
-                f"sampling.max_completion_length = {self.longest_rollout_len}; a rollout might not fit"
+                f"sampling.max_completion_length = {self.longest_rollout_len}, so that a rollout might not fit"
             )
         return self
 
     @property
     def run_folder(self) -> Path:
-        """`output_dir`, a ~ in it expanded."""
+        """`output_dir` with ~ expanded."""
         return Path(os.path.expanduser(self.output_dir))
 
     @property
     def row_len(self) -> int:
-        """Tokens of a training row."""
+        """Length of a training row in tokens."""
         return self.train.row_length or self.longest_rollout_len
 
     @property
     def longest_rollout_len(self) -> int:
-        """Tokens of the longest possible rollout."""
+        """Length of the longest possible rollout in tokens, prompt included."""
         return self.data.max_prompt_length + self.sampling.max_completion_length
 
     def to_yaml(self) -> str:
+        """Returns every field as YAML that `load_config` reads."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
