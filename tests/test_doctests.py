@@ -7,25 +7,15 @@ import jax.numpy as jnp
 import pytest
 
 import trapo_jax.losses
+from support.commands import REPOSITORY
 
 # Examples of the losses take `jnp` and the package's public names as imported.
 NAMES = {"jnp": jnp} | {name: getattr(trapo_jax.losses, name) for name in trapo_jax.losses.__all__}
-MODULES = (
-    "trapo_jax.data.card_shuffles",
-    "trapo_jax.data.columns",
-    "trapo_jax.evaluation.scoring",
-    "trapo_jax.import_path",
-    "trapo_jax.losses.attenuation",
-    "trapo_jax.losses.kl",
-    "trapo_jax.losses.logprobs",
-    "trapo_jax.losses.policy_gradient",
-    "trapo_jax.losses.reductions",
-    "trapo_jax.losses.trsft",
-    "trapo_jax.rewards.extraction",
-    "trapo_jax.rewards.math",
-    "trapo_jax.rewards.multiple_choice",
-    "trapo_jax.sampling.prefix_cache",
-)
+MODULES = [
+    ".".join(file.relative_to(REPOSITORY).with_suffix("").parts)
+    for file in sorted((REPOSITORY / "trapo_jax").rglob("*.py"))
+    if ">>> " in file.read_text() and file.name != "__main__.py"
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

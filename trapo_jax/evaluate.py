@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -45,9 +44,18 @@ from trapo_jax.models import (
 )
 from trapo_jax.rewards import extract_choice, extract_math_answer
 from trapo_jax.rollouts.actor import Actor, make_actor
+from trapo_jax.runs.checkpoints import CheckpointStore
 from trapo_jax.runs.command_line import EXIT_INTERRUPTED, as_command, command, fail
 from trapo_jax.runs.console import Console
-from trapo_jax.runs.directory import check_run_folder, prepare_run_folder, write_atomically
+from trapo_jax.runs.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    SAMPLES,
+    check_run_folder,
+    prepare_run_folder,
+    write_atomically,
+)
 from trapo_jax.runs.saved_model import load_checkpoint
 from trapo_jax.types import (
     Completion,
@@ -61,7 +69,7 @@ from trapo_jax.types import (
 ABOUT = (
     "Scores a model on problems from files or the Hub, or a training run on its own test problems."
 )
-SAMPLES, SCORES, PLOT = "samples.jsonl", "scores.json", "pass_at_k.png"
+SCORES, PLOT = "scores.json", "pass_at_k.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,15 +122,15 @@ def load_model(config: EvaluateConfig) -> tuple[PretrainedModel, Params]:
     """Loads a Hugging Face folder, or of a training run its exported model, else its newest checkpoint."""
     path = Path(config.model.path).expanduser()
     model = ModelConfig(path=config.model.path, dtype=config.model.dtype)
-    if (path / "config.yaml").is_file():
-        if not (path / "hf").is_dir():
-            steps = [p for p in path.glob("checkpoints/*") if p.name.isdecimal()]
+    if (path / CONFIG).is_file():
+        if not (path / EXPORT).is_dir():
+            steps = CheckpointStore(path / CHECKPOINTS).steps()
             if not steps:
                 raise UserError(f"model.path={path}: a run without a checkpoint yet")
-            params, decoder, source = load_checkpoint(max(steps, key=lambda p: int(p.name)))
+            params, decoder, source = load_checkpoint(path / CHECKPOINTS / str(steps[-1]))
             decoder = dataclasses.replace(decoder, dtype=config.model.dtype)
             return PretrainedModel(source, decoder, load_tokenizer(source)), params
-        model = ModelConfig(path=str(path / "hf"), dtype=config.model.dtype)
+        model = ModelConfig(path=str(path / EXPORT), dtype=config.model.dtype)
     opened = open_model(model)
     return opened, load_params(opened.folder, opened.decoder)
 
@@ -143,7 +151,7 @@ def load_problems(
     examples, reports = read_test_examples(config.data, limit=config.data.limit)
     for entry, report in reports.items():
         console.say(f"{entry}: {dataclasses.replace(report, notes={})}")
-    kind: Any = config.data.template or default_template(examples, model.tokenizer)
+    kind = config.data.template or default_template(examples, model.tokenizer)
     template = make_template(kind, model.tokenizer)
     problems, report = encode_examples(
         examples,

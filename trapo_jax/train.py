@@ -29,12 +29,12 @@ from trapo_jax.data import draw_problems, problem_batches
 from trapo_jax.data.splits import load_splits
 from trapo_jax.distributed.processes import fetch, is_main, join_processes
 from trapo_jax.evaluation.scoring import evaluate
-from trapo_jax.methods import Method, Sampled, describe, make_method
+from trapo_jax.methods import Method, Sampled, describe
 from trapo_jax.models import export_model, open_model
 from trapo_jax.rollouts.actor import Actor, make_actor
 from trapo_jax.runs.command_line import as_command, command
 from trapo_jax.runs.console import Console
-from trapo_jax.runs.directory import METRICS, SAMPLES
+from trapo_jax.runs.directory import EXPORT, METRICS, SAMPLES
 from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import Run
 from trapo_jax.training.learner import Learner, make_learner
@@ -54,7 +54,8 @@ class TrainResult:
     Attributes:
       folder: the run directory.
       step: number of completed steps.
-      summary: for each evaluated split the scores before and after training; None if the run was interrupted.
+      summary: for each evaluated split the scores before and after training; None if the run was interrupted, and in
+        all processes but the first.
       was_complete: whether the run was complete before, so that nothing was done.
     """
 
@@ -78,7 +79,7 @@ def train(
       UserError: for a mistake in the config, the model folder, the data or the run directory.
       TrainingFailed: if training cannot continue; a later call resumes from the last checkpoint.
     """
-    method = method or make_method(config.method.name, **config.method.constants)
+    method = method or config.method.make()
     join_processes()
     with Run.open(config, method, show_progress=show_progress) as run:
         if run.is_complete:
@@ -111,7 +112,7 @@ def train(
             evaluate_splits(run.final_splits, splits, run, actor, learner)
             params = fetch(learner.params)
             if is_main():
-                destination = run.folder / "hf"
+                destination = run.folder / EXPORT
                 export_model(params, model.decoder, source=model.folder, destination=destination)
                 run.finish()
             return TrainResult(run.folder, run.step, run.summary() if is_main() else None)
@@ -193,7 +194,7 @@ def show_result(result: TrainResult) -> None:
         ]
         console.table(f"{split} set", ["", "before", "after"], rows)
     for name, description in (
-        ("hf", "the model, for transformers and vLLM"),
+        (EXPORT, "the model, for transformers and vLLM"),
         (REPORT, "curves and a reader for rollouts; open it in a browser"),
         (METRICS, "metrics of every step; tb/ holds the same for TensorBoard"),
         (SAMPLES, "rollouts, token by token"),
@@ -209,7 +210,7 @@ def main(arguments: Sequence[str]) -> int:
     rest = [argument for argument in arguments if argument != PRINT_METHOD]
     config = load_config(Config, *parse_command_line(rest))
     if PRINT_METHOD in arguments:
-        print(describe(make_method(config.method.name, **config.method.constants)))
+        print(describe(config.method.make()))
         return 0
     result = train(config, show_progress=True)
     if is_main():

@@ -172,5 +172,5 @@ def test_a_run_gives_the_defaults_of_data_and_grading(tmp_path):
 def test_help_lists_the_fields_of_an_evaluation(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert "sampling.num_samples  (int, 1)\n      Samples per problem." in text
+    assert "sampling.num_samples  (int, 1)" in text
     assert "train.num_steps" not in text

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from support.commands import TINY_MODEL, run_command
+from support.engines import make_engine
 from support.short_run import JOB
 from trapo_jax.runs.loggers import read_metrics
 
@@ -30,6 +31,7 @@ def test_run_leaves_what_was_promised(finished_run):
         ".lock",
         "config.yaml",
         "data.json",
+        "method.json",
         "evaluations",
         "metrics.jsonl",
         "samples.jsonl",
@@ -191,7 +193,6 @@ def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finis
 
     from trapo_jax.data import card_shuffles_splits, encode_examples
     from trapo_jax.models import apply_decoder, load_params, read_config, unembedding
-    from trapo_jax.sampling.engine import EngineSpec, make_engine
     from trapo_jax.types import RolloutRequest, SamplingParams
 
     folder = finished_run[0] / "hf"
@@ -201,19 +202,7 @@ def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finis
     params = jax.device_put(load_params(folder, config))
     splits = card_shuffles_splits(seed=0, num_train=1, num_validation=1, num_test=20)
     problems, _ = encode_examples(splits["test"], tokenizer, max_prompt_length=16)
-    spec = EngineSpec(
-        decoder=config,
-        num_slots=8,
-        max_prompt_length=16,
-        max_completion_length=64,
-        segment_len=8,
-        num_contexts=4,
-        prefill_tokens=64,
-        eos_ids=[tokenizer.eos_token_id],
-        seed=0,
-    )
-    engine = make_engine("jax", spec)
-    engine.update_weights(params)
+    engine = make_engine(config, params, eos_ids=[tokenizer.eos_token_id])
     engine.submit([RolloutRequest(p, 0) for p in problems], step=0, params=SamplingParams(0.0))
     answers = {}
     while engine.is_busy:

@@ -89,6 +89,18 @@ def test_a_run_whose_method_depends_on_its_length_may_not_become_longer(tmp_path
         )
 
 
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", "null"])
+def test_a_run_without_a_readable_method_is_refused_in_one_line(tmp_path, content):
+    folder, trapo = tmp_path / "run", fingerprint(make_method("trapo"))
+    prepare_run_folder(folder, text(), method=trapo)
+    (folder / "method.json").unlink()
+    if content is not None:
+        (folder / "method.json").write_text(content)
+    with pytest.raises(UserError, match=r"method\.json: not the method of a run") as error:
+        check_run_folder(folder, text(), method=trapo)
+    assert "\n" not in str(error.value)
+
+
 def test_a_run_of_another_method_is_refused_by_name(tmp_path):
     """A method from outside is not in the config: its fingerprint tells."""
     folder, trapo = tmp_path / "run", fingerprint(make_method("trapo"))

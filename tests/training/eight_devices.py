@@ -3,6 +3,7 @@
 import jax
 from jax.sharding import PartitionSpec as P
 
+from support.engines import make_engine
 from support.train_step import (
     CONFIG,
     NO_TIES,
@@ -15,7 +16,6 @@ from support.train_step import (
 from trapo_jax.distributed.sharding import make_mesh, param_shardings
 from trapo_jax.models import PerLayer, init_params
 from trapo_jax.sampling import replica
-from trapo_jax.sampling.engine import EngineSpec, make_engine
 from trapo_jax.types import RolloutRequest, SamplingParams
 
 
@@ -54,20 +54,8 @@ def main() -> None:
 
 def sample(mesh, params, problems):
     """The tokens of six rollouts a problem, half of them guided; weights come as training leaves them."""
-    spec = EngineSpec(
-        decoder=CONFIG,
-        num_slots=3,
-        max_prompt_length=8,
-        max_completion_length=24,
-        segment_len=4,
-        num_contexts=4,
-        prefill_tokens=32,
-        eos_ids=[1],
-        seed=0,
-        mesh=mesh,
-    )
-    engine = make_engine("jax", spec)
-    engine.update_weights(jax.device_put(params, param_shardings(params, mesh)))
+    placed = jax.device_put(params, param_shardings(params, mesh))
+    engine = make_engine(CONFIG, placed, num_slots=3, max_completion_length=24, mesh=mesh)
     requests = [
         RolloutRequest(problem, j, 0, 0 if j % 2 else -1, 3 if j % 2 else 0)
         for problem in problems

@@ -4,6 +4,7 @@ from trapo_jax.config.evaluation import EvaluateConfig, load_evaluate_config
 from trapo_jax.config.help import help_text, list_fields
 from trapo_jax.config.loading import load_config, parse_command_line, read_yaml
 from trapo_jax.config.schema import (
+    CONFIG_FILE,
     Config,
     DataConfig,
     EngineConfig,
@@ -15,6 +16,7 @@ from trapo_jax.config.schema import (
 )
 
 __all__ = [
+    "CONFIG_FILE",
     "Config",
     "DataConfig",
     "EngineConfig",

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from trapo_jax.config.loading import load_config, read_yaml
 from trapo_jax.config.schema import (
+    CONFIG_FILE,
     DataConfig,
     EngineConfig,
     GradingConfig,
@@ -19,8 +20,6 @@ from trapo_jax.config.schema import (
     PretrainedConfig,
     Section,
 )
-
-RUN_CONFIG = "config.yaml"
 
 
 class EvaluationDataConfig(DataConfig):
@@ -102,7 +101,7 @@ def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]
       UserError: with one line per mistake.
     """
     config = load_config(EvaluateConfig, file, overrides)
-    saved = Path(config.model.path).expanduser() / RUN_CONFIG
+    saved = Path(config.model.path).expanduser() / CONFIG_FILE
     if not saved.is_file():
         return config
     return load_config(EvaluateConfig, file, overrides, defaults=_defaults_of_run(read_yaml(saved)))

@@ -15,7 +15,7 @@ import pydantic
 import yaml
 
 from trapo_jax.config.help import list_fields
-from trapo_jax.config.schema import Section
+from trapo_jax.config.schema import MethodConfig, Section
 from trapo_jax.methods import constant_names
 from trapo_jax.types import UserError
 
@@ -163,10 +163,11 @@ def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 def _drop_constants_of_another_method(data: dict[str, Any], name: Any) -> None:
     """Drops the file's method constants that the method named on the command line does not have."""
     section = data.get("method")
-    if not isinstance(section, dict) or not isinstance(name, str) or name == section.get("name"):
+    if not isinstance(section, dict) or not isinstance(name, str):
         return
-    known = {"name", *constant_names(name)}
-    data["method"] = {field: value for field, value in section.items() if field in known}
+    of_file = section.get("name", MethodConfig.model_fields["name"].default)
+    dropped = {*constant_names(of_file)} - {*constant_names(name)}
+    data["method"] = {field: value for field, value in section.items() if field not in dropped}
 
 
 def _set_field(data: dict[str, Any], name: str, value: Any) -> None:

@@ -8,7 +8,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from trapo_jax.methods import read_constants
+from trapo_jax.methods import Method, make_method, read_constants
 from trapo_jax.types import UserError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -21,6 +21,9 @@ _to_tuple = pydantic.BeforeValidator(
 )
 StringList = Annotated[tuple[str, ...], _to_tuple]
 NotNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+CONFIG_FILE = "config.yaml"  # in the directory of a run or an evaluation: its resolved config
 
 
 class Section(pydantic.BaseModel):
@@ -123,6 +126,10 @@ class MethodConfig(Section):
         except UserError as error:
             raise ValueError(str(error)) from error
         return {"name": name, **(constants.model_dump(mode="json") if constants else {})}
+
+    def make(self) -> Method:
+        """Returns the method with these constants."""
+        return make_method(self.name, **self.constants)
 
     @property
     def constants(self) -> dict[str, Any]:

@@ -61,9 +61,11 @@ def read_constants(name: str, given: dict[str, Any]) -> Constants | None:
         raise UserError("\n".join(lines)) from error
 
 
-def constant_names(name: str) -> list[str]:
+def constant_names(name: Any) -> list[str]:
     """Returns the names of a method's constants; none for an unknown method and for one from outside without any."""
-    found = METHODS.get(name) if ":" not in name else find_method(name)
+    if not isinstance(name, str):
+        return []
+    found = find_method(name) if ":" in name else METHODS.get(name)
     if isinstance(found, type) and issubclass(found, Constants):
         return list(found.model_fields)
     return []

@@ -9,7 +9,6 @@ import jax
 
 from trapo_jax.config import Config
 from trapo_jax.distributed.sharding import make_mesh
-from trapo_jax.methods import make_method
 from trapo_jax.models import DecoderConfig, abstract_params, find_model, read_decoder
 from trapo_jax.planning.programs import (
     OutOfMemory,
@@ -140,7 +139,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     Raises:
       UserError: if the model folder or the mesh is not usable.
     """
-    method = make_method(config.method.name, **config.method.constants)
+    method = config.method.make()
     folder = find_model(config.model.path)
     decoder = read_decoder(folder, config.model, config.lora)
     if topology.chip and decoder.attention == "auto":  # "auto" would look at the local devices.

@@ -217,7 +217,7 @@ def make_actor(
     grading: GradingConfig,
     model: PretrainedModel,
     *,
-    grader: Any,
+    grader: str,
     max_prompt_length: int,
     seed: int,
     mesh: Mesh | None = None,

@@ -10,16 +10,18 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from trapo_jax.config import CONFIG_FILE as CONFIG
 from trapo_jax.types import UserError
 
 LOCK = ".lock"
-CONFIG, METHOD, CHANGES = "config.yaml", "method.json", "changes.jsonl"
+METHOD, CHANGES = "method.json", "changes.jsonl"
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 DATA = (
     "data.json"  # fingerprint of the training data, chat template, what was dropped while reading
 )
 CHECKPOINTS = "checkpoints"  # folder with one folder per checkpoint
 EVALUATIONS = "evaluations"  # folder with one file per evaluation; see `evaluation_file`
+EXPORT = "hf"  # the trained model as a Hugging Face folder
 SUMMARY = "summary.json"  # written last; marks a run as complete
 
 # What a resumed run may change: where and how fast it computes, what it keeps and says, and when it stops or warns.
@@ -99,14 +101,21 @@ def check_run_folder(
 
 def _check_method(folder: Path, method: dict[str, Any] | None) -> None:
     """Refuses a run that was trained by another method, even if it has the same name."""
-    if method is None or not (folder / METHOD).is_file():
+    if method is None:
         return
-    saved = json.loads((folder / METHOD).read_text())
+    try:
+        saved = json.loads((folder / METHOD).read_text())
+        name = saved["name"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{folder / METHOD}: not the method of a run ({type(error).__name__}), so that the run cannot be resumed; "
+            "restore the file or give another output_dir"
+        ) from error
     if saved == method:
         return
-    if saved.get("name") != method["name"]:
+    if name != method["name"]:
         raise UserError(
-            f"output_dir={folder}: holds a run of the method {saved.get('name')}, not {method['name']}; give another "
+            f"output_dir={folder}: holds a run of the method {name}, not {method['name']}; give another "
             "output_dir"
         )
     different = ", ".join(name for name in method if saved.get(name) != method[name])

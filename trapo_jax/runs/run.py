@@ -64,9 +64,17 @@ class Run:
       method_state: state of the method; JSON-serializable.
     """
 
-    def __init__(self, config: Config, method: Method, changes: Changes, *, show_progress: bool):
+    def __init__(
+        self,
+        config: Config,
+        method: Method,
+        changes: Changes,
+        *,
+        is_complete: bool,
+        show_progress: bool,
+    ):
         self.folder = config.run_folder
-        self.is_complete = (self.folder / SUMMARY).exists() and NUM_STEPS not in changes
+        self.is_complete = is_complete
         self.step = 0
         self.usage = Usage()
         self.method_state: Mapping[str, Any] = {}
@@ -98,14 +106,18 @@ class Run:
         Raises:
           UserError: if the directory holds something else, or a run with another config or method.
         """
-        check = lambda: check_run_folder(
-            config.run_folder,
-            config.to_yaml(),
-            method=fingerprint(method),
-            depends_on_length=method.depends_on_length,
-        )
-        changes = from_main(check() if is_main() else None)
-        return cls(config, method, changes, show_progress=show_progress)
+
+        def check() -> tuple[Changes, bool]:
+            changes = check_run_folder(
+                config.run_folder,
+                config.to_yaml(),
+                method=fingerprint(method),
+                depends_on_length=method.depends_on_length,
+            )
+            return changes, (config.run_folder / SUMMARY).exists() and NUM_STEPS not in changes
+
+        changes, is_complete = from_main(check() if is_main() else None)
+        return cls(config, method, changes, is_complete=is_complete, show_progress=show_progress)
 
     def __enter__(self) -> "Run":
         return self
@@ -284,10 +296,9 @@ class Run:
           score: sampled accuracy on the validation split, if it was evaluated after this step.
         """
         keep = self._config.checkpoint
-        best = self._store.best_score()
-        is_best = keep.keep_best > 0 and score is not None and (best is None or score > best)
-        is_time = keep.every > 0 and self.step % keep.every == 0
-        if not (self.is_over or self._is_interrupted or is_time or is_best):
+        is_due = self.is_over or self._is_interrupted
+        is_due |= keep.every > 0 and self.step % keep.every == 0
+        if not (is_due or (keep.keep_best and self._is_best(score))):
             return
         self.heartbeat(f"saving step {self.step}")
         check_space(self.folder, self._state_bytes + LOG_BYTES, "a checkpoint")
@@ -298,6 +309,10 @@ class Run:
             "data_fingerprint": self._data_fingerprint,
         }
         self._store.save(self.step, learner.state, host, score=score)
+
+    def _is_best(self, score: float | None) -> bool:
+        best = self._store.best_score() if score is not None else None
+        return score is not None and (best is None or score > best)
 
     def finish(self) -> dict[str, Any]:
         """Writes the report and the summary, which marks the run as complete, and returns the summary."""

@@ -15,7 +15,7 @@ import optax
 from trapo_jax.config import Config
 from trapo_jax.data.splits import load_splits
 from trapo_jax.distributed.sharding import make_mesh, num_batch_shards
-from trapo_jax.methods import Method, Sampled, Update, make_method
+from trapo_jax.methods import Method, Sampled, Update
 from trapo_jax.models import PretrainedModel, open_model
 from trapo_jax.training.learner import Learner
 from trapo_jax.training.packing import build_batch
@@ -49,7 +49,7 @@ def check_config(config: Config) -> float:
     """Checks the train step of a run on its own model and problems; see `check_gradient`."""
     model = open_model(config.model, config.lora)
     splits, _ = load_splits(config.data, model.tokenizer)
-    method = make_method(config.method.name, **config.method.constants)
+    method = config.method.make()
     return check_gradient(config, method, model, splits["train"])
 
 

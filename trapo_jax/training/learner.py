@@ -63,7 +63,7 @@ class Learner:
     `load` gives it a state.
 
     Args:
-      config: the sections `train` and `mesh` and the lengths and temperature of `sampling`.
+      config: the section `train`, and the lengths and temperature of `data` and `sampling`.
       method: its terms are the objective.
       decoder: the decoder's shape.
       mesh: the mesh to train on.
