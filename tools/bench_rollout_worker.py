@@ -99,13 +99,14 @@ def run_freely(engine, job: Job) -> None:
 
     from trapo_jax.rollouts.collection import collect_groups
     from trapo_jax.rollouts.guidance import Guidance
-    from trapo_jax.types import MicroGroup, SamplingParams, Verdict
+    from trapo_jax.types import Grade, Judgment, MicroGroup, SamplingParams
 
     def grade(completion):
-        request, verdict = completion.request, Future()
+        request, grade = completion.request, Future()
         solved = job["problems"][int(request.problem.id, 16)]["rewards"][request.sample_index]
-        verdict.set_result(Verdict.CORRECT if solved else Verdict.WRONG)
-        return verdict
+        reward = float(solved)
+        grade.set_result(Grade(reward, {"scripted": Judgment(reward)}))
+        return grade
 
     micro_groups = tuple(MicroGroup(*group) for group in job["micro_groups"])
     longest = max(max(*p["num_new"], len(p["expert"])) for p in job["problems"])

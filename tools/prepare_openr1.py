@@ -2,9 +2,10 @@
 
     python tools/prepare_openr1.py --out data/openr1_46k_two_experts.parquet
     python -m trapo_jax.train data.source=files data.train_files=data/openr1_46k_two_experts.parquet \\
-        data.columns.preset=verl data.template=qwen_math rewards.grader=math ...
+        data.columns.preset=verl data.template=qwen_math rewards.functions=[math] ...
 
-Every solution is graded by the grader that training uses. A problem keeps at most two correct solutions, that of the
+Every solution is graded by the grader that training uses, in the part that is trained (`--expert-part`): the thought of
+TRAPO, or the whole text for LUFFY, ReLIFT and HPT. A problem keeps at most two correct solutions, that of the
 first set before those of the second; a problem without a correct solution is dropped. A report (`.json`) beside the
 parquet file, which has the layout of verl, counts what was dropped and why.
 
@@ -25,13 +26,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from trapo_jax.data.columns import expert_text
 from trapo_jax.data.sources import Row, read_rows
 from trapo_jax.rewards import Grader, make_grader
 from trapo_jax.runs.command_line import fail
-from trapo_jax.types import Problem, UserError, Verdict
+from trapo_jax.types import ExpertPart, Grade, Problem, UserError, Verdict
 
 PROBLEMS = "Elliott/Openr1-Math-46k-8192"
 SOLUTIONS = "open-r1/OpenR1-Math-220k:all"
@@ -65,11 +66,24 @@ def main() -> int:
         "--workers", type=int, default=os.cpu_count(), help="number of grader processes"
     )
     parser.add_argument(
+        "--expert-part",
+        choices=get_args(ExpertPart),
+        default="thought",
+        help="the part of a solution that the method trains and that is graded; default thought",
+    )
+    parser.add_argument(
         "--timeout-secs", type=float, default=5.0, help="time limit for grading one solution"
     )
     args = parser.parse_args()
     try:
-        report = prepare(args.out, args.problems, args.solutions, args.workers, args.timeout_secs)
+        report = prepare(
+            args.out,
+            args.problems,
+            args.solutions,
+            args.workers,
+            args.timeout_secs,
+            args.expert_part,
+        )
     except UserError as error:
         return fail(str(error), 2)
     width = max(map(len, report))
@@ -80,7 +94,12 @@ def main() -> int:
 
 
 def prepare(
-    out: Path, problems: str, solutions: str, num_workers: int, timeout_secs: float
+    out: Path,
+    problems: str,
+    solutions: str,
+    num_workers: int,
+    timeout_secs: float,
+    expert_part: ExpertPart = "thought",
 ) -> dict[str, int]:
     """Writes the dataset and its report, and returns the report.
 
@@ -96,13 +115,14 @@ def prepare(
     entries = read_problems(problems, counts)
     add_solutions(entries, solutions, counts)
     with make_grader(
-        "math",
-        eos_text="",
+        ["math"],
         num_workers=num_workers,
         timeout_secs=timeout_secs,
-        max_response_chars=1_000_000,
     ) as grader:
-        verdicts = grade(grader, entries.values())
+        verdicts = grade(grader, entries.values(), expert_part)
+    num_correct = sum(verdict is Verdict.CORRECT for verdict in verdicts.values())
+    counts["solutions graded"] = len(verdicts)
+    counts["solutions graded: correct"] = num_correct
     rows = list(finished_rows(entries.values(), verdicts, counts))
     if not rows:
         raise UserError(f"no problem has a correct solution: {json.dumps(counts)}")
@@ -162,18 +182,19 @@ def second_set(data: str) -> Iterator[Row]:
         yield from read_rows([data], split=split)
 
 
-def grade(grader: Grader, entries: Iterable[Entry]) -> dict[str, Verdict]:
+def grade(grader: Grader, entries: Iterable[Entry], expert_part: ExpertPart) -> dict[str, Verdict]:
     """Grades the candidates of each problem in order, until it has two correct ones."""
     verdicts: dict[str, Verdict] = {}
     remaining = list(entries)
     total, started, last_report = len(remaining), time.monotonic(), time.monotonic()
-    pending: dict[Future[Verdict], tuple[Entry, int, int]] = {}
+    pending: dict[Future[Grade], tuple[Entry, int, int]] = {}
     remaining.reverse()
 
     def submit(entry: Entry, index: int, num_correct: int) -> None:
         if num_correct < MAX_EXPERTS and index < len(entry.candidates):
             problem = Problem("", (), entry.answer)
-            pending[grader.submit(entry.candidates[index], problem)] = (entry, index, num_correct)
+            text = expert_text(entry.candidates[index], expert_part)
+            pending[grader.submit(text, problem)] = (entry, index, num_correct)
 
     while remaining or pending:
         while remaining and len(pending) < MAX_PENDING:
@@ -181,7 +202,8 @@ def grade(grader: Grader, entries: Iterable[Entry]) -> dict[str, Verdict]:
         done = wait(pending, return_when=FIRST_COMPLETED).done if pending else ()
         for future in done:
             entry, index, num_correct = pending.pop(future)
-            verdict = verdicts[entry.candidates[index]] = future.result()
+            judgment = future.result().judgments["math"]
+            verdict = verdicts[entry.candidates[index]] = judgment.verdict
             submit(entry, index + 1, num_correct + (verdict is Verdict.CORRECT))
         if time.monotonic() - last_report > PROGRESS_SECS:
             last_report = time.monotonic()

@@ -25,7 +25,7 @@ from trapo_jax.config import (
     parse_command_line,
 )
 from trapo_jax.data import encode_examples, make_template
-from trapo_jax.data.splits import default_template, read_test_examples
+from trapo_jax.data.splits import answer_notes, default_template, read_test_examples
 from trapo_jax.evaluation.records import (
     count_shared_noise,
     key_of,
@@ -34,7 +34,13 @@ from trapo_jax.evaluation.records import (
     sample_of,
 )
 from trapo_jax.evaluation.results import plot_pass_at_k, table_of
-from trapo_jax.evaluation.scoring import Sample, Scores, score_samples, scores_by_source
+from trapo_jax.evaluation.scoring import (
+    Sample,
+    Scores,
+    merge_equal_answers,
+    score_samples,
+    scores_by_source,
+)
 from trapo_jax.models import (
     Params,
     PretrainedModel,
@@ -42,7 +48,6 @@ from trapo_jax.models import (
     load_tokenizer,
     open_model,
 )
-from trapo_jax.rewards import extract_choice, extract_math_answer
 from trapo_jax.rollouts.actor import Actor, make_actor
 from trapo_jax.runs.checkpoints import CheckpointStore
 from trapo_jax.runs.command_line import EXIT_INTERRUPTED, as_command, command, fail
@@ -59,11 +64,11 @@ from trapo_jax.runs.directory import (
 from trapo_jax.runs.saved_model import load_checkpoint
 from trapo_jax.types import (
     Completion,
+    Grade,
     Problem,
     RolloutRequest,
     SamplingParams,
     UserError,
-    Verdict,
 )
 
 ABOUT = (
@@ -160,7 +165,11 @@ def load_problems(
         max_prompt_length=config.data.max_prompt_length,
         overlong_prompts=config.data.overlong_prompts,
     )
-    console.say(f"template {template.kind}; grader {config.grader}; problems: {report}")
+    notes = answer_notes(examples, config.functions)
+    report = dataclasses.replace(report, notes={**report.notes, **notes})
+    console.say(
+        f"template {template.kind}; reward functions {', '.join(config.functions)}; problems: {report}"
+    )
     return problems, template.hash
 
 
@@ -187,22 +196,23 @@ def sample_all(
         sampling_params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k)
         progress = Progress(len(requests), console)
         with actor.sampler(params) as sample, open(path, "a", encoding="utf-8") as file:
-            for completion, verdict in sample(requests, sampling_params):
+            for completion, grade in sample(requests, sampling_params):
                 text = model.tokenizer.decode(completion.token_ids)
-                answer = extract_math_answer(text) or extract_choice(text)
-                record = make_record(completion, verdict, text=text, answer=answer)
+                record = make_record(completion, grade, text=text)
                 records.append(record)
                 file.write(json.dumps(record) + "\n")
                 file.flush()
-                progress.advance(completion, verdict)
+                progress.advance(completion, grade)
+        by_key = {key_of(record): record for record in records}
+        samples = [sample_of(by_key[key]) for key in wanted]
+        samples = merge_equal_answers(samples, actor.are_equal)
     num_shared, num_problems = count_shared_noise(records)
     if num_shared:
         console.say(
             f"warning: {num_shared} of {num_problems} problems have equal samples that are too unlikely to be drawn "
             "twice; their random keys were the same"
         )
-    by_key = {key_of(record): record for record in records}
-    return [sample_of(by_key[key]) for key in wanted]
+    return samples
 
 
 def make_evaluation_actor(
@@ -215,7 +225,7 @@ def make_evaluation_actor(
         sampling.model_copy(update={"num_slots": num_slots}),
         config.rewards,
         model,
-        grader=config.grader,
+        functions=config.functions,
         max_prompt_length=config.data.max_prompt_length,
         seed=config.seed,
         with_truncation=sampling.top_p < 1 or sampling.top_k > 0,
@@ -235,10 +245,10 @@ class Progress:
         self._num_done = self._num_correct = self._num_tokens = 0
         self._started = self._last = time.monotonic()
 
-    def advance(self, completion: Completion, verdict: Verdict) -> None:
+    def advance(self, completion: Completion, grade: Grade) -> None:
         """Counts a graded completion."""
         self._num_done += 1
-        self._num_correct += verdict is Verdict.CORRECT
+        self._num_correct += grade.is_correct
         self._num_tokens += len(completion.token_ids)
         now = time.monotonic()
         every = max(1, self._total // 20)

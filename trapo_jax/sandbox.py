@@ -4,15 +4,20 @@ import contextlib
 import os
 import resource
 import sys
+from collections.abc import Iterable
 
 # Reaches such a process; nothing else of the environment does.
 ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 
-def child_environment() -> dict[str, str]:
-    """The allowed names, the import path, and what makes such a process small and what it says repeatable
-    (sympy's order of terms depends on hashes)."""
-    allowed = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+def child_environment(extra: Iterable[str] = ()) -> dict[str, str]:
+    """Returns the environment of a restricted process: the allowed variables, the import path, one thread per process,
+    and a fixed hash seed, on which the order of terms in sympy depends.
+
+    Args:
+      extra: names of further variables that may reach the process.
+    """
+    allowed = {name: os.environ[name] for name in (*ENVIRONMENT, *extra) if name in os.environ}
     return {
         **allowed,
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),

@@ -32,6 +32,7 @@ from trapo_jax.evaluation.scoring import evaluate
 from trapo_jax.methods import Method, Sampled, describe
 from trapo_jax.models import export_model, open_model
 from trapo_jax.rollouts.actor import Actor, make_actor
+from trapo_jax.rollouts.metrics import graded_groups
 from trapo_jax.runs.command_line import as_command, command
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import EXPORT, METRICS, SAMPLES
@@ -85,13 +86,18 @@ def train(
         if run.is_complete:
             return TrainResult(run.folder, config.train.num_steps, run.summary(), was_complete=True)
         model = open_model(config.model, config.lora)
-        splits, data_summary = load_splits(config.data, model.tokenizer)
+        splits, data_summary = load_splits(
+            config.data,
+            model.tokenizer,
+            expert_part=method.expert_part,
+            functions=config.rewards.functions,
+        )
         learner = make_learner(config, method, model)
         actor = make_actor(
             config.sampling,
             config.rewards,
             model,
-            grader=config.rewards.grader,
+            functions=config.rewards.functions,
             max_prompt_length=config.data.max_prompt_length,
             seed=config.seed,
             mesh=learner.mesh,
@@ -132,7 +138,7 @@ def train_loop(
         num_extra = method.extra_rows_per_problem * config.train.problems_per_step
         selection = method.select(
             Sampled(
-                groups=collected.groups,
+                groups=graded_groups(collected.groups),
                 moment=moment,
                 state=run.method_state,
                 extra_problems=draw_problems(

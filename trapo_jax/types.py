@@ -5,6 +5,7 @@ Nothing here computes. Every stage imports this module and no other stage.
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 BATCH_AXES = ("data", "fsdp")  # of the mesh: along which rows of a batch are split
@@ -13,6 +14,8 @@ TENSOR_AXIS = "tp"  # along which heads, MLP and vocabulary are
 
 # Where an expert prefix may end: at the exact token, or at the end of a paragraph.
 PrefixBoundary = Literal["exact", "paragraph"]
+# Which part of an expert's text is trained: the inside of `<think>...</think>` where there is one, or all of it.
+ExpertPart = Literal["thought", "whole"]
 
 
 class UserError(Exception):
@@ -47,6 +50,7 @@ class Problem:
       experts: zero or more expert solutions, in order of preference.
       prompt_text: for people.
       source: the name under which results are grouped (data source, difficulty).
+      columns: further columns of the row, for reward functions; JSON-serializable.
     """
 
     id: str
@@ -55,6 +59,7 @@ class Problem:
     experts: tuple[Expert, ...] = ()
     prompt_text: str = ""
     source: str = ""
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def key(self) -> int:
@@ -147,26 +152,96 @@ class Completion:
 
 
 class Verdict(enum.StrEnum):
+    """What a reward function may return instead of a number. ERROR and TIMEOUT are missing rewards."""
+
     CORRECT = "correct"
     WRONG = "wrong"
     ERROR = "error"
     TIMEOUT = "timeout"
 
 
-REWARDS = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0, Verdict.ERROR: 0.0, Verdict.TIMEOUT: 0.0}
+class Judgment(NamedTuple):
+    """What one reward function says about a response.
+
+    Attributes:
+      reward: in [0, 1]; None if it is missing, because the function failed or exceeded its time limit.
+      answer: the answer that the function read from the response, if it reads one.
+      reason: why the reward is missing: "timeout", or the name of an exception.
+    """
+
+    reward: float | None
+    answer: str | None = None
+    reason: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        """The judgment as a verdict; only the full reward is CORRECT."""
+        if self.reward is not None:
+            return Verdict.CORRECT if self.reward == 1.0 else Verdict.WRONG
+        return Verdict.TIMEOUT if self.reason == Verdict.TIMEOUT else Verdict.ERROR
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+    """The judgments of all reward functions on a response and the reward that follows from them.
+
+    Attributes:
+      reward: the reward in [0, 1]; None if it is missing, so that the rollout enters no mean and no gradient.
+      judgments: by name of the reward function. The first one decides whether the response is correct.
+    """
+
+    reward: float | None
+    judgments: Mapping[str, Judgment]
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the first reward function gives the full reward."""
+        return next(iter(self.judgments.values())).reward == 1.0
+
+    @property
+    def answer(self) -> str | None:
+        """The answer that was read from the response by the first function that reads one."""
+        answers = (judgment.answer for judgment in self.judgments.values())
+        return next((answer for answer in answers if answer is not None), None)
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Why rewards are missing, by name of the reward function."""
+        return {name: j.reason for name, j in self.judgments.items() if j.reward is None}
+
+    def as_record(self) -> dict[str, Any]:
+        """Returns the fields that records of samples have in common: `answer` (what was read from the response),
+        `is_correct`, `reward`, `rewards` (by reward function), and `missing` (why a reward is null)."""
+        return {
+            "answer": self.answer,
+            "is_correct": self.is_correct,
+            "reward": self.reward,
+            "rewards": {name: judgment.reward for name, judgment in self.judgments.items()},
+            "missing": self.missing,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """A completion with its reward in [0, 1]."""
+    """A completion with its grade."""
 
     completion: Completion
-    verdict: Verdict
-    reward: float
+    grade: Grade
 
     @property
     def request(self) -> RolloutRequest:
         return self.completion.request
+
+    @property
+    def reward(self) -> float:
+        """The reward in [0, 1].
+
+        Raises:
+          ValueError: if it is missing; such rollouts are removed before anything is computed from rewards.
+        """
+        if self.grade.reward is None:
+            raise ValueError(f"the reward of rollout {self.request.key} is missing")
+        return self.grade.reward
 
 
 class Moment(NamedTuple):

@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 def arguments(data, out, *more):
     return [
         *("model.path=card_shuffles_tiny", f"data.test_files={data}", f"output_dir={out}"),
-        *("data.template=none", "rewards.grader=card_shuffles", "sampling.temperature=1"),
+        *("data.template=none", "rewards.functions=card_shuffles", "sampling.temperature=1"),
         *("sampling.num_samples=4", "data.max_prompt_length=16"),
         *("sampling.max_completion_length=64", *more),
     ]
@@ -59,14 +59,14 @@ def test_scores_follow_from_the_samples(whole):
     samples = read_samples(out).values()
     scores = json.loads((out / "scores.json").read_text())
     assert len(samples) == 48
-    correct = [record["verdict"] == "correct" for record in samples]
+    correct = [record["is_correct"] for record in samples]
     assert 0 < sum(correct) < 48
     assert scores["overall"]["accuracy"] == pytest.approx(sum(correct) / 48)
     assert scores["overall"]["pass_at_k"][0] == pytest.approx(sum(correct) / 48)
     assert set(scores["by_source"]) == {"source0", "source1"}
     for record in samples:
         ends = record["completion"].endswith(f"#{record['gold']}<eos>")
-        assert (record["verdict"] == "correct") == (ends and record["completion"].count("#") == 1)
+        assert record["is_correct"] == (ends and record["completion"].count("#") == 1)
     assert "problems" in result.stdout
     assert (out / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
 
@@ -164,7 +164,7 @@ def test_a_run_gives_the_defaults_of_data_and_grading(tmp_path):
         None, [("model.path", str(tmp_path)), ("data.num_test", "7"), ("seed", "1")]
     )
     assert (config.data.num_test, config.data.num_train, config.data.template) == (7, 8, "none")
-    assert (config.rewards.timeout_secs, config.grader) == (9.0, "card_shuffles")
+    assert (config.rewards.timeout_secs, config.functions) == (9.0, ("card_shuffles",))
     assert config.sampling.max_completion_length == 64
     assert config.sampling.temperature == EvaluateConfig().sampling.temperature
 

@@ -19,8 +19,8 @@ class Half(Constants):
     def make(self):
         return make_method("grpo", num_rollouts=self.num_rollouts)
 
-def ends_with_eos(response, problem):
-    return response.endswith("<eos>")
+def ends_well(response, problem):
+    return response.rstrip().endswith(problem.answer)
 
 def plain(messages):
     return messages[-1].content
@@ -47,7 +47,7 @@ def test_objects_in_a_file_of_one_s_own_are_used(tmp_path):
         "output_dir=run",
         "method.name=mine:Half",
         "method.num_rollouts=3",
-        "rewards.grader=mine:ends_with_eos",
+        "rewards.functions=mine:ends_well",
         "rewards.timeout_secs=60",
         "data.template=mine:plain",
         "sampling.engine=mine:engine",
@@ -62,8 +62,8 @@ def test_objects_in_a_file_of_one_s_own_are_used(tmp_path):
         samples = [json.loads(line) for line in lines]
     assert len(samples) == 2 * 3
     for sample in samples:
-        ends = sample["completion"].endswith("<eos>")
-        assert sample["verdict"] == ("correct" if ends else "wrong")
+        ends = sample["completion"].removesuffix("<eos>").endswith(sample["gold"])
+        assert sample["is_correct"] == ends
     assert json.loads((tmp_path / "run" / "method.json").read_text())["name"] == "mine:Half"
     data = json.loads((tmp_path / "run" / "data.json").read_text())
     assert data["template"]["kind"] == "mine:plain"
@@ -72,9 +72,12 @@ def test_objects_in_a_file_of_one_s_own_are_used(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("rewards.grader=maths", "rewards.grader='maths': no such grader; did you mean math?"),
-        ("rewards.grader=no_module:x", "rewards.grader=no_module:x: no module 'no_module'"),
-        ("rewards.grader=math:pi", "rewards.grader=math:pi: not a function of a response"),
+        (
+            "rewards.functions=maths",
+            "rewards.functions='maths': no such reward function; did you mean math?",
+        ),
+        ("rewards.functions=no_module:x", "rewards.functions=no_module:x: no module 'no_module'"),
+        ("rewards.functions=math:pi", "rewards.functions=math:pi: not a function of a response"),
         ("data.template=chatlm", "data.template='chatlm': no such template; did you mean chatml?"),
         ("data.template=math:pi", "data.template=math:pi: not a function of chat messages"),
         (

@@ -1,8 +1,11 @@
 """Verdicts in whole runs: counted, logged, and a grader that fails too often stops the run."""
 
+import json
+
 import pytest
 
 from support.commands import run_command
+from support.grades import ERROR, TIMEOUT, WRONG
 from trapo_jax.rollouts.metrics import check_grades
 from trapo_jax.runs.loggers import read_metrics
 from trapo_jax.types import (
@@ -12,7 +15,6 @@ from trapo_jax.types import (
     Rollout,
     RolloutRequest,
     TrainingFailed,
-    Verdict,
 )
 
 SHORT = (
@@ -27,11 +29,14 @@ def test_a_grader_that_always_raises_stops_the_run_at_once(tmp_path):
     """No answer of card shuffles is a letter, which the multiple-choice grader takes for an error."""
     folder = tmp_path / "run"
     result = run_command(
-        "trapo_jax.train", f"output_dir={folder}", "rewards.grader=multiple_choice", *SHORT
+        "trapo_jax.train", f"output_dir={folder}", "rewards.functions=multiple_choice", *SHORT
     )
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert "step 1: of 64 rollouts the grader failed on 64 and timed out on 0" in last
+    assert (
+        "step 1: the reward function multiple_choice judged 0 of 64 rollouts (64 x ValueError)"
+        in last
+    )
     assert "rewards.max_error_rate=0.2" in last
     assert "Traceback" not in result.stderr
     (evaluation,) = [r for r in read_metrics(folder) if r["kind"] == "eval"]
@@ -44,7 +49,7 @@ def test_a_run_with_a_grader_in_processes(tmp_path):
     result = run_command(
         "trapo_jax.train",
         f"output_dir={folder}",
-        "rewards.grader=math",
+        "rewards.functions=math",
         "rewards.timeout_secs=60",
         *SHORT,
     )
@@ -56,11 +61,11 @@ def test_a_run_with_a_grader_in_processes(tmp_path):
 
 
 def groups(num_errors, num_timeouts):
-    verdicts = [Verdict.ERROR] * num_errors + [Verdict.TIMEOUT] * num_timeouts
-    verdicts += [Verdict.WRONG] * (100 - len(verdicts))
+    grades = [ERROR] * num_errors + [TIMEOUT] * num_timeouts
+    grades += [WRONG] * (100 - len(grades))
     request = RolloutRequest(Problem("0" * 16, (1,), ""), 0)
     completion = Completion(request, (), (), FinishReason.STOP)
-    return [[Rollout(completion, verdict, 0.0)] for verdict in verdicts]
+    return [[Rollout(completion, grade)] for grade in grades]
 
 
 def test_a_few_failures_do_not_stop_a_run():
@@ -68,7 +73,91 @@ def test_a_few_failures_do_not_stop_a_run():
     check_grades(groups(10, 10), 1, max_error_rate=0.2)
 
 
-@pytest.mark.parametrize(("errors", "timeouts"), [(21, 0), (0, 21), (11, 10)])
-def test_errors_and_timeouts_count_alike(errors, timeouts):
-    with pytest.raises(TrainingFailed, match=f"step 7: .* {errors} and timed out on {timeouts}"):
+@pytest.mark.parametrize(
+    ("errors", "timeouts", "reasons"),
+    [
+        (21, 0, "21 x ValueError"),
+        (0, 21, "21 x timeout"),
+        (11, 10, "11 x ValueError, 10 x timeout"),
+    ],
+)
+def test_errors_and_timeouts_count_alike(errors, timeouts, reasons):
+    with pytest.raises(
+        TrainingFailed, match=f"step 7: .* test judged 79 of 100 rollouts \\({reasons}"
+    ):
         check_grades(groups(errors, timeouts), 7, max_error_rate=0.2)
+
+
+REWARDS = """
+import os
+
+def brevity(response, problem):
+    return 1 - len(response) / 1000
+
+def fragile(response, problem):
+    if response.rstrip().endswith(("9", "7")):
+        os.abort()
+    return True
+
+def wrong(response, problem):
+    return False, "nothing"
+"""
+
+CONFIG = """
+data: {num_train: 16, num_validation: 4, num_test: 4}
+train: {num_steps: 2, problems_per_step: 4}
+rewards:
+  functions: [card_shuffles, my_rewards:brevity, my_rewards:fragile]
+  weights: [8, 1, 1]
+  by_source: {"k=[34]": my_rewards:wrong}
+  max_error_rate: 0.9
+  timeout_secs: 60
+evaluation: {num_samples: 2}
+"""
+
+
+def test_functions_beside_the_config_are_weighted_and_chosen_by_source(tmp_path):
+    """For `train` and for `evaluate`, which takes them from the run; a crash costs the rewards of its function only."""
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "my_rewards.py").write_text(REWARDS)
+    config = tmp_path / "conf" / "mine.yaml"
+    config.write_text(CONFIG)
+    run = tmp_path / "run"
+    result = run_command("trapo_jax.train", "--config", config, f"output_dir={run}")
+    assert result.returncode == 0, result.stderr
+    samples = read_lines(run / "samples.jsonl")
+    result = run_command(
+        *("trapo_jax.evaluate", "--config", conf_of_evaluation(tmp_path), f"model.path={run}"),
+        *(f"output_dir={tmp_path / 'scores'}", "sampling.num_samples=2"),
+    )
+    assert result.returncode == 0, result.stderr
+    samples += read_lines(tmp_path / "scores" / "samples.jsonl")
+    num_crashed = 0
+    for sample in samples:
+        first, *others = sample["rewards"]
+        assert first in ("card_shuffles", "wrong")
+        assert others == ["brevity", "fragile"]
+        rewards = sample["rewards"]
+        if rewards["fragile"] is None:
+            assert sample["missing"] == {"fragile": "the process died"}
+            assert sample["reward"] == pytest.approx((8 * rewards[first] + rewards["brevity"]) / 9)
+            num_crashed += 1
+        else:
+            expected = 0.8 * rewards[first] + 0.1 * rewards["brevity"] + 0.1
+            assert sample["reward"] == pytest.approx(expected)
+        if first == "wrong":
+            assert (sample["answer"], sample["is_correct"]) == ("nothing", False)
+    assert 0 < num_crashed < len(samples)
+    train = [record for record in read_metrics(run) if record["kind"] == "train"]
+    assert all(0.9 < record["rewards/brevity"] < 1 for record in train)
+    assert all(record["reward/missing"] == 0 for record in train)
+
+
+def conf_of_evaluation(tmp_path):
+    file = tmp_path / "conf" / "evaluation.yaml"
+    file.write_text("rewards: {workers: 1}\n")
+    return file
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]

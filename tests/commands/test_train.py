@@ -106,7 +106,7 @@ def test_samples_can_be_read(finished_run):
         samples = [json.loads(line) for line in file]
     assert len(samples) == 12 * 4 * 8
     for sample in samples:
-        assert (sample["reward"] == 1.0) == (sample["verdict"] == "correct")
+        assert (sample["reward"] == 1.0) == sample["is_correct"]
         response = sample["prefix"] + sample["completion"]
         if sample["reward"]:
             assert response.endswith(f"#{sample['answer']}<eos>")

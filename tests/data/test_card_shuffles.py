@@ -130,14 +130,14 @@ def test_clean_experts_solve_the_same_problems_step_by_step():
 )
 def test_grades_of_responses(response, verdict):
     verify = card_shuffles_grader("<eos>")
-    assert verify(response, Problem("0" * 16, (1,), "38174")) is verdict
+    assert verify(response, Problem("0" * 16, (1,), "38174"))[0] is verdict
 
 
 def test_expert_solutions_are_graded_correct(problems, tokenizer):
     verify = card_shuffles_grader(tokenizer.eos_token)
     for problem in problems:
         text = tokenizer.decode(problem.experts[0].token_ids)
-        assert verify(text, problem) is Verdict.CORRECT
+        assert verify(text, problem)[0] is Verdict.CORRECT
 
 
 def test_tokenizer_round_trips(problems, tokenizer):

@@ -9,15 +9,14 @@ from trapo_jax.evaluation.scoring import (
     scores_by_source,
     shares_noise,
 )
-from trapo_jax.types import Verdict
 
-RIGHT, WRONG, ERROR, TIMEOUT = Verdict.CORRECT, Verdict.WRONG, Verdict.ERROR, Verdict.TIMEOUT
+RIGHT, WRONG, ERROR, TIMEOUT = (True, ""), (False, ""), (False, "ValueError"), (False, "timeout")
 
 
 def group(problem_id, *verdicts, answers=None, source="s"):
     answers = answers or [None] * len(verdicts)
     return [
-        Sample(problem_id, source, verdict, False, 10, answer)
+        Sample(problem_id, source, *verdict, False, 10, answer)
         for verdict, answer in zip(verdicts, answers, strict=True)
     ]
 

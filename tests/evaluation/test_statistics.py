@@ -4,23 +4,47 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import simulate_intervals
 from trapo_jax.evaluation.statistics import (
+    accuracy_interval,
     bootknife_counts,
-    bootstrap_interval,
     estimate,
     holm,
     standard_error,
 )
 
 
-def test_the_interval_contains_the_mean_and_narrows_with_more_problems():
-    few, many = [0.0, 1.0] * 10, [0.0, 1.0] * 200
-    low, high = bootstrap_interval(few)
-    assert 0.25 <= low < 0.5 < high <= 0.75
-    # The mean of n fair coins: +- 1.96 * 0.5 / sqrt(n).
-    assert bootstrap_interval(many) == pytest.approx((0.451, 0.549), abs=0.01)
-    assert bootstrap_interval(few) == (low, high)
-    assert bootstrap_interval([1.0] * 5) == (1.0, 1.0)
+def test_the_interval_of_single_samples_is_that_of_wilson():
+    for num_correct in (0, 1, 150, 399, 400):
+        values = [1.0] * num_correct + [0.0] * (400 - num_correct)
+        expected = stats.binomtest(num_correct, 400).proportion_ci(method="wilson")
+        assert accuracy_interval(values) == pytest.approx(tuple(expected), abs=5e-4)
+
+
+def test_the_interval_has_a_width_also_where_all_problems_agree():
+    for value in (0.0, 0.5, 1.0):
+        low, high = accuracy_interval([value] * 30)
+        assert 0.0 <= low <= value <= high <= 1.0
+        assert high - low > 0.05
+    assert accuracy_interval([1.0])[0] < 0.5
+
+
+def test_more_samples_of_a_problem_narrow_the_interval_and_more_problems_do():
+    rng = np.random.default_rng(0)
+    width = lambda num_problems, k: np.diff(
+        accuracy_interval(rng.binomial(k, 0.5, size=num_problems) / k)
+    )
+    assert width(100, 1) > width(100, 4) > width(100, 16)
+    assert width(50, 4) > width(200, 4)
+
+
+@pytest.mark.parametrize("num_samples", [1, 4, 32])
+@pytest.mark.parametrize(("a", "b"), [(0.3, 0.3), (1.0, 1.0), (0.2, 0.8)])
+def test_the_interval_covers_the_accuracy_as_often_as_it_says(a, b, num_samples):
+    coverage = simulate_intervals.coverage(
+        a, b, num_problems=60, num_samples=num_samples, repeats=4000
+    )
+    assert 0.935 <= coverage <= 0.97  # 95% plus the error of 4,000 repeats
 
 
 def test_holm_equals_the_values_computed_by_hand():

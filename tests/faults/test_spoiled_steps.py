@@ -12,7 +12,7 @@ import itertools, sys
 from trapo_jax import train
 from trapo_jax.rollouts import actor
 from trapo_jax.training import learner
-from trapo_jax.rewards import InlineGrader, card_shuffles_grader
+from trapo_jax.rewards import Grader, WeightedFunction, card_shuffles_grader
 
 build_batch, batches = learner.build_batch, itertools.count()
 
@@ -21,13 +21,14 @@ def spoil_the_first(rows, **options):
         rows = [row._replace(advantage=float("nan")) for row in rows]
     return build_batch(rows, **options)
 
-def fail_once_in_a_hundred(name, *, eos_text, **_):
+def fail_once_in_a_hundred(names, *, eos_text, **_):
     verify, answers = card_shuffles_grader(eos_text), itertools.count(1)
     def sometimes(text, problem):
         if next(answers) % 100 == 0:
             raise ValueError
         return verify(text, problem)
-    return InlineGrader(sometimes)
+    function = WeightedFunction("sometimes", sometimes, in_process=True, sees_special_tokens=True)
+    return Grader([function])
 
 learner.build_batch, actor.make_grader = spoil_the_first, fail_once_in_a_hundred
 sys.exit(train.main())

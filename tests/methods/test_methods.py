@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from support.grades import WRONG, grade_of
 from trapo_jax.methods import (
     METHODS,
     NEVER,
@@ -30,7 +31,6 @@ from trapo_jax.types import (
     Problem,
     Rollout,
     UserError,
-    Verdict,
 )
 
 MAX_LENGTH = 12
@@ -65,7 +65,7 @@ def sample_group(method, problem, rewards, moment=NOW):
         tokens = tuple(rng.integers(2, 16, count).tolist())
         completion = Completion(request, tokens, (-1.0,) * count, FinishReason.STOP)
         reward = float(rewards[request.sample_index])
-        rollouts[request.sample_index] = Rollout(completion, Verdict.WRONG, reward)
+        rollouts[request.sample_index] = Rollout(completion, grade_of(reward))
         state = scheduler.observe(state, request.sample_index, reward)
     return [rollouts[j] for j in sorted(rollouts)]
 
@@ -404,7 +404,7 @@ def test_hpt_takes_the_expert_of_what_its_gate_closes_on():
 def test_relift_buffers_what_nobody_solved_until_there_is_enough():
     method = make_method("relift", buffer_size=2, sft_learning_rate_scale=0.5)
     sampled = sample(method, state={"unsolved": [problem(2).id]})
-    never = [Rollout(r.completion, r.verdict, 0.0) for r in sampled.groups[0]]
+    never = [Rollout(r.completion, WRONG) for r in sampled.groups[0]]
     sampled = sampled._replace(groups=[never, *sampled.groups[1:], never])
     (own, buffered), state = method.select(sampled)
     assert state == {"unsolved": [problem(0).id]}
@@ -476,7 +476,7 @@ def test_trapo_plus_trains_what_has_an_advantage_or_a_prefix():
     assert not any(rollout.completion in kept for rollout in last)  # solved always
     # Never solved by itself: it is guided, and the expert's reward gives all an advantage.
     assert [rollout.completion for rollout in first] == kept[:8]
-    unsolved = [Rollout(r.completion, r.verdict, 0.0) for r in first]
+    unsolved = [Rollout(r.completion, WRONG) for r in first]
     (update,) = method.select(sampled._replace(groups=[unsolved, last])).updates
     assert [row.num_expert_trained for row in update.rows] == [5]  # the expert alone
     (update,) = method.select(sampled._replace(groups=[last])).updates

@@ -10,7 +10,7 @@ from trapo_jax.types import Problem, Verdict
     ("response", "letter"),
     [
         (r"\boxed{B}", "B"),
-        (r"\boxed{(B)}.<|im_end|>", "B"),
+        (r"\boxed{(B)}.", "B"),
         (r"\boxed{\text{J}}", "J"),
         (r"\boxed{\textbf{(C)}}", "C"),
         (r"\boxed{C. 12 cm}", "C"),
@@ -19,7 +19,7 @@ from trapo_jax.types import Problem, Verdict
         (r"\boxed{A} or rather \boxed{B}", "B"),
         ("The answer is (A)", "A"),
         ("The answer is A.", "A"),
-        ("The correct answer is: D<|eot_id|>", "D"),
+        ("The correct answer is: D", "D"),
         ("Answer: B", "B"),
         ("**Answer:** C", "C"),
         ("**Answer: C**", "C"),
@@ -31,12 +31,23 @@ from trapo_jax.types import Problem, Verdict
         ("B", "B"),
         (" (B).", "B"),
         ("B. 12 cm", "B"),
+        (r"\boxed{b}", "B"),
+        (r"\boxed{B - Paris}", "B"),
+        (r"\boxed{\textbf{(D)}\ 12}", "D"),
+        (r"\boxed{$\mathbf{C}$}", "C"),
+        (r"$\mathbf{C}$", "C"),
+        (r"\boxed{\text{Option D}}", "D"),
+        ("Option B", "B"),
+        ("b) Paris", "B"),
+        ("**B**", "B"),
+        ("The answer is b.", "B"),
+        ("the answer is (c) because it is", "C"),
+        ("The answer is B - Paris.", "B"),
         # Two letters, none, or a letter that is a word.
         (r"\boxed{A, B}", None),
         (r"\boxed{A or B}", None),
         (r"\boxed{AB}", None),
         (r"\boxed{K}", None),
-        (r"\boxed{b}", None),
         (r"\boxed{}", None),
         (r"\boxed{12}", None),
         ("The answer is A or B.", None),
@@ -45,7 +56,9 @@ from trapo_jax.types import Problem, Verdict
         ("The answer is A/B", None),
         ("The answer is A good question.", None),
         ("The answer is Apple", None),
-        ("The answer is a", None),
+        ("the answer is a good one", None),
+        (r"\boxed{a good one}", None),
+        (r"<think>\boxed{B}", None),
         ("A is wrong and B is right", None),
         ("answer", None),
         ("", None),
@@ -58,12 +71,12 @@ def test_letter_of_a_response(response, letter):
 @pytest.mark.parametrize("answer", ["B", "(B)", "B.", " B "])
 def test_verdicts(answer):
     problem = Problem("", (), answer)
-    assert grade_multiple_choice("Answer: B", problem) is Verdict.CORRECT
-    assert grade_multiple_choice("Answer: C", problem) is Verdict.WRONG
-    assert grade_multiple_choice("no idea", problem) is Verdict.WRONG
+    assert grade_multiple_choice("Answer: B", problem) == (Verdict.CORRECT, "B")
+    assert grade_multiple_choice("Answer: C", problem) == (Verdict.WRONG, "C")
+    assert grade_multiple_choice("no idea", problem) == (Verdict.WRONG, None)
 
 
-@pytest.mark.parametrize("answer", ["", "K", "12", "AB", "b"])
+@pytest.mark.parametrize("answer", ["", "K", "12", "AB"])
 def test_a_problem_whose_answer_is_no_letter_is_an_error(answer):
     with pytest.raises(ValueError, match="not a letter"):
         grade_multiple_choice("Answer: B", Problem("", (), answer))

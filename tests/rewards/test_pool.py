@@ -13,7 +13,7 @@ import pytest
 
 from support import hostile_graders
 from support.commands import REPOSITORY
-from trapo_jax.rewards import GraderPool, InlineGrader, grade_math, make_grader
+from trapo_jax.rewards import GraderPool, grade_math
 from trapo_jax.types import Problem, Verdict
 
 PATIENT = {"num_workers": 1, "timeout_secs": 60.0}  # a limit that only what never ends exceeds
@@ -25,7 +25,7 @@ def problem(answer="42", source="a source"):
 
 
 def judge(pool, text, answer="42"):
-    return pool.submit(text, problem(answer)).result()
+    return pool.submit(text, problem(answer)).result().verdict
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_what_a_grader_prints_is_no_verdict(patient):
 def test_an_idle_worker_that_is_killed_is_replaced(patient):
     assert judge(patient, "42") is Verdict.CORRECT
     for _ in range(2):
-        (pid,) = children_of(os.getpid(), "hostile_graders:verify 60.0")
+        (pid,) = children_of(os.getpid(), 'hostile_graders:verify"] 60.0')
         os.kill(pid, signal.SIGKILL)
         while is_running(pid):
             time.sleep(0.01)
@@ -78,7 +78,7 @@ def test_what_failed_is_logged_once_without_the_text(caplog):
 def test_hostile_texts_change_no_other_verdict(hasty):
     """Bad and good ones interleaved, more than there are workers, all asked for at once."""
     texts = ["42", "hang", "7", "die", "42", "raise", "hold the GIL", "7", "42"]
-    verdicts = [f.result() for f in [hasty.submit(text, problem()) for text in texts]]
+    verdicts = [f.result().verdict for f in [hasty.submit(text, problem()) for text in texts]]
     c, w, e, t = Verdict.CORRECT, Verdict.WRONG, Verdict.ERROR, Verdict.TIMEOUT
     assert verdicts == [c, t, w, e, c, e, t, w, c]
 
@@ -123,7 +123,7 @@ def test_a_worker_does_not_import_the_main_module_again(tmp_path):
         "from trapo_jax.rewards import GraderPool\n"
         "from trapo_jax.types import Problem\n"
         "with GraderPool(hostile_graders.has_module) as pool:\n"
-        "    print(pool.submit('jax', Problem('', (), '')).result())\n"
+        "    print(pool.submit('jax', Problem('', (), '')).result().verdict)\n"
     )
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY), str(REPOSITORY / "tests")])
     result = subprocess.run(
@@ -148,8 +148,8 @@ def test_no_secret_reaches_a_worker(monkeypatch):
 def test_workers_end_with_the_pool_and_with_the_trainer():
     with GraderPool(hostile_graders.verify, num_workers=2, timeout_secs=61.0) as pool:
         assert judge(pool, "42") is Verdict.CORRECT
-        assert len(children_of(os.getpid(), "hostile_graders:verify 61.0")) == 2
-    assert not children_of(os.getpid(), "hostile_graders:verify 61.0")
+        assert len(children_of(os.getpid(), 'hostile_graders:verify"] 61.0')) == 2
+    assert not children_of(os.getpid(), 'hostile_graders:verify"] 61.0')
     with pytest.raises(RuntimeError, match="closed"):
         pool.submit("42", problem())
 
@@ -202,27 +202,6 @@ def test_a_grader_that_cannot_be_imported_is_an_error(tmp_path, monkeypatch, cap
 def test_a_function_that_has_no_importable_name_is_refused():
     with pytest.raises(ValueError, match="top level"):
         GraderPool(lambda text, problem: Verdict.CORRECT)
-
-
-def test_inline_grader_answers_at_once_and_never_raises(caplog):
-    with InlineGrader(hostile_graders.verify) as grader:
-        assert grader.submit("42", problem()).done()
-        assert judge(grader, "42") is Verdict.CORRECT
-        assert judge(grader, "raise") is Verdict.ERROR
-
-
-def test_config_names_make_verifiers():
-    options = {"num_workers": 1, "timeout_secs": 60.0, "max_response_chars": 1000}
-    for name, source, text, answer in (
-        ("card_shuffles", "", "#12345<eos>", "12345"),
-        ("multiple_choice", "", "Answer: B", "B"),
-        ("math", "", r"\boxed{1/2}", "0.5"),
-        ("by_source", "math", r"\boxed{1/2}", "0.5"),
-        ("by_source", "ARC-Challenge", "Answer: B", "B"),
-    ):
-        with make_grader(name, eos_text="<eos>", **options) as grader:
-            assert grader.submit(text, problem(answer, source)).result() is Verdict.CORRECT
-            assert grader.submit("", problem(answer, source)).result() is Verdict.WRONG
 
 
 HOSTILE_MATH = {
@@ -291,7 +270,7 @@ def test_of_200_answers_20_hostile_ones_cost_their_own_verdicts_only():
             started = time.monotonic()
             futures.append(pool.submit(text, problem()))
             longest_call = max(longest_call, time.monotonic() - started)
-        verdicts = [future.result() for future in futures]
+        verdicts = [future.result().verdict for future in futures]
         # The workers judged within this limit, beyond which the kernel lets none grow; so will those that took the
         # places of killed ones, as soon as they have begun.
         limits = set()

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.grades import CORRECT, ERROR, TIMEOUT, WRONG
 from trapo_jax.evaluation.scoring import evaluate, pass_at_k
 from trapo_jax.methods import make_method
 from trapo_jax.rollouts.collection import PartialRollouts, collect_groups
 from trapo_jax.rollouts.guidance import Guidance
+from trapo_jax.rollouts.metrics import graded_groups, rollout_metrics
 from trapo_jax.types import (
     Completion,
     Expert,
@@ -20,7 +22,6 @@ from trapo_jax.types import (
     MicroGroup,
     Problem,
     SamplingParams,
-    Verdict,
 )
 
 EOS = 9
@@ -111,7 +112,7 @@ def test_idle_slots_begin_with_the_next_step_and_it_goes_on_under_its_own_weight
         collected = collect_groups(
             engine,
             lambda _: Guidance(micro_groups, 64),
-            lambda c: at_once(verdict(c.request.sample_index % 2)),
+            lambda c: at_once(grade_for(c.request.sample_index % 2)),
             [problem(i) for i in step],
             step=number,
             params=SamplingParams(),
@@ -150,7 +151,7 @@ def test_a_verdict_is_seen_while_others_are_decoded():
             nonlocal steps
             steps += 1
             if steps == 10:
-                first.set_result(Verdict.CORRECT)
+                first.set_result(CORRECT)
             return super().step()
 
         def length(self, request):
@@ -159,7 +160,7 @@ def test_a_verdict_is_seen_while_others_are_decoded():
     def score(completion):
         request = completion.request
         is_first = request.problem.answer == "0" and request.sample_index == 0
-        return first if is_first else at_once(Verdict.CORRECT)
+        return first if is_first else at_once(CORRECT)
 
     collect_groups(
         Engine(),
@@ -184,21 +185,21 @@ def test_an_engine_that_loses_requests_is_an_error():
         collect_groups(
             Forgetful(newest_first=False),
             lambda _: Guidance(make_method("grpo").micro_groups, 64),
-            lambda _: at_once(Verdict.WRONG),
+            lambda _: at_once(WRONG),
             [problem(1)],
             step=1,
             params=SamplingParams(),
         )
 
 
-def at_once(verdict):
+def at_once(grade):
     future = Future()
-    future.set_result(verdict)
+    future.set_result(grade)
     return future
 
 
-def verdict(reward):
-    return Verdict.CORRECT if reward else Verdict.WRONG
+def grade_for(reward):
+    return CORRECT if reward else WRONG
 
 
 def collect(reward_of, *, newest_first=False, method="trapo", problems=3, score=None):
@@ -207,7 +208,7 @@ def collect(reward_of, *, newest_first=False, method="trapo", problems=3, score=
     groups, *_ = collect_groups(
         engine,
         lambda _: Guidance(method.micro_groups, 64),
-        score or (lambda c: at_once(verdict(reward_of(c.request)))),
+        score or (lambda c: at_once(grade_for(reward_of(c.request)))),
         [problem(i) for i in range(problems)],
         step=1,
         params=SamplingParams(),
@@ -248,7 +249,7 @@ class LateGrader:
     def __call__(self, completion):
         future = Future()
         with self.lock:
-            self.held.append((future, verdict(self.reward_of(completion.request))))
+            self.held.append((future, grade_for(self.reward_of(completion.request))))
             self.release()
         return future
 
@@ -291,20 +292,35 @@ def test_decoding_goes_on_while_a_verdict_is_awaited():
         if (
             len(seen) == 19
         ):  # 3 problems: 4 unguided rollouts; two go on to their 8th, one waits at 4
-            first.set_result(Verdict.WRONG)
+            first.set_result(WRONG)
         if seen[-1] == ("0", 0):
             return first
-        return at_once(Verdict.CORRECT if request.problem.answer != "0" else Verdict.WRONG)
+        return at_once(CORRECT if request.problem.answer != "0" else WRONG)
 
     groups, _ = collect(None, score=score)
     assert [len(group) for group in groups] == [8, 8, 8]
-    assert groups[0][0].verdict is Verdict.WRONG
+    assert groups[0][0].grade is WRONG
 
 
-@pytest.mark.parametrize("failure", [Verdict.ERROR, Verdict.TIMEOUT])
-def test_a_failed_verdict_is_kept_and_earns_nothing(failure):
+@pytest.mark.parametrize("failure", [ERROR, TIMEOUT])
+def test_a_missing_reward_is_kept_and_guides_nothing(failure):
     groups, _ = collect(None, score=lambda _: at_once(failure))
-    assert {(r.verdict, r.reward) for group in groups for r in group} == {(failure, 0.0)}
+    assert {id(r.grade) for group in groups for r in group} == {id(failure)}
+
+
+def test_rollouts_without_a_reward_are_neither_counted_nor_trained():
+    groups, _ = collect(
+        None,
+        score=lambda c: at_once(
+            ERROR if c.request.problem.answer == "1" or c.request.sample_index == 0 else CORRECT
+        ),
+    )
+    graded = graded_groups(groups)
+    assert [[r.request.sample_index for r in group] for group in graded] == [list(range(1, 8))] * 2
+    metrics = rollout_metrics(groups, num_micro_groups=4)
+    assert metrics["reward/mean"] == 1.0
+    assert metrics["reward/missing"] == metrics["reward/error_rate"] == 10 / 24
+    assert metrics["reward/groups_with_signal"] == 0
 
 
 def test_sft_samples_nothing():
@@ -319,7 +335,7 @@ def test_same_problem_twice_is_refused():
         collect_groups(
             ScriptedEngine(newest_first=False),
             lambda _: Guidance(method.micro_groups, 64),
-            lambda _: at_once(Verdict.WRONG),
+            lambda _: at_once(WRONG),
             [problem(1), problem(1)],
             step=1,
             params=SamplingParams(),
@@ -331,7 +347,7 @@ def test_evaluate_counts_by_source():
     # Greedy solves problem 0 alone; of four samples problem 0 gets 4, problem 1 gets 1.
     right = {(0, j) for j in range(4)} | {(1, 2)}
     score = lambda c: at_once(
-        verdict((int(c.request.problem.id, 16), c.request.sample_index) in right)
+        grade_for((int(c.request.problem.id, 16), c.request.sample_index) in right)
     )
     metrics = evaluate(
         sampler(ScriptedEngine(newest_first=True), score), problems, num_samples=4
@@ -359,9 +375,9 @@ def sampler(engine, score):
     return sample
 
 
-def test_evaluate_counts_completions_without_a_verdict():
-    failing = {0: Verdict.ERROR, 1: Verdict.TIMEOUT}
-    score = lambda c: at_once(failing.get(c.request.sample_index, Verdict.CORRECT))
+def test_evaluate_counts_completions_without_a_reward():
+    failing = {0: ERROR, 1: TIMEOUT}
+    score = lambda c: at_once(failing.get(c.request.sample_index, CORRECT))
     problems = [Problem(f"{i:016x}", (1,), "") for i in range(2)]
     metrics = evaluate(
         sampler(ScriptedEngine(newest_first=False), score), problems, num_samples=4

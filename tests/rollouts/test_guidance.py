@@ -139,6 +139,22 @@ def test_reward_out_of_range_is_refused(reward):
         plan.observe(plan.start(PROBLEM), 0, reward)
 
 
+def test_a_missing_reward_enters_no_gate():
+    """Two unguided rollouts, then one that is guided if their mean is below 0.5."""
+    groups = (MicroGroup(2, 0.0, -1.0), MicroGroup(1, 1.0, 0.5))
+    plan = Guidance(groups, 64)
+    state = plan.observe(plan.observe(plan.start(PROBLEM), 0, None), 1, 0.7)
+    (request,) = plan.ready(state)
+    assert request.prefix_len == 0  # A reward of 0 in place of the missing one would guide it.
+    state = plan.observe(plan.observe(plan.start(PROBLEM), 0, None), 1, 0.4)
+    (request,) = plan.ready(state)
+    assert request.prefix_len > 0
+    state = plan.observe(state, 2, None)
+    assert state.is_complete
+    with pytest.raises(ValueError, match="observed before"):
+        plan.observe(state, 2, 1.0)
+
+
 def test_second_observation_is_refused():
     plan = scheduler()
     state = plan.observe(plan.start(PROBLEM), 0, 1.0)
@@ -171,14 +187,15 @@ def test_early_release_gives_the_same_guidance_as_waiting(micro_groups, data):
     plan = Guidance(tuple(micro_groups), 64)
     size = plan.group_size
     rewards = data.draw(
-        st.lists(st.sampled_from([0.0, 0.1, 1 / 3, 0.7, 1.0]), min_size=size, max_size=size)
+        st.lists(st.sampled_from([0.0, 0.1, 1 / 3, 0.7, 1.0, None]), min_size=size, max_size=size)
     )
-    # Waiting: decide each micro-group from all earlier rewards.
+    # Waiting: decide each micro-group from all earlier rewards that are not missing.
     expected, first = [], 0
     for group in micro_groups:
         mean_is_below = first == 0 and group.threshold > 0
         if first:
-            mean_is_below = is_guided(rewards[:first], group.threshold)
+            earlier = [reward for reward in rewards[:first] if reward is not None]
+            mean_is_below = is_guided(earlier, group.threshold)
         expected += [math_floor_prefix(group) if mean_is_below else FREE] * group.size
         first += group.size
     # Early release: observe in an arbitrary order among what is ready.

@@ -2,6 +2,7 @@
 
 import pytest
 
+from support.grades import WRONG
 from trapo_jax.methods.selection import first_of_each_prefix, rows_of_group
 from trapo_jax.models import TokenCost
 from trapo_jax.rollouts.metrics import rollout_usage
@@ -16,7 +17,6 @@ from trapo_jax.types import (
     RolloutRequest,
     Usage,
     UserError,
-    Verdict,
 )
 
 PROBLEM = Problem("0" * 16, (1, 2), "", (Expert((5, 6, 7, 8)),))
@@ -25,7 +25,7 @@ PROBLEM = Problem("0" * 16, (1, 2), "", (Expert((5, 6, 7, 8)),))
 def rollout(index, prefix_len, num_own):
     request = RolloutRequest(PROBLEM, index, 0, 0 if prefix_len else -1, prefix_len)
     completion = Completion(request, (3,) * num_own, (-1.0,) * num_own, FinishReason.STOP)
-    return Rollout(completion, Verdict.WRONG, 0.0)
+    return Rollout(completion, WRONG)
 
 
 GROUP = [rollout(0, 0, 3), rollout(1, 2, 1), rollout(2, 2, 2), rollout(3, 4, 0), rollout(4, 4, 0)]

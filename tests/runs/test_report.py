@@ -52,7 +52,7 @@ def test_guidance_levels_are_those_of_the_records():
 
 def sample(step, problem, num_tokens=3):
     return {
-        **{"step": step, "problem_id": problem, "prompt": "?", "answer": "7"},
+        **{"step": step, "problem_id": problem, "prompt": "?", "gold": "7"},
         **{"prefix": "", "completion": "a" * num_tokens},
         "tokens": {
             "pieces": [str(i) for i in range(num_tokens)],
@@ -146,10 +146,10 @@ def test_progress_shows_the_last_evaluation_and_fits_into_80_columns(monkeypatch
         monkeypatch.setenv("TTY_COMPATIBLE", on_a_terminal)
         with Console(1000, first_step=0) as terminal:
             terminal.step(999, {**values, "budget/progress": 0.999})
-            terminal.evaluated(0.333)
+            terminal.evaluated("validation", 0.333)
             terminal.step(1000, {**values, "budget/progress": 1.0})
         output = capsys.readouterr().out
-        assert "reward 0.53  accuracy 0.33  guided 0.21  123,456 tokens/s" in output
+        assert "reward 0.53  validation accuracy 0.33  guided 0.21  123,456 tokens/s" in output
         assert "1000/1000" in output
         assert "left" in output
         assert ("\x1b[" in output) == (on_a_terminal == "1")

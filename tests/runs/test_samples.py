@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.grades import CORRECT
 from trapo_jax.runs.samples import (
     fetch_response_traces,
     sample_record,
@@ -22,7 +23,6 @@ from trapo_jax.types import (
     TokenKind,
     TrainRow,
     UpdateTrace,
-    Verdict,
 )
 
 PROBLEM = Problem("0" * 16, (10, 11), "7", (Expert((20, 21, 22)),), prompt_text="?")
@@ -31,9 +31,7 @@ PROBLEM = Problem("0" * 16, (10, 11), "7", (Expert((20, 21, 22)),), prompt_text=
 def rollout(sample_index, prefix_len, token_ids):
     request = RolloutRequest(PROBLEM, sample_index, 1, 0 if prefix_len else -1, prefix_len, 0.5)
     logprobs = (-1.0,) * len(token_ids)
-    return Rollout(
-        Completion(request, token_ids, logprobs, FinishReason.STOP), Verdict.CORRECT, 1.0
-    )
+    return Rollout(Completion(request, token_ids, logprobs, FinishReason.STOP), CORRECT)
 
 
 GROUP = [

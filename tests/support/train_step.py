@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType
 
+from support.grades import grade_of
 from trapo_jax.methods import Normalizer, make_method
 from trapo_jax.methods.selection import first_of_each_prefix, rows_of_group
 from trapo_jax.models import DecoderConfig, Rope
@@ -22,7 +23,6 @@ from trapo_jax.types import (
     Problem,
     Rollout,
     RolloutRequest,
-    Verdict,
 )
 
 CONFIG = DecoderConfig(
@@ -61,7 +61,7 @@ def ragged_groups(seed=0, num_problems=4):
                 tuple(rng.normal(-1, 0.1, count).tolist()),
                 FinishReason.STOP,
             )
-            group.append(Rollout(completion, Verdict.WRONG, float(rng.integers(0, 2))))
+            group.append(Rollout(completion, grade_of(float(rng.integers(0, 2)))))
         groups.append(group)
     advantages = [
         np.float32([r.reward for r in g]) - np.float32(np.mean([r.reward for r in g]))

@@ -11,7 +11,9 @@ import pytest
 from support.commands import REPOSITORY
 from trapo_jax.data.columns import COLUMN_PRESETS, examples_from_rows
 from trapo_jax.data.sources import read_rows
-from trapo_jax.types import UserError
+from trapo_jax.data.splits import answer_notes
+from trapo_jax.rewards import make_grader
+from trapo_jax.types import Problem, UserError
 
 LONG_SYSTEM = "Your task is to follow a systematic, thorough reasoning process."
 
@@ -126,6 +128,8 @@ def test_problems_keep_their_right_solutions(tool, tmp_path):
         "problems with 1 solution": 2,
         "problems dropped: no correct solution": 1,
         "problems written": 3,
+        "solutions graded": 8,
+        "solutions graded: correct": 4,
     }
     assert json.loads((tmp_path / "out" / "set.json").read_text()) == report
     assert sorted(path.name for path in out.parent.iterdir()) == ["set.json", "set.parquet"]
@@ -161,3 +165,58 @@ def test_other_layouts_are_one_line(tool, tmp_path, first, second, message):
 def test_out_must_be_parquet(tool, tmp_path):
     with pytest.raises(UserError, match=r"ends in \.parquet"):
         tool.prepare(tmp_path / "out.json", "a", "b", 1, 20.0)
+
+
+# How thoughts end, and whether the answer 12 can be read from them.
+ENDINGS = [
+    ("so the answer is \\boxed{12}.", True),
+    ("\\boxed{12}", True),
+    ("**Final Answer**\n\\boxed{12}", True),
+    ("Therefore, the answer is 12.", True),
+    ("The answer is $12$, which is what we wanted.", True),
+    ("Answer: 12", True),
+    ("The final answer is **12**.", True),
+    ("#### 12", True),
+    ("so \\boxed{12}. Let me check: 3 * 4 = 12. Yes.", True),
+    ("\\boxed{12}? Let me verify whether the answer is consistent. It is.", True),
+    ("first \\boxed{11}, but no: \\boxed{12}", True),
+    ("so x = \\boxed{12 \\text{ apples}}", True),
+    ("Hence 3 * 4 = 12.", False),
+    ("I am confident it is twelve.", False),
+    ("so it is 12", False),
+    ("", False),
+    ("The answer is 13. Hmm, 12 it is.", False),
+    ("\\boxed{12} is wrong, so \\boxed{13}.", False),
+    ("\\boxed{", False),
+    ("the result 12 should be in the box", False),
+]
+
+
+def test_what_the_tool_calls_right_training_calls_right(tool, tmp_path):
+    """The answer after the thought is always right; training sees the thought alone, and so must the tool."""
+    rows = [
+        first_row(
+            f"Case {i}?", "12", f"<think>\nWe think {i}.\n{end}\n</think>\nIt is \\boxed{{12}}."
+        )
+        for i, (end, _) in enumerate(ENDINGS)
+    ]
+    first = write(tmp_path / "first.parquet", rows)
+    second = write(tmp_path / "second.parquet", SECOND)
+    for part, expected in (("thought", [right for _, right in ENDINGS]), ("whole", [True] * 20)):
+        out = tmp_path / f"{part}.parquet"
+        report = tool.prepare(out, first, second, 2, 60.0, part)
+        rows = pa.parquet.read_table(out).to_pylist()
+        kept = {int(row["extra_info"]["index"]) for row in rows}
+        assert kept == {i for i, right in enumerate(expected) if right}
+        assert report["solutions graded: correct"] == sum(expected)
+        examples, _ = examples_from_rows(
+            read_rows([str(out)]), COLUMN_PRESETS["verl"], expert_part=part
+        )
+        with make_grader(["math"], num_workers=2, timeout_secs=60.0) as grader:
+            grades = [
+                grader.submit(text, Problem("", (), example.answer))
+                for example in examples
+                for text in example.solutions
+            ]
+            assert all(grade.result().is_correct for grade in grades)
+        assert answer_notes(examples, ["math"]) == {}

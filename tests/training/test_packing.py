@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.grades import grade_of
 from trapo_jax.methods.selection import first_of_each_prefix, rows_of_group
 from trapo_jax.training.packing import balance, build_batch, count_kinds, deal, pack
 from trapo_jax.types import (
@@ -17,7 +18,6 @@ from trapo_jax.types import (
     Rollout,
     RolloutRequest,
     TokenKind,
-    Verdict,
 )
 
 EOS = 9
@@ -35,7 +35,7 @@ def rollout(index, prefix_len, tokens, *, expert=0, problem=PROBLEM, reward=0.0)
     request = RolloutRequest(problem, index, 0, expert if prefix_len else -1, prefix_len)
     logprobs = tuple(-0.1 * (i + 1) for i in range(len(tokens)))
     return Rollout(
-        Completion(request, tuple(tokens), logprobs, FinishReason.STOP), Verdict.WRONG, reward
+        Completion(request, tuple(tokens), logprobs, FinishReason.STOP), grade_of(reward)
     )
 
 

@@ -63,7 +63,9 @@ def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) 
         raise UserError(f"--out {out}, --runs {grid.runs}: {error.strerror}") from error
     # The runs of a method compile the same programs and share a cache.
     cache = str(grid.runs.absolute() / "compiled")
-    environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
+    # Runs find the modules that are beside the config of the comparison.
+    search_path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ, "PYTHONPATH": search_path}
     device = check_train_steps(examples, environment, say)
     jobs = jobs or (num_cores() if device == "cpu" else 1)
     resources = Resources(jobs, {**environment, **core_limits(jobs)}, say)

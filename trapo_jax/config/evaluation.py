@@ -19,6 +19,8 @@ from trapo_jax.config.schema import (
     Positive,
     PretrainedConfig,
     Section,
+    StringList,
+    check_weights,
 )
 
 
@@ -47,8 +49,8 @@ class EvaluationSamplingConfig(EngineConfig):
 
 
 class EvaluationGradingConfig(GradingConfig):
-    grader: str | None = None
-    """Grader, as in training. null for card_shuffles on that task and by_source on files."""
+    functions: Annotated[StringList, Field(min_length=1)] | None = None
+    """Reward functions, as in training. The first decides whether a response is correct. null for card_shuffles on that task and math on files."""
 
 
 class EvaluateConfig(Section):
@@ -71,6 +73,7 @@ class EvaluateConfig(Section):
                 f"sampling.num_samples={sampling.num_samples}: sampling.temperature=0 draws the same sample every "
                 "time; give sampling.num_samples=1"
             )
+        check_weights(self.rewards, self.functions)
         if self.data.source == "files" and not (self.data.test_files or self.data.train_files):
             raise ValueError("data.test_files=[]: data.source=files needs files to evaluate on")
         return self
@@ -83,12 +86,12 @@ class EvaluateConfig(Section):
         return Path("evaluations") / os.path.basename(os.path.abspath(self.model.path))
 
     @property
-    def grader(self) -> str:
-        """The name of the grader."""
-        if self.rewards.grader is not None:
-            return self.rewards.grader
+    def functions(self) -> tuple[str, ...]:
+        """The names of the reward functions."""
+        if self.rewards.functions is not None:
+            return self.rewards.functions
         is_card_shuffles = self.data.source == "card_shuffles" and not self.data.test_files
-        return "card_shuffles" if is_card_shuffles else "by_source"
+        return ("card_shuffles",) if is_card_shuffles else ("math",)
 
 
 def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]) -> EvaluateConfig:

@@ -16,6 +16,7 @@ import yaml
 
 from trapo_jax.config.help import list_fields
 from trapo_jax.config.schema import MethodConfig, Section
+from trapo_jax.import_path import search_beside
 from trapo_jax.methods import constant_names
 from trapo_jax.types import UserError
 
@@ -33,13 +34,14 @@ def load_config(
 
     Args:
       config_class: the class of the configuration.
-      file: a YAML file, or None.
+      file: a YAML file, or None. Import paths in the config may name modules in its folder.
       overrides: dotted names and YAML scalars, such as `("train.num_steps", "10")`; they win over the file.
       defaults: plain data that the file is merged into, section by section.
 
     Raises:
       UserError: with one line per mistake.
     """
+    search_beside(file)
     data = _merge(defaults or {}, read_yaml(file) if file else {})
     values = [(name, _parse_scalar(name, text)) for name, text in overrides]
     _drop_constants_of_another_method(data, dict(values).get("method.name"))

@@ -1,6 +1,7 @@
 """The configuration of a training run: sections of typed fields with their defaults and help sentences."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -70,6 +71,8 @@ class ColumnsConfig(Section):
     """Paths of the expert solutions in order of preference. A path that ends in ? may be missing from rows."""
     source: str | None = None
     """Path of the name by which results are grouped."""
+    extra: StringList = ()
+    """Further columns, which reward functions get as keyword arguments."""
     answer_marker: str | None = None
     """Marker in the answer column; the answer is the text after its last occurrence (#### in GSM8K)."""
 
@@ -159,18 +162,44 @@ class SamplingConfig(EngineConfig):
     """Maximum age of a sampled token in steps. 1 lets idle slots start the problems of the next step; set method.clip_low and method.clip_high then."""
 
 
+Weights = Annotated[tuple[PositiveFloat, ...], _to_tuple]
+# Sources of multiple-choice problems, as benchmarks name them.
+MULTIPLE_CHOICE: dict[str, str] = dict.fromkeys(
+    ("arc", "arc[-_]*", "mmlu*", "gpqa*"), "multiple_choice"
+)
+
+
 class GradingConfig(Section):
+    weights: Weights | None = None
+    """Weights of rewards.functions in the reward, which is the weighted mean. null for equal weights."""
+    by_source: dict[str, str] = MULTIPLE_CHOICE
+    """Patterns of problem sources (`mmlu*`, case ignored) and the function that takes the place of the first of rewards.functions there. The first match counts."""
     workers: Positive = 2
     """Number of worker processes that grade responses."""
     timeout_secs: PositiveFloat = 5.0
-    """Time limit in seconds for grading one response. A worker that exceeds it is killed and replaced."""
+    """Time limit in seconds for one call of a reward function. A worker that exceeds it is killed and replaced."""
+    environment: StringList = ()
+    """Names of environment variables that reward functions may read, such as a token for a judge. All others except PATH and the like are withheld."""
+
+
+def check_weights(grading: GradingConfig, functions: Sequence[str]) -> None:
+    """Checks that there is one weight for each reward function.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    if grading.weights is not None and len(grading.weights) != len(functions):
+        raise ValueError(
+            f"rewards.weights={list(grading.weights)}: rewards.functions has {len(functions)} entries; give one weight "
+            "for each"
+        )
 
 
 class RewardsConfig(GradingConfig):
-    grader: str = "card_shuffles"
-    """Grader of responses: card_shuffles, math, multiple_choice, by_source (multiple_choice or math by the problem's source), or the import path `package.module:name` of a reward function of your own."""
+    functions: Annotated[StringList, Field(min_length=1)] = ("card_shuffles",)
+    """Reward functions: card_shuffles, math, math_lenient (the reward of the TRAPO authors), multiple_choice, or import paths `package.module:name` of functions of your own. The first decides whether a response is correct."""
     max_error_rate: Fraction = 0.2
-    """Maximum share of the rollouts of a step whose grading fails or times out; the run stops above it."""
+    """Maximum share of the rollouts of a step on which a reward function may fail or time out; the run stops above it."""
 
 
 class TrainConfig(Section):
@@ -289,6 +318,7 @@ class Config(Section):
                 f"train.problems_per_step={train.problems_per_step}: larger than "
                 f"data.num_train={data.num_train}, so that a batch would repeat problems"
             )
+        check_weights(self.rewards, self.rewards.functions)
         if self.mesh.fsdp == 0:
             raise ValueError(
                 "mesh.fsdp=0: give a number of devices, or -1 for all that mesh.tp leaves"

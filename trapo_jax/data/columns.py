@@ -1,19 +1,22 @@
 """Which column of a row is what, and rows to examples.
 
 A path is a column, or with dots a field inside it (`reward_model.ground_truth`); one that ends in `?` may be
-missing. The expert's text is the inside of `<think>...</think>` where there is one, else the whole.
+missing.
 """
 
 import dataclasses
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from trapo_jax.data.examples import DataReport, Example, Message, Prompt
 from trapo_jax.data.sources import Row
-from trapo_jax.types import UserError
+from trapo_jax.types import ExpertPart, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Columns:
         list of texts. None: the problems are never guided.
       source: text under which results are grouped; empty for none.
       answer_marker: where not empty, the answer is what follows its last occurrence.
+      extra: further columns, for reward functions; the last part of a path is the column's name there.
     """
 
     prompt: str
@@ -34,6 +38,7 @@ class Columns:
     solutions: tuple[str, ...] = ()
     source: str = ""
     answer_marker: str = ""
+    extra: tuple[str, ...] = ()
 
 
 COLUMN_PRESETS: Mapping[str, Columns] = {
@@ -58,7 +63,11 @@ class _UnusableRow(Exception):
 
 
 def examples_from_rows(
-    rows: Iterable[Row], columns: Columns, *, default_source: str = ""
+    rows: Iterable[Row],
+    columns: Columns,
+    *,
+    default_source: str = "",
+    expert_part: ExpertPart = "thought",
 ) -> tuple[list[Example], DataReport]:
     """Maps rows to examples.
 
@@ -68,6 +77,7 @@ def examples_from_rows(
       rows: from `read_rows`.
       columns: a preset or your own.
       default_source: the source of rows that name none.
+      expert_part: which part of a solution's text is the expert solution; see `expert_text`.
 
     Returns:
       The examples in the order of the rows, and what was dropped.
@@ -82,7 +92,7 @@ def examples_from_rows(
     for row in rows:
         num_read += 1
         try:
-            examples.append(_example(row, columns, default_source))
+            examples.append(_example(row, columns, default_source, expert_part))
         except _UnusableRow as reason:
             dropped[str(reason)] += 1
     num_without = sum(not example.solutions for example in examples)
@@ -93,8 +103,13 @@ def examples_from_rows(
     return examples, report
 
 
-def expert_text(solution: str) -> str:
-    """The inside of the first `<think>...</think>` that is not blank; else all but that pair.
+def expert_text(solution: str, part: ExpertPart = "thought") -> str:
+    """Returns the part of a solution that is trained.
+
+    Args:
+      solution: an expert's text.
+      part: "thought" for the inside of the first `<think>...</think>` if it is not blank, or else all but that pair;
+        "whole" for all of the text.
 
     >>> expert_text("<think>\\n1 + 1 = 2\\n</think>The answer is 2.")
     '1 + 1 = 2'
@@ -102,12 +117,12 @@ def expert_text(solution: str) -> str:
     'The answer is 2.'
     """
     thought = _THINK.search(solution)
-    if thought is None:
+    if thought is None or part == "whole":
         return solution.strip()
     return thought[1].strip() or _THINK.sub("", solution, count=1).strip()
 
 
-def _example(row: Row, columns: Columns, default_source: str) -> Example:
+def _example(row: Row, columns: Columns, default_source: str, expert_part: ExpertPart) -> Example:
     answer = _answer(row, columns)
     source = _look_up(row, columns.source) if columns.source else None
     if source is not None and not isinstance(source, str):
@@ -116,8 +131,12 @@ def _example(row: Row, columns: Columns, default_source: str) -> Example:
     example = Example(
         _prompt(row, columns.prompt),
         answer,
-        tuple(dict.fromkeys(text for text in map(expert_text, solutions) if text)),
+        tuple(dict.fromkeys(text for s in solutions if (text := expert_text(s, expert_part)))),
         source or default_source,
+        {
+            path.removesuffix("?").split(".")[-1]: _plain(_look_up(row, path))
+            for path in columns.extra
+        },
     )
     _check_unicode(example)
     return example
@@ -143,9 +162,11 @@ def _answer(row: Row, columns: Columns) -> str:
     value = _look_up(row, columns.answer)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise _UnusableRow("with an empty answer")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise _UnusableRow("with an answer that is not a finite number")
+        value = np.format_float_positional(value, trim="-")  # 0.00001, not 1e-05
+    if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
         raise _wrong_type(row, columns.answer, value, "text or a number")
@@ -158,6 +179,11 @@ def _answer(row: Row, columns: Columns) -> str:
         raise _UnusableRow("with an empty answer")
     is_grouped = columns.answer_marker and _THOUSANDS.fullmatch(value)
     return value.replace(",", "") if is_grouped else value
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value as JSON can hold it."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _solutions(row: Row, path: str) -> list[str]:

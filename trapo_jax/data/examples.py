@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 
 class Message(NamedTuple):
@@ -24,12 +25,14 @@ class Example(NamedTuple):
       answer: what the grader compares with.
       solutions: texts of zero or more expert solutions, in order of preference.
       source: the name under which results are grouped.
+      columns: further columns of the row, for reward functions; JSON-serializable.
     """
 
     prompt: Prompt
     answer: str
     solutions: tuple[str, ...]
     source: str
+    columns: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,7 @@ def encode_examples(
                     experts=tuple(expert for expert in experts if expert is not None),
                     prompt_text=text,
                     source=example.source,
+                    columns=example.columns,
                 )
             )
     if num_without := sum(not problem.experts for problem in problems):

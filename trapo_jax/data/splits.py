@@ -21,7 +21,8 @@ from trapo_jax.data import (
     make_template,
     read_rows,
 )
-from trapo_jax.types import Problem
+from trapo_jax.rewards import extract_math_answer, is_text
+from trapo_jax.types import ExpertPart, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,15 +32,27 @@ Reports = dict[str, list[DataReport]]
 
 
 def load_splits(
-    config: DataConfig, tokenizer: "PreTrainedTokenizerFast"
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    expert_part: ExpertPart = "thought",
+    functions: Sequence[str] = (),
 ) -> tuple[dict[str, list[Problem]], dict[str, Any]]:
-    """Train, validation and test problems; and for data.json their fingerprint, the template, and
-    what was read, dropped and noted.
+    """Loads the problems of all splits.
+
+    Args:
+      config: the data section.
+      tokenizer: the policy's tokenizer.
+      expert_part: which part of an expert's text is the expert solution.
+      functions: names of the reward functions; see `answer_notes`.
+
+    Returns:
+      The problems by split; and for data.json their fingerprint, the template, and what was read, dropped and noted.
 
     Raises:
       UserError: for data that cannot be read, or of which nothing is usable.
     """
-    examples, reports = read_splits(config)
+    examples, reports = read_splits(config, expert_part)
     template = make_template(config.template, tokenizer)
     splits, counts = {}, {}
     for name, split in examples.items():
@@ -51,6 +64,9 @@ def load_splits(
             overlong_prompts=config.overlong_prompts,
             max_expert_length=config.max_expert_length,
         )
+        report = dataclasses.replace(
+            report, notes={**report.notes, **answer_notes(split, functions)}
+        )
         counts[name] = [dataclasses.asdict(stage) for stage in (*reports.get(name, []), report)]
     return splits, {
         "fingerprint": fingerprint(splits["train"]),
@@ -59,10 +75,28 @@ def load_splits(
     }
 
 
-def read_splits(config: DataConfig) -> tuple[Splits, Reports]:
-    """Raw examples of every split, and what became of the rows of those that were read from files."""
+def answer_notes(examples: Sequence[Example], functions: Sequence[str]) -> dict[str, int]:
+    """Counts what mathematical grading cannot do justice to; empty if the first reward function is not "math".
+
+    Args:
+      examples: the examples of a split.
+      functions: names of the reward functions.
+    """
+    if not functions or functions[0] != "math":
+        return {}
+    counts = {
+        "answers that only the same text matches": sum(is_text(e.answer) for e in examples),
+        "experts in which the grader finds no answer": sum(
+            extract_math_answer(text) is None for e in examples for text in e.solutions
+        ),
+    }
+    return {note: count for note, count in counts.items() if count}
+
+
+def read_splits(config: DataConfig, expert_part: ExpertPart = "thought") -> tuple[Splits, Reports]:
+    """Returns the raw examples of every split, and what became of the rows of those that were read from files."""
     if config.source == "files":
-        return _from_files(config)
+        return _from_files(config, expert_part)
     sizes = {
         "num_train": config.num_train,
         "num_validation": config.num_validation,
@@ -77,7 +111,7 @@ def read_splits(config: DataConfig) -> tuple[Splits, Reports]:
     return splits, {}
 
 
-def _from_files(config: DataConfig) -> tuple[Splits, Reports]:
+def _from_files(config: DataConfig, expert_part: ExpertPart) -> tuple[Splits, Reports]:
     """From files or the hub; a split without files of its own is held out of the training data."""
     columns = _columns(config)
     splits: Splits = {}
@@ -88,7 +122,8 @@ def _from_files(config: DataConfig) -> tuple[Splits, Reports]:
         ("test", config.test_files, config.num_test),
     ):
         if files:
-            splits[name], report = examples_from_rows(read_rows(files, split=name), columns)
+            rows = read_rows(files, split=name)
+            splits[name], report = examples_from_rows(rows, columns, expert_part=expert_part)
             reports[name] = [report]
         else:
             splits["train"], splits[name] = hold_out(splits["train"], size, seed=config.seed)

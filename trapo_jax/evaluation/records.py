@@ -6,23 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from trapo_jax.evaluation.scoring import Sample, make_sample, shares_noise
-from trapo_jax.types import Completion, UserError, Verdict
+from trapo_jax.types import Completion, Grade, UserError
 
 
-def make_record(
-    completion: Completion, verdict: Verdict, *, text: str, answer: str | None
-) -> dict[str, Any]:
+def make_record(completion: Completion, grade: Grade, *, text: str) -> dict[str, Any]:
     """Returns the record of a graded completion.
 
     Args:
       completion: the completion.
-      verdict: its verdict.
+      grade: its grade.
       text: the completion's text.
-      answer: the answer that was extracted from the text, for the majority vote.
     """
     problem = completion.request.problem
     return {
-        **make_sample(completion, verdict, answer)._asdict(),
+        **make_sample(completion, grade)._asdict(),
+        **grade.as_record(),
         "sample_index": completion.request.sample_index,
         "prompt": problem.prompt_text,
         "completion": text,
@@ -38,8 +36,8 @@ def key_of(record: Mapping[str, Any]) -> tuple[str, int]:
 
 def sample_of(record: Mapping[str, Any]) -> Sample:
     """Returns the sample that a record describes."""
-    fields = {name: record[name] for name in Sample._fields}
-    return Sample(**{**fields, "verdict": Verdict(record["verdict"])})
+    fields = {name: record[name] for name in Sample._fields if name != "missing"}
+    return Sample(**fields, missing=record["missing"].get(next(iter(record["rewards"])), ""))
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:

@@ -6,15 +6,17 @@ The same code serves the evaluations during training and `python -m trapo_jax.ev
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
+from types import MappingProxyType
 from typing import NamedTuple
 
 from trapo_jax.distributed.processes import gather, my_share
-from trapo_jax.evaluation.statistics import bootstrap_interval, pass_at_k
+from trapo_jax.evaluation.statistics import accuracy_interval, pass_at_k
 from trapo_jax.types import (
     Completion,
     FinishReason,
+    Grade,
     Problem,
     RolloutRequest,
     SamplingParams,
@@ -24,19 +26,32 @@ from trapo_jax.types import (
 # Two equal samples that are this unlikely (in nats) share their noise, not their luck.
 IMPOSSIBLE_TWICE = -20.0
 
-Sampler = Callable[[Sequence[RolloutRequest], SamplingParams], Iterator[tuple[Completion, Verdict]]]
+Sampler = Callable[[Sequence[RolloutRequest], SamplingParams], Iterator[tuple[Completion, Grade]]]
 
 
 class Sample(NamedTuple):
-    """One judged completion."""
+    """A graded completion.
+
+    Attributes:
+      problem_id, source: the problem and the source under which its result is grouped.
+      is_correct: whether the first reward function gives the full reward.
+      missing: why the first reward function gives none, or "".
+      truncated: whether the completion reached the maximum length.
+      completion_len: number of tokens.
+      answer: the answer that was read from the response.
+      logprob: of the whole completion, under the distribution it was drawn from.
+      rewards: the reward of each function, by name; None where it is missing.
+    """
 
     problem_id: str
     source: str
-    verdict: Verdict
+    is_correct: bool
+    missing: str
     truncated: bool
     completion_len: int
-    answer: str | None = None  # as it is written, for the majority vote
-    logprob: float = 0.0  # of the whole completion, under the distribution it was drawn from
+    answer: str | None = None
+    logprob: float = 0.0
+    rewards: Mapping[str, float | None] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +61,10 @@ class Scores:
     Attributes:
       num_problems, num_samples: how many; n is the samples of each problem.
       accuracy: mean over all samples, also called avg@n.
-      interval: 95 % bootstrap interval of the accuracy over problems.
+      interval: 95% confidence interval of the accuracy over problems; see `accuracy_interval`.
       pass_at_k: for k = 1 .. n, the unbiased estimate that one of k samples is right.
-      majority: share of problems whose most frequent answer is right; answers are compared as
-        they are written, a tie counts by the share of its answers that are right.
+      majority: share of problems whose most frequent answer is right; a tie counts by the share of its answers that
+        are right. Answers are compared as they are written; see `merge_equal_answers`.
       truncated: reached the maximum length.
       error_rate, timeout_rate: got no verdict, and count as wrong.
       completion_len_mean: tokens.
@@ -80,19 +95,19 @@ def score_samples(samples: Sequence[Sample]) -> Scores:
     if len(sizes) != 1:
         raise ValueError(f"problems with {sorted(sizes)} samples each; need one number")
     (num_samples,) = sizes
-    correct = [sum(s.verdict is Verdict.CORRECT for s in group) for group in groups.values()]
+    correct = [sum(s.is_correct for s in group) for group in groups.values()]
     return Scores(
         num_problems=len(groups),
         num_samples=num_samples,
         accuracy=fmean(correct) / num_samples,
-        interval=bootstrap_interval([c / num_samples for c in correct]),
+        interval=accuracy_interval([c / num_samples for c in correct]),
         pass_at_k=tuple(
             fmean(pass_at_k(num_samples, c, k) for c in correct) for k in range(1, num_samples + 1)
         ),
         majority=fmean(map(_majority, groups.values())),
         truncated=fmean(s.truncated for s in samples),
-        error_rate=fmean(s.verdict is Verdict.ERROR for s in samples),
-        timeout_rate=fmean(s.verdict is Verdict.TIMEOUT for s in samples),
+        error_rate=_error_rate(samples),
+        timeout_rate=_timeout_rate(samples),
         completion_len_mean=fmean(s.completion_len for s in samples),
     )
 
@@ -133,13 +148,9 @@ def evaluate(
     def take(count: int, temperature: float) -> list[Sample]:
         """Of all problems; every process samples its share."""
         requests = [RolloutRequest(p, j) for p in my_share(problems) for j in range(count)]
-        judged = sample(requests, SamplingParams(temperature))
-        mine = [make_sample(completion, verdict) for completion, verdict in judged]
-        return [
-            Sample(*fields)._replace(verdict=Verdict(fields[2]))
-            for of_process in gather(mine)
-            for fields in of_process
-        ]
+        graded = sample(requests, SamplingParams(temperature))
+        mine = [make_sample(completion, grade) for completion, grade in graded]
+        return [Sample(*fields) for of_process in gather(mine) for fields in of_process]
 
     greedy, sampled = take(1, 0.0), take(num_samples, 1.0)
     overall = score_samples(sampled)
@@ -156,8 +167,10 @@ def evaluate(
     everything = greedy + sampled
     metrics["eval/truncated"] = fmean(s.truncated for s in everything)
     metrics["eval/completion_len_mean"] = fmean(s.completion_len for s in everything)
-    metrics["eval/error_rate"] = fmean(s.verdict is Verdict.ERROR for s in everything)
-    metrics["eval/timeout_rate"] = fmean(s.verdict is Verdict.TIMEOUT for s in everything)
+    metrics["eval/error_rate"] = _error_rate(everything)
+    metrics["eval/timeout_rate"] = _timeout_rate(everything)
+    metrics |= {"eval/num_problems": overall.num_problems, "eval/num_samples": num_samples}
+    metrics |= {f"eval/rewards/{name}": mean for name, mean in mean_rewards(sampled).items()}
     return Evaluation(metrics, problem_columns(greedy, sampled))
 
 
@@ -176,23 +189,70 @@ def problem_columns(greedy: Sequence[Sample], sampled: Sequence[Sample]) -> dict
     return {
         "id": [s.problem_id for s in greedily],
         "source": [s.source for s in greedily],
-        "greedy": [int(s.verdict is Verdict.CORRECT) for s in greedily],
-        "correct": [sum(s.verdict is Verdict.CORRECT for s in group) for group in groups],
+        "greedy": [int(s.is_correct) for s in greedily],
+        "correct": [sum(s.is_correct for s in group) for group in groups],
         "len": [fmean(s.completion_len for s in group) for group in groups],
     }
 
 
-def make_sample(completion: Completion, verdict: Verdict, answer: str | None = None) -> Sample:
+def make_sample(completion: Completion, grade: Grade) -> Sample:
+    """Returns what the scores need of a graded completion."""
     problem = completion.request.problem
+    first = next(iter(grade.judgments.values()))
     return Sample(
         problem_id=problem.id,
         source=problem.source,
-        verdict=verdict,
+        is_correct=grade.is_correct,
+        missing=first.reason if first.reward is None else "",
         truncated=completion.finish_reason is FinishReason.LENGTH,
         completion_len=len(completion.token_ids),
-        answer=answer,
+        answer=grade.answer,
         logprob=sum(completion.logprobs),
+        rewards={name: judgment.reward for name, judgment in grade.judgments.items()},
     )
+
+
+def mean_rewards(samples: Sequence[Sample]) -> dict[str, float]:
+    """Returns the mean reward of each reward function, by name, if there are several."""
+    names = dict.fromkeys(name for sample in samples for name in sample.rewards)
+    if len(names) < 2:
+        return {}
+    means = {}
+    for name in names:
+        rewards = [reward for sample in samples if (reward := sample.rewards.get(name)) is not None]
+        means[name] = fmean(rewards) if rewards else 0.0
+    return means
+
+
+def merge_equal_answers(
+    samples: Sequence[Sample], are_equal: Callable[[str, str], bool]
+) -> list[Sample]:
+    """Replaces answers to the same problem that mean the same by the first of them, for the majority vote.
+
+    Args:
+      samples: any samples. Those that are correct have equal answers already.
+      are_equal: whether two answers that are written differently mean the same.
+    """
+    merged = []
+    known: dict[tuple[str, bool], list[str]] = {}
+    for sample in samples:
+        answers = known.setdefault((sample.problem_id, sample.is_correct), [])
+        answer = sample.answer
+        if answer is not None:
+            same = (a for a in answers if sample.is_correct or a == answer or are_equal(a, answer))
+            answer = next(same, answer)
+            if answer not in answers:
+                answers.append(answer)
+        merged.append(sample._replace(answer=answer))
+    return merged
+
+
+def _error_rate(samples: Sequence[Sample]) -> float:
+    return fmean(s.missing not in ("", Verdict.TIMEOUT) for s in samples)
+
+
+def _timeout_rate(samples: Sequence[Sample]) -> float:
+    return fmean(s.missing == Verdict.TIMEOUT for s in samples)
 
 
 def scores_by_source(samples: Sequence[Sample]) -> dict[str, Scores]:
@@ -225,5 +285,5 @@ def _majority(group: Sequence[Sample]) -> float:
     if not votes:
         return 0.0
     most = max(votes.values())
-    right = {sample.answer for sample in group if sample.verdict is Verdict.CORRECT}
+    right = {sample.answer for sample in group if sample.is_correct}
     return fmean(answer in right for answer, count in votes.items() if count == most)

@@ -29,6 +29,8 @@ def describe(method: Method) -> str:
     lines += ["", f"guidance, {method.group_size} rollouts a problem at most{varies}"]
     lines += [f"  {_describe_group(group)}" for group in method.micro_groups]
     lines += [f"  prefix boundary: {method.prefix_boundary}"]
+    if method.expert_part == "whole":
+        lines.append("  the expert is the whole text, the answer after a thought included")
     if method.second_expert_last:
         lines.append("  the last micro-group uses the second expert where there is one")
     if method.extra_rows_per_problem:
@@ -96,6 +98,7 @@ def fingerprint(method: Method) -> dict[str, Any]:
         "vary": _qualified_name(method.vary),
         "prefix_boundary": method.prefix_boundary,
         "second_expert_last": method.second_expert_last,
+        "expert_part": method.expert_part,
         "select": _qualified_name(method.select),
         "terms": [
             {

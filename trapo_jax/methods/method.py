@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from trapo_jax.methods.selection import Sampled, Selection, train_all
-from trapo_jax.types import MicroGroup, Moment, PrefixBoundary, Problem, TokenKind
+from trapo_jax.types import ExpertPart, MicroGroup, Moment, PrefixBoundary, Problem, TokenKind
 
 Normalizer = Literal["token_mean", "sequence_mean", "constant_sum", "constant_mean"]
 Vary = Callable[[tuple[MicroGroup, ...], Moment, Problem], tuple[MicroGroup, ...]]
@@ -84,6 +84,7 @@ class Method:
       source: where the method comes from.
       vary: the micro-groups of a moment and a problem.
       prefix_boundary, second_expert_last: see `Guidance`.
+      expert_part: which part of an expert's text is the expert solution.
       select: what is trained of what was sampled, and the method's state afterwards.
       optimizers: names of the optimiser states that `Update.optimizer` chooses among, the usual one first.
       extra_rows_per_problem: rows of experts beside a problem's rollouts, whose problems are drawn anew.
@@ -105,6 +106,7 @@ class Method:
     vary: Vary = unvaried
     prefix_boundary: PrefixBoundary = "exact"
     second_expert_last: bool = False
+    expert_part: ExpertPart = "thought"
     select: Callable[[Sampled], Selection] = train_all
     optimizers: tuple[str, ...] = ("main",)
     extra_rows_per_problem: int = 0

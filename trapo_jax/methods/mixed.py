@@ -37,6 +37,7 @@ class Luffy(MixedConstants):
             ),
             source="LUFFY, arXiv 2504.14945, mix_src/mix_core_alg.py",
             published={"train.problems_per_step": 128, "train.learning_rate": 1e-6},
+            expert_part="whole",
             **self.method_fields(),
         )
 
@@ -60,6 +61,7 @@ class RlPlusSft(MixedConstants):
             ),
             source="RL with an SFT loss, a baseline of LUFFY, arXiv 2504.14945",
             published={"train.problems_per_step": 128, "train.learning_rate": 1e-6},
+            expert_part="whole",
             **self.method_fields(),
         )
 
@@ -102,6 +104,7 @@ class Relift(MixedConstants):
             notes=(
                 "completion and expert tokens are never in the same update, and each kind has an optimizer state",
             ),
+            expert_part="whole",
             **self.method_fields(),
         )
 
@@ -139,6 +142,7 @@ class Hpt(MixedConstants):
             notes=(
                 "a problem solved at most `gate` times trains one expert solution and none of its rollouts",
             ),
+            expert_part="whole",
             **self.method_fields(),
         )
 
@@ -180,5 +184,6 @@ class Srft(MixedConstants):
             notes=(
                 "a rollout's advantage is the sign of its reward; the expert solution's is over all rows",
             ),
+            expert_part="whole",
             **self.method_fields(),
         )

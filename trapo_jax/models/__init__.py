@@ -29,7 +29,7 @@ from trapo_jax.models.kv_layouts import (
 from trapo_jax.models.lora import Lora, join_trained, split_trained
 from trapo_jax.models.pretrained import PretrainedModel, open_model, read_decoder
 from trapo_jax.models.rope import Rope
-from trapo_jax.models.tokenizer import load_tokenizer
+from trapo_jax.models.tokenizer import load_tokenizer, special_tokens
 
 __all__ = [
     "ARCHITECTURES",
@@ -61,6 +61,7 @@ __all__ = [
     "read_config",
     "read_decoder",
     "read_eos_ids",
+    "special_tokens",
     "split_trained",
     "token_cost",
     "unembedding",

@@ -36,3 +36,11 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}/tokenizer_config.json: no eos_token; completions could not end")
     return tokenizer
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """Returns the texts of the tokenizer's special tokens, those that its folder adds included."""
+    added = tokenizer.added_tokens_decoder.values()
+    return list(
+        dict.fromkeys([*tokenizer.all_special_tokens, *(t.content for t in added if t.special)])
+    )

@@ -1,30 +1,28 @@
-"""Graders: from a response's text to a verdict.
+"""Reward functions: from the text of a response to a reward in [0, 1].
 
-A `RewardFunction` is a plain function `(response_text, problem) -> Verdict`. The loop does not call it but a
-`Grader`, which hands out futures: `InlineGrader` for functions that are quick on any text,
-`GraderPool` for those that a hostile text can hold, each in processes that are killed at a deadline.
+A reward function is a plain function `(response, problem, **columns)` that returns a number in [0, 1], a bool or a
+`Verdict`, or a pair of that and the answer that it read. A `Grader` combines one or several of them and hands out
+futures; functions that a hostile response can keep busy run in the processes of a `GraderPool`.
 """
 
-from trapo_jax.rewards.by_source import grade_by_source
 from trapo_jax.rewards.card_shuffles import card_shuffles_grader
-from trapo_jax.rewards.grader import GRADERS, Grader, InlineGrader, RewardFunction, make_grader
-from trapo_jax.rewards.math import extract_math_answer, grade_math
+from trapo_jax.rewards.equality import is_text
+from trapo_jax.rewards.grader import REWARD_FUNCTIONS, Grader, WeightedFunction, make_grader
+from trapo_jax.rewards.math import extract_math_answer, grade_math, grade_math_lenient
 from trapo_jax.rewards.multiple_choice import extract_choice, grade_multiple_choice
 from trapo_jax.rewards.pool import GraderPool
-from trapo_jax.types import REWARDS
 
 __all__ = [
-    "GRADERS",
-    "REWARDS",
+    "REWARD_FUNCTIONS",
     "Grader",
     "GraderPool",
-    "InlineGrader",
-    "RewardFunction",
+    "WeightedFunction",
     "card_shuffles_grader",
     "extract_choice",
     "extract_math_answer",
-    "grade_by_source",
     "grade_math",
+    "grade_math_lenient",
     "grade_multiple_choice",
+    "is_text",
     "make_grader",
 ]

@@ -1,116 +1,247 @@
-"""One interface for cheap graders and for those that need processes of their own."""
+"""Grades responses with one or several reward functions, named by the config."""
 
 import difflib
+import fnmatch
 import logging
-from collections.abc import Callable
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 from trapo_jax.import_path import import_object
-from trapo_jax.rewards.by_source import grade_by_source
 from trapo_jax.rewards.card_shuffles import card_shuffles_grader
-from trapo_jax.rewards.math import grade_math
+from trapo_jax.rewards.judgments import call
+from trapo_jax.rewards.math import grade_math, grade_math_lenient
 from trapo_jax.rewards.multiple_choice import grade_multiple_choice
-from trapo_jax.rewards.pool import MAX_RESPONSE_CHARS, GraderPool
-from trapo_jax.rewards.verdicts import as_verdict
-from trapo_jax.types import Problem, UserError, Verdict
+from trapo_jax.rewards.pool import MAX_RESPONSE_CHARS, GraderPool, RewardFunction, path_of
+from trapo_jax.types import Grade, Judgment, Problem, UserError
 
-RewardFunction = Callable[[str, Problem], Any]  # a verdict, a bool, or a reward of 0 or 1
-# Reward functions that a hostile response can keep busy, which run in processes that can be killed.
-POOLED: dict[str, RewardFunction] = {"math": grade_math, "by_source": grade_by_source}
-GRADERS = ("card_shuffles", "multiple_choice", *POOLED)
+# The names a config may use. Functions that a hostile response can keep busy run in processes that can be killed.
+IN_PROCESSES: dict[str, RewardFunction] = {"math": grade_math, "math_lenient": grade_math_lenient}
+REWARD_FUNCTIONS = ("card_shuffles", "multiple_choice", *IN_PROCESSES)
 
 logger = logging.getLogger(__name__)
 
 
-class Grader(Protocol):
-    """Judges responses, now or later."""
+class WeightedFunction(NamedTuple):
+    """A reward function and its share of the reward.
 
-    def submit(self, response_text: str, problem: Problem) -> Future[Verdict]:
-        """Asks for a verdict. Any text is fine: what goes wrong with it is a verdict as well.
+    Attributes:
+      name: its name in metrics and samples.
+      function: called as `function(response, problem, **columns)`; see `judgments.call`.
+      weight: > 0.
+      in_process: whether it runs in this process, which only functions may that are quick on any text.
+      sees_special_tokens: whether the response that it gets includes special tokens.
+    """
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+    in_process: bool = False
+    sees_special_tokens: bool = False
+
+
+class Grader:
+    """Grades responses asynchronously.
+
+    The reward is the weighted mean of the functions' rewards. A missing one is left out of the mean; if that of the
+    first function, which decides whether a response is correct, is missing, so is the reward.
+
+    Args:
+      functions: the reward functions; the first decides whether a response is correct.
+      by_source: patterns of `fnmatch` and the functions that take the first one's place for problems whose source
+        matches, case ignored; the first match counts.
+      special_tokens: texts that are removed from responses.
+      pool_options: keyword arguments of `GraderPool`.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[WeightedFunction],
+        *,
+        by_source: Mapping[str, WeightedFunction] | None = None,
+        special_tokens: Sequence[str] = (),
+        **pool_options: Any,
+    ):
+        self._functions = list(functions)
+        self._by_source = dict(by_source or {})
+        tokens = sorted(filter(None, special_tokens), key=len, reverse=True)
+        self._special_token = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        in_pool = [f.function for f in (*functions, *self._by_source.values()) if not f.in_process]
+        unique = {path_of(function): function for function in in_pool}
+        self._pool = GraderPool(*unique.values(), **pool_options) if unique else None
+        self._reasons: set[tuple[str, str]] = set()
+
+    def submit(self, response: str, problem: Problem) -> Future[Grade]:
+        """Grades a response. A function that fails on it is part of the grade, not an exception.
+
+        Args:
+          response: the response with special tokens, as the tokenizer decodes it.
+          problem: its problem.
 
         Raises:
           RuntimeError: after `close`.
         """
-        ...
+        plain = self._special_token.sub(" ", response) if self._special_token else response
+        functions = self._functions_for(problem.source)
+        futures = [
+            self._judge(f, response if f.sees_special_tokens else plain, problem) for f in functions
+        ]
+        return _when_all_done(futures, lambda judgments: combine(functions, judgments))
 
-    def close(self) -> None:
-        """Ends what was started; verdicts still missing are cancelled."""
-        ...
+    def are_equal(self, first: str, second: str) -> bool:
+        """Whether two answers mean the same: in mathematics if the first function is "math", else as they are written."""
+        if self._functions[0].function is not grade_math:
+            return first == second
+        return (
+            self._judge(self._functions[0], rf"\boxed{{{second}}}", Problem("", (), first))
+            .result()
+            .reward
+            == 1.0
+        )
 
-    def __enter__(self) -> Self: ...
+    def _functions_for(self, source: str) -> list[WeightedFunction]:
+        for pattern, function in self._by_source.items():
+            if fnmatch.fnmatchcase(source.lower(), pattern.lower()):
+                return [function, *self._functions[1:]]
+        return self._functions
 
-    def __exit__(self, *_) -> None: ...
-
-
-class InlineGrader:
-    """Judges at once, in this process: only for functions that take microseconds on any text."""
-
-    def __init__(self, reward_function: RewardFunction):
-        self._reward_function = reward_function
-        self._reasons: set[str] = set()
-
-    def submit(self, response_text: str, problem: Problem) -> Future[Verdict]:
-        future: Future[Verdict] = Future()
+    def _judge(
+        self, function: WeightedFunction, response: str, problem: Problem
+    ) -> Future[Judgment]:
+        if not function.in_process:
+            assert self._pool is not None
+            return self._pool.submit(response, problem, function.function)
+        future: Future[Judgment] = Future()
         try:
-            future.set_result(as_verdict(self._reward_function(response_text, problem)))
+            future.set_result(call(function.function, response, problem))
         except Exception as error:
-            reason = f"grader: error ({type(error).__name__})"
-            logger.log(logging.DEBUG if reason in self._reasons else logging.WARNING, reason)
-            self._reasons.add(reason)
-            future.set_result(Verdict.ERROR)
+            reason = type(error).__name__
+            is_new = (function.name, reason) not in self._reasons
+            logger.log(
+                logging.WARNING if is_new else logging.DEBUG,
+                f"reward function {function.name}: {reason}",
+            )
+            self._reasons.add((function.name, reason))
+            future.set_result(Judgment(None, reason=reason))
         return future
 
     def close(self) -> None:
-        pass
+        """Ends the grading processes; pending grades are cancelled."""
+        if self._pool is not None:
+            self._pool.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.close()
 
 
+def combine(functions: Sequence[WeightedFunction], judgments: Sequence[Judgment]) -> Grade:
+    """Returns the grade that follows from the judgments of some functions; see `Grader`."""
+    by_name = {f.name: judgment for f, judgment in zip(functions, judgments, strict=True)}
+    if judgments[0].reward is None:
+        return Grade(None, by_name)
+    present = [
+        (f.weight, j.reward)
+        for f, j in zip(functions, judgments, strict=True)
+        if j.reward is not None
+    ]
+    total = sum(weight for weight, _ in present)
+    return Grade(min(1.0, sum(weight * reward for weight, reward in present) / total), by_name)
+
+
 def make_grader(
-    name: str,
+    names: Sequence[str],
     *,
-    eos_text: str,
-    num_workers: int,
-    timeout_secs: float,
+    weights: Sequence[float] | None = None,
+    by_source: Mapping[str, str] | None = None,
+    eos_text: str = "",
+    special_tokens: Sequence[str] = (),
+    num_workers: int = 2,
+    timeout_secs: float = 5.0,
     max_response_chars: int = MAX_RESPONSE_CHARS,
+    environment: Sequence[str] = (),
 ) -> Grader:
-    """Builds a grader.
+    """Builds a grader from names.
 
     Args:
-      name: a name in `GRADERS`, or the import path `package.module:name` of a reward function of your own. It runs in
-        worker processes, as "math" and "by_source" do; its module must not import jax there.
+      names: names in `REWARD_FUNCTIONS`, or import paths `package.module:name` of functions of your own. They run in
+        worker processes, and their modules must not import jax there.
+      weights: the weight of each function; equal ones if None.
+      by_source: patterns of problem sources, and the name of the function that decides there; see `Grader`.
       eos_text: the tokenizer's EOS, with which a card-shuffles response must end.
-      num_workers, timeout_secs, max_response_chars: see `GraderPool`.
+      special_tokens: texts that are removed from responses.
+      num_workers, timeout_secs, max_response_chars, environment: see `GraderPool`.
 
     Raises:
-      UserError: if there is no such grader.
+      UserError: if there is no such function.
     """
-    if name == "card_shuffles":
-        return InlineGrader(card_shuffles_grader(eos_text))
-    if name == "multiple_choice":
-        return InlineGrader(grade_multiple_choice)
-    return GraderPool(
-        _find_reward_function(name),
+    weights = weights or [1.0] * len(names)
+    find = lambda name, field, weight: _find(name, field, weight, eos_text)
+    functions = [
+        find(*item) for item in zip(names, ["rewards.functions"] * len(names), weights, strict=True)
+    ]
+    if len({function.name for function in functions}) < len(functions):  # a.py:f and b.py:f
+        functions = [f._replace(name=name) for f, name in zip(functions, names, strict=True)]
+    return Grader(
+        functions,
+        by_source={
+            pattern: find(name, f"rewards.by_source.{pattern}", weights[0])
+            for pattern, name in (by_source or {}).items()
+        },
+        special_tokens=special_tokens,
         num_workers=num_workers,
         timeout_secs=timeout_secs,
         max_response_chars=max_response_chars,
+        environment=environment,
     )
 
 
-def _find_reward_function(name: str) -> RewardFunction:
-    """Returns a reward function that runs in worker processes."""
+def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFunction:
+    """Returns the reward function that a name stands for."""
+    if name == "card_shuffles":
+        function = card_shuffles_grader(eos_text)
+        return WeightedFunction(name, function, weight, in_process=True, sees_special_tokens=True)
+    if name == "multiple_choice":
+        return WeightedFunction(name, grade_multiple_choice, weight, in_process=True)
+    if name in IN_PROCESSES:
+        return WeightedFunction(name, IN_PROCESSES[name], weight)
     if ":" not in name:
-        if name in POOLED:
-            return POOLED[name]
-        close = difflib.get_close_matches(name, GRADERS, n=1)
-        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(GRADERS)}"
-        raise UserError(f"rewards.grader={name!r}: no such grader; {known}")
-    function = import_object(name, "rewards.grader")
+        close = difflib.get_close_matches(name, REWARD_FUNCTIONS, n=1)
+        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(REWARD_FUNCTIONS)}"
+        raise UserError(f"{field}={name!r}: no such reward function; {known}")
+    function = import_object(name, field)
     if not callable(function):
-        raise UserError(f"rewards.grader={name}: not a function of a response and its problem")
-    return function
+        raise UserError(f"{field}={name}: not a function of a response and its problem")
+    try:
+        path_of(function)
+    except (AttributeError, ValueError):
+        raise UserError(
+            f"{field}={name}: not a function defined at the top level of its module"
+        ) from None
+    return WeightedFunction(name.rpartition(":")[2], function, weight)
+
+
+def _when_all_done(
+    futures: Sequence[Future[Judgment]], make: Callable[[list[Judgment]], Grade]
+) -> Future[Grade]:
+    """Returns a future of `make(results)`; it is cancelled if one of the futures is."""
+    combined: Future[Grade] = Future()
+    lock, num_pending = threading.Lock(), len(futures)
+
+    def on_done(future: Future[Judgment]) -> None:
+        nonlocal num_pending
+        with lock:
+            num_pending -= 1
+            is_last = num_pending == 0
+        if future.cancelled():
+            combined.cancel()
+        elif is_last and combined.set_running_or_notify_cancel():
+            combined.set_result(make([f.result() for f in futures]))
+
+    for future in futures:
+        future.add_done_callback(on_done)
+    return combined

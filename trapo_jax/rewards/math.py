@@ -1,13 +1,12 @@
-r"""Mathematical answers, compared by math-verify (https://github.com/huggingface/Math-Verify).
+r"""Mathematical answers.
 
-Only for processes that can be killed: on a hostile answer math-verify and sympy compute for ever, holding the
-GIL, and even printing what they parsed may hang. Its own time limits are switched off (they are signals, which do
-not work in threads and do not interrupt C code); the pool's limit bounds it.
+`grade_math` is strict: a response must say what its answer is, in a box, after `####` or after "the answer is", and the
+answer must equal the problem's by `equality.equivalent`. `grade_math_lenient` is the reward of the TRAPO authors:
+math-verify with its default settings, which falls back to the last number in the response.
 
-Only its LaTeX grammar is used: its reader of plain expressions is sympy's `parse_expr`, which is `eval`.
-
-Stricter than `math_verify.parse` on the whole response, which falls back to the last number it sees: a response
-that does not say what its answer is has none.
+Both run only in processes that can be killed: on a hostile answer sympy computes for ever, holding the GIL, and even
+printing what was parsed may hang. math-verify's own time limits are switched off (they are signals, which do not work
+in threads and do not interrupt C code); the pool's limit bounds it.
 """
 
 import functools
@@ -15,98 +14,134 @@ import logging
 import re
 from typing import Any
 
-from trapo_jax.rewards.extraction import last_boxed, without_special_tokens
+from trapo_jax.rewards.equality import equivalent as _equivalent
+from trapo_jax.rewards.extraction import final_part, last_boxed
+from trapo_jax.rewards.notation import EMPHASIS
 from trapo_jax.types import Problem, Verdict
 
 MAX_ANSWER_CHARS = 2_000
 # Bounded repetitions: time stays linear in the text.
 ANSWER_LINE = re.compile(r"^[ \t]{0,8}####[ \t]{0,8}(\S.*)$", re.MULTILINE)
 ANSWER_PHRASE = re.compile(
-    r"\banswer(?:\s{1,3}is\s{0,3}:?|\s{0,3}(?:\*\*)?\s{0,3}[:=])\s{0,3}(?:\*\*)?\s{0,3}(?=\S)",
+    r"\banswer(?:\s{1,3}(?:is|would be|will be|equals|=)\s{0,3}:?|\s{0,3}(?:\*\*|__)?\s{0,3}[:=])\s{0,3}(?:\*\*|__)?\s{0,3}(?=\S)",
     re.IGNORECASE,
 )
-DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+DELIMITED = re.compile(
+    r"\$\$(.+?)\$\$|\$((?:\\.|[^$\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
+BETWEEN = re.compile(r"\s{0,2}(?:,|and|or|,\s?and|,\s?or)\s{0,2}(?=[$\\])")
+# An answer in words begins with a letter; what begins otherwise is mathematics.
+MATHEMATICAL = re.compile(r"[\d$\\(\[{|+.√π∞€£-]|[−±≈~=]|[A-Za-z](?:\s?[=^_(]|[.,]?$)")
+CLAUSE_END = re.compile(
+    r"[.!?](?=\s|$)|\s\((?=[A-Za-z]{2})|[,;]?\s\(?(?:which|because|since|so|as|where|when|after|hence|thus|therefore|if|i\.e\.|that|but|not|for|at|in|on)\b|;|,\s(?:and|giving|meaning)\s"
+)
 
 
-def grade_math(response_text: str, problem: Problem) -> Verdict:
-    """Whether the response's answer equals the problem's.
+def grade_math(response: str, problem: Problem) -> tuple[Verdict, str | None]:
+    r"""Whether the response's answer equals the problem's, and the answer that was read.
 
     Args:
-      response_text: any text; special tokens in it do not matter.
-      problem: its `answer` is LaTeX or plain, with or without `$`, `\\boxed{}` or `#### `.
+      response: any text without special tokens.
+      problem: its `answer` is LaTeX or plain, with or without `$`, `\boxed{}` or `#### `.
 
     Returns:
       WRONG also if the response has no answer, one that cannot be read, or one of more than
       MAX_ANSWER_CHARS characters.
 
     Raises:
-      ValueError: if the problem's answer has nothing to compare with.
-      Exception: whatever sympy raises while it compares; the pool makes that ERROR.
+      ValueError: if the problem's answer is empty.
     """
-    answer = extract_math_answer(response_text)
+    gold = gold_answer(problem.answer)
+    answer = extract_math_answer(response)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
-        return Verdict.WRONG
-    return Verdict.CORRECT if equivalent(problem.answer, answer) else Verdict.WRONG
+        return Verdict.WRONG, answer
+    try:
+        return Verdict.CORRECT if _equivalent(gold, answer) else Verdict.WRONG, answer
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        return (
+            Verdict.WRONG,
+            answer,
+        )  # sympy cannot compare them, so that they are not written alike
 
 
-def extract_math_answer(response_text: str) -> str | None:
-    r"""The final answer as it is written, in time linear in the text; None if there is none.
+def grade_math_lenient(response: str, problem: Problem) -> tuple[Verdict, str | None]:
+    """The reward of the TRAPO and LUFFY releases: math-verify's defaults on the whole response.
 
-    The last closed `\boxed{}`; without one the last line `#### answer`; without one what follows the
-    last "answer is" or "answer:" on its line.
-
-    >>> extract_math_answer(r"Thus $x = \boxed{\frac{1}{2}}$.<|im_end|>")
-    '\\frac{1}{2}'
-    >>> extract_math_answer("so 42.\n#### 42</s>")
-    '42'
-    >>> extract_math_answer("The answer is $7$.")
-    '7'
+    It falls back to the last number in the response, and it rewards some wrong answers; see `equality`.
     """
-    text = without_special_tokens(response_text)
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return boxed.strip()
-    if lines := ANSWER_LINE.findall(text):
-        return _without_delimiters(lines[-1])
-    ends = [match.end() for match in ANSWER_PHRASE.finditer(text)]
-    if ends:
-        rest = text[ends[-1] :].split("\n", 1)[0]
-        return _first_delimited(rest) or rest.split(". ", 1)[0].strip(" .*")
-    return None
+    library = _math_verify()
+    gold = library.parse(f"${problem.answer}$", parsing_timeout=None)
+    parsed = library.parse(response, parsing_timeout=None)
+    is_correct = library.verify(gold, parsed, timeout_seconds=None)
+    answer = next((part for part in parsed if isinstance(part, str)), None)
+    return Verdict.CORRECT if is_correct else Verdict.WRONG, answer
 
 
 def equivalent(gold: str, answer: str) -> bool:
-    """Whether `answer` means what `gold` means; the order matters to math-verify.
+    """Whether `answer` means what `gold` means; both as data sets and models write them.
 
     Raises:
       ValueError: if nothing can be read from `gold`.
     """
-    golds, answers = _parse_gold(gold), _parse(answer)
-    if _texts(golds) & _texts(answers):
-        return True  # nothing to compute
-    return _math_verify().verify(golds, answers, timeout_seconds=None, raise_on_error=True)
+    return _equivalent(gold_answer(gold), answer)
 
 
-@functools.lru_cache(maxsize=1024)  # a group's rollouts share it
-def _parse_gold(gold: str) -> list[Any]:
-    boxed, lines = last_boxed(gold), ANSWER_LINE.findall(gold)
-    text = boxed if boxed is not None else _without_delimiters(lines[-1] if lines else gold)
-    if not (parsed := _parse(text)):
-        raise ValueError("the problem's answer is empty or cannot be read")
-    return parsed
+@functools.lru_cache(maxsize=1024)  # the rollouts of a group share it
+def gold_answer(text: str) -> str:
+    """Returns a problem's answer without its box, `####` or delimiters.
+
+    Raises:
+      ValueError: if there is nothing left.
+    """
+    boxed, lines = last_boxed(text), ANSWER_LINE.findall(text)
+    answer = boxed if boxed is not None else _without_delimiters(lines[-1] if lines else text)
+    if not answer.strip(" $.\n\t"):
+        raise ValueError("the problem's answer is empty")
+    return answer
 
 
-def _parse(answer: str) -> list[Any]:
-    """The sympy expression, if it is one, and the normalised text."""
-    config = [_math_verify().LatexExtractionConfig()]
-    return _math_verify().parse(
-        f"\\boxed{{{answer}}}", config, parsing_timeout=None, raise_on_error=True
+def extract_math_answer(response: str) -> str | None:
+    r"""Returns the final answer as it is written, in time linear in the text; None if there is none.
+
+    It stands in the last closed `\boxed{}`; without one, in the last line `#### answer`; without one, after the
+    last "answer is" or "answer:". A thought that is not finished holds no answer.
+
+    >>> extract_math_answer(r"Thus $x = \boxed{\frac{1}{2}}$.")
+    '\\frac{1}{2}'
+    >>> extract_math_answer("so 42.\n#### **42**")
+    '42'
+    >>> extract_math_answer("The answer is $7$, which is prime.")
+    '7'
+    """
+    text = final_part(response)
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed.strip()
+    if lines := ANSWER_LINE.findall(text):
+        return _without_delimiters(lines[-1].strip(EMPHASIS + " "))
+    rests = [
+        text[match.end() :].split("\n", 1)[0][: MAX_ANSWER_CHARS + 1]
+        for match in ANSWER_PHRASE.finditer(text)
+    ]
+    if not rests:
+        return None
+    # A later "the answer is consistent" takes nothing back.
+    return _of_clause(
+        next((rest for rest in reversed(rests) if MATHEMATICAL.match(rest)), rests[-1])
     )
+
+
+def _of_clause(rest: str) -> str:
+    """Returns the answer at the beginning of a clause."""
+    if delimited := _delimited(rest):
+        return ", ".join(delimited)
+    end = CLAUSE_END.search(rest)
+    return rest[: end.start() if end else None].rstrip(" .,").strip(" " + EMPHASIS)
 
 
 def warm_up() -> None:
     """Imports sympy and builds math-verify's grammar, which takes seconds."""
-    equivalent("1", "2")
+    equivalent("x + 1", "x + 2")
 
 
 @functools.cache
@@ -118,10 +153,6 @@ def _math_verify() -> Any:
     return math_verify
 
 
-def _texts(parsed: list[Any]) -> set[str]:
-    return {part for part in parsed if isinstance(part, str)}
-
-
 def _without_delimiters(text: str) -> str:
     """`$x$` to `x`; anything else, such as `$x$ and $y$`, as it is."""
     text = text.strip()
@@ -130,6 +161,11 @@ def _without_delimiters(text: str) -> str:
     return inner.strip() if inner and "$" not in inner else text
 
 
-def _first_delimited(text: str) -> str | None:
-    match = DELIMITED.match(text)
-    return next(group for group in match.groups() if group).strip() if match else None
+def _delimited(text: str) -> list[str]:
+    """Returns the formulas at the beginning of a text: one, or several with commas, "and" or "or" between them."""
+    formulas, position = [], 0
+    while match := DELIMITED.match(text, position):
+        formulas += [group.strip() for group in match.groups() if group]
+        between = BETWEEN.match(text, match.end())
+        position = between.end() if between else len(text)
+    return formulas

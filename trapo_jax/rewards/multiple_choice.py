@@ -1,68 +1,75 @@
 r"""Multiple choice: the letter that a response settles on (ARC-c: A-D, MMLU-Pro: A-J).
 
-Strict: a response that names two letters, or none in a recognised place, has no answer.
+Strict: a response that names two letters, or none in a recognized place, has no answer.
 """
 
 import re
 
-from trapo_jax.rewards.extraction import last_boxed, without_special_tokens
+from trapo_jax.rewards.extraction import final_part, last_boxed
 from trapo_jax.types import Problem, Verdict
 
-LETTERS = "A-J"
-# \boxed{B}, \boxed{(B)}, \boxed{\text{B}}, \boxed{B. 12 cm}; not \boxed{AB}, \boxed{A, B}, \boxed{A or B}.
-LETTER = re.compile(rf"\(?([{LETTERS}])\)?[.:]?(?:(?<=[.:)])\s.*)?", re.DOTALL)
-WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s?\{([^{}]*)\}")
+LETTERS = "A-Ja-j"
+# A letter alone or before its choice: B, (B), b), B. 12 cm, B - Paris, Option B; not AB, "A, B", "A or B", "a good one".
+LETTER = re.compile(
+    rf"(?:(?i:option|choice|answer)\s{{1,3}})?(?:\(([{LETTERS}])\)[.:]?(?:\s.*)?|([{LETTERS}])(?:[.:)](?:\s.*)?|\s[-–—]\s.*)?)",
+    re.DOTALL,
+)
+WRAPPER = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|boldsymbol)\s?\{([^{}]*)\}"
+)
+SPACING = re.compile(r"\\[ ,;:!]|\\q?quad\b|~")
 # "answer is (B)", "Answer: B", "**Answer:** B", "correct option is B". Bounded repetitions: linear time.
 STATEMENT = re.compile(
-    r"(?i:answer|option|choice)(?:\*\*)?\s{0,3}(?::|=|(?i:is)\b)\s{0,3}:?(?:\*\*)?\s{0,3}"
-    rf"(?:(?i:option|choice)\s)?(?:\*\*|\$)?(?:\(([{LETTERS}])\)|([{LETTERS}])(?![\w'-]))(?=(?P<rest>[^\n]{{0,80}}))"
+    r"(?i:answer|option|choice)(?:\*\*|__)?\s{0,3}(?::|=|(?i:is|would be)\b)\s{0,3}:?(?:\*\*|__)?\s{0,3}"
+    rf"(?:(?i:option|choice)\s)?(?:\*\*|__|\$)?(?:\(([{LETTERS}])\)|([{LETTERS}])(?![\w'-]))(?=(?P<rest>[^\n]{{0,80}}))"
 )
 # What may follow a letter without parentheses: else "A" is an article ("the answer is A good one").
-AFTER_LETTER = re.compile(r"\s{0,3}(?:$|[.,:;)*$\]}]|because\b|since\b|as\b)")
+AFTER_LETTER = re.compile(r"\s{0,3}(?:$|[.,:;)*_$\]}]|[-–—]\s|because\b|since\b|as\b)")
 SECOND_LETTER = re.compile(rf"\W{{0,6}}(?:(?:and|or|,|/|&)\W{{0,6}})\(?[{LETTERS}](?![\w'-])")
 
 
-def grade_multiple_choice(response_text: str, problem: Problem) -> Verdict:
-    """Whether the response settles on the problem's letter; WRONG too if it settles on none.
+def grade_multiple_choice(response: str, problem: Problem) -> tuple[Verdict, str | None]:
+    """Whether the response settles on the problem's letter, and the letter; WRONG too if it settles on none.
 
     Raises:
       ValueError: if the problem's answer is not one letter A-J.
     """
-    gold = LETTER.fullmatch(problem.answer.strip())
+    gold = _single_letter(problem.answer)
     if gold is None:
         raise ValueError("the problem's answer is not a letter A-J")
-    right = extract_choice(response_text) == gold[1]
-    return Verdict.CORRECT if right else Verdict.WRONG
+    choice = extract_choice(response)
+    return Verdict.CORRECT if choice == gold else Verdict.WRONG, choice
 
 
-def extract_choice(response_text: str) -> str | None:
-    r"""The letter in the last `\boxed{}`; without a box, the letter of the last statement such as
-    "the answer is (B)"; without one, a response that is but a letter. None if that is not one letter.
+def extract_choice(response: str) -> str | None:
+    r"""Returns the letter in the last `\boxed{}`; without a box, that of the last statement such as "the answer is (B)";
+    without one, a response that is but a letter. None if that is not one letter.
 
-    >>> extract_choice(r"Hence \boxed{\text{(C)}}.")
+    >>> extract_choice(r"Hence \boxed{\textbf{(C)}\ 12}.")
     'C'
-    >>> extract_choice("Not A. The answer is (B).<|im_end|>")
+    >>> extract_choice("Not A. The answer is (b).")
     'B'
     >>> extract_choice("The answer is A or B.") is None
     True
     """
-    text = without_special_tokens(response_text).strip()
+    text = WRAPPER.sub(r"\1", final_part(response)).strip()
     boxed = last_boxed(text)
     if boxed is not None:
-        return _single_letter(WRAPPER.sub(r"\1", boxed).strip(" $*"))
+        return _single_letter(boxed)
     statement = None
     for statement in STATEMENT.finditer(text):  # noqa: B007 - the last one
         pass
     if statement is None:
         return _single_letter(text)
-    bare = statement[2] is not None
-    if SECOND_LETTER.match(statement["rest"]) or (
-        bare and not AFTER_LETTER.match(statement["rest"])
-    ):
+    is_bare = statement[2] is not None
+    if SECOND_LETTER.match(statement["rest"]):
         return None
-    return statement[1] or statement[2]
+    if is_bare and not AFTER_LETTER.match(statement["rest"]):
+        return None
+    return (statement[1] or statement[2]).upper()
 
 
 def _single_letter(text: str) -> str | None:
+    text = SPACING.sub(" ", WRAPPER.sub(r"\1", text)).strip(" $*_\n")
     match = LETTER.fullmatch(text)
-    return match[1] if match else None
+    return (match[1] or match[2]).upper() if match else None

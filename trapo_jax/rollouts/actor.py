@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from trapo_jax.config import EngineConfig, GradingConfig
 from trapo_jax.distributed.processes import gather, my_share
 from trapo_jax.methods import Method
-from trapo_jax.models import PretrainedModel, TokenCost, token_cost
+from trapo_jax.models import PretrainedModel, TokenCost, special_tokens, token_cost
 from trapo_jax.rewards import Grader, make_grader
 from trapo_jax.rollouts.collection import PartialRollouts, collect_groups, share_groups
 from trapo_jax.rollouts.guidance import Guidance
@@ -22,6 +22,7 @@ from trapo_jax.rollouts.metrics import check_grades, rollout_metrics, rollout_us
 from trapo_jax.sampling.engine import EngineSpec, RolloutEngine, make_engine
 from trapo_jax.types import (
     Completion,
+    Grade,
     Moment,
     Problem,
     Rollout,
@@ -29,14 +30,13 @@ from trapo_jax.types import (
     SamplingParams,
     Usage,
     UserError,
-    Verdict,
 )
 
 # Takes the place of the training step in the random keys of evaluations. All evaluations of a run draw the same
 # random numbers, so that two of them differ by the policy alone.
 EVALUATION_STEP = 2**32 - 1
 
-Sample = Callable[[Sequence[RolloutRequest], SamplingParams], Iterator[tuple[Completion, Verdict]]]
+Sample = Callable[[Sequence[RolloutRequest], SamplingParams], Iterator[tuple[Completion, Grade]]]
 
 
 class Collected(NamedTuple):
@@ -157,7 +157,7 @@ class Actor:
         """Provides a function that samples and grades unguided requests from the given parameters.
 
         The function takes the requests of this process and sampling parameters, and yields each completion with its
-        verdict as soon as it is graded. All evaluations draw the same random numbers.
+        grade as soon as it is graded. All evaluations draw the same random numbers.
         """
         self.engine.update_weights(params)
         try:
@@ -167,9 +167,9 @@ class Actor:
 
     def _sample(
         self, requests: Sequence[RolloutRequest], sampling: SamplingParams
-    ) -> Iterator[tuple[Completion, Verdict]]:
+    ) -> Iterator[tuple[Completion, Grade]]:
         self.engine.submit(requests, step=EVALUATION_STEP, params=sampling)
-        pending: dict[Future[Verdict], Completion] = {}
+        pending: dict[Future[Grade], Completion] = {}
         while self.engine.is_busy or pending:
             completions = self.engine.step()
             pending.update((self.grade(completion), completion) for completion in completions)
@@ -178,11 +178,15 @@ class Actor:
             for future in [future for future in pending if future.done()]:
                 yield pending.pop(future), future.result()
 
-    def grade(self, completion: Completion) -> Future[Verdict]:
+    def grade(self, completion: Completion) -> Future[Grade]:
         """Grades the whole response, expert prefix and special tokens included, asynchronously."""
         self._on_progress("sampling")
         token_ids = (*completion.request.prefix_ids, *completion.token_ids)
         return self._grader.submit(self._decode(token_ids), completion.request.problem)
+
+    def are_equal(self, first: str, second: str) -> bool:
+        """Whether two answers mean the same to the grader."""
+        return self._grader.are_equal(first, second)
 
     @property
     def kv_bytes(self) -> int:
@@ -217,7 +221,7 @@ def make_actor(
     grading: GradingConfig,
     model: PretrainedModel,
     *,
-    grader: str,
+    functions: Sequence[str],
     max_prompt_length: int,
     seed: int,
     mesh: Mesh | None = None,
@@ -234,7 +238,7 @@ def make_actor(
       sampling: the config's section of the rollout engine.
       grading: the config's section of the graders.
       model: the pretrained model; its parameters are not loaded.
-      grader: name or import path of the grader.
+      functions: names or import paths of the reward functions.
       max_prompt_length: maximum prompt length in tokens.
       seed: random seed of sampling.
       mesh: the mesh to sample on; a single device if None.
@@ -258,10 +262,14 @@ def make_actor(
     return Actor(
         make_engine(sampling.engine, spec),
         make_grader(
-            grader,
+            functions,
+            weights=grading.weights,
+            by_source=grading.by_source,
             eos_text=model.tokenizer.eos_token,
+            special_tokens=special_tokens(model.tokenizer),
             num_workers=grading.workers,
             timeout_secs=grading.timeout_secs,
+            environment=grading.environment,
         ),
         model.tokenizer.decode,
         method,

@@ -19,17 +19,17 @@ from trapo_jax.distributed.processes import gather_shares
 from trapo_jax.rollouts.guidance import Group, Guidance
 from trapo_jax.sampling.engine import RolloutEngine
 from trapo_jax.types import (
-    REWARDS,
     Completion,
     FinishReason,
+    Grade,
+    Judgment,
     Problem,
     Rollout,
     RolloutRequest,
     SamplingParams,
-    Verdict,
 )
 
-Grade = Callable[[Completion], Future[Verdict]]
+GradeFunction = Callable[[Completion], Future[Grade]]
 
 
 class PartialRollouts(NamedTuple):
@@ -42,7 +42,7 @@ class PartialRollouts(NamedTuple):
     """
 
     groups: Mapping[str, Group] = {}
-    pending_grades: Mapping[Future[Verdict], Completion] = {}
+    pending_grades: Mapping[Future[Grade], Completion] = {}
     unfinished: Sequence[Completion] = ()
 
     @property
@@ -70,7 +70,7 @@ class CollectedGroups(NamedTuple):
 def collect_groups(
     engine: RolloutEngine,
     guidance_of: Callable[[Problem], Guidance],
-    grade: Grade,
+    grade: GradeFunction,
     problems: Sequence[Problem],
     *,
     step: int,
@@ -107,7 +107,7 @@ class _Collector:
         self,
         engine: RolloutEngine,
         guidance_of: Callable[[Problem], Guidance],
-        grade: Grade,
+        grade: GradeFunction,
         step: int,
         params: SamplingParams,
         partial: PartialRollouts,
@@ -162,9 +162,9 @@ class _Collector:
         while done := [future for future in self._pending_grades if future.done()]:
             updated: dict[str, None] = {}  # an ordered set
             for future in done:
-                completion, verdict = self._pending_grades.pop(future), future.result()
+                completion = self._pending_grades.pop(future)
                 problem_id = completion.request.problem.id
-                self._groups[problem_id].observe(completion, verdict)
+                self._groups[problem_id].observe(completion, future.result())
                 updated[problem_id] = None
             self._release(self._groups[problem_id] for problem_id in updated)
 
@@ -194,15 +194,16 @@ def _to_json(rollout: Rollout) -> list[Any]:
     request, completion = rollout.request, rollout.completion
     start = (request.sample_index, request.micro_group, request.expert_index, request.prefix_len)
     sampled = (completion.token_ids, completion.logprobs, completion.finish_reason)
-    return [*start, request.ratio, *sampled, rollout.verdict]
+    grade = (rollout.grade.reward, rollout.grade.judgments)
+    return [*start, request.ratio, *sampled, *grade]
 
 
 def _from_json(record: list[Any], problem: Problem) -> Rollout:
-    *start, token_ids, logprobs, finish_reason, verdict = record
+    *start, token_ids, logprobs, finish_reason, reward, judgments = record
     completion = Completion(
         RolloutRequest(problem, *start),
         tuple(token_ids),
         tuple(logprobs),
         FinishReason(finish_reason),
     )
-    return Rollout(completion, Verdict(verdict), REWARDS[Verdict(verdict)])
+    return Rollout(completion, Grade(reward, {n: Judgment(*j) for n, j in judgments.items()}))

@@ -9,8 +9,9 @@ otherwise they are unguided.
 the state of one problem while its rollouts are collected.
 
 Departure from the paper: a micro-group is released as soon as its decision is certain. Rewards lie in [0, 1], so
-the rewards that are still missing bound the mean. If both bounds fall on the same side of the threshold, the
-missing rewards cannot change the decision. The outcome is the same as that of waiting for all of them.
+the rewards that are still pending bound the mean. If both bounds fall on the same side of the threshold, the
+pending rewards cannot change the decision. The outcome is the same as that of waiting for all of them, also where one
+of them turns out to be missing: the mean of the others lies between the bounds.
 """
 
 import dataclasses
@@ -19,14 +20,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from trapo_jax.types import (
-    REWARDS,
     Completion,
+    Grade,
     MicroGroup,
     PrefixBoundary,
     Problem,
     Rollout,
     RolloutRequest,
-    Verdict,
 )
 
 PARAGRAPH_REACH = 0.3  # A paragraph break counts if it lies before (ratio + 0.3) * length.
@@ -37,16 +37,22 @@ class GuidanceState(NamedTuple):
 
     Attributes:
       problem: the problem that is sampled.
-      rewards: reward of each rollout in [0, 1], by sample index; None until it has been observed.
+      rewards: reward of each rollout in [0, 1], by sample index; None until it has been observed, and where it is
+        missing.
+      missing: sample indices of the rollouts that were observed without a reward.
     """
 
     problem: Problem
     rewards: tuple[float | None, ...]
+    missing: frozenset[int] = frozenset()
+
+    def is_observed(self, sample_index: int) -> bool:
+        return self.rewards[sample_index] is not None or sample_index in self.missing
 
     @property
     def is_complete(self) -> bool:
         """Whether every rollout has been observed."""
-        return None not in self.rewards
+        return all(map(self.is_observed, range(len(self.rewards))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,23 +81,27 @@ class Guidance:
         """Returns the state of a problem before anything has been sampled."""
         return GuidanceState(problem, (None,) * self.group_size)
 
-    def observe(self, state: GuidanceState, sample_index: int, reward: float) -> GuidanceState:
-        """Returns the state after rollout `sample_index` received `reward`.
+    def observe(
+        self, state: GuidanceState, sample_index: int, reward: float | None
+    ) -> GuidanceState:
+        """Returns the state after rollout `sample_index` was graded.
 
         Args:
           state: the state before.
           sample_index: index of the rollout in its group.
-          reward: reward in [0, 1].
+          reward: reward in [0, 1]; None if it is missing. A missing reward enters no mean.
 
         Raises:
           ValueError: if the reward is out of range or the rollout has been observed before.
         """
-        if not 0.0 <= reward <= 1.0:
+        if reward is not None and not 0.0 <= reward <= 1.0:
             raise ValueError(f"reward must be in [0, 1], got {reward}")
-        if state.rewards[sample_index] is not None:
+        if state.is_observed(sample_index):
             raise ValueError(
                 f"rollout {sample_index} of problem {state.problem.id} was observed before"
             )
+        if reward is None:
+            return state._replace(missing=state.missing | {sample_index})
         rewards = list(state.rewards)
         rewards[sample_index] = reward
         return state._replace(rewards=tuple(rewards))
@@ -103,14 +113,15 @@ class Guidance:
         """
         requests, first = [], 0
         for index, group in enumerate(self.micro_groups):
-            guided = is_guided(state.rewards[:first], group.threshold)
+            earlier = [state.rewards[j] for j in range(first) if j not in state.missing]
+            guided = is_guided(earlier, group.threshold)
             members = range(first, first + group.size)
             first += group.size
             if guided is not None:
                 requests += [
                     self._request(state.problem, index, j, guided=guided)
                     for j in members
-                    if state.rewards[j] is None
+                    if not state.is_observed(j)
                 ]
         return requests
 
@@ -135,7 +146,7 @@ class Guidance:
 
 
 def is_guided(rewards: Sequence[float | None], threshold: float) -> bool | None:
-    """Returns whether `mean(rewards) < threshold`, or None while missing rewards could change the answer.
+    """Returns whether `mean(rewards) < threshold`, or None while pending rewards (None) could change the answer.
 
     The mean of no rewards is 0. `math.fsum` rounds correctly, so the result does not depend on the order of the
     rewards and never decreases when one of them grows. Therefore the bounds hold to the last bit.
@@ -143,8 +154,8 @@ def is_guided(rewards: Sequence[float | None], threshold: float) -> bool | None:
     if not rewards:
         return threshold > 0
     known = [reward for reward in rewards if reward is not None]
-    num_missing = len(rewards) - len(known)
-    if math.fsum([*known, *([1.0] * num_missing)]) / len(rewards) < threshold:
+    num_pending = len(rewards) - len(known)
+    if math.fsum([*known, *([1.0] * num_pending)]) / len(rewards) < threshold:
         return True
     if math.fsum(known) / len(rewards) >= threshold:
         return False
@@ -191,11 +202,11 @@ class Group:
                 (complete if is_whole else to_sample).append(request)
         return to_sample, complete
 
-    def observe(self, completion: Completion, verdict: Verdict) -> None:
+    def observe(self, completion: Completion, grade: Grade) -> None:
         """Adds a graded rollout."""
-        index, reward = completion.request.sample_index, REWARDS[verdict]
-        self.rollouts[index] = Rollout(completion, verdict, reward)
-        self.state = self.guidance.observe(self.state, index, reward)
+        index = completion.request.sample_index
+        self.rollouts[index] = Rollout(completion, grade)
+        self.state = self.guidance.observe(self.state, index, grade.reward)
 
 
 def is_complete(request: RolloutRequest, max_completion_length: int) -> bool:

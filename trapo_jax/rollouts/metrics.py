@@ -1,10 +1,11 @@
 """Statistics of collected rollouts: metrics, usage, and the check that enough of them could be graded."""
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
 from trapo_jax.models import TokenCost, count_attention_pairs
-from trapo_jax.types import Rollout, TrainingFailed, Usage, Verdict
+from trapo_jax.types import Judgment, Rollout, TrainingFailed, Usage, Verdict
 
 
 def rollout_metrics(
@@ -20,28 +21,68 @@ def rollout_metrics(
       num_micro_groups: number of micro-groups of the method, which is the number of levels.
     """
     rollouts = [rollout for group in groups for rollout in group]
-    unguided = [r.reward for r in rollouts if r.request.prefix_len == 0]
+    graded = [[r for r in group if r.grade.reward is not None] for group in groups]
+    unguided = [r.reward for group in graded for r in group if r.request.prefix_len == 0]
     levels = [
         max((r.request.micro_group for r in group if r.request.prefix_len), default=0)
         for group in groups
     ]
     lens = [len(r.completion.token_ids) for r in rollouts if r.completion.token_ids]
-    verdicts = [rollout.verdict for rollout in rollouts]
     finish_reasons = [rollout.completion.finish_reason for rollout in rollouts]
     return {
-        "reward/mean": fmean(r.reward for r in rollouts),
-        "reward/unguided_mean": fmean(unguided) if unguided else 0.0,
-        "reward/groups_with_signal": fmean(len({r.reward for r in group}) > 1 for group in groups),
-        "reward/error_rate": fmean(v is Verdict.ERROR for v in verdicts),
-        "reward/timeout_rate": fmean(v is Verdict.TIMEOUT for v in verdicts),
+        "reward/mean": _mean([r.reward for group in graded for r in group]),
+        "reward/unguided_mean": _mean(unguided),
+        "reward/groups_with_signal": fmean(len({r.reward for r in group}) > 1 for group in graded),
+        "reward/missing": fmean(r.grade.reward is None for r in rollouts),
+        **failure_rates(rollouts),
+        **rewards_by_function(rollouts),
         "guidance/ratio_mean": fmean(r.request.ratio for r in rollouts),
         **{
             f"guidance/level_{i}": fmean(level == i for level in levels)
             for i in range(num_micro_groups)
         },
-        "completion/len_mean": fmean(lens) if lens else 0.0,
+        "completion/len_mean": _mean(lens),
         "completion/truncated": fmean(reason == "length" for reason in finish_reasons),
     }
+
+
+def failure_rates(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Returns the shares of rollouts on which some reward function failed or exceeded its time limit."""
+    reasons = [set(r.grade.missing.values()) for r in rollouts]
+    return {
+        "reward/error_rate": fmean(bool(of - {Verdict.TIMEOUT}) for of in reasons),
+        "reward/timeout_rate": fmean(Verdict.TIMEOUT in of for of in reasons),
+    }
+
+
+def rewards_by_function(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Returns the mean reward of each function, `rewards/<name>`, if there are several."""
+    judgments = judgments_by_function(rollouts)
+    if len(judgments) < 2:
+        return {}
+    means = {
+        n: _mean([j.reward for j in of if j.reward is not None]) for n, of in judgments.items()
+    }
+    return {f"rewards/{name}": mean for name, mean in means.items()}
+
+
+def judgments_by_function(rollouts: Sequence[Rollout]) -> dict[str, list[Judgment]]:
+    """Returns the judgments of each reward function, by name."""
+    by_function: dict[str, list[Judgment]] = {}
+    for rollout in rollouts:
+        for name, judgment in rollout.grade.judgments.items():
+            by_function.setdefault(name, []).append(judgment)
+    return by_function
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else 0.0
+
+
+def graded_groups(groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
+    """Returns the groups without the rollouts whose reward is missing; a group of which none is left is dropped."""
+    graded = [[r for r in group if r.grade.reward is not None] for group in groups]
+    return [group for group in graded if group]
 
 
 def rollout_usage(
@@ -72,15 +113,19 @@ def rollout_usage(
 
 
 def check_grades(groups: Sequence[Sequence[Rollout]], step: int, *, max_error_rate: float) -> None:
-    """Checks that enough rollouts could be graded; one that failed counts as reward 0 in the advantages.
+    """Checks that every reward function could judge enough rollouts.
 
     Raises:
-      TrainingFailed: if the grader failed or timed out on more than the share `max_error_rate` of them.
+      TrainingFailed: if a function failed or exceeded its time limit on more than the share `max_error_rate` of them.
     """
-    verdicts = [rollout.verdict for group in groups for rollout in group]
-    errors, timeouts = verdicts.count(Verdict.ERROR), verdicts.count(Verdict.TIMEOUT)
-    if errors + timeouts > max_error_rate * len(verdicts):
+    rollouts = [rollout for group in groups for rollout in group]
+    for name, judgments in judgments_by_function(rollouts).items():
+        num_missing = sum(judgment.reward is None for judgment in judgments)
+        if num_missing <= max_error_rate * len(judgments):
+            continue
+        reasons = Counter(judgment.reason for judgment in judgments if judgment.reward is None)
         raise TrainingFailed(
-            f"step {step}: of {len(verdicts)} rollouts the grader failed on {errors} and timed out on {timeouts}, "
-            f"more than rewards.max_error_rate={max_error_rate}; warnings above, if any, say why"
+            f"step {step}: the reward function {name} judged {len(judgments) - num_missing} of {len(judgments)} "
+            f"rollouts ({', '.join(f'{count} x {reason}' for reason, count in reasons.most_common(3))}); more than "
+            f"rewards.max_error_rate={max_error_rate} have no reward"
         )

@@ -24,7 +24,7 @@ class Console:
         self._rich = rich.console.Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._first_step = first_step
         self._started = time.monotonic()
-        self._accuracy: float | None = None
+        self._accuracy = ""
         self._progress: Progress | None = None
         if self._rich.is_terminal:
             self._progress = _Panel(
@@ -52,9 +52,9 @@ class Console:
         """Prints a line that stays. It is shown literally: no markup, no control characters."""
         self._rich.print(Text(printable(text)))
 
-    def evaluated(self, accuracy: float) -> None:
+    def evaluated(self, split: str, accuracy: float) -> None:
         """Records the accuracy of the latest evaluation, which the progress shows from now on."""
-        self._accuracy = accuracy
+        self._accuracy = f"{split} accuracy {accuracy:.2f}  "
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the progress after a step.
@@ -63,9 +63,8 @@ class Console:
           step: number of the step, counted from 1.
           values: metrics of the step.
         """
-        accuracy = "" if self._accuracy is None else f"accuracy {self._accuracy:.2f}  "
         status = (
-            f"reward {values['reward/mean']:.2f}  {accuracy}"
+            f"reward {values['reward/mean']:.2f}  {self._accuracy}"
             f"guided {values['guidance/ratio_mean']:.2f}  "
             f"{values['time/tokens_per_sec']:,.0f} tokens/s"
         )

@@ -30,6 +30,7 @@ MAX_TOKENS = 1_500  # per response; the middle of a longer one is omitted
 MAX_CHARACTERS = 20_000  # per text
 STYLES = ("uplot.min.css", "report.css")
 SCRIPTS = ("uplot.min.js", "dom.js", "charts.js", "reader.js", "page.js")
+REWARD_PREFIX = "rewards/"  # of the mean reward of each reward function, where there are several
 LEVEL_PREFIX = "guidance/level_"  # followed by the index of a micro-group; the method decides how many there are
 PLOTTED = (
     "reward/mean",
@@ -232,8 +233,11 @@ def downsample(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, lis
     steps_per_point = max(1, math.ceil(len(records) / MAX_POINTS))
     blocks = [records[i : i + steps_per_point] for i in range(0, len(records), steps_per_point)]
     columns: dict[str, list[float | None]] = {"step": [block[-1]["step"] for block in blocks]}
-    levels = {name for record in records for name in record if name.startswith(LEVEL_PREFIX)}
-    for name in (*PLOTTED, *sorted(levels, key=lambda name: int(name.removeprefix(LEVEL_PREFIX)))):
+    names = {name for record in records for name in record}
+    levels = [name for name in names if name.startswith(LEVEL_PREFIX)]
+    rewards = [name for name in names if name.startswith(REWARD_PREFIX)]
+    by_level = sorted(levels, key=lambda name: int(name.removeprefix(LEVEL_PREFIX)))
+    for name in (*PLOTTED, *by_level, *sorted(rewards)):
         values = ([r[name] for r in block if _has_value(name, r)] for block in blocks)
         columns[name] = [float(f"{np.mean(v):.4g}") if v else None for v in values]
     return steps_per_point, columns
@@ -283,7 +287,7 @@ def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
             kept = {name: value for name, value in record.items() if name not in omitted}
             kept["step"], kept["problem_id"] = record["step"], record["problem_id"]
             kept["prompt"] = _cut_end(record["prompt"])
-            kept["answer"] = _cut_end(record["answer"])
+            kept["gold"] = _cut_end(record["gold"])
             tokens = record["tokens"]
             kept["num_tokens"] = len(tokens["kinds"])
             kept["tokens"] = {name: _cut_middle(values) for name, values in tokens.items()}

@@ -280,11 +280,12 @@ class Run:
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, json.dumps(problems) + "\n")
         self._log.metrics(EVAL, self.step, {"split": split, **metrics, "time/eval_secs": seconds})
-        self.console.evaluated(metrics["eval/accuracy_sampled"])
-        best = f"pass@{self._config.evaluation.num_samples}"
+        self.console.evaluated(split, metrics["eval/accuracy_sampled"])
+        num_samples = self._config.evaluation.num_samples
         self.console.say(
-            f"step {self.step}: {split} accuracy greedy {metrics['eval/accuracy_greedy']:.3f}, "
-            f"sampled {metrics['eval/accuracy_sampled']:.3f}, {best} {metrics[f'eval/{best}']:.3f}"
+            f"step {self.step}: {split} split, {metrics['eval/num_problems']} problems: greedy accuracy "
+            f"{metrics['eval/accuracy_greedy']:.3f} (1 sample each), sampled {metrics['eval/accuracy_sampled']:.3f}, "
+            f"pass@{num_samples} {metrics[f'eval/pass@{num_samples}']:.3f} ({num_samples} samples each)"
         )
         return metrics["eval/accuracy_sampled"]
 

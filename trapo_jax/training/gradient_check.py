@@ -23,6 +23,8 @@ from trapo_jax.training.train_step import place_batch
 from trapo_jax.types import (
     Completion,
     FinishReason,
+    Grade,
+    Judgment,
     Moment,
     Problem,
     Rollout,
@@ -30,7 +32,6 @@ from trapo_jax.types import (
     TrainBatch,
     TrainingFailed,
     UserError,
-    Verdict,
 )
 
 ROW_LEN_MULTIPLE = 128  # required by some attention kernels
@@ -48,8 +49,8 @@ class BrokenTrainStep(TrainingFailed):
 def check_config(config: Config) -> float:
     """Checks the train step of a run on its own model and problems; see `check_gradient`."""
     model = open_model(config.model, config.lora)
-    splits, _ = load_splits(config.data, model.tokenizer)
     method = config.method.make()
+    splits, _ = load_splits(config.data, model.tokenizer, expert_part=method.expert_part)
     return check_gradient(config, method, model, splits["train"])
 
 
@@ -212,8 +213,8 @@ def _synthetic_rollout(
         tuple(rng.uniform(-2, 0, len(tokens)).tolist()),
         FinishReason.STOP if len(tokens) else FinishReason.NOT_SAMPLED,
     )
-    verdict = Verdict.CORRECT if is_correct else Verdict.WRONG
-    return Rollout(completion, verdict, float(is_correct))
+    reward = float(is_correct)
+    return Rollout(completion, Grade(reward, {"random": Judgment(reward)}))
 
 
 def _norm(tree: Any) -> float:

@@ -1,6 +1,7 @@
 "use strict";
 // Builds the page from DATA.runs; `read_run` in runs/report.py defines the fields of a run.
 
+const REWARD_PREFIX = "rewards/"; // followed by the name of a reward function
 const LEVEL_PREFIX = "guidance/level_"; // followed by the index of a micro-group
 const PART_COLORS = 4;
 
@@ -46,6 +47,12 @@ function timeTable() {
   return table("Time spent", ["run", ...Object.keys(DATA.runs[0].seconds)], rows);
 }
 
+// Names of the reward functions of the runs that have several.
+function rewardFunctions() {
+  const names = DATA.runs.flatMap((run) => Object.keys(run.columns)).filter((name) => name.startsWith(REWARD_PREFIX));
+  return [...new Set(names)].map((name) => name.slice(REWARD_PREFIX.length));
+}
+
 function curves() {
   const stepsPerPoint = Math.max(...DATA.runs.map((run) => run.steps_per_point));
   const some = (metric) => (run) => run.columns[metric].some((v) => v !== null && v !== 0);
@@ -59,6 +66,7 @@ function curves() {
     make("div", { class: "charts" }, ...[
       lineChart({ title: "Reward", about: "mean over all rollouts, guided ones included", metric: "reward/mean", scales: SHARE }),
       lineChart({ title: "Reward without guidance", about: "mean over the rollouts without an expert prefix", metric: "reward/unguided_mean", scales: SHARE }),
+      ...rewardFunctions().map((name) => lineChart({ title: `Reward: ${name}`, about: "mean of this reward function over all rollouts", metric: REWARD_PREFIX + name, scales: SHARE })),
       accuracyChart({ title: "Accuracy, sampled", about: "line: validation split; large points: test split", field: "sampled" }),
       accuracyChart({ title: "Accuracy, greedy", about: "line: validation split; large points: test split", field: "greedy" }),
       lineChart({ title: "Entropy", about: "of the policy at the tokens of completions, in nats", metric: "policy/entropy" }),

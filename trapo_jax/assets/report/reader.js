@@ -85,15 +85,24 @@ function card(rollout, coloring) {
   const guided = rollout.ratio > 0 ? `guided by ${number(rollout.ratio)} of the expert` : "unguided";
   const run = DATA.runs.length > 1 ? `${DATA.runs[rollout.run].name}, ` : "";
   return make("article", { class: "card" },
-    make("p", {}, make("span", { class: "verdict" }, `${rollout.verdict}, reward ${number(rollout.reward)}`),
+    make("p", {}, make("span", { class: "verdict" }, gradeText(rollout)),
       ` · advantage ${number(rollout.advantage)} · ${guided} · micro-group ${rollout.micro_group + 1} · ${rollout.num_tokens} tokens`),
     text,
     leftOut ? make("p", {}, `${leftOut} tokens in the middle are omitted`) : null,
-    make("p", {}, `${run}step ${rollout.step}, problem ${rollout.problem_id}, sample ${rollout.sample_index}, ended by ${rollout.finish_reason}; answer ${rollout.answer}`),
+    make("p", {}, `${run}step ${rollout.step}, problem ${rollout.problem_id}, sample ${rollout.sample_index}, ended by ${rollout.finish_reason}; answer read: ${rollout.answer ?? "none"}; gold answer: ${rollout.gold}`),
     about,
     folded("Tokens as a table", () => table("Tokens", ["token", "text", "kind", "probability", "gradient weight"],
       pieces.map((piece, i) => [i + 1, JSON.stringify(piece), KINDS[rollout.tokens.kinds[i]],
         rollout.tokens.logprobs[i] === null ? null : Math.exp(rollout.tokens.logprobs[i]), rollout.tokens.gradient_weights[i]]))));
+}
+
+// "correct, reward 0.9 (math 1, length 0.5)"; why a reward is missing.
+function gradeText(rollout) {
+  const names = Object.keys(rollout.rewards);
+  const each = names.map((name) => `${name} ${rollout.missing[name] ? `missing: ${rollout.missing[name]}` : number(rollout.rewards[name])}`);
+  const verdict = rollout.is_correct ? "correct" : rollout.rewards[names[0]] === null ? "not graded" : "wrong";
+  const shown = names.length > 1 || Object.keys(rollout.missing).length > 0;
+  return `${verdict}, reward ${rollout.reward === null ? "missing" : number(rollout.reward)}` + (shown ? ` (${each.join(", ")})` : "");
 }
 
 function choice(label, options, onChange) {
@@ -109,7 +118,7 @@ function distinct(rollouts, value, text = value) {
 function reader() {
   const rollouts = allRollouts();
   if (rollouts.length === 0) return make("p", { class: "muted" }, "No rollouts were logged (log_samples=0).");
-  const rewardOf = (r) => (r.reward === 1 ? "1" : r.reward === 0 ? "0" : "between 0 and 1");
+  const rewardOf = (r) => (r.reward === null ? "missing" : r.reward === 1 ? "1" : r.reward === 0 ? "0" : "between 0 and 1");
   const fields = [
     ["Run", (r) => r.run, (r) => DATA.runs[r.run].name],
     ["Step", (r) => r.step, (r) => r.step],

@@ -1,0 +1,88 @@
+r"""Brackets in LaTeX: splitting a text outside of them, and collections such as (1, 2), [0, 1), \{1, 2\} and 1, 2."""
+
+import re
+
+from trapo_jax.rewards.expressions import NUMERAL
+
+CLOSING = {
+    "(": (")", "]"),
+    "[": ("]", ")"),
+    r"\{": (r"\}",),
+    r"\langle": (r"\rangle",),
+    "<": (">",),
+}
+COMMA = re.compile(r"[,;]")
+SEPARATOR = re.compile(r",?\s(?:and|or)\s|\\(?:lor|vee|cup)(?![a-zA-Z])|[,;]")
+_BRACKET = re.compile(r"\\[{}]|\\[lr]angle|[()\[\]{}]")
+_OPENING = ("(", "[", "{", r"\{", r"\langle")
+
+
+def inside(text: str, opening: str) -> str | None:
+    """Returns what stands inside a bracket that opens at the first character and closes at the last, else None."""
+    if not text.startswith(opening):
+        return None
+    if opening == "<":
+        return text[1:-1] if len(text) > 1 and text.endswith(">") else None
+    depth = 0
+    for match in _BRACKET.finditer(text):
+        depth += 1 if match[0] in _OPENING else -1
+        if depth == 0:
+            return text[len(opening) : match.start()] if match.end() == len(text) else None
+    return None
+
+
+def split(text: str, separator: re.Pattern) -> list[str]:
+    """Splits a text at each match of a separator outside of all brackets, and strips the parts."""
+    changes, depth = [], 0  # where the depth changes, and the depth before
+    for match in _BRACKET.finditer(text):
+        changes.append((match.start(), depth))
+        depth = max(depth + (1 if match[0] in _OPENING else -1), 0)
+    changes.append((len(text), depth))
+    parts, last, index = [], 0, 0
+    for match in separator.finditer(text):
+        while changes[index][0] < match.start():
+            index += 1
+        if changes[index][1] == 0:
+            parts.append(text[last : match.start()])
+            last = match.end()
+    return [part.strip() for part in (*parts, text[last:])]
+
+
+def split_list(text: str, separator: re.Pattern = COMMA) -> list[str]:
+    """Splits at commas, without empty parts."""
+    return [part for part in split(text, separator) if part]
+
+
+def collection(text: str) -> tuple[str, list[str]]:
+    r"""Returns the brackets around a collection and its elements.
+
+    Returns:
+      The brackets, such as "(]", `\{\}` or "" for a bare list; and the elements, the text alone if it is no collection.
+      `1,000` is one number and `a \pm b` is two.
+    """
+    for opening, closings in CLOSING.items():
+        for closing in closings:
+            inner = inside(text, opening) if text.endswith(closing) else None
+            if inner is not None and (opening == r"\{" or len(split_list(inner)) > 1):
+                return opening + closing, split_list(inner)
+    if NUMERAL.fullmatch(text):
+        return "", [text]
+    return "", [sign for part in split_list(text, SEPARATOR) for sign in _both_signs(part)]
+
+
+def _both_signs(text: str) -> list[str]:
+    if text.count(r"\pm") != 1 or r"\mp" in text:
+        return [text]
+    return [text.replace(r"\pm", "+"), text.replace(r"\pm", "-")]
+
+
+def is_ordered(brackets: str) -> bool:
+    """Whether the order of the elements matters between these brackets."""
+    return brackets != "" and not brackets.startswith(r"\{")
+
+
+def form(brackets: str, length: int) -> str:
+    """Returns what must agree between the brackets of two collections of one length: set, tuple, or an interval's ends."""
+    if brackets.startswith(r"\{"):
+        return "set"
+    return brackets if brackets in ("(]", "[)") or (brackets == "[]" and length == 2) else "tuple"

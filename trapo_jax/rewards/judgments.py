@@ -1,0 +1,69 @@
+"""Calls a reward function and turns what it returns into a judgment."""
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from trapo_jax.types import Judgment, Problem, Verdict
+
+MAX_ANSWER_CHARS = 500  # of an answer that is shown to people
+
+
+def call(function: Callable[..., Any], response: str, problem: Problem) -> Judgment:
+    """Calls a reward function, sync or async, with the columns of the problem that its signature accepts.
+
+    Raises:
+      ValueError: if it returns something that is not a reward.
+      Exception: whatever the function raises.
+    """
+    value = function(response, problem, **_accepted(function, problem))
+    if inspect.isawaitable(value):
+        value = asyncio.run(_wait_for(value))
+    return as_judgment(value)
+
+
+def as_judgment(value: Any) -> Judgment:
+    """Returns the judgment that a reward function's result stands for.
+
+    Args:
+      value: a reward in [0, 1], a bool, a `Verdict` or its value; or a pair of that and the answer that the function
+        read from the response.
+
+    Raises:
+      ValueError: for anything else.
+
+    >>> as_judgment(0.5), as_judgment((True, "42"))
+    (Judgment(reward=0.5, answer=None, reason=''), Judgment(reward=1.0, answer='42', reason=''))
+    """
+    value, answer = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    answer = None if answer is None else str(answer)[:MAX_ANSWER_CHARS]
+    if isinstance(value, str):
+        verdict = Verdict(value)
+        if verdict in (Verdict.ERROR, Verdict.TIMEOUT):
+            return Judgment(None, answer, str(verdict))
+        return Judgment(float(verdict is Verdict.CORRECT), answer)
+    try:
+        reward = float(value)
+    except (TypeError, ValueError):
+        reward = -1.0
+    if not 0.0 <= reward <= 1.0:
+        raise ValueError(
+            f"a reward function returned {value!r:.60}, which is neither a number in [0, 1] nor a verdict"
+        )
+    return Judgment(reward, answer)
+
+
+def _accepted(function: Callable[..., Any], problem: Problem) -> dict[str, Any]:
+    """Returns the columns that the function has parameters for; all of them if it takes any keyword."""
+    if not problem.columns:
+        return {}
+    parameters = list(inspect.signature(function).parameters.values())[2:]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(problem.columns)
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in problem.columns.items() if name in names}
+
+
+async def _wait_for(awaitable: Any) -> Any:
+    return await awaitable
