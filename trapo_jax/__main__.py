@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, fail
+from trapo_jax.runs.command_line import EXIT_USER_ERROR, fail, run_and_exit
 
 COMMANDS = ("train", "evaluate", "export", "compare", "report", "plan", "check_step")
 
 
 def main() -> NoReturn:
     """Runs the command that the process was started with, and exits."""
-    as_command(lambda: dispatch(sys.argv[1:]))
+    run_and_exit(lambda: dispatch(sys.argv[1:]))
 
 
 def dispatch(arguments: Sequence[str]) -> int:

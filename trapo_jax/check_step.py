@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from trapo_jax.config import Config, load_config
-from trapo_jax.runs.command_line import as_command, command
+from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.training.gradient_check import check_config
 
 
@@ -33,4 +33,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    as_command(main)
+    run_and_exit(main)

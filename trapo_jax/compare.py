@@ -23,7 +23,7 @@ from trapo_jax.comparison import (
 )
 from trapo_jax.config import parse_command_line
 from trapo_jax.runs.budget import UNITS
-from trapo_jax.runs.command_line import EXIT_INTERRUPTED, as_command, command, fail
+from trapo_jax.runs.command_line import EXIT_INTERRUPTED, command, fail, run_and_exit
 from trapo_jax.runs.console import Console
 
 EXIT_RUN_FAILED = 1
@@ -136,4 +136,4 @@ def _amount(text: str) -> float:
 
 
 if __name__ == "__main__":
-    as_command(main)
+    run_and_exit(main)

@@ -50,7 +50,7 @@ from trapo_jax.models import (
 )
 from trapo_jax.rollouts.actor import Actor, make_actor
 from trapo_jax.runs.checkpoints import CheckpointStore
-from trapo_jax.runs.command_line import EXIT_INTERRUPTED, as_command, command, fail
+from trapo_jax.runs.command_line import EXIT_INTERRUPTED, command, fail, run_and_exit
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import (
     CHECKPOINTS,
@@ -288,4 +288,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    as_command(main)
+    run_and_exit(main)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trapo_jax.models import export_model
-from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, command, fail
+from trapo_jax.runs.command_line import EXIT_USER_ERROR, command, fail, run_and_exit
 from trapo_jax.runs.saved_model import load_checkpoint
 
 
@@ -34,4 +34,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    as_command(main)
+    run_and_exit(main)

@@ -21,7 +21,7 @@ from trapo_jax.config import Config, load_config, parse_command_line
 from trapo_jax.planning.plan import make_plan
 from trapo_jax.planning.table import print_comparison, print_plan
 from trapo_jax.planning.topology import find_topology
-from trapo_jax.runs.command_line import as_command, command
+from trapo_jax.runs.command_line import command, run_and_exit
 
 EXIT_DOES_NOT_FIT = 1
 MIN_WIDTH = 110  # of the tables, in columns
@@ -71,4 +71,4 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    as_command(main)
+    run_and_exit(main)

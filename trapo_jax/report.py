@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from trapo_jax.runs.command_line import EXIT_USER_ERROR, as_command, command, fail
+from trapo_jax.runs.command_line import EXIT_USER_ERROR, command, fail, run_and_exit
 from trapo_jax.runs.console import printable
 from trapo_jax.runs.report import REPORT, write_report
 
@@ -37,4 +37,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    as_command(main)
+    run_and_exit(main)

@@ -33,7 +33,7 @@ from trapo_jax.methods import Method, Sampled, describe
 from trapo_jax.models import export_model, open_model
 from trapo_jax.rollouts.actor import Actor, make_actor
 from trapo_jax.rollouts.metrics import graded_groups
-from trapo_jax.runs.command_line import as_command, command
+from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import EXPORT, METRICS, SAMPLES
 from trapo_jax.runs.report import REPORT
@@ -225,4 +225,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    as_command(main)
+    run_and_exit(main)

@@ -114,7 +114,7 @@ def test_other_weights_in_the_same_folder_are_refused(whole, data, monkeypatch, 
 
     monkeypatch.setattr(evaluate, "load_model", trained_further)
     assert main(arguments(data, whole[0])) == 2
-    assert "holds a run with weights=" in capsys.readouterr().err
+    assert "contains a run with weights=" in capsys.readouterr().err
 
 
 MISTAKES = {

@@ -132,7 +132,7 @@ def test_complete_run_is_shown_again_not_overwritten(finished_run):
 def test_other_config_in_the_same_folder_is_refused(finished_run):
     result = train(finished_run[0], "train.learning_rate=1e-3")
     assert result.returncode == 2
-    assert "holds a run with train.learning_rate=0.0002, not 0.001" in result.stderr
+    assert "contains a run with train.learning_rate=0.0002, not 0.001" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -245,8 +245,8 @@ def test_export_of_a_checkpoint_equals_the_run_s_own(finished_run, tmp_path):
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
-        ("checkpoints/7", "no such step; the run has checkpoints of these steps: .*12"),
-        ("hf", "not RUN/checkpoints/STEP"),
+        ("checkpoints/7", "no such checkpoint; existing steps: .*12"),
+        ("hf", "not a checkpoint of a run"),
     ],
 )
 def test_export_of_something_else_is_one_line(checkpoint, message, finished_run, tmp_path):
@@ -285,7 +285,9 @@ def test_trains_on_files(tmp_path, capsys):
     file.write_text(file.read_text().replace('"answer": "', '"answer": "1', 1))
     assert main([f"output_dir={tmp_path / 'b'}", *JOB, *common]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"data.train_files={file} does not give the problems that the run began with" in line
+    assert (
+        f"the problems of data.train_files={file} are not those that the run started with" in line
+    )
 
 
 def test_splits_without_files_are_held_out(tmp_path):

@@ -88,7 +88,7 @@ def test_a_directory_with_another_run_is_refused_before_anything_starts(trainer)
     runs = make_grid(trainer, methods=("trapo",), seeds=1).final_runs([Trial("trapo")])
     execute_runs(runs, jobs=1, environment=os.environ, say=print)
     others = make_grid(trainer, methods=("trapo",), seeds=2, budget=30.0)
-    with pytest.raises(UserError, match=r"holds a run with train\.num_steps=20, not 30"):
+    with pytest.raises(UserError, match=r"contains a run with train\.num_steps=20, not 30"):
         execute_runs(others.final_runs([Trial("trapo")]), jobs=1, environment=os.environ, say=print)
     assert started(runs) == [1]
 

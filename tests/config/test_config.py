@@ -191,14 +191,14 @@ def test_each_mistake_is_reported_in_its_own_line():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("file", "a file is in the way"),
+        ("file", "not a directory; choose a different output_dir"),
         ("file/run", "is a file"),
-        ("folder", "not empty and not a run; give another output_dir"),
+        ("folder", "neither empty nor a run directory; choose a different output_dir"),
         ("x" * 300, "File name too long"),
         ("a\0b", "null"),
         (
             "other",
-            "holds a run with seed=1, not 0; give another output_dir, or seed=1 to resume it",
+            "contains a run with seed=1, not 0; choose a different output_dir, or set seed=1 to resume the run",
         ),
     ],
 )
@@ -223,7 +223,10 @@ def test_tilde_in_output_dir_is_expanded(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "file").write_text("mine")
     assert train(["output_dir=~/file"]) == 2
-    assert f"output_dir={tmp_path}/file: a file is in the way" in capsys.readouterr().err
+    assert (
+        f"output_dir={tmp_path}/file: not a directory; choose a different output_dir"
+        in capsys.readouterr().err
+    )
 
 
 def test_help_command_prints_the_fields():
@@ -242,7 +245,7 @@ def test_help_command_prints_the_fields():
     ],
 )
 def test_command_never_ends_with_a_traceback(main, code, error):
-    program = f"from trapo_jax.runs.command_line import as_command\ndef main():\n    {main}\nas_command(main)"
+    program = f"from trapo_jax.runs.command_line import run_and_exit\ndef main():\n    {main}\nrun_and_exit(main)"
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
     process.stdout.close()  # as `| head` does

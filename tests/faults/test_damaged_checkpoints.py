@@ -84,15 +84,15 @@ def test_every_deleted_file_is_detected_and_named(store, tmp_path):
 
 def test_a_file_too_many_is_detected(store, tmp_path):
     (tmp_path / "checkpoints" / "6" / "more").write_text("")
-    with pytest.raises(DamagedCheckpoint, match="checkpoint 6: more does not belong to it"):
+    with pytest.raises(DamagedCheckpoint, match="checkpoint 6: more is not in its manifest"):
         store.verify(6)
 
 
 def test_what_is_put_aside_is_kept_and_no_checkpoint(store):
-    first = store.put_aside(6)
+    first = store.mark_damaged(6)
     assert store.steps() == [3]
     store.save(6, STATE, HOST)
-    second = store.put_aside(6)
+    second = store.mark_damaged(6)
     for step in (9, 12, 15):
         store.save(step, STATE, HOST)
     assert store.damaged() == sorted([first, second])
@@ -130,6 +130,6 @@ def test_a_run_without_an_intact_checkpoint_is_left_as_it_is(finished_run, tmp_p
     for _ in range(2):  # nor is it started over the next time
         assert train([f"output_dir={folder}", *JOB, "checkpoint.keep=3"]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert "none of its checkpoints is intact (" in error
+        assert "all checkpoints are damaged (" in error
         assert "12.damaged" in error
         assert [(folder / name).read_bytes() for name in files] == before

@@ -46,7 +46,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_is_counted_and_named(fini
     assert result.returncode == 0, result.stderr
     warnings = [line for line in result.stdout.splitlines() if line.startswith("warning")]
     assert warnings == [
-        "warning: step 11: no update was made, as loss/policy_gradient was not finite"
+        "warning: step 11: the update was skipped because loss/policy_gradient was not finite"
     ]
     records = {r["step"]: r for r in read_metrics(folder) if r["kind"] == "train"}
     assert [records[step]["optimizer/skipped"] for step in (10, 11, 12)] == [0, 1, 0]

@@ -156,5 +156,5 @@ def test_a_stuck_step_ends_the_process_with_a_stack_dump(tmp_path):
     process = start(tmp_path / "run", "limits.stuck_after_secs=0.01")
     output = process.communicate()[0]
     assert process.returncode == 1
-    assert "nothing has happened for limits.stuck_after_secs=0.01 seconds while" in output
+    assert "no progress for limits.stuck_after_secs=0.01 seconds while" in output
     assert "most recent call first" in output

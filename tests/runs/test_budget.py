@@ -80,5 +80,5 @@ def test_progress_is_what_comes_first(unit, amount, progress):
 def test_a_budget_of_sampled_tokens_is_refused_if_none_are_sampled():
     budget = Budget("sampled_tokens", 100.0, num_steps=10)
     budget.check_spent(Usage(tokens_sampled=3), "sft")
-    with pytest.raises(UserError, match=r"method\.name=sft samples none; give trained_tokens"):
+    with pytest.raises(UserError, match=r"method\.name=sft does not sample; use trained_tokens"):
         budget.check_spent(Usage(), "sft")

@@ -77,7 +77,7 @@ def test_log_shorter_than_at_the_checkpoint_is_refused(tmp_path):
     log.close()
     (tmp_path / "metrics.jsonl").write_text("{}")
     with pytest.raises(
-        UserError, match=r"metrics.jsonl: 2 bytes, but it had \d+ at the checkpoint"
+        UserError, match=r"metrics.jsonl: has 2 bytes, but had \d+ at the checkpoint"
     ):
         RunLog(tmp_path, offsets=offsets)
     assert (tmp_path / "metrics.jsonl").read_text() == "{}"

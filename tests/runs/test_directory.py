@@ -13,9 +13,9 @@ from support.short_run import JOB
 from trapo_jax.config import Config, list_fields, load_config
 from trapo_jax.methods import fingerprint, make_method
 from trapo_jax.runs.directory import (
-    MAY_DIFFER,
+    CHANGEABLE_FIELDS,
     check_run_folder,
-    only_process_in,
+    lock_run_folder,
     prepare_run_folder,
     record_changes,
 )
@@ -66,7 +66,9 @@ def test_another_mesh_and_other_limits_are_the_same_run(folder):
 )
 def test_what_is_computed_may_not_change(folder, field, value):
     ours = load_config(Config, None, [("train.decay_start", "1"), (field, value)]).to_yaml()
-    with pytest.raises(UserError, match=f"holds a run with {field}=.*, not {value}; give another"):
+    with pytest.raises(
+        UserError, match=f"contains a run with {field}=.*, not {value}; choose a different"
+    ):
         check_run_folder(folder, ours)
 
 
@@ -75,7 +77,8 @@ def test_a_run_may_become_longer_if_its_learning_rate_does_not_depend_on_it(fold
     assert check_run_folder(folder, longer) == {"train.num_steps": (375, 400)}
     prepare_run_folder(tmp_path / "decaying", text())
     with pytest.raises(
-        UserError, match=r"not 400; its learning rate, unless train.decay_start=1, depends on it"
+        UserError,
+        match=r"not 400; with train.decay_start=0.5, the learning rate depends on the length",
     ):
         check_run_folder(tmp_path / "decaying", text(train__num_steps="400"))
 
@@ -83,7 +86,9 @@ def test_a_run_may_become_longer_if_its_learning_rate_does_not_depend_on_it(fold
 def test_a_run_whose_method_depends_on_its_length_may_not_become_longer(tmp_path):
     staged = {"method__name": "sft_then_grpo", "train__decay_start": "1"}
     prepare_run_folder(tmp_path / "staged", text(**staged))
-    with pytest.raises(UserError, match=r"not 400; method.name=sft_then_grpo depends on it"):
+    with pytest.raises(
+        UserError, match=r"not 400; method.name=sft_then_grpo depends on the length"
+    ):
         check_run_folder(
             tmp_path / "staged", text(**staged, train__num_steps="400"), depends_on_length=True
         )
@@ -96,7 +101,7 @@ def test_a_run_without_a_readable_method_is_refused_in_one_line(tmp_path, conten
     (folder / "method.json").unlink()
     if content is not None:
         (folder / "method.json").write_text(content)
-    with pytest.raises(UserError, match=r"method\.json: not the method of a run") as error:
+    with pytest.raises(UserError, match=r"method\.json: missing or damaged") as error:
         check_run_folder(folder, text(), method=trapo)
     assert "\n" not in str(error.value)
 
@@ -107,14 +112,14 @@ def test_a_run_of_another_method_is_refused_by_name(tmp_path):
     prepare_run_folder(folder, text(), method=trapo)
     assert check_run_folder(folder, text(), method=trapo) == {}
     mine = dataclasses.replace(make_method("trapo"), name="mine")
-    with pytest.raises(UserError, match="a run of the method trapo, not mine; give another"):
+    with pytest.raises(UserError, match="a run of the method trapo, not mine; choose a different"):
         check_run_folder(folder, text(), method=fingerprint(mine))
     changed = dataclasses.replace(make_method("trapo"), second_expert_last=True)
     with pytest.raises(
-        UserError, match=r"another version of the method trapo \(second_expert_last"
+        UserError, match=r"a different version of the method trapo \(second_expert_last"
     ):
         check_run_folder(folder, text(), method=fingerprint(changed))
-    with pytest.raises(UserError, match=r"holds a run with method\.name=trapo, not grpo"):
+    with pytest.raises(UserError, match=r"contains a run with method\.name=trapo, not grpo"):
         check_run_folder(folder, text(method__name="grpo"))
 
 
@@ -126,14 +131,14 @@ def test_a_run_of_another_version_may_lack_what_may_differ_only(folder):
     assert check_run_folder(folder, ours) == {"limits.stuck_after_secs": ("absent", 3600.0)}
     config.write_text(whole.replace("  adam_b1: 0.9\n", ""))
     with pytest.raises(
-        UserError, match=r"of another version, with other fields \(train.adam_b1\); give"
+        UserError, match=r"a different version \(its config lacks the field train.adam_b1\); choose"
     ):
         check_run_folder(folder, ours)
 
 
 def test_what_may_differ_are_fields():
     names = [name for name, *_ in list_fields(Config)]
-    for field in MAY_DIFFER:
+    for field in CHANGEABLE_FIELDS:
         assert any(
             name.startswith(field) if field.endswith(".") else name == field for name in names
         )
@@ -142,14 +147,14 @@ def test_what_may_differ_are_fields():
 @pytest.mark.parametrize("content", ["", "- 1\n", "seed: [", "\0"])
 def test_a_config_that_was_spoiled_is_one_line(folder, content):
     (folder / "config.yaml").write_text(content)
-    with pytest.raises(UserError, match=r"config.yaml: not the config of a run; give another"):
+    with pytest.raises(UserError, match=r"config.yaml: not a valid config; choose a different"):
         check_run_folder(folder, text())
 
 
 def test_a_folder_that_cannot_be_is_refused_before_anything_is_created(tmp_path):
     (tmp_path / "file").write_text("")
     for name, message in (
-        ("file", "a file is in the way"),
+        ("file", "not a directory; choose"),
         ("file/run", "file is a file"),
         ("x" * 300, "File name too long"),
         ("a\0b", "null"),
@@ -181,7 +186,7 @@ def test_a_folder_that_cannot_be_written_is_refused(read_only_folder):
 
 
 def test_a_run_that_was_killed_before_it_wrote_anything_is_started_again(tmp_path):
-    with only_process_in(tmp_path / "a" / "run"):
+    with lock_run_folder(tmp_path / "a" / "run"):
         pass
     assert check_run_folder(tmp_path / "a" / "run", text()) == {}
 
@@ -189,8 +194,8 @@ def test_a_run_that_was_killed_before_it_wrote_anything_is_started_again(tmp_pat
 HOLDER = """
 import sys, time
 from pathlib import Path
-from trapo_jax.runs.directory import only_process_in
-with only_process_in(Path(sys.argv[1])):
+from trapo_jax.runs.directory import lock_run_folder
+with lock_run_folder(Path(sys.argv[1])):
     print("at work", flush=True)
     time.sleep(600)
 """
@@ -203,7 +208,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone_even_killed(tmp_pat
     assert holder.stdout.readline() == "at work\n"
     with (
         pytest.raises(UserError, match="another process is training there"),
-        only_process_in(tmp_path),
+        lock_run_folder(tmp_path),
     ):
         raise AssertionError("two processes in one folder")
     holder.kill()
@@ -211,7 +216,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone_even_killed(tmp_pat
     for _ in range(
         2
     ):  # and again in the same process, though something still holds on to the error
-        with pytest.raises(KeyError) as error, only_process_in(tmp_path):
+        with pytest.raises(KeyError) as error, lock_run_folder(tmp_path):
             raise KeyError
         assert error.tb
 

@@ -42,13 +42,15 @@ def test_a_skipped_update_names_the_term():
         "loss/total": float("nan"),
     }
     (warning,) = health().observe(7, values)
-    assert warning == "step 7: no update was made, as loss/trsft was not finite"
+    assert warning == "step 7: the update was skipped because loss/trsft was not finite"
     all_finite = {**values, "loss/trsft": 1.0, "loss/total": 1.0, "optimizer/grad_norm": 99.0}
     (warning,) = health().observe(7, {**all_finite, "optimizer/grad_norm": float("inf")})
-    assert warning == "step 7: no update was made, as the gradient was not finite"
+    assert warning == "step 7: the update was skipped because the gradient was not finite"
     (warning,) = health().observe(7, all_finite)
-    assert "the gradient's norm of 99 is more than the method applies" in warning
-    with pytest.raises(TrainingFailed, match=r"step 9: loss/trsft .*train.max_skipped_steps=3"):
+    assert "the gradient norm of 99 exceeds the limit of the method" in warning
+    with pytest.raises(
+        TrainingFailed, match=r"step 9: train.max_skipped_steps=3 .*loss/trsft was not finite"
+    ):
         health().observe(9, {**values, "optimizer/skipped_in_a_row": 3})
 
 
@@ -74,7 +76,7 @@ def test_what_goes_on_for_steps_is_warned_of_once(name, value, text):
     for _ in range(WARN_AFTER_STEPS - 1):
         assert watch.observe(next(steps), bad) == []
     (warning,) = watch.observe(next(steps), bad)
-    assert f"step {WARN_AFTER_STEPS}: for {WARN_AFTER_STEPS} steps" in warning
+    assert f"step {WARN_AFTER_STEPS}: for {WARN_AFTER_STEPS} steps, " in warning
     assert text in warning
     assert watch.observe(next(steps), bad) == []
     assert watch.observe(next(steps), GOOD) == []

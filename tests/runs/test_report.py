@@ -121,7 +121,7 @@ def test_a_folder_that_is_not_a_run_is_one_line_and_exit_code_2(name, tmp_path, 
     assert main([str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"{name}: not the folder of a training run" in error
+    assert f"{name}: not a run directory of this version" in error
     assert not list(tmp_path.rglob("report.html"))
 
 

@@ -1,4 +1,4 @@
-"""When a run ends: after a number of steps or when a budget is spent."""
+"""The length of a run, in steps or as a budget, and when recurring events are due in it."""
 
 import dataclasses
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from trapo_jax.types import Usage, UserError
 
 STEPS = "steps"
 
-# The metric that counts each field of `Usage` since the start of the run.
+# Maps each field of `Usage` to the metric that reports its total since the start of the run.
 USAGE_METRICS = {
     "tokens_trained": "tokens/trained",
     "tokens_expert_trained": "tokens/expert_trained",
@@ -24,7 +24,7 @@ class Unit(NamedTuple):
 
     Attributes:
       field: field of `Usage`; None for steps.
-      label: what is counted, for charts.
+      label: name of the unit in charts and tables.
     """
 
     field: str | None
@@ -32,7 +32,7 @@ class Unit(NamedTuple):
 
     @property
     def metric(self) -> str:
-        """Name in metrics.jsonl of the amount spent since the start of the run."""
+        """Name of the metric that reports the amount spent since the start of the run."""
         return USAGE_METRICS[self.field] if self.field else "step"
 
 
@@ -52,7 +52,7 @@ class Budget:
 
     Attributes:
       unit: a key of `UNITS`.
-      amount: amount of the unit, > 0; None if the run is limited by `num_steps` alone.
+      amount: amount to spend, > 0; None if only `num_steps` limits the run.
       num_steps: maximum number of steps.
     """
 
@@ -61,7 +61,7 @@ class Budget:
     num_steps: int
 
     def progress(self, usage: Usage, step: int) -> float:
-        """Returns the share of the run that is complete after `step` steps; 1 or more at its end."""
+        """Returns the fraction of the run that is complete after `step` steps; >= 1 once the run is over."""
         share = step / self.num_steps
         if self.amount is None:
             return share
@@ -70,13 +70,28 @@ class Budget:
         return max(share, spent / self.amount)
 
     def check_spent(self, usage: Usage, method_name: str) -> None:
-        """Checks after a step that the budget can be spent.
+        """Checks after a step that the method spends the budget's unit.
 
         Raises:
-          UserError: for a budget of sampled tokens if the method samples none.
+          UserError: if the budget is in sampled tokens and the method has not sampled any.
         """
         if self.amount is not None and self.unit == "sampled_tokens" and not usage.tokens_sampled:
             raise UserError(
-                f"train.budget_unit=sampled_tokens: method.name={method_name} samples none; give trained_tokens, "
+                f"train.budget_unit=sampled_tokens: method.name={method_name} does not sample; use trained_tokens, "
                 "flops, problems or seconds"
             )
+
+
+def is_due(step: int, progress_before: float, progress: float, every: float) -> bool:
+    """Returns whether a recurring event is due after a step.
+
+    Args:
+      step: number of the step, starting at 1.
+      progress_before: fraction of the run that was complete before the step.
+      progress: fraction of the run that is complete after the step.
+      every: interval in steps if >= 1, or as a fraction of the run if in (0, 1); 0 for never.
+    """
+    if every >= 1:
+        return step % every == 0
+    num_intervals = round(1 / every) if every else 0
+    return int(progress_before * num_intervals) < int(progress * num_intervals)

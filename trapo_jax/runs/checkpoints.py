@@ -1,11 +1,12 @@
-"""Checkpoints: device state and host state in one atomic commit, with a checksum of every file.
+"""Checkpoints: device state and host state, committed atomically together with a checksum of every file.
 
-`<directory>/<step>/` appears by a rename once it is complete, its manifest included; what a killed save left
-behind is ignored and cleaned up by the next one. Whoever restores one calls `verify` first, as Orbax hands out
-flipped bits without a word. Several processes save and restore together, in a folder that all of them see.
+A checkpoint is written under a temporary name and renamed to `<directory>/<step>/` once it is complete, manifest
+included. The files of an interrupted save are ignored and deleted by the next save. Call `verify` before restoring,
+because Orbax does not detect corrupted data. In a multi-process job, all processes save and restore together in a
+directory that they share.
 
-Saves are synchronous: on the CPU backend a background save would read arrays that the next step, to which they
-are donated, writes over.
+Saves are synchronous. The next step overwrites the arrays, which are donated to it, and on the CPU backend an
+asynchronous save would still be reading them.
 """
 
 import dataclasses
@@ -28,17 +29,17 @@ WRITING, EXPIRED = ".writing", ".expired"
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint's files differ from its manifest; names the step and the file."""
+    """The files of a checkpoint do not match its manifest. The message names the step and the file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay.
+    """Which checkpoints to keep. A checkpoint is kept if any of the rules applies.
 
     Attributes:
-      newest: so many of the newest.
-      every: those of steps divisible by this, too; 0 for none.
-      best: so many with the highest scores, too.
+      newest: number of the most recent checkpoints to keep.
+      every: keep the checkpoints of steps that are divisible by this; 0 to disable.
+      best: number of the checkpoints with the highest scores to keep.
     """
 
     newest: int = 2
@@ -50,19 +51,19 @@ class CheckpointStore:
     """The checkpoints of a run.
 
     Args:
-      directory: created on the first save.
-      retention: which stay.
+      directory: the directory of the checkpoints; created on the first save.
+      retention: which checkpoints to keep.
     """
 
     def __init__(self, directory: Path, retention: Retention = Retention()):
         self._directory = directory.absolute()
         self._retention = retention
-        # A dict of plain values would be saved as a pytree of arrays: the host's name takes JSON.
+        # By default, Orbax would save the host state, a dict of plain values, as a pytree of arrays.
         self._registry = ocp.handlers.local_registry()
         self._registry.add(ocp.handlers.JsonHandler, checkpointable_name=HOST)
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, ascending; each was complete when it got its name by a rename."""
+        """Returns the steps that have a checkpoint, in ascending order."""
         if not self._directory.is_dir():
             return []
         return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdecimal())
@@ -70,13 +71,13 @@ class CheckpointStore:
     def save(
         self, step: int, state: Any, host: dict[str, Any], *, score: float | None = None
     ) -> None:
-        """Commits both, then removes leftovers and what `Retention` does not keep.
+        """Saves a checkpoint, then deletes expired checkpoints and the files of interrupted saves.
 
         Args:
-          step: the step after which this is the state.
+          step: the last step that contributed to the state.
           state: a pytree of arrays.
-          host: what JSON can hold.
-          score: of the state, for `Retention.best`.
+          host: JSON-serializable host state.
+          score: score of the state, for `Retention.best`.
         """
         path = self._path(step)
         partial = path.with_suffix(WRITING)
@@ -94,45 +95,45 @@ class CheckpointStore:
         partial.rename(path)
         _sync_folder(self._directory)
         for expired in set(self.steps()) - self._kept():
-            # Renamed first: a deletion cut short must not leave half a checkpoint under its number.
+            # Rename first, so that an interrupted deletion does not leave an incomplete checkpoint.
             self._path(expired).rename(self._path(expired).with_suffix(EXPIRED))
         for leftover in self._directory.iterdir():
             if not leftover.name.isdecimal() and DAMAGED not in leftover.name:
                 shutil.rmtree(leftover)
 
     def verify(self, step: int) -> None:
-        """Reads every byte of a checkpoint and compares with its manifest.
+        """Reads every file of a checkpoint and compares its checksum with the manifest.
 
         Raises:
-          DamagedCheckpoint: naming the step and the first file that differs.
+          DamagedCheckpoint: if a file is missing, unexpected or damaged.
         """
         folder = self._path(step)
-        promised = _read_manifest(folder)["files"]
-        there = _checksums(folder)
-        for name in sorted({*promised, *there}):
-            if name not in there:
+        expected = _read_manifest(folder)["files"]
+        actual = _checksums(folder)
+        for name in sorted({*expected, *actual}):
+            if name not in actual:
                 raise DamagedCheckpoint(f"checkpoint {step}: {name} is missing")
-            if name not in promised:
-                raise DamagedCheckpoint(f"checkpoint {step}: {name} does not belong to it")
-            if promised[name] != there[name]:
+            if name not in expected:
+                raise DamagedCheckpoint(f"checkpoint {step}: {name} is not in its manifest")
+            if expected[name] != actual[name]:
                 raise DamagedCheckpoint(f"checkpoint {step}: {name} is damaged (SHA-256 differs)")
 
     def damaged(self) -> list[Path]:
-        """Checkpoints that were put aside."""
+        """Returns the paths of the checkpoints that were marked as damaged."""
         return sorted(self._directory.glob(f"*{DAMAGED}*"))
 
-    def put_aside(self, step: int) -> Path:
-        """Renames a damaged checkpoint, so that it is not taken for one; it is never deleted."""
+    def mark_damaged(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that it is ignored but never deleted, and returns its new path."""
         path = self._path(step)
-        aside = path.with_suffix(DAMAGED)
+        marked = path.with_suffix(DAMAGED)
         for number in range(2, 1000):
-            if not aside.exists():
+            if not marked.exists():
                 break
-            aside = path.with_suffix(f"{DAMAGED}{number}")
-        return path.rename(aside)
+            marked = path.with_suffix(f"{DAMAGED}{number}")
+        return path.rename(marked)
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """The state, placed as the shardings of `abstract_state` say, and the host's dict."""
+        """Returns the state, sharded like `abstract_state`, and the host state."""
         with self._context():
             loaded = ocp.load_checkpointables(
                 str(self._path(step)), {STATE: abstract_state, HOST: None}
@@ -140,7 +141,7 @@ class CheckpointStore:
         return loaded[STATE], loaded[HOST]
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """The parameters alone, placed as the shardings of `abstract_params` say."""
+        """Returns only the parameters, sharded like `abstract_params`."""
         context = self._context()
         context.pytree.loading.partial_load = True
         with context:
@@ -150,14 +151,14 @@ class CheckpointStore:
         return loaded[STATE]["params"]
 
     def best_score(self) -> float | None:
-        """The highest score among the checkpoints; None if none has one."""
+        """Returns the highest score of a checkpoint; None if no checkpoint has a score."""
         return max(self._scores().values(), default=None)
 
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
 
     def _scores(self) -> dict[int, float]:
-        """The scores of checkpoints that have one."""
+        """Returns scores by step; checkpoints without a score or with a damaged manifest are omitted."""
         scores = {}
         for step in self.steps():
             try:
@@ -194,10 +195,10 @@ def _write_manifest(folder: Path, score: float | None) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """`score`, and `files`: SHA-256 by relative path.
+    """Returns a dict with `score`, and `files`, which maps relative paths to SHA-256 checksums.
 
     Raises:
-      DamagedCheckpoint: if it is not exactly what `_write_manifest` wrote.
+      DamagedCheckpoint: if the manifest is not exactly what `_write_manifest` wrote.
     """
     try:
         text = (folder / MANIFEST).read_text(encoding="ascii")
@@ -207,17 +208,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is damaged") from error
     try:
         content = json.loads(text)
-        promised = content.pop("sha256")
-        whole = text == json.dumps({**content, "sha256": promised}, indent=1)
+        expected = content.pop("sha256")
+        is_intact = text == json.dumps({**content, "sha256": expected}, indent=1)
     except (ValueError, AttributeError, KeyError):
-        whole, content, promised = False, {}, ""
-    if not whole or promised != _checksum_of(content):
+        is_intact, content, expected = False, {}, ""
+    if not is_intact or expected != _checksum_of(content):
         raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is damaged")
     return content
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the manifest, by relative path."""
+    """Returns the SHA-256 checksum of every file except the manifest, by relative path."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     with ThreadPoolExecutor() as pool:
         return dict(
@@ -239,7 +240,7 @@ def _checksum_of(content: dict[str, Any]) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Forces a folder's entries to disk."""
+    """Flushes the entries of a directory to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

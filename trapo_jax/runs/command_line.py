@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, its error line, Ctrl-C and a closed pipe."""
+"""Exit codes and error lines of the commands, and their handling of Ctrl-C and closed pipes."""
 
 import errno
 import functools
@@ -12,13 +12,13 @@ from trapo_jax.types import TrainingFailed, UserError
 
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as in shells
 
 
 def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
-    """Decorates the main function of a command: errors end it with a line on standard error and an exit code.
+    """Decorates the main function of a command to turn errors into a line on standard error and an exit code.
 
-    The decorated function takes the arguments, or those of the process if there are none.
+    The decorated function takes the command-line arguments; they default to those of the process.
     """
 
     @functools.wraps(main)
@@ -33,30 +33,34 @@ def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
             if error.errno not in NO_SPACE:
                 raise
             return fail(
-                f"{error.filename or 'output_dir'}: {error.strerror}; free some space and run the same command again",
+                f"{error.filename or 'output_dir'}: {error.strerror}; free some disk space and run the same command "
+                "again",
                 EXIT_FAILED,
             )
 
     return run
 
 
-def as_command(main: Callable[[], int]) -> NoReturn:
-    """Runs `main` and exits with the code it returns, without a traceback on Ctrl-C or a closed pipe (`| head`)."""
+def run_and_exit(main: Callable[[], int]) -> NoReturn:
+    """Runs `main` and exits with its return value, without a traceback on Ctrl-C or a closed pipe (`| head`)."""
     try:
         try:
             code = main()
-        except SystemExit as end:  # raised by argparse
-            code = end.code
+        except SystemExit as error:  # raised by argparse
+            code = error.code
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = fail("stopped", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush
+        # Python flushes standard output at exit, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_BROKEN_PIPE
     sys.exit(code)
 
 
 def fail(message: str, code: int) -> int:
     """Prints an error to standard error and returns the exit code."""
-    print("error:", printable(message, keep="\n"), file=sys.stderr)  # one line per mistake
+    print(
+        "error:", printable(message, keep="\n"), file=sys.stderr
+    )  # config errors have several lines
     return code

@@ -1,4 +1,4 @@
-"""What a command shows on the terminal: progress, lines that stay and tables."""
+"""Terminal output of the commands: progress, messages and tables."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,16 +8,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-NUM_PLAIN_LINES = 20  # progress lines of a run whose output is not a terminal
+NUM_PLAIN_LINES = 20  # approximate number of progress lines if the output is not a terminal
 
 
 class Console:
-    """Live progress on a terminal, plain lines elsewhere.
+    """Shows live progress on a terminal, and prints plain lines otherwise.
 
     Args:
       num_steps: number of training steps, for the progress bar.
-      first_step: the step that the run resumes after, 0 for a new run.
-      quiet: print nothing.
+      first_step: number of steps completed before this process; 0 for a new run.
+      quiet: whether to print nothing.
     """
 
     def __init__(self, num_steps: int, *, first_step: int, quiet: bool = False):
@@ -49,18 +49,18 @@ class Console:
             self._progress.stop()
 
     def say(self, text: str) -> None:
-        """Prints a line that stays. It is shown literally: no markup, no control characters."""
+        """Prints a message above the progress bar, without interpreting markup or control characters."""
         self._rich.print(Text(printable(text)))
 
     def evaluated(self, split: str, accuracy: float) -> None:
-        """Records the accuracy of the latest evaluation, which the progress shows from now on."""
+        """Sets the accuracy that is shown with the progress: that of the latest evaluation."""
         self._accuracy = f"{split} accuracy {accuracy:.2f}  "
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the progress after a step.
 
         Args:
-          step: number of the step, counted from 1.
+          step: number of the step, starting at 1.
           values: metrics of the step.
         """
         status = (
@@ -68,7 +68,7 @@ class Console:
             f"guided {values['guidance/ratio_mean']:.2f}  "
             f"{values['time/tokens_per_sec']:,.0f} tokens/s"
         )
-        # An estimate, because a budget may end the run before num_steps.
+        # This is an estimate, because a budget may end the run before num_steps.
         total = max(step, round(step / values["budget/progress"]))
         if self._progress:
             self._progress.update(self._task, completed=step, total=total, status=status)
@@ -78,7 +78,7 @@ class Console:
             self.say(f"step {step}/{total}  {status}  {secs_left:.0f} s left")
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Prints a table that stays. Cells may name data sources, so they are shown as in `say`."""
+        """Prints a table. Cells are escaped as in `say`, because they may contain names from the data."""
         table = Table(title=title, title_justify="left")
         for i, name in enumerate(header):
             table.add_column(Text(printable(name)), justify="left" if i == 0 else "right")
@@ -88,7 +88,7 @@ class Console:
 
 
 class _Panel(Progress):
-    """The progress bar with the status on a line below it, so that 80 columns suffice."""
+    """A progress bar with the status on a line below it, so that it fits into 80 columns."""
 
     def get_renderables(self) -> Iterator[rich.console.RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -96,14 +96,11 @@ class _Panel(Progress):
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Escapes unprintable characters: completions may contain terminal escapes and line breaks.
+    """Replaces unprintable characters with Python escapes, because text may contain terminal control sequences.
 
     Args:
       text: any text.
-      keep: characters that are not escaped.
-
-    Returns:
-      The text with every unprintable character written as a Python escape.
+      keep: characters to leave unescaped.
 
     >>> printable("\\x1b[31mred\\nstep 9: accuracy 1.000")
     '\\\\x1b[31mred\\\\nstep 9: accuracy 1.000'
@@ -112,5 +109,5 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def _escaped(character: str) -> str:
-    """A Python escape; works for control and format characters and for lone surrogates."""
+    """Returns the Python escape of a character; lone surrogates are supported."""
     return character.encode("unicode_escape").decode()

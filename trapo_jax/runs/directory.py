@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, what a resumed run may change, and how files get into it."""
+"""The run directory: its files, its lock, and the checks that decide whether a run may be resumed in it."""
 
 import contextlib
 import json
@@ -16,18 +16,15 @@ from trapo_jax.types import UserError
 LOCK = ".lock"
 METHOD, CHANGES = "method.json", "changes.jsonl"
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-DATA = (
-    "data.json"  # fingerprint of the training data, chat template, what was dropped while reading
-)
-CHECKPOINTS = "checkpoints"  # folder with one folder per checkpoint
-EVALUATIONS = "evaluations"  # folder with one file per evaluation; see `evaluation_file`
-EXPORT = "hf"  # the trained model as a Hugging Face folder
+DATA = "data.json"  # fingerprint of the training data, chat template, dropped problems
+CHECKPOINTS = "checkpoints"  # a directory with one subdirectory per checkpoint
+EVALUATIONS = "evaluations"  # a directory with one file per evaluation; see `evaluation_file`
+EXPORT = "hf"  # the trained model in Hugging Face format
 SUMMARY = "summary.json"  # written last; marks a run as complete
 
-# What a resumed run may change: where and how fast it computes, what it keeps and says, and when it stops or warns.
-# What it computes stays the same, but for the rounding of sums and, with sampling.max_staleness, the clock. A name
-# with a dot at its end is a whole section.
-MAY_DIFFER = (
+# Fields that may change when a run is resumed. They do not affect the results, except through rounding and, if
+# sampling.max_staleness > 0, through the timing of the rollouts. A name that ends with a dot is a whole section.
+CHANGEABLE_FIELDS = (
     "output_dir",
     "log_samples",
     "model.remat",
@@ -49,7 +46,7 @@ MAY_DIFFER = (
 )
 NUM_STEPS, DECAY_START, METHOD_NAME = "train.num_steps", "train.decay_start", "method.name"
 
-Changes = dict[str, tuple[Any, Any]]  # by field: what it was, what it is
+Changes = dict[str, tuple[Any, Any]]  # old and new value by field
 
 
 def check_run_folder(
@@ -59,38 +56,38 @@ def check_run_folder(
     method: dict[str, Any] | None = None,
     depends_on_length: bool = False,
 ) -> Changes:
-    """Refuses a folder that holds something else or another run; nothing is created here.
+    """Checks that a run can be started or resumed in a folder, without writing to it.
 
     Args:
       folder: the run directory.
       config_text: the resolved config as YAML.
-      method: the fingerprint of the run's method.
+      method: the fingerprint of the method; None to skip the comparison of methods.
       depends_on_length: whether the method depends on the length of the run.
 
     Returns:
-      The fields of `MAY_DIFFER` that a run in the folder was given otherwise, `output_dir` aside; and
-      `train.num_steps`, if the run is to be longer and its learning rate does not depend on the length.
+      The fields that differ from those of the run in the folder, except for `output_dir`. They are all in
+      `CHANGEABLE_FIELDS`, apart from `train.num_steps`, which may increase if nothing depends on the length of the run.
 
     Raises:
-      UserError: naming the folder and the field that differs.
+      UserError: if the folder contains something else or a different run, or cannot be written to.
     """
     saved = folder / CONFIG
     changes: Changes = {}
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            folder.stat()  # `exists` would take a name that cannot be for one that is not there yet
+            folder.stat()  # Raises for an invalid name, for which `exists` would return False.
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"output_dir={folder}: a file is in the way")
+            raise UserError(f"output_dir={folder}: not a directory; choose a different output_dir")
         if saved.is_file():
-            ours = flatten(yaml.safe_load(config_text))
-            changes = _changes(folder, _read_config(saved), ours, depends_on_length)
+            current = flatten(yaml.safe_load(config_text))
+            changes = _changes(folder, _read_config(saved), current, depends_on_length)
             _check_method(folder, method)
         elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
             raise UserError(
-                f"output_dir={folder}: not empty and not a run; give another output_dir"
+                f"output_dir={folder}: neither empty nor a run directory; choose a different output_dir"
             )
         parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+    except (OSError, ValueError) as error:  # ValueError: the name contains a NUL character.
         raise UserError(f"output_dir={folder}: {getattr(error, 'strerror', error)}") from error
     if not parent.is_dir():
         raise UserError(f"output_dir={folder}: {parent} is a file")
@@ -100,7 +97,7 @@ def check_run_folder(
 
 
 def _check_method(folder: Path, method: dict[str, Any] | None) -> None:
-    """Refuses a run that was trained by another method, even if it has the same name."""
+    """Checks that the run in a folder was trained with the same method, and not only one of the same name."""
     if method is None:
         return
     try:
@@ -108,72 +105,73 @@ def _check_method(folder: Path, method: dict[str, Any] | None) -> None:
         name = saved["name"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{folder / METHOD}: not the method of a run ({type(error).__name__}), so that the run cannot be resumed; "
-            "restore the file or give another output_dir"
+            f"{folder / METHOD}: missing or damaged ({type(error).__name__}), so the run cannot be resumed; restore "
+            "the file or choose a different output_dir"
         ) from error
     if saved == method:
         return
     if name != method["name"]:
         raise UserError(
-            f"output_dir={folder}: holds a run of the method {name}, not {method['name']}; give another "
+            f"output_dir={folder}: contains a run of the method {name}, not {method['name']}; choose a different "
             "output_dir"
         )
     different = ", ".join(name for name in method if saved.get(name) != method[name])
     raise UserError(
-        f"output_dir={folder}: holds a run of another version of the method {method['name']} ({different}); give "
-        "another output_dir"
+        f"output_dir={folder}: contains a run of a different version of the method {method['name']} ({different}); "
+        "choose a different output_dir"
     )
 
 
 def _changes(
-    folder: Path, theirs: dict[str, Any], ours: dict[str, Any], depends_on_length: bool
+    folder: Path, saved: dict[str, Any], current: dict[str, Any], depends_on_length: bool
 ) -> Changes:
     changes: Changes = {}
-    # The name of the method first, because its constants differ with it.
-    fields = sorted({*theirs, *ours} - {"output_dir"}, key=lambda x: (x != METHOD_NAME, x))
+    # The method comes first: if it differs, so do its constants, and the error should name the method.
+    fields = sorted({*saved, *current} - {"output_dir"}, key=lambda x: (x != METHOD_NAME, x))
     for field in fields:
-        there, here = theirs.get(field, "absent"), ours.get(field, "absent")
-        if there == here:
+        old, new = saved.get(field, "absent"), current.get(field, "absent")
+        if old == new:
             continue
-        if "absent" in (there, here) and not _may_differ(field):
+        if "absent" in (old, new) and not _is_changeable(field):
             raise UserError(
-                f"output_dir={folder}: holds a run of another version, with other fields ({field}); "
-                "give another output_dir"
+                f"output_dir={folder}: contains a run of a different version (its config "
+                f"{'lacks' if old == 'absent' else 'has'} the field {field}); choose a different output_dir"
             )
-        is_longer = field == NUM_STEPS and isinstance(there, int) and here > there
-        schedule = _schedule(ours, depends_on_length) if is_longer else ""
-        if not (_may_differ(field) or (is_longer and not schedule)):
-            reason = f"; {schedule} depends on it" if schedule else ""
+        is_longer = field == NUM_STEPS and isinstance(old, int) and new > old
+        dependent = _length_dependency(current, depends_on_length) if is_longer else ""
+        if not (_is_changeable(field) or (is_longer and not dependent)):
+            reason = f"; {dependent} depends on the length of the run" if dependent else ""
             raise UserError(
-                f"output_dir={folder}: holds a run with {field}={there}, not {here}{reason}; "
-                f"give another output_dir, or {field}={there} to resume it"
+                f"output_dir={folder}: contains a run with {field}={old}, not {new}{reason}; choose a different "
+                f"output_dir, or set {field}={old} to resume the run"
             )
-        changes[field] = (there, here)
+        changes[field] = (old, new)
     return changes
 
 
-def _schedule(config: dict[str, Any], depends_on_length: bool) -> str:
-    """Returns what depends on the length of the run; empty if nothing does."""
+def _length_dependency(config: dict[str, Any], depends_on_length: bool) -> str:
+    """Returns what depends on the length of the run, for an error message; empty if nothing does."""
     if depends_on_length:
         return f"{METHOD_NAME}={config[METHOD_NAME]}"
-    return f"its learning rate, unless {DECAY_START}=1," if config[DECAY_START] != 1 else ""
+    start = config[DECAY_START]
+    return f"with {DECAY_START}={start}, the learning rate" if start != 1 else ""
 
 
-def _may_differ(field: str) -> bool:
-    return any(field.startswith(x) if x.endswith(".") else field == x for x in MAY_DIFFER)
+def _is_changeable(field: str) -> bool:
+    return any(field.startswith(x) if x.endswith(".") else field == x for x in CHANGEABLE_FIELDS)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         return flatten(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not the config of a run; give another output_dir") from error
+        raise UserError(f"{path}: not a valid config; choose a different output_dir") from error
 
 
 def prepare_run_folder(
     folder: Path, config_text: str, *, method: dict[str, Any] | None = None
 ) -> None:
-    """Creates the folder and writes the resolved config and the method's fingerprint, unless they exist."""
+    """Creates the folder and writes the resolved config and the fingerprint of the method, unless they exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / CONFIG).exists():
@@ -185,7 +183,7 @@ def prepare_run_folder(
 
 
 def record_changes(folder: Path, config_text: str, changes: Changes, *, after_step: int) -> None:
-    """Puts the new config in the place of the old, and a line in `changes.jsonl` that says what is new."""
+    """Replaces the saved config and appends the changes to `changes.jsonl`."""
     record = {name: {"was": was, "is": now} for name, (was, now) in changes.items()}
     with open(folder / CHANGES, "a", encoding="utf-8") as file:
         file.write(json.dumps({"after_step": after_step, "changed": record}) + "\n")
@@ -193,11 +191,11 @@ def record_changes(folder: Path, config_text: str, changes: Changes, *, after_st
 
 
 @contextlib.contextmanager
-def only_process_in(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of a run folder for as long as this one is at work there, even if it is killed.
+def lock_run_folder(folder: Path) -> Iterator[None]:
+    """Creates the folder and locks it for this process. The lock is released even if the process is killed.
 
     Raises:
-      UserError: if another process is at work.
+      UserError: if another process holds the lock.
     """
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -205,8 +203,8 @@ def only_process_in(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise UserError(
-            f"output_dir={folder}: another process is training there; wait for its end or give "
-            "another output_dir"
+            f"output_dir={folder}: another process is training there; wait until it ends or choose a different "
+            "output_dir"
         ) from error
     except OSError as error:
         raise UserError(f"output_dir={folder}: {error.strerror}") from error
@@ -217,19 +215,19 @@ def only_process_in(folder: Path) -> Iterator[None]:
 
 
 def evaluation_file(folder: Path, split: str, step: int) -> Path:
-    """Returns the file with the evaluation of a split after a step."""
+    """Returns the path of the results of evaluating a split after a step."""
     return folder / EVALUATIONS / f"{split}_{step}.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file is there whole or not at all."""
+    """Writes a text file such that readers see either the old or the new content, never a part."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted names, as the command line has them."""
+    """Flattens nested dicts into one whose keys are dotted names, as on the command line."""
     flat = {}
     for name, value in data.items():
         if isinstance(value, dict):

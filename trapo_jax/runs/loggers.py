@@ -16,12 +16,12 @@ TENSORBOARD = "tb"
 
 
 class RunLog:
-    """Appends to the files of a run folder.
+    """Appends to the log files of a run directory.
 
     Args:
-      folder: the run folder.
-      offsets: what `offsets()` returned at the checkpoint that is resumed from, None at the start;
-        everything written since is cut off, TensorBoard's files included, so that no step appears twice.
+      folder: the run directory.
+      offsets: the result of `offsets()` that was saved in the checkpoint; None for a new run. Everything written
+        after the checkpoint is deleted, including TensorBoard events, so that no step is logged twice.
 
     Raises:
       UserError: if a file is shorter than it was at the checkpoint.
@@ -30,11 +30,11 @@ class RunLog:
     FILES = (METRICS, SAMPLES)
 
     def __init__(self, folder: Path, *, offsets: Mapping[str, int] | None):
-        from tensorboardX import SummaryWriter  # seconds to import
+        from tensorboardX import SummaryWriter  # The import takes seconds.
 
         self._folder = folder
         offsets = offsets or dict.fromkeys(self.FILES, 0)
-        _cut(folder, offsets, self.FILES)
+        _truncate(folder, offsets, self.FILES)
         self._files = {
             name: open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
             for name in self.FILES
@@ -42,7 +42,10 @@ class RunLog:
         self._tensorboard = SummaryWriter(str(folder / TENSORBOARD))
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl: `step`, `kind`, and the values (NaN and inf as null)."""
+        """Writes a record with `step`, `kind` and the values to metrics.jsonl; NaN and infinity become null.
+
+        Numbers are also written to TensorBoard, prefixed with the split if there is one.
+        """
         self._write(METRICS, {"step": step, "kind": kind, **values})
         prefix = f"{values['split']}/" if "split" in values else ""
         for name, value in values.items():
@@ -50,12 +53,12 @@ class RunLog:
                 self._tensorboard.add_scalar(printable(prefix + name), value, step)
 
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Lines of samples.jsonl."""
+        """Writes records to samples.jsonl."""
         for record in records:
             self._write(SAMPLES, record)
 
     def offsets(self) -> dict[str, int]:
-        """Lengths of the files in bytes, by path in the folder, after forcing them to disk."""
+        """Flushes the files to disk and returns their sizes in bytes, by path relative to the run directory."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -75,7 +78,7 @@ class RunLog:
 
 
 class NoLog(RunLog):
-    """Of the processes that write nothing."""
+    """Discards everything. Used by all processes except the main one."""
 
     def __init__(self):
         pass
@@ -93,8 +96,8 @@ class NoLog(RunLog):
         pass
 
 
-def _cut(folder: Path, offsets: Mapping[str, int], needed: Sequence[str]) -> None:
-    """Cuts the files of a log at `offsets`, and removes the event files that were not there then."""
+def _truncate(folder: Path, offsets: Mapping[str, int], needed: Sequence[str]) -> None:
+    """Truncates the log files to `offsets`, and deletes event files that are newer and thus have no offset."""
     paths = {path.relative_to(folder).as_posix(): path for path in _event_files(folder)}
     paths |= {name: folder / name for name in needed}
     for name, path in paths.items():
@@ -105,8 +108,8 @@ def _cut(folder: Path, offsets: Mapping[str, int], needed: Sequence[str]) -> Non
             os.truncate(path, offsets[name])
         elif length < offsets[name] and name in needed:
             raise UserError(
-                f"{path}: {length} bytes, but it had {offsets[name]} at the checkpoint; put it back, or "
-                "give another output_dir"
+                f"{path}: has {length} bytes, but had {offsets[name]} at the checkpoint; restore the file or choose a "
+                "different output_dir"
             )
 
 
@@ -115,15 +118,15 @@ def _event_files(folder: Path) -> list[Path]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl."""
+    """Returns the records of metrics.jsonl in a run directory."""
     return list(read_records(folder / METRICS))
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a .jsonl file, but for a last one that is still being written.
+    """Yields the records of a JSON Lines file, except for an incomplete last line.
 
     Raises:
-      UserError: naming the line that is none.
+      UserError: if a line is not JSON.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -136,7 +139,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for NaN and inf, which JSON does not know."""
+    """Replaces NaN and infinity with None, because JSON cannot represent them."""
     if isinstance(value, Mapping):
         return {name: _finite(v) for name, v in value.items()}
     if isinstance(value, list):

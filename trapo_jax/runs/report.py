@@ -1,7 +1,7 @@
 """The report of one or more runs: a self-contained HTML file that opens offline.
 
-The contents of run directories are not trusted. They are embedded as JSON and enter the document as text only. The
-page's Content-Security-Policy allows no scripts but those of `assets/report`, and no requests.
+The contents of run directories are not trusted. They are embedded as JSON and only inserted into the document as text.
+The Content-Security-Policy of the page allows only the scripts of `assets/report` and no network requests.
 """
 
 import base64
@@ -24,14 +24,16 @@ from trapo_jax.runs.loggers import EVAL, TRAIN, read_records
 from trapo_jax.types import UserError
 
 REPORT = "report.html"
-MAX_POINTS = 400  # per curve; more steps are averaged
-MAX_BYTES = 3_000_000  # of rollouts per report; beyond it, whole groups are omitted
-MAX_TOKENS = 1_500  # per response; the middle of a longer one is omitted
-MAX_CHARACTERS = 20_000  # per text
+MAX_POINTS = 400  # points per curve; consecutive steps are averaged if there are more
+MAX_BYTES = (
+    3_000_000  # size of the rollouts in a report; whole groups are omitted if there are more
+)
+MAX_TOKENS = 1_500  # tokens per response; the middle of longer ones is omitted
+MAX_CHARACTERS = 20_000  # characters per text; the end of longer ones is omitted
 STYLES = ("uplot.min.css", "report.css")
 SCRIPTS = ("uplot.min.js", "dom.js", "charts.js", "reader.js", "page.js")
-REWARD_PREFIX = "rewards/"  # of the mean reward of each reward function, where there are several
-LEVEL_PREFIX = "guidance/level_"  # followed by the index of a micro-group; the method decides how many there are
+REWARD_PREFIX = "rewards/"  # followed by the name of a reward function, if a run has several
+LEVEL_PREFIX = "guidance/level_"  # followed by the index of a micro-group; their number varies
 PLOTTED = (
     "reward/mean",
     "reward/unguided_mean",
@@ -63,8 +65,8 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     """Writes the report of one or more runs atomically.
 
     Args:
-      folders: run directories.
-      out: the HTML file.
+      folders: the run directories.
+      out: path of the HTML file.
 
     Raises:
       UserError: if a folder is not a run directory, or a line of its logs is damaged.
@@ -79,7 +81,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
 
 
 def make_page(data: Mapping[str, Any], *, title: str) -> str:
-    """Returns the HTML page that shows `data`, which `assets/report/page.js` reads."""
+    """Returns an HTML page that shows `data`; see `assets/report/page.js` for its fields."""
     assets = resources.files("trapo_jax") / "assets" / "report"
     style = "\n".join((assets / name).read_text() for name in STYLES)
     script = "\n".join((assets / name).read_text() for name in SCRIPTS)
@@ -107,13 +109,13 @@ def embedded_json(data: Any) -> str:
     text = json.dumps(
         _make_visible(data), ensure_ascii=True, allow_nan=False, separators=(",", ":")
     )
-    for character in "<>&":  # In JSON they occur in strings only.
+    for character in "<>&":  # These occur only inside JSON strings.
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
 def _make_visible(value: Any) -> Any:
-    """Spells out control characters, bidirectional overrides and similar characters in all strings."""
+    """Escapes control characters, bidirectional overrides and other invisible characters in all strings."""
     if isinstance(value, str):
         return printable(value, keep="\n\t")
     if isinstance(value, Mapping):
@@ -127,18 +129,18 @@ def _content_hash(text: str) -> str:
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """Returns the last parts of the paths if they differ, otherwise the whole paths."""
+    """Returns the last component of each path if they are distinct, otherwise the full paths."""
     short = [folder.absolute().name for folder in folders]
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 
 
 def read_run(folder: Path, name: str, *, max_bytes: int) -> dict[str, Any]:
-    """Returns everything that the report shows of a run, as plain data.
+    """Returns the contents of the report for one run, as JSON-serializable data.
 
     Args:
       folder: the run directory.
       name: name of the run in the report.
-      max_bytes: maximum size of its rollouts as JSON.
+      max_bytes: maximum size of the rollouts as JSON.
 
     Raises:
       UserError: if the folder is not a run directory, or a line of its logs is damaged.
@@ -147,8 +149,8 @@ def read_run(folder: Path, name: str, *, max_bytes: int) -> dict[str, Any]:
         return _read_run(folder, name, max_bytes)
     except (OSError, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(
-            f"{folder}: not the folder of a training run of this version (config.yaml, metrics.jsonl, "
-            f"samples.jsonl; {error!r})"
+            f"{folder}: not a run directory of this version: config.yaml, metrics.jsonl or samples.jsonl is missing or "
+            f"damaged ({error!r})"
         ) from error
 
 
@@ -159,7 +161,7 @@ def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
     evaluations = [r for r in records if r["kind"] == EVAL]
     tests = [r for r in evaluations if r["split"] == "test"]
     last = steps[-1]["step"] if steps else 0
-    # The test split is evaluated a second time when the run ends, after its last step or when its budget is spent.
+    # The second evaluation of the test split takes place when the run is over.
     after = tests[-1] if len(tests) > 1 and tests[-1]["step"] == last else None
     num_steps = settings.get("train.num_steps", 0)
     if after:
@@ -204,7 +206,7 @@ def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
 
 
 def shown_settings(settings: Mapping[str, Any]) -> list[str]:
-    """Returns the fields that characterize a run: `CORE_SETTINGS`, and those that differ from the default."""
+    """Returns the fields to show: `CORE_SETTINGS` and those that differ from their defaults."""
     defaults = flatten(Config().model_dump(mode="json"))
     changed = [
         field
@@ -227,8 +229,8 @@ def downsample(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, lis
     """Averages consecutive steps, so that a curve has at most `MAX_POINTS` points.
 
     Returns:
-      The number of steps per point, and the points of each plotted metric: the last step and the means; None where
-      no step has a value.
+      The number of steps per point, and a column with one entry per point for `step`, the last step of each point, and
+      for each plotted metric, its mean over the steps that have a value; None if no step has one.
     """
     steps_per_point = max(1, math.ceil(len(records) / MAX_POINTS))
     blocks = [records[i : i + steps_per_point] for i in range(0, len(records), steps_per_point)]
@@ -244,17 +246,21 @@ def downsample(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, lis
 
 
 def _has_value(name: str, record: Mapping[str, Any]) -> bool:
-    """Returns whether a record has a value. Metrics of expert tokens have none if no expert token was trained."""
+    """Returns whether a metric is meaningful in a record. Expert metrics are not if no expert token was trained."""
     return record.get(name) is not None and (
         not name.startswith("expert/") or record.get("batch/expert_trained_tokens", 0) > 0
     )
 
 
 def read_samples(path: Path, *, max_bytes: int) -> tuple[list[dict[str, Any]], int]:
-    """Reads whole groups of rollouts, evenly spaced over the run, including the first and the last.
+    """Reads evenly spaced groups of rollouts, each the rollouts of one problem in one step.
+
+    Args:
+      path: a samples.jsonl file.
+      max_bytes: maximum size of the rollouts as JSON. One group is read even if it is larger.
 
     Returns:
-      The rollouts, and the number of groups (rollouts of one problem in one step) in the file.
+      The rollouts, and the number of groups in the file.
     """
     if not path.exists():
         return [], 0
@@ -268,7 +274,7 @@ def read_samples(path: Path, *, max_bytes: int) -> tuple[list[dict[str, Any]], i
 
 
 def _choose_groups(groups: Sequence[Any], sizes: Mapping[Any, int], max_bytes: int) -> list[Any]:
-    """Returns the largest evenly spaced selection of groups of at most `max_bytes`, but at least one group."""
+    """Returns evenly spaced groups, from the first to the last, of at most `max_bytes` in total, or the last group."""
     number = len(groups)
     while number > 1:
         chosen = [groups[i] for i in np.linspace(0, len(groups) - 1, number).astype(int)]
@@ -280,7 +286,7 @@ def _choose_groups(groups: Sequence[Any], sizes: Mapping[Any, int], max_bytes: i
 
 
 def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of a samples.jsonl. Texts that the tokens contain are omitted, long ones are cut."""
+    """Yields the records of samples.jsonl, with long texts shortened and without texts that repeat the tokens."""
     omitted = ("prefix", "completion")
     for number, record in enumerate(read_records(path), start=1):
         try:

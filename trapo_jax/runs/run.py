@@ -1,7 +1,7 @@
 """A training run on disk and on screen: its directory, progress, checkpoints, logs and monitoring.
 
-A `Run` knows neither how rollouts are sampled nor how parameters are updated. It receives the results of each step,
-decides when the run ends, and can continue where an earlier process stopped.
+A `Run` does not sample rollouts or update parameters. It receives the results of each step, decides when the run ends,
+and resumes a run that an earlier process started.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import jax
 from trapo_jax.config import Config, DataConfig
 from trapo_jax.distributed.processes import from_main, gather, is_main, wait_for_all
 from trapo_jax.methods import Method, fingerprint
-from trapo_jax.runs.budget import USAGE_METRICS, Budget
+from trapo_jax.runs.budget import USAGE_METRICS, Budget, is_due
 from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, Retention
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import (
@@ -28,7 +28,7 @@ from trapo_jax.runs.directory import (
     Changes,
     check_run_folder,
     evaluation_file,
-    only_process_in,
+    lock_run_folder,
     prepare_run_folder,
     record_changes,
     write_atomically,
@@ -39,7 +39,7 @@ from trapo_jax.runs.report import REPORT, write_report
 from trapo_jax.runs.samples import sample_records
 from trapo_jax.types import Moment, Problem, Rollout, UpdateTrace, Usage, UserError
 
-LOG_BYTES = 4 * 2**20  # generous upper bound on the size of a step's records
+LOG_BYTES = 4 * 2**20  # generous upper bound on the size of the records of one step
 
 
 class Trainable(Protocol):
@@ -53,15 +53,15 @@ class Trainable(Protocol):
 
 
 class Run:
-    """One training run, new or resumed. A context manager that releases everything it has acquired.
+    """One training run, new or resumed. As a context manager, it releases its resources on exit.
 
     Attributes:
       folder: the run directory.
-      is_complete: whether the run was complete when it was opened, so that nothing is left to do.
+      is_complete: whether the run was already complete when it was opened.
       step: number of the current step, starting at 1; 0 before the first step.
       moment: the current step as methods see it.
-      usage: what the run has spent so far.
-      method_state: state of the method; JSON-serializable.
+      usage: tokens, problems, FLOPs and seconds spent since the start of the run.
+      method_state: JSON-serializable state of the method.
     """
 
     def __init__(
@@ -96,15 +96,15 @@ class Run:
 
     @classmethod
     def open(cls, config: Config, method: Method, *, show_progress: bool = False) -> "Run":
-        """Opens the run directory of a config, new or with a run to resume. Nothing is written yet.
+        """Opens a new run, or an existing one to resume it. Nothing is written yet.
 
         Args:
-          config: the run's config.
-          method: the run's method.
+          config: config of the run, including its directory.
+          method: method of the run.
           show_progress: whether to print progress to the terminal.
 
         Raises:
-          UserError: if the directory holds something else, or a run with another config or method.
+          UserError: if the directory contains something else, or a run with a different config or method.
         """
 
         def check() -> tuple[Changes, bool]:
@@ -131,21 +131,21 @@ class Run:
         data_summary: Mapping[str, Any],
         decode: Callable[[Sequence[int]], str],
     ) -> None:
-        """Locks the directory, creates it or restores the newest intact checkpoint, and starts to log.
+        """Creates and locks the run directory, restores the newest intact checkpoint, and opens the logs.
 
         Args:
-          learner: its state is restored if there is a checkpoint.
-          data_summary: for `data.json`; its `fingerprint` identifies the training problems.
-          decode: turns token ids into text.
+          learner: the learner; its state is restored if there is a checkpoint.
+          data_summary: contents of `data.json`; its `fingerprint` identifies the training problems.
+          decode: converts token ids to text.
 
         Raises:
-          UserError: if another process is training there, the training problems are not those that the run began
-            with, or there are checkpoints but none is intact.
+          UserError: if another process is training in the directory, the training problems have changed since the
+            checkpoint, or there are checkpoints but none is intact.
         """
         self._decode = decode
         self._data_fingerprint = data_summary["fingerprint"]
         if is_main():
-            self._stack.enter_context(only_process_in(self.folder))
+            self._stack.enter_context(lock_run_folder(self.folder))
             prepare_run_folder(
                 self.folder, self._config.to_yaml(), method=fingerprint(self._method)
             )
@@ -156,7 +156,7 @@ class Run:
         self._stack.callback(self._watchdog.close)
         offsets = self._restore(learner)
         if is_main() and self._changes:
-            (self.folder / SUMMARY).unlink(missing_ok=True)  # The run continues.
+            (self.folder / SUMMARY).unlink(missing_ok=True)  # The run is no longer complete.
             record_changes(self.folder, self._config.to_yaml(), self._changes, after_step=self.step)
         log = RunLog(self.folder, offsets=offsets) if is_main() else NoLog()
         self._log = self._stack.enter_context(contextlib.closing(log))
@@ -169,10 +169,10 @@ class Run:
         self.console.say(self._describe_start())
 
     def heartbeat(self, activity: str) -> None:
-        """Reports that the run is not stuck.
+        """Tells the watchdog that the run is making progress.
 
         Args:
-          activity: what the process does now, for the message if it gets stuck.
+          activity: what the process does next, for the error message if it gets stuck.
         """
         if self._watchdog is not None:
             self._watchdog.beat(activity)
@@ -184,26 +184,27 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether the last step has been made."""
+        """Whether the last step is complete."""
         return self._progress >= 1
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether the run was asked to stop and has steps left."""
+        """Whether a signal stopped the run before its last step."""
         return self._is_interrupted and not self.is_over
 
     def steps(
         self, batches: Sequence[Sequence[Problem]]
     ) -> Iterator[tuple[Sequence[Problem], Sequence[Problem]]]:
-        """Yields the problems of each remaining step and of the step after it, if any.
+        """Yields the problems of each remaining step and those of the step after it, until the run is over or interrupted.
 
-        Ends when the run is over or interrupted.
+        Args:
+          batches: the problems of every step of the run.
         """
         while not (self.is_over or self._is_interrupted):
             self.step += 1
             self._progress_before = self._progress
             self.heartbeat(f"working on step {self.step}")
-            check_space(self.folder, LOG_BYTES, "a step's record")
+            check_space(self.folder, LOG_BYTES, "the log of a step")
             self._step_started = time.perf_counter()
             is_last = self.step >= self._config.train.num_steps
             yield batches[self.step - 1], () if is_last else batches[self.step]
@@ -216,18 +217,18 @@ class Run:
         traces: Sequence[UpdateTrace],
         method_state: Mapping[str, Any],
     ) -> None:
-        """Records the results of the current step: usage, metrics, samples and progress on screen.
+        """Records the results of the current step in the logs and on screen.
 
         Args:
-          groups: the rollouts of each problem; those of the first `log_samples` problems go to samples.jsonl.
+          groups: the rollouts of each problem; those of the first `log_samples` problems are logged.
           metrics: metrics of sampling and training, by name.
-          usage: tokens and FLOPs spent; the seconds are measured here.
-          traces: what the updates computed at every trained token.
+          usage: usage of the step, except for the seconds, which are measured here.
+          traces: per-token results of the updates.
           method_state: state of the method after the step.
 
         Raises:
           TrainingFailed: if the metrics show that training should not continue.
-          UserError: if the budget's unit is something that the method never spends.
+          UserError: if the method does not spend the unit of the budget.
         """
         seconds = from_main(time.perf_counter() - self._step_started)
         self.usage += usage + Usage(seconds=seconds)
@@ -254,14 +255,14 @@ class Run:
 
     @property
     def due_splits(self) -> Sequence[str]:
-        """The splits to evaluate after the current step, which is not the last one."""
+        """The splits to evaluate after the current step, unless it is the last one."""
         every = self._config.evaluation.every
         due = is_due(self.step, self._progress_before, self._progress, every)
         return ("validation",) if due and not self.is_over else ()
 
     @property
     def num_evaluation_samples(self) -> int:
-        """Samples per problem in evaluations."""
+        """Number of samples per problem in evaluations."""
         return self._config.evaluation.num_samples
 
     def record_evaluation(
@@ -293,13 +294,13 @@ class Run:
         """Saves a checkpoint if one is due after the current step.
 
         Args:
-          learner: its state is saved.
-          score: sampled accuracy on the validation split, if it was evaluated after this step.
+          learner: the learner whose state is saved.
+          score: sampled accuracy on the validation split; None if it was not evaluated after this step.
         """
         keep = self._config.checkpoint
-        is_due = self.is_over or self._is_interrupted
-        is_due |= keep.every > 0 and self.step % keep.every == 0
-        if not (is_due or (keep.keep_best and self._is_best(score))):
+        must_save = self.is_over or self._is_interrupted
+        must_save |= keep.every > 0 and self.step % keep.every == 0
+        if not (must_save or (keep.keep_best and self._is_best(score))):
             return
         self.heartbeat(f"saving step {self.step}")
         check_space(self.folder, self._state_bytes + LOG_BYTES, "a checkpoint")
@@ -317,7 +318,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Writes the report and the summary, which marks the run as complete, and returns the summary."""
-        self._log.offsets()  # flushes
+        self._log.offsets()  # Flushes the logs.
         write_report([self.folder], self.folder / REPORT)
         evaluations = [r for r in read_metrics(self.folder) if r["kind"] == EVAL]
         first = {record["split"]: record for record in reversed(evaluations)}
@@ -330,11 +331,11 @@ class Run:
         return summary
 
     def summary(self) -> dict[str, Any]:
-        """Returns the summary of a complete run: scores before and after training, by split."""
+        """Returns the scores of a complete run before and after training, by split."""
         return json.loads((self.folder / SUMMARY).read_text())
 
     def _restore(self, learner: Trainable) -> dict[str, int] | None:
-        """Restores the newest intact checkpoint, if there is one, and returns the offsets of its logs."""
+        """Restores the newest intact checkpoint and returns the log offsets saved in it; None if there is none."""
         step = from_main(self._newest_intact() if is_main() else None)
         if step is None:
             return None
@@ -343,8 +344,8 @@ class Run:
         state, host = self._store.restore(step, abstract)
         if host["data_fingerprint"] != self._data_fingerprint:
             raise UserError(
-                f"output_dir={self.folder}: {_name_data(self._config.data)} does not give the problems that the run "
-                f"began with ({DATA}); restore them or give another output_dir"
+                f"output_dir={self.folder}: the problems of {_name_data(self._config.data)} are not those that the run "
+                f"started with ({DATA}); restore the data or choose a different output_dir"
             )
         learner.state = state
         self.step = step
@@ -352,18 +353,18 @@ class Run:
         return host["offsets"]
 
     def _newest_intact(self) -> int | None:
-        """Returns the step of the newest intact checkpoint, or None. Damaged ones are renamed."""
+        """Returns the step of the newest intact checkpoint, None if there are none; damaged ones are renamed."""
         for step in reversed(self._store.steps()):
             try:
                 self._store.verify(step)
                 return step
             except DamagedCheckpoint as error:
-                renamed = self._store.put_aside(step)
-                print(f"warning: {error}; it is kept as {renamed}", file=sys.stderr)
+                renamed = self._store.mark_damaged(step)
+                print(f"warning: {error}; it was renamed to {renamed}", file=sys.stderr)
         if damaged := self._store.damaged():
+            names = ", ".join(path.name for path in damaged)
             raise UserError(
-                f"{self.folder}: none of its checkpoints is intact ({', '.join(p.name for p in damaged)}); give "
-                "another output_dir"
+                f"output_dir={self.folder}: all checkpoints are damaged ({names}); choose a different output_dir"
             )
         return None
 
@@ -380,27 +381,12 @@ class Run:
         return {**spent, "budget/progress": self._progress}
 
 
-def is_due(step: int, progress_before: float, progress: float, every: float) -> bool:
-    """Returns whether something that happens regularly is due after a step.
-
-    Args:
-      step: number of the step, starting at 1.
-      progress_before: share of the run that was complete before the step.
-      progress: share of the run that is complete after the step.
-      every: an interval in steps, >= 1; or in (0, 1) as a share of the run; 0 for never.
-    """
-    if every >= 1:
-        return step % every == 0
-    num_intervals = round(1 / every) if every else 0
-    return int(progress_before * num_intervals) < int(progress * num_intervals)
-
-
 def _scores(record: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in record.items() if name.startswith("eval/")}
 
 
 def _name_data(data: DataConfig) -> str:
-    """Returns the field that says what is trained on, with its value."""
+    """Returns the config field that selects the training data, with its value."""
     if data.source == "files":
         return f"data.train_files={', '.join(data.train_files)}"
     return f"data.source={data.source}"

@@ -1,4 +1,4 @@
-"""samples.jsonl: rollouts to read, token by token, with what the update saw of each token."""
+"""Records for samples.jsonl: rollouts token by token, with log-probabilities and gradient weights from the update."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,11 +10,13 @@ from trapo_jax.distributed.processes import fetch
 from trapo_jax.types import Rollout, TokenKind, UpdateTrace
 
 TRAINED = (TokenKind.EXPERT_TRAINED, TokenKind.COMPLETION)
-LONGEST_CHARACTER = 8  # tokens; after so many without a whole character, the bytes are none
+MAX_CHARACTER_TOKENS = (
+    8  # tokens without a complete character after which their bytes are considered invalid
+)
 
 
 class ResponseTrace(NamedTuple):
-    """The tokens of a response, in order: arrays `[response length]`."""
+    """Per-token results of the update on one response, as arrays of shape `[response length]`."""
 
     kinds: np.ndarray  # int8, TokenKind
     logprobs: np.ndarray  # float32; 0 where not trained
@@ -28,12 +30,12 @@ def sample_records(
     decode: Callable[[Sequence[int]], str],
     step: int,
 ) -> list[dict[str, Any]]:
-    """Returns a record for samples.jsonl for each rollout. All processes must call this together.
+    """Returns one record per rollout. All processes must call this together.
 
     Args:
       rollouts: rollouts of the step.
-      traces: of the step's updates. A rollout that is part of several shows the first one.
-      decode: turns token ids into text.
+      traces: traces of the updates of the step. For a rollout in several updates, the first one counts.
+      decode: converts token ids to text.
       step: number of the step.
     """
     keys = [rollout.request.key for rollout in rollouts]
@@ -52,11 +54,11 @@ def sample_records(
 def fetch_response_traces(
     update: UpdateTrace, keys: Sequence[tuple[str, int]]
 ) -> dict[tuple[str, int], ResponseTrace]:
-    """Fetches the traces of some rollouts of an update; all processes must call this together.
+    """Fetches the traces of rollouts from the devices. All processes must call this together.
 
     Args:
-      update: the update. Only the rows that are needed are copied from the devices.
-      keys: keys of the rollouts; those without a trained token in the update have no trace in the result.
+      update: the trace of an update. Only the batch rows that contain the rollouts are fetched.
+      keys: keys of the rollouts. Rollouts without a trained token in the update are missing in the result.
     """
     if not keys:
         return {}
@@ -65,14 +67,14 @@ def fetch_response_traces(
     segments = [1 + numbers.get(key, len(update.rows)) for key in keys]
     m, b, t = np.nonzero(batch.segment_ids)
     found, first = np.unique(batch.segment_ids[m, b, t], return_index=True)
-    place = dict(zip(found.tolist(), zip(m[first], b[first], strict=True), strict=True))
-    # The number of places does not depend on the batch, so that only one program is compiled.
-    places = np.array([place.get(segment, (0, 0)) for segment in segments]).T
-    logprobs, gradient_weights = fetch(_take_rows(tuple(update.trace), *places))
+    row_of = dict(zip(found.tolist(), zip(m[first], b[first], strict=True), strict=True))
+    # One row per key, whether it is in the batch or not: a fixed number of rows compiles only once.
+    rows = np.array([row_of.get(segment, (0, 0)) for segment in segments]).T
+    logprobs, gradient_weights = fetch(_take_rows(tuple(update.trace), *rows))
     responses = {}
     for i, (key, segment) in enumerate(zip(keys, segments, strict=True)):
-        kinds = batch.kinds[tuple(places[:, i])]
-        segment_ids = batch.segment_ids[tuple(places[:, i])]
+        kinds = batch.kinds[tuple(rows[:, i])]
+        segment_ids = batch.segment_ids[tuple(rows[:, i])]
         where = (segment_ids == segment) & (kinds != TokenKind.PROMPT)
         if where.any():
             responses[key] = ResponseTrace(
@@ -92,14 +94,19 @@ def sample_record(
     decode: Callable[[Sequence[int]], str],
     step: int,
 ) -> dict[str, Any]:
-    """A line of samples.jsonl. Lists in `tokens` have an entry a token of the response; null: not trained.
+    """Returns a record for samples.jsonl. The values in `tokens` have one entry per token of the response.
 
-    Without a trace the rollout took no part in the update.
+    Args:
+      rollout: the rollout.
+      advantage: advantage of the rollout; None if no update trained it.
+      trace: trace of the response; None if no update trained it.
+      decode: converts token ids to text.
+      step: number of the step.
     """
     request, completion_ids = rollout.request, rollout.completion.token_ids
     prefix, completion = decode(request.prefix_ids), decode(completion_ids)
     if trace is None:
-        trace = _no_trace(rollout)
+        trace = _untrained(rollout)
         trained = np.zeros(len(trace.kinds), bool)
     else:
         trained = np.isin(trace.kinds, TRAINED)
@@ -121,42 +128,48 @@ def sample_record(
                 *token_pieces(request.prefix_ids, decode),
                 *token_pieces(completion_ids, decode),
             ],
-            "kinds": "".join(str(int(kind)) for kind in trace.kinds),  # a digit each
+            "kinds": "".join(str(int(kind)) for kind in trace.kinds),  # one digit per token
             "logprobs": _rounded(trace.logprobs, trained),
             "gradient_weights": _rounded(trace.gradient_weights, trained),
         },
     }
 
 
-def _no_trace(rollout: Rollout) -> ResponseTrace:
-    num_own = len(rollout.completion.token_ids)
-    kinds = [TokenKind.EXPERT] * rollout.request.prefix_len + [TokenKind.COMPLETION] * num_own
+def _untrained(rollout: Rollout) -> ResponseTrace:
+    """Returns the trace of a rollout that was not part of an update."""
+    completion_len = len(rollout.completion.token_ids)
+    kinds = [TokenKind.EXPERT] * rollout.request.prefix_len
+    kinds += [TokenKind.COMPLETION] * completion_len
     zeros = np.zeros(len(kinds), np.float32)
     return ResponseTrace(np.array(kinds, np.int8), zeros, zeros)
 
 
 def token_pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-    """The text of each token; joined they are `decode(ids)`.
+    """Returns the text of each token; their concatenation is `decode(ids)`.
 
-    A character whose bytes are several tokens belongs to the last of them, the others are "". What a token adds is
-    seen beside the one before it, as decoders treat the beginning of a text in a way of its own.
+    A character that consists of several tokens belongs to the last of them; the text of the others is empty. Each
+    token is decoded together with the tokens before it, because decoders treat the start of a text specially.
 
     >>> token_pieces([104, 195, 164, 33], lambda ids: bytes(ids).decode(errors="replace"))
     ['h', '', 'ä', '!']
     """
     text = decode(ids)
-    ends, context, whole = [], 0, 0  # ids[context:whole] is text that stands already
+    ends, context, done = (
+        [],
+        0,
+        0,
+    )  # ids[context:done] precede the current character and are already assigned
     end = 0
     for i in range(1, len(ids) + 1):
-        before, now = decode(ids[context:whole]), decode(ids[context:i])
-        if not now.endswith("\ufffd") or i - whole == LONGEST_CHARACTER:
-            end += len(now) - len(before)
-            context, whole = whole, i
+        before, after = decode(ids[context:done]), decode(ids[context:i])
+        if not after.endswith("\ufffd") or i - done == MAX_CHARACTER_TOKENS:
+            end += len(after) - len(before)
+            context, done = done, i
         ends.append(min(max(end, 0), len(text)))
     ends[-1:] = [len(text)] if ends else []
     return [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def _rounded(values: np.ndarray, where: np.ndarray) -> list[float | None]:
-    """Four digits are enough to look at."""
+    """Rounds values to four significant digits; None where `where` is false."""
     return [float(f"{v:.4g}") if w else None for v, w in zip(values, where, strict=True)]

@@ -1,4 +1,4 @@
-"""The model of a run's checkpoint, without the rest of the train state."""
+"""Loads the model of a checkpoint without the rest of the train state."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
       path: `RUN/checkpoints/STEP`.
 
     Returns:
-      The parameters on the default device, their decoder, and the model folder that the run started from.
+      The parameters on the default device, the config of their decoder, and the model folder that the run started from.
 
     Raises:
       UserError: if the path is not a checkpoint of a run, or the checkpoint is damaged.
@@ -28,11 +28,13 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
     store = CheckpointStore(path.absolute().parent)
     saved_config = path.absolute().parents[1] / CONFIG
     if not path.name.isdecimal() or not saved_config.is_file():
-        raise UserError(f"{path}: not RUN/checkpoints/STEP of a training run")
+        raise UserError(
+            f"{path}: not a checkpoint of a run; give a path of the form RUN/checkpoints/STEP"
+        )
     step = int(path.name)
     if step not in store.steps():
         existing = ", ".join(map(str, store.steps())) or "none"
-        raise UserError(f"{path}: no such step; the run has checkpoints of these steps: {existing}")
+        raise UserError(f"{path}: no such checkpoint; existing steps: {existing}")
     config = load_config(Config, saved_config, [])
     source = find_model(config.model.path)
     decoder = read_decoder(source, ModelConfig(), config.lora)
@@ -42,5 +44,5 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
     try:
         store.verify(step)
     except DamagedCheckpoint as error:
-        raise UserError(f"{path}: {error}; give the checkpoint of another step") from error
+        raise UserError(f"{path}: {error}; choose a checkpoint of a different step") from error
     return store.restore_params(step, placed), decoder, source

@@ -1,9 +1,9 @@
 "use strict";
-// Charts over the steps of runs, drawn by uPlot. Each has a text summary, a readout for pointer and keyboard, and a table.
+// Charts over the steps of runs, drawn by uPlot. Each chart has a text summary, a readout for pointer and keyboard, and a table.
 
 const RUN_COLORS = 6;
 const DASHES = [[], [8, 4], [2, 3], [12, 3, 2, 3]];
-const charts = []; // {plot, run indices by series}
+const charts = []; // {chart, runs}: a uPlot instance and the run index of each of its series
 
 const runColor = (run) => `--run-${run % RUN_COLORS}`;
 const runDash = (run) => DASHES[run % DASHES.length];
@@ -14,7 +14,7 @@ function swatch(run) {
   return line;
 }
 
-// The mean of the points around each point, which makes the trend visible.
+// Returns the moving average of a curve, which makes the trend visible.
 function smooth(values) {
   const reach = Math.floor(values.length / 40);
   if (reach === 0) return values;
@@ -38,7 +38,7 @@ function axes() {
   return [{ ...common, size: 26, grid: { show: false } }, { ...common, size: 52, values: (_, marks) => marks.map(number) }];
 }
 
-// The frame of every chart. `lines`: {name, values, run} for summary, readout and table; `draw`: options for uPlot.
+// Builds a chart. `lines` are {name, values, run} for the summary, readout and table; `draw` contains options for uPlot.
 function frame({ title, about, steps, lines, parts = null, data, draw }) {
   const trends = lines.map((line) => `${line.name}: ${describeTrend(steps, line.values)}`).join(". ");
   const plot = make("div", { class: "plot", "aria-hidden": "true" });
@@ -61,7 +61,7 @@ function frame({ title, about, steps, lines, parts = null, data, draw }) {
     const by = { ArrowLeft: -1, ArrowRight: 1, PageDown: 10, PageUp: -10, Home: -Infinity, End: Infinity }[event.key];
     if (by === undefined) return;
     event.preventDefault();
-    readout.setAttribute("aria-live", "polite"); // announced for keys, not for the pointer
+    readout.setAttribute("aria-live", "polite"); // Screen readers announce values only when keys are used.
     const at = Math.min(steps.length - 1, Math.max(0, (chart.cursor.idx ?? (by > 0 ? -1 : steps.length)) + by));
     chart.setCursor({ left: chart.valToPos(steps[at], "x"), top: 10 });
   }
@@ -79,11 +79,11 @@ function frame({ title, about, steps, lines, parts = null, data, draw }) {
 }
 
 const fromZero = (_, low, high) => [Math.min(0, low ?? 0), (high ?? 1) * 1.05 || 1];
-// The upper end of an axis that shows nearly all values.
+// Returns an upper limit for an axis that covers all values except outliers.
 const nearlyAll = (values) => 1.4 * ([...values].sort((a, b) => a - b)[Math.floor(0.95 * (values.length - 1))] || 1);
 const SHARE = { y: { range: [0, 1] } };
 
-// One curve per run: the points as a thin line, their running mean as a bold line.
+// Shows one curve per run: the values as a thin line, their moving average as a bold line.
 function lineChart({ title, about, metric, scales = { y: { range: fromZero } } }) {
   const tables = [], series = [{}], steps = new Set();
   DATA.runs.forEach((run, i) => {
@@ -101,7 +101,7 @@ function lineChart({ title, about, metric, scales = { y: { range: fromZero } } }
   return frame({ title, about, steps: data[0], lines, data, draw: { series, scales } });
 }
 
-// Evaluations: the validation split as a line, the test split as large points.
+// Shows evaluations: the validation split as a line, the test split as large points.
 function accuracyChart({ title, about, field }) {
   const tables = [], series = [{}], lines = [];
   DATA.runs.forEach((run, i) => {
@@ -121,13 +121,13 @@ function accuracyChart({ title, about, field }) {
   return frame({ title, about, steps: data[0], lines, data, draw: { series, scales: SHARE } });
 }
 
-// Shares of a whole, stacked, as running means; for one run.
+// Shows the parts of a whole in one run, as stacked moving averages.
 function stackChart({ title, about, run, parts, scales = SHARE }) {
   const { step } = DATA.runs[run].columns;
   const lines = parts.map((part) => ({ name: part.name, values: part.values, run }));
   const means = parts.map((part) => smooth(part.values));
   const upTo = means.map((_, k) => step.map((_, i) => means.slice(0, k + 1).reduce((sum, mean) => sum + (mean[i] ?? 0), 0)));
-  const data = [step, ...[...upTo].reverse()]; // the highest first; each covers the ones below it
+  const data = [step, ...[...upTo].reverse()]; // Highest first, because each series is drawn over the previous ones.
   const series = [{}, ...[...parts].reverse().map((part) => ({ run, stroke: () => color(part.color), width: 1,
     fill: () => color(part.color), points: { show: false } }))];
   const list = make("ul", { class: "parts" }, ...parts.map((part) => make("li", {}, patch(`var(${part.color})`), part.name)));
@@ -140,7 +140,7 @@ function patch(background) {
   return node;
 }
 
-// The shares of ten bins of [0, 1] over time. A larger share has a stronger color.
+// Shows a distribution over ten bins of [0, 1] at each step. A stronger color means a larger share.
 function heatMap({ title, about, run, bins }) {
   const { step } = DATA.runs[run].columns;
   const lines = bins.map((values, k) => ({ name: `${k / 10}–${(k + 1) / 10}`, values, run }));

@@ -1,5 +1,5 @@
 "use strict";
-// Builds the document. Data enter it as text or as plain attributes, never as markup.
+// Builds the document. Data is inserted as text or as plain attributes, never as markup.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 
@@ -13,7 +13,7 @@ function make(tag, attributes = {}, ...children) {
   return node;
 }
 
-// Formats a number with up to four significant digits; "–" for a missing one.
+// Formats a number with up to four significant digits, and a missing one as "–".
 function number(value) {
   if (value === null || value === undefined) return "–";
   if (Number.isInteger(value)) return value.toLocaleString("en");
@@ -30,7 +30,7 @@ function seconds(value) {
 // Formats an accuracy.
 const fixed = (value) => make("span", {}, value === null ? "–" : value.toFixed(3));
 
-// A table in a box that scrolls horizontally, also by keyboard. The first cell of a row is its header.
+// Returns a table that scrolls horizontally, also by keyboard. The first cell of each row is its header.
 function table(caption, header, rows) {
   const cell = (content) =>
     content instanceof Node ? make("td", {}, content)
@@ -43,7 +43,7 @@ function table(caption, header, rows) {
         make("tr", {}, make("th", { scope: "row" }, name instanceof Node ? name : String(name)), ...cells.map(cell))))));
 }
 
-// A collapsed section whose content is built when it is first opened.
+// Returns a collapsed section whose content is built when it is first opened.
 function folded(title, build) {
   const details = make("details", {}, make("summary", {}, title));
   details.addEventListener("toggle", () => details.append(build()), { once: true });

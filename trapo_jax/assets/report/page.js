@@ -30,7 +30,7 @@ function summary() {
   ];
 }
 
-// Checkboxes that select the runs in the charts.
+// Returns checkboxes that select the runs shown in the charts.
 function runToggles() {
   const toggle = (i) => (event) => charts.forEach(({ chart, runs }) => chart.batch(() => runs.forEach((run, k) => {
     if (run === i) chart.setSeries(k, { show: event.target.checked });
@@ -47,7 +47,7 @@ function timeTable() {
   return table("Time spent", ["run", ...Object.keys(DATA.runs[0].seconds)], rows);
 }
 
-// Names of the reward functions of the runs that have several.
+// Returns the names of the reward functions whose rewards are logged separately.
 function rewardFunctions() {
   const names = DATA.runs.flatMap((run) => Object.keys(run.columns)).filter((name) => name.startsWith(REWARD_PREFIX));
   return [...new Set(names)].map((name) => name.slice(REWARD_PREFIX.length));
@@ -61,7 +61,7 @@ function curves() {
   const part = (name, tone, values) => ({ name, color: `--part-${tone}`, values });
   return [
     make("p", { class: "muted" }, "Thin line: " + (stepsPerPoint > 1 ? `means of ${stepsPerPoint} steps` : "each step")
-      + ". Bold line: running mean. Drag over a chart to zoom in, double-click to reset."),
+      + ". Bold line: moving average. Drag over a chart to zoom in; double-click to reset."),
     DATA.runs.length > 1 ? runToggles() : null,
     make("div", { class: "charts" }, ...[
       lineChart({ title: "Reward", about: "mean over all rollouts, guided ones included", metric: "reward/mean", scales: SHARE }),
@@ -69,11 +69,11 @@ function curves() {
       ...rewardFunctions().map((name) => lineChart({ title: `Reward: ${name}`, about: "mean of this reward function over all rollouts", metric: REWARD_PREFIX + name, scales: SHARE })),
       accuracyChart({ title: "Accuracy, sampled", about: "line: validation split; large points: test split", field: "sampled" }),
       accuracyChart({ title: "Accuracy, greedy", about: "line: validation split; large points: test split", field: "greedy" }),
-      lineChart({ title: "Entropy", about: "of the policy at the tokens of completions, in nats", metric: "policy/entropy" }),
+      lineChart({ title: "Entropy", about: "mean entropy of the policy at completion tokens, in nats", metric: "policy/entropy" }),
       lineChart({ title: "Completion length", about: "mean, in tokens", metric: "completion/len_mean" }),
-      lineChart({ title: "Truncated", about: "share of rollouts that ended at the length limit", metric: "completion/truncated", scales: SHARE }),
+      lineChart({ title: "Truncated", about: "share of rollouts that reached the length limit", metric: "completion/truncated", scales: SHARE }),
       ...each(some("guidance/ratio_mean"), (c, i, of) => stackChart({ run: i, title: `Guidance level${of}`,
-        about: "share of problems by the last guided micro-group",
+        about: "share of problems, by their last guided micro-group",
         parts: Object.keys(c).filter((name) => name.startsWith(LEVEL_PREFIX)).map((name, k) =>
           part(k ? `micro-group ${k + 1}` : "unguided", k % PART_COLORS, c[name])) })),
       ...each(some("batch/expert_trained_tokens"), (c, i, of) => stackChart({ run: i, title: `Expert gradient${of}`,
@@ -84,7 +84,7 @@ function curves() {
         about: "a stronger color means a larger share of the trained expert tokens",
         bins: [...Array(10).keys()].map((k) => c[`expert/prob_from_${(k / 10).toFixed(1)}`]) })),
       lineChart({ title: "Throughput", about: "trained tokens per second, including sampling and grading", metric: "time/tokens_per_sec" }),
-      ...each(some("time/train_secs"), (c, i, of) => stackChart({ run: i, title: `Seconds per step${of}`, about: "without evaluation and checkpoints; steps that compile exceed the chart",
+      ...each(some("time/train_secs"), (c, i, of) => stackChart({ run: i, title: `Seconds per step${of}`, about: "excluding evaluation and checkpoints; steps that include compilation are cut off",
         scales: { y: { range: () => [0, nearlyAll(c["time/train_secs"].map((s, k) => s + c["time/sample_secs"][k] + c["time/reward_secs"][k]))] } },
         parts: [part("sampling", 1, c["time/sample_secs"]), part("waiting for rewards", 2, c["time/reward_secs"]), part("training", 3, c["time/train_secs"])] })),
     ].filter((chart) => chart !== null)),
@@ -93,7 +93,7 @@ function curves() {
   ].filter((node) => node !== null);
 }
 
-// Light or dark: the system's preference until the button selects one.
+// Applies the light or dark theme: the system preference until the button selects one.
 function themes() {
   const system = matchMedia("(prefers-color-scheme: dark)"), button = document.getElementById("theme");
   let chosen = "system";

@@ -1,14 +1,14 @@
 "use strict";
-// The reader: rollouts with every token colored by its kind or by its role in the update.
+// The rollout reader. Tokens are colored by their kind or by their role in the update.
 
 const KINDS = { 1: "prompt", 2: "expert, context only", 3: "expert, trained", 4: "completion" };
-const PAGE = 8; // rollouts shown together
+const PAGE = 8; // rollouts per page
 
 const COLORINGS = {
   kind: { label: "kind of token", legend: () => [1, 2, 3, 4].map((kind) => make("span", { class: `kind-${kind}` }, KINDS[kind])) },
   probability: { label: "probability", legend: () => caption("A stronger color means a less likely token under the policy.") },
-  advantage: { label: "advantage", legend: () => [tinted("--for", 0.6, "above the group's mean"), tinted("--against", 0.6, "below it")] },
-  gradient: { label: "gradient weight", legend: () => caption("A stronger color means a larger weight of the token's log-probability in the update, relative to the largest of its group.") },
+  advantage: { label: "advantage", legend: () => [tinted("--for", 0.6, "above the group mean"), tinted("--against", 0.6, "below the group mean")] },
+  gradient: { label: "gradient weight", legend: () => caption("A stronger color means that the log-probability of the token has a larger weight in the update, relative to the largest weight in its group.") },
 };
 
 const caption = (text) => [make("span", {}, text)];
@@ -23,7 +23,7 @@ function tint(node, name, strength) {
   node.style.backgroundColor = `rgb(var(${name}) / calc(var(--strongest) * ${strength.toFixed(3)}))`;
 }
 
-// The rollouts of all runs, the last step first, with the largest gradient weight of their group.
+// Returns the rollouts of all runs, newest step first, each with the largest gradient weight of its group.
 function allRollouts() {
   const rollouts = DATA.runs.flatMap((run, i) => run.samples.map((sample) => ({ ...sample, run: i })));
   const largest = new Map();
@@ -54,7 +54,7 @@ function describeToken(rollout, i) {
   return `${text}, probability ${number(Math.exp(logprobs[i]))}${advantage}, gradient weight ${number(weights[i])}`;
 }
 
-// A rollout. Arrow keys or the pointer select a token, which is described below the text.
+// Returns a card that shows one rollout. Arrow keys or the pointer select a token, which is described below the text.
 function card(rollout, coloring) {
   const { pieces } = rollout.tokens;
   const spans = pieces.map((piece, i) => {
@@ -82,21 +82,21 @@ function card(rollout, coloring) {
       spans[current]?.scrollIntoView({ block: "nearest" });
     } }, make("span", { class: "prompt" }, rollout.prompt), ...spans);
   const leftOut = rollout.num_tokens - pieces.length;
-  const guided = rollout.ratio > 0 ? `guided by ${number(rollout.ratio)} of the expert` : "unguided";
+  const guided = rollout.ratio > 0 ? `guided by ${number(rollout.ratio)} of the expert solution` : "unguided";
   const run = DATA.runs.length > 1 ? `${DATA.runs[rollout.run].name}, ` : "";
   return make("article", { class: "card" },
     make("p", {}, make("span", { class: "verdict" }, gradeText(rollout)),
       ` · advantage ${number(rollout.advantage)} · ${guided} · micro-group ${rollout.micro_group + 1} · ${rollout.num_tokens} tokens`),
     text,
     leftOut ? make("p", {}, `${leftOut} tokens in the middle are omitted`) : null,
-    make("p", {}, `${run}step ${rollout.step}, problem ${rollout.problem_id}, sample ${rollout.sample_index}, ended by ${rollout.finish_reason}; answer read: ${rollout.answer ?? "none"}; gold answer: ${rollout.gold}`),
+    make("p", {}, `${run}step ${rollout.step}, problem ${rollout.problem_id}, sample ${rollout.sample_index}, finish reason ${rollout.finish_reason}; extracted answer: ${rollout.answer ?? "none"}; gold answer: ${rollout.gold}`),
     about,
     folded("Tokens as a table", () => table("Tokens", ["token", "text", "kind", "probability", "gradient weight"],
       pieces.map((piece, i) => [i + 1, JSON.stringify(piece), KINDS[rollout.tokens.kinds[i]],
         rollout.tokens.logprobs[i] === null ? null : Math.exp(rollout.tokens.logprobs[i]), rollout.tokens.gradient_weights[i]]))));
 }
 
-// "correct, reward 0.9 (math 1, length 0.5)"; why a reward is missing.
+// Describes the grade, for example "correct, reward 0.9 (math 1, length 0.5)", including why a reward is missing.
 function gradeText(rollout) {
   const names = Object.keys(rollout.rewards);
   const each = names.map((name) => `${name} ${rollout.missing[name] ? `missing: ${rollout.missing[name]}` : number(rollout.rewards[name])}`);
@@ -150,7 +150,7 @@ function reader() {
   const held = DATA.runs.map((run) => new Set(run.samples.map((s) => `${s.step} ${s.problem_id}`)).size);
   const selection = DATA.runs.map((run, i) => `${held[i]} of the ${run.num_groups} logged groups of ${run.name}`).join(", ");
   return make("div", {},
-    make("p", { class: "muted" }, `This report contains ${selection}, evenly spaced over the run. A group is the rollouts of one problem in one step.`),
+    make("p", { class: "muted" }, `This report contains ${selection}, evenly spaced over the run. A group consists of the rollouts of one problem in one step.`),
     make("form", { class: "filters", submit: (e) => e.preventDefault() }, ...filters.map((f) => f.label), coloring.label),
     make("div", { class: "pager" }, earlier, later, status), legend, cards);
 }
