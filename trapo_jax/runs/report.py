@@ -217,7 +217,7 @@ def shown_settings(settings: Mapping[str, Any]) -> list[str]:
 
 
 def score_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[list[Any]]:
-    """Returns rows (name, before, after) of the accuracies on the test split."""
+    """Returns rows (name, before, after) with the accuracies and pass@k on the test split."""
     return [
         [name.removeprefix("eval/"), value, after.get(name)]
         for name, value in sorted(before.items())
@@ -229,8 +229,8 @@ def downsample(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, lis
     """Averages consecutive steps, so that a curve has at most `MAX_POINTS` points.
 
     Returns:
-      The number of steps per point, and a column with one entry per point for `step`, the last step of each point, and
-      for each plotted metric, its mean over the steps that have a value; None if no step has one.
+      The number of steps per point, and columns with one entry per point: `step`, the last step of the point, and the
+      mean of each plotted metric; None if no step has a value.
     """
     steps_per_point = max(1, math.ceil(len(records) / MAX_POINTS))
     blocks = [records[i : i + steps_per_point] for i in range(0, len(records), steps_per_point)]
