@@ -130,9 +130,9 @@ def grade(pool: GraderPool, pairs: Iterable[tuple[str, str]]) -> list[tuple[str,
 
 def report(title: str, graded: list[tuple[str, str, Verdict]], expected: Verdict) -> None:
     """Prints the share that was judged as expected, and the others."""
-    others = sorted({case for case in graded if case[2] is not expected})
+    others = [case for case in graded if case[2] is not expected]
     print(f"{title}: {len(graded) - len(others)} of {len(graded)} {expected}")
-    for gold, text, verdict in others:
+    for gold, text, verdict in sorted(set(others)):
         print(f"    {verdict}: gold {gold!r}, response {text!r}")
 
 

@@ -32,7 +32,7 @@ EXIT_RUN_FAILED = 1
 @command
 def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
-    console = Console(1, first_step=0)
+    console = Console()
     try:
         grid = make_grid(args)
         command = shlex.join(["python", "-m", "trapo_jax.compare", *arguments])

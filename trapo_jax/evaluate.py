@@ -102,7 +102,7 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = False) -> Evaluati
     Raises:
       UserError: for a mistake in the config, the model, the data or the output directory.
     """
-    console = Console(1, first_step=0, quiet=not show_progress)
+    console = Console(quiet=not show_progress)
     model, params = load_model(config)
     settings = config.model_dump(mode="json") | {"weights": weights_fingerprint(params)}
     settings.pop("output_dir")
@@ -281,8 +281,9 @@ def main(arguments: Sequence[str]) -> int:
             f"stopped; graded samples are in {folder / SAMPLES}, and the same command resumes",
             EXIT_INTERRUPTED,
         )
-    console = Console(1, first_step=0)
-    console.table("scores", *table_of(result.overall, result.by_source))
+    console = Console()
+    title = f"test split, {result.overall.num_problems} problems, {config.sampling.num_samples} samples each at temperature {config.sampling.temperature:g}"
+    console.table(title, *table_of(result.overall, result.by_source))
     console.say(f"{result.folder}: {SCORES}, {PLOT} and {SAMPLES}")
     return 0
 

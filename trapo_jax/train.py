@@ -7,15 +7,18 @@ and the learner updates the parameters. The run decides when to stop and writes 
 
     config/     every option, its default and its help; configs/ holds examples
     data/       problems from files, the Hub or generators: column presets, chat templates, splits
-    methods/    the methods: guidance and micro-groups of each, selection, advantages, the terms of its objective
+    methods/    the methods: selection, advantages, the terms of the objective; micro_grouped.py has the sizes, prefix
+                ratios and thresholds of TRAPO's micro-groups, that is, how many rollouts are guided
     losses/     the loss functions that the terms are made of
-    rollouts/   the actor: collection of rollouts, guidance by rewards, rollout metrics
+    rollouts/   the actor: collects rollouts as the micro-groups demand; metrics.py computes what is logged about them
     sampling/   rollout engines; engine.py lists them
     rewards/    graders and reward functions; grader.py lists them
-    training/   the learner: packing, the train step and its diagnostics, the optimizer and its schedule
+    training/   the learner: packing, the train step, the optimizer and its schedule; diagnostics.py computes what is
+                logged about an update
     models/     the decoder, its model families and Hugging Face folders
-    runs/       the run: directory, resuming, checkpoints and which are kept, loggers, console, monitoring
-    distributed/  which axis of which array is sharded over which axis of the mesh
+    runs/       the run: directory, resuming, when checkpoints are saved (run.py) and how long they are kept
+                (checkpoints.py), loggers, which only write metrics down, console, monitoring
+    distributed/  the mesh and its axes; which axis of parameters and batches is sharded over which
 """
 
 import dataclasses
@@ -54,10 +57,10 @@ class TrainResult:
 
     Attributes:
       folder: the run directory.
-      step: number of completed steps.
+      step: number of completed steps; 0 if the run was already complete when it was opened.
       summary: for each evaluated split the scores before and after training; None if the run was interrupted, and in
         all processes but the first.
-      was_complete: whether the run was complete before, so that nothing was done.
+      was_complete: whether the run was already complete, so that nothing was done.
     """
 
     folder: Path
@@ -84,7 +87,8 @@ def train(
     join_processes()
     with Run.open(config, method, show_progress=show_progress) as run:
         if run.is_complete:
-            return TrainResult(run.folder, config.train.num_steps, run.summary(), was_complete=True)
+            summary = run.summary() if is_main() else None
+            return TrainResult(run.folder, run.step, summary, was_complete=True)
         model = open_model(config.model, config.lora)
         splits, data_summary = load_splits(
             config.data,
@@ -111,11 +115,11 @@ def train(
             run.start(learner, data_summary, model.tokenizer.decode)
             if run.step == 0:
                 run.console.say(describe_memory(actor, learner))
-                evaluate_splits(run.final_splits, splits, run, actor, learner)
+                evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
             train_loop(config, method, splits, run, actor, learner)
             if run.is_interrupted:
                 return TrainResult(run.folder, run.step, None)
-            evaluate_splits(run.final_splits, splits, run, actor, learner)
+            evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
             params = fetch(learner.params)
             if is_main():
                 destination = run.folder / EXPORT
@@ -185,7 +189,7 @@ def describe_memory(actor: Actor, learner: Learner) -> str:
 
 def show_result(result: TrainResult) -> None:
     """Prints the scores before and after training and the files of the run."""
-    console = Console(1, first_step=0)
+    console = Console()
     if result.was_complete:
         console.say(f"{result.folder}: this run is complete; for another give another output_dir")
     if result.summary is None:
@@ -198,7 +202,11 @@ def show_result(result: TrainResult) -> None:
             for name in sorted(after)
             if "accuracy" in name or "pass@" in name
         ]
-        console.table(f"{split} set", ["", "before", "after"], rows)
+        title = (
+            f"{split} split, {after['eval/num_problems']} problems, {after['eval/num_samples']} samples each at "
+            "temperature 1 (greedy: 1)"
+        )
+        console.table(title, ["", "before", "after"], rows)
     for name, description in (
         (EXPORT, "the model, for transformers and vLLM"),
         (REPORT, "curves and a reader for rollouts; open it in a browser"),

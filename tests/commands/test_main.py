@@ -76,7 +76,7 @@ def test_the_console_script_and_the_modules_do_the_same(trapo, tmp_path):
     ]
     assert {result.returncode for result in results} == {2}
     assert len({result.stderr for result in results}) == 1
-    assert "not RUN/checkpoints/STEP" in results[0].stderr
+    assert "give a path of the form RUN/checkpoints/STEP" in results[0].stderr
 
 
 def test_the_console_script_imports_modules_of_the_working_directory(trapo, tmp_path):

@@ -27,7 +27,7 @@ def fail_once_in_a_hundred(names, *, eos_text, **_):
         if next(answers) % 100 == 0:
             raise ValueError
         return verify(text, problem)
-    function = WeightedFunction("sometimes", sometimes, in_process=True, sees_special_tokens=True)
+    function = WeightedFunction("sometimes", sometimes, is_inline=True, sees_special_tokens=True)
     return Grader([function])
 
 learner.build_batch, actor.make_grader = spoil_the_first, fail_once_in_a_hundred

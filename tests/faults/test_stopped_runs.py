@@ -144,7 +144,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_the_last_checkpoint_restores(
     assert process.returncode == 1, output
     (error,) = [line for line in output.splitlines() if line.startswith("error")]
     assert f"output_dir={folder}" in error
-    assert "left on the disk" in error
+    assert "of disk space are left" in error
     assert "Traceback" not in output
     assert checkpoint_steps(folder)[-1] == step
     (small_disk / "filler").unlink()

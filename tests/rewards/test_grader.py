@@ -106,7 +106,8 @@ def test_card_shuffles_sees_its_eos():
 def test_the_source_decides_by_patterns(source, judge):
     from trapo_jax.config import Config
 
-    patterns = Config().rewards.by_source
+    patterns = Config().rewards.replacements(["math"])
+    assert Config().rewards.replacements(["my_rewards:exact"]) == {}
     with make_grader(["math"], by_source=patterns, **PATIENT) as grader:
         grade = grader.submit(r"\boxed{B}", problem("B", source)).result()
     assert list(grade.judgments) == [judge]
@@ -131,7 +132,7 @@ def test_functions_that_wait_need_a_package_or_fail():
 
 def test_a_function_that_sleeps_times_out():
     names = [f"{MODULE}:shortness", f"{MODULE}:sleeps"]
-    with make_grader(names, num_workers=1, timeout_secs=1.0) as grader:
+    with make_grader(names, num_workers=1, timeout_secs=5.0) as grader:
         grade = grader.submit("42", problem()).result()
     assert grade.missing == {"sleeps": "timeout"}
     assert grade.reward == 0.98
@@ -159,7 +160,7 @@ def test_a_function_that_is_not_at_the_top_level_is_refused():
 
 
 def test_inline_functions_answer_at_once_and_never_raise(caplog):
-    function = WeightedFunction("raises", reward_functions.raises, in_process=True)
+    function = WeightedFunction("raises", reward_functions.raises, is_inline=True)
     with Grader([function]) as grader:
         for _ in range(3):
             future = grader.submit("42", problem())

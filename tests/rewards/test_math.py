@@ -5,8 +5,13 @@ import json
 import pytest
 
 from support.commands import REPOSITORY
-from trapo_jax.rewards import GraderPool, extract_math_answer, grade_math, grade_math_lenient
-from trapo_jax.rewards.equality import is_text
+from trapo_jax.rewards import (
+    GraderPool,
+    extract_math_answer,
+    grade_math,
+    grade_math_lenient,
+    is_text,
+)
 from trapo_jax.rewards.math import MAX_ANSWER_CHARS, equivalent
 from trapo_jax.types import Problem, Verdict
 
@@ -451,10 +456,31 @@ def test_the_answer_is_found_in_a_sentence(response, gold):
         ("Evelyn", True),
         (r"\text{no solution}", True),
         ("the red one", True),
+        (r"\boxed{Evelyn}", True),
+        ("#### Evelyn", True),
+        ("1" * (MAX_ANSWER_CHARS + 1), True),
+        ("", True),
     ],
 )
 def test_golds_without_mathematics_are_known(gold, expected):
     assert is_text(gold) is expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "answer is " * 100_000,
+        "the answer is 5, " * 60_000,
+        "answer:\n" * 120_000,
+        "\\boxed{" * 200_000,
+        "#### " * 200_000,
+        "$" * 1_000_000,
+        "answer is " + "$x$ and " * 100_000,
+    ],
+)
+def test_an_answer_is_extracted_in_linear_time(text):
+    """A quadratic search would take hours: the timeout of pyproject.toml would end it."""
+    extract_math_answer(text)
 
 
 def test_the_lenient_reward_falls_back_to_the_last_number():

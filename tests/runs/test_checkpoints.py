@@ -43,14 +43,14 @@ def test_keeps_the_newest_and_cleans_leftovers(tmp_path):
     assert not (tmp_path / "c" / "2.orbax-checkpoint-tmp").exists()
 
 
-def test_keeps_every_kth_and_the_best(tmp_path):
-    store = CheckpointStore(tmp_path / "c", Retention(newest=1, every=4, best=1))
+def test_keeps_the_newest_and_the_best(tmp_path):
+    store = CheckpointStore(tmp_path / "c", Retention(newest=1, best=1))
     for step, score in ((2, 0.1), (3, 0.9), (4, None), (5, 0.5), (6, 0.9), (7, None)):
         store.save(step, STATE, HOST, score=score)
-    assert store.steps() == [4, 6, 7]  # of equal scores the later one
+    assert store.steps() == [6, 7]  # of equal scores the later one
     assert store.best_score() == 0.9
-    store.save(7, STATE, HOST, score=1.0)  # anew, of a run that was resumed before it
-    assert store.steps() == [4, 7]
+    store.save(7, STATE, HOST, score=1.0)  # saved again by a run that was resumed before it
+    assert store.steps() == [7]
 
 
 def test_log_is_cut_at_the_checkpoint(tmp_path):

@@ -98,7 +98,7 @@ def test_tensorboard_s_tags_are_printable_and_its_file_whole(run):
 
 
 def test_a_text_is_one_printable_line_of_the_console(capsys):
-    terminal = Console(1, first_step=0)
+    terminal = Console()
     for text in CORPUS:
         terminal.say(text)
         assert capsys.readouterr().out == printable(text) + "\n"
@@ -117,7 +117,7 @@ def test_a_config_s_mistake_is_one_printable_line(place, capsys):
 
 
 def test_a_table_s_cells_neither_command_the_terminal_nor_are_markup(capsys):
-    terminal = Console(1, first_step=0)
+    terminal = Console()
     terminal.table("scores", ["[red]name[/]"], [[text[:200]] for text in CORPUS])
     output = capsys.readouterr().out
     assert output.replace("\n", "").isprintable()

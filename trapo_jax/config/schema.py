@@ -163,7 +163,7 @@ class SamplingConfig(EngineConfig):
 
 
 Weights = Annotated[tuple[PositiveFloat, ...], _to_tuple]
-# Sources of multiple-choice problems, as benchmarks name them.
+# The default of rewards.by_source for mathematics: multiple-choice benchmarks.
 MULTIPLE_CHOICE: dict[str, str] = dict.fromkeys(
     ("arc", "arc[-_]*", "mmlu*", "gpqa*"), "multiple_choice"
 )
@@ -172,14 +172,20 @@ MULTIPLE_CHOICE: dict[str, str] = dict.fromkeys(
 class GradingConfig(Section):
     weights: Weights | None = None
     """Weights of rewards.functions in the reward, which is the weighted mean. null for equal weights."""
-    by_source: dict[str, str] = MULTIPLE_CHOICE
-    """Patterns of problem sources (`mmlu*`, case ignored) and the function that takes the place of the first of rewards.functions there. The first match counts."""
+    by_source: dict[str, str] | None = None
+    """Patterns of problem sources (`mmlu*`, case ignored) and the function that replaces the first of rewards.functions there. The first match counts. With null, `math` leaves the sources arc, arc-*, mmlu* and gpqa* to multiple_choice; {} for none."""
     workers: Positive = 2
     """Number of worker processes that grade responses."""
     timeout_secs: PositiveFloat = 5.0
     """Time limit in seconds for one call of a reward function. A worker that exceeds it is killed and replaced."""
     environment: StringList = ()
     """Names of environment variables that reward functions may read, such as a token for a judge. All others except PATH and the like are withheld."""
+
+    def replacements(self, functions: Sequence[str]) -> dict[str, str]:
+        """Returns `by_source`, or its default for these reward functions."""
+        if self.by_source is not None:
+            return self.by_source
+        return MULTIPLE_CHOICE if functions[0] == "math" else {}
 
 
 def check_weights(grading: GradingConfig, functions: Sequence[str]) -> None:

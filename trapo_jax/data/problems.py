@@ -170,7 +170,8 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     digest = hashlib.sha256()
     for problem in problems:
         experts = [expert.token_ids for expert in problem.experts]
-        digest.update(json.dumps([problem.prompt_ids, problem.answer, experts]).encode())
+        seen = [problem.prompt_ids, problem.answer, experts, problem.source, dict(problem.columns)]
+        digest.update(json.dumps(seen, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

@@ -6,9 +6,8 @@ futures; functions that a hostile response can keep busy run in the processes of
 """
 
 from trapo_jax.rewards.card_shuffles import card_shuffles_grader
-from trapo_jax.rewards.equality import is_text
 from trapo_jax.rewards.grader import REWARD_FUNCTIONS, Grader, WeightedFunction, make_grader
-from trapo_jax.rewards.math import extract_math_answer, grade_math, grade_math_lenient
+from trapo_jax.rewards.math import extract_math_answer, grade_math, grade_math_lenient, is_text
 from trapo_jax.rewards.multiple_choice import extract_choice, grade_multiple_choice
 from trapo_jax.rewards.pool import GraderPool
 

@@ -72,11 +72,6 @@ def equivalent(gold: str, answer: str) -> bool:
     return _equal_answers(read_answer(gold), read_answer(answer))
 
 
-def is_text(gold: str) -> bool:
-    """Whether an answer is prose, so that only the same text equals it. Takes time linear in the text."""
-    return _is_words(read_answer(gold).text)
-
-
 def _equal_answers(gold: Answer, answer: Answer) -> bool:
     """Compares two answers with their units; a unit may be missing on one side."""
     units = {gold.unit, answer.unit}
@@ -127,7 +122,7 @@ def _equal(gold: str, answer: str) -> bool:
     if _MATRIX.fullmatch(gold) and _MATRIX.fullmatch(answer):
         return _equal_matrices(gold, answer)
     relations = _relation(gold), _relation(answer)
-    if not any(relations) and (_is_words(gold) or _is_words(answer)):
+    if not any(relations) and (is_prose(gold) or is_prose(answer)):
         return _squeeze(gold).casefold() == _squeeze(answer).casefold()
     if len(split(gold, _RATIO)) > 1 or len(split(answer, _RATIO)) > 1:
         return _equal_ratios(gold, answer)
@@ -144,8 +139,8 @@ def _squeeze(text: str) -> str:
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
-def _is_words(text: str) -> bool:
-    """Whether a text is prose: words without mathematics, one of them of three letters or more."""
+def is_prose(text: str) -> bool:
+    """Whether a text is prose: words without mathematics, at least one of three or more letters."""
     return _WORDS.fullmatch(text) is not None and re.search(r"[A-Za-z]{3}", text) is not None
 
 

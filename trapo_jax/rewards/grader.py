@@ -17,9 +17,9 @@ from trapo_jax.rewards.multiple_choice import grade_multiple_choice
 from trapo_jax.rewards.pool import MAX_RESPONSE_CHARS, GraderPool, RewardFunction, path_of
 from trapo_jax.types import Grade, Judgment, Problem, UserError
 
-# The names a config may use. Functions that a hostile response can keep busy run in processes that can be killed.
-IN_PROCESSES: dict[str, RewardFunction] = {"math": grade_math, "math_lenient": grade_math_lenient}
-REWARD_FUNCTIONS = ("card_shuffles", "multiple_choice", *IN_PROCESSES)
+# The names a config may use. Functions that a hostile response can keep busy run in workers, which can be killed.
+IN_WORKERS: dict[str, RewardFunction] = {"math": grade_math, "math_lenient": grade_math_lenient}
+REWARD_FUNCTIONS = ("card_shuffles", "multiple_choice", *IN_WORKERS)
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +31,14 @@ class WeightedFunction(NamedTuple):
       name: its name in metrics and samples.
       function: called as `function(response, problem, **columns)`; see `judgments.call`.
       weight: > 0.
-      in_process: whether it runs in this process, which only functions may that are quick on any text.
+      is_inline: whether it is called directly instead of in a worker; only for functions that are fast on any text.
       sees_special_tokens: whether the response that it gets includes special tokens.
     """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
-    in_process: bool = False
+    is_inline: bool = False
     sees_special_tokens: bool = False
 
 
@@ -68,7 +68,7 @@ class Grader:
         self._by_source = dict(by_source or {})
         tokens = sorted(filter(None, special_tokens), key=len, reverse=True)
         self._special_token = re.compile("|".join(map(re.escape, tokens))) if tokens else None
-        in_pool = [f.function for f in (*functions, *self._by_source.values()) if not f.in_process]
+        in_pool = [f.function for f in (*functions, *self._by_source.values()) if not f.is_inline]
         unique = {path_of(function): function for function in in_pool}
         self._pool = GraderPool(*unique.values(), **pool_options) if unique else None
         self._reasons: set[tuple[str, str]] = set()
@@ -110,7 +110,7 @@ class Grader:
     def _judge(
         self, function: WeightedFunction, response: str, problem: Problem
     ) -> Future[Judgment]:
-        if not function.in_process:
+        if not function.is_inline:
             assert self._pool is not None
             return self._pool.submit(response, problem, function.function)
         future: Future[Judgment] = Future()
@@ -204,11 +204,11 @@ def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFuncti
     """Returns the reward function that a name stands for."""
     if name == "card_shuffles":
         function = card_shuffles_grader(eos_text)
-        return WeightedFunction(name, function, weight, in_process=True, sees_special_tokens=True)
+        return WeightedFunction(name, function, weight, is_inline=True, sees_special_tokens=True)
     if name == "multiple_choice":
-        return WeightedFunction(name, grade_multiple_choice, weight, in_process=True)
-    if name in IN_PROCESSES:
-        return WeightedFunction(name, IN_PROCESSES[name], weight)
+        return WeightedFunction(name, grade_multiple_choice, weight, is_inline=True)
+    if name in IN_WORKERS:
+        return WeightedFunction(name, IN_WORKERS[name], weight)
     if ":" not in name:
         close = difflib.get_close_matches(name, REWARD_FUNCTIONS, n=1)
         known = f"did you mean {close[0]}?" if close else f"there are {', '.join(REWARD_FUNCTIONS)}"

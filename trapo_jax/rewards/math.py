@@ -15,8 +15,9 @@ import re
 from typing import Any
 
 from trapo_jax.rewards.equality import equivalent as _equivalent
+from trapo_jax.rewards.equality import is_prose
 from trapo_jax.rewards.extraction import final_part, last_boxed
-from trapo_jax.rewards.notation import EMPHASIS
+from trapo_jax.rewards.notation import EMPHASIS, read_answer
 from trapo_jax.types import Problem, Verdict
 
 MAX_ANSWER_CHARS = 2_000
@@ -58,16 +59,15 @@ def grade_math(response: str, problem: Problem) -> tuple[Verdict, str | None]:
     try:
         return Verdict.CORRECT if _equivalent(gold, answer) else Verdict.WRONG, answer
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        return (
-            Verdict.WRONG,
-            answer,
-        )  # sympy cannot compare them, so that they are not written alike
+        # sympy cannot compare them. Equal texts would have been recognized before it was asked.
+        return Verdict.WRONG, answer
 
 
 def grade_math_lenient(response: str, problem: Problem) -> tuple[Verdict, str | None]:
     """The reward of the TRAPO and LUFFY releases: math-verify's defaults on the whole response.
 
-    It falls back to the last number in the response, and it rewards some wrong answers; see `equality`.
+    It falls back to the last number in the response, and it rewards some wrong answers; see `equality`. For plain
+    expressions math-verify calls sympy's parser, which evaluates Python; call this only in a worker process.
     """
     library = _math_verify()
     gold = library.parse(f"${problem.answer}$", parsing_timeout=None)
@@ -100,6 +100,18 @@ def gold_answer(text: str) -> str:
     return answer
 
 
+def is_text(answer: str) -> bool:
+    """Whether a problem's answer is prose, so that only the same text equals it. Takes time linear in the text.
+
+    An empty answer and one longer than MAX_ANSWER_CHARS also count, since no response can match them otherwise.
+    """
+    try:
+        gold = gold_answer(answer)
+    except ValueError:
+        return True
+    return len(gold) > MAX_ANSWER_CHARS or is_prose(read_answer(gold).text)
+
+
 def extract_math_answer(response: str) -> str | None:
     r"""Returns the final answer as it is written, in time linear in the text; None if there is none.
 
@@ -120,7 +132,7 @@ def extract_math_answer(response: str) -> str | None:
     if lines := ANSWER_LINE.findall(text):
         return _without_delimiters(lines[-1].strip(EMPHASIS + " "))
     rests = [
-        text[match.end() :].split("\n", 1)[0][: MAX_ANSWER_CHARS + 1]
+        text[match.end() : match.end() + MAX_ANSWER_CHARS + 1].split("\n", 1)[0]
         for match in ANSWER_PHRASE.finditer(text)
     ]
     if not rests:

@@ -84,13 +84,16 @@ class Answer:
 
     Attributes:
       text: LaTeX without delimiters, spacing commands, text wrappers, emphasis and a final stop.
-      unit: the unit, "%", "degree", a canonical name such as "cm^2", other words after a number, or "" without one.
-      has_known_unit: whether `unit` is one that this module knows, so that two of them can be compared.
+      unit: the unit: "%", "degree", a canonical name such as "cm^2", other words after a number, or "" without one.
     """
 
     text: str
     unit: str = ""
-    has_known_unit: bool = False
+
+    @property
+    def has_known_unit(self) -> bool:
+        """Whether the unit is one that this module knows, so that two of them can be compared."""
+        return self.unit in UNITS.values() or "^" in self.unit or "/" in self.unit
 
 
 _UNIT_NAMES = """
@@ -175,9 +178,9 @@ def read_answer(text: str) -> Answer:
     r"""Reduces an answer to one notation.
 
     >>> read_answer(r"\$70{,}000.")
-    Answer(text='70,000', unit='$', has_known_unit=True)
+    Answer(text='70,000', unit='$')
     >>> read_answer(r"\text{12 cm}^2")
-    Answer(text='12', unit='cm^2', has_known_unit=True)
+    Answer(text='12', unit='cm^2')
     >>> read_answer("√2 ≈ 1.41").text
     '\\sqrt{2} \\approx 1.41'
     """
@@ -185,7 +188,7 @@ def read_answer(text: str) -> Answer:
     text = MULTIPLIED.sub(lambda m: rf"{m[1]}\times 10^{{{MULTIPLIERS[m[2].lower()]}}}", text)
     if not unit:
         text, unit = _take_unit(text)
-    return Answer(_strip(text), unit, unit in UNITS.values() or "^" in unit or "/" in unit)
+    return Answer(_strip(text), unit)
 
 
 def _in_latex(text: str) -> str:
@@ -257,13 +260,10 @@ def _is_numeric(text: str) -> bool:
 
 
 def _may_have_unit(match: re.Match) -> bool:
-    """Whether what stands before a unit is a number and the unit not a variable of a product."""
+    """Whether a number precedes the unit, and the unit is not a variable that multiplies it."""
     value = match["value"]
     letters = re.sub(r"\\(?:pi|frac|sqrt|times|cdot|pm)(?![a-zA-Z])", "", value)
     if re.search(r"[A-Za-z\\]", letters) or not re.search(r"\d|\\pi", value):
         return False
-    if not match["unit"][0].isalpha():  # a sign, such as %
-        return True
-    if len(match["unit"]) > 1 or match["power"] or match["per"]:
-        return bool(match["space"]) or len(match["unit"]) > 1
-    return bool(match["space"])
+    # `5 m` is a length, `5m` may be a product; `5%` and `5cm` have no other meaning.
+    return bool(match["space"]) or len(match["unit"]) > 1 or not match["unit"].isalpha()

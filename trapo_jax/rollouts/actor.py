@@ -264,7 +264,7 @@ def make_actor(
         make_grader(
             functions,
             weights=grading.weights,
-            by_source=grading.by_source,
+            by_source=grading.replacements(functions),
             eos_text=model.tokenizer.eos_token,
             special_tokens=special_tokens(model.tokenizer),
             num_workers=grading.workers,

@@ -38,12 +38,10 @@ class Retention:
 
     Attributes:
       newest: number of the most recent checkpoints to keep.
-      every: keep the checkpoints of steps that are divisible by this; 0 to disable.
       best: number of the checkpoints with the highest scores to keep.
     """
 
     newest: int = 2
-    every: int = 0
     best: int = 0
 
 
@@ -172,7 +170,6 @@ class CheckpointStore:
     def _kept(self) -> set[int]:
         steps, keep = self.steps(), self._retention
         kept = set(steps[-keep.newest :])
-        kept |= {step for step in steps if keep.every and step % keep.every == 0}
         if keep.best:
             scores = self._scores()
             kept |= set(sorted(scores, key=lambda step: (scores[step], step))[-keep.best :])

@@ -15,12 +15,12 @@ class Console:
     """Shows live progress on a terminal, and prints plain lines otherwise.
 
     Args:
-      num_steps: number of training steps, for the progress bar.
+      num_steps: number of training steps, for the progress bar; 0 without one.
       first_step: number of steps completed before this process; 0 for a new run.
       quiet: whether to print nothing.
     """
 
-    def __init__(self, num_steps: int, *, first_step: int, quiet: bool = False):
+    def __init__(self, num_steps: int = 0, *, first_step: int = 0, quiet: bool = False):
         self._rich = rich.console.Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._first_step = first_step
         self._started = time.monotonic()
@@ -79,7 +79,8 @@ class Console:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table. Cells are escaped as in `say`, because they may contain names from the data."""
-        table = Table(title=title, title_justify="left")
+        self.say(title)  # A title of the table would be wrapped at its width.
+        table = Table()
         for i, name in enumerate(header):
             table.add_column(Text(printable(name)), justify="left" if i == 0 else "right")
         for row in rows:

@@ -249,7 +249,7 @@ class Run:
         self._is_interrupted = any(gather(self._interrupt.received))
 
     @property
-    def final_splits(self) -> Sequence[str]:
+    def splits_before_and_after(self) -> Sequence[str]:
         """The splits to evaluate before the first step and after the last one."""
         return self._config.evaluation.splits
 
