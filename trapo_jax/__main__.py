@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, fail, run_and_exit
 
-COMMANDS = ("train", "evaluate", "export", "compare", "report", "plan", "check_step")
+COMMANDS = ("train", "preview", "evaluate", "export", "compare", "report", "plan", "check_step")
 
 
 def main() -> NoReturn:

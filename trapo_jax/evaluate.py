@@ -24,8 +24,7 @@ from trapo_jax.config import (
     load_evaluate_config,
     parse_command_line,
 )
-from trapo_jax.data import encode_examples, make_template
-from trapo_jax.data.splits import answer_notes, default_template, read_test_examples
+from trapo_jax.data.splits import load_test_data, longest_prompt
 from trapo_jax.evaluation.records import (
     count_shared_noise,
     key_of,
@@ -48,7 +47,7 @@ from trapo_jax.models import (
     load_tokenizer,
     open_model,
 )
-from trapo_jax.rollouts.actor import Actor, make_actor
+from trapo_jax.rollouts.actor import Actor, grader_for, make_actor
 from trapo_jax.runs.checkpoints import CheckpointStore
 from trapo_jax.runs.command_line import EXIT_INTERRUPTED, command, fail, run_and_exit
 from trapo_jax.runs.console import Console
@@ -108,7 +107,7 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = False) -> Evaluati
     settings.pop("output_dir")
     text = yaml.safe_dump(settings, sort_keys=True)
     check_run_folder(config.folder, text)
-    problems, template = load_problems(config, model, console)
+    config, problems, template = load_problems(config, model, console)
     prepare_run_folder(config.folder, text)
     samples = sample_all(config, model, params, problems, console)
     result = EvaluationResult(config.folder, score_samples(samples), scores_by_source(samples))
@@ -151,26 +150,15 @@ def weights_fingerprint(params: Params) -> str:
 
 def load_problems(
     config: EvaluateConfig, model: PretrainedModel, console: Console
-) -> tuple[list[Problem], str]:
-    """Returns the problems to evaluate and the hash of the chat template."""
-    examples, reports = read_test_examples(config.data, limit=config.data.limit)
-    for entry, report in reports.items():
-        console.say(f"{entry}: {dataclasses.replace(report, notes={})}")
-    kind = config.data.template or default_template(examples, model.tokenizer)
-    template = make_template(kind, model.tokenizer)
-    problems, report = encode_examples(
-        examples,
-        model.tokenizer,
-        template=template,
-        max_prompt_length=config.data.max_prompt_length,
-        overlong_prompts=config.data.overlong_prompts,
-    )
-    notes = answer_notes(examples, config.functions)
-    report = dataclasses.replace(report, notes={**report.notes, **notes})
-    console.say(
-        f"template {template.kind}; reward functions {', '.join(config.functions)}; problems: {report}"
-    )
-    return problems, template.hash
+) -> tuple[EvaluateConfig, list[Problem], str]:
+    """Returns the config with the prompt length of the problems, the problems, and the hash of the chat template."""
+    data = load_test_data(config.data, model.tokenizer)
+    problems = data.splits["test"]
+    functions = ", ".join(config.rewards.functions)
+    console.say(f"template {data.template.kind}; reward functions {functions}")
+    for stage in data.reports["test"]:
+        console.say(f"problems: {stage}")
+    return config.with_prompt_length(longest_prompt(problems)), problems, data.template.hash
 
 
 def sample_all(
@@ -223,10 +211,9 @@ def make_evaluation_actor(
     num_slots = min(sampling.num_slots, num_samples)
     return make_actor(
         sampling.model_copy(update={"num_slots": num_slots}),
-        config.rewards,
+        grader_for(config.rewards, config.rewards.functions, model.tokenizer),
         model,
-        functions=config.functions,
-        max_prompt_length=config.data.max_prompt_length,
+        max_prompt_length=config.data.prompt_len,
         seed=config.seed,
         with_truncation=sampling.top_p < 1 or sampling.top_k > 0,
     )

@@ -29,12 +29,14 @@ from typing import Any
 
 from trapo_jax.config import Config, help_text, load_config, parse_command_line
 from trapo_jax.data import draw_problems, problem_batches
-from trapo_jax.data.splits import load_splits
-from trapo_jax.distributed.processes import fetch, is_main, join_processes
+from trapo_jax.data.preflight import MethodNeeds, check_data
+from trapo_jax.data.splits import LoadedData, load_data
+from trapo_jax.distributed.processes import fetch, from_main, is_main, join_processes
 from trapo_jax.evaluation.scoring import evaluate
 from trapo_jax.methods import Method, Sampled, describe
-from trapo_jax.models import export_model, open_model
-from trapo_jax.rollouts.actor import Actor, make_actor
+from trapo_jax.models import PretrainedModel, export_model, open_model
+from trapo_jax.rewards import Grader
+from trapo_jax.rollouts.actor import Actor, grader_for, make_actor
 from trapo_jax.rollouts.metrics import graded_groups
 from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.runs.console import Console
@@ -42,7 +44,7 @@ from trapo_jax.runs.directory import EXPORT, METRICS, SAMPLES
 from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import Run
 from trapo_jax.training.learner import Learner, make_learner
-from trapo_jax.types import Problem
+from trapo_jax.types import Problem, UserError
 
 ABOUT = "Trains a language model with TRAPO or another method, or resumes the run in output_dir."
 PRINT_METHOD = "--print-method"
@@ -85,47 +87,87 @@ def train(
     """
     method = method or config.method.make()
     join_processes()
+    console = Console(quiet=not (show_progress and is_main()))
+    model = open_model(config.model, config.lora)
+    data = load_data(
+        config.data,
+        model.tokenizer,
+        expert_part=method.expert_part,
+        needs_answer=method.needs_rewards,
+    )
+    config = data.fit(config, context_len=model.max_context_len)
     with Run.open(config, method, show_progress=show_progress) as run:
         if run.is_complete:
             summary = run.summary() if is_main() else None
             return TrainResult(run.folder, run.step, summary, was_complete=True)
-        model = open_model(config.model, config.lora)
-        splits, data_summary = load_splits(
-            config.data,
-            model.tokenizer,
-            expert_part=method.expert_part,
-            functions=config.rewards.functions,
-        )
-        learner = make_learner(config, method, model)
-        actor = make_actor(
-            config.sampling,
-            config.rewards,
-            model,
-            functions=config.rewards.functions,
-            max_prompt_length=config.data.max_prompt_length,
-            seed=config.seed,
-            mesh=learner.mesh,
-            method=method,
-            max_staleness=config.sampling.max_staleness,
-            temperature=config.sampling.temperature,
-            max_error_rate=config.rewards.max_error_rate,
-            on_progress=run.heartbeat,
-        )
-        with actor:
+        with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
+            data_summary = check_problems(config, method, model, data, grader, run, console)
+            learner = make_learner(config, method, model)
+            actor = make_actor(
+                config.sampling,
+                grader,
+                model,
+                max_prompt_length=config.data.prompt_len,
+                seed=config.seed,
+                mesh=learner.mesh,
+                method=method,
+                max_staleness=config.sampling.max_staleness,
+                temperature=config.sampling.temperature,
+                max_error_rate=config.rewards.max_error_rate,
+                on_progress=run.heartbeat,
+            )
             run.start(learner, data_summary, model.tokenizer.decode)
-            if run.step == 0:
-                run.console.say(describe_memory(actor, learner))
-                evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
-            train_loop(config, method, splits, run, actor, learner)
-            if run.is_interrupted:
-                return TrainResult(run.folder, run.step, None)
-            evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
-            params = fetch(learner.params)
-            if is_main():
-                destination = run.folder / EXPORT
-                export_model(params, model.decoder, source=model.folder, destination=destination)
-                run.finish()
-            return TrainResult(run.folder, run.step, run.summary() if is_main() else None)
+            return train_to_the_end(config, method, model, data.splits, run, actor, learner)
+
+
+def check_problems(
+    config: Config,
+    method: Method,
+    model: PretrainedModel,
+    data: LoadedData,
+    grader: Grader,
+    run: Run,
+    console: Console,
+) -> dict[str, Any]:
+    """Checks the problems of a new run and shows what was found; returns the contents of data.json."""
+    summary = data.summary()
+    if not run.is_new:
+        return summary
+    errors: list[str] = []
+    if is_main():
+        needs = MethodNeeds(method.name, method.uses_experts, method.needs_rewards)
+        preflight = check_data(data, config, needs, grader)
+        preflight.show(console)
+        summary["preflight"] = preflight.summary()
+        errors = preflight.errors
+    if errors := from_main(errors):
+        raise UserError("\n".join(errors))
+    return summary
+
+
+def train_to_the_end(
+    config: Config,
+    method: Method,
+    model: PretrainedModel,
+    splits: Splits,
+    run: Run,
+    actor: Actor,
+    learner: Learner,
+) -> TrainResult:
+    """Makes the remaining steps of a run that has been started, evaluates, and exports the model."""
+    if run.step == 0:
+        run.console.say(describe_memory(actor, learner))
+        evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
+    train_loop(config, method, splits, run, actor, learner)
+    if run.is_interrupted:
+        return TrainResult(run.folder, run.step, None)
+    evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
+    params = fetch(learner.params)
+    if is_main():
+        destination = run.folder / EXPORT
+        export_model(params, model.decoder, source=model.folder, destination=destination)
+        run.finish()
+    return TrainResult(run.folder, run.step, run.summary() if is_main() else None)
 
 
 def train_loop(
@@ -142,14 +184,16 @@ def train_loop(
         num_extra = method.extra_rows_per_problem * config.train.problems_per_step
         selection = method.select(
             Sampled(
-                groups=graded_groups(collected.groups),
+                groups=graded_groups(collected.groups)
+                if method.needs_rewards
+                else collected.groups,
                 moment=moment,
                 state=run.method_state,
                 extra_problems=draw_problems(
                     splits["train"], count=num_extra, seed=config.seed, step=run.step
                 ),
                 problems=by_id,
-                max_completion_length=config.sampling.max_completion_length,
+                max_completion_length=config.sampling.completion_len,
             )
         )
         learned = learner.update(selection.updates, moment)
@@ -170,6 +214,8 @@ def evaluate_splits(
     """Evaluates the current parameters on some splits; returns the sampled accuracy on the last one, if any."""
     score = None
     for name in names:
+        if not splits[name]:
+            continue
         started = time.perf_counter()
         run.heartbeat(f"evaluating after step {run.step}")
         with actor.sampler(learner.params) as sample:

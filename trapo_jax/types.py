@@ -196,7 +196,8 @@ class Grade:
     @property
     def is_correct(self) -> bool:
         """Whether the first reward function gives the full reward."""
-        return next(iter(self.judgments.values())).reward == 1.0
+        first = next(iter(self.judgments.values()), None)  # None if the problem has no answer
+        return first is not None and first.reward == 1.0
 
     @property
     def answer(self) -> str | None:

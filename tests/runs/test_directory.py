@@ -11,9 +11,9 @@ import pytest
 from support.commands import run_command
 from support.short_run import JOB
 from trapo_jax.config import Config, list_fields, load_config
+from trapo_jax.config.changes import CHANGEABLE_FIELDS
 from trapo_jax.methods import fingerprint, make_method
 from trapo_jax.runs.directory import (
-    CHANGEABLE_FIELDS,
     check_run_folder,
     lock_run_folder,
     prepare_run_folder,

@@ -7,10 +7,9 @@ import pytest
 import yaml
 
 from support.browser import opened
-from trapo_jax.config import Config
+from trapo_jax.config import Config, flatten
 from trapo_jax.report import main
 from trapo_jax.runs.console import Console
-from trapo_jax.runs.directory import flatten
 from trapo_jax.runs.loggers import read_records
 from trapo_jax.runs.report import downsample, read_run, read_samples, shown_settings, write_report
 from trapo_jax.types import UserError

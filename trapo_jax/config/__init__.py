@@ -1,11 +1,12 @@
 """Configurations of the commands, and how they are read from YAML files and the command line."""
 
+from trapo_jax.config.changes import flatten, is_changeable
 from trapo_jax.config.evaluation import EvaluateConfig, load_evaluate_config
 from trapo_jax.config.help import help_text, list_fields
 from trapo_jax.config.loading import load_config, parse_command_line, read_yaml
 from trapo_jax.config.schema import (
     CONFIG_FILE,
-    Config,
+    ColumnPreset,
     DataConfig,
     EngineConfig,
     GradingConfig,
@@ -14,9 +15,11 @@ from trapo_jax.config.schema import (
     ModelConfig,
     PretrainedConfig,
 )
+from trapo_jax.config.training import Config, default_settings
 
 __all__ = [
     "CONFIG_FILE",
+    "ColumnPreset",
     "Config",
     "DataConfig",
     "EngineConfig",
@@ -26,7 +29,10 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "PretrainedConfig",
+    "default_settings",
+    "flatten",
     "help_text",
+    "is_changeable",
     "list_fields",
     "load_config",
     "load_evaluate_config",

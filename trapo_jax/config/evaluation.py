@@ -3,12 +3,12 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import pydantic
 from pydantic import Field
 
-from trapo_jax.config.loading import load_config, read_yaml
+from trapo_jax.config.loading import load_config, merge_config, read_yaml
 from trapo_jax.config.schema import (
     CONFIG_FILE,
     DataConfig,
@@ -18,21 +18,10 @@ from trapo_jax.config.schema import (
     NotNegativeFloat,
     Positive,
     PretrainedConfig,
-    Section,
     StringList,
-    check_weights,
 )
-
-
-class EvaluationDataConfig(DataConfig):
-    limit: Positive | None = None
-    """Number of rows read from each of data.test_files; null for all."""
-    template: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Chat template; null for the tokenizer's own, or chatml for messages and none for plain text if it has none."""
-    max_prompt_length: Positive = 1024
-    """Maximum prompt length in tokens."""
-    overlong_prompts: Literal["drop", "truncate", "error"] = "drop"
-    """What to do with longer prompts: drop the problem, keep the end of the prompt (truncate), or stop with an error."""
+from trapo_jax.config.tasks import FILES
+from trapo_jax.config.training import TaskConfig, check_functions, check_model, check_weights
 
 
 class EvaluationSamplingConfig(EngineConfig):
@@ -44,16 +33,16 @@ class EvaluationSamplingConfig(EngineConfig):
     """Sample only from this many of the most likely tokens; 0 for all tokens."""
     num_samples: Positive = 1
     """Number of samples per problem."""
-    max_completion_length: Positive = 2048
+    max_completion_length: Positive = 2048  # pyright: ignore[reportIncompatibleVariableOverride]
     """Maximum completion length in tokens."""
 
 
 class EvaluationGradingConfig(GradingConfig):
-    functions: Annotated[StringList, Field(min_length=1)] | None = None
-    """Reward functions, as in training. The first decides whether a response is correct. null for card_shuffles on that task and math on files."""
+    functions: StringList = ()
+    """Reward functions, as in training. The first decides whether a response is correct."""
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(TaskConfig):
     """Everything that an evaluation depends on."""
 
     output_dir: str | None = None
@@ -61,7 +50,7 @@ class EvaluateConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random seed of sampling."""
     model: PretrainedConfig = PretrainedConfig()
-    data: EvaluationDataConfig = EvaluationDataConfig()
+    data: DataConfig = DataConfig()
     sampling: EvaluationSamplingConfig = EvaluationSamplingConfig()
     rewards: EvaluationGradingConfig = EvaluationGradingConfig()
 
@@ -73,10 +62,21 @@ class EvaluateConfig(Section):
                 f"sampling.num_samples={sampling.num_samples}: sampling.temperature=0 draws the same sample every "
                 "time; give sampling.num_samples=1"
             )
-        check_weights(self.rewards, self.functions)
-        if self.data.source == "files" and not (self.data.test_files or self.data.train_files):
+        data = self.data
+        check_model(self.model)
+        check_functions(self.rewards.functions, data.source)
+        check_weights(self.rewards, self.rewards.functions)
+        if data.source == FILES and not (data.test_files or data.train_files):
             raise ValueError("data.test_files=[]: data.source=files needs files to evaluate on")
+        if data.source != FILES and data.test_files:
+            raise ValueError(
+                f"data.source={data.source}: data.test_files are not read; give data.source=files"
+            )
         return self
+
+    @classmethod
+    def _default_source(cls, data: Mapping[str, Any]) -> str:
+        return FILES if data.get("test_files") else super()._default_source(data)
 
     @property
     def folder(self) -> Path:
@@ -85,38 +85,46 @@ class EvaluateConfig(Section):
             return Path(os.path.expanduser(self.output_dir))
         return Path("evaluations") / os.path.basename(os.path.abspath(self.model.path))
 
-    @property
-    def functions(self) -> tuple[str, ...]:
-        """The names of the reward functions."""
-        if self.rewards.functions is not None:
-            return self.rewards.functions
-        is_card_shuffles = self.data.source == "card_shuffles" and not self.data.test_files
-        return ("card_shuffles",) if is_card_shuffles else ("math",)
+    def with_prompt_length(self, length: int) -> Self:
+        """Returns the config with this maximum prompt length if it has none."""
+        if self.data.max_prompt_length is not None:
+            return self
+        data = self.data.model_copy(update={"max_prompt_length": length})
+        return self.model_copy(update={"data": data})
 
 
 def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]) -> EvaluateConfig:
     """Loads the configuration of an evaluation.
 
     If `model.path` is a training run, its config gives the defaults of the sections `data` and `rewards` and of
-    `sampling.max_completion_length`, so that the run's own test problems are evaluated unless others are given.
+    `sampling.max_completion_length`, so that the run's own test problems are evaluated unless others are given. If the
+    run's problems were generated and files are given, the task's defaults do not apply to them.
 
     Raises:
       UserError: with one line per mistake.
     """
-    config = load_config(EvaluateConfig, file, overrides)
-    saved = Path(config.model.path).expanduser() / CONFIG_FILE
-    if not saved.is_file():
-        return config
-    return load_config(EvaluateConfig, file, overrides, defaults=_defaults_of_run(read_yaml(saved)))
+    given = merge_config(file, overrides)
+    model = given.get("model")
+    path = model.get("path") if isinstance(model, dict) else None
+    saved = Path(path).expanduser() / CONFIG_FILE if isinstance(path, str) else None
+    defaults = _defaults_of_run(read_yaml(saved), given) if saved and saved.is_file() else None
+    return load_config(EvaluateConfig, file, overrides, defaults=defaults)
 
 
-def _defaults_of_run(run: Mapping[str, Any]) -> dict[str, Any]:
-    known = {
-        "data": EvaluationDataConfig.model_fields,
-        "rewards": EvaluationGradingConfig.model_fields,
+def _defaults_of_run(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    data = given.get("data")
+    files = isinstance(data, dict) and (data.get("test_files") or data.get("train_files"))
+    inherited = {
+        "data": DataConfig.model_fields.keys() - {"limit", "overlong_prompts"},
+        "rewards": EvaluationGradingConfig.model_fields.keys(),
         "sampling": {"max_completion_length"},
     }
-    return {
+    defaults = {
         section: {name: value for name, value in run.get(section, {}).items() if name in names}
-        for section, names in known.items()
+        for section, names in inherited.items()
     }
+    if files:  # Their prompts may be longer than those of the run.
+        defaults["data"].pop("max_prompt_length", None)
+        if defaults["data"].pop("source", FILES) != FILES:
+            defaults["rewards"].pop("functions", None)
+    return defaults

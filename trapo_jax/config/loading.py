@@ -42,11 +42,7 @@ def load_config(
       UserError: with one line per mistake.
     """
     search_beside(file)
-    data = _merge(defaults or {}, read_yaml(file) if file else {})
-    values = [(name, _parse_scalar(name, text)) for name, text in overrides]
-    _drop_constants_of_another_method(data, dict(values).get("method.name"))
-    for name, value in values:
-        _set_field(data, name, value)
+    data = merge_config(file, overrides, defaults=defaults)
     try:
         text = json.dumps(data, default=str)
     except (TypeError, ValueError, RecursionError) as error:  # a date as a key, a list in itself
@@ -59,6 +55,21 @@ def load_config(
         given = {name for name, _ in overrides}
         lines = [_explain(e, config_class, file=file, overrides=given) for e in error.errors()]
         raise UserError("\n".join(lines)) from error
+
+
+def merge_config(
+    file: Path | None,
+    overrides: Sequence[tuple[str, str]],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Merges defaults, a file and overrides, in this order, as plain data that is not validated; see `load_config`."""
+    data = _merge(defaults or {}, read_yaml(file) if file else {})
+    values = [(name, _parse_scalar(name, text)) for name, text in overrides]
+    _drop_constants_of_another_method(data, dict(values).get("method.name"))
+    for name, value in values:
+        _set_field(data, name, value)
+    return data
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

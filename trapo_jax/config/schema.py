@@ -1,12 +1,9 @@
-"""The configuration of a training run: sections of typed fields with their defaults and help sentences."""
+"""The sections of configurations: typed fields with their defaults and help sentences."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 from pydantic import Field
 
 from trapo_jax.methods import Method, make_method, read_constants
@@ -24,6 +21,10 @@ StringList = Annotated[tuple[str, ...], _to_tuple]
 NotNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
+ColumnPreset = Literal[
+    "trl", "verl", "numina", "gsm8k", "prompt_completion", "messages", "sharegpt"
+]
+
 CONFIG_FILE = "config.yaml"  # in the directory of a run or an evaluation: its resolved config
 
 
@@ -35,9 +36,22 @@ class Section(pydantic.BaseModel):
     )
 
 
+def known_length(field: str, value: int | None) -> int:
+    """Returns a length that may be left to the data.
+
+    Raises:
+      UserError: if it is null.
+    """
+    if value is None:
+        raise UserError(
+            f"{field}=null: it follows from the data, which is not read here; give a number"
+        )
+    return value
+
+
 class PretrainedConfig(Section):
-    path: str = "card_shuffles_tiny"
-    """Hugging Face model folder, or `card_shuffles_tiny` for the model that ships with the package."""
+    path: str = ""
+    """Hugging Face model folder, a Hub id such as owner/name or owner/name@revision, or `card_shuffles_tiny` for the model that ships with the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of activations and matmul inputs. Weights, logits, losses and reductions are always float32."""
 
@@ -61,14 +75,14 @@ class LoraConfig(Section):
 
 
 class ColumnsConfig(Section):
-    preset: Literal["trl", "verl", "gsm8k"] = "verl"
-    """Column layout of the dataset: that of TRL, verl or GSM8K. The fields below override parts of it."""
+    preset: Literal["auto"] | ColumnPreset = "auto"
+    """Column layout of the dataset: trl (prompt, answer, solution), verl, numina (problem, answer, solution), gsm8k, prompt_completion, messages or sharegpt. auto selects the one that fits the first row. The fields below override parts of it."""
     prompt: str | None = None
-    """Path of the prompt, which is text or chat messages. A path is a column, or a nested field with dots in its name."""
+    """Path of the prompt, which is text or chat messages. A path is a column, or a nested field with dots in its name. A path that ends in ? may be missing from every row."""
     answer: str | None = None
     """Path of the reference answer for the grader."""
     solutions: StringList | None = None
-    """Paths of the expert solutions in order of preference. A path that ends in ? may be missing from rows."""
+    """Paths of the expert solutions in order of preference."""
     source: str | None = None
     """Path of the name by which results are grouped."""
     extra: StringList = ()
@@ -79,34 +93,47 @@ class ColumnsConfig(Section):
 
 class DataConfig(Section):
     source: Literal["card_shuffles", "gsm_symbolic", "files"] = "card_shuffles"
-    """Source of the problems: the embedded task, gsm_symbolic of reasoning-gym (requires the extra `tasks`), or files."""
+    """Source of the problems: the embedded task, gsm_symbolic of reasoning-gym (requires the extra `tasks`), or files, which is the default if data.train_files are given."""
     seed: NotNegative = 0
     """Random seed of generated problems and held-out splits. It is independent of the seed of the run, so that runs with different seeds can be compared."""
     difficulty: Literal["late", "early"] = "late"
     """Card shuffles only: where a solution becomes hard, after the third operation (late) or at an unfamiliar first one (early)."""
     expert_style: Literal["careless", "clean"] = "careless"
     """Card shuffles only: whether expert solutions contain filler words and skipped steps (careless) or exactly the steps (clean)."""
-    num_train: Positive = 128
+    num_train: Positive | None = None
     """Number of training problems of a generated task."""
-    num_validation: Positive = 256
-    """Number of validation problems, which are evaluated during training. With files, the number held out if there are no validation_files."""
-    num_test: Positive = 256
-    """Number of test problems, which are evaluated before and after training. With files, the number held out if there are no test_files."""
+    num_validation: Positive | None = None
+    """Number of validation problems, which are evaluated during training. With files, the number held out if there are no validation_files; null for a tenth of the problems, at most 128."""
+    num_test: Positive | None = None
+    """Number of test problems, which are evaluated before and after training. With files, the number held out if there are no test_files; null for a tenth of the problems, at most 128."""
     train_files: StringList = ()
-    """Training data: Parquet, JSON Lines or Arrow files, globs, folders written by save_to_disk, or Hub datasets such as owner/name:config#split. The default split is train."""
+    """Training data: Parquet, JSON Lines or Arrow files, globs, folders written by save_to_disk, or Hub datasets such as owner/name@revision:config#split. The default split is train."""
     validation_files: StringList = ()
     """Validation data, in the same formats. The default split is validation. If empty, problems are held out of the training data."""
     test_files: StringList = ()
     """Test data, in the same formats. The default split is test. If empty, problems are held out of the training data."""
     columns: ColumnsConfig = ColumnsConfig()
-    template: str = "none"
-    """Chat template of prompts: none, chat (the tokenizer's own), chatml, qwen_math, or the import path `package.module:name` of a function of your own."""
-    max_prompt_length: Positive = 16
-    """Maximum prompt length in tokens."""
-    overlong_prompts: Literal["drop", "truncate", "error"] = "error"
+    limit: Positive | None = None
+    """Number of rows read from each file; null for all."""
+    template: str = "auto"
+    """Chat template of prompts: chat (the tokenizer's own; chat/NAME for a named one), chatml, qwen_math, none, or the import path `package.module:name` of a function of your own. auto is chat if the tokenizer has a template, else chatml for chat messages and none for text."""
+    template_arguments: dict[str, Any] = {}
+    """Variables for the tokenizer's chat template, such as {enable_thinking: false}."""
+    system_prompt: str | None = None
+    """System message put before prompts that have none."""
+    prompt_suffix: str | None = None
+    """Text appended to the last user message on a line of its own, unless the message already ends with it. `boxed` is the request to put the final answer within \\boxed{}, as in the paper's data."""
+    max_prompt_length: Positive | None = None
+    """Maximum prompt length in tokens. null for that of the longest prompt, at most 1024."""
+    overlong_prompts: Literal["drop", "truncate", "error"] = "drop"
     """What to do with longer prompts: drop the problem, keep the end of the prompt (truncate), or stop with an error."""
     max_expert_length: Positive | None = None
     """Maximum length of an expert solution in tokens, EOS included; null for no limit. Longer solutions are dropped, but their problems stay."""
+
+    @property
+    def prompt_len(self) -> int:
+        """Maximum prompt length in tokens; raises as `known_length` does."""
+        return known_length("data.max_prompt_length", self.max_prompt_length)
 
 
 class MethodConfig(Section):
@@ -143,8 +170,8 @@ class MethodConfig(Section):
 class EngineConfig(Section):
     engine: str = "jax"
     """Rollout engine: jax, or the import path package.module:name of another engine."""
-    max_completion_length: Positive = 64
-    """Maximum length of expert prefix and completion together, in tokens."""
+    max_completion_length: Positive | None = None
+    """Maximum length of expert prefix and completion together, in tokens. null for 1.25 times the longest expert solution, from 256 to 4096 tokens; 1024 if there is none."""
     num_slots: Positive = 32
     """Maximum number of rollouts that are decoded at the same time."""
     segment_len: Positive = 8
@@ -153,6 +180,11 @@ class EngineConfig(Section):
     """Number of prompts and expert prefixes whose keys and values are cached for the other rollouts of their problem."""
     prefill_tokens: Positive = 512
     """Maximum number of prompt and prefix tokens in one prefill. A smaller number needs less memory."""
+
+    @property
+    def completion_len(self) -> int:
+        """Maximum length of expert prefix and completion in tokens; raises as `known_length` does."""
+        return known_length("sampling.max_completion_length", self.max_completion_length)
 
 
 class SamplingConfig(EngineConfig):
@@ -188,28 +220,15 @@ class GradingConfig(Section):
         return MULTIPLE_CHOICE if functions[0] == "math" else {}
 
 
-def check_weights(grading: GradingConfig, functions: Sequence[str]) -> None:
-    """Checks that there is one weight for each reward function.
-
-    Raises:
-      ValueError: naming the field.
-    """
-    if grading.weights is not None and len(grading.weights) != len(functions):
-        raise ValueError(
-            f"rewards.weights={list(grading.weights)}: rewards.functions has {len(functions)} entries; give one weight "
-            "for each"
-        )
-
-
 class RewardsConfig(GradingConfig):
-    functions: Annotated[StringList, Field(min_length=1)] = ("card_shuffles",)
+    functions: StringList = ()
     """Reward functions: card_shuffles, math, math_lenient (the reward of the TRAPO authors), multiple_choice, or import paths `package.module:name` of functions of your own. The first decides whether a response is correct."""
     max_error_rate: Fraction = 0.2
     """Maximum share of the rollouts of a step on which a reward function may fail or time out; the run stops above it."""
 
 
 class TrainConfig(Section):
-    num_steps: Positive = 375
+    num_steps: Positive = 200
     """Maximum number of steps."""
     budget_unit: Literal[
         "steps", "trained_tokens", "sampled_tokens", "flops", "problems", "seconds"
@@ -225,17 +244,17 @@ class TrainConfig(Section):
     """Length of a training row in tokens; rollouts are packed into rows. null for data.max_prompt_length + sampling.max_completion_length."""
     per_device_rows: Positive = 4
     """Number of rows per device and micro-batch. It affects memory and speed, not the result."""
-    learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: PositiveFloat = 5e-6
+    """Peak learning rate of AdamW. LoRA usually needs ten times as much."""
     warmup_steps: NotNegative = 10
     """Number of steps over which the learning rate rises linearly from 0."""
-    decay_start: Fraction = 0.5
+    decay_start: Fraction = 1.0
     """Share of the run, by steps or by train.budget, after which the learning rate decays linearly. 1 for no decay."""
     final_learning_rate_ratio: Fraction = 0.1
     """Final learning rate as a share of the peak."""
     adam_b1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Decay rate of the first moment of AdamW."""
-    adam_b2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
+    adam_b2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     """Decay rate of the second moment of AdamW."""
     weight_decay: NotNegativeFloat = 0.01
     """Weight decay of AdamW, applied to matrices but not to norms and biases."""
@@ -258,16 +277,16 @@ def _check_interval(value: Any) -> Any:
 
 
 class EvaluationConfig(Section):
-    splits: tuple[Literal["validation", "test"], ...] = ("test",)
+    splits: Annotated[tuple[Literal["validation", "test"], ...], _to_tuple] = ("test",)
     """Splits that are evaluated before and after training."""
-    every: Annotated[int | float, pydantic.BeforeValidator(_check_interval)] = 125
+    every: Annotated[int | float, pydantic.BeforeValidator(_check_interval)] = 50
     """Interval between evaluations on the validation split: a number of steps, or a share of the run between 0 and 1, so that 0.2 evaluates at 20 %, 40 %, 60 % and 80 %. 0 for none."""
-    num_samples: Positive = 8
+    num_samples: Positive = 4
     """Number of samples per problem at temperature 1, for the sampled accuracy and pass@k."""
 
 
 class CheckpointConfig(Section):
-    every: NotNegative = 75
+    every: NotNegative = 25
     """Number of steps between checkpoints. One is always saved at the end of the run; 0 saves no others."""
     keep: Positive = 2
     """Number of the newest checkpoints that are kept."""
@@ -287,75 +306,3 @@ class MeshConfig(Section):
     """Number of devices over which the batch, the parameters and the optimizer state are sharded; -1 for all that tp leaves."""
     tp: Positive = 1
     """Number of devices over which attention heads, MLPs and the vocabulary are sharded. Over the remaining devices only the batch is sharded."""
-
-
-class Config(Section):
-    """Everything that a training run depends on."""
-
-    output_dir: Annotated[str, Field(min_length=1)] = "runs/card_shuffles_trapo"
-    """Run directory. A run that it contains is resumed."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Random seed of the data order and of sampling."""
-    log_samples: NotNegative = 4
-    """Number of problems per step whose rollouts are written to samples.jsonl."""
-    model: ModelConfig = ModelConfig()
-    lora: LoraConfig = LoraConfig()
-    data: DataConfig = DataConfig()
-    method: MethodConfig = MethodConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    rewards: RewardsConfig = RewardsConfig()
-    train: TrainConfig = TrainConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    limits: LimitsConfig = LimitsConfig()
-    mesh: MeshConfig = MeshConfig()
-
-    @pydantic.model_validator(mode="after")
-    def _check_consistency(self) -> Self:
-        train, data = self.train, self.data
-        if train.budget is None and train.budget_unit != "steps":
-            raise ValueError(
-                f"train.budget=null: train.budget_unit={train.budget_unit} needs an amount; give a number"
-            )
-        if data.source == "files" and not data.train_files:
-            raise ValueError("data.train_files=[]: data.source=files needs at least one file")
-        if data.source != "files" and train.problems_per_step > data.num_train:
-            raise ValueError(
-                f"train.problems_per_step={train.problems_per_step}: larger than "
-                f"data.num_train={data.num_train}, so that a batch would repeat problems"
-            )
-        check_weights(self.rewards, self.rewards.functions)
-        if self.mesh.fsdp == 0:
-            raise ValueError(
-                "mesh.fsdp=0: give a number of devices, or -1 for all that mesh.tp leaves"
-            )
-        if self.checkpoint.keep_best and not self.evaluation.every:
-            raise ValueError(
-                f"checkpoint.keep_best={self.checkpoint.keep_best}: evaluation.every=0 never finds a best "
-                "checkpoint; give an interval"
-            )
-        if self.row_len < self.longest_rollout_len:
-            raise ValueError(
-                f"train.row_length={train.row_length}: less than data.max_prompt_length + "
-                f"sampling.max_completion_length = {self.longest_rollout_len}, so that a rollout might not fit"
-            )
-        return self
-
-    @property
-    def run_folder(self) -> Path:
-        """`output_dir` with ~ expanded."""
-        return Path(os.path.expanduser(self.output_dir))
-
-    @property
-    def row_len(self) -> int:
-        """Length of a training row in tokens."""
-        return self.train.row_length or self.longest_rollout_len
-
-    @property
-    def longest_rollout_len(self) -> int:
-        """Length of the longest possible rollout in tokens, prompt included."""
-        return self.data.max_prompt_length + self.sampling.max_completion_length
-
-    def to_yaml(self) -> str:
-        """Returns every field as YAML that `load_config` reads."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -7,7 +7,7 @@ problems, report = encode_examples(examples, tokenizer, template=template, max_p
 """
 
 from trapo_jax.data.card_shuffles import card_shuffles_splits
-from trapo_jax.data.columns import COLUMN_PRESETS, Columns, examples_from_rows
+from trapo_jax.data.columns import COLUMN_PRESETS, Columns, examples_from_rows, find_preset
 from trapo_jax.data.examples import DataReport, Example, Message
 from trapo_jax.data.gsm_symbolic import gsm_symbolic_splits
 from trapo_jax.data.problems import (
@@ -33,6 +33,7 @@ __all__ = [
     "draw_problems",
     "encode_examples",
     "examples_from_rows",
+    "find_preset",
     "fingerprint",
     "gsm_symbolic_splits",
     "hold_out",

@@ -1,28 +1,32 @@
-"""From the config's `data` section to train, validation and test problems, and what was dropped on the way."""
+"""From the config's `data` section to training, validation and test problems, and what was dropped on the way."""
 
 import dataclasses
-from collections.abc import Sequence
-from itertools import islice
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trapo_jax.config import DataConfig
+from trapo_jax.config import Config, DataConfig
 from trapo_jax.data import (
     COLUMN_PRESETS,
     Columns,
     DataReport,
     Example,
+    Row,
+    Template,
     card_shuffles_splits,
     encode_examples,
     examples_from_rows,
+    find_preset,
     fingerprint,
     gsm_symbolic_splits,
     hold_out,
     make_template,
     read_rows,
 )
-from trapo_jax.rewards import extract_math_answer, is_text
-from trapo_jax.types import ExpertPart, Problem
+from trapo_jax.data.instructions import instructed
+from trapo_jax.types import ExpertPart, Problem, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,77 +34,191 @@ if TYPE_CHECKING:
 Splits = dict[str, list[Example]]
 Reports = dict[str, list[DataReport]]
 
+# Limits on lengths that are left to the data.
+MAX_PROMPT_LENGTH = 1024
+MIN_COMPLETION_LENGTH, MAX_COMPLETION_LENGTH = 256, 4096
+COMPLETION_LENGTH_WITHOUT_EXPERTS = 1024
+ROOM_BEYOND_EXPERT = 1.25
+LENGTH_MULTIPLE = 16
+# Share and maximum number of the problems that are held out of the training data.
+HELD_OUT_SHARE, MAX_HELD_OUT = 0.1, 128
 
-def load_splits(
+
+@dataclasses.dataclass(frozen=True)
+class LoadedData:
+    """The problems of a run.
+
+    Attributes:
+      splits: the problems of each split. Validation and test may be empty if no problem has an answer.
+      template: how prompts were rendered.
+      reports: what was read, dropped and noted, by split and stage.
+      columns: where the rows of files hold what; None for generated problems.
+      tokenizer: the policy's tokenizer.
+    """
+
+    splits: dict[str, list[Problem]]
+    template: Template
+    reports: Reports
+    columns: Columns | None
+    tokenizer: "PreTrainedTokenizerFast"
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the contents of data.json."""
+        return {
+            "fingerprint": fingerprint(self.splits["train"]),
+            "template": {"kind": self.template.kind, "sha256": self.template.hash},
+            "splits": {
+                name: [dataclasses.asdict(stage) for stage in stages]
+                for name, stages in self.reports.items()
+            },
+        }
+
+    def fit(self, config: Config, *, context_len: int | None) -> Config:
+        """Returns the config with lengths for this data in place of those that are null.
+
+        Args:
+          config: the config of a run.
+          context_len: number of positions of the model; None if it is unlimited.
+
+        Raises:
+          UserError: if prompt and completion together exceed the context.
+        """
+        problems = [problem for split in self.splits.values() for problem in split]
+        prompt = longest_prompt(problems)
+        experts = [len(e.token_ids) for p in self.splits["train"] for e in p.experts]
+        completion = COMPLETION_LENGTH_WITHOUT_EXPERTS
+        if experts:
+            completion = _rounded(ROOM_BEYOND_EXPERT * max(experts))
+            completion = min(max(completion, MIN_COMPLETION_LENGTH), MAX_COMPLETION_LENGTH)
+        if context_len is not None:
+            left = context_len - (config.data.max_prompt_length or prompt)
+            completion = max(1, min(completion, left))
+        fitted = config.with_lengths(prompt=prompt, completion=completion)
+        if context_len is not None and fitted.longest_rollout_len > context_len:
+            raise UserError(
+                f"sampling.max_completion_length={fitted.sampling.max_completion_length}: with "
+                f"data.max_prompt_length={fitted.data.max_prompt_length} it exceeds the {context_len} positions of the "
+                "model (max_position_embeddings); lower one of them, or extend the model's context"
+            )
+        return fitted
+
+
+def load_data(
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerFast",
     *,
     expert_part: ExpertPart = "thought",
-    functions: Sequence[str] = (),
-) -> tuple[dict[str, list[Problem]], dict[str, Any]]:
+    needs_answer: bool = True,
+) -> LoadedData:
     """Loads the problems of all splits.
 
     Args:
       config: the data section.
       tokenizer: the policy's tokenizer.
       expert_part: which part of an expert's text is the expert solution.
-      functions: names of the reward functions; see `answer_notes`.
-
-    Returns:
-      The problems by split; and for data.json their fingerprint, the template, and what was read, dropped and noted.
+      needs_answer: whether a training problem needs an answer. Validation and test problems always do.
 
     Raises:
       UserError: for data that cannot be read, or of which nothing is usable.
     """
-    examples, reports = read_splits(config, expert_part)
-    template = make_template(config.template, tokenizer)
-    splits, counts = {}, {}
+    examples, reports, columns = read_splits(config, expert_part, needs_answer=needs_answer)
+    template = template_for(config, examples["train"], tokenizer)
+    splits = {}
     for name, split in examples.items():
-        splits[name], report = encode_examples(
-            split,
-            tokenizer,
-            template=template,
-            max_prompt_length=config.max_prompt_length,
-            overlong_prompts=config.overlong_prompts,
-            max_expert_length=config.max_expert_length,
-        )
-        report = dataclasses.replace(
-            report, notes={**report.notes, **answer_notes(split, functions)}
-        )
-        counts[name] = [dataclasses.asdict(stage) for stage in (*reports.get(name, []), report)]
-    return splits, {
-        "fingerprint": fingerprint(splits["train"]),
-        "template": {"kind": template.kind, "sha256": template.hash},
-        "splits": counts,
-    }
+        if name != "train":
+            split = [example for example in split if example.answer]
+        splits[name], report = encode(config, split, tokenizer, template)
+        reports.setdefault(name, []).append(report)
+    return LoadedData(splits, template, reports, columns, tokenizer)
 
 
-def answer_notes(examples: Sequence[Example], functions: Sequence[str]) -> dict[str, int]:
-    """Counts what mathematical grading cannot do justice to; empty if the first reward function is not "math".
+def load_test_data(config: DataConfig, tokenizer: "PreTrainedTokenizerFast") -> LoadedData:
+    """Loads the test problems: of `data.test_files`, or those that a training run would hold out.
 
-    Args:
-      examples: the examples of a split.
-      functions: names of the reward functions.
+    Raises:
+      UserError: for data that cannot be read, or of which nothing is usable.
     """
-    if not functions or functions[0] != "math":
-        return {}
-    counts = {
-        "answers that only the same text matches": sum(is_text(e.answer) for e in examples),
-        "experts in which the grader finds no answer": sum(
-            extract_math_answer(text) is None for e in examples for text in e.solutions
-        ),
-    }
-    return {note: count for note, count in counts.items() if count}
+    if config.test_files:
+        examples, reports, columns = _read_test_files(config)
+    else:
+        splits, _, columns = read_splits(config)
+        examples, reports = splits["test"], []
+    template = template_for(config, examples, tokenizer)
+    without_solutions = [example._replace(solutions=()) for example in examples]
+    problems, report = encode(config, without_solutions, tokenizer, template)
+    report = dataclasses.replace(report, notes={})
+    reports = [*reports, report]
+    return LoadedData({"test": problems}, template, {"test": reports}, columns, tokenizer)
 
 
-def read_splits(config: DataConfig, expert_part: ExpertPart = "thought") -> tuple[Splits, Reports]:
-    """Returns the raw examples of every split, and what became of the rows of those that were read from files."""
+def template_for(
+    config: DataConfig, examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast"
+) -> Template:
+    """Returns the template of a config; "auto" is the tokenizer's own, or else depends on the prompts."""
+    kind = config.template
+    if kind == "auto":
+        is_text = all(isinstance(example.prompt, str) for example in examples)
+        needs_chat = not is_text or config.system_prompt is not None
+        kind = "chat" if tokenizer.chat_template else "chatml" if needs_chat else "none"
+    return make_template(kind, tokenizer)
+
+
+def encode(
+    config: DataConfig,
+    examples: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerFast",
+    template: Template,
+) -> tuple[list[Problem], DataReport]:
+    """Renders and encodes the examples of a split, which may be empty."""
+    if not examples:
+        return [], DataReport(0, 0, {}, {})
+    system, suffix = config.system_prompt, config.prompt_suffix
+    asked = [
+        e._replace(prompt=instructed(e.prompt, system=system, suffix=suffix)) for e in examples
+    ]
+    problems, report = encode_examples(
+        asked,
+        tokenizer,
+        template=template,
+        max_prompt_length=config.max_prompt_length or MAX_PROMPT_LENGTH,
+        overlong_prompts=config.overlong_prompts,
+        max_expert_length=config.max_expert_length,
+    )
+    if num := count_special_tokens(examples, tokenizer):
+        notes = {**report.notes, "prompts that spell a special token of the tokenizer": num}
+        report = dataclasses.replace(report, notes=notes)
+    return problems, report
+
+
+def count_special_tokens(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Returns the number of examples whose own text contains a special token, which the tokenizer would honor."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    tokens = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
+    if not tokens:
+        return 0
+    pattern = re.compile("|".join(map(re.escape, tokens)))
+    texts = (
+        [e.prompt] if isinstance(e.prompt, str) else [message.content for message in e.prompt]
+        for e in examples
+    )
+    return sum(any(pattern.search(text) for text in of) for of in texts)
+
+
+def longest_prompt(problems: Iterable[Problem]) -> int:
+    """Returns a maximum prompt length for problems: that of the longest one, rounded up."""
+    return _rounded(max(len(problem.prompt_ids) for problem in problems))
+
+
+def read_splits(
+    config: DataConfig, expert_part: ExpertPart = "thought", *, needs_answer: bool = True
+) -> tuple[Splits, Reports, Columns | None]:
+    """Returns the raw examples of every split; and of files, what became of their rows, and their columns."""
     if config.source == "files":
-        return _from_files(config, expert_part)
+        return _from_files(config, expert_part, needs_answer)
     sizes = {
-        "num_train": config.num_train,
-        "num_validation": config.num_validation,
-        "num_test": config.num_test,
+        "num_train": config.num_train or 0,
+        "num_validation": config.num_validation or 0,
+        "num_test": config.num_test or 0,
     }
     if config.source == "card_shuffles":
         splits = card_shuffles_splits(
@@ -108,60 +226,67 @@ def read_splits(config: DataConfig, expert_part: ExpertPart = "thought") -> tupl
         )
     else:
         splits = gsm_symbolic_splits(seed=config.seed, **sizes)
-    return splits, {}
+    return splits, {}, None
 
 
-def _from_files(config: DataConfig, expert_part: ExpertPart) -> tuple[Splits, Reports]:
-    """From files or the hub; a split without files of its own is held out of the training data."""
-    columns = _columns(config)
+def _from_files(
+    config: DataConfig, expert_part: ExpertPart, needs_answer: bool
+) -> tuple[Splits, Reports, Columns]:
+    """From files or the Hub; a split without files of its own is held out of the training data."""
+    columns: Columns | None = None
     splits: Splits = {}
     reports: Reports = {}
-    for name, files, size in (
-        ("train", config.train_files, 0),
-        ("validation", config.validation_files, config.num_validation),
-        ("test", config.test_files, config.num_test),
+    for name, files in (
+        ("train", config.train_files),
+        ("validation", config.validation_files),
+        ("test", config.test_files),
     ):
         if files:
-            rows = read_rows(files, split=name)
-            splits[name], report = examples_from_rows(rows, columns, expert_part=expert_part)
+            rows = _read(config, files, name)
+            columns, rows = _columns_of(config, rows)
+            splits[name], report = examples_from_rows(
+                rows, columns, expert_part=expert_part, needs_answer=needs_answer
+            )
             reports[name] = [report]
-        else:
+    assert columns is not None
+    total = len(splits["train"])
+    for name, size in (("validation", config.num_validation), ("test", config.num_test)):
+        if name not in splits:
+            size = size or min(max(1, int(HELD_OUT_SHARE * total)), MAX_HELD_OUT)
             splits["train"], splits[name] = hold_out(splits["train"], size, seed=config.seed)
-    return splits, reports
+    return splits, reports, columns
 
 
-def read_test_examples(
-    config: DataConfig, *, limit: int | None = None
-) -> tuple[list[Example], dict[str, DataReport]]:
-    """Returns the raw test examples without their solutions, and what became of the rows of each file.
-
-    They are those of `data.test_files` if there are any, and the test split that a training run would use otherwise.
-
-    Args:
-      config: the data section.
-      limit: number of rows read from each file; None for all.
-    """
-    if not config.test_files:
-        examples = read_splits(config)[0]["test"][:limit]
-        return [example._replace(solutions=()) for example in examples], {}
-    columns = dataclasses.replace(_columns(config), solutions=())
+def _read_test_files(config: DataConfig) -> tuple[list[Example], list[DataReport], Columns]:
+    columns: Columns | None = None
     examples: list[Example] = []
-    reports: dict[str, DataReport] = {}
+    reports: list[DataReport] = []
     for entry in config.test_files:
-        rows = islice(read_rows([entry], split="test"), limit)
-        found, reports[entry] = examples_from_rows(rows, columns, default_source=Path(entry).stem)
+        columns, rows = _columns_of(config, _read(config, [entry], "test"))
+        columns = dataclasses.replace(columns, solutions=())
+        found, report = examples_from_rows(rows, columns, default_source=Path(entry).stem)
         examples += found
-    return examples, reports
+        reports.append(report)
+    assert columns is not None
+    return examples, reports, columns
 
 
-def default_template(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Returns the template of a tokenizer: its own, or else ChatML for chat messages and none for plain text."""
-    if tokenizer.chat_template:
-        return "chat"
-    return "none" if all(isinstance(example.prompt, str) for example in examples) else "chatml"
+def _read(config: DataConfig, files: Sequence[str], split: str) -> Iterator[Row]:
+    for entry in files:
+        yield from islice(read_rows([entry], split=split), config.limit)
 
 
-def _columns(config: DataConfig) -> Columns:
-    preset = COLUMN_PRESETS[config.columns.preset]
-    replaced = config.columns.model_dump(exclude={"preset"}, exclude_none=True)
-    return dataclasses.replace(preset, **replaced)
+def _columns_of(config: DataConfig, rows: Iterator[Row]) -> tuple[Columns, Iterable[Row]]:
+    """Returns the columns of some rows, and the rows."""
+    given = config.columns
+    replaced = given.model_dump(exclude={"preset"}, exclude_none=True)
+    preset = given.preset
+    if preset == "auto":
+        first = next(rows)  # `read_rows` refuses a file without rows.
+        rows = chain([first], rows)
+        preset = "trl" if given.prompt and given.answer else find_preset(first)
+    return dataclasses.replace(COLUMN_PRESETS[preset], **replaced), rows
+
+
+def _rounded(length: float) -> int:
+    return -(-int(length) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

@@ -46,6 +46,7 @@ class Sft(ExpertConstants):
         return Method(
             name="",
             micro_groups=whole_expert(),
+            select=partial(selection.train_all, advantages=selection.no_advantages),
             terms=(terms.cross_entropy(self.expert_weight, self.normalize_by("token_mean")),),
             source="supervised fine-tuning on expert solutions",
         )

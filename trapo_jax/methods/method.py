@@ -127,6 +127,17 @@ class Method:
         return sum(group.size for group in self.micro_groups)
 
     @property
+    def needs_rewards(self) -> bool:
+        """Whether rewards matter: rollouts are sampled, or guided by the rewards of others."""
+        return self.guidance_varies or any(group.ratio < 1 for group in self.micro_groups)
+
+    @property
+    def uses_experts(self) -> bool:
+        """Whether expert solutions matter: as prefixes, or as tokens that are trained."""
+        is_guided = self.guidance_varies or any(group.ratio > 0 for group in self.micro_groups)
+        return is_guided or any(term.kind is TokenKind.EXPERT_TRAINED for term in self.terms)
+
+    @property
     def guidance_varies(self) -> bool:
         """Whether the micro-groups depend on the moment or the problem."""
         return self.vary is not unvaried

@@ -72,6 +72,11 @@ def advantages_over_group(group: Group, *, scale_by_std: bool = False) -> np.nda
     return group_advantages(rewards, scale_by_std=scale_by_std)
 
 
+def no_advantages(group: Group) -> np.ndarray:
+    """Zeros, for methods without a policy gradient. The rewards may be missing."""
+    return np.zeros(len(group), np.float32)
+
+
 def advantages_over_sampled(group: Group, *, scale_by_std: bool = False) -> np.ndarray:
     """`r_j - mean(r)` over the rollouts in which the policy sampled; 0 for the others."""
     own = np.array([bool(rollout.completion.token_ids) for rollout in group])

@@ -27,6 +27,10 @@ class PretrainedModel:
     tokenizer: Any  # PreTrainedTokenizerFast, whose annotations do not fit its use
 
     @property
+    def max_context_len(self) -> int | None:
+        return None
+
+    @property
     def eos_ids(self) -> list[int]:
         """Token ids that end a completion."""
         return read_eos_ids(self.folder, self.tokenizer.eos_token_id)

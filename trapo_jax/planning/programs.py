@@ -130,7 +130,7 @@ def compile_sampling(config: Config, decoder: DecoderConfig, mesh: Mesh) -> tupl
             num_contexts=sampling.num_contexts,
             num_slots=sampling.num_slots,
             cache_len=config.longest_rollout_len,
-            max_new=sampling.max_completion_length,
+            max_new=sampling.completion_len,
         )
     )
     contexts, slots = abstract_like(shapes, state_shardings(replica, layout))

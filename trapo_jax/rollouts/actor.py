@@ -179,8 +179,15 @@ class Actor:
                 yield pending.pop(future), future.result()
 
     def grade(self, completion: Completion) -> Future[Grade]:
-        """Grades the whole response, expert prefix and special tokens included, asynchronously."""
+        """Grades the whole response, expert prefix and special tokens included, asynchronously.
+
+        The reward is missing if the problem has no answer.
+        """
         self._on_progress("sampling")
+        if not completion.request.problem.answer:
+            ungraded: Future[Grade] = Future()
+            ungraded.set_result(Grade(None, {}))
+            return ungraded
         token_ids = (*completion.request.prefix_ids, *completion.token_ids)
         return self._grader.submit(self._decode(token_ids), completion.request.problem)
 
@@ -216,12 +223,31 @@ def guidance_at(
     )
 
 
+def grader_for(grading: GradingConfig, functions: Sequence[str], tokenizer: Any) -> Grader:
+    """Builds the grader of a config for the responses of a tokenizer's model.
+
+    Args:
+      grading: the config's section of the graders.
+      functions: names or import paths of the reward functions.
+      tokenizer: the policy's tokenizer.
+    """
+    return make_grader(
+        functions,
+        weights=grading.weights,
+        by_source=grading.replacements(functions),
+        eos_text=tokenizer.eos_token,
+        special_tokens=special_tokens(tokenizer),
+        num_workers=grading.workers,
+        timeout_secs=grading.timeout_secs,
+        environment=grading.environment,
+    )
+
+
 def make_actor(
     sampling: EngineConfig,
-    grading: GradingConfig,
+    grader: Grader,
     model: PretrainedModel,
     *,
-    functions: Sequence[str],
     max_prompt_length: int,
     seed: int,
     mesh: Mesh | None = None,
@@ -236,9 +262,8 @@ def make_actor(
 
     Args:
       sampling: the config's section of the rollout engine.
-      grading: the config's section of the graders.
+      grader: grades responses; closed together with the actor.
       model: the pretrained model; its parameters are not loaded.
-      functions: names or import paths of the reward functions.
       max_prompt_length: maximum prompt length in tokens.
       seed: random seed of sampling.
       mesh: the mesh to sample on; a single device if None.
@@ -250,7 +275,7 @@ def make_actor(
         model_folder=model.folder,
         num_slots=sampling.num_slots,
         max_prompt_length=max_prompt_length,
-        max_completion_length=sampling.max_completion_length,
+        max_completion_length=sampling.completion_len,
         segment_len=sampling.segment_len,
         num_contexts=sampling.num_contexts,
         prefill_tokens=sampling.prefill_tokens,
@@ -261,19 +286,10 @@ def make_actor(
     )
     return Actor(
         make_engine(sampling.engine, spec),
-        make_grader(
-            functions,
-            weights=grading.weights,
-            by_source=grading.replacements(functions),
-            eos_text=model.tokenizer.eos_token,
-            special_tokens=special_tokens(model.tokenizer),
-            num_workers=grading.workers,
-            timeout_secs=grading.timeout_secs,
-            environment=grading.environment,
-        ),
+        grader,
         model.tokenizer.decode,
         method,
-        max_completion_length=sampling.max_completion_length,
+        max_completion_length=sampling.completion_len,
         max_staleness=max_staleness,
         temperature=temperature,
         max_error_rate=max_error_rate,

@@ -11,6 +11,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from trapo_jax.config import CONFIG_FILE as CONFIG
+from trapo_jax.config import flatten, is_changeable
 from trapo_jax.types import UserError
 
 LOCK = ".lock"
@@ -22,28 +23,6 @@ EVALUATIONS = "evaluations"  # a directory with one file per evaluation; see `ev
 EXPORT = "hf"  # the trained model in Hugging Face format
 SUMMARY = "summary.json"  # written last; marks a run as complete
 
-# Fields that may change when a run is resumed. They do not affect the results, except through rounding and, if
-# sampling.max_staleness > 0, through the timing of the rollouts. A name that ends with a dot is a whole section.
-CHANGEABLE_FIELDS = (
-    "output_dir",
-    "log_samples",
-    "model.remat",
-    "model.attention",
-    "sampling.num_slots",
-    "sampling.segment_len",
-    "sampling.num_contexts",
-    "sampling.prefill_tokens",
-    "rewards.workers",
-    "rewards.max_error_rate",
-    "train.row_length",
-    "train.per_device_rows",
-    "train.logprob_chunk_size",
-    "train.max_skipped_steps",
-    "evaluation.every",
-    "checkpoint.",
-    "limits.",
-    "mesh.",
-)
 NUM_STEPS, DECAY_START, METHOD_NAME = "train.num_steps", "train.decay_start", "method.name"
 
 Changes = dict[str, tuple[Any, Any]]  # old and new value by field
@@ -132,14 +111,14 @@ def _changes(
         old, new = saved.get(field, "absent"), current.get(field, "absent")
         if old == new:
             continue
-        if "absent" in (old, new) and not _is_changeable(field):
+        if "absent" in (old, new) and not is_changeable(field):
             raise UserError(
                 f"output_dir={folder}: contains a run of a different version (its config "
                 f"{'lacks' if old == 'absent' else 'has'} the field {field}); choose a different output_dir"
             )
         is_longer = field == NUM_STEPS and isinstance(old, int) and new > old
         dependent = _length_dependency(current, depends_on_length) if is_longer else ""
-        if not (_is_changeable(field) or (is_longer and not dependent)):
+        if not (is_changeable(field) or (is_longer and not dependent)):
             reason = f"; {dependent} depends on the length of the run" if dependent else ""
             raise UserError(
                 f"output_dir={folder}: contains a run with {field}={old}, not {new}{reason}; choose a different "
@@ -155,10 +134,6 @@ def _length_dependency(config: dict[str, Any], depends_on_length: bool) -> str:
         return f"{METHOD_NAME}={config[METHOD_NAME]}"
     start = config[DECAY_START]
     return f"with {DECAY_START}={start}, the learning rate" if start != 1 else ""
-
-
-def _is_changeable(field: str) -> bool:
-    return any(field.startswith(x) if x.endswith(".") else field == x for x in CHANGEABLE_FIELDS)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -224,14 +199,3 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
-
-
-def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested dicts into one whose keys are dotted names, as on the command line."""
-    flat = {}
-    for name, value in data.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from trapo_jax.config import Config
+from trapo_jax.config import default_settings, flatten
 from trapo_jax.runs.console import printable
-from trapo_jax.runs.directory import CONFIG, METRICS, SAMPLES, flatten, write_atomically
+from trapo_jax.runs.directory import CONFIG, METRICS, SAMPLES, write_atomically
 from trapo_jax.runs.loggers import EVAL, TRAIN, read_records
 from trapo_jax.types import UserError
 
@@ -207,7 +207,7 @@ def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
 
 def shown_settings(settings: Mapping[str, Any]) -> list[str]:
     """Returns the fields to show: `CORE_SETTINGS` and those that differ from their defaults."""
-    defaults = flatten(Config().model_dump(mode="json"))
+    defaults = default_settings(settings["data.source"], settings["method.name"])
     changed = [
         field
         for field, value in settings.items()

@@ -22,6 +22,7 @@ from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, Reten
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import (
     CHECKPOINTS,
+    CONFIG,
     DATA,
     NUM_STEPS,
     SUMMARY,
@@ -58,6 +59,7 @@ class Run:
     Attributes:
       folder: the run directory.
       is_complete: whether the run was already complete when it was opened.
+      is_new: whether the run directory was empty when it was opened.
       step: number of the current step, starting at 1; 0 before the first step.
       moment: the current step as methods see it.
       usage: tokens, problems, FLOPs and seconds spent since the start of the run.
@@ -71,10 +73,12 @@ class Run:
         changes: Changes,
         *,
         is_complete: bool,
+        is_new: bool,
         show_progress: bool,
     ):
         self.folder = config.run_folder
         self.is_complete = is_complete
+        self.is_new = is_new
         self.step = 0
         self.usage = Usage()
         self.method_state: Mapping[str, Any] = {}
@@ -107,17 +111,26 @@ class Run:
           UserError: if the directory contains something else, or a run with a different config or method.
         """
 
-        def check() -> tuple[Changes, bool]:
+        def check() -> tuple[Changes, bool, bool]:
             changes = check_run_folder(
                 config.run_folder,
                 config.to_yaml(),
                 method=fingerprint(method),
                 depends_on_length=method.depends_on_length,
             )
-            return changes, (config.run_folder / SUMMARY).exists() and NUM_STEPS not in changes
+            folder = config.run_folder
+            is_complete = (folder / SUMMARY).exists() and NUM_STEPS not in changes
+            return changes, is_complete, not (folder / CONFIG).exists()
 
-        changes, is_complete = from_main(check() if is_main() else None)
-        return cls(config, method, changes, is_complete=is_complete, show_progress=show_progress)
+        changes, is_complete, is_new = from_main(check() if is_main() else None)
+        return cls(
+            config,
+            method,
+            changes,
+            is_complete=is_complete,
+            is_new=is_new,
+            show_progress=show_progress,
+        )
 
     def __enter__(self) -> "Run":
         return self
@@ -326,6 +339,7 @@ class Run:
         summary = {
             split: {"before": _scores(first[split]), "after": _scores(last[split])}
             for split in self._config.evaluation.splits
+            if split in first  # A split without answers is not evaluated.
         }
         write_atomically(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
         return summary

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from trapo_jax.config import Config
-from trapo_jax.data.splits import load_splits
+from trapo_jax.data.splits import load_data
 from trapo_jax.distributed.sharding import make_mesh, num_batch_shards
 from trapo_jax.methods import Method, Sampled, Update
 from trapo_jax.models import PretrainedModel, open_model
@@ -50,8 +50,9 @@ def check_config(config: Config) -> float:
     """Checks the train step of a run on its own model and problems; see `check_gradient`."""
     model = open_model(config.model, config.lora)
     method = config.method.make()
-    splits, _ = load_splits(config.data, model.tokenizer, expert_part=method.expert_part)
-    return check_gradient(config, method, model, splits["train"])
+    data = load_data(config.data, model.tokenizer, expert_part=method.expert_part)
+    config = data.fit(config, context_len=model.max_context_len)
+    return check_gradient(config, method, model, data.splits["train"])
 
 
 def check_gradient(
@@ -81,7 +82,7 @@ def check_gradient(
         optimizer=optax.chain(optax.trace(decay=0.0), optax.scale(0.0)),  # stores the gradient
     )
     learner.load(model, seed=config.seed)
-    max_completion_len = config.sampling.max_completion_length
+    max_completion_len = config.sampling.completion_len
     chosen = pick_test_problems(problems, max_completion_len)
     largest = 0.0
     for moment, update in synthetic_updates(method, chosen, config.seed, max_completion_len):

@@ -107,7 +107,7 @@ class Learner:
             self.optimizer,
             self.mesh,
             self.shardings,
-            max_completion_length=sampling.max_completion_length,
+            max_completion_length=sampling.completion_len,
             ratio_to="sampler" if sampling.max_staleness else "trainer",
         )
         self._batch_logprobs = make_batch_logprobs(scorer, self.mesh, self.shardings.params)

@@ -1,0 +1,42 @@
+"""Configurations as flat mappings, and the fields that may change when a run is resumed."""
+
+from typing import Any
+
+# Fields that may change when a run is resumed. They do not affect the results, except through rounding and, if
+# sampling.max_staleness > 0, through the timing of the rollouts. A name that ends with a dot is a whole section.
+CHANGEABLE_FIELDS = (
+    "output_dir",
+    "log_samples",
+    "model.remat",
+    "model.attention",
+    "sampling.num_slots",
+    "sampling.segment_len",
+    "sampling.num_contexts",
+    "sampling.prefill_tokens",
+    "rewards.workers",
+    "rewards.max_error_rate",
+    "train.row_length",
+    "train.per_device_rows",
+    "train.logprob_chunk_size",
+    "train.max_skipped_steps",
+    "evaluation.every",
+    "checkpoint.",
+    "limits.",
+    "mesh.",
+)
+
+
+def is_changeable(field: str) -> bool:
+    """Whether a field may change when a run is resumed."""
+    return any(field.startswith(x) if x.endswith(".") else field == x for x in CHANGEABLE_FIELDS)
+
+
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flattens nested dicts into one whose keys are dotted names, as on the command line."""
+    flat = {}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

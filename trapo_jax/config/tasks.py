@@ -1,0 +1,35 @@
+"""Defaults that belong to a task. They replace the general ones of the schema, which suit a language model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+FILES = "files"
+
+# By `data.source`: section, field, default.
+TASKS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "card_shuffles": {
+        "model": {"path": "card_shuffles_tiny"},
+        "data": {
+            "num_train": 128,
+            "num_validation": 256,
+            "num_test": 256,
+            "max_prompt_length": 16,
+            "overlong_prompts": "error",
+        },
+        "sampling": {"max_completion_length": 64},
+        "rewards": {"functions": ["card_shuffles"]},
+        "train": {
+            "num_steps": 375,
+            "learning_rate": 2e-4,
+            "decay_start": 0.5,
+            "adam_b2": 0.98,
+        },
+        "evaluation": {"every": 125, "num_samples": 8},
+        "checkpoint": {"every": 75},
+    },
+    "gsm_symbolic": {
+        "data": {"num_train": 4096, "num_validation": 128, "num_test": 128},
+        "rewards": {"functions": ["math"]},
+    },
+    FILES: {},
+}

@@ -1,0 +1,231 @@
+"""The configuration of a training run."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from trapo_jax.config.changes import flatten, is_changeable
+from trapo_jax.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    GradingConfig,
+    LimitsConfig,
+    LoraConfig,
+    MeshConfig,
+    MethodConfig,
+    ModelConfig,
+    NotNegative,
+    PretrainedConfig,
+    RewardsConfig,
+    SamplingConfig,
+    Section,
+    TrainConfig,
+)
+from trapo_jax.config.tasks import FILES, TASKS
+from trapo_jax.types import UserError
+
+
+class TaskConfig(Section):
+    """A configuration with a section `data`, whose source decides the defaults of other fields; see `TASKS`."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill_in_task_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        given = _as_mapping(data.get("data"))
+        if given is None:
+            return data  # Validation of the fields says what is wrong.
+        source = given.get("source", cls._default_source(given))
+        data["data"] = {**given, "source": source}
+        for section, fields in TASKS.get(source, {}).items() if isinstance(source, str) else ():
+            of_section = _as_mapping(data.get(section))
+            if of_section is not None:
+                known = cls.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+                defaults = {name: value for name, value in fields.items() if name in known}
+                data[section] = {**defaults, **of_section}
+        return data
+
+    @classmethod
+    def _default_source(cls, data: Mapping[str, Any]) -> str:
+        return FILES if data.get("train_files") else "card_shuffles"
+
+
+def _as_mapping(section: Any) -> dict[str, Any] | None:
+    """Returns the fields of a section that were given; None if it is not a section."""
+    if isinstance(section, Section):
+        return section.model_dump(mode="json", exclude_unset=True)
+    if section is None:
+        return {}
+    return section if isinstance(section, dict) else None
+
+
+class Config(TaskConfig):
+    """Everything that a training run depends on."""
+
+    output_dir: Annotated[str, Field(min_length=1)] | None = None
+    """Run directory. A run that it contains is resumed. null for runs/TASK_METHOD, followed by a hash of the fields that differ from their defaults."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Random seed of the data order and of sampling."""
+    log_samples: NotNegative = 4
+    """Number of problems per step whose rollouts are written to samples.jsonl."""
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    method: MethodConfig = MethodConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    limits: LimitsConfig = LimitsConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _check_consistency(self) -> Self:
+        train, data = self.train, self.data
+        if train.budget is None and train.budget_unit != "steps":
+            raise ValueError(
+                f"train.budget=null: train.budget_unit={train.budget_unit} needs an amount; give a number"
+            )
+        if data.source == FILES and not data.train_files:
+            raise ValueError("data.train_files=[]: data.source=files needs at least one file")
+        if data.source != FILES and data.train_files:
+            raise ValueError(
+                f"data.source={data.source}: data.train_files are not read; give data.source=files"
+            )
+        check_model(self.model)
+        check_functions(self.rewards.functions, data.source)
+        if data.source != FILES and train.problems_per_step > (data.num_train or 0):
+            raise ValueError(
+                f"train.problems_per_step={train.problems_per_step}: larger than "
+                f"data.num_train={data.num_train}, so that a batch would repeat problems"
+            )
+        check_weights(self.rewards, self.rewards.functions)
+        if self.mesh.fsdp == 0:
+            raise ValueError(
+                "mesh.fsdp=0: give a number of devices, or -1 for all that mesh.tp leaves"
+            )
+        if self.checkpoint.keep_best and not self.evaluation.every:
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best}: evaluation.every=0 never finds a best "
+                "checkpoint; give an interval"
+            )
+        if None not in (data.max_prompt_length, self.sampling.max_completion_length) and (
+            self.row_len < self.longest_rollout_len
+        ):
+            raise ValueError(
+                f"train.row_length={train.row_length}: less than data.max_prompt_length + "
+                f"sampling.max_completion_length = {self.longest_rollout_len}, so that a rollout might not fit"
+            )
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        """`output_dir` with ~ expanded, or its default."""
+        return Path(os.path.expanduser(self.output_dir or self._default_output_dir()))
+
+    def _default_output_dir(self) -> str:
+        task = Path(self.data.train_files[0]).stem if self.data.train_files else self.data.source
+        name = re.sub(r"[^\w-]+", "-", f"{task}_{self.method.name}").strip("-")
+        defaults = default_settings(self.data.source, self.method.name)
+        changed = {
+            field: value
+            for field, value in flatten(self.model_dump(mode="json")).items()
+            if defaults.get(field) != value and not is_changeable(field)
+        }
+        if not changed:
+            return f"runs/{name}"
+        text = json.dumps(changed, sort_keys=True)
+        return f"runs/{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    @property
+    def row_len(self) -> int:
+        """Length of a training row in tokens."""
+        return self.train.row_length or self.longest_rollout_len
+
+    @property
+    def longest_rollout_len(self) -> int:
+        """Length of the longest possible rollout in tokens, prompt included.
+
+        Raises:
+          UserError: if a length is left to the data and has not been determined yet; see `with_lengths`.
+        """
+        return self.data.prompt_len + self.sampling.completion_len
+
+    def with_lengths(self, *, prompt: int, completion: int) -> Self:
+        """Returns the config with these lengths in place of null, and with its run directory spelled out."""
+        data = self.model_dump(mode="json")
+        data["output_dir"] = str(self.run_folder)
+        if data["data"]["max_prompt_length"] is None:
+            data["data"]["max_prompt_length"] = prompt
+        if data["sampling"]["max_completion_length"] is None:
+            data["sampling"]["max_completion_length"] = completion
+        try:
+            return type(self).model_validate(data)
+        except pydantic.ValidationError as error:
+            raise UserError(error.errors()[0]["msg"]) from error
+
+    def to_yaml(self) -> str:
+        """Returns every field as YAML that `load_config` reads."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def default_settings(source: str, method: str) -> dict[str, Any]:
+    """Returns the value of every field, by dotted name, if only `data.source` and `method.name` were given."""
+    given = {name: dict(fields) for name, fields in TASKS[source].items()}
+    given.setdefault("data", {})["source"] = source
+    given["method"] = {"name": method}
+    defaults = {}
+    for name, field in Config.model_fields.items():
+        value = field.default
+        if isinstance(value, Section):
+            value = type(value).model_validate(given.get(name, {})).model_dump(mode="json")
+        defaults[name] = value
+    return flatten(defaults)
+
+
+def check_model(model: PretrainedConfig) -> None:
+    """Checks that a model is named.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    if not model.path:
+        raise ValueError("model.path: not set; give a Hugging Face model folder or a Hub id")
+
+
+def check_functions(functions: Sequence[str], source: str) -> None:
+    """Checks that there is a reward function.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    if not functions:
+        raise ValueError(
+            f"rewards.functions: not set, and data.source={source} has no default; give math for mathematical answers, "
+            "multiple_choice for letters, or the import path of a function of your own"
+        )
+
+
+def check_weights(grading: GradingConfig, functions: Sequence[str]) -> None:
+    """Checks that there is one weight for each reward function.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    if grading.weights is not None and len(grading.weights) != len(functions):
+        raise ValueError(
+            f"rewards.weights={list(grading.weights)}: rewards.functions has {len(functions)} entries; give one weight "
+            "for each"
+        )

@@ -1,0 +1,37 @@
+"""Adds the system message and the request for an answer format that the config names to prompts."""
+
+from trapo_jax.data.examples import Message, Prompt
+from trapo_jax.data.templates import MATH_INSTRUCTION
+
+# Values of data.prompt_suffix that stand for a longer text.
+SUFFIXES = {"boxed": MATH_INSTRUCTION}
+
+
+def instructed(prompt: Prompt, *, system: str | None, suffix: str | None) -> Prompt:
+    r"""Returns a prompt with a system message and a suffix.
+
+    Args:
+      prompt: text or chat messages.
+      system: put first, unless the prompt has a system message; None for none. Makes a chat of a text.
+      suffix: text or a name in `SUFFIXES`, appended to the last message on a line of its own, unless the message
+        already ends with it; None for none.
+
+    >>> instructed("2 + 2?", system=None, suffix="Answer with a number.")
+    '2 + 2?\nAnswer with a number.'
+    """
+    if suffix is not None:
+        prompt = _with_suffix(prompt, SUFFIXES.get(suffix, suffix))
+    if system is None:
+        return prompt
+    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    has_system = any(message.role == "system" for message in messages)
+    return messages if has_system else (Message("system", system), *messages)
+
+
+def _with_suffix(prompt: Prompt, suffix: str) -> Prompt:
+    if isinstance(prompt, str):
+        return prompt if prompt.rstrip().endswith(suffix) else f"{prompt}\n{suffix}"
+    *turns, last = prompt
+    text = _with_suffix(last.content, suffix)
+    assert isinstance(text, str)
+    return (*turns, Message(last.role, text))

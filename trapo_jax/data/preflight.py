@@ -1,0 +1,297 @@
+"""What a run is about to train on: counts, lengths, and whether the graders agree with the expert solutions.
+
+Checked before anything is compiled, because mistakes in data are silent later: every reward is 0, or nothing is left
+to learn from.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from trapo_jax.config import Config
+from trapo_jax.data.columns import Columns
+from trapo_jax.data.examples import DataReport
+from trapo_jax.data.splits import LoadedData
+from trapo_jax.rewards import Grader, is_text
+from trapo_jax.types import Grade, Problem
+
+MAX_GRADED_EXPERTS = 200
+MIN_ACCEPTED = 0.5  # share of the expert solutions that must be judged correct
+MAX_UNUSABLE = 0.5  # share of the training problems that may be unusable
+MAX_SHOWN_CHARS = 1_500
+
+
+class Terminal(Protocol):
+    """Where a preflight is printed."""
+
+    def say(self, text: str) -> None: ...
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None: ...
+
+
+class MethodNeeds(NamedTuple):
+    """What a method takes from the data.
+
+    Attributes:
+      name: of the method.
+      experts: whether it learns from expert solutions.
+      rewards: whether it learns from rewards.
+    """
+
+    name: str
+    experts: bool
+    rewards: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """The result of `check_data`.
+
+    Attributes:
+      counts: by split, what is shown in the table.
+      prompt: the first training prompt as the model gets it.
+      notes: why rows and experts were left out, one line each.
+      warnings: what is probably a mistake, one line each.
+      errors: why the run would learn nothing, one line each.
+    """
+
+    counts: dict[str, dict[str, str]]
+    prompt: str
+    notes: list[str]
+    warnings: list[str]
+    errors: list[str]
+
+    def show(self, terminal: Terminal) -> None:
+        """Prints everything but the errors."""
+        header, rows = self.table()
+        terminal.table("problems (lengths: median / 95 % / longest)", header, rows)
+        for note in self.notes:
+            terminal.say(note)
+        more = " ..." if len(self.prompt) > MAX_SHOWN_CHARS else ""
+        terminal.say(f"first prompt: {self.prompt[:MAX_SHOWN_CHARS]!r}{more}")
+        for warning in self.warnings:
+            terminal.say(f"warning: {warning}")
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Returns header and rows: a column per split."""
+        names = dict.fromkeys(name for counts in self.counts.values() for name in counts)
+        rows = [[name, *(c.get(name, "") for c in self.counts.values())] for name in names]
+        return ["", *self.counts], rows
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what is kept in data.json."""
+        return {"counts": self.counts, "notes": self.notes, "warnings": self.warnings}
+
+
+def check_data(
+    data: LoadedData,
+    config: Config,
+    needs: MethodNeeds,
+    grader: Grader,
+) -> Preflight:
+    """Looks at the problems of a run.
+
+    Args:
+      data: the problems.
+      config: the config of the run, with its lengths.
+      needs: what the method takes from the data.
+      grader: judges the expert solutions as it will judge responses.
+    """
+    train, decode = data.splits["train"], data.tokenizer.decode
+    judged = grade_experts(train, grader, decode, max_len=config.sampling.completion_len)
+    counts = {
+        name: _counts(data.splits[name], data.reports.get(name, []), config)
+        for name in ("train", "validation", "test")
+    }
+    if judged:
+        accepted = sum(grade.is_correct for _, _, grade in judged)
+        counts["train"]["experts judged correct"] = f"{accepted} of {len(judged)}"
+    notes = [
+        f"{name}: {what}"
+        for name, stages in data.reports.items()
+        for stage in stages
+        for what in (*map(_counted, stage.dropped.items()), *map(_counted, stage.notes.items()))
+    ]
+    return Preflight(
+        counts,
+        decode(train[0].prompt_ids),
+        notes,
+        _warnings(data, config, needs, judged),
+        _errors(data, config, needs, judged),
+    )
+
+
+Judged = list[tuple[Problem, str, Grade]]
+
+
+def grade_experts(
+    problems: Sequence[Problem],
+    grader: Grader,
+    decode: Callable[[Sequence[int]], str],
+    *,
+    max_len: int,
+) -> Judged:
+    """Grades the expert solutions of problems with an answer, at most `MAX_GRADED_EXPERTS` of them, evenly spread.
+
+    Args:
+      problems: training problems.
+      grader: the grader of the run.
+      decode: converts token ids to text.
+      max_len: number of tokens of a solution that are trained.
+
+    Returns:
+      The problem, text and grade of each.
+    """
+    experts = [(p, expert) for p in problems for expert in p.experts if p.answer]
+    step = max(1, -(-len(experts) // MAX_GRADED_EXPERTS))
+    texts = [(p, decode(expert.token_ids[:max_len])) for p, expert in experts[::step]]
+    futures = [grader.submit(text, problem) for problem, text in texts]
+    return [(p, text, f.result()) for (p, text), f in zip(texts, futures, strict=True)]
+
+
+def _counts(
+    problems: Sequence[Problem], stages: Sequence[DataReport], config: Config
+) -> dict[str, str]:
+    experts = [len(e.token_ids) for p in problems for e in p.experts]
+    counts = {
+        "rows read": f"{stages[0].num_read:,}" if stages else "",
+        "problems": f"{len(problems):,}",
+        f"prompt tokens (limit {config.data.max_prompt_length})": _lengths(
+            [len(p.prompt_ids) for p in problems]
+        ),
+    }
+    if experts:
+        limit = config.sampling.max_completion_length
+        counts |= {
+            "expert solutions": f"{len(experts):,}",
+            f"expert tokens (limit {limit})": _lengths(experts),
+            "problems without expert": f"{sum(not p.experts for p in problems):,}",
+        }
+    if config.rewards.functions[0] == "math":
+        num_text = sum(is_text(p.answer) for p in problems if p.answer)
+        counts["answers that only equal text matches"] = f"{num_text:,}"
+    return counts
+
+
+def _lengths(lens: Sequence[int]) -> str:
+    if not lens:
+        return ""
+    median, high = np.percentile(lens, [50, 95])
+    return f"{median:.0f} / {high:.0f} / {max(lens)}"
+
+
+def _counted(item: tuple[str, int]) -> str:
+    return f"{item[1]:,} {item[0]}"
+
+
+def _warnings(data: LoadedData, config: Config, needs: MethodNeeds, judged: Judged) -> list[str]:
+    warnings = []
+    limit = config.sampling.completion_len
+    experts = [len(e.token_ids) for p in data.splits["train"] for e in p.experts]
+    if num_cut := sum(length > limit for length in experts):
+        warnings.append(
+            f"{num_cut:,} of {len(experts):,} expert solutions are longer than "
+            f"sampling.max_completion_length={limit} and are cut"
+        )
+    if judged and not needs.rewards and (wrong := _complaint(judged, config, limit)):
+        warnings.append(wrong)
+    asks = re.compile(r"boxed|####|answer is", re.IGNORECASE)
+    shown = data.splits["train"][:100]
+    is_asked = any(asks.search(problem.prompt_text) for problem in shown)
+    if config.rewards.functions[0] == "math" and needs.rewards and not is_asked:
+        warnings.append(
+            "no prompt asks for the answer format that the grader looks for; consider data.prompt_suffix=boxed"
+        )
+    if (
+        data.template.kind == "none"
+        and config.data.template == "none"
+        and data.tokenizer.chat_template
+    ):
+        warnings.append(
+            "data.template=none: the tokenizer has a chat template, which is not used; consider data.template=chat"
+        )
+    warnings += [
+        f"{name}: no problem has an answer, so this split is not evaluated"
+        for name, problems in data.splits.items()
+        if not problems
+    ]
+    return warnings
+
+
+def _errors(data: LoadedData, config: Config, needs: MethodNeeds, judged: Judged) -> list[str]:
+    errors = []
+    train = data.splits["train"]
+    if needs.experts and not any(problem.experts for problem in train):
+        errors.append(
+            f"method.name={needs.name}: it learns from expert solutions, but no training problem has one; "
+            f"{_solutions_hint(data.columns, needs)}"
+        )
+    if (
+        needs.rewards
+        and judged
+        and (wrong := _complaint(judged, config, config.sampling.completion_len))
+    ):
+        errors.append(wrong)
+    unknown = data.tokenizer.unk_token_id
+    num_unknown = sum(unknown in problem.prompt_ids for problem in train)
+    if unknown is not None and num_unknown > MAX_UNUSABLE * len(train):
+        errors.append(
+            f"model.path: its tokenizer has no tokens for parts of {num_unknown:,} of {len(train):,} training prompts, "
+            f"which become {data.tokenizer.unk_token}; choose a model for this data"
+        )
+    (*_, encoded) = data.reports.get("train", [DataReport(0, 0, {}, {})])
+    num_overlong = sum(n for reason, n in encoded.dropped.items() if "prompt over" in reason)
+    if num_overlong > MAX_UNUSABLE * max(encoded.num_read, 1):
+        errors.append(
+            f"data.max_prompt_length={config.data.max_prompt_length}: {num_overlong:,} of {encoded.num_read:,} training "
+            "prompts are longer and were dropped; raise it, or set data.overlong_prompts=truncate"
+        )
+    if len(train) < config.train.problems_per_step:
+        errors.append(
+            f"train.problems_per_step={config.train.problems_per_step}: more than the {len(train)} training problems; "
+            "a batch would repeat problems"
+        )
+    return errors
+
+
+def _solutions_hint(columns: Columns | None, needs: MethodNeeds) -> str:
+    where = f" (now {', '.join(columns.solutions) or 'none'})" if columns else ""
+    hint = f"set data.columns.solutions to their column{where}"
+    return f"{hint}, or method.name=grpo to train without experts" if needs.rewards else hint
+
+
+def _complaint(judged: Judged, config: Config, limit: int) -> str:
+    """Says what is wrong if too few expert solutions are judged correct; empty otherwise."""
+    missing = [grade for _, _, grade in judged if grade.reward is None]
+    if len(missing) > (1 - MIN_ACCEPTED) * len(judged):
+        reasons = Counter(reason for grade in missing for reason in grade.missing.values())
+        ((reason, _),) = reasons.most_common(1)
+        return (
+            f"rewards.functions={list(config.rewards.functions)}: failed on {len(missing)} of {len(judged)} expert "
+            f"solutions ({reason}); test the function on a few of your rows"
+        )
+    wrong = [(p, text, grade) for p, text, grade in judged if not grade.is_correct]
+    if len(judged) - len(wrong) >= MIN_ACCEPTED * len(judged):
+        return ""
+    problem, text, grade = wrong[0]
+    start = (
+        f"rewards.functions={list(config.rewards.functions)}: only {len(judged) - len(wrong)} of {len(judged)} expert "
+        f"solutions are judged correct"
+    )
+    num_cut = sum(len(e.token_ids) > limit for p, _, _ in wrong for e in p.experts)
+    if num_cut > len(wrong) / 2:
+        return f"{start}, because most are cut at sampling.max_completion_length={limit}; raise it"
+    if grade.answer is None:
+        ending = text.strip()[-60:]
+        return (
+            f"{start}; in the first wrong one, which ends {ending!r}, no answer was found (the problem's answer is "
+            f"{problem.answer[:60]!r}); end solutions with the answer in \\boxed{{}}, or choose another reward function"
+        )
+    return (
+        f"{start}; in the first wrong one the answer {grade.answer[:60]!r} was found, but the problem's answer is "
+        f"{problem.answer[:60]!r}; check data.columns.answer and data.columns.solutions"
+    )

@@ -1,0 +1,68 @@
+"""Shows the problems of a run as training would see them, without training.
+
+    python -m trapo_jax.preview [--config FILE] [FIELD=VALUE ...]
+
+Reads the data, renders the prompts, and grades the expert solutions: what `trapo_jax.train` shows before it starts, for
+the first rows of each file, and the first problem in full. Only the model's config and tokenizer are read.
+"""
+
+from collections.abc import Sequence
+
+from trapo_jax.config import Config, help_text, load_config, parse_command_line
+from trapo_jax.data.preflight import MethodNeeds, Preflight, check_data
+from trapo_jax.data.splits import LoadedData, load_data
+from trapo_jax.models import PretrainedModel, open_model
+from trapo_jax.rollouts.actor import grader_for
+from trapo_jax.runs.command_line import command, run_and_exit
+from trapo_jax.runs.console import Console
+from trapo_jax.types import UserError
+
+ABOUT = (
+    "Shows the problems of a run as training would see them; takes the fields of trapo_jax.train."
+)
+LIMIT = ("data.limit", "100")
+
+
+def preview(config: Config) -> tuple[PretrainedModel, LoadedData, Preflight]:
+    """Loads and checks the problems of a run.
+
+    Args:
+      config: the configuration of the run.
+
+    Raises:
+      UserError: for a mistake in the config, the model folder or the data.
+    """
+    method = config.method.make()
+    model = open_model(config.model, config.lora)
+    data = load_data(
+        config.data,
+        model.tokenizer,
+        expert_part=method.expert_part,
+        needs_answer=method.needs_rewards,
+    )
+    config = data.fit(config, context_len=model.max_context_len)
+    needs = MethodNeeds(method.name, method.uses_experts, method.needs_rewards)
+    with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
+        return model, data, check_data(data, config, needs, grader)
+
+
+@command
+def main(arguments: Sequence[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(Config, "preview", ABOUT))
+        return 0
+    file, overrides = parse_command_line(arguments)
+    model, data, preflight = preview(load_config(Config, file, [LIMIT, *overrides]))
+    console = Console()
+    preflight.show(console)
+    first = data.splits["train"][0]
+    for i, expert in enumerate(first.experts):
+        console.say(f"expert solution {i + 1}: {model.tokenizer.decode(expert.token_ids)!r}")
+    console.say(f"answer: {first.answer!r}")
+    if preflight.errors:
+        raise UserError("\n".join(preflight.errors))
+    return 0
+
+
+if __name__ == "__main__":
+    run_and_exit(main)
