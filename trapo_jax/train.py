@@ -101,7 +101,7 @@ def train(
             summary = run.summary() if is_main() else None
             return TrainResult(run.folder, run.step, summary, was_complete=True)
         with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
-            data_summary = check_problems(config, method, model, data, grader, run, console)
+            data_summary = check_problems(config, method, data, grader, run, console)
             learner = make_learner(config, method, model)
             actor = make_actor(
                 config.sampling,
@@ -123,7 +123,6 @@ def train(
 def check_problems(
     config: Config,
     method: Method,
-    model: PretrainedModel,
     data: LoadedData,
     grader: Grader,
     run: Run,

@@ -43,13 +43,13 @@ class TaskConfig(Section):
         if not isinstance(data, dict):
             return data
         data = dict(data)
-        given = _as_mapping(data.get("data"))
+        given = _as_mapping(data.get("data", {}))
         if given is None:
             return data  # Validation of the fields says what is wrong.
         source = given.get("source", cls._default_source(given))
         data["data"] = {**given, "source": source}
         for section, fields in TASKS.get(source, {}).items() if isinstance(source, str) else ():
-            of_section = _as_mapping(data.get(section))
+            of_section = _as_mapping(data.get(section, {}))
             if of_section is not None:
                 known = cls.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
                 defaults = {name: value for name, value in fields.items() if name in known}
@@ -65,8 +65,6 @@ def _as_mapping(section: Any) -> dict[str, Any] | None:
     """Returns the fields of a section that were given; None if it is not a section."""
     if isinstance(section, Section):
         return section.model_dump(mode="json", exclude_unset=True)
-    if section is None:
-        return {}
     return section if isinstance(section, dict) else None
 
 
