@@ -33,12 +33,12 @@ from trapo_jax.data.splits import load_splits
 from trapo_jax.distributed.processes import fetch, is_main, join_processes
 from trapo_jax.evaluation.scoring import evaluate
 from trapo_jax.methods import Method, Sampled, describe
-from trapo_jax.models import export_model, open_model
+from trapo_jax.models import copy_model_files, export_model, open_model
 from trapo_jax.rollouts.actor import Actor, make_actor
 from trapo_jax.rollouts.metrics import graded_groups
 from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.runs.console import Console
-from trapo_jax.runs.directory import EXPORT, METRICS, SAMPLES
+from trapo_jax.runs.directory import EXPORT, METRICS, MODEL, SAMPLES
 from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import Run
 from trapo_jax.training.learner import Learner, make_learner
@@ -89,14 +89,15 @@ def train(
         if run.is_complete:
             summary = run.summary() if is_main() else None
             return TrainResult(run.folder, run.step, summary, was_complete=True)
-        model = open_model(config.model, config.lora)
+        model = open_model(config.model, config.lora, files=run.model_files)
         splits, data_summary = load_splits(
             config.data,
             model.tokenizer,
             expert_part=method.expert_part,
             functions=config.rewards.functions,
         )
-        learner = make_learner(config, method, model)
+        is_new = run.model_files is None
+        learner = make_learner(config, method, model, with_state=is_new)
         actor = make_actor(
             config.sampling,
             config.rewards,
@@ -113,6 +114,8 @@ def train(
         )
         with actor:
             run.start(learner, data_summary, model.tokenizer.decode)
+            if is_new and is_main():
+                copy_model_files(model, run.folder / MODEL)
             if run.step == 0:
                 run.console.say(describe_memory(actor, learner))
                 evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
@@ -122,8 +125,8 @@ def train(
             evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
             params = fetch(learner.params)
             if is_main():
-                destination = run.folder / EXPORT
-                export_model(params, model.decoder, source=model.folder, destination=destination)
+                source, destination = run.folder / MODEL, run.folder / EXPORT
+                export_model(params, model.decoder, source=source, destination=destination)
                 run.finish()
             return TrainResult(run.folder, run.step, run.summary() if is_main() else None)
 

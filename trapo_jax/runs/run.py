@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -23,6 +24,7 @@ from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import (
     CHECKPOINTS,
     DATA,
+    MODEL,
     NUM_STEPS,
     SUMMARY,
     Changes,
@@ -167,6 +169,12 @@ class Run:
         self._state_bytes = sum(x.nbytes for x in jax.tree.leaves(learner.state))
         self._progress = self._budget.progress(self.usage, self.step)
         self.console.say(self._describe_start())
+
+    @property
+    def model_files(self) -> Path | None:
+        """The run's copy of the config and the tokenizer of its model; None before the first checkpoint."""
+        folder = self.folder / MODEL
+        return folder if self._store.steps() and folder.is_dir() else None
 
     def heartbeat(self, activity: str) -> None:
         """Tells the watchdog that the run is making progress.
