@@ -113,7 +113,7 @@ def compare_greedy(
 ) -> int:
     """Returns the number of continuations that agree; transformers samples one prompt at a time."""
     config = read_config(folder)
-    eos_ids = read_eos_ids(folder, tokenizer.eos_token_id)
+    eos_ids = read_eos_ids(folder, tokenizer.eos_token_id, vocab_size=config.vocab_size)
     spec = EngineSpec(
         decoder=config,
         num_slots=8,

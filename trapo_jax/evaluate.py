@@ -44,7 +44,6 @@ from trapo_jax.models import (
     Params,
     PretrainedModel,
     load_params,
-    load_tokenizer,
     open_model,
 )
 from trapo_jax.rollouts.actor import Actor, grader_for, make_actor
@@ -133,7 +132,8 @@ def load_model(config: EvaluateConfig) -> tuple[PretrainedModel, Params]:
                 raise UserError(f"model.path={path}: a run without a checkpoint yet")
             params, decoder, source = load_checkpoint(path / CHECKPOINTS / str(steps[-1]))
             decoder = dataclasses.replace(decoder, dtype=config.model.dtype)
-            return PretrainedModel(source, decoder, load_tokenizer(source)), params
+            opened = open_model(model.model_copy(update={"path": str(source)}))
+            return dataclasses.replace(opened, decoder=decoder), params
         model = ModelConfig(path=str(path / EXPORT), dtype=config.model.dtype)
     opened = open_model(model)
     return opened, load_params(opened.folder, opened.decoder)

@@ -34,15 +34,16 @@ from trapo_jax.data.splits import LoadedData, load_data
 from trapo_jax.distributed.processes import fetch, from_main, is_main, join_processes
 from trapo_jax.evaluation.scoring import evaluate
 from trapo_jax.methods import Method, Sampled, describe
-from trapo_jax.models import PretrainedModel, export_model, open_model
+from trapo_jax.models import PretrainedModel, copy_model_files, export_model, open_model
 from trapo_jax.rewards import Grader
 from trapo_jax.rollouts.actor import Actor, grader_for, make_actor
 from trapo_jax.rollouts.metrics import graded_groups
 from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.runs.console import Console
-from trapo_jax.runs.directory import EXPORT, METRICS, SAMPLES
+from trapo_jax.runs.directory import EXPORT, METRICS, MODEL, SAMPLES
 from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import Run
+from trapo_jax.runs.saved_model import saved_model_files
 from trapo_jax.training.learner import Learner, make_learner
 from trapo_jax.types import Problem, UserError
 
@@ -88,7 +89,8 @@ def train(
     method = method or config.method.make()
     join_processes()
     console = Console(quiet=not (show_progress and is_main()))
-    model = open_model(config.model, config.lora)
+    files = saved_model_files(config.run_folder)  # None unless the run is resumed
+    model = open_model(config.model, config.lora, files=files)
     data = load_data(
         config.data,
         model.tokenizer,
@@ -102,7 +104,7 @@ def train(
             return TrainResult(run.folder, run.step, summary, was_complete=True)
         with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
             data_summary = check_problems(config, method, data, grader, run, console)
-            learner = make_learner(config, method, model)
+            learner = make_learner(config, method, model, with_state=files is None)
             actor = make_actor(
                 config.sampling,
                 grader,
@@ -117,6 +119,8 @@ def train(
                 on_progress=run.heartbeat,
             )
             run.start(learner, data_summary, model.tokenizer.decode)
+            if files is None and is_main():
+                copy_model_files(model, run.folder / MODEL)
             return train_to_the_end(config, method, model, data.splits, run, actor, learner)
 
 
@@ -163,8 +167,8 @@ def train_to_the_end(
     evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
     params = fetch(learner.params)
     if is_main():
-        destination = run.folder / EXPORT
-        export_model(params, model.decoder, source=model.folder, destination=destination)
+        source, destination = run.folder / MODEL, run.folder / EXPORT
+        export_model(params, model.decoder, source=source, destination=destination)
         run.finish()
     return TrainResult(run.folder, run.step, run.summary() if is_main() else None)
 

@@ -38,6 +38,7 @@ def test_run_leaves_what_was_promised(finished_run):
         "tb",
         "checkpoints",
         "hf",
+        "model",
         "summary.json",
         "report.html",
     }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from support.commands import TINY_MODEL
+from support.transformers_models import make_theirs, needs_torch, their_logits
 from trapo_jax.models import (
     ARCHITECTURES,
     KVCache,
@@ -22,16 +23,6 @@ from trapo_jax.models import (
 )
 from trapo_jax.models.attention import row_attention
 
-SMALL = {
-    "vocab_size": 50,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rope_theta": 5000.0,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -66,32 +57,6 @@ CASES = {
         {"head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention"] * 3},
     ),
 }
-
-
-def needs_torch():
-    return pytest.importorskip("torch", reason="torch is not installed (parity with transformers)")
-
-
-def make_theirs(kind, changes, folder):
-    """A random model written by transformers, with no parameter at its initial value of 0 or 1."""
-    torch = needs_torch()
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **changes}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    model.eval().save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def their_logits(model, token_ids, mask=None):
-    import torch
-
-    mask = None if mask is None else torch.tensor(mask)
-    with torch.no_grad():
-        return model(torch.tensor(token_ids), attention_mask=mask).logits.numpy()
 
 
 class Ours:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from support.broken_models import BREAKAGES, break_config
+from support.broken_models import BREAKAGES, GQA, break_config
 from support.commands import TINY_MODEL
 from trapo_jax.models import (
     export_model,
@@ -23,35 +23,6 @@ from trapo_jax.models import (
     read_config,
 )
 from trapo_jax.types import UserError
-
-GQA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 50,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "hidden_act": "silu",
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 5000.0,
-    "tie_word_embeddings": False,
-}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A small random model with grouped queries, untied embeddings and an unusual rope base."""
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(GQA))
-    config = read_config(source)
-    params = jax.device_get(init_params(config, seed=0))
-    export_model(params, config, source=source, destination=tmp_path / "model")
-    return tmp_path / "model"
 
 
 def test_export_and_import_are_bit_identical(folder, tmp_path):

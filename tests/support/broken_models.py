@@ -5,6 +5,24 @@ import json
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+# The config of the small model that tests break.
+GQA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5000.0,
+    "tie_word_embeddings": False,
+}
+
 
 def break_config(folder, **changes):
     data = json.loads((folder / "config.json").read_text())

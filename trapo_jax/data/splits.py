@@ -60,7 +60,7 @@ class LoadedData:
     template: Template
     reports: Reports
     columns: Columns | None
-    tokenizer: "PreTrainedTokenizerFast"
+    tokenizer: Any  # PreTrainedTokenizerFast, whose annotations do not fit its use
 
     def summary(self) -> dict[str, Any]:
         """Returns the contents of data.json."""

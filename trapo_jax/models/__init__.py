@@ -12,13 +12,18 @@ from trapo_jax.models.decoder import (
     unembedding,
 )
 from trapo_jax.models.flops import TokenCost, count_attention_pairs, token_cost
+from trapo_jax.models.generation_config import read_eos_ids
 from trapo_jax.models.hugging_face import (
     export_model,
     find_model,
     init_params,
     load_params,
 )
-from trapo_jax.models.hugging_face_config import ARCHITECTURES, read_config, read_eos_ids
+from trapo_jax.models.hugging_face_config import (
+    ARCHITECTURES,
+    read_config,
+    read_max_context_len,
+)
 from trapo_jax.models.kv_layouts import (
     KVCache,
     PerLayer,
@@ -27,7 +32,12 @@ from trapo_jax.models.kv_layouts import (
     StorageLayout,
 )
 from trapo_jax.models.lora import Lora, join_trained, split_trained
-from trapo_jax.models.pretrained import PretrainedModel, open_model, read_decoder
+from trapo_jax.models.pretrained import (
+    PretrainedModel,
+    copy_model_files,
+    open_model,
+    read_decoder,
+)
 from trapo_jax.models.rope import Rope
 from trapo_jax.models.tokenizer import load_tokenizer, special_tokens
 
@@ -47,6 +57,7 @@ __all__ = [
     "TokenCost",
     "abstract_params",
     "apply_decoder",
+    "copy_model_files",
     "count_attention_pairs",
     "export_model",
     "find_model",
@@ -61,6 +72,7 @@ __all__ = [
     "read_config",
     "read_decoder",
     "read_eos_ids",
+    "read_max_context_len",
     "special_tokens",
     "split_trained",
     "token_cost",

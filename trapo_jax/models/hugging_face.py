@@ -2,8 +2,7 @@
 
 import json
 import math
-import os
-import shutil
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,29 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trapo_jax.models.decoder import Decoder, DecoderConfig, Params, abstract_params
-from trapo_jax.models.json_file import read_json_object
 from trapo_jax.models.lora import A, B, join_trained, merged, split_trained
+from trapo_jax.models.side_files import CONFIG, replaced_folder, write_side_files
+from trapo_jax.models.tensor_files import EMBEDDING, HEAD, INDEX, WEIGHTS, TensorReader
 from trapo_jax.types import UserError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
-DTYPES = ("F32", "BF16", "F16")
-# Files of a model other than config and weights, which are copied on export.
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def find_model(path: str) -> Path:
@@ -45,16 +30,19 @@ def find_model(path: str) -> Path:
     Raises:
       UserError: if there is no such folder.
     """
-    packaged = Path(str(resources.files("trapo_jax"))) / "assets" / path
-    if "/" not in path and packaged.is_dir():
-        return packaged
-    folder = Path(path).expanduser()
+    folder = locate_model(path)
     if not folder.is_dir():
         raise UserError(
             f"model.path={path!r}: no such folder; give a Hugging Face model folder or "
             "card_shuffles_tiny"
         )
     return folder
+
+
+def locate_model(path: str) -> Path:
+    """Returns the same, whether or not the folder exists."""
+    packaged = Path(str(resources.files("trapo_jax"))) / "assets" / path
+    return packaged if "/" not in path and packaged.is_dir() else Path(path).expanduser()
 
 
 def init_params(config: DecoderConfig, *, seed: int) -> Params:
@@ -79,12 +67,14 @@ def load_params(
       UserError: if a tensor is missing, unexpected, misshapen or unreadable. The error names tensor and file, and
         all but the last are found before any tensor is read.
     """
-    tensors = _TensorReader(folder)
     tensor_map = _tensor_map(config)
-    tensors.check(
-        {part.name: part.shape for parts in tensor_map.values() for part in parts},
-        ignored={"lm_head.weight"} if config.tied_embeddings else set(),
-    )
+    shapes = {part.name: part.shape for parts in tensor_map.values() for part in parts}
+    tensors = TensorReader(folder, {*shapes, HEAD})
+    if config.tied_embeddings and EMBEDDING not in tensors and HEAD in tensors:
+        # As in transformers, either of two tied tensors is enough.
+        tensor_map["embedding"] = [tensor_map["embedding"][0]._replace(name=HEAD)]
+        shapes[HEAD] = shapes.pop(EMBEDDING)
+    tensors.check(shapes, optional={HEAD: (config.vocab_size, config.width)})
 
     def load(path, abstract, sharding):
         host = np.empty(abstract.shape, np.float32)
@@ -116,6 +106,7 @@ def export_model(
     *,
     source: Path,
     destination: Path,
+    eos_ids: Sequence[int] = (),
     max_file_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a Hugging Face folder that `transformers` loads. The folder appears complete or not at all.
@@ -123,37 +114,22 @@ def export_model(
     Args:
       params: written in float32, with adapters merged into their matrices.
       config: the shape of the model.
-      source: the folder from which the run started; its `config.json` and tokenizer are copied.
+      source: the folder from which the run started, or the run's copy of its small files; its `config.json` and
+        tokenizer are copied.
       destination: replaced if it exists.
+      eos_ids: token ids that end a completion, for `generation_config.json`; empty to copy this file unchanged.
       max_file_bytes: larger models are split into several files with an index.
 
     Raises:
       UserError: if `source` cannot be read or `destination` cannot be written.
     """
-    staging = destination.with_name(destination.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        _write_tensors(params, config, staging, max_file_bytes)
-        _write_side_files(source, staging)
-        if destination.exists():
-            shutil.rmtree(destination)
-        os.rename(staging, destination)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{destination}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _write_side_files(source: Path, folder: Path) -> None:
-    model_config = read_json_object(source / "config.json")
-    model_config.pop("torch_dtype", None)
-    model_config.pop("auto_map", None)  # never point at code
-    model_config["dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(model_config, indent=2) + "\n")
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    with replaced_folder(destination) as folder:
+        write_side_files(source, folder, config, eos_ids=eos_ids)
+        _write_tensors(params, config, folder, max_file_bytes)
+        # The files of safetensors are readable only by their owner.
+        mode = (folder / CONFIG).stat().st_mode
+        for path in folder.glob("*.safetensors"):
+            path.chmod(mode)
 
 
 def _write_tensors(
@@ -223,13 +199,11 @@ def _split_into_files(tensor_map: dict[str, list[_TensorPart]], max_bytes: int) 
 def _tensor_map(c: DecoderConfig) -> dict[str, list[_TensorPart]]:
     """Returns the Hugging Face tensors of each of our parameters, by the path of the parameter."""
     tensor_map = {
-        "embedding": [_TensorPart("model.embed_tokens.weight", (c.vocab_size, c.width))],
+        "embedding": [_TensorPart(EMBEDDING, (c.vocab_size, c.width))],
         "final_norm": [_TensorPart("model.norm.weight", (c.width,))],
     }
     if not c.tied_embeddings:
-        tensor_map["unembedding"] = [
-            _TensorPart("lm_head.weight", (c.vocab_size, c.width), is_linear=True)
-        ]
+        tensor_map["unembedding"] = [_TensorPart(HEAD, (c.vocab_size, c.width), is_linear=True)]
     for parameter, parts in _layer_tensor_map(c).items():
         tensor_map[f"layers.{parameter}"] = [
             part._replace(name=f"model.layers.{i}.{part.name}", index=(i, *part.index))
@@ -284,73 +258,3 @@ def _layer_tensor_map(c: DecoderConfig) -> dict[str, list[_TensorPart]]:
 
 def _name(path: tuple) -> str:
     return ".".join(key.key for key in path)
-
-
-class _TensorReader:
-    """Reads tensors by name, from one safetensors file or from several files with an index."""
-
-    def __init__(self, folder: Path):
-        if (folder / INDEX).is_file():
-            self._path = folder / INDEX
-            weight_map = read_json_object(self._path).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{self._path}: field 'weight_map' is missing")
-            for name, file in weight_map.items():
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise UserError(
-                        f"{self._path}: the file of tensor {name!r} must be a file name, found {file!r}"
-                    )
-            self._files = {name: folder / file for name, file in weight_map.items()}
-        else:
-            self._path = folder / WEIGHTS
-            with _open_safetensors(self._path) as file:
-                self._files = dict.fromkeys(file.keys(), self._path)
-
-    def check(self, expected: dict[str, tuple[int, ...]], *, ignored: set[str]) -> None:
-        """Checks names, shapes and dtypes against the headers of the files."""
-        if missing := sorted(expected.keys() - self._files.keys()):
-            raise UserError(f"{self._path}: {_listed('tensor', missing)} missing")
-        if surplus := sorted(self._files.keys() - expected.keys() - ignored):
-            raise UserError(f"{self._path}: {_listed('tensor', surplus)} unexpected")
-        for path in sorted(set(self._files.values())):
-            with _open_safetensors(path) as file:
-                found = set(file.keys())
-                for name in sorted(n for n, p in self._files.items() if p == path):
-                    if name not in found:
-                        raise UserError(
-                            f"{path}: tensor {name!r} is missing, although {INDEX} lists it"
-                        )
-                    if name in expected:
-                        _check_tensor(path, name, file.get_slice(name), expected[name])
-
-    def read(self, name: str) -> np.ndarray:
-        path = self._files[name]
-        with _open_safetensors(path) as file:
-            try:
-                return file.get_tensor(name)
-            except SafetensorError as error:
-                raise UserError(f"{path}: tensor {name!r}: {error}") from error
-
-
-def _check_tensor(path: Path, name: str, header: Any, shape: tuple[int, ...]) -> None:
-    if tuple(header.get_shape()) != shape:
-        found = tuple(header.get_shape())
-        raise UserError(f"{path}: tensor {name!r} has shape {found}, expected {shape}")
-    if header.get_dtype() not in DTYPES:
-        raise UserError(
-            f"{path}: tensor {name!r} is {header.get_dtype()}; supported are {', '.join(DTYPES)}"
-        )
-
-
-def _listed(what: str, names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    if len(names) == 1:
-        return f"{what} {shown} is"
-    return f"{len(names)} {what}s ({shown}{', ...' if len(names) > 3 else ''}) are"
-
-
-def _open_safetensors(path: Path):
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error

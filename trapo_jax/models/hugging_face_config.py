@@ -8,6 +8,7 @@ from trapo_jax.models.decoder import DecoderConfig, Remat
 from trapo_jax.models.json_file import read_json_object
 from trapo_jax.models.lora import Lora
 from trapo_jax.models.rope import Rope
+from trapo_jax.models.tensor_files import has_own_head
 from trapo_jax.types import UserError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
@@ -31,7 +32,7 @@ def read_config(
     attention: Implementation = "auto",
     lora: Lora | None = None,
 ) -> DecoderConfig:
-    """Reads the shape of a decoder from `folder/config.json`.
+    """Reads the shape of a decoder from `folder/config.json`, and from the weights whether it has a head of its own.
 
     Args:
       folder: the model folder.
@@ -66,7 +67,7 @@ def read_config(
         rope=rope,
         norm_epsilon=fields.number("rms_norm_eps"),
         # If the file does not say it, transformers ties the embeddings of Gemma alone.
-        tied_embeddings=fields.flag("tie_word_embeddings", is_gemma),
+        tied_embeddings=fields.flag("tie_word_embeddings", is_gemma) and not has_own_head(folder),
         activation="gelu_tanh" if is_gemma else "silu",
         qkv_bias=has_bias or family == "qwen2",
         output_bias=has_bias and family != "qwen2",
@@ -103,20 +104,24 @@ def _check_supported(fields: "_Fields", family: Any, *, is_gemma: bool) -> None:
         )
 
 
-def read_eos_ids(folder: Path, tokenizer_eos_id: int) -> list[int]:
-    """Returns the token ids that end a completion: that of the tokenizer, and those of `generation_config.json`.
+def read_max_context_len(folder: Path) -> int | None:
+    """Returns the number of positions that a model is made for, prompt and completion together.
+
+    This is `max_position_embeddings`, which includes the extension by rotary embeddings of type "llama3" and by those
+    of Gemma. It does not for other models with type "linear", whose frequencies are divided by a factor: they are made
+    for as many times the original number. Returns None if `config.json` does not say it.
 
     Raises:
-      UserError: if the file exists and its `eos_token_id` is not a list of ids.
+      UserError: if the field is not a positive integer. The error names file and field.
     """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return [tokenizer_eos_id]
-    given = read_json_object(path).get("eos_token_id")
-    ids = given if isinstance(given, list) else [] if given is None else [given]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise UserError(f"{path}: eos_token_id must be an id or a list of ids, found {given!r}")
-    return list(dict.fromkeys([tokenizer_eos_id, *ids]))
+    fields = _Fields(folder / "config.json")
+    if fields.get("max_position_embeddings") is None:
+        return None
+    max_len = fields.integer("max_position_embeddings")
+    if fields.get("model_type") == "gemma3_text":
+        return max_len
+    rope, _ = _read_ropes(fields, is_gemma=False)
+    return int(max_len * rope.factor) if rope.scaling == "linear" else max_len
 
 
 def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool, ...]:

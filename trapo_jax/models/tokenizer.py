@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trapo_jax.models.json_file import read_json_object
 from trapo_jax.types import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +37,37 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}/tokenizer_config.json: no eos_token; completions could not end")
     return tokenizer
+
+
+def check_token_ids(folder: Path, tokenizer: "PreTrainedTokenizerFast", *, vocab_size: int) -> None:
+    """Checks that every token has a row in the embedding, and the id that `tokenizer.json` gives it.
+
+    Args:
+      folder: the folder of the tokenizer.
+      tokenizer: the tokenizer that was loaded from it.
+      vocab_size: number of rows of the embedding.
+
+    Raises:
+      UserError: if an id is too large, or the tokenizer assigned an id that differs from that in the file.
+    """
+    path = folder / "tokenizer.json"
+    vocabulary = tokenizer.get_vocab()
+    added = {
+        token["content"]: token["id"] for token in read_json_object(path)["added_tokens"] or ()
+    }
+    template_ids = tokenizer("").input_ids  # the ids that the tokenizer adds to every text
+    largest = max([*vocabulary.values(), *added.values(), *template_ids])
+    if largest >= vocab_size:
+        raise UserError(
+            f"{path}: the largest token id is {largest}, but vocab_size in config.json is {vocab_size}; the model has "
+            "no embedding for such a token"
+        )
+    for content, token_id in added.items():
+        if vocabulary[content] != token_id:
+            raise UserError(
+                f"{path}: the added token {content!r} has the id {token_id}, but the tokenizers library assigns "
+                f"{vocabulary[content]}"
+            )
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:

@@ -20,6 +20,7 @@ METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 DATA = "data.json"  # fingerprint of the training data, chat template, dropped problems
 CHECKPOINTS = "checkpoints"  # a directory with one subdirectory per checkpoint
 EVALUATIONS = "evaluations"  # a directory with one file per evaluation; see `evaluation_file`
+MODEL = "model"  # a copy of the model's config and tokenizer, without weights
 EXPORT = "hf"  # the trained model in Hugging Face format
 SUMMARY = "summary.json"  # written last; marks a run as complete
 

@@ -9,7 +9,7 @@ from trapo_jax.config import Config, ModelConfig, load_config
 from trapo_jax.distributed.sharding import abstract_like
 from trapo_jax.models import DecoderConfig, abstract_params, find_model, read_decoder
 from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint
-from trapo_jax.runs.directory import CONFIG
+from trapo_jax.runs.directory import CHECKPOINTS, CONFIG, MODEL
 from trapo_jax.types import UserError
 
 
@@ -20,7 +20,8 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
       path: `RUN/checkpoints/STEP`.
 
     Returns:
-      The parameters on the default device, the config of their decoder, and the model folder that the run started from.
+      The parameters on the default device, the config of their decoder, and the folder with the config and the tokenizer
+      of the model: the run's copy, or for older runs the folder that the run started from.
 
     Raises:
       UserError: if the path is not a checkpoint of a run, or the checkpoint is damaged.
@@ -36,7 +37,8 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
         existing = ", ".join(map(str, store.steps())) or "none"
         raise UserError(f"{path}: no such checkpoint; existing steps: {existing}")
     config = load_config(Config, saved_config, [])
-    source = find_model(config.model.path)
+    copy = path.absolute().parents[1] / MODEL
+    source = copy if copy.is_dir() else find_model(config.model.path)
     decoder = read_decoder(source, ModelConfig(), config.lora)
     abstract = abstract_params(decoder)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -46,3 +48,9 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
     except DamagedCheckpoint as error:
         raise UserError(f"{path}: {error}; choose a checkpoint of a different step") from error
     return store.restore_params(step, placed), decoder, source
+
+
+def saved_model_files(folder: Path) -> Path | None:
+    """Returns a run's copy of the config and the tokenizer of its model; None before the first checkpoint."""
+    copy = folder / MODEL
+    return copy if CheckpointStore(folder / CHECKPOINTS).steps() and copy.is_dir() else None

@@ -147,10 +147,18 @@ class Learner:
         """Maximum number of rows of one update; batches of all steps have the same shape."""
         return self.method.max_rows(self._config.train.problems_per_step)
 
-    def load(self, model: PretrainedModel, *, seed: int) -> None:
-        """Loads the parameters of a model folder and initializes the optimizer."""
+    def load(self, model: PretrainedModel, *, seed: int, with_state: bool = True) -> None:
+        """Loads the parameters of a model folder and initializes the optimizer.
+
+        Args:
+          model: the model folder.
+          seed: random seed of the adapters.
+          with_state: False if the state is going to be restored from a checkpoint. The folder is then read only if the
+            method has a reference policy.
+        """
         load = lambda: load_params(model.folder, self._decoder, self.shardings.params, seed=seed)
-        self._state = init_state(load(), self.optimizer, self.mesh, len(self.method.optimizers))
+        if with_state:
+            self._state = init_state(load(), self.optimizer, self.mesh, len(self.method.optimizers))
         if self.method.needs_reference:
             self._ref_params = load()
 
@@ -164,7 +172,7 @@ class Learner:
 
     def free(self) -> None:
         """Deletes the arrays of the state, so that a restored one does not need memory beside them."""
-        for leaf in jax.tree.leaves(self.state):
+        for leaf in jax.tree.leaves(self._state):
             leaf.delete()
         self._state = None
 
@@ -231,12 +239,21 @@ class Learner:
         )
 
 
-def make_learner(config: Config, method: Method, model: PretrainedModel) -> Learner:
-    """Builds a learner from a config and loads the model's parameters."""
+def make_learner(
+    config: Config, method: Method, model: PretrainedModel, *, with_state: bool = True
+) -> Learner:
+    """Builds a learner from a config and loads the model's parameters.
+
+    Args:
+      config: the config of the run.
+      method: the method of the run.
+      model: the model to train.
+      with_state: see `Learner.load`.
+    """
     learner = Learner(
         config, method, model.decoder, make_mesh(fsdp=config.mesh.fsdp, tp=config.mesh.tp)
     )
-    learner.load(model, seed=config.seed)
+    learner.load(model, seed=config.seed, with_state=with_state)
     return learner
 
 

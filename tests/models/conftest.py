@@ -1,0 +1,21 @@
+"""A small model folder to read, break and export."""
+
+import json
+
+import jax
+import pytest
+
+from support.broken_models import GQA
+from trapo_jax.models import export_model, init_params, read_config
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small random model with grouped queries, untied embeddings and an unusual rope base."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(GQA))
+    config = read_config(source)
+    params = jax.device_get(init_params(config, seed=0))
+    export_model(params, config, source=source, destination=tmp_path / "model")
+    return tmp_path / "model"

@@ -1,0 +1,54 @@
+"""The token ids that end a completion, in the files of a Hugging Face folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from trapo_jax.models.json_file import read_json_object
+from trapo_jax.types import UserError
+
+GENERATION_CONFIG = "generation_config.json"
+EOS = "eos_token_id"
+
+
+def read_eos_ids(folder: Path, tokenizer_eos_id: int, *, vocab_size: int) -> list[int]:
+    """Returns the token ids that end a completion: that of the tokenizer, and those of the model.
+
+    As in transformers, the ids of the model are those of `generation_config.json`, or those of `config.json` if the
+    former does not exist or has none.
+
+    Args:
+      folder: the model folder.
+      tokenizer_eos_id: id of the tokenizer's EOS token.
+      vocab_size: number of rows of the embedding.
+
+    Raises:
+      UserError: if `eos_token_id` is neither an id below `vocab_size` nor a list of such ids.
+    """
+    files = (folder / name for name in (GENERATION_CONFIG, "config.json"))
+    of_model = next((ids for path in files if (ids := _eos_ids_in(path, vocab_size))), [])
+    return list(dict.fromkeys([tokenizer_eos_id, *of_model]))
+
+
+def write_eos_ids(folder: Path, eos_ids: Sequence[int]) -> None:
+    """Sets the EOS ids in `generation_config.json`, which is created if it does not exist."""
+    path = folder / GENERATION_CONFIG
+    if path.is_file():
+        content = read_json_object(path)
+    else:
+        # Without the file, transformers would take these two from the config.
+        config = read_json_object(folder / "config.json")
+        content = {k: config[k] for k in ("bos_token_id", "pad_token_id") if k in config}
+    content[EOS] = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _eos_ids_in(path: Path, vocab_size: int) -> list[int]:
+    given = read_json_object(path).get(EOS) if path.is_file() else None
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size:
+            raise UserError(
+                f"{path}: field {EOS!r} must be an id or a list of ids >= 0 and < vocab_size {vocab_size}, found {i!r}"
+            )
+    return ids

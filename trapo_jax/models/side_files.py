@@ -1,0 +1,81 @@
+"""Copies the small files of a Hugging Face folder: its config, its tokenizer and its generation config."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from trapo_jax.models.decoder import DecoderConfig
+from trapo_jax.models.generation_config import GENERATION_CONFIG, write_eos_ids
+from trapo_jax.models.json_file import read_json_object
+from trapo_jax.types import UserError
+
+CONFIG = "config.json"
+CHAT_TEMPLATES = "additional_chat_templates"  # a directory of templates other than the default
+# Files of a model other than config and weights. A pattern may match several.
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    f"{CHAT_TEMPLATES}/*.jinja",
+    GENERATION_CONFIG,
+)
+
+
+def write_side_files(
+    source: Path, folder: Path, config: DecoderConfig, *, eos_ids: Sequence[int] = ()
+) -> None:
+    """Writes all files of a Hugging Face folder but the weights.
+
+    Args:
+      source: the folder to copy from.
+      folder: an existing folder.
+      config: the shape of the model, which decides whether `config.json` ties the embeddings.
+      eos_ids: token ids that end a completion, for `generation_config.json`; empty to copy this file unchanged.
+
+    Raises:
+      UserError: if `source/config.json` cannot be read.
+    """
+    model_config = read_json_object(source / CONFIG)
+    model_config.pop("torch_dtype", None)
+    model_config.pop("auto_map", None)  # never point at code
+    model_config["dtype"] = "float32"
+    model_config["tie_word_embeddings"] = config.tied_embeddings
+    (folder / CONFIG).write_text(json.dumps(model_config, indent=2) + "\n")
+    for path in (path for pattern in SIDE_FILES for path in sorted(source.glob(pattern))):
+        copy = folder / path.relative_to(source)
+        if path.is_file():
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+    if eos_ids:
+        write_eos_ids(folder, eos_ids)
+
+
+@contextlib.contextmanager
+def replaced_folder(destination: Path) -> Iterator[Path]:
+    """Yields an empty folder that replaces `destination` on leaving, unless there was an error.
+
+    Raises:
+      UserError: if the folder cannot be written.
+    """
+    staging = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if destination.exists():
+            shutil.rmtree(destination)
+        os.rename(staging, destination)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{destination}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
