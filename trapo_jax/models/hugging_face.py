@@ -34,6 +34,7 @@ SIDE_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+NAMED_CHAT_TEMPLATES = "additional_chat_templates"  # a folder of them, copied as well
 
 
 def find_model(path: str) -> Path:
@@ -154,6 +155,9 @@ def _write_side_files(source: Path, folder: Path) -> None:
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    for template in sorted((source / NAMED_CHAT_TEMPLATES).glob("*.jinja")):
+        (folder / NAMED_CHAT_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, folder / NAMED_CHAT_TEMPLATES / template.name)
 
 
 def _write_tensors(
