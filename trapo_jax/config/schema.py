@@ -100,7 +100,7 @@ class DataConfig(Section):
     """Test data, in the same formats. The default split is test. If empty, problems are held out of the training data."""
     columns: ColumnsConfig = ColumnsConfig()
     template: str = "none"
-    """Chat template of prompts: none, chat (the tokenizer's own), chatml, qwen_math, or the import path `package.module:name` of a function of your own."""
+    """Chat template of prompts: none, chat (the tokenizer's own; chat/NAME for one of several), chatml, qwen_math, or the import path `package.module:name` of a function of your own."""
     max_prompt_length: Positive = 16
     """Maximum prompt length in tokens."""
     overlong_prompts: Literal["drop", "truncate", "error"] = "error"
