@@ -1,10 +1,13 @@
 """One template object for training and evaluation: exact texts, nothing twice, a hash that tells."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from trapo_jax.data import Message, Template, make_template, templates
+from trapo_jax.models import load_tokenizer
 from trapo_jax.types import UserError
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -158,3 +161,211 @@ def test_hash_identifies_a_template():
     assert make_template("chat", make_tokenizer(CHAT)).hash == templates[3].hash
     assert make_template("chatml", make_tokenizer(CHAT)).hash == templates[1].hash
     assert all(len(template.hash) == 64 for template in templates)
+
+
+def save_tokenizer(folder, *, chat_template=None, files=None):
+    """A folder with the chat template in tokenizer_config.json and in `files`."""
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, text in (files or {}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return load_tokenizer(folder)
+
+
+IN_CONFIG = {
+    "chat_template": [
+        {"name": "default", "template": "D {{ messages[0].content }}"},
+        {"name": "rag", "template": "R {{ messages[0].content }}"},
+    ]
+}
+IN_FILES = {
+    "files": {
+        "chat_template.jinja": "D {{ messages[0].content }}",
+        "additional_chat_templates/rag.jinja": "R {{ messages[0].content }}",
+    }
+}
+
+
+@pytest.mark.parametrize("layout", [IN_CONFIG, IN_FILES], ids=["in_config", "in_files"])
+def test_named_chat_templates_are_chosen_by_name(layout, tmp_path):
+    tokenizer = save_tokenizer(tmp_path, **layout)
+    default, rag = make_template("chat", tokenizer), make_template("chat/rag", tokenizer)
+    assert (default.render("Hi"), rag.render("Hi")) == ("D Hi", "R Hi")
+    assert make_template("chat/default", tokenizer).render("Hi") == "D Hi"
+    assert default.hash == make_template("chat", make_tokenizer("D {{ messages[0].content }}")).hash
+    assert default.hash != rag.hash
+    with pytest.raises(UserError) as caught:
+        make_template("chat/tool_use", tokenizer)
+    assert str(caught.value) == (
+        f"data.template='chat/tool_use': the tokenizer of {tmp_path} has no such chat template; "
+        "choose from 'chat/default', 'chat/rag'"
+    )
+
+
+def test_chat_templates_without_a_default_need_a_name(tmp_path):
+    templates = [{"name": "rag", "template": "R"}, {"name": "a\nb", "template": "A"}]
+    tokenizer = save_tokenizer(tmp_path, chat_template=templates)
+    with pytest.raises(
+        UserError, match=r"no default chat template; choose from '.*rag'$"
+    ) as caught:
+        make_template("chat", tokenizer)
+    assert "\n" not in str(caught.value)
+    assert make_template("chat/rag", tokenizer).render("Hi") == "R"
+
+
+def test_error_of_a_named_chat_template_names_it(tmp_path):
+    (tmp_path / "model").mkdir()
+    refusing = [{"name": "rag", "template": "{{ raise_exception('No') }}"}]
+    tokenizer = save_tokenizer(tmp_path / "model", chat_template=refusing)
+    with pytest.raises(UserError, match=r"^data\.template=chat/rag: .* user \(No\); choose"):
+        make_template("chat/rag", tokenizer).render("Hi")
+
+
+FORMATS = "%d %b %Y|%A %B %d, %Y|%Y-%m-%d|%H:%M:%S|%j %U|%c|%x|%X|%Z|%s"
+FROZEN = (
+    "26 Jul 2024|Friday July 26, 2024|2024-07-26|00:00:00|208 29|Fri Jul 26 00:00:00 2024|07/26/24|00:00:00||"
+    "1721952000"
+)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        f"{{{{ strftime_now('{FORMATS}') }}}}",
+        f"{{{{ strftime_now(format='{FORMATS}') if strftime_now is defined else 'undefined' }}}}",
+        f"{{% macro today() %}}{{{{ strftime_now('{FORMATS}') }}}}{{% endmacro %}}{{{{ today() }}}}",
+    ],
+)
+def test_today_is_a_fixed_date_in_every_format(source, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    template = make_template("chat", make_tokenizer(source))
+    assert template.render_all(["A", "B"]) == [FROZEN, FROZEN]
+
+
+def test_date_string_is_defined_only_by_an_argument():
+    tokenizer = make_tokenizer("{{ date_string if date_string is defined else 'no date' }}")
+    assert make_template("chat", tokenizer).render("Hi") == "no date"
+    dated = make_template("chat", tokenizer, arguments={"date_string": "1 May"})
+    assert dated.render("Hi") == "1 May"
+
+
+ARGUMENTS = {
+    "enable_thinking": False,
+    "limits": {"low": 1.5, "names": ["é", None]},
+    "eos_token": "!",
+}
+
+
+def test_arguments_are_variables_of_the_chat_template():
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{% if enable_thinking is false %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% macro show() %}{{ limits | tojson }}{{ tools }}{{ eos_token }}{% endmacro %}{{ show() }}"
+    )
+    template = make_template("chat", tokenizer, arguments=ARGUMENTS)
+    assert template.arguments == ARGUMENTS
+    assert template.render("Hi") == 'Hi{"low": 1.5, "names": ["é", null]}None!'
+    theirs = tokenizer.apply_chat_template([USER._asdict()], tokenize=False, **ARGUMENTS)
+    assert template.render((USER,)) == theirs
+    hashes = {
+        make_template("chat", tokenizer, arguments=arguments).hash
+        for arguments in (None, {"enable_thinking": False}, {"enable_thinking": True}, ARGUMENTS)
+    }
+    assert len(hashes) == 4
+    assert make_template("chat", tokenizer, arguments={}).hash in hashes
+    reordered = dict(reversed(ARGUMENTS.items()))
+    assert make_template("chat", tokenizer, arguments=reordered).hash == template.hash
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "arguments", "message"),
+    [
+        (
+            "chat",
+            "{{ enable_thinking }}",
+            {"enable_thinkin": False},
+            "the tokenizer's chat template takes no argument 'enable_thinkin'; "
+            "did you mean enable_thinking?",
+        ),
+        (
+            "chat",
+            "{% set mode = 1 %}{% for m in messages %}{{ mode }}{% endfor %}",
+            {"mode": 2},
+            "the tokenizer's chat template takes no argument 'mode'; remove it",
+        ),
+        (
+            "chat",
+            CHAT,
+            {"messages": []},
+            "the tokenizer's chat template takes no argument 'messages'; remove it",
+        ),
+        (
+            "chatml",
+            CHAT,
+            {"enable_thinking": False},
+            "data.template=chatml takes no arguments; remove them, or choose chat",
+        ),
+        (
+            "json:dumps",
+            CHAT,
+            {"enable_thinking": False},
+            "data.template=json:dumps takes no arguments; remove them, or choose chat",
+        ),
+    ],
+)
+def test_argument_without_effect_is_refused(kind, source, arguments, message):
+    with pytest.raises(UserError) as caught:
+        make_template(kind, make_tokenizer(source), arguments=arguments)
+    assert str(caught.value) == f"data.template_arguments: {message}"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% for %}", "data.template=chat: the tokenizer's chat template cannot be read"),
+        ("{{ x }}{{ 9 ** (9 ** 9) }}", "takes more than 1 s for one prompt"),
+    ],
+)
+def test_hostile_template_is_stopped_while_its_arguments_are_checked(source, message, monkeypatch):
+    monkeypatch.setattr(templates, "CHAT_TIMEOUT_SECS", 1.0)
+    with pytest.raises(UserError, match=message) as caught:
+        make_template("chat", make_tokenizer(source), arguments={"x": 1})
+    assert "\n" not in str(caught.value)
+
+
+# Blocks are trimmed, and everything that transformers adds to Jinja is used.
+ENVIRONMENT = """
+  {% for message in messages %}
+    {% if loop.index == 3 %}
+      {% break %}
+    {% elif message.role == "system" %}
+      {% continue %}
+    {% endif %}
+{{ message | tojson }}
+{{ message | tojson(indent=2, ensure_ascii=True, sort_keys=True, separators=(", ", " = ")) }}
+    {% generation %}
+{{ message.content }}
+    {% endgeneration %}
+  {% endfor %}
+{% set ns = namespace(n=1) %}
+{% set ns.n = ns.n + 1 %}
+{{ ns.n }} {{ dict(a=1) }} {{ tools }} {{ documents }} {{ bos_token }} {{ pad_token is defined }}
+{{ missing }} {{ raise_exception is defined }} {{ add_generation_prompt }}
+"""
+
+
+def test_worker_offers_what_apply_chat_template_offers():
+    tokenizer = make_tokenizer(ENVIRONMENT)
+    content = "<b>é & 'q'</b>\n"
+    chat = (Message("system", "S"), Message("user", content), Message("assistant", "no"))
+    theirs = tokenizer.apply_chat_template(
+        [message._asdict() for message in chat], tokenize=False, add_generation_prompt=True
+    )
+    ours = make_template("chat", tokenizer).render(chat)
+    assert ours == theirs
+    assert '{"role": "user", "content": "<b>é & \'q\'</b>\\n"}\n' in ours
+    assert "no" not in ours.replace("None", "")

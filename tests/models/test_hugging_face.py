@@ -152,6 +152,18 @@ def test_code_in_a_model_folder_never_runs(folder, tmp_path):
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+def test_export_copies_named_chat_templates(folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_MODEL / name, folder)
+    (folder / "chat_template.jinja").write_text("D")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("R")
+    config = read_config(folder)
+    params = load_params(folder, config)
+    export_model(params, config, source=folder, destination=tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").chat_template == {"default": "D", "rag": "R"}
+
+
 def test_sharded_safetensors_equal_a_single_file(folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     sharded = tmp_path / "sharded"

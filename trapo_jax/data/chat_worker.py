@@ -3,16 +3,27 @@
     python -P chat_worker.py SECS MEMORY_BYTES
 
 Started by `templates.py`, as a file: the package around it takes seconds to import. JSON lines come in: first
-`{"template": ..., "variables": ...}`, then the messages of one prompt each; for each of these a line `{"text": ...}`
-or `{"refusal": ...}` goes out. transformers' sandbox keeps the template from everything but its variables. The kernel
-ends the process when one prompt takes more than SECS, even within a C function that never looks up.
+`{"template": ..., "variables": ..., "date": "26 Jul 2024"}`, then requests, each of which is answered by one line:
+
+| request | reply |
+|---|---|
+| the messages of a prompt | `{"text": ...}` |
+| null | `{"variables": [...]}`, the names that the template reads from outside |
+| either | `{"refusal": ...}` |
+
+The template runs in transformers' own environment, with all that `apply_chat_template` offers: trimmed blocks, loop
+controls, `{% generation %}`, `tojson`, `raise_exception`, `strftime_now`, `dict` and `namespace`. Its sandbox keeps
+the template from everything but its variables. The kernel ends the process when one request takes more than SECS,
+even within a C function that never looks up.
 """
 
 import json
 import signal
 import sys
+from datetime import datetime
 
-from transformers.utils.chat_template_utils import render_jinja_template
+from jinja2 import Template, meta
+from transformers.utils import chat_template_utils
 
 from trapo_jax.sandbox import limit_memory
 
@@ -22,23 +33,33 @@ def main(secs: str, memory_bytes: str) -> None:
     limit_memory(int(memory_bytes))
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, float(secs))
-        print(json.dumps(_render(json.loads(line), **setting)), flush=True)
+        print(json.dumps(_reply(json.loads(line), **setting)), flush=True)
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
-def _render(messages: list, template: str, variables: dict) -> dict[str, str]:
+def _reply(messages: list | None, template: str, variables: dict, date: str) -> dict[str, object]:
     try:
-        (text,), _ = render_jinja_template(
-            conversations=[messages],
-            chat_template=template,
-            add_generation_prompt=True,
-            **variables,
-        )
-    except (
-        Exception
-    ) as error:  # the template's own refusal, what the sandbox forbids, no memory, ...
+        compiled = _compile(template, date)
+        if messages is None:
+            syntax = compiled.environment.parse(template)
+            return {"variables": sorted(meta.find_undeclared_variables(syntax))}
+        return {"text": _render(compiled, messages, variables)}
+    # The template's own refusal, what the sandbox forbids, no memory, ...
+    except Exception as error:
         return {"refusal": (str(error).strip() or type(error).__name__).splitlines()[0]}
-    return {"text": text}
+
+
+def _compile(template: str, date: str) -> Template:
+    """The template in transformers' environment, which caches it; the clock stands at midnight of the date."""
+    compiled = chat_template_utils._compile_jinja_template(template)
+    compiled.environment.globals["strftime_now"] = datetime.strptime(date, "%d %b %Y").strftime
+    return compiled
+
+
+def _render(compiled: Template, messages: list, variables: dict) -> str:
+    # As in `apply_chat_template`, tools and documents are always defined, and arguments replace special tokens.
+    variables = {"tools": None, "documents": None, **variables}
+    return compiled.render({**variables, "messages": messages, "add_generation_prompt": True})
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def encode_examples(
     """Renders and tokenises examples; each expert solution gets EOS.
 
     Examples with the same prompt and answer become one problem with the experts of all. BOS comes first where
-    the tokenizer puts it and the template has not.
+    the tokenizer puts it and the text does not have it. A tokenizer's own chat template decides this itself, as in
+    `apply_chat_template`.
 
     Args:
       examples: raw examples.
@@ -62,7 +63,9 @@ def encode_examples(
     for start in range(0, len(merged), _CHUNK_SIZE):
         chunk = merged[start : start + _CHUNK_SIZE]
         texts = rendered[start : start + _CHUNK_SIZE]
-        prompts = [encoder.with_bos(ids) for ids in encoder.encode(texts)]
+        prompts = encoder.encode(texts)
+        if not template.is_chat:
+            prompts = [encoder.with_bos(ids) for ids in prompts]
         solutions = iter(encoder.encode([s for example in chunk for s in example.solutions]))
         for example, text, prompt_ids in zip(chunk, texts, prompts, strict=True):
             solution_ids = [next(solutions) for _ in example.solutions]

@@ -160,7 +160,7 @@ def template_for(
         is_text = all(isinstance(example.prompt, str) for example in examples)
         needs_chat = not is_text or config.system_prompt is not None
         kind = "chat" if tokenizer.chat_template else "chatml" if needs_chat else "none"
-    return make_template(kind, tokenizer)
+    return make_template(kind, tokenizer, config.template_arguments)
 
 
 def encode(

@@ -5,7 +5,8 @@ row (the released MATH-500 holds one about a "Thought section") is replaced, and
 text ends with already is not added again.
 
 A tokenizer's own template is a program from outside: it runs in a process of its own (`chat_worker.py`), without
-secrets, within limits of time and memory.
+secrets, within limits of time and memory. It gives the text of `tokenizer.apply_chat_template`, except that today's
+date is always `DATE`: a run that is resumed tomorrow has the same prompts.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEMPLATES = ("none", "chat", "chatml", "qwen_math")
+NAMED_CHAT = "chat/"  # chat/NAME is the template of this name, where a tokenizer has several
 
 MATH_SYSTEM = "You are a helpful assistant."
 MATH_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-# Llama 3's templates print today's date unless told one; this is the one they fall back on themselves.
-DATE = "26 Jul 2024"
+DATE = "26 Jul 2024"  # of `strftime_now`; the date that Llama 3's templates fall back on themselves
 _TURN = "<|im_start|>"
 CHAT_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py")))
 CHAT_TIMEOUT_SECS = 10.0  # for one prompt, of which a template makes thousands a second
@@ -44,16 +45,23 @@ class Template:
     """How a prompt becomes the text that the policy continues.
 
     Attributes:
-      kind: "none", the text as it stands; "chat", the tokenizer's own chat template; "chatml", ChatML
-        without a system line of its own; "qwen_math", ChatML with the system line and instruction of
-        Qwen2.5-Math.
-      tokenizer: whose chat template it is; for "chat" only.
+      kind: "none", the text as it stands; "chat", the tokenizer's own chat template, or "chat/NAME" if it has
+        several; "chatml", ChatML without a system line of its own; "qwen_math", ChatML with the system line and
+        instruction of Qwen2.5-Math.
+      tokenizer: whose chat template it is; for "chat" and "chat/NAME" only.
       function: turns chat messages into text; for a template of your own, whose kind is its import path.
+      arguments: variables of the chat template by name, as JSON values.
     """
 
     kind: str = "none"
     tokenizer: "PreTrainedTokenizerFast | None" = dataclasses.field(default=None, repr=False)
     function: Callable[[tuple[Message, ...]], str] | None = None
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is a tokenizer's own chat template, which also decides on BOS."""
+        return _is_chat(self.kind)
 
     def render(self, prompt: Prompt) -> str:
         """The prompt's text, ending where the assistant is to begin.
@@ -73,7 +81,7 @@ class Template:
         chats = [(Message("user", p),) if isinstance(p, str) else p for p in prompts]
         if self.function:
             return [self._apply(self.function, messages) for messages in chats]
-        if self.kind == "chat":
+        if self.is_chat:
             return self._chat(chats)
         if self.kind == "qwen_math":
             chats = [_with_math_instruction(messages) for messages in chats]
@@ -83,8 +91,9 @@ class Template:
     def hash(self) -> str:
         """SHA-256 over kind and content: equal hashes, equal texts."""
         content: list[object] = [self.kind]
-        if self.tokenizer is not None:
-            content += [self.tokenizer.chat_template, self._special_tokens(), DATE]
+        if self.is_chat:
+            content += [self._chat_template(), self._special_tokens(), DATE]
+            content += [dict(self.arguments)] if self.arguments else []
         elif self.kind != "none":
             content.append(self.render("{prompt}"))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -104,41 +113,86 @@ class Template:
         assert self.tokenizer is not None
         return {name: str(text) for name, text in self.tokenizer.special_tokens_map.items()}
 
-    def _chat(self, chats: Sequence[tuple[Message, ...]]) -> list[str]:
+    def _chat_template(self) -> str:
         assert self.tokenizer is not None
-        variables = {**self._special_tokens(), "date_string": DATE}
-        setting = {"template": self.tokenizer.chat_template, "variables": variables}
-        requests = [setting, *([message._asdict() for message in chat] for chat in chats)]
-        worker = subprocess.run(
-            [*CHAT_WORKER, str(CHAT_TIMEOUT_SECS), str(CHAT_MEMORY_BYTES)],
-            input="".join(json.dumps(request) + "\n" for request in requests),
-            capture_output=True,
-            text=True,
-            env=child_environment(),
-        )
-        replies = [json.loads(line) for line in worker.stdout.splitlines()]
+        return _chat_templates(self.tokenizer)[_chat_name(self.kind)]
+
+    def _chat(self, chats: Sequence[tuple[Message, ...]]) -> list[str]:
+        requests = [[message._asdict() for message in chat] for chat in chats]
+        replies = self._ask_worker(requests)
         for chat, reply in zip(chats, replies, strict=False):
             if "refusal" in reply:
-                raise _template_error(f"refuses the messages {_roles(chat)} ({reply['refusal']})")
-        if worker.returncode == -signal.SIGALRM:
-            raise _template_error(f"takes more than {CHAT_TIMEOUT_SECS:g} s for one prompt")
-        if worker.returncode or len(replies) < len(chats):
-            reason = worker.stderr.strip().splitlines()[-1:] or [f"exit code {worker.returncode}"]
-            raise _template_error(f"cannot be run ({reason[0]})")
+                raise self._error(f"refuses the messages {_roles(chat)} ({reply['refusal']})")
         return [reply["text"] for reply in replies]
 
+    def _check_arguments(self) -> None:
+        (reply,) = self._ask_worker([None])
+        if "refusal" in reply:
+            raise self._error(f"cannot be read ({reply['refusal']})")
+        known = set(reply["variables"]) - {"messages", "add_generation_prompt"}
+        for name in sorted(set(self.arguments) - known):
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "remove it"
+            raise UserError(
+                f"data.template_arguments: the tokenizer's chat template takes no argument {name!r}; {hint}"
+            )
 
-def make_template(kind: str, tokenizer: "PreTrainedTokenizerFast") -> Template:
+    def _ask_worker(self, requests: Sequence[object]) -> list[dict[str, Any]]:
+        """The replies to the requests, at least up to the first refusal; see `chat_worker.py`."""
+        setting = {
+            "template": self._chat_template(),
+            "variables": {**self._special_tokens(), **self.arguments},
+            "date": DATE,
+        }
+        worker = subprocess.run(
+            [*CHAT_WORKER, str(CHAT_TIMEOUT_SECS), str(CHAT_MEMORY_BYTES)],
+            input="".join(json.dumps(request) + "\n" for request in (setting, *requests)),
+            capture_output=True,
+            text=True,
+            env={**child_environment(), "TZ": "UTC"},
+        )
+        replies = [json.loads(line) for line in worker.stdout.splitlines()]
+        if any("refusal" in reply for reply in replies):
+            return replies
+        if worker.returncode == -signal.SIGALRM:
+            raise self._error(f"takes more than {CHAT_TIMEOUT_SECS:g} s for one prompt")
+        if worker.returncode or len(replies) < len(requests):
+            reason = worker.stderr.strip().splitlines()[-1:] or [f"exit code {worker.returncode}"]
+            raise self._error(f"cannot be run ({reason[0]})")
+        return replies
+
+    def _error(self, what: str) -> UserError:
+        return UserError(
+            f"data.template={self.kind}: the tokenizer's chat template {what}; choose another template"
+        )
+
+
+def make_template(
+    kind: str,
+    tokenizer: "PreTrainedTokenizerFast",
+    arguments: Mapping[str, Any] | None = None,
+) -> Template:
     """Builds a template.
 
     Args:
-      kind: one of `TEMPLATES`, or the import path `package.module:name` of a function from chat messages, a tuple of
+      kind: one of `TEMPLATES`; "chat/NAME" for one of several chat templates of a tokenizer, where "chat" is the one
+        named default; or the import path `package.module:name` of a function from chat messages, a tuple of
         `Message`, to the text that the policy continues.
       tokenizer: the policy's tokenizer.
+      arguments: for "chat" and "chat/NAME", variables of the chat template by name, as JSON values: what
+        `apply_chat_template` takes as keyword arguments, such as `{"enable_thinking": False}` for Qwen3.
 
     Raises:
-      UserError: for an unknown kind, or for "chat" with a tokenizer that has no chat template.
+      UserError: for an unknown kind, for a chat template that the tokenizer does not have, or for arguments that
+        the template does not mention.
     """
+    if _is_chat(kind):
+        return _make_chat_template(kind, tokenizer, arguments or {})
+    if arguments:
+        raise UserError(
+            f"data.template_arguments: data.template={kind} takes no arguments; "
+            "remove them, or choose chat"
+        )
     if ":" in kind:
         function = import_object(kind, "data.template")
         if not callable(function):
@@ -148,14 +202,43 @@ def make_template(kind: str, tokenizer: "PreTrainedTokenizerFast") -> Template:
         close = difflib.get_close_matches(kind, TEMPLATES, n=1)
         known = f"did you mean {close[0]}?" if close else f"there are {', '.join(TEMPLATES)}"
         raise UserError(f"data.template={kind!r}: no such template; {known}")
-    if kind != "chat":
-        return Template(kind)
-    if not tokenizer.chat_template:
+    return Template(kind)
+
+
+def _make_chat_template(
+    kind: str, tokenizer: "PreTrainedTokenizerFast", arguments: Mapping[str, Any]
+) -> Template:
+    named = _chat_templates(tokenizer)
+    if not named:
         raise UserError(
-            f"data.template=chat: the tokenizer of {tokenizer.name_or_path} has no chat template; "
+            f"data.template={kind}: the tokenizer of {tokenizer.name_or_path} has no chat template; "
             "choose chatml, qwen_math or none"
         )
-    return Template(kind, tokenizer)
+    if _chat_name(kind) not in named:
+        wanted = "no default chat template" if kind == "chat" else "no such chat template"
+        choices = ", ".join(repr(NAMED_CHAT + name) for name in sorted(named))
+        raise UserError(
+            f"data.template={kind!r}: the tokenizer of {tokenizer.name_or_path} has {wanted}; "
+            f"choose from {choices}"
+        )
+    template = Template(kind, tokenizer, arguments=arguments)
+    if arguments:
+        template._check_arguments()
+    return template
+
+
+def _chat_templates(tokenizer: "PreTrainedTokenizerFast") -> dict[str, str]:
+    """The tokenizer's chat templates by name; a single one is the default."""
+    templates: Any = tokenizer.chat_template or {}
+    return templates if isinstance(templates, dict) else {"default": templates}
+
+
+def _is_chat(kind: str) -> bool:
+    return kind == "chat" or kind.startswith(NAMED_CHAT)
+
+
+def _chat_name(kind: str) -> str:
+    return "default" if kind == "chat" else kind.removeprefix(NAMED_CHAT)
 
 
 def _plain_text(prompt: Prompt) -> str:
@@ -190,9 +273,3 @@ def _chatml(messages: tuple[Message, ...]) -> str:
 
 def _roles(messages: tuple[Message, ...]) -> str:
     return ", ".join(message.role for message in messages)
-
-
-def _template_error(what: str) -> UserError:
-    return UserError(
-        f"data.template=chat: the tokenizer's chat template {what}; choose another template"
-    )
