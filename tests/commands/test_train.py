@@ -301,11 +301,12 @@ def test_splits_without_files_are_held_out(tmp_path):
     overrides = {
         "data.source": "files",
         "data.train_files": str(file),
-        "data.columns.preset": "gsm8k",
+        "model.path": "card_shuffles_tiny",
+        "rewards.functions": "math",
         "data.num_validation": "3",
         "data.num_test": "5",
     }
-    examples, reports = read_splits(load_config(Config, None, list(overrides.items())).data)
+    examples, reports, _ = read_splits(load_config(Config, None, list(overrides.items())).data)
     assert {name: len(split) for name, split in examples.items()} == {
         "train": 12,
         "validation": 3,

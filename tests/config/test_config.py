@@ -245,7 +245,7 @@ def test_tilde_in_output_dir_is_expanded(tmp_path, capsys, monkeypatch):
 def test_help_command_prints_the_fields():
     result = run_command("trapo_jax.train", "--help")
     assert result.returncode == 0
-    assert "train.learning_rate  (float, 0.0002)" in result.stdout
+    assert "train.learning_rate  (float, 5.0e-06; 0.0002 for card_shuffles)" in result.stdout
 
 
 @pytest.mark.parametrize(

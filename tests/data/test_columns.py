@@ -1,5 +1,6 @@
 """Rows of the known shapes become examples; what does not fit is one line or counted."""
 
+import decimal
 import json
 from collections import Counter
 
@@ -9,7 +10,7 @@ import pytest
 
 from support.commands import REPOSITORY
 from trapo_jax.data import COLUMN_PRESETS, Columns, Example, Message, examples_from_rows, read_rows
-from trapo_jax.data.columns import expert_text
+from trapo_jax.data.columns import expert_text, find_preset
 from trapo_jax.data.sources import Row
 from trapo_jax.types import UserError
 
@@ -161,16 +162,14 @@ def test_rows_without_the_answer_marker_are_counted():
 
 def test_no_usable_row_raises_with_counts():
     rows = rows_of({"q": "", "a": "1", "s": ""}, {"q": "Q", "a": "", "s": ""})
-    with pytest.raises(UserError, match="no usable row: 0 of 2 kept; dropped: 1 with an empty ans"):
+    with pytest.raises(
+        UserError, match="no row is usable: 0 of 2 kept; dropped: 1 with an empty ans"
+    ):
         examples_from_rows(rows, COLUMNS)
 
 
 GOOD = {"q": "Q", "a": "1", "s": "S", "deep": {"x": "X"}}
 MALFORMED = [
-    ({"a": "1", "s": "S"}, COLUMNS, r"column 'q': missing; there are a, s"),
-    ({"q": "Q", "s": "S"}, COLUMNS, r"column 'a': missing"),
-    ({"q": "Q", "a": "1"}, COLUMNS, r"column 's': missing"),
-    (GOOD, Columns("deep.y", "a"), r"column 'deep\.y': missing; there are q, a, s, deep\.x"),
     (GOOD, Columns("q.x", "a"), r"column 'q\.x': is str \('Q'\), not an object with a field 'x'"),
     (GOOD | {"q": 7}, COLUMNS, r"column 'q': is int \(7\), not text or a list of chat messages"),
     (GOOD | {"q": ["Q"]}, COLUMNS, r"column 'q': is list"),
@@ -199,6 +198,135 @@ def test_malformed_row_error_names_file_row_and_column(value, columns, message):
     assert str(caught.value).startswith(f"f.jsonl, row {row}, column ")
     assert "data.columns" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "path"),
+    [
+        (Columns("question", "a"), "question"),
+        (Columns("q", "answer"), "answer"),
+        (Columns("q", "a", ("solution",)), "solution"),
+        (Columns("q", "a", source="kind"), "kind"),
+        (Columns("q", "a", extra=("level",)), "level"),
+        (Columns("deep.y", "a"), "deep.y"),
+    ],
+)
+def test_a_column_that_no_row_has_is_refused(columns, path):
+    with pytest.raises(UserError) as caught:
+        examples_from_rows(rows_of(GOOD, GOOD), columns)
+    assert str(caught.value) == (
+        f"f.jsonl: no row has the column {path!r}; the first row has q, a, s, deep.x; set data.columns to the columns "
+        "of the file"
+    )
+
+
+def test_a_column_that_one_of_two_files_lacks_is_refused():
+    rows = [Row("a.jsonl", 1, GOOD), Row("b.jsonl", 1, {"prompt": "Q", "a": "1"})]
+    with pytest.raises(UserError, match=r"b\.jsonl: no row has the column 'q'"):
+        examples_from_rows(rows, Columns("q", "a"))
+
+
+def test_a_field_that_is_absent_from_a_row_counts_as_null():
+    rows = rows_of(GOOD, {"a": "1", "s": "S"}, {"q": "Q", "s": "S"}, {"q": "Q", "a": "1"})
+    examples, report = examples_from_rows(rows, COLUMNS)
+    assert [example.solutions for example in examples] == [("S",), ()]
+    assert report.dropped == {"with an empty prompt": 1, "with an empty answer": 1}
+
+
+def test_answers_may_be_absent_where_nothing_is_graded():
+    rows = rows_of({"q": "Q", "s": "S"}, {"q": "R", "s": "S", "a": None})
+    examples, _ = examples_from_rows(rows, COLUMNS, needs_answer=False)
+    assert [example.answer for example in examples] == ["", ""]
+    with pytest.raises(UserError, match=r"set data.columns.answer .* \(now a\?\)"):
+        examples_from_rows(rows, Columns("q", "a?", ("s",)))
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [
+        (decimal.Decimal("1.50"), "1.5"),
+        (decimal.Decimal("100"), "100"),
+        (decimal.Decimal("1E+2"), "100"),
+        (decimal.Decimal("0.000001"), "0.000001"),
+        (1e-05, "0.00001"),
+        (2.5e-07, "0.00000025"),
+        (1e22, "10000000000000000000000"),
+    ],
+)
+def test_numbers_are_written_out(value, answer):
+    assert example_from({"q": "Q", "a": value, "s": "S"}).answer == answer
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), decimal.Decimal("Infinity")])
+def test_answers_that_are_not_finite_are_dropped_and_counted(value):
+    _, report = examples_from_rows(rows_of(GOOD, GOOD | {"a": value}), COLUMNS)
+    assert report.dropped == {"with an answer that is not a finite number": 1}
+
+
+def test_a_column_may_have_dots_in_its_name():
+    value = {"a.b": "x", "c": {"d.e": {"f": "y"}}, "q": "Q", "a": "1"}
+    assert example_from(value, Columns("a.b", "c.d.e.f")) == Example("x", "y", (), "")
+
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "It is 4."}]
+
+
+def test_objects_and_chats_stored_as_json_text_are_parsed():
+    value = {
+        "prompt": json.dumps(CHAT[:1]),
+        "reward_model": json.dumps({"ground_truth": "72", "style": "rule"}),
+        "target": json.dumps(CHAT[1:]),
+    }
+    example = example_from(value, COLUMN_PRESETS["verl"])
+    assert example == Example((Message("user", "q"),), "72", ("It is 4.",), "")
+    assert example_from(GOOD | {"q": "[1, 2] sorted?"}).prompt == "[1, 2] sorted?"
+    assert example_from(GOOD | {"q": '[{"role": broken'}).prompt == '[{"role": broken'
+
+
+@pytest.mark.parametrize(
+    ("preset", "value", "prompt"),
+    [
+        ("messages", {"messages": CHAT}, (Message("user", "q"),)),
+        (
+            "messages",
+            {"messages": [SYSTEM, *CHAT]},
+            (Message("system", "Think twice."), Message("user", "q")),
+        ),
+        ("prompt_completion", {"prompt": "q", "completion": "It is 4."}, "q"),
+        (
+            "prompt_completion",
+            {"prompt": CHAT[:1], "completion": CHAT[1:]},
+            (Message("user", "q"),),
+        ),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "gpt", "value": "It is 4."},
+                ]
+            },
+            (Message("user", "q"),),
+        ),
+        ("numina", {"problem": "q", "answer": "4", "solution": "It is 4."}, "q"),
+        ("trl", {"prompt": "q", "answer": "4", "solution": "It is 4."}, "q"),
+        ("gsm8k", {"question": "q", "answer": "It is 4.\n#### 4"}, "q"),
+        ("verl", verl_row(), None),
+    ],
+)
+def test_the_preset_is_found_from_a_row(preset, value, prompt):
+    assert find_preset(rows_of(value)[0]) == preset
+    examples, _ = examples_from_rows(rows_of(value), COLUMN_PRESETS[preset], needs_answer=False)
+    if prompt is not None:
+        assert examples[0].prompt == prompt
+        assert examples[0].solutions[0].startswith("It is 4.")
+
+
+def test_columns_that_fit_no_preset_are_refused_by_name():
+    with pytest.raises(
+        UserError, match=r"the columns are input, meta\.x, which fits no preset; set"
+    ):
+        find_preset(rows_of({"input": "q", "meta": {"x": 1}})[0])
 
 
 def test_reads_the_released_math_500_file():

@@ -11,7 +11,6 @@ import pytest
 from support.commands import REPOSITORY
 from trapo_jax.data.columns import COLUMN_PRESETS, examples_from_rows
 from trapo_jax.data.sources import read_rows
-from trapo_jax.data.splits import answer_notes
 from trapo_jax.rewards import make_grader
 from trapo_jax.types import Problem, UserError
 
@@ -219,4 +218,3 @@ def test_what_the_tool_calls_right_training_calls_right(tool, tmp_path):
                 for text in example.solutions
             ]
             assert all(grade.result().is_correct for grade in grades)
-        assert answer_notes(examples, ["math"]) == {}

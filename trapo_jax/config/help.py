@@ -7,6 +7,7 @@ import pydantic
 import yaml
 
 from trapo_jax.config.schema import MethodConfig
+from trapo_jax.config.tasks import TASKS
 from trapo_jax.methods import list_constants
 
 USAGE = """\
@@ -38,6 +39,10 @@ def list_fields(section: type[pydantic.BaseModel], prefix: str = "") -> Iterator
             yield from list_fields(field.annotation, f"{prefix}{name}.")
         else:
             default = _as_yaml(field.default)
+            for task, defaults in TASKS.items():
+                of_section = defaults.get(prefix.removesuffix("."), {})
+                if name in of_section:
+                    default += f"; {_as_yaml(of_section[name])} for {task}"
             yield FieldHelp(
                 f"{prefix}{name}", _type_name(field.annotation), default, field.description
             )

@@ -237,7 +237,7 @@ def _prompt(row: Row, columns: Columns) -> Prompt:
 def _answer(row: Row, columns: Columns) -> str:
     """Returns the answer as text; empty if there is none."""
     value = _look_up(row, columns.answer)
-    if value is None:
+    if value is None or value != value:  # NaN is how pandas writes null
         return ""
     if isinstance(value, float | decimal.Decimal):
         if not math.isfinite(value):

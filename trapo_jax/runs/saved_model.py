@@ -53,4 +53,7 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
 def saved_model_files(folder: Path) -> Path | None:
     """Returns a run's copy of the config and the tokenizer of its model; None before the first checkpoint."""
     copy = folder / MODEL
-    return copy if CheckpointStore(folder / CHECKPOINTS).steps() and copy.is_dir() else None
+    try:
+        return copy if copy.is_dir() and CheckpointStore(folder / CHECKPOINTS).steps() else None
+    except OSError:  # `check_run_folder` says what is wrong with the name.
+        return None
