@@ -89,15 +89,15 @@ def train(
         if run.is_complete:
             summary = run.summary() if is_main() else None
             return TrainResult(run.folder, run.step, summary, was_complete=True)
-        model = open_model(config.model, config.lora, files=run.model_files)
+        files = run.model_files
+        model = open_model(config.model, config.lora, files=files)
         splits, data_summary = load_splits(
             config.data,
             model.tokenizer,
             expert_part=method.expert_part,
             functions=config.rewards.functions,
         )
-        is_new = run.model_files is None
-        learner = make_learner(config, method, model, with_state=is_new)
+        learner = make_learner(config, method, model, with_state=files is None)
         actor = make_actor(
             config.sampling,
             config.rewards,
@@ -114,7 +114,7 @@ def train(
         )
         with actor:
             run.start(learner, data_summary, model.tokenizer.decode)
-            if is_new and is_main():
+            if files is None and is_main():
                 copy_model_files(model, run.folder / MODEL)
             if run.step == 0:
                 run.console.say(describe_memory(actor, learner))
