@@ -121,7 +121,7 @@ MISTAKES = {
     "no such file": ("data.test_files=missing.parquet", "missing.parquet: no such file"),
     "no such model": ("model.path=nowhere/model", "model.path='nowhere/model': no such folder"),
     "no chat template": ("data.template=chat", "has no chat template"),
-    "no such column": ("data.columns.answer=solution", "column 'solution': missing"),
+    "no such column": ("data.columns.answer=solution", "no row has the column 'solution'"),
     "no such field": ("data.columns.gold=x", "data.columns.gold: unknown field; did you mean"),
     "a field of training": ("train.num_steps=3", "train: unknown field"),
     "prompts too long": ("data.max_prompt_length=3", "no usable problem"),
@@ -164,9 +164,27 @@ def test_a_run_gives_the_defaults_of_data_and_grading(tmp_path):
         None, [("model.path", str(tmp_path)), ("data.num_test", "7"), ("seed", "1")]
     )
     assert (config.data.num_test, config.data.num_train, config.data.template) == (7, 8, "none")
-    assert (config.rewards.timeout_secs, config.functions) == (9.0, ("card_shuffles",))
+    assert (config.rewards.timeout_secs, config.rewards.functions) == (9.0, ("card_shuffles",))
     assert config.sampling.max_completion_length == 64
     assert config.sampling.temperature == EvaluateConfig().sampling.temperature
+
+
+def test_files_do_not_inherit_the_grader_of_a_generated_task(tmp_path):
+    """All answers of the files would be judged by the rules of the run's task."""
+    run = {
+        "data": {"source": "card_shuffles", "max_prompt_length": 16, "prompt_suffix": "boxed"},
+        "rewards": {"functions": ["card_shuffles"]},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
+    given = [("model.path", str(tmp_path)), ("data.test_files", "x.jsonl")]
+    with pytest.raises(UserError, match=r"rewards\.functions: not set"):
+        load_evaluate_config(None, given)
+    config = load_evaluate_config(None, [*given, ("rewards.functions", "math")])
+    assert (config.data.source, config.data.prompt_suffix) == ("files", "boxed")
+    assert config.data.max_prompt_length is None
+    run["data"]["source"], run["rewards"]["functions"] = "files", ["multiple_choice"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
+    assert load_evaluate_config(None, given).rewards.functions == ("multiple_choice",)
 
 
 def test_help_lists_the_fields_of_an_evaluation(capsys):

@@ -273,7 +273,11 @@ def test_trains_on_files(tmp_path, capsys):
     common = ("train.num_steps=1", "evaluation.num_samples=2", "data.num_train=16")
     procedural = train(tmp_path / "a", *common, "data.num_validation=4", "data.num_test=4")
     files = [f"data.{name}_files={tmp_path}/{name}.jsonl" for name in splits]
-    common += ("data.source=files", "data.columns.preset=trl", *files)
+    common += (
+        *("model.path=card_shuffles_tiny", "rewards.functions=card_shuffles"),
+        *("data.template=none", "data.max_prompt_length=16", "sampling.max_completion_length=64"),
+        *("train.learning_rate=2e-4", "train.decay_start=0.5", "train.adam_b2=0.98", *files),
+    )
     from_files = train(tmp_path / "b", *common)
     assert procedural.returncode == from_files.returncode == 0, from_files.stderr
     assert untimed(tmp_path / "a") == untimed(tmp_path / "b")

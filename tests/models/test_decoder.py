@@ -39,6 +39,10 @@ CASES = {
     ),
     "llama with biases": ("llama", {"attention_bias": True}),
     "llama 3 rope": ("llama", {"rope_scaling": LLAMA3}),
+    "llama 3 rope, original length outside": (
+        "llama",
+        {"rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
+    ),
     "llama linear rope": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "qwen2": ("qwen2", {"tie_word_embeddings": False}),
     "qwen2 with windows": (

@@ -66,6 +66,14 @@ BREAKAGES = {
         lambda f: break_config(f, rope_scaling={"rope_type": "yarn"}),
         "rope type 'yarn' is not supported",
     ),
+    "rope type dynamic": (
+        lambda f: break_config(f, rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "rope type 'dynamic' is not supported",
+    ),
+    "rope type longrope": (
+        lambda f: break_config(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
+        "rope type 'longrope' is not supported",
+    ),
     "rope with missing fields": (
         lambda f: break_config(f, rope_scaling={"rope_type": "llama3", "factor": 8.0}),
         "rope type 'llama3' needs a number 'low_freq_factor'",

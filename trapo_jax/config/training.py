@@ -50,7 +50,7 @@ class TaskConfig(Section):
         data["data"] = {**given, "source": source}
         for section, fields in TASKS.get(source, {}).items() if isinstance(source, str) else ():
             of_section = _as_mapping(data.get(section, {}))
-            if of_section is not None:
+            if section in cls.model_fields and of_section is not None:
                 known = cls.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
                 defaults = {name: value for name, value in fields.items() if name in known}
                 data[section] = {**defaults, **of_section}

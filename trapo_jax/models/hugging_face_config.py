@@ -14,6 +14,7 @@ from trapo_jax.types import UserError
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3")
 DEFAULT_THETA = 10_000.0
+ORIGINAL_LEN = "original_max_position_embeddings"
 # Any of these fields would change the result, and the decoder supports none of them.
 UNSUPPORTED = (
     "mlp_bias",
@@ -105,11 +106,13 @@ def _check_supported(fields: "_Fields", family: Any, *, is_gemma: bool) -> None:
 
 
 def read_max_context_len(folder: Path) -> int | None:
-    """Returns the number of positions that a model is made for, prompt and completion together.
+    """Returns the maximum number of tokens of prompt and completion together; None if `config.json` does not state it.
 
-    This is `max_position_embeddings`, which includes the extension by rotary embeddings of type "llama3" and by those
-    of Gemma. It does not for other models with type "linear", whose frequencies are divided by a factor: they are made
-    for as many times the original number. Returns None if `config.json` does not say it.
+    This is `max_position_embeddings`, times the factor of rotary embeddings of type "linear". In models with type
+    "llama3" and in Gemma, `max_position_embeddings` already includes the factor.
+
+    Args:
+      folder: the model folder.
 
     Raises:
       UserError: if the field is not a positive integer. The error names file and field.
@@ -155,9 +158,10 @@ def _read_ropes(fields: "_Fields", *, is_gemma: bool) -> tuple[Rope, Rope | None
     given = fields.mapping("rope_parameters")
     scaling = fields.mapping("rope_scaling")
     if not is_gemma:
-        return _read_rope(
-            fields, {**scaling, **given}, fields.number("rope_theta", DEFAULT_THETA)
-        ), None
+        data = {**scaling, **given}
+        if (original_len := fields.get(ORIGINAL_LEN)) is not None:
+            data[ORIGINAL_LEN] = original_len  # takes precedence in transformers
+        return _read_rope(fields, data, fields.number("rope_theta", DEFAULT_THETA)), None
     full = {**scaling, **given.get("full_attention", {})}
     local = given.get("sliding_attention", {})
     return (
@@ -193,7 +197,7 @@ def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
         factor=number("factor"),
         low_freq_factor=number("low_freq_factor"),
         high_freq_factor=number("high_freq_factor"),
-        original_len=int(number("original_max_position_embeddings")),
+        original_len=int(number(ORIGINAL_LEN)),
     )
 
 

@@ -52,9 +52,8 @@ def check_token_ids(folder: Path, tokenizer: "PreTrainedTokenizerFast", *, vocab
     """
     path = folder / "tokenizer.json"
     vocabulary = tokenizer.get_vocab()
-    added = {
-        token["content"]: token["id"] for token in read_json_object(path)["added_tokens"] or ()
-    }
+    added_tokens = read_json_object(path).get("added_tokens") or ()
+    added = {token["content"]: token["id"] for token in added_tokens}
     template_ids = tokenizer("").input_ids  # the ids that the tokenizer adds to every text
     largest = max([*vocabulary.values(), *added.values(), *template_ids])
     if largest >= vocab_size:
@@ -63,10 +62,10 @@ def check_token_ids(folder: Path, tokenizer: "PreTrainedTokenizerFast", *, vocab
             "no embedding for such a token"
         )
     for content, token_id in added.items():
-        if vocabulary[content] != token_id:
+        if (assigned := vocabulary.get(content, token_id)) != token_id:
             raise UserError(
                 f"{path}: the added token {content!r} has the id {token_id}, but the tokenizers library assigns "
-                f"{vocabulary[content]}"
+                f"{assigned}"
             )
 
 

@@ -130,7 +130,7 @@ class Plan:
 
 
 def make_plan(config: Config, topology: Topology) -> Plan:
-    """Compiles the programs of a run for a topology. Only config.json of the model folder is read.
+    """Compiles the programs of a run for a topology. No weights are loaded.
 
     Args:
       config: the run's config.

@@ -1,0 +1,84 @@
+"""The model folder that a run started from may be gone when the run is resumed, exported or evaluated."""
+
+import json
+import shutil
+
+import pytest
+
+from support.commands import TINY_MODEL, run_command
+
+JOB = (
+    "train.num_steps=2",
+    "train.warmup_steps=0",
+    "checkpoint.every=1",
+    "evaluation.every=0",
+    "evaluation.num_samples=1",
+    "data.num_train=16",
+    "data.num_validation=4",
+    "data.num_test=4",
+)
+
+
+@pytest.fixture(scope="module")
+def run_without_base(tmp_path_factory):
+    """A finished run whose model folder, which had several EOS ids, is deleted; and the options of the run."""
+    root = tmp_path_factory.mktemp("missing_base")
+    base = shutil.copytree(TINY_MODEL, root / "base")
+    (base / "generation_config.json").write_text('{"eos_token_id": 7, "top_p": 0.9}')
+    options = [*JOB, f"model.path={base}"]
+    result = run_command("trapo_jax.train", f"output_dir={root / 'run'}", *options)
+    assert result.returncode == 0, result.stderr
+    shutil.rmtree(base)
+    return root / "run", options
+
+
+def unfinished(run, folder, last_step):
+    """Copies a run as it was after a step."""
+    shutil.copytree(run, folder)
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "hf")
+    for step in range(last_step + 1, 3):
+        shutil.rmtree(folder / "checkpoints" / str(step))
+    return folder
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(run_without_base, tmp_path):
+    run, options = run_without_base
+    again = unfinished(run, tmp_path / "run", last_step=1)
+    result = run_command("trapo_jax.train", f"output_dir={again}", *options)
+    assert result.returncode == 0, result.stderr
+    assert "after step 1" in result.stdout
+    for file in (run / "hf").iterdir():
+        assert (again / "hf" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_checkpoint_is_exported_with_all_eos_ids(run_without_base, tmp_path):
+    run, _ = run_without_base
+    arguments = ("--checkpoint", run / "checkpoints/2", "--out", tmp_path / "out")
+    result = run_command("trapo_jax.export", *arguments)
+    assert result.returncode == 0, result.stderr
+    for file in (run / "hf").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    content = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert set(content) == {"eos_token_id", "top_p"}
+    assert len(content["eos_token_id"]) == 2
+
+
+def test_a_checkpoint_is_evaluated(run_without_base, tmp_path):
+    run = unfinished(run_without_base[0], tmp_path / "run", last_step=2)
+    result = run_command(
+        "trapo_jax.evaluate",
+        f"model.path={run}",
+        f"output_dir={tmp_path / 'evaluation'}",
+        "sampling.num_samples=1",
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_run_without_a_checkpoint_needs_the_folder(run_without_base, tmp_path):
+    run, options = run_without_base
+    again = unfinished(run, tmp_path / "run", last_step=0)
+    result = run_command("trapo_jax.train", f"output_dir={again}", *options)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "base': no such folder" in line
