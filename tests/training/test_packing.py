@@ -177,7 +177,7 @@ def test_rows_that_are_not_there_are_pad():
     none = build_batch([], row_len=8, micro_batch_rows=2, max_rows=5)
     assert none.kinds.shape == (3, 2, 8)
     assert (none.num_micro_batches, count_kinds(none)["pad"], balance(none, 2)) == (0, 0, 1.0)
-    with pytest.raises(ValueError, match="5 rows, but max_rows 4"):
+    with pytest.raises(ValueError, match="5 rows exceed max_rows=4"):
         build(EVERY_KIND, max_rows=4)
 
 
@@ -192,12 +192,12 @@ def test_shape_does_not_depend_on_lengths():
 
 
 def test_a_rollout_longer_than_a_row_is_an_error():
-    with pytest.raises(ValueError, match="a rollout of 9 tokens exceeds row_len 8"):
+    with pytest.raises(ValueError, match="a rollout of 9 tokens exceeds row_len=8"):
         build([rollout(0, 0, [3] * 7)])
 
 
 def test_shards_must_divide_the_rows():
-    with pytest.raises(ValueError, match="2 shards do not divide micro_batch_rows 3"):
+    with pytest.raises(ValueError, match="micro_batch_rows=3 is not divisible by num_shards=2"):
         build([rollout(0, 0, [3])], micro_batch_rows=3, num_shards=2)
 
 
