@@ -201,7 +201,10 @@ def test_finished_completions_are_not_resumed(decoder, params, problems):
     request = RolloutRequest(problems[0], 0)
     whole = tuple([1] * engine.max_tokens(request))
     for completion, message in (
-        (Completion(request, (1,), (0.0,), FinishReason.STOP), "the completion is finished"),
+        (
+            Completion(request, (1,), (0.0,), FinishReason.STOP),
+            "the completion is already finished",
+        ),
         (
             Completion(request, whole, (0.0,) * len(whole), FinishReason.UNFINISHED),
             "nothing to sample",
