@@ -653,7 +653,7 @@ def test_a_trust_region_belongs_to_the_methods_that_use_it():
     ("name", "constants", "message"),
     [
         ("hpt", {"gat": 1}, "method.gat=1: hpt has no such constant; did you mean gate?"),
-        ("sft", {"gamma": 1.0}, "sft has no such constant; it has normalizer, expert_weight"),
+        ("sft", {"gamma": 1.0}, "sft has no such constant; available: normalizer, expert_weight"),
         ("hpt", {"gate": "many"}, 'method.gate="many": input should be a valid number'),
         ("luffy", {"gamma": -1.0}, "method.gamma=-1.0: input should be greater than or equal to 0"),
         ("relift", {"buffer_size": 0}, "method.buffer_size=0: input should be greater than or"),
@@ -676,7 +676,7 @@ def test_a_trust_region_belongs_to_the_methods_that_use_it():
         ("trapo", {"prefix_boundary": "word"}, "input should be 'exact' or 'paragraph'"),
         ("trappo", {}, "method.name='trappo': no such method; did you mean trapo?"),
         ("no_such_module:Method", {}, "method.name=no_such_module:Method"),
-        ("trapo_jax.types:UserError", {}, "gives a UserError; name a Method"),
+        ("trapo_jax.types:UserError", {}, "expected a Method, a subclass of Constants"),
     ],
 )
 def test_a_mistaken_constant_is_one_clear_line(name, constants, message):
