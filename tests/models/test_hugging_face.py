@@ -215,9 +215,9 @@ def test_damaged_folders_are_refused_by_name(what, folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"no tokenizer that can be loaded \(no tokenizer.json\)"),
-        ("{", "no tokenizer that can be loaded"),
-        ('{"version": "1.0"}', "no tokenizer that can be loaded"),
+        (None, r"cannot load the tokenizer \(no tokenizer.json\)"),
+        ("{", "cannot load the tokenizer"),
+        ('{"version": "1.0"}', "cannot load the tokenizer"),
     ],
 )
 def test_a_folder_without_a_readable_tokenizer_is_refused_by_name(content, message, folder):

@@ -22,7 +22,7 @@ from trapo_jax.types import UserError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 DTYPES = ("F32", "BF16", "F16")
-# Files of a model other than config and weights, which are copied on export.
+# Files other than config and weights, which are copied on export.
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,33 +51,33 @@ def find_model(path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(
-            f"model.path={path!r}: no such folder; give a Hugging Face model folder or "
+            f"model.path={path!r}: no such folder; pass a Hugging Face model folder or "
             "card_shuffles_tiny"
         )
     return folder
 
 
 def init_params(config: DecoderConfig, *, seed: int) -> Params:
-    """Initializes parameters: normal with variance 1 / fan-in, scales of norms 1."""
+    """Initializes parameters: normal with variance 1 / fan-in, and 1 for normalization scales."""
     return nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))[1])
 
 
 def load_params(
     folder: Path, config: DecoderConfig, shardings: Params | None = None, *, seed: int = 0
 ) -> Params:
-    """Reads the safetensors of `folder` (float32, bfloat16 or float16) as float32 arrays on the devices.
+    """Loads safetensors (float32, bfloat16 or float16) from `folder` as float32 arrays on the devices.
 
-    The host holds one stacked parameter and one tensor at a time. Adapters are initialized, not read.
+    Only one stacked parameter and one tensor are in host memory at a time. Adapters are initialized, not loaded.
 
     Args:
       folder: contains `model.safetensors`, or several files and their index.
       config: the shape of the model in this folder.
-      shardings: the sharding of each parameter. None: everything is on the default device.
-      seed: for the adapters of `config.lora`.
+      shardings: the sharding of each parameter. If None, all parameters are placed on the default device.
+      seed: random seed for the adapters of `config.lora`.
 
     Raises:
-      UserError: if a tensor is missing, unexpected, misshapen or unreadable. The error names tensor and file, and
-        all but the last are found before any tensor is read.
+      UserError: if a tensor is missing, unexpected, has the wrong shape, or cannot be read. The error names tensor and
+        file. All checks except readability run before any tensor is read.
     """
     tensors = _TensorReader(folder)
     tensor_map = _tensor_map(config)
@@ -104,7 +104,7 @@ def load_params(
     (adapters, kept), (adapter_shardings, kept_shardings) = map(
         split_trained, (abstract, shardings)
     )
-    # Under jit, the parameters that are not adapters are never computed.
+    # Under jit, parameters that are not adapters are never computed.
     init_adapters = lambda: split_trained(init_params(config, seed=seed))[0]
     adapters = jax.jit(init_adapters, out_shardings=adapter_shardings)()
     return join_trained(adapters, jax.tree_util.tree_map_with_path(load, kept, kept_shardings))
@@ -118,14 +118,14 @@ def export_model(
     destination: Path,
     max_file_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a Hugging Face folder that `transformers` loads. The folder appears complete or not at all.
+    """Writes a Hugging Face folder that `transformers` can load. The folder is created atomically.
 
     Args:
-      params: written in float32, with adapters merged into their matrices.
+      params: the parameters; written in float32, with adapters merged into the matrices that they adapt.
       config: the shape of the model.
       source: the folder from which the run started; its `config.json` and tokenizer are copied.
-      destination: replaced if it exists.
-      max_file_bytes: larger models are split into several files with an index.
+      destination: the folder to write; replaced if it exists.
+      max_file_bytes: maximum file size; larger models are split into several files with an index.
 
     Raises:
       UserError: if `source` cannot be read or `destination` cannot be written.
@@ -140,7 +140,7 @@ def export_model(
             shutil.rmtree(destination)
         os.rename(staging, destination)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{destination}: cannot be written ({error})") from error
+        raise UserError(f"{destination}: cannot write the model ({error})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -148,7 +148,7 @@ def export_model(
 def _write_side_files(source: Path, folder: Path) -> None:
     model_config = read_json_object(source / "config.json")
     model_config.pop("torch_dtype", None)
-    model_config.pop("auto_map", None)  # never point at code
+    model_config.pop("auto_map", None)  # never refer to custom code
     model_config["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(model_config, indent=2) + "\n")
     for name in SIDE_FILES:
@@ -159,7 +159,7 @@ def _write_side_files(source: Path, folder: Path) -> None:
 def _write_tensors(
     params: Params, config: DecoderConfig, folder: Path, max_file_bytes: int
 ) -> None:
-    """Writes the tensors in the order of `_tensor_map`, with the tensors of one file on the host at a time."""
+    """Writes the tensors in the order of `_tensor_map`, holding the tensors of one file on the host at a time."""
     tensor_map = _tensor_map(config)
     by_name = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     files = _split_into_files(tensor_map, max_file_bytes)
@@ -191,13 +191,13 @@ def _on_host(x: jax.Array) -> np.ndarray:
 
 
 class _TensorPart(NamedTuple):
-    """A Hugging Face tensor, and the part of one of our parameters that it corresponds to.
+    """A Hugging Face tensor, and the slice of one of our parameters that corresponds to it.
 
     Attributes:
-      name: of the tensor.
-      shape: of the tensor.
-      index: of the part.
-      is_linear: whether the tensor has the shape [out, in], and the part [in, ..., out].
+      name: name of the tensor.
+      shape: shape of the tensor.
+      index: index of the slice in the parameter.
+      is_linear: whether the tensor has shape [out, in] and the slice [in, ..., out].
     """
 
     name: str
@@ -207,7 +207,7 @@ class _TensorPart(NamedTuple):
 
 
 def _split_into_files(tensor_map: dict[str, list[_TensorPart]], max_bytes: int) -> list[list[str]]:
-    """Returns the tensor names of each file. A tensor larger than `max_bytes` gets a separate file."""
+    """Returns the tensor names of each file. A tensor larger than `max_bytes` is written to a separate file."""
     files: list[list[str]] = [[]]
     size = 0
     for part in (part for parts in tensor_map.values() for part in parts):
@@ -221,7 +221,7 @@ def _split_into_files(tensor_map: dict[str, list[_TensorPart]], max_bytes: int) 
 
 
 def _tensor_map(c: DecoderConfig) -> dict[str, list[_TensorPart]]:
-    """Returns the Hugging Face tensors of each of our parameters, by the path of the parameter."""
+    """Returns the Hugging Face tensors of each of our parameters, by parameter path."""
     tensor_map = {
         "embedding": [_TensorPart("model.embed_tokens.weight", (c.vocab_size, c.width))],
         "final_norm": [_TensorPart("model.norm.weight", (c.width,))],
@@ -240,7 +240,7 @@ def _tensor_map(c: DecoderConfig) -> dict[str, list[_TensorPart]]:
 
 
 def _layer_tensor_map(c: DecoderConfig) -> dict[str, list[_TensorPart]]:
-    """Returns the same for one layer, with names and indices that lack the number of the layer."""
+    """Returns the same map for a single layer, with names and indices that omit the layer number."""
     group = c.num_heads // c.num_kv_heads
     query_len, key_len = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     every = slice(None)
@@ -287,7 +287,7 @@ def _name(path: tuple) -> str:
 
 
 class _TensorReader:
-    """Reads tensors by name, from one safetensors file or from several files with an index."""
+    """Reads tensors by name from one safetensors file, or from several files with an index."""
 
     def __init__(self, folder: Path):
         if (folder / INDEX).is_file():

@@ -1,4 +1,4 @@
-"""Converts a Hugging Face `config.json` to a `DecoderConfig`, or refuses it."""
+"""Converts a Hugging Face `config.json` to a `DecoderConfig`, or rejects it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from trapo_jax.types import UserError
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3")
 DEFAULT_THETA = 10_000.0
-# Any of these fields would change the result, and the decoder supports none of them.
+# Fields that change the model's output and that the decoder does not support.
 UNSUPPORTED = (
     "mlp_bias",
     "quantization_config",
@@ -38,7 +38,7 @@ def read_config(
       dtype, remat, attention, lora: how the decoder is computed; see `DecoderConfig`.
 
     Raises:
-      UserError: if the decoder would not compute the model exactly. The error names file and field.
+      UserError: if the decoder cannot reproduce the model exactly. The error names file and field.
     """
     fields = _Fields(folder / "config.json")
     family = fields.get("model_type")
@@ -48,7 +48,7 @@ def read_config(
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise fields.error(
-            f"num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}"
+            f"num_attention_heads {num_heads} is not divisible by num_key_value_heads {num_kv_heads}"
         )
     head_dim = fields.integer("head_dim", width // num_heads)
     num_layers = fields.integer("num_hidden_layers")
@@ -65,7 +65,7 @@ def read_config(
         head_dim=head_dim,
         rope=rope,
         norm_epsilon=fields.number("rms_norm_eps"),
-        # If the file does not say it, transformers ties the embeddings of Gemma alone.
+        # If the field is missing, transformers ties the embeddings only for Gemma.
         tied_embeddings=fields.flag("tie_word_embeddings", is_gemma),
         activation="gelu_tanh" if is_gemma else "silu",
         qkv_bias=has_bias or family == "qwen2",
@@ -86,7 +86,7 @@ def read_config(
 
 
 def _check_supported(fields: "_Fields", family: Any, *, is_gemma: bool) -> None:
-    """Raises a `UserError` for a model that the decoder does not compute."""
+    """Raises a `UserError` for models that the decoder does not support."""
     if family not in ARCHITECTURES:
         raise fields.error(
             f"model_type {family!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
@@ -104,10 +104,10 @@ def _check_supported(fields: "_Fields", family: Any, *, is_gemma: bool) -> None:
 
 
 def read_eos_ids(folder: Path, tokenizer_eos_id: int) -> list[int]:
-    """Returns the token ids that end a completion: that of the tokenizer, and those of `generation_config.json`.
+    """Returns the token ids that end a completion: the tokenizer's EOS id and those of `generation_config.json`.
 
     Raises:
-      UserError: if the file exists and its `eos_token_id` is not a list of ids.
+      UserError: if the file exists and its `eos_token_id` is neither an id nor a list of ids.
     """
     path = folder / "generation_config.json"
     if not path.is_file():
@@ -120,7 +120,7 @@ def read_eos_ids(folder: Path, tokenizer_eos_id: int) -> list[int]:
 
 
 def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool, ...]:
-    """Returns for each layer whether it has a sliding window; empty if none has."""
+    """Returns whether each layer has a sliding window; empty if no layer has one."""
     switched_off = family.startswith("qwen") and not fields.flag("use_sliding_window", False)
     if family == "llama" or switched_off or fields.get("sliding_window") is None:
         return ()
@@ -143,7 +143,7 @@ def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool
 
 
 def _read_ropes(fields: "_Fields", *, is_gemma: bool) -> tuple[Rope, Rope | None]:
-    """Returns the rotary embedding of all layers, or those of the full and the local layers of Gemma.
+    """Returns the rotary embedding of all layers and None, or, for Gemma, those of the full and the local layers.
 
     transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
     """
@@ -193,7 +193,7 @@ def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
 
 
 class _Fields:
-    """The fields of a JSON file. Errors name the file and the field."""
+    """The fields of a JSON file. Error messages name the file and the field."""
 
     def __init__(self, path: Path):
         self._path = path

@@ -1,4 +1,4 @@
-"""A pretrained model in a Hugging Face folder: where it is, the shape of its decoder, and its tokenizer."""
+"""A pretrained model in a Hugging Face folder: its path, the shape of its decoder, and its tokenizer."""
 
 import dataclasses
 from pathlib import Path
@@ -14,7 +14,7 @@ from trapo_jax.models.tokenizer import load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedModel:
-    """A model folder that has been opened; its parameters are loaded separately.
+    """An opened model folder. Its parameters are loaded separately.
 
     Attributes:
       folder: the Hugging Face folder.
@@ -24,7 +24,7 @@ class PretrainedModel:
 
     folder: Path
     decoder: DecoderConfig
-    tokenizer: Any  # PreTrainedTokenizerFast, whose annotations do not fit its use
+    tokenizer: Any  # PreTrainedTokenizerFast, whose type annotations are too strict for our use
 
     @property
     def eos_ids(self) -> list[int]:
@@ -43,7 +43,7 @@ def open_model(model: ModelConfig, lora: LoraConfig | None = None) -> Pretrained
 
 
 def read_decoder(folder: Path, model: ModelConfig, lora: LoraConfig | None = None) -> DecoderConfig:
-    """Returns the shape of a model folder's decoder, computed and adapted as the config says."""
+    """Returns the decoder config of a model folder, with the compute options and adapters of the given configs."""
     adapters = Lora(lora.rank, lora.alpha, lora.targets) if lora and lora.rank else None
     return read_config(
         folder, dtype=model.dtype, remat=model.remat, attention=model.attention, lora=adapters
