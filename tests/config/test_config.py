@@ -129,7 +129,7 @@ COMMAND_LINES = [
     (["model.path=/nowhere"], "model.path='/nowhere': no such folder"),
     (["model.path=Qwen/Qwen2.5-0.5B"], "model.path='Qwen/Qwen2.5-0.5B': no such folder"),
     (["data.max_prompt_length=3"], "raise data.max_prompt_length"),
-    (["mesh.tp=3"], "mesh.fsdp=1 x mesh.tp=3 does not divide the number of devices"),
+    (["mesh.tp=3"], "mesh.fsdp=1 x mesh.tp=3: the number of devices, "),
     (["data.source=files", "data.train_files=no.parquet"], "no.parquet"),
 ]
 

@@ -462,5 +462,5 @@ def test_same_gradient_on_eight_devices():
 def test_mesh_that_does_not_fit_is_named():
     from trapo_jax.types import UserError
 
-    with pytest.raises(UserError, match=r"mesh.fsdp=1 x mesh.tp=3 does not divide"):
+    with pytest.raises(UserError, match=r"mesh.fsdp=1 x mesh.tp=3: the number of devices"):
         make_mesh(fsdp=1, tp=3)
