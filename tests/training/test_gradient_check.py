@@ -42,7 +42,7 @@ def test_dropped_gradients_of_micro_batches_are_found(monkeypatch):
 
 
 def test_a_mean_of_micro_batch_means_is_found(monkeypatch):
-    """Every micro-batch has the same weight, whatever its number of tokens, as in published baselines."""
+    """Every micro-batch has the same weight regardless of its number of tokens, as in published baselines."""
 
     def equal_shares(tree, index):
         one = micro_batch(tree, index)
