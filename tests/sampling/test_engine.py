@@ -1,4 +1,4 @@
-"""Engines by name and by import path, and what they report."""
+"""Engines by name and by import path, and their statistics."""
 
 import sys
 
