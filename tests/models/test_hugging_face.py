@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face folders, among them damaged and hostile ones."""
+"""Reading and writing Hugging Face folders, including damaged and hostile ones."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ GQA = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small random model with grouped queries, untied embeddings and an unusual rope base."""
+    """A small random model with grouped queries, untied embeddings and an unusual RoPE base."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(GQA))
@@ -140,7 +140,7 @@ print(memory("VmHWM") - before, sum(sizes), max(sizes))
     not Path("/proc/self/status").exists(), reason="memory is measured through /proc"
 )
 def test_loading_needs_little_memory_beyond_the_parameters(tmp_path):
-    """On a CPU, device memory is host memory. Beyond the parameters, one stacked parameter and one tensor are allowed."""
+    """On CPUs, device memory is host memory. One stacked parameter and one tensor fit besides the parameters."""
     data = {**GQA, "num_hidden_layers": 16, "hidden_size": 512, "intermediate_size": 2048}
     source = tmp_path / "source"
     source.mkdir()
