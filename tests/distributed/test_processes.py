@@ -48,21 +48,21 @@ def finish(processes):
 
 
 def wait_for(processes, path, text=""):
-    """Until the folder is there, or a file with this text in it."""
+    """Waits until the folder exists, or a file that contains the text."""
     while not (path.exists() and (path.is_dir() or text in path.read_text())):
         assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
         time.sleep(0.05)
 
 
 def test_two_processes_train_as_one_and_one_can_go_on(finished_run, tmp_path):
-    """The default job by two processes, until one is asked to stop; again by two, until one hangs; to its end by one."""
+    """Two processes run the default job until one is terminated, then until one hangs; one process finishes it."""
     folder = tmp_path / "run"
     processes = start_two(folder)
     wait_for(processes, folder / "metrics.jsonl", '"step": 1, "kind": "train"')
     processes[1].send_signal(signal.SIGTERM)
     main, other = finish(processes)
     first = int(re.search(r"stopped after step (\d+); the same command resumes it", main)[1])
-    assert "stopped after step" not in other  # process 0 alone tells
+    assert "stopped after step" not in other  # only process 0 prints this
 
     processes = start_two(folder, "checkpoint.every=1", "limits.stuck_after_secs=25")
     wait_for(processes, folder / "checkpoints" / str(first + 2))

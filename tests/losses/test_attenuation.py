@@ -1,4 +1,4 @@
-"""Losses whose gradient is the cross-entropy's times an attenuation; TrSFT above all."""
+"""Losses whose gradient is an attenuated cross-entropy gradient, in particular TrSFT."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def test_attenuation_is_the_published_weight(attenuation_and_weight):
 
 
 def test_gradient_by_logits_is_the_published_formula(attenuation_and_weight):
-    """d loss / d logits = -weight(p_y) * (onehot(y) - p), float64 NumPy."""
+    """d loss / d logits = -weight(p_y) * (onehot(y) - p), in float64 NumPy."""
     attenuation, weight = attenuation_and_weight
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(64, 11)).astype(np.float32) * 3
@@ -68,7 +68,7 @@ def test_gradient_by_logits_is_the_published_formula(attenuation_and_weight):
 
 
 def test_trsft_gradient_is_equation_3():
-    """grad L = -1 / max(p, alpha) * grad p, by the logits."""
+    """grad L = -1 / max(p, alpha) * grad p, with respect to the logits."""
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(50, 7)).astype(np.float32) * 2
     labels = rng.integers(0, 7, 50)
@@ -180,7 +180,7 @@ def test_alpha_may_be_traced():
 
 
 def test_curvature_is_available():
-    """d2 loss / dp2 = 1 / p^2 inside the trust region, 0 outside."""
+    """d2 loss / dp2 is 1 / p^2 inside the trust region and 0 outside."""
     f = lambda p: trsft_loss_from_logprobs(jnp.log(p), alpha=0.1)
     np.testing.assert_allclose(jax.grad(jax.grad(f))(0.5), 4.0, rtol=1e-5)
     np.testing.assert_allclose(jax.grad(jax.grad(f))(0.05), 0.0, atol=1e-3)

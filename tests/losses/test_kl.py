@@ -26,7 +26,7 @@ def estimator(request):
     [("k1", [0.5, -1.0]), ("k2", [0.125, 0.5]), ("k3", [np.exp(-0.5) - 0.5, np.e - 2])],
 )
 def test_values_by_hand(estimator, expected):
-    """d = 0.5 and -1."""
+    """For d = 0.5 and d = -1."""
     logprobs, ref_logprobs = jnp.array([-1.0, -3.0]), jnp.array([-1.5, -2.0])
     got = kl_penalty(logprobs, ref_logprobs, estimator=estimator)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
@@ -72,7 +72,7 @@ def test_check_grads(estimator):
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_expectation_over_the_policy_is_the_kl(estimator):
-    """k1 and k3 are unbiased: the sum over a vocabulary, weighted by the policy, is exact."""
+    """k1 and k3 are unbiased: the sum over a vocabulary, weighted by the policy, is the exact KL."""
     rng = np.random.default_rng(1)
     policy, reference = rng.dirichlet(np.ones(12), size=2)
     penalties = kl_penalty(np.log(policy), np.log(reference), estimator=estimator)
@@ -99,7 +99,7 @@ def test_expected_gradient_of_k2_is_that_of_the_kl():
 
 
 def test_k3_is_never_negative_and_exact_for_small_differences():
-    """exp(-d) - 1 + d would lose all digits at d = 1e-3; expm1 keeps d^2 / 2."""
+    """exp(-d) - 1 + d would lose all digits at d = 1e-3; expm1 preserves d^2 / 2."""
     d = jnp.array([-3.0, -1e-3, 0.0, 1e-3, 3.0])
     penalties = kl_penalty(d, jnp.zeros(5))
     assert (penalties >= 0).all()

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy: from logits, and in slices straight from hidden states."""
+"""Log-probabilities and entropy: from logits, and in slices directly from hidden states."""
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,19 @@ def arrays():
 
 
 def dense(hidden, unembedding, labels, *, temperature=1.0, where=None):
-    """Both results from logits that are held."""
+    """Computes both results from materialized logits."""
     logits = jnp.matmul(hidden, unembedding, preferred_element_type=jnp.float32) / temperature
     return token_logprobs(logits, labels, where=where), entropy(logits, where=where)
 
 
 def weighted_sum(logprobs, entropies):
-    """A scalar to which every token contributes differently, through both results."""
+    """Returns a scalar to which every token contributes differently, through both results."""
     weights = jnp.cos(jnp.arange(logprobs.size, dtype=jnp.float32)).reshape(logprobs.shape)
     return jnp.sum(weights * logprobs) + 0.7 * jnp.sum(weights[::-1] * entropies)
 
 
 def assert_close(got, expected, tolerance=1e-5):
-    """Relative to the largest entry: what a gradient that is rounded once per sum can keep."""
+    """Compares relative to the largest element: the accuracy of a gradient that is rounded once per sum."""
     expected = np.asarray(expected, np.float64)
     largest = max(np.abs(expected).max(), 1e-30)
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=tolerance * largest)
@@ -54,7 +54,7 @@ def test_token_logprobs_by_hand():
 
 
 def test_gradients_by_logits_are_the_formulae():
-    """d logprob = onehot - p; d entropy = -p (log p + H), float64 NumPy."""
+    """d logprob = onehot - p; d entropy = -p (log p + H), in float64 NumPy."""
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(40, 9)).astype(np.float32) * 2
     labels = rng.integers(0, 9, 40)
@@ -95,7 +95,7 @@ def test_axis_is_where_the_vocabulary_is(axis):
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
 def test_where_of_lower_rank_broadcasts_to_the_labels(axis):
-    """V = T on purpose: a mask put on the wrong axis would still have a fitting shape."""
+    """V = T, so that a mask on the wrong axis would still have a matching shape."""
     logits = jnp.asarray(np.random.default_rng(4).normal(size=(2, 3, 3)), jnp.float32)
     labels = jnp.array([[0, 1, 2], [2, 2, 1]])
     row = jnp.array([True, False, True])
@@ -195,7 +195,7 @@ def test_jit_and_vmap_from_logits():
 
 # From hidden states
 
-# 12 tokens and 23 words: one word a slice, slices that divide neither, one slice, more than T.
+# For 12 tokens and V = 23: slices of one column, slices that do not divide V evenly, one slice, and more than T.
 CHUNK_SIZES = [1, 5, 7, T, T + 1, 1000]
 
 
@@ -228,7 +228,7 @@ def test_values_equal_the_dense_computation(arrays, chunk_size, temperature):
 
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
 def test_gradients_equal_the_dense_computation(arrays, chunk_size):
-    """By hidden states, unembedding and temperature, through log-probabilities and entropies."""
+    """With respect to hidden states, unembedding and temperature, through log-probabilities and entropies."""
     hidden, unembedding, labels = arrays
 
     def ours(hidden, unembedding, temperature):
@@ -344,7 +344,7 @@ def test_linear_first_and_last_label_are_in_range(arrays, label):
 
 @pytest.mark.parametrize("chunk_size", [1, T])
 def test_probability_zero_from_hidden_states(chunk_size):
-    """Logits [-inf, 1, 1], the -inf in a slice of its own or not: no NaN, no part in the entropy."""
+    """With logits [-inf, 1, 1], the -inf in a separate slice or not, nothing is NaN, and -inf adds no entropy."""
     hidden, unembedding = jnp.full((T, 1), 1e10), jnp.array([[-1e30, 1e-10, 1e-10]])
 
     def ours(hidden, unembedding):
@@ -362,7 +362,7 @@ def test_probability_zero_from_hidden_states(chunk_size):
 
 
 def test_large_logits_do_not_overflow():
-    """The largest logit comes last, first and in between: the running maximum must follow."""
+    """The running maximum must follow if the largest logit comes first, last or in between."""
     unembedding = jnp.array([[-500.0, 3.0, 500.0, 2.0]])
     for sign in (1.0, -1.0):
         hidden = jnp.full((4, 1), sign)
@@ -450,10 +450,10 @@ def temporary_bytes(function, *, tokens, width, vocab, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_memory_is_that_of_a_chunk_of_logits(dtype):
-    """1/16 of the full size of `tools/measure_logprob_memory.py`, with a gradient of its own.
+    """At 1/16 of the full size of `tools/measure_logprob_memory.py`.
 
-    The bound leaves no room for the dense logits (16.8 MB), for a float32 copy of a bfloat16
-    unembedding (8.4 MB) or for a second gradient of it (4.2 MB or more).
+    The bound excludes the dense logits (16.8 MB), a float32 copy of a bfloat16 unembedding (8.4 MB), and a second
+    gradient of the unembedding (4.2 MB or more).
     """
     sizes = {"tokens": 512, "width": 256, "vocab": 8192, "dtype": dtype}
     chunk_logits = 32 * sizes["vocab"] * 4

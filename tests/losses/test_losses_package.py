@@ -1,4 +1,4 @@
-"""`trapo_jax.losses` as other projects take it: its names, its imports, its promises."""
+"""`trapo_jax.losses` as a library: its public names, its imports, and its numerical guarantees."""
 
 import ast
 import inspect
@@ -78,7 +78,7 @@ def test_importing_the_losses_imports_of_the_project_only_the_losses():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_file_imports_jax_the_standard_library_and_its_neighbours(file):
-    """Also inside functions: a late import would pass the test above."""
+    """Checks imports inside functions, too: the test above would not detect a late import."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -99,7 +99,7 @@ def test_a_file_imports_jax_the_standard_library_and_its_neighbours(file):
 
 @pytest.mark.parametrize("name", [n for n in losses.__all__ if not n.endswith("weights")])
 def test_hyper_parameters_are_keywords(name):
-    """Arrays first, everything else by keyword."""
+    """Arrays come first; everything else is keyword-only."""
     arrays = {
         "logits",
         "labels",
@@ -123,7 +123,7 @@ def test_hyper_parameters_are_keywords(name):
         assert expected or parameter.kind is parameter.KEYWORD_ONLY, parameter
 
 
-# logprobs -> values: each loss that is bounded at p = 0
+# logprobs -> values, for every loss that is bounded at p = 0
 BOUNDED = {
     "trsft": lambda x: losses.trsft_loss_from_logprobs(x),
     "trsft_alpha_1": lambda x: losses.trsft_loss_from_logprobs(x, alpha=1.0),
@@ -149,7 +149,7 @@ BOUNDED = {
 @pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("logprob", [-np.inf, -200.0, -90.0])
 def test_probability_zero_gives_a_finite_value_and_no_gradient(name, logprob):
-    """-200 is a log-probability whose exponential is 0 in float32; -90 one that is denormal."""
+    """In float32, the exponential of a log-probability of -200 is 0, and that of -90 is denormal."""
     logprobs = jnp.full(3, logprob)
     value, gradient = jax.value_and_grad(lambda x: BOUNDED[name](x).sum())(logprobs)
     assert np.isfinite(value)
@@ -166,7 +166,7 @@ def test_cross_entropy_at_probability_zero_is_infinite_with_its_gradient():
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, jnp.float32(0.0), jnp.float32(0.5)])
 def test_gradient_is_the_weight_exactly_at_alpha(shift):
-    """p = alpha = 1 to the last bit: neither branch may lose or halve the gradient."""
+    """For p = alpha = 1 exactly, neither branch may lose or halve the gradient."""
     attenuation = losses.shifted_clip_attenuation(1.0, shift)
     loss = lambda x: losses.attenuated_cross_entropy_from_logprobs(x, attenuation=attenuation)
     value, gradient = jax.value_and_grad(loss)(0.0)
@@ -175,7 +175,7 @@ def test_gradient_is_the_weight_exactly_at_alpha(shift):
 
 
 def test_cross_entropy_ends_exactly_at_alpha():
-    """p >= alpha belongs to -log p, whose second derivative by log p is 0; below it is -p / alpha."""
+    """The second derivative with respect to log p is 0 for p >= alpha, where the loss is -log p, else -p / alpha."""
     loss = lambda x: losses.trsft_loss_from_logprobs(x, alpha=1.0)
     assert jax.grad(jax.grad(loss))(0.0) == 0
     np.testing.assert_allclose(jax.grad(jax.grad(loss))(-0.5), -np.exp(-0.5), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Policy-gradient losses against their published formulae, written out in float64 NumPy."""
+"""Policy-gradient losses against their published formulas, implemented in float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class Batch:
         self.probs = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
         p_label = np.take_along_axis(self.probs, self.labels[..., None], -1)[..., 0]
         self.logprobs = np.log(p_label)
-        # Kept in float32 from here on: both sides see the same old policy.
+        # Rounded to float32, so that both implementations see the same old policy.
         noise = rng.normal(size=(B, T)) * spread
         self.old_logprobs = (self.logprobs + noise).astype(np.float32)
         self.onehot_minus_p = np.eye(V)[self.labels] - self.probs
@@ -58,7 +58,7 @@ class Batch:
         return np.exp(self.logprobs - self.old_logprobs.astype(np.float64))
 
     def grad_by_logits(self, loss, *arguments, **options):
-        """d sum(loss) / d logits, and the loss itself."""
+        """Returns d sum(loss) / d logits, and the loss itself."""
 
         def total(logits):
             logprobs = jax.nn.log_softmax(logits)
@@ -77,7 +77,7 @@ class Batch:
 
 
 def active(ratio, advantages, low, high):
-    """Where min(A rho, A clip(rho)) is its first argument: gradient flows."""
+    """Returns where min(A rho, A clip(rho)) is its first argument, so that gradient flows."""
     return np.where(advantages >= 0, ratio <= high, ratio >= low)
 
 
@@ -89,17 +89,17 @@ def active(ratio, advantages, low, high):
     [
         (1.5, 1.0, None, None, -1.5),  # -A rho
         (1.5, -2.0, None, None, 3.0),
-        (1.5, 1.0, 0.2, 0.2, -1.2),  # gains beyond 1.2 do not count
-        (1.5, -1.0, 0.2, 0.2, 1.5),  # losses do
+        (1.5, 1.0, 0.2, 0.2, -1.2),  # gains beyond 1.2 are clipped
+        (1.5, -1.0, 0.2, 0.2, 1.5),  # losses are not
         (0.5, 1.0, 0.2, 0.2, -0.5),
         (0.5, -1.0, 0.2, 0.2, 0.8),
-        (1.25, 1.0, 0.2, 0.28, -1.25),  # clip-higher lets more through
+        (1.25, 1.0, 0.2, 0.28, -1.25),  # clip-higher has a larger upper bound
         (1.5, 1.0, 0.2, 0.28, -1.28),
         (1.5, 1.0, 0.2, None, -1.5),  # one-sided
         (0.5, -1.0, 0.2, None, 0.8),
         (1.5, 1.0, None, 0.2, -1.2),
         (0.5, -1.0, None, 0.2, 0.5),
-        (1e-9, -1.0, None, 0.2, 1e-9),  # no lower bound means none, not a bound at 0.x
+        (1e-9, -1.0, None, 0.2, 1e-9),  # None disables the lower bound
         (0.5, 1.0, 0.0, 0.0, -0.5),
         (1.5, 1.0, 0.0, 0.0, -1.0),
     ],
@@ -116,7 +116,7 @@ def test_policy_gradient_values_by_hand(ratio, advantage, clip_low, clip_high, e
 
 
 def test_policy_gradient_by_logits_is_the_formula(clips):
-    """d loss / d logits = -A rho (onehot - p) where the minimum is not the clipped one, else 0."""
+    """d loss / d logits = -A rho (onehot - p) where the minimum is the unclipped argument, else 0."""
     batch = Batch(spread=0.4)
     gradient, values = batch.grad_by_logits(
         policy_gradient_loss, batch.old_logprobs, batch.advantages, **clips
@@ -152,7 +152,7 @@ def test_first_update_is_reinforce():
     ],
 )
 def test_sequence_ratio_is_the_geometric_mean(clip_low, clip_high, expected):
-    """Ratios 4 and 1 of two tokens; the third is masked and has no part in it."""
+    """Two tokens have ratios 4 and 1; the third is masked and does not contribute."""
     loss = sequence_policy_gradient_loss(
         jnp.log(jnp.array([[0.8, 0.5, 0.9]])),
         jnp.log(jnp.array([[0.2, 0.5, 0.1]])),
@@ -165,7 +165,7 @@ def test_sequence_ratio_is_the_geometric_mean(clip_low, clip_high, expected):
 
 
 def test_sequence_policy_gradient_by_logits_is_the_formula(clips):
-    """d sequence_mean / d logprob_t = -A s / |y| / rows where the minimum is not the clipped one."""
+    """d sequence_mean / d logprob_t = -A s / |y| / rows where the minimum is the unclipped argument."""
     batch = Batch(spread=1.2)
     where = np.arange(T) < np.array([[9], [5], [1], [7]])
     loss = lambda *args, **options: sequence_policy_gradient_loss(*args, where=where, **options)
@@ -177,7 +177,7 @@ def test_sequence_policy_gradient_by_logits_is_the_formula(clips):
     advantages = batch.advantages
     expected = -np.minimum(advantages * ratio, advantages * np.clip(ratio, low, high)) * where
     np.testing.assert_allclose(values, expected, rtol=2e-6)
-    # Each of |y| tokens carries the loss, whose gradient by each logprob is -A s / |y|: together -A s.
+    # Each of |y| tokens has the loss, whose gradient with respect to each logprob is -A s / |y|; the sum is -A s.
     flows = active(ratio, advantages, low, high) & where
     batch.assert_gradient(gradient, -advantages * ratio * flows)
     np.testing.assert_allclose(sequence_mean(values, where=where), expected[:, 0].mean(), rtol=1e-5)
@@ -241,7 +241,7 @@ def test_cispo_values_by_hand():
 
 
 def test_cispo_by_logits_is_the_formula(clips):
-    """-clip(rho) A (onehot - p): every token has a gradient, the clipped ones too."""
+    """-clip(rho) A (onehot - p): every token has a gradient, even if it is clipped."""
     batch = Batch(spread=0.4)
     gradient, values = batch.grad_by_logits(
         cispo_loss, batch.old_logprobs, batch.advantages, **clips
@@ -252,7 +252,7 @@ def test_cispo_by_logits_is_the_formula(clips):
 
 
 def test_cispo_at_probability_zero():
-    """Infinite where the weight is not 0; 0 where the weight or the advantage is."""
+    """The loss is 0 if the weight or the advantage is 0, and infinite otherwise."""
     never, old = jnp.array([-jnp.inf] * 3), jnp.full(3, -1.0)
     loss = lambda x, **clips: cispo_loss(x, old, jnp.array([1.0, -1.0, 0.0]), **clips)
     np.testing.assert_array_equal(loss(never, clip_low=0.2), [np.inf, -np.inf, 0])
@@ -330,7 +330,7 @@ def loss(request):
 
 @pytest.mark.parametrize("name", ["policy_gradient", "ppo", "gspo", "shaped"])
 def test_true_losses_pass_check_grads(name):
-    """CISPO is not among them: its weight is held constant."""
+    """CISPO is excluded, since its weight is held constant."""
     logprobs = jnp.array([[-0.5, -1.0, -2.0], [-0.1, -3.0, -0.7]])
     old = logprobs + jnp.array([[0.05, -0.4, 0.6], [0.3, 0.02, -0.5]])
     advantages = jnp.array([[1.0], [-0.5]])

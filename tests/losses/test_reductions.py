@@ -1,4 +1,4 @@
-"""Reductions: every one is sum(values * weights), with weights that the mask alone determines."""
+"""Reductions: each is sum(values * weights), with weights that depend only on the mask."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ VALUES = np.array([[1.0, 2.0, 4.0], [6.0, 9.0, 5.0], [7.0, 3.0, 8.0]], np.float3
 WHERE = np.array([[True, True, False], [True, False, False], [False, False, False]])
 LENGTH = 5.0
 
-# (reduction, weights, the number for VALUES and WHERE by hand)
+# (reduction, weights, hand-computed result for VALUES and WHERE)
 REDUCTIONS = {
     "token_mean": (token_mean, token_mean_weights, 9 / 3),
     "sequence_mean": (sequence_mean, sequence_mean_weights, (1.5 + 6) / 2),
@@ -123,7 +123,7 @@ def test_no_values_give_zero(name, shape):
 
 
 def test_one_token_is_itself():
-    """One masked token: a denominator of exactly 1, which `maximum(1, ...)` must not disturb."""
+    """With one included token, the denominator is exactly 1, which `maximum(1, ...)` must not change."""
     one = np.zeros_like(WHERE)
     one[1, 2] = True
     assert token_mean(VALUES, where=one) == 5
@@ -158,13 +158,13 @@ def test_axis_holds_the_tokens_of_a_sequence(axis):
 
 
 def test_rows_without_a_token_count_for_constant_mean_alone():
-    """`sequence_mean` leaves out WHERE's third row, `constant_mean` divides by it as well."""
+    """`sequence_mean` excludes the third row of WHERE, whereas `constant_mean` counts it in the denominator."""
     np.testing.assert_allclose(sequence_mean(VALUES, where=WHERE), 3.75, rtol=1e-6)
     np.testing.assert_allclose(constant_mean(VALUES, length=1, where=WHERE), 3.0, rtol=1e-6)
 
 
 def test_a_sequence_counts_for_what_it_is_however_long():
-    """Mean of means, not of tokens: each of two sequences has half of the weight."""
+    """It is a mean of means, not of tokens: each of two sequences has half of the weight."""
     where = np.arange(10) < np.array([[10], [1]])
     weights = sequence_mean_weights(where)
     np.testing.assert_allclose(weights.sum(-1), [0.5, 0.5], rtol=1e-6)
@@ -195,7 +195,7 @@ def test_length_may_be_traced():
 
 
 def test_bfloat16_values_are_summed_in_float32(name):
-    """256 ones and a half would stay 256 in bfloat16."""
+    """The sum of 256 ones and a half would remain 256 in bfloat16."""
     values = jnp.full((1, 257), 1.0, jnp.bfloat16)
     got = REDUCTIONS[name][0](values)
     assert got.dtype == jnp.float32
@@ -210,7 +210,7 @@ def test_jit(name):
 
 @st.composite
 def batches(draw):
-    """Values, a mask (rows may be empty) and which micro-batch each row goes to."""
+    """Generates values, a mask (rows may be empty), and the micro-batch of each row."""
     rows = draw(st.integers(1, 6))
     shape = (rows, draw(st.integers(1, 5)))
     values = draw(arrays(np.float32, shape, elements=st.floats(-100, 100, width=32)))
@@ -222,7 +222,7 @@ def batches(draw):
 @settings(deadline=None, max_examples=60)
 @given(batches(), st.sampled_from(sorted(REDUCTIONS)))
 def test_any_split_into_micro_batches_adds_up(batch, name):
-    """Weights of the whole batch, values in parts: the parts' sums add up to the reduction."""
+    """With the weights of the whole batch, the sums over its parts add up to the reduction."""
     values, where, parts = batch
     reduce, weights, _ = REDUCTIONS[name]
     weights = np.asarray(weights(where))
@@ -247,9 +247,9 @@ def test_width_of_the_pad_changes_nothing(batch, name, width):
 
 def test_segment_mean_weights_by_hand():
     where = np.array([[True, True, False, True], [True, False, True, False]])
-    segment_ids = np.array([[1, 1, 2, 2], [2, 3, 0, 0]])  # segment 2 goes on in the next row
+    segment_ids = np.array([[1, 1, 2, 2], [2, 3, 0, 0]])  # segment 2 continues in the next row
     weights = segment_mean_weights(where, segment_ids, num_segments=7)
-    # Segments 0, 1 and 2 have masked tokens: one, two and two.
+    # Segments 0, 1 and 2 have one, two and two included tokens.
     sixth = 1 / 6
     expected = [[sixth, sixth, 0, sixth], [sixth, 0, 2 * sixth, 0]]
     np.testing.assert_allclose(weights, expected, rtol=1e-6)

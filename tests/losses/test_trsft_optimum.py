@@ -1,4 +1,4 @@
-"""Proposition 1: what TrSFT converges to for a tabular expert."""
+"""Proposition 1: the policy to which TrSFT converges for a tabular expert."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def random_experts(count: int, *, concentration: float) -> np.ndarray:
     return rng.dirichlet(np.full(12, concentration), size=count).astype(np.float32)
 
 
-# 24 experts: from peaked (little is pruned) to nearly flat (much is).
+# 24 experts, from peaked (few classes are pruned) to nearly flat (many are).
 EXPERTS = np.concatenate([random_experts(8, concentration=c) for c in (0.3, 1.0, 3.0)])
 
 
@@ -23,8 +23,10 @@ def expected_loss(probs, expert, alpha):
 
 
 def descend(expert: jax.Array, alpha: float) -> jax.Array:
-    """Gradient descent on 12 logits from the expert itself. Adam, because the gradient of a class
-    that almost lies on the boundary all but vanishes and plain descent takes ages there."""
+    """Optimizes 12 logits, starting from the expert.
+
+    Uses Adam, since plain gradient descent is slow: the gradient of a class near the boundary almost vanishes.
+    """
     steps = 100_000
     optimizer = optax.adam(optax.cosine_decay_schedule(0.02, steps))
 
@@ -89,7 +91,7 @@ def test_lambda_is_the_kept_mass_where_the_proposition_has_a_solution(alpha):
 
 
 def test_class_on_the_boundary_keeps_what_the_others_leave():
-    """alpha * 0.72 < 0.28 <= alpha * 1: no kept mass solves the proposition."""
+    """Since alpha * 0.72 < 0.28 <= alpha * 1, no kept mass satisfies the proposition."""
     probs, lambda_ = trsft_optimum(jnp.array([0.72, 0.28]), alpha=0.3)
     np.testing.assert_allclose(lambda_, 0.28 / 0.3, rtol=1e-6)
     np.testing.assert_allclose(probs, [0.72 * 0.3 / 0.28, 1 - 0.72 * 0.3 / 0.28], rtol=1e-5)

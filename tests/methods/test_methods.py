@@ -1,4 +1,4 @@
-"""Every method: its objective against an independent float64 implementation, its guidance against a table, its constants."""
+"""All methods: the objective against an independent float64 implementation, the guidance, and the constants."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ REWARDS = ["00000001", "01000011", "11101111", "11111111"]
 
 
 def problem(number):
-    """One with an expert solution of 5, 6, ... tokens; the last has two."""
+    """Returns a problem with an expert solution of 5, 6, ... tokens; problem 3 has two."""
     rng = np.random.default_rng(number)
     experts = [Expert(tuple(rng.integers(2, 16, 5 + number + 2 * i).tolist())) for i in range(2)]
     prompt = tuple(rng.integers(2, 16, 1 + number % 3).tolist())
@@ -49,24 +49,24 @@ def problem(number):
 
 
 def sample_group(method, problem, rewards, moment=NOW):
-    """The group that the scheduler asks for when rollout j gets rewards[j]; completions of random lengths."""
+    """Returns the group that results if rollout j has reward rewards[j]; completions have random lengths."""
     rng = np.random.default_rng(problem.key)
-    scheduler = Guidance(
+    guidance = Guidance(
         method.micro_groups_at(moment, problem),
         MAX_LENGTH,
         method.prefix_boundary,
         method.second_expert_last,
     )
-    state, rollouts = scheduler.start(problem), {}
+    state, rollouts = guidance.start(problem), {}
     while not state.is_complete:
-        request = scheduler.ready(state)[0]
-        room = MAX_LENGTH - request.prefix_len
-        count = 0 if is_complete(request, MAX_LENGTH) else int(rng.integers(1, room + 1))
+        request = guidance.ready(state)[0]
+        max_len = MAX_LENGTH - request.prefix_len
+        count = 0 if is_complete(request, MAX_LENGTH) else int(rng.integers(1, max_len + 1))
         tokens = tuple(rng.integers(2, 16, count).tolist())
         completion = Completion(request, tokens, (-1.0,) * count, FinishReason.STOP)
         reward = float(rewards[request.sample_index])
         rollouts[request.sample_index] = Rollout(completion, grade_of(reward))
-        state = scheduler.observe(state, request.sample_index, reward)
+        state = guidance.observe(state, request.sample_index, reward)
     return [rollouts[j] for j in sorted(rollouts)]
 
 
@@ -89,7 +89,7 @@ def batches_of(method, sampled):
 
 
 def scores_of(batch, seed=0):
-    """Random log-probabilities (now, old, reference) and entropies of every token; arbitrary where not trained."""
+    """Returns random log-probabilities (now, old, reference) and entropies of all tokens, trained or not."""
     rng = np.random.default_rng(seed)
     shape = batch.kinds.shape
     now = np.log(rng.uniform(0.01, 0.99, shape))
@@ -98,7 +98,7 @@ def scores_of(batch, seed=0):
 
 
 def objective(method, batch, scores, moment):
-    """As the train step computes it: summed over micro-batches, weights over the whole batch."""
+    """Computes the objective like the train step: a sum over micro-batches with weights of the whole batch."""
     weights = term_weights(batch, method.terms, MAX_LENGTH)
     coefficients = method.coefficients(moment, learning_rate=1.0)
     num_segments = 1 + batch.kinds.shape[0] * batch.kinds.shape[1]
@@ -128,11 +128,11 @@ def objective(method, batch, scores, moment):
     return float(value), gradients
 
 
-# ---- an independent one, from the rollouts: float64, complex so that a step of 1e-30 i gives the derivative ----
+# ---- an independent implementation in float64; a complex step of 1e-30 i gives the derivative ----
 
 
 class Row:
-    """One trained row: own and expert tokens' (logp, old, ref, H), each an array; None where there is none."""
+    """The arrays (logp, old, ref, H) of the completion and expert tokens of one trained row."""
 
     def __init__(self, completion, scores, batch, segment_id):
         place = np.argwhere(batch.segment_ids == segment_id)
@@ -140,7 +140,7 @@ class Row:
         prompt = len(completion.request.problem.prompt_ids)
         start = prompt + completion.request.prefix_len
         self.expert = [x[prompt:start] for x in values]
-        self.own = [x[start:] for x in values]
+        self.completion = [x[start:] for x in values]
         self.request = completion.request
 
 
@@ -153,7 +153,7 @@ def by_real(condition, a, b):
 
 
 def policy_gradient(row, advantage, clip=None):
-    logp, old, _, _ = row.own
+    logp, old, _, _ = row.completion
     ratio = np.exp(logp - sg(old))
     plain = -advantage * ratio
     if clip is None:
@@ -184,7 +184,7 @@ def mean_entropy(tokens):
 
 
 def divergence(row):
-    logp, _, ref, _ = row.own
+    logp, _, ref, _ = row.completion
     return np.sum(np.exp(sg(ref) - logp) - (sg(ref) - logp) - 1)
 
 
@@ -195,7 +195,7 @@ def advantages(group, std=False):
 
 
 def carriers(group):
-    """Indices of the rollouts whose prefix is trained."""
+    """Returns the indices of the rollouts whose prefix is trained."""
     first = {}
     for j, rollout in enumerate(group):
         request = rollout.request
@@ -209,12 +209,12 @@ def num(rows, what):
 
 
 def whole_rows(groups, extra=0):
-    """The denominator of constant_mean: maximum length x rows."""
+    """Returns the denominator of constant_mean: maximum length x rows."""
     return MAX_LENGTH * (sum(len(group) for group in groups) + extra)
 
 
 def per_group(expert_loss, groups, rows):
-    """RL/L on all own tokens, and a loss on the carriers' expert tokens."""
+    """RL/L on all completion tokens, and a loss on the expert tokens of trained prefixes."""
     total = 0.0
     for group in groups:
         a = advantages(group)
@@ -254,8 +254,8 @@ def reference_rl_plus_sft(groups, rows, moment):
 
 
 def reference_hpt(groups, rows, moment):
-    """Of the four problems the gate of 0 closes on those that no rollout solved."""
-    own, experts, count = 0.0, [], 0
+    """With a gate of 0, problems that no rollout solved are trained on the expert solution."""
+    rl, experts, count = 0.0, [], 0
     for group in groups:
         if sum(r.reward for r in group) <= 0:
             experts.append(rows[group[0].request.problem.id])
@@ -263,9 +263,9 @@ def reference_hpt(groups, rows, moment):
             continue
         count += len(group)
         for rollout, a in zip(group, advantages(group), strict=True):
-            own += policy_gradient(rows[id(rollout.completion)], a)
+            rl += policy_gradient(rows[id(rollout.completion)], a)
     sft = sum(cross_entropy(row) for row in experts) / num(experts, "expert") if experts else 0.0
-    return own / (MAX_LENGTH * count) + sft
+    return rl / (MAX_LENGTH * count) + sft
 
 
 def reference_srft(groups, rows, moment):
@@ -279,38 +279,38 @@ def reference_srft(groups, rows, moment):
                 shared += luffy_loss(row, a[j])
                 supervised += 0.5 * np.exp(-mean_entropy(row.expert)) * cross_entropy(row)
             elif rollout.reward == 1:
-                shared += -0.1 * np.exp(mean_entropy(row.own)) * np.sum(row.own[0])
+                shared += -0.1 * np.exp(mean_entropy(row.completion)) * np.sum(row.completion[0])
             else:
-                shared += np.sum(row.own[0])
+                shared += np.sum(row.completion[0])
     return shared / whole_rows(groups) + supervised / num(carried, "expert")
 
 
 def chord_parts(groups, rows):
-    """Clipped GRPO with advantages over the standard deviation, a mean over own tokens; the extra experts' rows."""
+    """Returns clipped GRPO with standardized advantages, a mean over completion tokens; and the extra expert rows."""
     own_rows = [rows[id(r.completion)] for group in groups for r in group]
-    own = sum(
+    rl = sum(
         policy_gradient(rows[id(r.completion)], a, clip=0.2)
         for group in groups
         for r, a in zip(group, advantages(group, std=True), strict=True)
     )
     extra = [row for key, row in rows.items() if isinstance(key, str)]
     assert len(extra) == 32
-    return own / num(own_rows, "own"), extra
+    return rl / num(own_rows, "completion"), extra
 
 
 def reference_chord(groups, rows, moment):
-    own, extra = chord_parts(groups, rows)
+    rl, extra = chord_parts(groups, rows)
     mu = 0.05 + 0.85 * 0.5 * (1 + math.cos(math.pi * moment.step / 200))
-    return (1 - mu) * own + mu * sum(map(cross_entropy, extra)) / num(extra, "expert")
+    return (1 - mu) * rl + mu * sum(map(cross_entropy, extra)) / num(extra, "expert")
 
 
 def reference_chord_phi(groups, rows, moment):
-    own, extra = chord_parts(groups, rows)
+    rl, extra = chord_parts(groups, rows)
     weighted = 0.0
     for row in extra:
         p = sg(np.exp(row.expert[0]))
         weighted -= np.sum(row.expert[0] * p * (1 - p))
-    return 0.9 * own + 0.1 * weighted / num(extra, "expert")
+    return 0.9 * rl + 0.1 * weighted / num(extra, "expert")
 
 
 def reference_uft(groups, rows, moment):
@@ -321,7 +321,7 @@ def reference_uft(groups, rows, moment):
         for r, a in zip(group, advantages(group, std=True), strict=True)
     )
     total += 0.001 * sum(divergence(row) for row in own_rows)
-    return total / num(own_rows, "own") + 0.001 * token_mean_of_experts(groups, rows)
+    return total / num(own_rows, "completion") + 0.001 * token_mean_of_experts(groups, rows)
 
 
 def prefix_rft_loss(row, advantage):
@@ -331,7 +331,7 @@ def prefix_rft_loss(row, advantage):
 
 
 def reference_trapo_plus(groups, rows, moment):
-    """Of the four problems the last is always solved: its rollouts, which have no advantage, do not count."""
+    """The last problem is always solved; its rollouts have no advantage and are excluded."""
     total = per_group(lambda row, a: trsft(row), groups[:-1], rows) * whole_rows(groups[:-1])
     return total / (MAX_LENGTH * len(rows))
 
@@ -347,7 +347,7 @@ REFERENCES = {
     "trapo_plus": reference_trapo_plus,
     "luffy": lambda g, r, m: per_group(luffy_loss, g, r),
     "rl_plus_sft": reference_rl_plus_sft,
-    "relift": reference_grpo,  # its buffer: a test of its own
+    "relift": reference_grpo,  # its buffer has a separate test
     "hpt": reference_hpt,
     "srft": reference_srft,
     "chord": reference_chord,
@@ -358,7 +358,7 @@ REFERENCES = {
 
 
 def check(method, batch, update, reference, moment):
-    """Value, and derivative along a random direction of log-probabilities and entropies."""
+    """Checks the value, and the derivative along a random direction of log-probabilities and entropies."""
     scores = scores_of(batch)
     value, (by_logprobs, by_entropies) = objective(method, batch, scores, moment)
     rng = np.random.default_rng(1)
@@ -391,7 +391,7 @@ def test_objective_equals_independent_float64(name):
         check(method, batch, update, reference, moment)
 
 
-def test_hpt_takes_the_expert_of_what_its_gate_closes_on():
+def test_hpt_trains_the_expert_solution_of_problems_below_the_gate():
     method = make_method("hpt", gate=1)
     sampled = sample(method)
     (update,) = method.select(sampled).updates
@@ -401,7 +401,7 @@ def test_hpt_takes_the_expert_of_what_its_gate_closes_on():
     assert [row.completion for row in update.rows[1:]] == [r.completion for r in own]
 
 
-def test_relift_buffers_what_nobody_solved_until_there_is_enough():
+def test_relift_buffers_unsolved_problems_until_there_are_enough():
     method = make_method("relift", buffer_size=2, sft_learning_rate_scale=0.5)
     sampled = sample(method, state={"unsolved": [problem(2).id]})
     never = [Rollout(r.completion, WRONG) for r in sampled.groups[0]]
@@ -415,7 +415,7 @@ def test_relift_buffers_what_nobody_solved_until_there_is_enough():
         problem(0).id,
     ]
     assert not any(row.num_expert_trained for row in own.rows)
-    # ... whose objective is the mean cross-entropy less the entropy bonus.
+    # The objective of the buffered update is the mean cross-entropy minus the entropy bonus.
     batch = build_batch(buffered.rows, row_len=40, micro_batch_rows=6)
 
     def reference(rows):
@@ -432,7 +432,7 @@ def test_relift_buffers_what_nobody_solved_until_there_is_enough():
 
 LONG = Problem("00000007" + "0" * 8, (1,), "", (Expert(tuple(range(100))),))
 FREE8 = [0] * 8
-GUIDANCE = {  # prefix lengths of an expert of 100 tokens, for rewards 0 of all rollouts and for 1 of all
+GUIDANCE = {  # prefix lengths for an expert solution of 100 tokens, if all rewards are 0 and if all are 1
     "sft": ([100], [100]),
     "grpo": (FREE8, FREE8),
     "sft_then_grpo": (FREE8, FREE8),  # after its first stage
@@ -448,8 +448,8 @@ GUIDANCE = {  # prefix lengths of an expert of 100 tokens, for rewards 0 of all 
     "srft": ([0] * 7 + [100],) * 2,
     "chord": (FREE8, FREE8),
     "chord_phi": (FREE8, FREE8),
-    "uft": ([60] * 8,) * 2,  # 3 of 5 slices, by seed 3, step 60 and problem 7
-    "prefix_rft": ([0] * 7 + [27],) * 2,  # a quarter of the way up from 5 % to 95 %: 27.5 tokens
+    "uft": ([60] * 8,) * 2,  # 3 of 5 slices for seed 3, step 60 and problem 7
+    "prefix_rft": ([0] * 7 + [27],) * 2,  # a quarter of the way from 5 % to 95 %: 27.5 tokens
 }
 
 
@@ -458,12 +458,12 @@ def test_guidance_equals_the_table(name):
     method = make_method(name)
     moment = Moment(step=60, progress=2 / 3, seed=3)
     for reward, expected in zip("01", GUIDANCE[name], strict=True):
-        scheduler = Guidance(method.micro_groups_at(moment, LONG), 1000)
-        state, lens = scheduler.start(LONG), {}
+        guidance = Guidance(method.micro_groups_at(moment, LONG), 1000)
+        state, lens = guidance.start(LONG), {}
         while not state.is_complete:
-            request = scheduler.ready(state)[0]
+            request = guidance.ready(state)[0]
             lens[request.sample_index] = request.prefix_len
-            state = scheduler.observe(state, request.sample_index, float(reward))
+            state = guidance.observe(state, request.sample_index, float(reward))
         assert [lens[j] for j in sorted(lens)] == expected
 
 
@@ -473,8 +473,8 @@ def test_trapo_plus_trains_what_has_an_advantage_or_a_prefix():
     (update,) = method.select(sampled).updates
     kept = [row.completion for row in update.rows]
     first, *_, last = sampled.groups
-    assert not any(rollout.completion in kept for rollout in last)  # solved always
-    # Never solved by itself: it is guided, and the expert's reward gives all an advantage.
+    assert not any(rollout.completion in kept for rollout in last)  # always solved
+    # The policy never solves the first problem. It is guided, and the expert's reward gives all rollouts an advantage.
     assert [rollout.completion for rollout in first] == kept[:8]
     unsolved = [Rollout(r.completion, WRONG) for r in first]
     (update,) = method.select(sampled._replace(groups=[unsolved, last])).updates
@@ -523,7 +523,7 @@ def test_mu_of_chord_warms_up_and_decays():
 
 # ---- constants ----
 
-DEFAULTS = {  # DESIGN 2.4: constants of its own; weights of the terms, in order; (clip_low, clip_high)
+DEFAULTS = {  # DESIGN 2.4: the method's own constants; weights of the terms, in order; (clip_low, clip_high)
     "sft": ({}, [1.0], (None, None)),
     "grpo": ({"num_rollouts": 8}, [1.0], (None, None)),
     "sft_then_grpo": (
@@ -653,7 +653,7 @@ def test_a_trust_region_belongs_to_the_methods_that_use_it():
     ("name", "constants", "message"),
     [
         ("hpt", {"gat": 1}, "method.gat=1: hpt has no such constant; did you mean gate?"),
-        ("sft", {"gamma": 1.0}, "sft has no such constant; it has normalizer, expert_weight"),
+        ("sft", {"gamma": 1.0}, "sft has no such constant; available: normalizer, expert_weight"),
         ("hpt", {"gate": "many"}, 'method.gate="many": input should be a valid number'),
         ("luffy", {"gamma": -1.0}, "method.gamma=-1.0: input should be greater than or equal to 0"),
         ("relift", {"buffer_size": 0}, "method.buffer_size=0: input should be greater than or"),
@@ -676,7 +676,7 @@ def test_a_trust_region_belongs_to_the_methods_that_use_it():
         ("trapo", {"prefix_boundary": "word"}, "input should be 'exact' or 'paragraph'"),
         ("trappo", {}, "method.name='trappo': no such method; did you mean trapo?"),
         ("no_such_module:Method", {}, "method.name=no_such_module:Method"),
-        ("trapo_jax.types:UserError", {}, "gives a UserError; name a Method"),
+        ("trapo_jax.types:UserError", {}, "expected a Method, a subclass of Constants"),
     ],
 )
 def test_a_mistaken_constant_is_one_clear_line(name, constants, message):
@@ -686,7 +686,7 @@ def test_a_mistaken_constant_is_one_clear_line(name, constants, message):
     assert "\n" not in str(caught.value)
 
 
-def test_fingerprints_tell_methods_from_outside_apart():
+def test_fingerprints_distinguish_user_defined_methods():
     method = make_method("grpo")
     other = dataclasses.replace(method, select=make_method("relift").select)
     assert fingerprint(other) != fingerprint(method)
@@ -714,7 +714,7 @@ def test_description_tells_formulas_weights_and_source(name):
 
 
 def test_no_method_asks_for_what_its_groups_cannot_give():
-    """Rows never exceed what the batch's shape was made for, guidance never the group's size."""
+    """The number of rows never exceeds `max_rows`, and that of rollouts never the group size."""
     for name in METHODS:
         method = make_method(name)
         for moment in (Moment(1, 0.0, 0), NOW, Moment(301, 0.99, 0)):

@@ -1,4 +1,4 @@
-"""The decoder equals transformers for every architecture, in whole rows and against a cache."""
+"""The decoder equals transformers for every architecture, for whole rows and with a cache."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-# The model_type of transformers, and what differs from SMALL.
+# The model_type of transformers, and the differences from SMALL.
 CASES = {
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama tied, with a separate head size": (
@@ -64,7 +64,7 @@ CASES = {
 
 
 class Ours:
-    """A model folder computed by our decoder."""
+    """A model folder evaluated by our decoder."""
 
     def __init__(self, folder):
         self.config = read_config(folder)
@@ -80,11 +80,11 @@ class Ours:
         return np.asarray(self._rows(self.params, token_ids, positions, segment_ids))
 
     def logits_by_token(self, token_ids, layout):
-        """Token by token, with parameters and cache in a layout for decoding."""
+        """Computes logits token by token, with parameters and cache in a layout for decoding."""
         config = dataclasses.replace(self.config, layout=layout)
         layers = layout.convert_weights(self.params["layers"])
         num_rows, length = token_ids.shape
-        num_slots = num_rows + layout.reads_filled_only  # one more than is computed
+        num_slots = num_rows + layout.reads_filled_only  # one unused slot
         cache = jax.tree.map(lambda x: x + 7.0, init_cache(config, num_slots, length + 3))
 
         def step(cache, column):
@@ -104,9 +104,9 @@ class Ours:
         return jax.lax.scan(step, cache, columns)[1].swapaxes(0, 1)
 
     def decoded_logits(self, token_ids):
-        """Three tokens at once, then four more, then the others one by one, as an engine computes them.
+        """Computes logits for three tokens at once, then for four, then one by one, like an engine.
 
-        The cache is longer than the row, and its unfilled positions must not matter.
+        The cache is longer than the row, and its unfilled positions must not affect the result.
         """
         config, (num_rows, length) = self.config, token_ids.shape
         shape = (config.num_layers, num_rows, config.num_kv_heads)
@@ -128,7 +128,7 @@ class Ours:
         return np.concatenate([*logits, one_by_one], axis=1)
 
     def _extend(self, cache, start, token_ids):
-        """Appends tokens from position `start` on; returns the cache and their logits."""
+        """Appends tokens at position `start`. Returns the cache and their logits."""
         num_rows, count = token_ids.shape
         positions = start + jnp.arange(count)
         hidden, (keys, values) = apply_decoder(
@@ -213,7 +213,7 @@ def test_remat_saves_memory_and_keeps_the_gradient(remat):
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("is_local", [None, True, False])
 def test_splash_attention_equals_plain_attention(window, is_local):
-    """Values and gradients in the interpreter, with grouped heads and packed, padded rows."""
+    """Compares values and gradients in interpret mode, with grouped heads and packed, padded rows."""
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (2, 256, 4, 128))
     k, v = (jax.random.normal(key, (2, 256, 2, 128)) for key in keys[1:])

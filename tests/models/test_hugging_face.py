@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face folders, among them damaged and hostile ones."""
+"""Reading and writing Hugging Face folders, including damaged and hostile ones."""
 
 import json
 import shutil
@@ -111,7 +111,7 @@ print(memory("VmHWM") - before, sum(sizes), max(sizes))
     not Path("/proc/self/status").exists(), reason="memory is measured through /proc"
 )
 def test_loading_needs_little_memory_beyond_the_parameters(tmp_path):
-    """On a CPU, device memory is host memory. Beyond the parameters, one stacked parameter and one tensor are allowed."""
+    """On CPUs, device memory is host memory. One stacked parameter and one tensor fit besides the parameters."""
     data = {**GQA, "num_hidden_layers": 16, "hidden_size": 512, "intermediate_size": 2048}
     source = tmp_path / "source"
     source.mkdir()
@@ -198,9 +198,9 @@ def test_damaged_folders_are_refused_by_name(what, folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"no tokenizer that can be loaded \(no tokenizer.json\)"),
-        ("{", "no tokenizer that can be loaded"),
-        ('{"version": "1.0"}', "no tokenizer that can be loaded"),
+        (None, r"cannot load the tokenizer \(no tokenizer.json\)"),
+        ("{", "cannot load the tokenizer"),
+        ('{"version": "1.0"}', "cannot load the tokenizer"),
     ],
 )
 def test_a_folder_without_a_readable_tokenizer_is_refused_by_name(content, message, folder):

@@ -1,4 +1,4 @@
-"""The storage layouts: each operation on a cache gives the same contents in all of them."""
+"""Storage layouts: each operation on a cache gives the same contents in all layouts."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def random_stacked(seed=0):
 
 
 def empty(layout):
-    """A cache of `FILL`."""
+    """Returns a cache filled with `FILL`."""
     cache = layout.init(L, R, C, K, H, "float32")
     filled = ([jnp.full_like(x, FILL) for x in part] for part in cache)
     if isinstance(layout, Stacked):
@@ -28,7 +28,7 @@ def empty(layout):
 
 
 def entries_of(cache, layout):
-    """Keys and values `[2, L, R, C, K, H]`, independent of the layout."""
+    """Returns keys and values `[2, L, R, C, K, H]`, independent of the layout."""
     keys, values = (np.stack(part) for part in cache)
     if isinstance(layout, PerLayer) and not isinstance(layout, PerLayerTransposed):
         return np.stack([keys, values])

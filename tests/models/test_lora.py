@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they compute, what is trained, and what is exported."""
+"""Low-rank adapters: computation, training and export."""
 
 import dataclasses
 import json

@@ -151,14 +151,14 @@ def test_a_missing_reward_enters_no_gate():
     assert request.prefix_len > 0
     state = plan.observe(state, 2, None)
     assert state.is_complete
-    with pytest.raises(ValueError, match="observed before"):
+    with pytest.raises(ValueError, match="already been observed"):
         plan.observe(state, 2, 1.0)
 
 
 def test_second_observation_is_refused():
     plan = scheduler()
     state = plan.observe(plan.start(PROBLEM), 0, 1.0)
-    with pytest.raises(ValueError, match="observed before"):
+    with pytest.raises(ValueError, match="already been observed"):
         plan.observe(state, 0, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Token sampling: the distribution of the draws, and their log-probabilities."""
+"""Token sampling: the distribution of the sampled tokens, and their log-probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def test_inverse_cdf_over_many_blocks_never_takes_probability_zero():
 
 
 def test_draws_follow_the_distribution():
-    """Chi-square test of 200,000 draws, over the 200 most likely of 50,000 tokens and the rest."""
+    """Chi-square test of 200,000 draws over the 200 most likely of 50,000 tokens and the rest."""
     rng = np.random.default_rng(0)
     vocab_size, num_rows, num_calls = 50_000, 2000, 100
     logits = (3 * rng.normal(size=vocab_size)).astype(np.float32)
@@ -38,7 +38,7 @@ def test_draws_follow_the_distribution():
     )[0][0]
     draw = jax.jit(
         jax.vmap(one_row, in_axes=(0, None, None))
-    )  # rows share their logits, which is cheap
+    )  # all rows share the same logits, which is cheap
     keys = jax.random.split(jax.random.key(3), num_rows)
     tokens = np.concatenate([draw(keys, jnp.int32(p), logits) for p in range(num_calls)])
     top = np.argsort(probs)[::-1][:200]
@@ -61,7 +61,7 @@ def test_temperature_zero_is_greedy_and_temperature_scales():
 
 
 def test_logprobs_count_a_long_tail_of_improbable_tokens():
-    """If they were added one by one to 1 in float32, the sum would stay 1."""
+    """If their probabilities were added one by one to 1 in float32, the sum would remain 1."""
     vocab_size, num_rows = 150_000, 4
     logits = np.full((vocab_size, num_rows), np.log(1e-8), np.float32)
     logits[0] = 0.0

@@ -1,4 +1,4 @@
-"""Engines by name and by import path, and what they report."""
+"""Engines by name and by import path, and their statistics."""
 
 import sys
 
@@ -57,16 +57,16 @@ def test_an_engine_by_import_path_gets_the_spec(spec, user_module):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vllm9", "give jax, or the import path package.module:name of an engine"),
+        ("vllm9", "choose jax, or pass the import path package.module:name of an engine"),
         ("no_such_module:Engine", "no module 'no_such_module'"),
         ("user_engines:Other", "does not define 'Other'"),
         (
             "user_engines:NUMBER",
-            "an object of type int is not callable; give a callable that takes an EngineSpec",
+            "an object of type int is not callable; pass a callable that takes an EngineSpec",
         ),
         (
             "user_engines:Incomplete",
-            "Incomplete lacks update_weights, release, resume, stats, memory of RolloutEngine",
+            "Incomplete does not implement update_weights, release, resume, stats, memory of RolloutEngine",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The engine in JAX: its log-probabilities, and completions that depend only on their requests."""
+"""The JAX engine: its log-probabilities, and completions that depend only on their requests."""
 
 import dataclasses
 import gc
@@ -23,7 +23,7 @@ from trapo_jax.types import (
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_logprobs_equal_a_full_forward_pass(decoder, params, problems, temperature):
-    """With padding, prefixes, shared prefills, and slots that are used several times."""
+    """With padding, prefixes, shared prefills, and reused slots."""
     requests = requests_of(problems[:10], group=4)
     completions = sample(make_engine(decoder, params), requests, temperature=temperature)
     assert len(completions) == 40
@@ -36,7 +36,7 @@ def test_logprobs_equal_a_full_forward_pass(decoder, params, problems, temperatu
 def test_all_layouts_sample_the_same_tokens(
     decoder, params, problems, reference, monkeypatch, layout
 ):
-    """With several sizes of the cache and of the decode step, prefixes, and slots that are used several times."""
+    """With several sizes of the cache and of the decode step, prefixes, and reused slots."""
     monkeypatch.setattr("trapo_jax.sampling.replica.choose_layout", lambda config, mesh: layout)
     monkeypatch.setattr("trapo_jax.sampling.replica.MIN_VIEW_LEN", 16)
     engine = make_engine(decoder, params)
@@ -75,7 +75,7 @@ def test_tokens_do_not_depend_on_slots_or_order(decoder, params, problems, refer
 
 
 def test_tokens_do_not_depend_on_when_requests_are_submitted(decoder, params, problems, reference):
-    """In two waves, and one by one while others are decoded."""
+    """Requests are submitted in two waves, and one by one while others are decoded."""
     requests = requests_of(problems[:8], group=4)
     engine = make_engine(decoder, params, num_slots=16)
     waves = {**sample(engine, requests[::2]), **sample(engine, requests[1::2])}
@@ -91,7 +91,7 @@ def test_tokens_do_not_depend_on_when_requests_are_submitted(decoder, params, pr
 
 
 def test_an_earlier_step_preempts_a_later_one(decoder, params, problems):
-    """Four requests of step 1 preempt four of step 2 that fill all slots. All get the tokens that they get alone."""
+    """Four requests of step 1 preempt four of step 2 that occupy all slots. Preemption does not change the tokens."""
     early, late = requests_of(problems[:1], group=4), requests_of(problems[1:2], group=4)
     alone = {
         step: sample(make_engine(decoder, params), requests, step=step)
@@ -114,7 +114,7 @@ def test_an_earlier_step_preempts_a_later_one(decoder, params, problems):
 
 
 def test_released_and_resumed_requests_get_the_same_tokens(decoder, params, problems, reference):
-    """If the weights stay the same, whether they were queued, just started or nearly finished."""
+    """With unchanged weights, for requests that were queued, just started or nearly finished."""
     requests = requests_of(problems[:8], group=4)
     engine = make_engine(decoder, params, num_slots=16)
     engine.submit(requests, step=1, params=SamplingParams())
@@ -201,7 +201,10 @@ def test_finished_completions_are_not_resumed(decoder, params, problems):
     request = RolloutRequest(problems[0], 0)
     whole = tuple([1] * engine.max_tokens(request))
     for completion, message in (
-        (Completion(request, (1,), (0.0,), FinishReason.STOP), "the completion is finished"),
+        (
+            Completion(request, (1,), (0.0,), FinishReason.STOP),
+            "the completion is already finished",
+        ),
         (
             Completion(request, whole, (0.0,) * len(whole), FinishReason.UNFINISHED),
             "nothing to sample",
@@ -210,7 +213,7 @@ def test_finished_completions_are_not_resumed(decoder, params, problems):
         valid = Completion(request, (), (), FinishReason.UNFINISHED)
         with pytest.raises(ValueError, match=message):
             engine.resume([valid, completion], step=0, params=SamplingParams())
-    assert not engine.is_busy  # a refused call queues nothing
+    assert not engine.is_busy  # a rejected call queues nothing
 
 
 def test_weights_cannot_change_while_completions_are_running(decoder, params, problems):
@@ -221,7 +224,7 @@ def test_weights_cannot_change_while_completions_are_running(decoder, params, pr
 
 
 def test_a_long_run_neither_recompiles_nor_leaks(decoder, params, problems):
-    """After 100 ragged steps of warm-up, 50 steps compile nothing, and 50 more allocate nothing."""
+    """After a warm-up of 100 ragged steps, 50 steps compile nothing, and 50 more allocate no memory."""
     rng = np.random.default_rng(0)
     engine = make_engine(decoder, params, max_completion_length=24)
 

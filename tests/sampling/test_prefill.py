@@ -1,4 +1,4 @@
-"""Prefill and cached prefixes on the device, seen through the engine."""
+"""Prefill and cached prefixes on the device, tested through the engine."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from trapo_jax.types import Expert, Problem, RolloutRequest
 
 
 def test_prefilled_tokens_are_prompts_and_distinct_extensions(decoder, params, problems):
-    """For any number of rollouts. The last token of a context is decoded, not prefilled."""
+    """The number of rollouts does not matter. The last token of a context is decoded, not prefilled."""
     engine = make_engine(decoder, params, num_contexts=8)
     requests = requests_of(problems[:8], group=6, ratios=(0.0, 0.2, 0.5))
     completions = sample(engine, requests)

@@ -1,4 +1,4 @@
-"""The prefix cache: which rows hold which contexts, and what is prefilled in which order."""
+"""The prefix cache: the assignment of contexts to rows, and the order of prefills."""
 
 import numpy as np
 from hypothesis import given
@@ -80,7 +80,7 @@ PROBLEMS = st.tuples(st.sampled_from("ab"), st.lists(st.integers(1, 2), max_size
 
 @given(st.lists(st.lists(PROBLEMS, min_size=1, max_size=4), max_size=8), st.integers(1, 3))
 def test_rows_hold_the_contexts_that_were_looked_up(waves, num_rows):
-    """Carrying out the copies and chunks gives every pinned row its context."""
+    """After the copies and chunks have been applied, every pinned row holds its context."""
     table = ContextTable(num_rows)
     rows = [()] * num_rows
     for wave in waves:

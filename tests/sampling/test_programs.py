@@ -1,4 +1,4 @@
-"""The storage layout that a device decodes with."""
+"""The choice of the storage layout for decoding."""
 
 import dataclasses
 import types

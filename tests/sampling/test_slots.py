@@ -1,4 +1,4 @@
-"""The slot scheduler, on a device of lists: nothing here runs jax."""
+"""The slot scheduler, tested without jax on a simulated device."""
 
 import dataclasses
 import subprocess
@@ -59,7 +59,7 @@ def key_of(target):
 
 
 def submit_all(scheduler, steps):
-    """One request for each step, all of one problem, admitted at once."""
+    """Submits one request per step, all for one problem, and admits them together."""
     for j, step in enumerate(steps):
         scheduler.submit(pending(request(sample_index=j), step=step))
     return scheduler.admit()
@@ -211,7 +211,7 @@ class DeviceSlot:
 
 
 class ListDevice:
-    """Carries out the decisions of a scheduler as a replica does, and checks each of them."""
+    """Executes the decisions of a scheduler as a replica does, and checks each of them."""
 
     def __init__(self, scheduler, num_contexts):
         self.scheduler = scheduler
@@ -278,7 +278,7 @@ class ListDevice:
         self.scheduler.preempt(slots, self.take(slots))
 
     def release(self):
-        """As with new weights: the cache is lost."""
+        """Preempts and drains all requests and clears the cache, as when the weights change."""
         self.preempt(self.scheduler.running_slots)
         self.contexts = [()] * len(self.contexts)
         self.scheduler.clear_contexts()
@@ -286,7 +286,7 @@ class ListDevice:
 
 
 def next_token(start, position):
-    """A token that depends on the request and the position, like the JAX engine's."""
+    """Returns a token that depends only on the request and the position, as in the JAX engine."""
     number = hash((start.step, start.problem_key, start.sample_index, position)) % 12
     return EOS if number == 0 else 20 + number
 
@@ -314,7 +314,7 @@ ACTIONS = st.one_of(SUBMISSIONS, st.sampled_from(["step", "step", "release"]))
 def test_every_request_finishes_once_with_the_tokens_it_gets_alone(
     actions, num_slots, num_contexts
 ):
-    """Through queues, preemption, compaction, shared contexts, and weights that are released and come back."""
+    """With queueing, preemption, compaction, shared contexts, and released and restored weights."""
     scheduler = make_scheduler(num_slots=num_slots, num_contexts=num_contexts)
     device = ListDevice(scheduler, num_contexts)
     step_of, completions, count = {}, [], 0

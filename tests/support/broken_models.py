@@ -97,7 +97,7 @@ BREAKAGES = {
     ),
     "heads": (
         lambda f: break_config(f, num_key_value_heads=4),
-        "num_key_value_heads 4 does not divide num_attention_heads 6",
+        "num_attention_heads 6 is not divisible by num_key_value_heads 4",
     ),
     "layer types": (
         lambda f: break_config(

@@ -1,4 +1,7 @@
-"""Run by test_train_step: gradients and samples on meshes of forced host devices equal those on one device."""
+"""Checks that gradients and samples on meshes of forced host devices equal those on one device.
+
+Run by test_train_step.
+"""
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -28,7 +31,7 @@ def main() -> None:
     shapes = [(2, 1, 1), (8, 1, 1), (4, 2, 1), (2, 2, 2)]
     for data, fsdp, tp in shapes:
         mesh = make_mesh(fsdp=fsdp, tp=tp, devices=jax.devices()[: data * fsdp * tp])
-        # So many rows that whole shards hold no rollout, hence no trained token.
+        # There are more rows than rollouts, so that some shards have no trained tokens.
         batch = build(
             groups,
             advantages,
@@ -53,7 +56,7 @@ def main() -> None:
 
 
 def sample(mesh, params, problems):
-    """The tokens of six rollouts a problem, half of them guided; weights come as training leaves them."""
+    """Samples six rollouts per problem, half of them guided, from weights in the sharding of training."""
     placed = jax.device_put(params, param_shardings(params, mesh))
     engine = make_engine(CONFIG, placed, num_slots=3, max_completion_length=24, mesh=mesh)
     requests = [

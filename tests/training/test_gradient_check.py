@@ -36,13 +36,13 @@ def test_dropped_gradients_of_micro_batches_are_found(monkeypatch):
 
     monkeypatch.setattr(jax.lax, "fori_loop", only_last)
     with pytest.raises(
-        BrokenTrainStep, match="sft: the gradient of a batch cut into micro-batches"
+        BrokenTrainStep, match="sft: the gradient of a batch split into micro-batches"
     ):
         check_config(short("sft"))
 
 
 def test_a_mean_of_micro_batch_means_is_found(monkeypatch):
-    """Every micro-batch has the same weight, whatever its number of tokens, as in published baselines."""
+    """Every micro-batch has the same weight regardless of its number of tokens, as in published baselines."""
 
     def equal_shares(tree, index):
         one = micro_batch(tree, index)
@@ -56,7 +56,7 @@ def test_a_mean_of_micro_batch_means_is_found(monkeypatch):
     micro_batch = train_step._micro_batch
     monkeypatch.setattr(train_step, "_micro_batch", equal_shares)
     with pytest.raises(
-        BrokenTrainStep, match="sft: the gradient of a batch cut into micro-batches"
+        BrokenTrainStep, match="sft: the gradient of a batch split into micro-batches"
     ):
         check_config(short("sft"))
 
@@ -84,5 +84,5 @@ def test_problems_with_short_solutions_of_different_lengths_are_picked():
     problems = [Problem(name, (1,), "", (Expert((2,) * n),)) for name, n in lens.items()]
     problems.append(Problem("f", (1,), "", ()))
     assert [p.id for p in pick_test_problems(problems, 10)] == ["b", "d"]
-    with pytest.raises(UserError, match="no two training problems have an expert solution"):
+    with pytest.raises(UserError, match="needs two training problems with an expert solution"):
         pick_test_problems(problems[4:], 10)

@@ -1,4 +1,4 @@
-"""Every element of every mask of hand-made rollouts; what shares a row, and where rows go."""
+"""Packing: all arrays of a batch of hand-made rollouts, bin packing, and the distribution of rows to devices."""
 
 import itertools
 
@@ -51,7 +51,7 @@ def rows(array):
 
 
 def in_order(batch):
-    """The rows of an unpacked batch by their rollout."""
+    """Returns an unpacked batch with rows in the order of their rollouts."""
     order = np.argsort(np.where(batch.segment_ids[0, :, 0] == 0, 99, batch.segment_ids[0, :, 0]))
     arrays = (x[:, order] if np.ndim(x) else x for x in batch)
     return type(batch)(*arrays)
@@ -59,10 +59,10 @@ def in_order(batch):
 
 EVERY_KIND = [
     rollout(0, 0, [3, EOS]),  # no prefix, EOS sampled
-    rollout(1, 2, [3, 3, EOS]),  # prefix, carries the expert loss
-    rollout(2, 2, [EOS]),  # the same prefix: context only
-    rollout(3, 5, []),  # full prefix, EOS included, nothing sampled
-    rollout(4, 2, [3], expert=1),  # same ids, but another expert: its own prefix
+    rollout(1, 2, [3, 3, EOS]),  # prefix with an expert loss
+    rollout(2, 2, [EOS]),  # the same prefix, as context only
+    rollout(3, 5, []),  # whole expert solution including EOS, nothing sampled
+    rollout(4, 2, [3], expert=1),  # the same ids, but a distinct prefix: the expert differs
 ]
 
 
@@ -146,7 +146,7 @@ def test_eos_first_is_a_completion_of_one_token():
 
 
 def test_expert_truncated_at_the_maximum_length():
-    """The scheduler cuts the prefix; the row ends without EOS and all of it is the expert's."""
+    """The guidance truncates the prefix; the row ends without EOS, and all its expert tokens are trained."""
     batch = build([rollout(0, 3, [])])
     assert rows(batch.kinds) == [[P, P, T, T, T, _, _, _]]
     assert rows(batch.token_ids)[0][:5] == [1, 2, 5, 6, 7]
@@ -162,14 +162,14 @@ def test_empty_rows_fill_up_the_last_micro_batch():
     assert batch.num_rollouts == 5
 
 
-def test_of_a_prefix_one_rollout_of_each_group_carries_the_loss():
+def test_one_rollout_per_group_and_prefix_has_the_expert_loss():
     assert first_of_each_prefix(EVERY_KIND) == [False, True, False, True, True]
     other = Problem("b" * 16, (1,), "x", PROBLEM.experts)
     groups = [[rollout(0, 2, [3])], [rollout(0, 2, [3], problem=other)]]
     assert [first_of_each_prefix(group) for group in groups] == [[True], [True]]
 
 
-def test_rows_that_are_not_there_are_pad():
+def test_missing_rows_are_padding():
     rows = rows_of_group(EVERY_KIND[:1], np.ones(1), [False])
     batch = build_batch(rows, row_len=8, micro_batch_rows=2, max_rows=5)
     assert batch.kinds.shape == (3, 2, 8)
@@ -177,7 +177,7 @@ def test_rows_that_are_not_there_are_pad():
     none = build_batch([], row_len=8, micro_batch_rows=2, max_rows=5)
     assert none.kinds.shape == (3, 2, 8)
     assert (none.num_micro_batches, count_kinds(none)["pad"], balance(none, 2)) == (0, 0, 1.0)
-    with pytest.raises(ValueError, match="5 rows, but max_rows 4"):
+    with pytest.raises(ValueError, match="5 rows exceed max_rows=4"):
         build(EVERY_KIND, max_rows=4)
 
 
@@ -186,18 +186,17 @@ def test_shape_does_not_depend_on_lengths():
     long = build([rollout(i, 0, [3] * 6) for i in range(6)], packed=True, micro_batch_rows=2)
     assert short.kinds.shape == long.kinds.shape == (3, 2, 8)
     assert (short.num_micro_batches, long.num_micro_batches) == (2, 3)
-    assert (
-        count_kinds(short)["pad"] == 2 * 2 * 8 - 6 * 3
-    )  # micro-batches that are not computed do not count
+    # Padding in skipped micro-batches does not count.
+    assert count_kinds(short)["pad"] == 2 * 2 * 8 - 6 * 3
 
 
 def test_a_rollout_longer_than_a_row_is_an_error():
-    with pytest.raises(ValueError, match="a rollout of 9 tokens exceeds row_len 8"):
+    with pytest.raises(ValueError, match="a rollout of 9 tokens exceeds row_len=8"):
         build([rollout(0, 0, [3] * 7)])
 
 
 def test_shards_must_divide_the_rows():
-    with pytest.raises(ValueError, match="2 shards do not divide micro_batch_rows 3"):
+    with pytest.raises(ValueError, match="micro_batch_rows=3 is not divisible by num_shards=2"):
         build([rollout(0, 0, [3])], micro_batch_rows=3, num_shards=2)
 
 
@@ -207,7 +206,7 @@ def test_packing_places_everything_once_and_never_overfills(lens):
     assert sorted(itertools.chain.from_iterable(packed)) == list(range(len(lens)))
     loads = [sum(lens[i] for i in row) for row in packed]
     assert max(loads) <= 20
-    # No two rows could be one.
+    # No two rows could be merged.
     assert all(a + b > 20 for a, b in itertools.combinations(loads, 2))
 
 
@@ -218,7 +217,7 @@ def test_packing_wastes_little_on_log_normal_lengths():
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 3))
-def test_every_row_gets_a_place_of_its_own(costs, num_shards, rows_per_shard):
+def test_rows_are_assigned_to_distinct_places(costs, num_shards, rows_per_shard):
     size = num_shards * rows_per_shard
     places = deal(costs, size, num_shards)
     assert len(set(places)) == len(costs)
@@ -239,7 +238,7 @@ def test_shards_of_a_micro_batch_get_equal_attention():
 
 
 def test_balance_by_hand():
-    """Two shards of one row: 4 + 4 tokens in segments of 4 against 2 x 2 squared, and an empty row."""
+    """Two shards with one row each: a segment of 4 tokens and one of 3 tokens cost 16 and 9."""
     group = [rollout(0, 0, [3, EOS]), rollout(1, 0, [EOS])]
     batch = build(group, micro_batch_rows=2, num_shards=2)
     assert balance(batch, 2) == pytest.approx((16 + 9) / 2 / 16)

@@ -1,4 +1,4 @@
-"""The update: against an independent float64 implementation, and whatever the cut of the batch."""
+"""The train step: against an independent float64 implementation, and its independence of the batch layout."""
 
 import dataclasses
 import os
@@ -43,11 +43,11 @@ def params():
     return jax.device_get(init_params(CONFIG, seed=0))
 
 
-# ---- an independent float64 implementation of the objective's gradient by the logits ----
+# ---- an independent float64 implementation of the gradient of the objective with respect to the logits ----
 
 
 def numpy_logit_gradient(logits, batch, *, expert_weight, alpha, length):
-    """DESIGN 2.3 token by token: own tokens -A rho, expert tokens TrSFT, constant normaliser."""
+    """DESIGN 2.3, token by token: -A rho on completion tokens, TrSFT on expert tokens, constant normalizer."""
     gradient = np.zeros_like(logits, np.float64)
     kinds, ids, advantages = batch.kinds[0], batch.token_ids[0], batch.advantages[0]
     scale = 1.0 / (length * float(batch.num_rollouts))
@@ -72,7 +72,8 @@ def test_trapo_gradient_equals_independent_float64(params):
     groups, advantages = ragged_groups()
     batch = build(groups, advantages)
     method = make_method("trapo", alpha=ALPHA, expert_weight=0.5)
-    params = jax.tree.map(lambda x: 2.0 * x, params)  # sharper: both sides of the trust region
+    # Larger weights give sharper distributions, with tokens on both sides of the trust region.
+    params = jax.tree.map(lambda x: 2.0 * x, params)
     forward = lambda p: (
         apply_decoder(CONFIG, p, batch.token_ids[0], batch.positions[0], batch.segment_ids[0])[0]
         @ unembedding(p)
@@ -88,34 +89,34 @@ def test_trapo_gradient_equals_independent_float64(params):
     assert (p_y >= ALPHA).any()
     (expected,) = pull_back(jnp.asarray(by_logits, jnp.float32))
     gradient, _, _ = sgd_step(method, batch, params)
-    # The step's gradient is read off as old - new parameters: float32 rounds that at 1e-7.
+    # The gradient is computed as the difference of old and new parameters, which float32 rounds at 1e-7.
     assert relative_difference(gradient, jax.device_get(expected)) < 3e-6
-    # By the logits themselves, without that rounding: 1e-6.
+    # The gradient with respect to the logits does not have this rounding error.
     ours = jax.grad(lambda z: objective_by_logits(z, batch, method))(logits)
     assert np.abs(ours - by_logits).max() / np.abs(by_logits).max() < 1e-6
 
 
 def test_stale_tokens_are_weighted_by_their_ratio_to_the_sampler(params):
-    """As if each own token's advantage were multiplied by it; and the expert's as ever."""
+    """As if the advantage of each completion token were multiplied by the ratio; expert tokens are unaffected."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages)
     method = make_method("trapo", alpha=ALPHA)
     now = np.asarray(batch_logprobs(batch, params))
-    own = batch.kinds == TokenKind.COMPLETION
-    ratio = np.where(own, np.exp(now - batch.sampler_logprobs), 1.0)
-    assert (np.abs(ratio[own] - 1) > 0.1).any()
+    completion = batch.kinds == TokenKind.COMPLETION
+    ratio = np.where(completion, np.exp(now - batch.sampler_logprobs), 1.0)
+    assert (np.abs(ratio[completion] - 1) > 0.1).any()
     weighted = batch._replace(advantages=batch.advantages * ratio)
     expected, on_policy, _ = sgd_step(method, weighted, params)
     gradient, metrics, _ = sgd_step(method, batch, params, ratio_to="sampler")
     assert relative_difference(gradient, expected) < 1e-5
-    np.testing.assert_allclose(metrics["policy/ratio_mean"], ratio[own].mean(), rtol=1e-5)
-    gap = np.abs(now - batch.sampler_logprobs)[own]
-    for of_step in (metrics, on_policy):  # the gap is the trainer's to the sampler in both
-        np.testing.assert_allclose(of_step["policy/logprob_gap_mean"], gap.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/ratio_mean"], ratio[completion].mean(), rtol=1e-5)
+    gap = np.abs(now - batch.sampler_logprobs)[completion]
+    for step_metrics in (metrics, on_policy):  # both compare the trainer with the sampler
+        np.testing.assert_allclose(step_metrics["policy/logprob_gap_mean"], gap.mean(), rtol=1e-5)
 
 
 def objective_by_logits(logits, batch, method):
-    """The library's own losses and weights on given logits."""
+    """Computes the objective from logits with the library's losses and weights."""
     from trapo_jax.losses import token_logprobs
     from trapo_jax.training.train_step import term_weights
 
@@ -135,7 +136,7 @@ def objective_by_logits(logits, batch, method):
 
 
 def test_gradient_does_not_depend_on_the_layout(params):
-    """64 rollouts in micro-batches of any size, packed or not: the same gradient and metrics."""
+    """64 rollouts give the same gradient and metrics in micro-batches of any size, packed or not."""
     groups, advantages = ragged_groups(NO_TIES, num_problems=8)
     method = method_of_every_term()
     assert len({term.name for term in method.terms}) == len(method.terms) == 18
@@ -164,8 +165,8 @@ def test_padding_and_pad_id_change_nothing(params):
         assert relative_difference(other, reference) < 1e-5, options
 
 
-def test_lengths_compile_nothing_anew(params):
-    """Rollouts of other lengths fill other numbers of rows: the program is the same."""
+def test_other_lengths_do_not_recompile(params):
+    """Rollouts of other lengths fill another number of rows, but the program is the same."""
     optimizer = optax.sgd(0.01)
     mesh = one_device_mesh()
     method = make_method("trapo")
@@ -241,8 +242,8 @@ def test_metrics_by_hand(params):
         )
     )
     kinds = batch.kinds[0][:, 1:]
-    own, expert = kinds == TokenKind.COMPLETION, kinds == TokenKind.EXPERT_TRAINED
-    gap = np.abs(logprobs - batch.sampler_logprobs[0][:, 1:])[own]
+    completion, expert = kinds == TokenKind.COMPLETION, kinds == TokenKind.EXPERT_TRAINED
+    gap = np.abs(logprobs - batch.sampler_logprobs[0][:, 1:])[completion]
     np.testing.assert_allclose(metrics["policy/logprob_gap_max"], gap.max(), rtol=1e-5)
     np.testing.assert_allclose(metrics["policy/logprob_gap_mean"], gap.mean(), rtol=1e-5)
     np.testing.assert_allclose(
@@ -255,8 +256,8 @@ def test_metrics_by_hand(params):
         metrics["loss/total"], metrics["loss/trsft"] + metrics["loss/policy_gradient"], rtol=1e-5
     )
     probs = np.exp(logprobs[expert])
-    pull = np.minimum(1, probs / ALPHA) * (1 - probs)
-    inside = pull[probs >= ALPHA].sum() / pull.sum()
+    logit_grad = np.minimum(1, probs / ALPHA) * (1 - probs)
+    inside = logit_grad[probs >= ALPHA].sum() / logit_grad.sum()
     np.testing.assert_allclose(metrics["expert/gradient_share_inside"], inside, rtol=1e-4)
     histogram = np.histogram(probs, bins=10, range=(0, 1))[0] / probs.size
     logged = [metrics[f"expert/prob_from_{i / 10:.1f}"] for i in range(10)]
@@ -265,7 +266,7 @@ def test_metrics_by_hand(params):
 
 
 def test_the_trace_holds_each_trained_token_s_logprob_and_gradient_weight(params):
-    """Wherever its row lies; by the loss terms together, here without clipping and of weight 2 on the expert."""
+    """For every place of its row. The gradient weight covers all terms, here unclipped, with expert weight 2."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=3)
     mesh, optimizer = one_device_mesh(), optax.sgd(1.0)
@@ -290,13 +291,13 @@ def batch_logprobs(batch, params):
 
 
 def other_policy(params, size=0.3):
-    """Parameters near `params`: another policy on the same batch."""
+    """Returns parameters near `params`, for a different policy on the same batch."""
     noise = lambda x: size * np.random.default_rng(x.size).normal(size=x.shape) * np.std(x)
     return jax.tree.map(lambda x: np.float32(x + noise(x)), params)
 
 
 def test_clipped_update_and_divergence_equal_independent_float64(params):
-    """A second update on a batch: ratios on both sides of the bounds, and a third policy as the reference."""
+    """A second update on a batch, with ratios outside of both bounds and a third policy as the reference."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages)
     old, ref = (np.asarray(batch_logprobs(batch, other_policy(params, x))) for x in (0.3, 0.1))
@@ -339,7 +340,7 @@ def test_clipped_update_and_divergence_equal_independent_float64(params):
 
 
 def test_old_logprobs_of_the_same_policy_change_nothing(params):
-    """So one update a batch needs no forward pass for them."""
+    """Therefore, a single update per batch needs no forward pass for them."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=7)
     method = make_method("trapo", clip_low=0.2, clip_high=0.2)
@@ -354,7 +355,7 @@ def test_old_logprobs_of_the_same_policy_change_nothing(params):
 
 
 def test_one_update_compiles_to_one_forward_and_one_backward_pass(params):
-    """Its FLOPs are three times those of a forward pass: none is spent on old log-probabilities."""
+    """Its FLOPs are three times those of a forward pass; none are spent on old log-probabilities."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages, micro_batch_rows=8)
     method, mesh, optimizer = make_method("trapo"), one_device_mesh(), optax.sgd(1.0)
@@ -375,9 +376,9 @@ def test_non_finite_or_too_large_gradient_changes_nothing_but_is_counted(params)
     optimizer, mesh = optax.adam(1e-3), one_device_mesh()
     step = make_step(method, params, mesh, optimizer)
     state = init_state(params, optimizer, mesh)
-    for number, spoil in enumerate((np.nan, 1e5), start=1):
+    for number, bad_value in enumerate((np.nan, 1e5), start=1):
         bad = [a.copy() for a in advantages]
-        bad[0][0] = spoil
+        bad[0][0] = bad_value
         state, metrics, _ = step(state, build(groups, bad), coefficients(method))
         assert metrics["optimizer/skipped"] == 1
         assert np.isfinite(metrics["optimizer/grad_norm"]) == (number == 2)
@@ -397,17 +398,17 @@ def test_swapping_optimizer_states_twice_puts_them_back():
 
 
 def test_nan_in_masked_slots_changes_nothing(params):
-    """Whatever stands beside the tokens that a loss is for."""
+    """The values at tokens without a loss do not matter."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=7)
-    own = batch.kinds == TokenKind.COMPLETION
-    spoiled = batch._replace(
-        advantages=np.where(own, batch.advantages, np.nan),
-        sampler_logprobs=np.where(own, batch.sampler_logprobs, np.nan),
+    completion = batch.kinds == TokenKind.COMPLETION
+    with_nans = batch._replace(
+        advantages=np.where(completion, batch.advantages, np.nan),
+        sampler_logprobs=np.where(completion, batch.sampler_logprobs, np.nan),
     )
     method = make_method("trapo")
     gradient, metrics, _ = sgd_step(method, batch, params)
-    same_gradient, same_metrics, _ = sgd_step(method, spoiled, params)
+    same_gradient, same_metrics, _ = sgd_step(method, with_nans, params)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(same_gradient), strict=True):
         np.testing.assert_array_equal(a, b)
     assert metrics == same_metrics
@@ -424,7 +425,7 @@ def test_learning_rate_warms_up_and_decays():
     rates = [rate(step, step) for step in range(1, 11)]
     expected = [0.5, 1.0, 1.0, 1.0, 1.0, 0.82, 0.64, 0.46, 0.28, 0.1]
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
-    # A budget that ends the run after five steps: warm-up as ever, decay at twice the pace.
+    # If a budget ends the run after five steps, warm-up is unchanged, and the decay is twice as fast.
     np.testing.assert_allclose(
         [rate(step, 2 * step) for step in range(1, 6)], [0.5, 1.0, 0.82, 0.46, 0.1], rtol=1e-5
     )
@@ -452,7 +453,7 @@ def test_weight_decay_spares_norms(params):
 
 
 def test_same_gradient_on_eight_devices():
-    """1, 8, 4 x 2 and 2 x 2 x 2 forced host devices, in a process of their own."""
+    """On meshes of 2, 8, 4 x 2 and 2 x 2 x 2 forced host devices, in a separate process."""
     script = Path(__file__).with_name("eight_devices.py")
     result = run_python(script, PYTHONPATH=os.pathsep.join(sys.path))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -462,5 +463,5 @@ def test_same_gradient_on_eight_devices():
 def test_mesh_that_does_not_fit_is_named():
     from trapo_jax.types import UserError
 
-    with pytest.raises(UserError, match=r"mesh.fsdp=1 x mesh.tp=3 does not divide"):
+    with pytest.raises(UserError, match=r"mesh.fsdp=1 x mesh.tp=3: the number of devices"):
         make_mesh(fsdp=1, tp=3)

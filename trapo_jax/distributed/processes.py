@@ -1,7 +1,7 @@
-"""The processes of a job, one a host: how they find each other, and what they tell each other.
+"""Initialization of multi-process jobs, with one process per host, and communication between the processes.
 
-Every process runs the same program on the same config. Each samples and judges its share of a step's problems; then
-all hold all rollouts, and train on one global batch. Process 0 alone writes logs.
+Every process runs the same program with the same config. Each process samples and grades its share of a step's
+problems. Then the rollouts are gathered on all processes, which train on one global batch. Only process 0 writes logs.
 """
 
 import json
@@ -15,24 +15,23 @@ from jax.experimental import multihost_utils
 
 from trapo_jax.types import UserError
 
-FEWEST_BYTES = (
-    1024  # messages are padded to this, or twice, four times ...: a program for each length
-)
-BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# Messages are padded to this size times a power of 2, since a program is compiled for each size.
+MIN_MESSAGE_BYTES = 1024
+COORDINATOR_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def join_processes(environment: Mapping[str, str] = os.environ) -> None:
-    """Finds the other processes of the job, if there are any; must come before anything else asks for devices.
+    """Initializes `jax.distributed` if the job has several processes. Must be called before JAX devices are used.
 
-    By `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` where they are set; on TPU pods, under
-    SLURM and under MPI by what these provide. A job of one process opens no port.
+    Uses `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` if they are set. On TPU pods and under
+    SLURM or MPI, JAX detects the processes automatically. A job with one process opens no port.
 
     Raises:
       UserError: if only some of the three variables are set, or JAX finds no device.
     """
-    given = {name: environment[name] for name in BY_HAND if name in environment}
-    if given and len(given) < len(BY_HAND):
-        missing = ", ".join(name for name in BY_HAND if name not in given)
+    given = {name: environment[name] for name in COORDINATOR_VARIABLES if name in environment}
+    if given and len(given) < len(COORDINATOR_VARIABLES):
+        missing = ", ".join(name for name in COORDINATOR_VARIABLES if name not in given)
         raise UserError(f"{', '.join(given)} set, but not {missing}; set all three or none")
     if given:
         address, num_processes, process_id = given.values()
@@ -41,47 +40,47 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
         jax.distributed.initialize()
     try:
         jax.devices()
-    # The latter where the platform's plugin is not installed.
+    # JAX raises AssertionError if the platform's plugin is not installed.
     except (RuntimeError, AssertionError) as error:
         platforms = environment.get("JAX_PLATFORMS") or "any"
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"JAX finds no device, JAX_PLATFORMS={platforms}{reason and f' ({reason})'}; unset it to "
-            "take what there is"
+            "use the available devices"
         ) from error
 
 
 def _num_processes(environment: Mapping[str, str]) -> int:
-    """How many processes the launcher has started, as far as its variables tell."""
+    """Returns the number of processes in the job, according to the launcher's environment variables."""
     tpu_hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     slurm = int(environment.get("SLURM_NTASKS", 1)) if "SLURM_PROCID" in environment else 1
     return max(len(tpu_hosts), slurm, int(environment.get("OMPI_COMM_WORLD_SIZE", 1)))
 
 
 def is_main() -> bool:
-    """Whether this process writes the logs."""
+    """Returns whether this process writes the logs."""
     return jax.process_index() == 0
 
 
 def my_share(items: Sequence[Any]) -> list[Any]:
-    """What of a list this process works on: every n-th item."""
+    """Returns this process's share of a list: every n-th item, where n is the number of processes."""
     return list(items[jax.process_index() :: jax.process_count()])
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, by process. All must call this together; the values are what JSON can hold."""
+    """Returns the values of all processes, by process. All processes must call it; values must be JSON-serializable."""
     if jax.process_count() == 1:
         return [value]
     message = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lens = multihost_utils.process_allgather(np.int64(len(message)))
-    size = 1 << (max(FEWEST_BYTES, int(lens.max())) - 1).bit_length()
+    size = 1 << (max(MIN_MESSAGE_BYTES, int(lens.max())) - 1).bit_length()
     padded = np.pad(message, (0, size - len(message)))
     texts = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(t[:n])) for t, n in zip(texts, lens, strict=True)]
 
 
 def gather_shares(mine: list[Any]) -> list[Any]:
-    """The list whose shares (`my_share`) the processes hold."""
+    """Returns the whole list from the shares of all processes (see `my_share`)."""
     shares = gather(mine)
     whole = [None] * sum(map(len, shares))
     for i, share in enumerate(shares):
@@ -90,18 +89,18 @@ def gather_shares(mine: list[Any]) -> list[Any]:
 
 
 def from_main(value: Any) -> Any:
-    """Process 0's value, for all."""
+    """Broadcasts the value of process 0 to all processes."""
     return gather(value)[0]
 
 
 def wait_for_all(name: str) -> None:
-    """Returns once every process has come here; `name` says where this is."""
+    """Waits until all processes have reached the barrier `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def fetch(tree: Any) -> Any:
-    """Global arrays as NumPy's, whole on every process, one after the other."""
+    """Returns global arrays as NumPy arrays, complete on every process. Arrays are gathered one at a time."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

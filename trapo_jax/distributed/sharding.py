@@ -1,7 +1,7 @@
-"""The mesh and the rules by which arrays lie on it.
+"""The device mesh and the sharding rules of arrays.
 
-Parameters name their axes (`PARAM_AXES`); `Rules` map those names to mesh axes. Batch rows are split over
-`data` and `fsdp`.
+Parameters have logical axis names (`PARAM_AXES`), which `Rules` map to mesh axes. Batch rows are sharded over `data`
+and `fsdp`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from trapo_jax.types import BATCH_AXES, UserError
 
-# The logical axes of every parameter of the decoder, by its name; stacked ones begin with "layers".
+# The logical axes of every parameter of the decoder, by name. The first axis of stacked parameters is "layers".
 PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "embedding": ("vocab", "width"),
     "unembedding": ("width", "vocab"),
@@ -47,7 +47,7 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Logical axis -> mesh axis."""
+    """Maps logical axes to mesh axes; None replicates."""
 
     layers: str | None = None
     width: str | None = "fsdp"
@@ -57,15 +57,15 @@ class Rules:
 
 
 def make_mesh(*, fsdp: int, tp: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """Makes a (data, fsdp, tp) mesh; the axis `data` gets the devices that remain.
+    """Creates a mesh with axes (data, fsdp, tp); the remaining devices are assigned to `data`.
 
     Args:
-      fsdp: size of the axis along which the batch and the parameters are split; -1 for all that remain.
-      tp: size of the axis along which heads, MLPs and the vocabulary are split.
+      fsdp: size of the axis over which the batch and the parameters are sharded; -1 for all remaining devices.
+      tp: size of the axis over which heads, MLPs and the vocabulary are sharded.
       devices: the devices of the mesh; all devices if None.
 
     Raises:
-      UserError: if the sizes do not divide the number of devices.
+      UserError: if the number of devices is not divisible by `fsdp * tp`.
     """
     devices = jax.devices() if devices is None else devices
     num_devices = len(devices)
@@ -74,7 +74,7 @@ def make_mesh(*, fsdp: int, tp: int, devices: Sequence[Any] | None = None) -> Me
     data, remainder = divmod(num_devices, fsdp * tp)
     if remainder or not data:
         raise UserError(
-            f"mesh.fsdp={fsdp} x mesh.tp={tp} does not divide the number of devices, {num_devices}"
+            f"mesh.fsdp={fsdp} x mesh.tp={tp}: the number of devices, {num_devices}, is not divisible by {fsdp * tp}"
         )
     return jax.make_mesh(
         (data, fsdp, tp), ("data", "fsdp", "tp"), (AxisType.Auto,) * 3, devices=devices
@@ -82,7 +82,7 @@ def make_mesh(*, fsdp: int, tp: int, devices: Sequence[Any] | None = None) -> Me
 
 
 def on_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """The function, traced with the mesh set: the model asks for it where it splits activations."""
+    """Returns the function traced with the mesh set, which the model uses to shard activations."""
 
     @functools.wraps(function)
     def traced(*args):
@@ -93,10 +93,10 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
 
 
 def param_shardings(params: Any, mesh: Mesh, rules: Rules = Rules()) -> Any:
-    """A NamedSharding for each parameter (arrays or shapes).
+    """Returns a NamedSharding for each parameter; `params` may be arrays or shapes.
 
     Raises:
-      UserError: for a parameter without axes, or one that the mesh does not divide.
+      UserError: if a parameter has no logical axes, or its shape is not divisible by the mesh.
     """
 
     def sharding(path, leaf):
@@ -107,7 +107,7 @@ def param_shardings(params: Any, mesh: Mesh, rules: Rules = Rules()) -> Any:
         for size, axis in zip(leaf.shape, axes, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 raise UserError(
-                    f"mesh.{axis}={mesh.shape[axis]} does not divide {name}, shape {leaf.shape}"
+                    f"mesh.{axis}={mesh.shape[axis]}: parameter {name} of shape {leaf.shape} cannot be sharded evenly"
                 )
         return NamedSharding(mesh, P(*axes))
 
@@ -117,9 +117,10 @@ def param_shardings(params: Any, mesh: Mesh, rules: Rules = Rules()) -> Any:
 def optimizer_shardings(
     optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh
 ) -> Any:
-    """Shardings of the optimiser state: what has a parameter's path and shape lies like it, the rest everywhere.
+    """Returns the shardings of the optimizer state.
 
-    By path, as optimisers for a part of the parameters (Muon) leave holes in the trees of their states.
+    Leaves with the path and shape of a parameter are sharded like the parameter; all others are replicated. Leaves are
+    matched by path because the states of optimizers for some of the parameters, such as Muon, are incomplete trees.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     by_path = {
@@ -142,7 +143,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """For `[M, B, T]` arrays: rows over data and fsdp."""
+    """Returns the sharding of `[M, B, T]` arrays, whose rows are sharded over `data` and `fsdp`."""
     return NamedSharding(mesh, P(None, BATCH_AXES, None))
 
 

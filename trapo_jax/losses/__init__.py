@@ -1,7 +1,8 @@
-"""Losses for learning from an expert and from oneself: pure functions, jax the only import.
+"""Losses for learning from expert solutions and from the policy's own completions, as pure functions.
 
-Conventions (those of optax): arrays first, hyper-parameters by keyword, `axis`, `where`. Every loss returns
-per-token float32 values, unreduced and exactly 0 where masked; the reductions make a number of them.
+The conventions are those of optax: arrays come first, hyperparameters are keyword-only, `axis` is the vocabulary or
+token axis, and `where` selects the elements to include. Every loss returns unreduced float32 values per token, exactly
+0 where masked; the reductions turn them into a scalar. The package imports only jax.
 """
 
 from trapo_jax.losses.attenuation import (

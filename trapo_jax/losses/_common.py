@@ -1,4 +1,4 @@
-"""What every loss does first: fp32, masked inputs made harmless, parameters checked."""
+"""Helpers shared by all losses: conversion to float32, masking, and parameter checks."""
 
 from typing import Any
 
@@ -11,34 +11,34 @@ ArrayLike = jax.typing.ArrayLike
 
 
 def float32_where(values: ArrayLike, where: ArrayLike | None) -> Array:
-    """`values` in float32 with 0 wherever `where` is False.
+    """Returns `values` in float32, with 0 where `where` is False.
 
-    Filling *before* any exp, log or product is what keeps a NaN or inf in a
-    masked place out of the value and out of the gradient.
+    Masking inputs *before* any exp, log or product keeps NaNs and infinities at masked elements from propagating to the
+    value and the gradient.
     """
     values = jnp.asarray(values, jnp.float32)
     return values if where is None else jnp.where(where, values, 0.0)
 
 
 def zero_where_masked(values: Array, where: ArrayLike | None) -> Array:
-    """Per-token `values`, exactly 0 wherever `where` is False."""
+    """Returns per-token `values`, exactly 0 where `where` is False."""
     return values if where is None else jnp.where(where, values, 0.0)
 
 
 def check_unit_interval(name: str, value: Any) -> None:
-    """Raises ValueError unless 0 < value <= 1; traced values cannot be checked and pass."""
+    """Raises ValueError unless 0 < value <= 1. Traced values are not checked."""
     if _is_known(value) and not (value > 0 and value <= 1):
         raise ValueError(f"{name} must be in (0, 1], got {value}")
 
 
 def check_not_negative(name: str, value: Any) -> None:
-    """Raises ValueError unless value >= 0; traced values cannot be checked and pass."""
+    """Raises ValueError unless value >= 0. Traced values are not checked."""
     if _is_known(value) and not value >= 0:
         raise ValueError(f"{name} must be >= 0, got {value}")
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError unless value > 0; traced values cannot be checked and pass."""
+    """Raises ValueError unless value > 0. Traced values are not checked."""
     if _is_known(value) and not value > 0:
         raise ValueError(f"{name} must be > 0, got {value}")
 

@@ -1,7 +1,7 @@
-"""Cross-entropy whose gradient is scaled by an attenuation of the token's probability.
+"""Cross-entropy whose gradient is scaled by an attenuation, a function of the token's probability.
 
-"Reverse-KL-attenuated clipping" in one place: `grad loss = attenuation(p) * grad(-log p)` with
-`attenuation(p)` in `[0, 1]`. TrSFT, cross-entropy, DFT and CHORD's phi differ in nothing else.
+`grad loss = attenuation(p) * grad(-log p)` with `attenuation(p)` in `[0, 1]`. TrSFT, cross-entropy, DFT and CHORD-phi
+differ only in the attenuation.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class Attenuation:
     """An attenuation with a closed-form loss.
 
     Attributes:
-      weight: p in [0, 1] -> gradient scale in [0, 1].
-      loss: log p -> the loss with d loss / d log p = -weight(p) and loss(p = 1) = 0.
+      weight: maps p in [0, 1] to the gradient scale in [0, 1].
+      loss: maps log p to the loss, for which d loss / d log p = -weight(p) and loss(p = 1) = 0.
     """
 
     weight: Callable[[Array], Array]
@@ -37,15 +37,15 @@ class Attenuation:
 
 
 def clip_attenuation(alpha: ArrayLike) -> Attenuation:
-    """`min(1, p / alpha)`: TrSFT (TRAPO, arXiv 2512.17636, Eq. 3). `alpha` in (0, 1]."""
+    """Returns `min(1, p / alpha)`, the attenuation of TrSFT (TRAPO, arXiv 2512.17636, Eq. 3); `alpha` in (0, 1]."""
     return shifted_clip_attenuation(alpha, 0.0)
 
 
 def shifted_clip_attenuation(alpha: ArrayLike, shift: ArrayLike) -> Attenuation:
-    """`p / (max(p, alpha) + shift)`; `alpha` in (0, 1], `shift` >= 0.
+    """Returns `p / (max(p, alpha) + shift)`; `alpha` in (0, 1], `shift` >= 0.
 
-    `shift = 0` is TrSFT; with `alpha` below every p it is LUFFY's `p / (p + shift)`. The loss is
-    `log((1 + shift) / (p + shift))` above alpha, continued below it by its tangent.
+    `shift = 0` gives TrSFT; an `alpha` below every p gives LUFFY's `p / (p + shift)`. The loss is
+    `log((1 + shift) / (p + shift))` for p >= alpha, and its tangent at alpha for smaller p.
 
     Raises:
       ValueError: if `alpha` or `shift` is out of range.
@@ -58,9 +58,9 @@ def shifted_clip_attenuation(alpha: ArrayLike, shift: ArrayLike) -> Attenuation:
 
     def loss(logprobs):
         probs = jnp.exp(logprobs)
-        # For shift = 0 the logarithm is log p itself, exact where p underflows to 0.
+        # For shift = 0, the logarithm is log p itself, which is exact even where p underflows to 0.
         unshifted = isinstance(shift, (int, float)) and shift == 0
-        inside = jnp.where(probs >= alpha, probs, alpha)  # a log of 0 is NaN in the gradient
+        inside = jnp.where(probs >= alpha, probs, alpha)  # log(0) would give a NaN gradient
         above = -logprobs if unshifted else jnp.log1p(shift) - jnp.log(inside + shift)
         tangent = jnp.log((1 + shift) / (alpha + shift)) + (alpha - probs) / (alpha + shift)
         return jnp.where(probs >= alpha, above, tangent)
@@ -69,17 +69,17 @@ def shifted_clip_attenuation(alpha: ArrayLike, shift: ArrayLike) -> Attenuation:
 
 
 def unit_attenuation() -> Attenuation:
-    """`1`: plain cross-entropy, loss `-log p`."""
+    """Returns the constant 1, the attenuation of cross-entropy, with loss `-log p`."""
     return Attenuation(jnp.ones_like, jnp.negative)
 
 
 def probability_attenuation() -> Attenuation:
-    """`p`: Dynamic Fine-Tuning (DFT), loss `1 - p`."""
+    """Returns `p`, the attenuation of Dynamic Fine-Tuning (DFT), with loss `1 - p`."""
     return Attenuation(lambda probs: probs, lambda logprobs: 1.0 - jnp.exp(logprobs))
 
 
 def variance_attenuation() -> Attenuation:
-    """`p (1 - p)`: the token weight of CHORD-phi, loss `(1 - p)^2 / 2`."""
+    """Returns `p (1 - p)`, the attenuation of CHORD-phi, with loss `(1 - p)^2 / 2`."""
     return Attenuation(
         lambda probs: probs * (1.0 - probs), lambda logprobs: 0.5 * (1.0 - jnp.exp(logprobs)) ** 2
     )
@@ -91,17 +91,17 @@ def attenuated_cross_entropy_from_logprobs(
     attenuation: Callable[[Array], Array],
     where: ArrayLike | None = None,
 ) -> Array:
-    """Per-token loss whose gradient is the cross-entropy's times `attenuation(p)`.
+    """Computes a cross-entropy loss whose gradient is scaled by `attenuation(p)`.
 
     `d loss / d logprob = -attenuation(p)`, `p = exp(logprob)`
 
     Args:
-      logprobs: `[...]` log-probabilities of the expert's tokens, in `[-inf, 0]`.
-      attenuation: p -> gradient scale in [0, 1]. The `*_attenuation` functions of this module
-        bring their closed-form loss: the value is then that loss, 0 at p = 1, and every
-        derivative is true. For any other callable no closed form is known: the value is
-        `-attenuation(p) * logprob` with the attenuation held constant, which has the right
-        gradient but is not its integral; do not read a curve of it as progress.
+      logprobs: `[...]`, log-probabilities of the expert's tokens, in `[-inf, 0]`.
+      attenuation: maps p to the gradient scale in [0, 1]. An `Attenuation`, such as those of the
+        `*_attenuation` functions of this module, comes with a closed-form loss, which is 0 at p = 1
+        and has correct derivatives of every order. For any other callable, the value is
+        `-stop_gradient(attenuation(p)) * logprob`. Its gradient is correct, but its value is not the
+        integral of the gradient and does not measure progress.
       where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient.
 
     Returns:
@@ -121,5 +121,5 @@ def attenuated_cross_entropy_from_logprobs(
         values = attenuation.loss(logprobs)
     else:
         weight = jax.lax.stop_gradient(attenuation(jnp.exp(logprobs)))
-        values = jnp.where(weight == 0, 0.0, -weight * logprobs)  # 0 * inf is 0 here
+        values = jnp.where(weight == 0, 0.0, -weight * logprobs)  # defines 0 * inf as 0
     return zero_where_masked(values, where)

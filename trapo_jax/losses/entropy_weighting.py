@@ -1,4 +1,4 @@
-"""What losses that look at the policy's own uncertainty need: SRFT's weights, Prefix-RFT's choice of tokens."""
+"""Losses that depend on the policy's entropy: the weights of SRFT and the token selection of Prefix-RFT."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,13 @@ def entropy_weighted_cross_entropy(
     sign: float,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy weighted by a function of an entropy: `-exp(sign * H) * logprob`.
+    """Computes cross-entropy weighted by entropy: `-exp(sign * H) * logprob`.
 
     Args:
-      logprobs: `[...]` log-probabilities of the tokens, in `[-inf, 0]`.
-      entropies: broadcastable to `logprobs`, H >= 0; gradient does not flow into it.
-      sign: -1 weakens tokens of uncertain policies (SRFT's expert tokens), 1 strengthens them (its own).
+      logprobs: `[...]`, log-probabilities of the tokens, in `[-inf, 0]`.
+      entropies: H >= 0, broadcastable to `logprobs`; no gradient flows through it.
+      sign: -1 reduces the weight of tokens where the policy is uncertain (SRFT's expert tokens); 1 increases it
+        (SRFT's completion tokens).
       where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient.
 
     Returns:
@@ -43,16 +44,16 @@ def segment_mean(
     num_segments: int,
     where: ArrayLike | None = None,
 ) -> Array:
-    """At each element, the mean of its segment's masked values.
+    """Computes, for each element, the mean of the included values of its segment.
 
     Args:
       values: `[...]`.
-      segment_ids: integers `[...]` in `[0, num_segments)`; equal ones are one segment.
-      num_segments: an upper bound of the ids, static.
-      where: boolean, broadcastable to `values`: what counts; all True if None.
+      segment_ids: integers `[...]` in `[0, num_segments)`; elements with equal ids form a segment.
+      num_segments: exclusive upper bound on the ids, static.
+      where: boolean, broadcastable to `values`: the elements to include; all if None.
 
     Returns:
-      float32 `[...]`, at elements that do not count too; 0 for a segment of which none counts.
+      float32 `[...]`, also defined at elements that are not included; 0 for segments without included elements.
 
     Example:
       >>> segment_mean(jnp.array([1.0, 3.0, 5.0]), jnp.array([1, 1, 2]), num_segments=3)
@@ -73,13 +74,13 @@ def top_of_segment(
     share: float,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Which masked elements are among their segment's largest, `ceil(share * n)` of n; the first where equal.
+    """Selects the largest `ceil(share * n)` of the n included elements of each segment; earlier elements win ties.
 
     Args:
       values: `[..., T]`.
-      segment_ids: integers `[..., T]`; a segment's elements lie in one row.
-      share: in (0, 1].
-      where: boolean, broadcastable to `values`: what counts; all True if None.
+      segment_ids: integers `[..., T]`; a segment must not span several rows.
+      share: the share to select, in (0, 1].
+      where: boolean, broadcastable to `values`: the elements to include; all if None.
 
     Returns:
       bool `[..., T]`, False where masked.
@@ -90,14 +91,14 @@ def top_of_segment(
     """
     values = float32_where(values, where)
     mask = jnp.broadcast_to(True if where is None else jnp.asarray(where), values.shape)
-    # What counts comes first in its segment, and the largest first of it.
+    # Within a segment, included elements come first, in descending order.
     ids = jnp.broadcast_to(jnp.asarray(segment_ids), values.shape)
     order = jnp.lexsort((-values, ~mask, ids))
     sorted_ids, counts = (jnp.take_along_axis(x, order, -1) for x in (ids, mask))
     place = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
     is_first = jnp.diff(sorted_ids, prepend=sorted_ids[..., :1] - 1, axis=-1) != 0
     start = jax.lax.cummax(jnp.where(is_first, place, 0), axis=values.ndim - 1)
-    before = jnp.cumsum(counts, axis=-1) - counts  # of what counts, in the row up to here
+    before = jnp.cumsum(counts, axis=-1) - counts  # number of included elements before each place
     is_last = jnp.roll(is_first, -1, axis=-1).at[..., -1].set(True)
     end = jax.lax.cummin(
         jnp.where(is_last, place, values.shape[-1]), axis=values.ndim - 1, reverse=True

@@ -16,26 +16,26 @@ def kl_penalty(
     estimator: KLEstimator = "k3",
     where: ArrayLike | None = None,
 ) -> Array:
-    """Estimate of KL(policy || reference) at tokens drawn from the policy.
+    """Estimates KL(policy || reference) at tokens sampled from the policy.
 
     With `d = logprob - ref_logprob`::
 
         k1 = d                      unbiased, may be negative
         k2 = d^2 / 2                biased, low variance; its gradient is that of the KL
-        k3 = exp(-d) - 1 + d        unbiased, never negative (GRPO's)
+        k3 = exp(-d) - 1 + d        unbiased, never negative (used by GRPO)
 
     Args:
-      logprobs: `[...]` of the sampled tokens under the policy.
-      ref_logprobs: `[...]` under the reference; pass it through `stop_gradient` if it is computed
-        from trained parameters.
-      estimator: one of the three.
+      logprobs: `[...]`, log-probabilities of the sampled tokens under the policy.
+      ref_logprobs: `[...]`, log-probabilities under the reference; apply `stop_gradient` if they are
+        computed from trained parameters.
+      estimator: "k1", "k2" or "k3".
       where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient.
 
     Returns:
       float32 `[...]`, unreduced.
 
     Raises:
-      ValueError: if `estimator` is none of the three.
+      ValueError: if `estimator` is unknown.
 
     References:
       Schulman 2020, "Approximating KL divergence".

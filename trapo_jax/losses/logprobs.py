@@ -1,4 +1,4 @@
-"""From logits, or straight from hidden states, to per-token log-probabilities and entropy."""
+"""Per-token log-probabilities and entropies, computed from logits or directly from hidden states."""
 
 from functools import partial
 from typing import Any, Literal, overload
@@ -18,21 +18,20 @@ from trapo_jax.losses._common import (
 def token_logprobs(
     logits: ArrayLike, labels: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
 ) -> Array:
-    """Log-probability of each label under softmax(logits).
+    """Computes the log-probability of each label under softmax(logits).
 
     `logprob = logits[label] - logsumexp(logits)`
 
     Args:
       logits: `[..., V, ...]` with the vocabulary at `axis`; any float dtype, computed in float32.
-      labels: integers, the shape of `logits` without `axis`, in `[0, V)`. A label outside
-        gives NaN (never the value of some other token, as an index of -100 would in NumPy),
-        unless it is masked.
-      axis: position of the vocabulary in `logits`.
+      labels: integers in `[0, V)`, with the shape of `logits` without `axis`. An out-of-range label
+        gives NaN unless it is masked (it never wraps around, as an index of -100 would in NumPy).
+      axis: the vocabulary axis of `logits`.
       where: boolean, broadcastable to `labels`; False gives exactly 0 and no gradient,
-        whatever the logits and labels hold there.
+        regardless of the logits and labels.
 
     Returns:
-      float32, the shape of `labels`, in `[-inf, 0]`. Not scaled by a temperature.
+      float32 with the shape of `labels`, in `[-inf, 0]`, at temperature 1.
 
     Example:
       >>> token_logprobs(jnp.zeros((2, 4)), jnp.array([0, 3])).round(4)
@@ -47,17 +46,17 @@ def token_logprobs(
 
 
 def entropy(logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
-    """Entropy of softmax(logits), in nats.
+    """Computes the entropy of softmax(logits), in nats.
 
-    `H = -sum_v p_v log p_v`, with `0 log 0 = 0` (a logit may be -inf).
+    `H = -sum_v p_v log p_v`, with `0 log 0 = 0` (logits may be -inf).
 
     Args:
       logits: `[..., V, ...]` with the vocabulary at `axis`; any float dtype, computed in float32.
-      axis: position of the vocabulary.
+      axis: the vocabulary axis of `logits`.
       where: boolean, broadcastable to `logits` without `axis`; False gives exactly 0.
 
     Returns:
-      float32, the shape of `logits` without `axis`, in `[0, log V]`.
+      float32 with the shape of `logits` without `axis`, in `[0, log V]`.
 
     Example:
       >>> entropy(jnp.zeros((1, 4))).round(4)
@@ -72,7 +71,7 @@ def entropy(logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
 def _fill_masked_logits(logits: ArrayLike, axis: int, where: ArrayLike | None) -> Array:
     if where is None:
         return float32_where(logits, None)
-    # Broadcast first: an axis is put at its place among all of them, not among those `where` has.
+    # Broadcast first, since `axis` refers to the axes of `logits`, and `where` may have fewer.
     label_shape = list(jnp.shape(logits))
     del label_shape[axis]
     return float32_where(logits, jnp.expand_dims(jnp.broadcast_to(where, label_shape), axis))
@@ -110,25 +109,25 @@ def linear_token_logprobs(
     with_entropy: bool = False,
     where: ArrayLike | None = None,
 ) -> Array | tuple[Array, Array]:
-    """`token_logprobs(hidden @ unembedding / temperature, labels)` without ever holding `[T, V]`.
+    """Computes `token_logprobs(hidden @ unembedding / temperature, labels)` without materializing `[T, V]` logits.
 
-    Both passes take all tokens and a slice of the vocabulary at a time, as many logits as
-    `chunk_size` tokens have over the whole vocabulary. The forward pass keeps a running
-    logsumexp; the backward pass computes the logits anew (unless all of them fit in one slice, and
-    are held anyway), and finishes each slice of the unembedding's gradient in one float32 accumulation.
+    The forward and the backward pass iterate over slices of the vocabulary. A slice has about as many logits,
+    for all T tokens, as `chunk_size` tokens have over the whole vocabulary. The forward pass keeps a running
+    logsumexp. The backward pass recomputes the logits, unless they all fit in one slice and are kept, and
+    computes each slice of the unembedding's gradient in one float32 accumulation.
 
     Args:
-      hidden: `[..., D]`, float32 or bfloat16. All leading axes together are the T tokens.
+      hidden: `[..., D]`, float32 or bfloat16. The leading axes are flattened into T tokens.
       unembedding: `[D, V]`, float32 or bfloat16; products accumulate in float32.
-      labels: integers `[...]` in `[0, V)`; a label outside gives NaN, as in `token_logprobs`.
-      chunk_size: >= 1; about `chunk_size * V` float32 logits are in flight. Memory goes up with
-        it, loop overhead down; from T on the logits are computed in one piece.
+      labels: integers `[...]` in `[0, V)`; out-of-range labels give NaN, as in `token_logprobs`.
+      chunk_size: >= 1; about `chunk_size * V` float32 logits are in memory at once. Larger values use
+        more memory and have less loop overhead. From T on, there is only one slice.
       temperature: > 0; the log-probabilities are those of `softmax(logits / temperature)`.
-      with_entropy: also return the entropy of that distribution, differentiable.
+      with_entropy: whether to also return the entropy of that distribution, which is differentiable.
       where: boolean `[...]`; False gives exactly 0 and no gradient.
 
     Returns:
-      logprobs float32 `[...]`, or `(logprobs, entropy)`, each float32 `[...]`.
+      The log-probabilities, float32 `[...]`, or `(logprobs, entropy)`, each float32 `[...]`.
 
     Raises:
       ValueError: if `chunk_size` < 1 or `temperature` <= 0.
@@ -158,7 +157,7 @@ def linear_token_logprobs(
 
 
 def _matmul(a: Array, b: Array) -> Array:
-    # What is float32 is not to be rounded, as JAX would on GPUs and TPUs.
+    # By default, JAX rounds float32 operands of matrix products on GPUs and TPUs.
     precision = "highest" if a.dtype == jnp.float32 else None
     return jnp.matmul(a, b, preferred_element_type=jnp.float32, precision=precision)
 
@@ -186,11 +185,11 @@ def _chunked_forward(chunk_size, hidden, unembedding, labels, scale):
         weighted = weighted * shrink + jnp.sum(products, axis=-1)
         is_label = is_new & (labels[:, None] == columns)
         picked += jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-        # In one piece they may be held at once: the backward pass, which comes next, finds them.
+        # If there is only one slice, the logits are kept for the backward pass.
         return (new_largest, total, weighted, picked), raw if len(starts) == 1 else None
 
     zeros = jnp.zeros(labels.shape, jnp.float32)
-    # Finite, so that a slice whose logits are all -inf does not subtract -inf from itself.
+    # Finite, so that -inf is not subtracted from -inf in a slice whose logits are all -inf.
     lowest = jnp.full_like(zeros, jnp.finfo(jnp.float32).min)
     (largest, total, weighted, picked), kept = jax.lax.scan(
         one_slice, (lowest, zeros, zeros, zeros), starts
@@ -201,7 +200,7 @@ def _chunked_forward(chunk_size, hidden, unembedding, labels, scale):
 
 
 def _chunked_backward(chunk_size, residuals, cotangents):
-    """d logits = scale * [g_logprob * (onehot - p) - g_entropy * p * (log p + H)]."""
+    """Computes gradients from d logits = scale * [g_logprob * (onehot - p) - g_entropy * p * (log p + H)]."""
     hidden, unembedding, labels, scale, lse, entropies, kept = residuals
     grad_logprob, grad_entropy = cotangents
     slice_len, starts = _slices(chunk_size, labels.shape[0], unembedding.shape[1])
@@ -221,7 +220,7 @@ def _chunked_backward(chunk_size, residuals, cotangents):
         grad_scale += jnp.sum(jnp.where(is_new, grad_logits * raw, 0.0))
         grad_raw = (grad_logits * scale).astype(weights.dtype)
         grad_hidden += _matmul(grad_raw, jnp.where(is_new, weights, 0).T)
-        # Columns that are not new are written again with what they hold: a mask would need a copy.
+        # Columns that are not new are overwritten with the same values; masking them would need a copy.
         grad_unembedding = jax.lax.dynamic_update_slice_in_dim(
             grad_unembedding,
             _matmul(hidden.T, grad_raw).astype(unembedding.dtype),
@@ -242,7 +241,7 @@ def _chunked_backward(chunk_size, residuals, cotangents):
 
 
 def _slices(chunk_size: int, num_tokens: int, vocab_size: int) -> tuple[int, Array]:
-    """Columns per slice, and the first column of each."""
+    """Returns the number of columns per slice, and the first column of each slice."""
     slice_len = -(-chunk_size * vocab_size // max(1, num_tokens))
     slice_len = min(slice_len, vocab_size)
     return slice_len, jnp.arange(0, vocab_size, slice_len)
@@ -251,15 +250,15 @@ def _slices(chunk_size: int, num_tokens: int, vocab_size: int) -> tuple[int, Arr
 def _vocabulary_slice(
     unembedding: Array, start: Array, slice_len: int
 ) -> tuple[Array, Array, Array]:
-    """Column numbers, their weights, and which of them no slice before has had.
+    """Returns the column indices of a slice, their weights, and which columns are in no earlier slice.
 
-    The last slice is moved back to end at V.
+    The last slice is shifted to end at V, so it may overlap with the slice before it.
     """
     begin = jnp.minimum(start, unembedding.shape[1] - slice_len)
     columns = begin + jnp.arange(slice_len)
-    # XLA for CPUs would turn the whole bfloat16 operand of a slice into float32, and keep it: 2.2 GB for
-    # a 7B model. It leaves integers alone. The barrier keeps the cast, free in the loop, from becoming
-    # a copy before it.
+    # On CPUs, XLA would convert the whole bfloat16 operand of the slicing to float32 and keep it in memory: 2.2 GB
+    # for a 7B model. It does not convert integers. Inside the loop, the bitcast is free; the barrier prevents XLA from
+    # hoisting it out of the loop as a copy.
     unembedding, begin = jax.lax.optimization_barrier((unembedding, begin))
     bits = jax.lax.bitcast_convert_type(unembedding, f"uint{8 * unembedding.dtype.itemsize}")
     bits = jax.lax.dynamic_slice_in_dim(bits, begin, slice_len, axis=1)

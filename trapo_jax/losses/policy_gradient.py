@@ -1,4 +1,4 @@
-"""Policy-gradient losses per token: plain, PPO-clipped, GSPO, CISPO, and LUFFY's shaping."""
+"""Per-token policy-gradient losses: unclipped, PPO-clipped, GSPO, CISPO, and LUFFY's policy shaping."""
 
 import jax
 import jax.numpy as jnp
@@ -22,25 +22,25 @@ def policy_gradient_loss(
     clip_high: float | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Importance-weighted policy gradient, unclipped (TRAPO) or clipped (PPO, clip-higher).
+    """Computes the importance-weighted policy gradient, unclipped (TRAPO) or clipped (PPO, clip-higher).
 
     With `rho = exp(logprob - old_logprob)`::
 
-        loss = -A * rho                                                       without clip
-        loss = -min(A * rho, A * clip(rho, 1 - clip_low, 1 + clip_high))      with clip
+        loss = -A * rho                                                       without clipping
+        loss = -min(A * rho, A * clip(rho, 1 - clip_low, 1 + clip_high))      with clipping
 
     Args:
-      logprobs: `[...]` of the sampled tokens under the policy in training.
-      old_logprobs: `[...]` under the policy before the update. Gradient does not flow into it;
-        for the first update of a batch pass `stop_gradient(logprobs)`.
-      advantages: broadcastable to `logprobs`; gradient does not flow into it.
+      logprobs: `[...]`, log-probabilities of the sampled tokens under the trained policy.
+      old_logprobs: `[...]`, log-probabilities under the policy before the update. No gradient flows
+        through them; for the first update of a batch, pass `stop_gradient(logprobs)`.
+      advantages: broadcastable to `logprobs`; no gradient flows through them.
       clip_low: lower bound `1 - clip_low` on rho, in [0, 1]; None for no lower bound.
       clip_high: upper bound `1 + clip_high` on rho, >= 0; None for no upper bound.
       where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient.
 
     Returns:
-      float32 `[...]`, unreduced. The value of the first update is `-A`: only its gradient is
-      of interest.
+      float32 `[...]`, unreduced. For the first update the value is `-A`; only its gradient is
+      meaningful.
 
     Raises:
       ValueError: if a clip bound is negative.
@@ -68,23 +68,23 @@ def sequence_policy_gradient_loss(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> Array:
-    """GSPO: one importance ratio per sequence, the geometric mean of its tokens' ratios.
+    """Computes the GSPO loss, with one importance ratio per sequence: the geometric mean of its tokens' ratios.
 
-    `s = exp(mean over the sequence of (logprob - old_logprob))` takes the place of `rho` in
-    `policy_gradient_loss`; each of the sequence's tokens carries the sequence's loss, so that
+    `s = exp(mean over the sequence of (logprob - old_logprob))` replaces `rho` in
+    `policy_gradient_loss`. Every token of a sequence has the loss of the sequence, so that
     `sequence_mean` of the result is GSPO's objective.
 
     Args:
       logprobs: `[..., T, ...]`, one sequence along `axis` (packed rows are not supported).
-      old_logprobs: like `logprobs`; no gradient.
-      advantages: broadcastable to `logprobs` and constant along `axis`; no gradient.
-      clip_low, clip_high: bounds on s as in `policy_gradient_loss` (the paper's are about 3e-4).
-      axis: position of the tokens of a sequence.
-      where: boolean, broadcastable to `logprobs`; False gives exactly 0, no gradient and no
-        part in the mean.
+      old_logprobs: like `logprobs`; no gradient flows through them.
+      advantages: broadcastable to `logprobs` and constant along `axis`; no gradient flows through them.
+      clip_low, clip_high: bounds on s as in `policy_gradient_loss` (about 3e-4 in the paper).
+      axis: the token axis.
+      where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient, and excludes
+        the token from the mean.
 
     Returns:
-      float32, the shape of `logprobs`, unreduced.
+      float32 with the shape of `logprobs`, unreduced.
 
     References:
       Zheng et al. 2025, Group Sequence Policy Optimization, Eq. 5 and 7.
@@ -107,12 +107,12 @@ def cispo_loss(
     clip_high: float | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """CISPO: REINFORCE with a clipped, constant importance weight; no token loses its gradient.
+    """Computes the CISPO loss: REINFORCE with a clipped importance weight, which keeps the gradient of every token.
 
     `loss = -stop_gradient(clip(rho, 1 - clip_low, 1 + clip_high)) * A * logprob`
 
-    Args and returns as in `policy_gradient_loss`; a logprob of -inf gives an infinite value,
-    unless its weight or its advantage is 0.
+    Arguments and return value are those of `policy_gradient_loss`. A log-probability of -inf gives an
+    infinite value unless its weight or advantage is 0.
 
     References:
       MiniMax-M1, Section 3.1.
@@ -121,7 +121,7 @@ def cispo_loss(
     low, high = _ratio_bounds(clip_low, clip_high)
     weight = jax.lax.stop_gradient(jnp.clip(jnp.exp(logprobs - old_logprobs), low, high))
     scale = weight * advantages
-    values = jnp.where(scale == 0, 0.0, -scale * logprobs)  # 0 * inf is 0 here
+    values = jnp.where(scale == 0, 0.0, -scale * logprobs)  # defines 0 * inf as 0
     return zero_where_masked(values, where)
 
 
@@ -132,14 +132,14 @@ def shaped_policy_gradient_loss(
     gamma: float = 0.1,
     where: ArrayLike | None = None,
 ) -> Array:
-    """LUFFY's loss on expert tokens: the policy gradient shaped to favour unlikely tokens.
+    """Computes LUFFY's loss on expert tokens: a policy gradient shaped to favor unlikely tokens.
 
     `loss = -A * p / (p + gamma)`, whose gradient is `-A * gamma / (p + gamma)^2 * dp`.
 
     Args:
-      logprobs: `[...]` log-probabilities of the expert's tokens, in `[-inf, 0]`.
-      advantages: broadcastable to `logprobs`; no gradient.
-      gamma: > 0; p around gamma gets most of the gradient.
+      logprobs: `[...]`, log-probabilities of the expert's tokens, in `[-inf, 0]`.
+      advantages: broadcastable to `logprobs`; no gradient flows through them.
+      gamma: > 0; the gradient with respect to log p is largest for p = gamma.
       where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient.
 
     Returns:
@@ -158,7 +158,7 @@ def shaped_policy_gradient_loss(
 
 
 def _prepare(logprobs, old_logprobs, advantages, where) -> tuple[Array, Array, Array]:
-    """Float32, masked places zeroed, gradients only through `logprobs`."""
+    """Converts inputs to float32, sets masked elements to 0, and stops gradients except through `logprobs`."""
     constant = lambda x: jax.lax.stop_gradient(float32_where(x, where))
     return float32_where(logprobs, where), constant(old_logprobs), constant(advantages)
 

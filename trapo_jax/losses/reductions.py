@@ -1,11 +1,11 @@
-"""From per-token values to a number, with the normaliser by name.
+"""Reductions of per-token losses to a scalar, each with a named normalizer.
 
-Every reduction is `sum(values * weights)`, and its weights depend on the mask alone. A train step computes
-the weights once for the whole optimiser batch; the same weights then serve however the batch is cut into
-micro-batches, packed into rows or spread over devices, which is why the gradient does not depend on it.
+Every reduction is `sum(values * weights)`, and its weights depend only on the mask `where`, which selects the tokens to
+include. A train step computes the weights once for the whole optimizer batch. Therefore, the gradient does not depend
+on how the batch is split into micro-batches, packed into rows, or sharded over devices.
 
-    token_mean      w = 1 / number of masked tokens
-    sequence_mean   w = 1 / (masked tokens of the sequence * number of sequences that have any)
+    token_mean      w = 1 / number of included tokens
+    sequence_mean   w = 1 / (number of included tokens of the sequence * number of sequences that have any)
     constant_sum    w = 1 / length
     constant_mean   w = 1 / (length * number of sequences)
 """
@@ -17,28 +17,28 @@ from trapo_jax.losses._common import Array, ArrayLike, check_positive, float32_w
 
 
 def token_mean_weights(where: ArrayLike) -> Array:
-    """Weights of `token_mean`: float32, the shape of the boolean `where`; all 0 for an empty mask."""
+    """Returns the weights of `token_mean`, float32 with the shape of `where`; all 0 if no token is included."""
     mask = jnp.asarray(where, jnp.float32)
     return mask / jnp.maximum(1.0, jnp.sum(mask))
 
 
 def sequence_mean_weights(where: ArrayLike, *, axis: int = -1) -> Array:
-    """Weights of `sequence_mean`: float32, the shape of `where`, one sequence along `axis`."""
+    """Returns the weights of `sequence_mean`, float32 with the shape of `where`, for one sequence along `axis`."""
     mask = jnp.asarray(where, jnp.float32)
     num_tokens = jnp.sum(mask, axis=axis, keepdims=True)
     return mask / jnp.maximum(1.0, num_tokens) / jnp.maximum(1.0, jnp.sum(num_tokens > 0))
 
 
 def segment_mean_weights(where: ArrayLike, segment_ids: ArrayLike, *, num_segments: int) -> Array:
-    """Weights of `sequence_mean` for packed rows, whose sequences are segments.
+    """Returns the weights of `sequence_mean` for packed rows, in which each segment is a sequence.
 
     Args:
-      where: boolean `[...]`.
-      segment_ids: integers `[...]` in `[0, num_segments)`; equal ones, in whatever row, are one sequence.
-      num_segments: an upper bound of the ids, static.
+      where: boolean `[...]`, the tokens to include.
+      segment_ids: integers `[...]` in `[0, num_segments)`; tokens with equal ids form a sequence, across rows too.
+      num_segments: exclusive upper bound on the ids, static.
 
     Returns:
-      float32, the shape of `where`; segments without a masked token do not count.
+      float32 with the shape of `where`. Segments without included tokens do not count as sequences.
 
     Example:
       >>> segment_mean_weights(jnp.array([True, True, True]), jnp.array([1, 1, 2]), num_segments=3)
@@ -51,7 +51,7 @@ def segment_mean_weights(where: ArrayLike, segment_ids: ArrayLike, *, num_segmen
 
 
 def constant_sum_weights(where: ArrayLike, *, length: ArrayLike) -> Array:
-    """Weights of `constant_sum`: float32, the shape of `where`; `length` > 0 in tokens."""
+    """Returns the weights of `constant_sum`, float32 with the shape of `where`; `length` > 0 in tokens."""
     check_positive("length", length)
     return jnp.asarray(where, jnp.float32) / length
 
@@ -59,19 +59,19 @@ def constant_sum_weights(where: ArrayLike, *, length: ArrayLike) -> Array:
 def constant_mean_weights(
     where: ArrayLike, *, length: ArrayLike, num_sequences: ArrayLike
 ) -> Array:
-    """Weights of `constant_mean`: float32, the shape of `where`; `num_sequences` >= 1."""
+    """Returns the weights of `constant_mean`, float32 with the shape of `where`; `num_sequences` >= 1."""
     return constant_sum_weights(where, length=length) / num_sequences
 
 
 def token_mean(values: ArrayLike, *, where: ArrayLike | None = None) -> Array:
-    """Mean of `values` over all masked tokens of the batch.
+    """Computes the mean of `values` over all included tokens of the batch.
 
     Args:
-      values: `[...]` per-token losses.
-      where: boolean, broadcastable to `values`; all True if None.
+      values: `[...]`, per-token losses.
+      where: boolean, broadcastable to `values`: the tokens to include; all if None.
 
     Returns:
-      float32 `[]`; 0 for an empty mask.
+      float32 `[]`; 0 if no token is included.
 
     Example:
       >>> token_mean(jnp.array([[1.0, 2.0], [6.0, 9.0]]), where=jnp.array([[1, 1], [1, 0]]) > 0)
@@ -82,15 +82,15 @@ def token_mean(values: ArrayLike, *, where: ArrayLike | None = None) -> Array:
 
 
 def sequence_mean(values: ArrayLike, *, where: ArrayLike | None = None, axis: int = -1) -> Array:
-    """Mean over sequences of the mean over each sequence's masked tokens.
+    """Computes the mean over each sequence's included tokens, averaged over sequences.
 
     Args:
-      values: `[..., T, ...]` per-token losses, one sequence along `axis`.
-      where: boolean, broadcastable to `values`; all True if None.
-      axis: position of the tokens of a sequence.
+      values: `[..., T, ...]`, per-token losses, one sequence along `axis`.
+      where: boolean, broadcastable to `values`: the tokens to include; all if None.
+      axis: the token axis.
 
     Returns:
-      float32 `[]`; sequences without a masked token do not count; 0 if there is none.
+      float32 `[]`. Sequences without included tokens do not count; 0 if there are no others.
 
     Example:
       >>> sequence_mean(jnp.array([[1.0, 2.0], [6.0, 9.0]]), where=jnp.array([[1, 1], [1, 0]]) > 0)
@@ -101,15 +101,15 @@ def sequence_mean(values: ArrayLike, *, where: ArrayLike | None = None, axis: in
 
 
 def constant_sum(values: ArrayLike, *, length: ArrayLike, where: ArrayLike | None = None) -> Array:
-    """Sum of the masked `values` divided by a constant `length` (usually the maximum length).
+    """Computes the sum of the included `values` divided by a constant `length`, usually the maximum length.
 
     Args:
-      values: `[...]` per-token losses.
-      length: > 0, in tokens; does not depend on the batch.
-      where: boolean, broadcastable to `values`; all True if None.
+      values: `[...]`, per-token losses.
+      length: > 0, in tokens; must not depend on the batch.
+      where: boolean, broadcastable to `values`: the tokens to include; all if None.
 
     Returns:
-      float32 `[]`: per row sum / length, summed over rows.
+      float32 `[]`: the sum over rows of sum / length.
 
     Raises:
       ValueError: if `length` <= 0.
@@ -121,17 +121,17 @@ def constant_sum(values: ArrayLike, *, length: ArrayLike, where: ArrayLike | Non
 def constant_mean(
     values: ArrayLike, *, length: ArrayLike, where: ArrayLike | None = None, axis: int = -1
 ) -> Array:
-    """`constant_sum` averaged over the rows: sum / (length * rows).
+    """Computes `constant_sum` averaged over the rows: sum / (length * rows).
 
     Args:
-      values: `[..., T, ...]` per-token losses, one sequence along `axis`.
+      values: `[..., T, ...]`, per-token losses, one sequence along `axis`.
       length: > 0, in tokens.
-      where: boolean, broadcastable to `values`; all True if None.
-      axis: position of the tokens of a sequence; the other axes are rows, all of which count,
-        with or without a masked token.
+      where: boolean, broadcastable to `values`: the tokens to include; all if None.
+      axis: the token axis; the other axes are rows. All rows count, even those without included
+        tokens.
 
     Returns:
-      float32 `[]`; 0 if there is no row.
+      float32 `[]`; 0 if there are no rows.
 
     Raises:
       ValueError: if `length` <= 0.

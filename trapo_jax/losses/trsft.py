@@ -1,12 +1,12 @@
 """TrSFT: supervised fine-tuning inside a trust region (TRAPO, arXiv 2512.17636, Section 3.2).
 
-Departures from the paper and its released code, and why:
+Differences from the paper and its released code:
 
-- The released code minimises `-p / max(stop_gradient(p), alpha)`. Its gradient is that of Eq. 3, but
-  its value is the constant -1 wherever p >= alpha, so its curve says nothing. Here the loss is the
-  integral of Eq. 3: same gradient, a value that falls as the model learns.
-- Proposition 1 supposes that some lambda satisfies `lambda = sum {p_E : p_E > alpha * lambda}`. Where a
-  class lies on the boundary there is none; `trsft_optimum` gives the minimiser in that case too.
+- The released code minimizes `-p / max(stop_gradient(p), alpha)`. Its gradient is that of Eq. 3, but
+  its value is the constant -1 for all p >= alpha, so it does not show progress. Here, the loss is the
+  integral of Eq. 3, which has the same gradient and decreases as the model learns.
+- Proposition 1 assumes that some lambda satisfies `lambda = sum {p_E : p_E > alpha * lambda}`. If a
+  class lies on the boundary, there is no such lambda; `trsft_optimum` returns the minimizer in that case, too.
 """
 
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def trsft_loss(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> Array:
-    """TrSFT loss: cross-entropy with its gradient cut back outside the trust region.
+    """Computes the TrSFT loss: cross-entropy with a reduced gradient outside the trust region.
 
     With `p = softmax(logits)[label]`::
 
@@ -34,14 +34,15 @@ def trsft_loss(
 
     Args:
       logits: `[..., V, ...]` with the vocabulary at `axis`; any float dtype, computed in float32.
-      labels: integers, the shape of `logits` without `axis`, in `[0, V)`; outside gives NaN.
-      alpha: trust-region bound in (0, 1]. To 0 it becomes cross-entropy, at 1 it is `1 - p`.
-      axis: position of the vocabulary.
+      labels: integers in `[0, V)`, with the shape of `logits` without `axis`; out-of-range labels give NaN.
+      alpha: trust-region bound in (0, 1]. The loss approaches cross-entropy for alpha -> 0 and is `1 - p` for
+        alpha = 1.
+      axis: the vocabulary axis of `logits`.
       where: boolean, broadcastable to `labels`; False gives exactly 0 and no gradient,
-        whatever logits and labels hold there.
+        regardless of the logits and labels.
 
     Returns:
-      float32, the shape of `labels`, unreduced, in `[0, 1 - log(alpha)]`.
+      float32 with the shape of `labels`, unreduced, in `[0, 1 - log(alpha)]`.
 
     Raises:
       ValueError: if `alpha` is not in (0, 1].
@@ -60,10 +61,10 @@ def trsft_loss(
 def trsft_loss_from_logprobs(
     logprobs: ArrayLike, *, alpha: ArrayLike = 0.1, where: ArrayLike | None = None
 ) -> Array:
-    """`trsft_loss` for log-probabilities that are already there.
+    """Computes `trsft_loss` from the log-probabilities of the labels.
 
     Args:
-      logprobs: `[...]` log-probabilities of the expert's tokens, in `[-inf, 0]`.
+      logprobs: `[...]`, log-probabilities of the expert's tokens, in `[-inf, 0]`.
       alpha: trust-region bound in (0, 1].
       where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient.
 
@@ -79,22 +80,22 @@ def trsft_loss_from_logprobs(
 
 
 def trsft_optimum(expert_probs: ArrayLike, *, alpha: float) -> tuple[Array, Array]:
-    """The policy that minimises the expected TrSFT loss of a tabular expert (Proposition 1).
+    """Returns the policy that minimizes the expected TrSFT loss of a tabular expert (Proposition 1).
 
     ::
 
         lambda = min over k >= 1 of max(S_k, p_(k+1) / alpha)
         p*(c)  = p_E(c) / lambda   if p_E(c) > alpha * lambda
-               = the rest          if p_E(c) = alpha * lambda   (shared equally where several tie)
+               = the rest          if p_E(c) = alpha * lambda   (shared equally among ties)
                = 0                 if p_E(c) < alpha * lambda
 
-    with `p_(k)` the k-th largest expert probability and `S_k` the sum of the k largest: the expert's
-    weak modes are pruned, the others renormalised. Usually lambda is `S_k`, the kept mass, as in the
-    paper; where a class lies between (`alpha S_k < p_(k+1) <= alpha S_(k+1)`) no kept mass satisfies
-    Proposition 1, and that class keeps the mass in [0, alpha] which the others leave.
+    where `p_(k)` is the k-th largest expert probability and `S_k` the sum of the k largest. The expert's
+    weak modes are pruned and the others renormalized. Usually, lambda is `S_k`, the kept mass, as in the
+    paper. If a class lies in between (`alpha S_k < p_(k+1) <= alpha S_(k+1)`), no kept mass satisfies
+    Proposition 1, and that class keeps the remaining mass, which is in [0, alpha].
 
     Args:
-      expert_probs: `[V]`, non-negative, sum 1.
+      expert_probs: `[V]`, non-negative, with sum 1.
       alpha: trust-region bound in (0, 1].
 
     Returns:

@@ -1,7 +1,7 @@
 """The family of methods as data: guidance, selection, and the terms of the objective.
 
-`make_method(name)` makes one of `METHODS`. A method of your own is a `Method` that you build, or a subclass of
-`Constants`; pass it to `trapo_jax.train.train`, or name its import path as `method.name`.
+`make_method(name)` builds a method from `METHODS`. To define your own, build a `Method` or write a subclass of
+`Constants`, and pass it to `trapo_jax.train.train` or set `method.name` to its import path.
 """
 
 from trapo_jax.methods.constants import Constants

@@ -1,4 +1,4 @@
-"""Group-relative advantages, on the host."""
+"""Group-relative advantages, computed on the host."""
 
 import numpy as np
 
@@ -6,12 +6,12 @@ STD_FLOOR = 1e-6
 
 
 def group_advantages(rewards: np.ndarray, *, scale_by_std: bool = False) -> np.ndarray:
-    """`A_j = r_j - mean(r)`, over the rollouts of one problem (TRAPO, arXiv 2512.17636).
+    """Computes `A_j = r_j - mean(r)` over the rollouts of one problem (TRAPO, arXiv 2512.17636).
 
     Args:
-      rewards: `[G]` in [0, 1], the group's rollouts, guided and unguided alike.
-      scale_by_std: divide by the standard deviation as GRPO did at first; a group of equal rewards
-        keeps advantages 0. TRAPO does not.
+      rewards: `[G]` in [0, 1], rewards of the group's rollouts, both guided and unguided.
+      scale_by_std: whether to divide by the standard deviation, as in the original GRPO but not in
+        TRAPO; advantages are 0 if all rewards are equal.
 
     Returns:
       float32 `[G]`, computed in float64.

@@ -1,7 +1,7 @@
-"""Constants of methods: typed, validated and documented fields, shared by the methods that honor them.
+"""Constants of methods: typed, validated and documented fields, shared by the methods that use them.
 
-Every method is a frozen pydantic model whose fields are its constants and whose `make` builds the `Method`. The
-fields are the only place where names, defaults, ranges and help sentences of constants are stated.
+Every method is a frozen pydantic model whose fields are its constants and whose `make` builds the `Method`. The fields
+are the single source of truth for the names, defaults, ranges and help sentences of constants.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 class Constants(pydantic.BaseModel):
     """The constants of a method.
 
-    Subclass it to write a method of your own: give fields with defaults and docstrings, and implement `make`.
+    To write your own method, define a subclass with fields that have defaults and docstrings, and implement `make`.
     """
 
     model_config = pydantic.ConfigDict(
@@ -36,18 +36,18 @@ class Constants(pydantic.BaseModel):
         raise NotImplementedError(f"{type(self).__name__}.make")
 
     def resolved(self) -> dict[str, Any]:
-        """Returns the constants by name, with those that follow from others filled in."""
+        """Returns the constants by name, with values that derive from other constants filled in."""
         return {name: getattr(self, name) for name in type(self).model_fields}
 
 
 class NormalizedConstants(Constants):
-    """Constants of methods whose token losses are normalized by a choice."""
+    """Constants of methods with a configurable normalizer of token losses."""
 
     normalizer: Normalizer | None = None
-    """What sums of token losses are divided by; null for the normalizer of each term."""
+    """Denominator of the sums of token losses; null selects the default normalizer of each term."""
 
     def normalize_by(self, default: Normalizer) -> Normalizer:
-        """Returns the chosen normalizer, or the default of a term."""
+        """Returns the configured normalizer, or the default of a term."""
         return self.normalizer or default
 
 
@@ -79,7 +79,7 @@ class PolicyGradientConstants(NormalizedConstants):
     def completion_terms(
         self, normalizer: Normalizer = "constant_mean", *, weight: terms.Weight = 1.0
     ) -> tuple[Term, ...]:
-        """Returns the policy gradient and the regularizers."""
+        """Returns the policy-gradient term and the regularizers."""
         policy_gradient = terms.policy_gradient(
             self.normalize_by(normalizer),
             weight=weight,
@@ -89,7 +89,7 @@ class PolicyGradientConstants(NormalizedConstants):
         return (policy_gradient, *self.regularizers(normalizer))
 
     def regularizers(self, normalizer: Normalizer = "constant_mean") -> tuple[Term, ...]:
-        """Returns the KL divergence and the entropy bonus, if they have a weight."""
+        """Returns the KL divergence and the entropy bonus, if their weights are nonzero."""
         regularizers = []
         if self.kl_weight:
             regularizers.append(terms.divergence(self.kl_weight, self.normalize_by(normalizer)))
@@ -98,7 +98,7 @@ class PolicyGradientConstants(NormalizedConstants):
         return tuple(regularizers)
 
     def method_fields(self) -> dict[str, Any]:
-        """Returns the fields of `Method` that follow from these constants."""
+        """Returns the fields of `Method` that derive from these constants."""
         return {
             "clip_low": self.clip_low,
             "clip_high": self.clip_high,

@@ -1,4 +1,4 @@
-"""A method in words: what `python -m trapo_jax.train --print-method` prints."""
+"""Descriptions of methods, as printed by `python -m trapo_jax.train --print-method`, and their fingerprints."""
 
 import dataclasses
 import json
@@ -11,36 +11,38 @@ from trapo_jax.methods.method import Method, Normalizer, Schedule, Term
 from trapo_jax.methods.micro_grouped import PRESETS
 from trapo_jax.types import MicroGroup, TokenKind
 
-TOKENS = {TokenKind.COMPLETION: "own tokens", TokenKind.EXPERT_TRAINED: "expert tokens"}
+TOKENS = {TokenKind.COMPLETION: "completion tokens", TokenKind.EXPERT_TRAINED: "expert tokens"}
 DENOMINATORS: dict[Normalizer, str] = {
-    "token_mean": "number of such tokens in the batch",
-    "sequence_mean": "such tokens of the rollout, then by the number of rollouts that have any",
+    "token_mean": "the number of these tokens in the batch",
+    "sequence_mean": "the number of these tokens in the rollout, then by the number of rollouts that have any",
     "constant_sum": "max_completion_length",
-    "constant_mean": "max_completion_length * rows of the batch",
+    "constant_mean": "max_completion_length * number of rows in the batch",
 }
 
 
 def describe(method: Method) -> str:
-    """The resolved formulas, weights, normalisers, guidance, constants and source."""
-    lines = [f"{method.name}: {method.source}", "", "objective, the sum of"]
+    """Returns the resolved formulas, weights, normalizers, guidance, constants and source as text."""
+    lines = [f"{method.name}: {method.source}", "", "objective: the sum of"]
     for term in method.terms:
         lines += _describe_term(term)
-    varies = " (varies, see the note)" if method.guidance_varies else ""
-    lines += ["", f"guidance, {method.group_size} rollouts a problem at most{varies}"]
+    varies = " (varies; see the note)" if method.guidance_varies else ""
+    lines += ["", f"guidance: at most {method.group_size} rollouts per problem{varies}"]
     lines += [f"  {_describe_group(group)}" for group in method.micro_groups]
     lines += [f"  prefix boundary: {method.prefix_boundary}"]
     if method.expert_part == "whole":
-        lines.append("  the expert is the whole text, the answer after a thought included")
+        lines.append("  expert solution: the whole text, including the answer after the thought")
     if method.second_expert_last:
-        lines.append("  the last micro-group uses the second expert where there is one")
+        lines.append("  the last micro-group uses the second expert solution if there is one")
     if method.extra_rows_per_problem:
-        lines.append(f"  beside each problem {method.extra_rows_per_problem} rows of other experts")
+        lines.append(
+            f"  {method.extra_rows_per_problem} additional expert rows per problem, from other problems"
+        )
     if method.notes:
         lines += ["", *(f"note: {note}" for note in method.notes)]
     lines += ["", *_table("constants (method.NAME=VALUE)", method.constants)]
     lines += _table("published settings, not set by the method", method.published)
     if len(method.optimizers) > 1:
-        lines.append(f"optimiser states: {', '.join(method.optimizers)}")
+        lines.append(f"optimizer states: {', '.join(method.optimizers)}")
     if "preset" in method.constants:
         lines += ["", *_preset_differences()]
     return "\n".join(lines)
@@ -85,10 +87,10 @@ def _preset_differences() -> list[str]:
 
 
 def fingerprint(method: Method) -> dict[str, Any]:
-    """Returns JSON-serializable data that identifies a method, one of the family or from outside.
+    """Returns JSON-serializable data that identifies a built-in or user-defined method.
 
-    Two methods with the same fingerprint have the same name, constants, guidance, selection and terms as far as these
-    are described by names and formulas.
+    Two methods with the same fingerprint have the same name, constants, guidance, selection and terms, to the extent
+    that names and formulas describe them.
     """
     return {
         "name": method.name,
@@ -118,12 +120,12 @@ def fingerprint(method: Method) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Returns the value as JSON would give it back."""
+    """Returns the value after a round trip through JSON."""
     return json.loads(json.dumps(value))
 
 
 def _qualified_name(function: Any) -> str:
-    """Returns where a function or callable object is defined, with the arguments that it is bound to."""
+    """Returns the qualified name of a function or callable object, with its bound arguments."""
     if isinstance(function, partial):
         bound = [_qualified_name(x) if callable(x) else repr(x) for x in function.args]
         bound += [

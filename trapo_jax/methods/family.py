@@ -1,16 +1,16 @@
-"""The family: every method as a class of constants that makes a `Method`, and `METHODS`, which names them.
+"""The family of methods: every method is a class of constants that builds a `Method`; `METHODS` maps names to classes.
 
-If a source was looked up, its docstring names the file; the others follow the project's design document, which was not
-checked against the source. Published settings that belong to other sections of the config (learning rate, problems
-per step) are kept in `Method.published`: they are printed, not applied.
+If the source code of a method was consulted, the docstring of its class names the file. The other methods follow the
+project's design document, which was not checked against the source. Published settings that belong to other sections
+of the config (learning rate, problems per step) are stored in `Method.published`; they are printed but not applied.
 
-Departures from the papers:
+Differences from the papers:
 
 - Token losses are divided by rows * max_completion_length (`constant_mean`) if a source divides a sum by a constant
-  or leaves the normalizer open. With this normalizer a token counts the same whatever the other lengths in the batch
-  are. SFT losses are divided by the number of trained tokens of the whole batch, not of a micro-batch.
-- Advantages are not divided by the group's standard deviation, as in TRAPO, except for CHORD and UFT, whose code does.
-- Of the rollouts that start from the same expert prefix, only one has the loss on it.
+  or leaves the normalizer open. With this normalizer, the weight of a token does not depend on the other lengths in the
+  batch. SFT losses are divided by the number of trained tokens of the whole batch, not of a micro-batch.
+- As in TRAPO, advantages are not divided by the group's standard deviation, except for CHORD and UFT, whose code does.
+- Among rollouts that start from the same expert prefix, only one has a loss on the prefix.
 """
 
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ class Sft(ExpertConstants):
 
 
 class Grpo(PolicyGradientConstants):
-    """GRPO as TRAPO's paper compares with it: the same step without guidance."""
+    """GRPO as in the comparison of the TRAPO paper: the same step without guidance."""
 
     num_rollouts: Count = 8
     """Rollouts per problem."""

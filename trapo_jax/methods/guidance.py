@@ -1,6 +1,6 @@
-"""How much of the expert a group's rollouts start from. Host only, no jax.
+"""How much of the expert solution the rollouts of a group start from. Runs on the host, without jax.
 
-A group is a tuple of micro-groups (see `Guidance`); a `vary` function changes it with the moment and the problem.
+A group is a tuple of micro-groups (see `Guidance`). A `vary` function adapts it to the moment and the problem.
 """
 
 import dataclasses
@@ -10,28 +10,28 @@ import numpy as np
 
 from trapo_jax.types import MicroGroup, Moment, Problem
 
-ALWAYS, NEVER = 2.0, -1.0  # thresholds that every mean of rewards in [0, 1] is below, above
+ALWAYS, NEVER = 2.0, -1.0  # thresholds above and below every mean reward in [0, 1]
 
 MicroGroups = tuple[MicroGroup, ...]
 
 
 def unguided(size: int) -> MicroGroups:
-    """`size` rollouts from the prompt alone."""
+    """Returns `size` rollouts that start from the prompt alone."""
     return (MicroGroup(size, 0.0, NEVER),)
 
 
 def rollouts_and_expert(num_rollouts: int) -> MicroGroups:
-    """`num_rollouts` unguided rollouts, and the whole expert solution as one more."""
+    """Returns `num_rollouts` unguided rollouts, and the whole expert solution as an additional one."""
     return (*unguided(num_rollouts), *whole_expert())
 
 
 def whole_expert() -> MicroGroups:
-    """The expert's whole solution; nothing is sampled."""
+    """Returns the whole expert solution; nothing is sampled."""
     return (MicroGroup(1, 1.0, ALWAYS),)
 
 
 def cosine(progress: float, *, start: float, end: float) -> float:
-    """From `start` at 0 along half a cosine wave to `end` at 1, and constant outside.
+    """Returns a half-cosine interpolation from `start` at progress 0 to `end` at 1; constant outside [0, 1].
 
     >>> cosine(0.5, start=0.9, end=0.1)
     0.5
@@ -42,10 +42,10 @@ def cosine(progress: float, *, start: float, end: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class BinomialHints:
-    """UFT: all rollouts of a problem start from k of `num_slices` equal slices of the expert.
+    """UFT: all rollouts of a problem start from the first k of `num_slices` equal slices of the expert solution.
 
-    `k ~ Binomial(num_slices, q)`, q from `high` at step 0 along a cosine to `low` at `num_steps`; no slice after
-    that. Drawn anew for each problem and step, by the run's seed.
+    `k ~ Binomial(num_slices, q)`, where q follows a cosine from `high` at step 0 to `low` at step `num_steps` and is 0
+    afterwards. k is drawn for each problem and step; it depends on the run's seed.
     """
 
     num_slices: int
@@ -67,7 +67,7 @@ class BinomialHints:
 
 @dataclasses.dataclass(frozen=True)
 class CosinePrefix:
-    """Prefix-RFT: the last micro-group's ratio goes from `start` along a cosine to `end` over the run."""
+    """Prefix-RFT: the last micro-group's ratio follows a cosine from `start` to `end` over the run."""
 
     start: float
     end: float
@@ -80,7 +80,7 @@ class CosinePrefix:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertFirst:
-    """SFT, then RL: the whole expert until `until` of the run is over, the given micro-groups afterwards."""
+    """SFT, then RL: the whole expert solution while progress is below `until`, the given micro-groups afterwards."""
 
     until: float
 

@@ -1,4 +1,4 @@
-"""Methods by name or import path, with their constants."""
+"""Builds methods from their names or import paths, and their constants."""
 
 import dataclasses
 import difflib
@@ -15,15 +15,15 @@ from trapo_jax.types import UserError
 
 
 def make_method(name: str, **constants: Any) -> Method:
-    """Returns a method.
+    """Builds a method.
 
     Args:
-      name: a key of `METHODS`, or the import path `package.module:name` of a `Constants` class, of a `Method`, or of a
-        function without arguments that returns one.
+      name: a key of `METHODS`, or the import path `package.module:name` of a subclass of `Constants`, of a `Method`, or
+        of a function without arguments that returns a `Method`.
       **constants: values that differ from the method's defaults.
 
     Raises:
-      UserError: for an unknown name or constant, or a value out of range.
+      UserError: if the name or a constant is unknown, or a value is out of range.
     """
     values = read_constants(name, constants)
     if values is not None:
@@ -33,17 +33,17 @@ def make_method(name: str, **constants: Any) -> Method:
     method = found() if callable(found) else found
     if not isinstance(method, Method):
         raise UserError(
-            f"method.name={name}: gives a {type(method).__name__}; name a Method, a subclass of Constants, or a "
-            "function that returns a Method"
+            f"method.name={name}: expected a Method, a subclass of Constants, or a function that returns a Method; "
+            f"got a {type(method).__name__}"
         )
     return method
 
 
 def read_constants(name: str, given: dict[str, Any]) -> Constants | None:
-    """Returns the validated constants of a method; None for a method from outside that has none.
+    """Returns the validated constants of a method, or None for a user-defined method without constants.
 
     Raises:
-      UserError: with one line per mistake.
+      UserError: if constants are unknown or invalid, with one line per mistake.
     """
     found = find_method(name)
     if not (isinstance(found, type) and issubclass(found, Constants)):
@@ -51,7 +51,7 @@ def read_constants(name: str, given: dict[str, Any]) -> Constants | None:
             raise UserError(f"method.{next(iter(given))}: {name} has no constants")
         return None
     try:
-        # Strict JSON mode accepts neither "3" for 3 nor true for 1, but lists as YAML gives them.
+        # Strict JSON mode rejects "3" for 3 and true for 1, but accepts lists for tuples, as they come from YAML.
         return found.model_validate_json(json.dumps(given), strict=True)
     except pydantic.ValidationError as error:
         names = list(found.model_fields)
@@ -62,7 +62,7 @@ def read_constants(name: str, given: dict[str, Any]) -> Constants | None:
 
 
 def constant_names(name: Any) -> list[str]:
-    """Returns the names of a method's constants; none for an unknown method and for one from outside without any."""
+    """Returns the names of a method's constants; [] for an unknown method or one without constants."""
     if not isinstance(name, str):
         return []
     found = find_method(name) if ":" in name else METHODS.get(name)
@@ -72,12 +72,12 @@ def constant_names(name: Any) -> list[str]:
 
 
 class ConstantHelp(NamedTuple):
-    """A constant that one or several methods have.
+    """A constant of one or several methods.
 
     Attributes:
       name: the constant's name.
       annotation: its type.
-      sentence: what it does.
+      sentence: its help sentence.
       defaults: its default value in each method that has it.
     """
 
@@ -98,7 +98,7 @@ def list_constants() -> list[ConstantHelp]:
 
 
 def find_method(name: str) -> Any:
-    """Returns what a name or import path of a method stands for.
+    """Returns the object that the name or import path of a method refers to.
 
     Raises:
       UserError: if there is no such method.
@@ -107,7 +107,7 @@ def find_method(name: str) -> Any:
         return import_object(name, "method.name")
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, n=1)
-        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(METHODS)}"
+        known = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(METHODS)}"
         raise UserError(f"method.name={name!r}: no such method; {known}")
     return METHODS[name]
 
@@ -117,6 +117,6 @@ def _explain(method: str, names: list[str], error: Any) -> str:
     value = json.dumps(error["input"], default=str)
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(field, names, n=1)
-        known = f"did you mean {close[0]}?" if close else f"it has {', '.join(names) or 'none'}"
+        known = f"did you mean {close[0]}?" if close else f"available: {', '.join(names) or 'none'}"
         return f"method.{field}={value}: {method} has no such constant; {known}"
     return f"method.{field}={value}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -1,8 +1,8 @@
-"""What a method is: data and pure functions that the one training loop asks.
+"""The definition of a method: data and pure functions that the training loop uses.
 
-A step goes like this. `micro_groups_at` says how a problem's rollouts are guided. When they have been sampled and
-judged, `select` turns them into updates: which rollouts become rows, with which advantage, and whose prefix is
-trained. The `terms` are the objective of every update; their weights are worked out on the host for the moment.
+In each step, `micro_groups_at` determines how a problem's rollouts are guided. After they have been sampled and graded,
+`select` turns them into updates: it chooses which rollouts become rows, their advantages, and which prefixes are
+trained. The `terms` form the objective of every update; their weights are computed on the host for each step.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ Vary = Callable[[tuple[MicroGroup, ...], Moment, Problem], tuple[MicroGroup, ...
 
 
 class TokenInputs(NamedTuple):
-    """What a loss may look at, each `[B, T - 1]` but the last: one entry a predicted token."""
+    """The inputs of a token loss. Arrays are `[B, T - 1]`, with one element per predicted token."""
 
     logprobs: jax.Array  # float32, differentiable
     old_logprobs: jax.Array  # float32, before the batch's first update; see `ratio_to`
-    ref_logprobs: (
-        Any  # float32, of the model the run began with; None unless `Method.needs_reference`
-    )
+    ref_logprobs: Any  # float32, of the initial model; None unless `Method.needs_reference`
     advantages: jax.Array  # float32
     where: jax.Array  # bool, tokens of the term's kind
-    entropies: jax.Array  # float32, of the policy's distribution at the token, differentiable
-    segment_ids: jax.Array  # int32, tokens of one rollout have one id; 0 in the pad
-    num_segments: int  # above every id
+    entropies: (
+        jax.Array
+    )  # float32, entropy of the policy's distribution at the token, differentiable
+    segment_ids: jax.Array  # int32, the same for all tokens of a rollout; 0 for padding
+    num_segments: int  # exclusive upper bound on segment ids
 
 
 TokenLoss = Callable[[TokenInputs], jax.Array]  # per-token values
@@ -40,7 +40,7 @@ TokenLoss = Callable[[TokenInputs], jax.Array]  # per-token values
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A number that depends on the moment, and its formula."""
+    """A scalar that depends on the moment, with its formula."""
 
     at: Callable[[Moment], float]
     formula: str
@@ -68,7 +68,7 @@ class Term:
 def unvaried(
     micro_groups: tuple[MicroGroup, ...], moment: Moment, problem: Problem
 ) -> tuple[MicroGroup, ...]:
-    """The same guidance for every problem at every moment."""
+    """Returns the same micro-groups for every problem and moment."""
     del moment, problem
     return micro_groups
 
@@ -78,25 +78,25 @@ class Method:
     """Guidance, selection and objective of a method.
 
     Attributes:
-      name: for people.
-      micro_groups: of a group, in order; no group is ever larger than these.
-      terms: the objective.
+      name: name that is shown to the user.
+      micro_groups: the micro-groups of a group, in order; they determine the maximum group size.
+      terms: the terms of the objective.
       source: where the method comes from.
-      vary: the micro-groups of a moment and a problem.
+      vary: returns the micro-groups for a moment and a problem.
       prefix_boundary, second_expert_last: see `Guidance`.
       expert_part: which part of an expert's text is the expert solution.
-      select: what is trained of what was sampled, and the method's state afterwards.
-      optimizers: names of the optimiser states that `Update.optimizer` chooses among, the usual one first.
-      extra_rows_per_problem: rows of experts beside a problem's rollouts, whose problems are drawn anew.
-      buffer_size: rows of an update that does not come from the step's own problems, at most.
-      needs_reference: a term looks at the log-probabilities of the model the run began with.
-      max_applied_grad_norm: an update with a larger gradient is skipped.
-      depends_on_length: guidance, selection or weights depend on the length of the run.
-      alpha: bound of the trust region that the metrics look at.
-      clip_low, clip_high: bounds on the policy ratio that the metrics look at.
-      constants: by name, what `make_method` was given or took by default.
+      select: selects the updates from the rollouts of a step, and returns the method's state afterwards.
+      optimizers: names of the optimizer states that `Update.optimizer` can refer to, the default first.
+      extra_rows_per_problem: number of expert rows in addition to a problem's rollouts, from separately drawn problems.
+      buffer_size: maximum number of rows of an update that does not train the problems of the step.
+      needs_reference: whether a term uses log-probabilities of the initial model.
+      max_applied_grad_norm: updates with a larger gradient norm are skipped.
+      depends_on_length: whether guidance, selection or weights depend on the length of the run.
+      alpha: trust-region bound that the metrics use.
+      clip_low, clip_high: bounds on the policy ratio that the metrics use.
+      constants: the resolved constants of the method, by name.
       published: settings of the source that belong to other sections of the config.
-      notes: what a reader of the formulas should know besides, one sentence each.
+      notes: additional information about the formulas, one sentence each.
     """
 
     name: str
@@ -123,7 +123,7 @@ class Method:
 
     @property
     def group_size(self) -> int:
-        """Rollouts of a problem, at most."""
+        """Maximum number of rollouts per problem."""
         return sum(group.size for group in self.micro_groups)
 
     @property
@@ -146,11 +146,11 @@ class Method:
         return self.vary(self.micro_groups, moment, problem)
 
     def max_rows(self, problems_per_step: int) -> int:
-        """Rows of one update, at most: batches of all steps have one shape."""
+        """Returns the maximum number of rows of one update, which fixes the shape of the batches of all steps."""
         rows_per_problem = self.group_size + self.extra_rows_per_problem
         return max(problems_per_step * rows_per_problem, self.buffer_size)
 
     def coefficients(self, moment: Moment, *, learning_rate: float) -> dict[str, np.float32]:
-        """The numbers that an update is given as data, so that no change of them compiles anything anew."""
+        """Returns the scheduled scalars of an update. They are traced inputs, so changing them never recompiles."""
         weights = {term.name: np.float32(term.weight_at(moment)) for term in self.terms}
         return {**weights, "learning_rate": np.float32(learning_rate)}

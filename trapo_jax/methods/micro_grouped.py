@@ -1,4 +1,4 @@
-"""TRAPO, and methods with its micro-groups: the ablations of its Table 2 and a variant of this project."""
+"""TRAPO, and methods with its micro-groups: the ablations of the paper's Table 2, and a variant of this project."""
 
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -19,7 +19,9 @@ from trapo_jax.types import MicroGroup, PrefixBoundary
 
 Alpha = Annotated[float, Field(gt=0.0, le=1.0)]
 Preset = Literal["paper", "reference"]
-MicroGroupTable = tuple[tuple[Count, Share, float], ...]  # size, ratio, threshold of each
+MicroGroupTable = tuple[
+    tuple[Count, Share, float], ...
+]  # (size, ratio, threshold) of each micro-group
 
 
 class PresetValues(NamedTuple):
@@ -48,16 +50,16 @@ PRESETS: dict[Preset, PresetValues] = {
 
 
 class MicroGrouped(PolicyGradientConstants):
-    """Micro-groups with some loss on the expert tokens, or none."""
+    """Base class of methods with TRAPO's micro-groups, with or without a loss on expert tokens."""
 
     preset: Preset = "paper"
-    """Guidance as in the paper or as in the released code; the three constants below replace parts of it."""
+    """Guidance of the paper or of the released code; the three constants below override parts of it."""
     micro_groups: Annotated[MicroGroupTable, Field(min_length=1)] | None = None
-    """[size, ratio, threshold] of each micro-group, in order; null for the preset's."""
+    """[size, ratio, threshold] of each micro-group, in order; null uses the preset's value."""
     prefix_boundary: PrefixBoundary | None = None
-    """Where an expert prefix ends: exact, or at the end of a paragraph; null for the preset's."""
+    """Where an expert prefix ends: at the exact token or at the end of a paragraph; null uses the preset's value."""
     second_expert_last: bool | None = None
-    """Whether the last micro-group uses a problem's second expert solution; null for the preset's."""
+    """Whether the last micro-group uses a problem's second expert solution; null uses the preset's value."""
 
     def resolved(self) -> dict[str, Any]:
         preset = PRESETS[self.preset]
@@ -92,7 +94,7 @@ class MicroGrouped(PolicyGradientConstants):
 
 
 class MicroGroupGrpo(MicroGrouped):
-    """TRAPO's guidance alone; expert tokens are context."""
+    """TRAPO's guidance without a loss on expert tokens, which are context only."""
 
     source = "micro-groups alone, an ablation of arXiv 2512.17636, Table 2"
 
@@ -108,7 +110,7 @@ class MicroGroupSft(MicroGrouped, ExpertConstants):
 
 
 class MicroGroupLuffy(MicroGrouped, ExpertConstants):
-    """TRAPO's guidance with LUFFY's loss on expert tokens, with the advantage of the row that trains them."""
+    """TRAPO's guidance with LUFFY's loss on expert tokens, which uses the advantage of the row that trains them."""
 
     source = "micro-groups and LUFFY's loss, an ablation of arXiv 2512.17636, Table 2"
 
@@ -126,7 +128,7 @@ class Trapo(MicroGrouped, ExpertConstants):
     source = "TRAPO, arXiv 2512.17636"
 
     alpha: Alpha = 0.1
-    """TrSFT's trust-region bound: expert tokens with a lower probability get a reduced gradient."""
+    """Trust-region bound of TrSFT; expert tokens with a lower probability have a reduced gradient."""
 
     def expert_terms(self) -> tuple[Term, ...]:
         normalizer = self.normalize_by("constant_mean")
@@ -137,11 +139,12 @@ class Trapo(MicroGrouped, ExpertConstants):
 
 
 class TrapoPlus(PolicyGradientConstants, ExpertConstants):
-    """TRAPO that takes the expert solution whole or not at all, and trains only rows that have a gradient.
+    """A variant of TRAPO that uses either the whole expert solution or none of it, and skips rows without a gradient.
 
-    `num_rollouts` unguided rollouts; if their mean reward is below `threshold`, the whole expert solution is one
-    more. Rollouts without an advantage or an expert prefix are left out, also of the mean over rollouts. A step on
-    solved problems therefore costs no trained tokens, and a run with a budget of trained tokens makes more steps.
+    A group has `num_rollouts` unguided rollouts. If their mean reward is below `threshold`, the whole expert solution
+    is added. Rollouts with neither an advantage nor an expert prefix are excluded, also from the denominator of the
+    mean over rollouts. Therefore, a step on solved problems uses no trained tokens, and a run with a budget of trained
+    tokens takes more steps.
     """
 
     num_rollouts: Count = 7
@@ -149,7 +152,7 @@ class TrapoPlus(PolicyGradientConstants, ExpertConstants):
     threshold: Share = 0.5
     """The expert solution is used if the mean reward of the rollouts is below this value."""
     alpha: Alpha = 0.1
-    """TrSFT's trust-region bound: expert tokens with a lower probability get a reduced gradient."""
+    """Trust-region bound of TrSFT; expert tokens with a lower probability have a reduced gradient."""
 
     def make(self) -> Method:
         return Method(

@@ -1,4 +1,4 @@
-"""Methods that learn from rollouts and expert solutions at once: LUFFY, RL + SFT, ReLIFT, HPT and SRFT."""
+"""Methods that learn from both rollouts and expert solutions: LUFFY, RL + SFT, ReLIFT, HPT and SRFT."""
 
 from functools import partial
 
@@ -12,14 +12,14 @@ from trapo_jax.methods.method import Method
 
 
 class Luffy(MixedConstants):
-    """LUFFY: the expert solution is one more rollout of the group, with a shaped policy gradient.
+    """LUFFY: the expert solution is an additional rollout of the group, with a shaped policy gradient.
 
-    `mix_src/mix_core_alg.py` of its code: no clipping, sums divided by a constant, advantages not divided by the
-    standard deviation.
+    As in `mix_src/mix_core_alg.py` of the released code, there is no clipping, sums are divided by a constant, and
+    advantages are not divided by the standard deviation.
     """
 
     num_rollouts: Count = 7
-    """Rollouts per problem, besides the expert solution."""
+    """Rollouts per problem, in addition to the expert solution."""
     gamma: Weight = 0.1
     """Shaping constant of the policy gradient on expert tokens, -A p / (p + gamma)."""
 
@@ -43,10 +43,10 @@ class Luffy(MixedConstants):
 
 
 class RlPlusSft(MixedConstants):
-    """RL and SFT side by side, a baseline of LUFFY's paper; the expert solution is not part of the baseline reward."""
+    """RL with an SFT loss, a baseline of the LUFFY paper. The mean reward excludes the expert solution."""
 
     num_rollouts: Count = 7
-    """Rollouts per problem, besides the expert solution."""
+    """Rollouts per problem, in addition to the expert solution."""
 
     def make(self) -> Method:
         return Method(
@@ -67,16 +67,16 @@ class RlPlusSft(MixedConstants):
 
 
 class Relift(MixedConstants):
-    """ReLIFT: RL, and SFT on problems that no rollout solved as soon as enough of them are buffered.
+    """ReLIFT: RL, with SFT updates on buffered problems that no rollout solved.
 
-    `relift/trainer.py` of its code: the SFT update follows that of the step, takes the oldest problems, and has an
-    AdamW state of its own. (The scripts published later buffer 64 problems and have no entropy bonus.)
+    As in `relift/trainer.py` of the released code, the SFT update follows the RL update of the step, trains the oldest
+    problems, and has a separate AdamW state. Scripts published later buffer 64 problems and have no entropy bonus.
     """
 
     num_rollouts: Count = 8
     """Rollouts per problem."""
     buffer_size: Count = 128
-    """Number of unsolved problems that make an SFT update."""
+    """Number of buffered unsolved problems that trigger an SFT update."""
     expert_entropy_weight: Weight = 0.001
     """Weight of the entropy bonus on expert tokens."""
     sft_learning_rate_scale: Weight = 1.0
@@ -102,7 +102,7 @@ class Relift(MixedConstants):
             source="ReLIFT, arXiv 2506.07527, relift/trainer.py",
             published={"train.problems_per_step": 128, "train.learning_rate": 1e-6},
             notes=(
-                "completion and expert tokens are never in the same update, and each kind has an optimizer state",
+                "completion and expert tokens are trained in separate updates, each with its own optimizer state",
             ),
             expert_part="whole",
             **self.method_fields(),
@@ -110,18 +110,18 @@ class Relift(MixedConstants):
 
 
 class Hpt(MixedConstants):
-    """HPT: a problem that the policy cannot solve is learned from its expert solution, any other by RL.
+    """HPT: problems that the policy cannot solve are trained on their expert solutions, all others by RL.
 
-    `mix_trainer.py` of its code (`select_on_off_ada_balance`, `unify_strategy=switch`): gate 0 for Qwen, 2 for Llama; SFT
-    coefficient 1.0, 0.3 for models of 1.5B parameters.
+    In `mix_trainer.py` of the released code (`select_on_off_ada_balance`, `unify_strategy=switch`), the gate is 0 for
+    Qwen and 2 for Llama, and the SFT coefficient is 1.0, or 0.3 for models with 1.5B parameters.
     """
 
     num_rollouts: Count = 8
     """Rollouts per problem."""
     gate: Weight = 0.0
-    """A problem solved at most this many times trains its expert solution in place of its rollouts."""
+    """A problem solved at most this many times is trained on its expert solution instead of its rollouts."""
     max_applied_grad_norm: Weight = 80.0
-    """Updates whose gradient has a larger norm are skipped."""
+    """Updates with a larger gradient norm are skipped."""
 
     def make(self) -> Method:
         return Method(
@@ -140,7 +140,7 @@ class Hpt(MixedConstants):
             source="HPT, arXiv 2509.04419, mix_trainer.py",
             published={"train.learning_rate": 5e-6},
             notes=(
-                "a problem solved at most `gate` times trains one expert solution and none of its rollouts",
+                "a problem solved at most `gate` times is trained on one expert solution instead of its rollouts",
             ),
             expert_part="whole",
             **self.method_fields(),
@@ -148,14 +148,14 @@ class Hpt(MixedConstants):
 
 
 class Srft(MixedConstants):
-    """SRFT: SFT and RL in one step, each weighted by the policy's entropy over the row, as ported by HPT.
+    """SRFT: SFT and RL in one step, each weighted by the policy's mean entropy over the row, as ported by HPT.
 
-    `mix_core_algos.py` (`compute_token_on_off_policy_srft_loss`, `srft_type="paper"`), without its clipping of
-    log-probabilities.
+    Follows `mix_core_algos.py` (`compute_token_on_off_policy_srft_loss`, `srft_type="paper"`), except that
+    log-probabilities are not clipped.
     """
 
     num_rollouts: Count = 7
-    """Rollouts per problem, besides the expert solution."""
+    """Rollouts per problem, in addition to the expert solution."""
     expert_weight: Weight = 0.5
     """Weight of the entropy-weighted cross-entropy on expert tokens."""
     gamma: Weight = 0.1
@@ -182,7 +182,8 @@ class Srft(MixedConstants):
             ),
             source="SRFT, arXiv 2506.19767, as ported by HPT (srft_type=paper)",
             notes=(
-                "a rollout's advantage is the sign of its reward; the expert solution's is over all rows",
+                "the advantage of a rollout is +1 for full reward and -1 otherwise; that of the expert solution is "
+                "relative to the mean over all rows",
             ),
             expert_part="whole",
             **self.method_fields(),

@@ -1,4 +1,4 @@
-"""Methods whose guidance or weights change during the run: SFT then GRPO, CHORD, UFT and Prefix-RFT."""
+"""Methods whose guidance or weights change during the run: SFT-then-GRPO, CHORD, UFT and Prefix-RFT."""
 
 from functools import partial
 from typing import Annotated, NamedTuple
@@ -20,12 +20,12 @@ from trapo_jax.types import MicroGroup, Moment
 
 
 class SftThenGrpo(MixedConstants):
-    """SFT for a share of the run, in units of its budget, then GRPO with the same optimizer state and data order."""
+    """SFT for a share of the run's budget, then GRPO with the same optimizer state and data order."""
 
     num_rollouts: Count = 8
     """Rollouts per problem in the second stage."""
     sft_share: Share = 0.5
-    """Share of the run that is SFT."""
+    """Share of the run that is spent on SFT."""
     sft_learning_rate_scale: Weight = 1.0
     """Multiplies the learning rate during SFT."""
 
@@ -46,13 +46,15 @@ class SftThenGrpo(MixedConstants):
             ),
             depends_on_length=True,
             source="SFT, then GRPO; a baseline of arXiv 2512.17636, Table 1",
-            notes=("batches hold only expert solutions until sft_share of the run, then none",),
+            notes=(
+                "batches contain only expert solutions until sft_share of the run, and none afterwards",
+            ),
             **self.method_fields(),
         )
 
 
 class ChordConstants(MixedConstants):
-    """Constants that both variants of CHORD share."""
+    """Constants shared by both variants of CHORD."""
 
     clip_low: Share | None = 0.2
     """Clips the ratio of the new to the old policy below 1 - clip_low; null for no bound."""
@@ -66,7 +68,7 @@ class ChordConstants(MixedConstants):
     """Expert solutions of other problems per rollout."""
 
     def make_chord(self, name: str, cross_entropy: Term, weight: terms.Weight) -> Method:
-        """Returns the method with an SFT term, and a weight on the terms on completions."""
+        """Builds the method from an SFT term and the weight of the policy gradient."""
         return Method(
             name="",
             micro_groups=unguided(self.num_rollouts),
@@ -78,15 +80,15 @@ class ChordConstants(MixedConstants):
             extra_rows_per_problem=round(self.num_rollouts * self.expert_rows_per_rollout),
             source=f"{name}, arXiv 2508.11408, Trinity-RFT, chord_policy_loss.py",
             published={"rollouts per step": 64, "expert rows per step": 256},
-            notes=("the expert rows are of problems drawn in addition to those of the step",),
+            notes=("expert rows come from problems drawn in addition to those of the step",),
             **self.method_fields(),
         )
 
 
 class Chord(ChordConstants):
-    """CHORD-mu: SFT on a separate expert batch beside clipped GRPO, with a share that falls.
+    """CHORD-mu: clipped GRPO plus SFT on a separate expert batch, whose share mu decreases during the run.
 
-    `chord_policy_loss.py` of Trinity-RFT; mu depends on the step.
+    Follows `chord_policy_loss.py` of Trinity-RFT; mu depends on the step.
     """
 
     mu_peak: Share = 0.9
@@ -109,7 +111,7 @@ class Chord(ChordConstants):
 
 
 class ChordPhi(ChordConstants):
-    """CHORD-phi: like CHORD-mu, with a constant mu and SFT weighted by p (1 - p)."""
+    """CHORD-phi: like CHORD-mu, but with a constant mu and token weights p (1 - p) in SFT."""
 
     mu: Share = 0.1
     """Share of SFT."""
@@ -122,7 +124,7 @@ class ChordPhi(ChordConstants):
 
 
 class Mu(NamedTuple):
-    """CHORD's share of SFT: linear warm-up from 0 to `peak`, then along a cosine to `valley`."""
+    """CHORD's share of SFT: linear warm-up from 0 to `peak`, then cosine decay to `valley`."""
 
     peak: float
     valley: float
@@ -137,10 +139,11 @@ class Mu(NamedTuple):
 
 
 class Uft(MixedConstants):
-    """UFT: all rollouts of a problem start from a hint whose length falls; the hint is trained with a small weight.
+    """UFT: all rollouts of a problem start from a hint that shortens during the run and is trained with a small weight.
 
-    `rl_dataset.py` and `run.py` of its code: q falls from 0.95 to 0.05 over 300 steps, and there are no hints after
-    that. Slices are of tokens here and of sentences there; a whole hint is the whole solution, and nothing is sampled.
+    As in `rl_dataset.py` and `run.py` of the released code, q decreases from 0.95 to 0.05 over 300 steps, and there are
+    no hints afterwards. Here, slices consist of tokens rather than sentences, and if the hint is the whole solution,
+    nothing is sampled.
     """
 
     clip_low: Share | None = 0.2
@@ -156,13 +159,13 @@ class Uft(MixedConstants):
     num_rollouts: Count = 8
     """Rollouts per problem."""
     hint_slices: Annotated[int, Field(ge=0)] = 5
-    """Number of slices that an expert solution is divided into."""
+    """Number of slices into which an expert solution is divided."""
     hint_high: Share = 0.95
-    """Probability of a slice being part of the hint at the first step."""
+    """Probability that a slice is part of the hint at the first step."""
     hint_low: Share = 0.05
-    """Probability of a slice being part of the hint at step hint_steps."""
+    """Probability that a slice is part of the hint at step hint_steps."""
     hint_steps: Annotated[int, Field(ge=0)] = 300
-    """Steps with hints."""
+    """Number of steps with hints."""
 
     def make(self) -> Method:
         return Method(
@@ -179,27 +182,27 @@ class Uft(MixedConstants):
             source="UFT, arXiv 2505.16984, rl_dataset.py",
             published={"train.problems_per_step": 256, "train.learning_rate": 1e-6},
             notes=(
-                "a hint has Binomial(hint_slices, q) slices; q follows a cosine over hint_steps, then no hints",
+                "a hint has Binomial(hint_slices, q) slices; q follows a cosine over hint_steps and is 0 afterwards",
             ),
             **self.method_fields(),
         )
 
 
 class PrefixRft(MixedConstants):
-    """Prefix-RFT: one rollout of a group starts from a prefix, whose uncertain tokens get the policy gradient.
+    """Prefix-RFT: one rollout of a group starts from a prefix, whose high-entropy tokens have a policy gradient.
 
-    From secondary descriptions alone. They disagree on whether the prefix length is drawn at random below the cosine;
-    here it is the cosine.
+    This implementation follows secondary descriptions only. They disagree on whether the prefix ratio is the cosine or
+    is drawn at random below it; here, it is the cosine.
     """
 
     num_rollouts: Count = 7
-    """Unguided rollouts per problem, besides the one with a prefix."""
+    """Unguided rollouts per problem, in addition to the one with a prefix."""
     prefix_start: Share = 0.95
     """Ratio of the prefix at the start of the run."""
     prefix_end: Share = 0.05
     """Ratio of the prefix at the end of the run."""
     top_entropy_share: Share = 0.2
-    """Share of the prefix tokens, those with the highest entropy, that are trained."""
+    """Share of prefix tokens that are trained; those with the highest entropy are selected."""
 
     def make(self) -> Method:
         return Method(
@@ -219,6 +222,6 @@ class PrefixRft(MixedConstants):
             ),
             depends_on_length=True,
             source="Prefix-RFT, arXiv 2507.01679, from secondary descriptions",
-            notes=("the ratio of the prefix falls along a cosine over the run",),
+            notes=("the ratio of the prefix follows a cosine over the run",),
             **self.method_fields(),
         )

@@ -1,7 +1,7 @@
-"""From what a step has sampled to what it trains. Host only, no jax; pure functions of their arguments.
+"""Selection of training rows from the rollouts of a step. Pure functions that run on the host, without jax.
 
-`Sampled` holds the rollouts with their rewards and the method's state, `Selection` the updates to be made, in
-order, and the state afterwards. A state is what JSON can hold: it lies in the checkpoint.
+`Sampled` has the rollouts with their rewards and the method's state. `Selection` has the updates to perform, in order,
+and the state afterwards. The state must be JSON-serializable, since it is part of checkpoints.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,15 +24,16 @@ Group = Sequence[Rollout]
 
 
 class Sampled(NamedTuple):
-    """What a step has sampled, and what a method may look at besides.
+    """The rollouts of a step, and other inputs that a method may use to select updates.
 
     Attributes:
-      groups: the rollouts of each problem, by `sample_index`.
-      moment: of the step.
-      state: of the method, {} at the start of a run.
-      extra_problems: problems with experts, drawn beside the step's own (`Method.extra_rows_per_problem`).
+      groups: the rollouts of each problem, ordered by `sample_index`.
+      moment: the current step.
+      state: the method's state; {} at the start of a run.
+      extra_problems: problems with expert solutions, drawn in addition to those of the step
+        (`Method.extra_rows_per_problem`).
       problems: all training problems, by id.
-      max_completion_length: tokens of an expert's solution that are trained, at most.
+      max_completion_length: maximum number of tokens of an expert solution that are trained.
     """
 
     groups: Sequence[Group]
@@ -47,9 +48,9 @@ class Update(NamedTuple):
     """One update of the policy.
 
     Attributes:
-      rows: what it is made from.
-      optimizer: whose state it uses, a name of `Method.optimizers`.
-      learning_rate_scale: times the run's learning rate.
+      rows: the rows to train.
+      optimizer: the optimizer whose state is used, one of `Method.optimizers`.
+      learning_rate_scale: factor by which the run's learning rate is multiplied.
     """
 
     rows: list[TrainRow]
@@ -58,6 +59,8 @@ class Update(NamedTuple):
 
 
 class Selection(NamedTuple):
+    """The updates of a step, in order, and the method's state afterwards."""
+
     updates: list[Update]
     state: Mapping[str, Any]
 
@@ -67,7 +70,7 @@ Carriers = Callable[[Group], list[bool]]
 
 
 def advantages_over_group(group: Group, *, scale_by_std: bool = False) -> np.ndarray:
-    """`r_j - mean(r)` over all rollouts of the group, guided or not."""
+    """Returns `r_j - mean(r)` over all rollouts of the group, guided or not."""
     rewards = np.array([rollout.reward for rollout in group])
     return group_advantages(rewards, scale_by_std=scale_by_std)
 
@@ -78,17 +81,17 @@ def no_advantages(group: Group) -> np.ndarray:
 
 
 def advantages_over_sampled(group: Group, *, scale_by_std: bool = False) -> np.ndarray:
-    """`r_j - mean(r)` over the rollouts in which the policy sampled; 0 for the others."""
-    own = np.array([bool(rollout.completion.token_ids) for rollout in group])
+    """Returns `r_j - mean(r)` over the rollouts with sampled tokens; 0 for the others."""
+    sampled = np.array([bool(rollout.completion.token_ids) for rollout in group])
     advantages = np.zeros(len(group), np.float32)
-    if own.any():
+    if sampled.any():
         rewards = np.array([rollout.reward for rollout in group])
-        advantages[own] = group_advantages(rewards[own], scale_by_std=scale_by_std)
+        advantages[sampled] = group_advantages(rewards[sampled], scale_by_std=scale_by_std)
     return advantages
 
 
 def first_of_each_prefix(group: Group) -> list[bool]:
-    """Whose expert prefix is trained: of the rollouts that start from the same one, the first."""
+    """Trains each distinct expert prefix in the first rollout that starts from it."""
     seen: set[tuple[int, int]] = set()
     carries = []
     for rollout in group:
@@ -99,12 +102,12 @@ def first_of_each_prefix(group: Group) -> list[bool]:
 
 
 def no_prefix(group: Group) -> list[bool]:
-    """No expert prefix is trained: it is context."""
+    """Trains no expert prefix; prefixes are context only."""
     return [False] * len(group)
 
 
 def rows_of_group(group: Group, advantages: np.ndarray, carriers: Sequence[bool]) -> list[TrainRow]:
-    """A row for each rollout."""
+    """Returns one row per rollout."""
     return [
         TrainRow(rollout.completion, float(advantage), carries, rollout.request.key)
         for rollout, advantage, carries in zip(group, advantages, carriers, strict=True)
@@ -112,7 +115,7 @@ def rows_of_group(group: Group, advantages: np.ndarray, carriers: Sequence[bool]
 
 
 def expert_row(problem: Problem, max_completion_length: int) -> TrainRow:
-    """The problem's first expert solution as a row, whole or cut at the maximum length."""
+    """Returns the problem's first expert solution as a row, truncated to the maximum length."""
     prefix_len = min(len(problem.experts[0].token_ids), max_completion_length)
     request = RolloutRequest(problem, 0, 0, 0, prefix_len, 1.0)
     return TrainRow(Completion(request, (), (), FinishReason.NOT_SAMPLED), 0.0, True)
@@ -124,7 +127,7 @@ def train_all(
     advantages: Advantages = advantages_over_group,
     carriers: Carriers = first_of_each_prefix,
 ) -> Selection:
-    """One update from every rollout."""
+    """Selects one update with every rollout."""
     rows = [
         row
         for group in sampled.groups
@@ -134,7 +137,7 @@ def train_all(
 
 
 def train_signal(sampled: Sampled, *, advantages: Advantages, carriers: Carriers) -> Selection:
-    """One update from the rollouts with an advantage or a prefix to train; of the others nothing is learnt."""
+    """Selects one update with the rollouts that have a nonzero advantage or a prefix to train."""
     rows = train_all(sampled, advantages=advantages, carriers=carriers).updates[0].rows
     return Selection(
         [Update([row for row in rows if row.advantage or row.trains_expert])], sampled.state
@@ -142,16 +145,16 @@ def train_signal(sampled: Sampled, *, advantages: Advantages, carriers: Carriers
 
 
 def train_all_beside_experts(sampled: Sampled, *, advantages: Advantages) -> Selection:
-    """CHORD: one update from every rollout and from the extra problems' expert solutions."""
-    own = train_all(sampled, advantages=advantages).updates[0].rows
+    """CHORD: selects one update with every rollout and with the extra problems' expert solutions."""
+    rows = train_all(sampled, advantages=advantages).updates[0].rows
     extra = [expert_row(p, sampled.max_completion_length) for p in sampled.extra_problems]
-    return Selection([Update([*own, *extra])], sampled.state)
+    return Selection([Update([*rows, *extra])], sampled.state)
 
 
 def expert_instead_of_unsolved(
     sampled: Sampled, *, gate: float, advantages: Advantages
 ) -> Selection:
-    """HPT: a problem solved `gate` times or less gives up its rollouts for one expert solution."""
+    """HPT: replaces the rollouts of each problem that was solved at most `gate` times with one expert solution."""
     rows = []
     for group in sampled.groups:
         problem = group[0].request.problem
@@ -165,10 +168,10 @@ def expert_instead_of_unsolved(
 def buffer_unsolved(
     sampled: Sampled, *, buffer_size: int, learning_rate_scale: float, advantages: Advantages
 ) -> Selection:
-    """ReLIFT: an update from every rollout; problems that no rollout solved are kept for later.
+    """ReLIFT: selects an update with every rollout, and buffers the problems that no rollout solved.
 
-    When `buffer_size` of them are kept, a second update, with an optimiser state of its own, is made from the
-    experts of the oldest `buffer_size`. The state is `{"unsolved": problem ids, the oldest first}`.
+    Once `buffer_size` problems are buffered, a second update with a separate optimizer state trains the expert
+    solutions of the oldest `buffer_size` problems. The method's state is `{"unsolved": problem ids, oldest first}`.
     """
     updates, _ = train_all(sampled, advantages=advantages, carriers=no_prefix)
     unsolved = list(sampled.state.get("unsolved", []))
@@ -177,15 +180,15 @@ def buffer_unsolved(
         if problem.experts and not any(rollout.reward for rollout in group):
             unsolved.append(problem.id)
     if len(unsolved) >= buffer_size:
-        taken = [sampled.problems[id_] for id_ in unsolved[:buffer_size]]
-        rows = [expert_row(problem, sampled.max_completion_length) for problem in taken]
+        oldest = [sampled.problems[id_] for id_ in unsolved[:buffer_size]]
+        rows = [expert_row(problem, sampled.max_completion_length) for problem in oldest]
         updates.append(Update(rows, "buffer", learning_rate_scale))
         unsolved = unsolved[buffer_size:]
     return Selection(updates, {"unsolved": unsolved})
 
 
 def signs_for_sampled(group: Group, *, advantages: Advantages) -> np.ndarray:
-    """SRFT: own rollouts get +1 for the full reward and -1 for less, the expert its advantage."""
+    """SRFT: replaces the advantage of sampled rollouts with +1 for full reward and -1 otherwise."""
     values = advantages(group)
     for j, rollout in enumerate(group):
         if rollout.completion.token_ids:
@@ -196,7 +199,7 @@ def signs_for_sampled(group: Group, *, advantages: Advantages) -> np.ndarray:
 def train_in_stages(
     sampled: Sampled, *, until: float, learning_rate_scale: float, advantages: Advantages
 ) -> Selection:
-    """SFT, then RL: one update from everything; in the first stage with a learning rate of its own."""
+    """SFT, then RL: selects one update with every rollout; the learning rate is scaled during the first stage."""
     update = train_all(sampled, advantages=advantages).updates[0]
     if sampled.moment.progress < until:
         update = update._replace(learning_rate_scale=learning_rate_scale)

@@ -1,6 +1,6 @@
-"""Terms that methods are made of. Each is a pure loss of `trapo_jax.losses` on one kind of token.
+"""The terms of the objectives. Each applies a pure loss of `trapo_jax.losses` to one kind of token.
 
-p is a token's probability, A the advantage of its rollout, rho = pi / pi_old, H an entropy, sg stop_gradient.
+p is the probability of a token, A the advantage of its rollout, rho = pi / pi_old, H an entropy, and sg stop_gradient.
 """
 
 import jax
@@ -32,7 +32,7 @@ def policy_gradient(
     clip_low: float | None = None,
     clip_high: float | None = None,
 ) -> Term:
-    """The policy gradient on own tokens, clipped where a bound is given."""
+    """The policy gradient on completion tokens, clipped if a bound is given."""
     clipped = clip_low is not None or clip_high is not None
     return Term(
         name="policy_gradient",
@@ -54,7 +54,7 @@ def policy_gradient(
 
 
 def divergence(weight: float, normalizer: Normalizer) -> Term:
-    """KL(policy || the model the run began with) at own tokens, k3."""
+    """The k3 estimate of KL(policy || initial model) on completion tokens."""
     return Term(
         name="kl",
         kind=COMPLETION,
@@ -66,7 +66,7 @@ def divergence(weight: float, normalizer: Normalizer) -> Term:
 
 
 def entropy_bonus(weight: float, kind: TokenKind) -> Term:
-    """Minus the mean entropy at the tokens of a kind."""
+    """The negative mean entropy on tokens of one kind."""
     return Term(
         name="entropy" if kind == COMPLETION else "expert_entropy",
         kind=kind,
@@ -78,7 +78,7 @@ def entropy_bonus(weight: float, kind: TokenKind) -> Term:
 
 
 def trsft(alpha: float, weight: Weight, normalizer: Normalizer) -> Term:
-    """TRAPO: cross-entropy inside a trust region."""
+    """TRAPO: cross-entropy with a reduced gradient outside the trust region."""
     return Term(
         name="trsft",
         kind=EXPERT,
@@ -118,7 +118,7 @@ def variance_weighted_cross_entropy(weight: Weight, normalizer: Normalizer) -> T
 
 
 def shaped_policy_gradient(gamma: float, weight: Weight, normalizer: Normalizer) -> Term:
-    """LUFFY: the policy gradient on the expert's tokens, in favour of the unlikely ones."""
+    """LUFFY: the policy gradient on expert tokens, shaped to favor unlikely tokens."""
     return Term(
         name="shaped_policy_gradient",
         kind=EXPERT,
@@ -132,12 +132,12 @@ def shaped_policy_gradient(gamma: float, weight: Weight, normalizer: Normalizer)
 
 
 def _mean_entropy(x: TokenInputs) -> jax.Array:
-    """At each token, the mean entropy of its rollout's tokens of the term's kind."""
+    """Returns, for each token, the mean entropy of its rollout's tokens of the term's kind."""
     return segment_mean(x.entropies, x.segment_ids, num_segments=x.num_segments, where=x.where)
 
 
 def confident_cross_entropy(weight: Weight, normalizer: Normalizer) -> Term:
-    """SRFT: the less supervision the less sure the policy is of the expert's solution."""
+    """SRFT: cross-entropy on expert solutions, with less weight if the policy is uncertain about the solution."""
     return Term(
         name="confident_cross_entropy",
         kind=EXPERT,
@@ -151,7 +151,7 @@ def confident_cross_entropy(weight: Weight, normalizer: Normalizer) -> Term:
 
 
 def own_successes(weight: Weight, normalizer: Normalizer) -> Term:
-    """SRFT: own rollouts of full reward, more strongly the less sure the policy was."""
+    """SRFT: cross-entropy on completions with full reward, with more weight if the policy is uncertain."""
 
     def loss(x: TokenInputs) -> jax.Array:
         where = x.where & (x.advantages > 0)
@@ -168,7 +168,7 @@ def own_successes(weight: Weight, normalizer: Normalizer) -> Term:
 
 
 def own_failures(weight: Weight, normalizer: Normalizer) -> Term:
-    """SRFT: own rollouts of less than full reward are made less likely."""
+    """SRFT: reduces the likelihood of completions without full reward."""
     return Term(
         name="own_failures",
         kind=COMPLETION,
@@ -182,7 +182,7 @@ def own_failures(weight: Weight, normalizer: Normalizer) -> Term:
 def uncertain_prefix_policy_gradient(
     top_share: float, weight: Weight, normalizer: Normalizer
 ) -> Term:
-    """Prefix-RFT: the policy gradient on the prefix's tokens of highest entropy."""
+    """Prefix-RFT: the policy gradient on the prefix tokens with the highest entropy."""
 
     def loss(x: TokenInputs) -> jax.Array:
         where = top_of_segment(

@@ -1,4 +1,4 @@
-"""Attention: within whole rows, and of new tokens to a KV cache."""
+"""Attention within whole rows, and of new tokens to a KV cache."""
 
 import functools
 from typing import Any, Literal
@@ -25,19 +25,20 @@ def row_attention(
     is_local: jax.Array | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Causal attention within segments.
+    """Computes causal attention within segments.
 
     Args:
-      q_BTNH, k_BTKH, v_BTKH: each key-value head serves N / K query heads.
-      segment_ids_BT: int32; tokens attend to tokens of the same segment. Padding is segment 0.
-      scale: factor of the scores, usually `H ** -0.5`.
-      window: a token attends to itself and to the `window - 1` tokens before it. None: to all tokens before it.
-      is_local: bool scalar; where it is False, the window does not apply. None: it applies.
-      implementation: "xla" runs anywhere; "cudnn" on NVIDIA GPUs in half precision; "splash" on TPUs if T and H are
-        multiples of 128; "splash_interpreted" anywhere, slowly; "auto" chooses by device and shapes.
+      q_BTNH, k_BTKH, v_BTKH: queries, keys and values; each key-value head is shared by N / K query heads.
+      segment_ids_BT: int32; tokens attend only to tokens of the same segment. Padding is segment 0.
+      scale: factor by which scores are multiplied, usually `H ** -0.5`.
+      window: a token attends to itself and to the `window - 1` tokens before it; to all tokens before it if None.
+      is_local: bool scalar, whether the window applies; it applies if None.
+      implementation: "xla" runs on all devices; "cudnn" runs on NVIDIA GPUs in half precision; "splash" runs on TPUs if
+        T and H are multiples of 128; "splash_interpreted" runs on all devices, but slowly; "auto" chooses one by device
+        and shapes.
 
     Returns:
-      `[B, T, N, H]`. The values at padding positions are finite but meaningless.
+      The result `[B, T, N, H]`. Values at padding positions are finite but meaningless.
     """
     chosen = _choose(implementation, q_BTNH)
     if chosen in ("splash", "splash_interpreted"):
@@ -75,16 +76,16 @@ def cached_attention(
     window: int | None = None,
     is_local: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention of T new tokens per slot to the slot's cache and to each other.
+    """Computes causal attention of T new tokens per slot to the slot's cache and to each other.
 
-    Keys are cached with the position as the last axis, so that both products contract along contiguous memory without
-    a transposed copy.
+    The position is the last axis of cached keys, so that both products contract along contiguous memory without a
+    transposed copy.
 
     Args:
-      q_STNH: the new tokens.
-      new_STKH: keys and values of the new tokens. None: they are in the cache, after `cached_lens_S` positions.
+      q_STNH: queries of the new tokens.
+      new_STKH: keys and values of the new tokens; if None, they are in the cache, after `cached_lens_S` positions.
       cached_k_SKHC, cached_v_SKCH: the cache.
-      cached_lens_S: int32, filled positions of each slot, without the new tokens.
+      cached_lens_S: int32, number of filled positions of each slot, excluding the new tokens.
       scale, window, is_local: see `row_attention`.
 
     Returns:
@@ -94,7 +95,8 @@ def cached_attention(
     num_kv_heads, cache_len = cached_v_SKCH.shape[1:3]
     group = num_heads // num_kv_heads
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    # Q: the queries of one key-value head, which are its query heads times the new tokens. One batched matmul.
+    # Q is the number of queries of one key-value head: its query heads times the new tokens. This needs one batched
+    # matmul.
     q_SKGTH = q_STNH.reshape(num_slots, num_new, num_kv_heads, group, head_dim).transpose(
         0, 2, 3, 1, 4
     )
@@ -131,14 +133,14 @@ def decode_attention(
     scale: float,
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Attention of one token per slot to the first `lens_S` positions of its cache.
+    """Computes attention of one token per slot to the first `lens_S` positions of its cache.
 
-    The cache has the order of axes that cuDNN takes. cuDNN reads only the first `lens_S` positions, XLA reads all.
+    The cache has the axis order of cuDNN. cuDNN reads only the first `lens_S` positions, whereas XLA reads all of them.
 
     Args:
-      q_SNH: the tokens.
+      q_SNH: queries of the tokens.
       k_RCKH, v_RCKH: the cache of R >= S slots, of which the first S are used.
-      lens_S: int32, filled positions of each slot, the new token included.
+      lens_S: int32, number of filled positions of each slot, including the new token.
       scale, implementation: see `row_attention`.
 
     Returns:
@@ -146,7 +148,7 @@ def decode_attention(
     """
     num_slots = len(q_SNH)
     if _choose(implementation, q_SNH[:, None]) == "cudnn":
-        # Slicing the cache would copy it, so all R slots take part; the others have length 0.
+        # Slicing the cache would copy it. Instead, all R slots take part, and unused slots have length 0.
         num_unused = len(k_RCKH) - num_slots
         q_R1NH = jnp.pad(q_SNH, ((0, num_unused), (0, 0), (0, 0)))[:, None]
         lens_R = jnp.pad(lens_S, (0, num_unused))
@@ -173,7 +175,7 @@ def decode_attention(
 
 
 def is_for_cudnn(platform: str, dtype: str, head_dim: int) -> bool:
-    """Whether cuDNN attention supports this platform, dtype and head size."""
+    """Returns whether cuDNN attention supports a platform, dtype and head size."""
     return platform == "gpu" and dtype in ("bfloat16", "float16") and head_dim in range(8, 129, 8)
 
 
@@ -189,9 +191,9 @@ def _choose(implementation: Implementation, q_BTNH: jax.Array) -> Any:
 
 
 def _splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, window, interpret):
-    """The block-sparse flash attention of Pallas, which computes no `[T, T]` scores and skips masked blocks.
+    """Computes block-sparse flash attention with Pallas, without `[T, T]` scores and skipping masked blocks.
 
-    The compiler cannot partition a kernel, so `shard_map` runs it on each device for its rows and heads.
+    Since the compiler cannot partition a kernel, `shard_map` runs it on each device for the device's rows and heads.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 

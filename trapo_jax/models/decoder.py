@@ -1,7 +1,7 @@
 """One decoder for the Llama, Qwen, Mistral and Gemma 3 families, with the KV cache as an explicit argument.
 
-The same module runs whole rows (training) and new tokens against a cache (prefill, decoding). Outside
-this package its parameters are a plain nested dict and the call is a pure function::
+The same module runs whole rows (training) and new tokens with a cache (prefill, decoding). Outside this package, its
+parameters are a plain nested dict, and the call is a pure function::
 
     hidden, _ = apply_decoder(config, params, token_ids, positions, segment_ids)
 
@@ -46,18 +46,18 @@ class DecoderConfig:
     """The shape of a decoder, and how it is computed.
 
     Attributes:
-      qkv_bias, output_bias: whether the projections of the attention have biases.
-      qk_norm: whether every query and key head is normalized (RMS) before the rotation.
-      post_norms: whether the outputs of attention and MLP are normalized, too, before the residual addition.
-      norm_offset: added to the scale of every norm.
-      embedding_scale: factor of the token embeddings.
-      attention_scale: factor of the attention scores. None: `head_dim ** -0.5`.
+      qkv_bias, output_bias: whether the attention projections have biases.
+      qk_norm: whether every query and key head is RMS-normalized before the rotary embedding is applied.
+      post_norms: whether the outputs of attention and MLP are also normalized, before the residual addition.
+      norm_offset: offset added to the scale of every norm.
+      embedding_scale: factor by which token embeddings are multiplied.
+      attention_scale: factor by which attention scores are multiplied; `head_dim ** -0.5` if None.
       window: in a local layer, a token attends to itself and to the `window - 1` tokens before it.
-      local_layers: for each layer, whether it is local. Empty: none is.
-      local_rope: rotary embedding of local layers. None: the same as in the other layers.
-      lora: adapters of the layers' matrices. None: no adapters.
-      dtype: of activations and matmul inputs. In float32, matmuls have full precision; by default JAX would round
-        their inputs to 10 bits on GPUs (TF32) and to 7 bits on TPUs (bfloat16).
+      local_layers: whether each layer is local; if empty, no layer is.
+      local_rope: rotary embedding of local layers; the same as in the other layers if None.
+      lora: adapters of the layers' matrices; no adapters if None.
+      dtype: dtype of activations and matmul inputs. In float32, matmuls have full precision; by default, JAX would
+        round their inputs to 10 bits on GPUs (TF32) and to 7 bits on TPUs (bfloat16).
       remat: what the backward pass recomputes: nothing ("none"), everything except the results of matmuls
         ("dots"), or everything except the inputs of the layers ("full").
       attention: see `row_attention`.
@@ -97,7 +97,7 @@ class DecoderConfig:
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each after an RMS norm and added to the residual stream."""
+    """Attention and MLP, each preceded by an RMS norm and added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c = config
@@ -105,7 +105,7 @@ class Block(nnx.Module):
         group = c.num_heads // c.num_kv_heads
         init = functools.partial(_normal, rngs, c.width)
         self.attention_norm = _norm_scale(c, c.width)
-        # For each key-value head: its G query heads, its key and its value. One matmul that can be sharded over K.
+        # Each key-value head has its G query heads, its key and its value, in one matmul that can be sharded over K.
         self.qkv = nnx.Param(init(c.width, c.num_kv_heads, group + 2, c.head_dim))
         if c.qkv_bias:
             self.qkv_bias = nnx.Param(jnp.zeros((c.num_kv_heads, group + 2, c.head_dim)))
@@ -135,7 +135,7 @@ class Block(nnx.Module):
         setattr(self, name + B, nnx.Param(jnp.zeros((rank, *shape[num_in:]))))
 
     def __call__(self, x_BTD: jax.Array, angles: Angles, attend: Attend) -> tuple[jax.Array, Any]:
-        """Returns the new residual stream, and the entries for the cache that `attend` returned."""
+        """Returns the new residual stream, and the cache entries returned by `attend`."""
         attended, entries = self._attention(x_BTD, angles, attend)
         x_BTD += attended
         return x_BTD + self._mlp(x_BTD), entries
@@ -167,7 +167,7 @@ class Block(nnx.Module):
         return self._norm(mlp, self.mlp_post_norm) if self.config.post_norms else mlp
 
     def _matmul(self, x_BTI, name: str):
-        """Multiplies by the matrix of this name and adds the output of its adapter, if it has one: `[B, T, *out]`."""
+        """Multiplies by the named matrix and adds the output of its adapter, if it has one: `[B, T, *out]`."""
         c = self.config
         weights = getattr(self, name)[...].astype(x_BTI.dtype)
         y = c.layout.matmul(x_BTI, weights, num_contracted=CONTRACTED_AXES[name])
@@ -182,7 +182,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to final hidden states; the projection to logits belongs to the losses."""
+    """Maps token ids to final hidden states. Logits are computed by the losses and the sampler."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -205,20 +205,20 @@ class Decoder(nnx.Module):
         cached_lens_S: jax.Array | None = None,
         view_len: int | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Runs whole rows, or T new tokens per slot against a cache.
+        """Runs whole rows, or T new tokens per slot with a cache.
 
         Args:
-          token_ids_BT: int32. With a cache `[S, T]`: the tokens that follow each slot's cached tokens.
+          token_ids_BT: int32. With a cache, `[S, T]`, the tokens that follow the cached tokens of each slot.
           positions_BT: int32, 0 at the first token of a segment.
-          segment_ids_BT: int32; tokens attend within their segment. Required without a cache.
-          cache: of `config.layout`, with at least S rows, of which the first S are used. It is not modified; store
-            the new tokens with `StorageLayout.append`.
-          cached_lens_S: int32, filled positions of each slot. If a slot's value lies beyond the cache, its result is
-            finite but meaningless, and its token is not stored.
-          view_len: upper bound of the filled positions. None: the length of the cache.
+          segment_ids_BT: int32; tokens attend only to tokens of their segment. Required without a cache.
+          cache: a cache in `config.layout` with at least S rows, of which the first S are used. It is not modified;
+            store the new tokens with `StorageLayout.append`.
+          cached_lens_S: int32, number of filled positions of each slot. If the value of a slot is beyond the cache, its
+            result is finite but meaningless, and its token is not stored.
+          view_len: upper bound on the number of filled positions; the length of the cache if None.
 
         Returns:
-          hidden `[B, T, D]` after the final norm, in `config.dtype`; and the entries for
+          The hidden states `[B, T, D]` after the final norm, in `config.dtype`; and the entries for
           `StorageLayout.append`, which for `Stacked` are the new tokens' keys and values, each `[L, B, T, K, H]`.
         """
         c = self.config
@@ -247,7 +247,7 @@ class Decoder(nnx.Module):
         return rms_norm(x_BTD, self.final_norm[...] + c.norm_offset, c.norm_epsilon), entries
 
     def _attend(self, segment_ids_BT, layer_cache, cached_lens_S, *, view_len, is_local) -> Attend:
-        """The attention of a layer: within whole rows, or of new tokens to the layer's cache."""
+        """Returns the attention of a layer: within whole rows, or of new tokens to the layer's cache."""
         c = self.config
         options: Any = {
             "scale": c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
@@ -269,7 +269,7 @@ class Decoder(nnx.Module):
 
 
 def apply_decoder(config: DecoderConfig, params: Params, *args, **kwargs):
-    """Calls `Decoder` as a pure function of its parameters, with the arguments and results of `Decoder.__call__`."""
+    """Applies a `Decoder` as a pure function of its parameters; see `Decoder.__call__` for the other arguments."""
     is_float32 = config.dtype == "float32"
     with jax.default_matmul_precision("highest") if is_float32 else contextlib.nullcontext():
         return nnx.merge(_decoder_graph(config), params)(*args, **kwargs)
@@ -287,15 +287,15 @@ def init_cache(config: DecoderConfig, num_rows: int, length: int) -> KVCache:
 
 
 def unembedding(params: Params) -> jax.Array:
-    """Returns the output projection `[D, V]`, which is the transposed embedding if they are tied."""
+    """Returns the output projection `[D, V]`, which is the transposed embedding if the embeddings are tied."""
     return params["unembedding"] if "unembedding" in params else params["embedding"].T
 
 
 def output_projection(config: DecoderConfig, params: Params) -> Callable[[jax.Array], jax.Array]:
     """Returns a function from hidden states `[S, D]` to float32 logits `[V, S]`, for use in loops.
 
-    The weights are cast once, outside the loop, and multiplied in the order in which they are stored: with the
-    operands swapped, the product takes up to 1.5 times as long on a CPU, or the transpose of tied weights is copied
+    The weights are cast once, outside of the loop, and multiplied in the order in which they are stored. With swapped
+    operands, the product would take up to 1.5 times as long on a CPU, or tied weights would be copied and transposed
     before the loop.
     """
     precision = "highest" if config.dtype == "float32" else None
@@ -315,7 +315,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 def _shard_rows(x_BTD: jax.Array) -> jax.Array:
-    """Shards rows over the batch axes of the mesh, if one is set, so that weights are gathered, not activations."""
+    """Shards rows over the batch axes of the mesh, if one is set, so that weights and not activations are gathered."""
     if jax.sharding.get_abstract_mesh().empty:
         return x_BTD
     return jax.lax.with_sharding_constraint(x_BTD, P(BATCH_AXES, None, None))

@@ -1,10 +1,11 @@
-"""FLOPs of a decoder, counted by formula.
+"""FLOPs of a decoder, computed by formula.
 
-A forward pass takes 2 N FLOPs per token, where N is the number of parameters that a token is multiplied with (all
-but an input embedding, which is a lookup, unless it is tied to the output), and 4 * layers * heads * head_dim FLOPs
-of attention for every pair of a token and a token that it attends to. An update takes three times as much; twice for
-parameters that are not trained, which have no gradient. Not counted are: recomputation that saves memory, padding,
-keys outside a sliding window, and the attention of an interrupted completion that is prefilled again.
+A forward pass takes 2 N FLOPs per token, where N is the number of parameters in matrix multiplications (all but the
+input embedding, which is a lookup, unless it is tied to the output), plus 4 * layers * heads * head_dim FLOPs of
+attention for every pair of a token and a token that it attends to. An update takes three times as many, or two times as
+many for parameters that are not trained and have no gradient. The following are ignored: rematerialization, padding,
+sliding windows (keys outside of them are counted as attended), and the attention of interrupted completions that are
+prefilled again.
 """
 
 import dataclasses
@@ -22,9 +23,9 @@ class TokenCost:
     """FLOPs of a model per token and per pair of tokens.
 
     Attributes:
-      num_params: number of parameters that a token is multiplied with.
-      num_trained: number of those that are trained.
-      per_pair: attention FLOPs of a token and a token that it attends to: 4 * layers * heads * head_dim.
+      num_params: number of parameters in matrix multiplications.
+      num_trained: how many of them are trained.
+      per_pair: attention FLOPs per pair of a token and a token that it attends to: 4 * layers * heads * head_dim.
     """
 
     num_params: int
@@ -52,7 +53,7 @@ def token_cost(decoder: DecoderConfig) -> TokenCost:
 
 
 def count_attention_pairs(length: int) -> int:
-    """Returns the number of pairs (token, token that it attends to) in a causal sequence, itself included."""
+    """Returns the number of pairs (token, attended token) in a causal sequence, including each token with itself."""
     return length * (length + 1) // 2
 
 

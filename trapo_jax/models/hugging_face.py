@@ -33,7 +33,7 @@ def find_model(path: str) -> Path:
     folder = locate_model(path)
     if not folder.is_dir():
         raise UserError(
-            f"model.path={path!r}: no such folder; give a Hugging Face model folder or "
+            f"model.path={path!r}: no such folder; pass a Hugging Face model folder or "
             "card_shuffles_tiny"
         )
     return folder
@@ -46,26 +46,26 @@ def locate_model(path: str) -> Path:
 
 
 def init_params(config: DecoderConfig, *, seed: int) -> Params:
-    """Initializes parameters: normal with variance 1 / fan-in, scales of norms 1."""
+    """Initializes parameters: normal with variance 1 / fan-in, and 1 for normalization scales."""
     return nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))[1])
 
 
 def load_params(
     folder: Path, config: DecoderConfig, shardings: Params | None = None, *, seed: int = 0
 ) -> Params:
-    """Reads the safetensors of `folder` (float32, bfloat16 or float16) as float32 arrays on the devices.
+    """Loads safetensors (float32, bfloat16 or float16) from `folder` as float32 arrays on the devices.
 
-    The host holds one stacked parameter and one tensor at a time. Adapters are initialized, not read.
+    Only one stacked parameter and one tensor are in host memory at a time. Adapters are initialized, not loaded.
 
     Args:
       folder: contains `model.safetensors`, or several files and their index.
       config: the shape of the model in this folder.
-      shardings: the sharding of each parameter. None: everything is on the default device.
-      seed: for the adapters of `config.lora`.
+      shardings: the sharding of each parameter. If None, all parameters are placed on the default device.
+      seed: random seed for the adapters of `config.lora`.
 
     Raises:
-      UserError: if a tensor is missing, unexpected, misshapen or unreadable. The error names tensor and file, and
-        all but the last are found before any tensor is read.
+      UserError: if a tensor is missing, unexpected, has the wrong shape, or cannot be read. The error names tensor and
+        file. All checks except readability run before any tensor is read.
     """
     tensor_map = _tensor_map(config)
     shapes = {part.name: part.shape for parts in tensor_map.values() for part in parts}
@@ -94,7 +94,7 @@ def load_params(
     (adapters, kept), (adapter_shardings, kept_shardings) = map(
         split_trained, (abstract, shardings)
     )
-    # Under jit, the parameters that are not adapters are never computed.
+    # Under jit, parameters that are not adapters are never computed.
     init_adapters = lambda: split_trained(init_params(config, seed=seed))[0]
     adapters = jax.jit(init_adapters, out_shardings=adapter_shardings)()
     return join_trained(adapters, jax.tree_util.tree_map_with_path(load, kept, kept_shardings))
@@ -109,10 +109,10 @@ def export_model(
     eos_ids: Sequence[int] = (),
     max_file_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a Hugging Face folder that `transformers` loads. The folder appears complete or not at all.
+    """Writes a Hugging Face folder that `transformers` can load. The folder is created atomically.
 
     Args:
-      params: written in float32, with adapters merged into their matrices.
+      params: the parameters; written in float32, with adapters merged into the matrices that they adapt.
       config: the shape of the model.
       source: the folder from which the run started, or the run's copy of its small files; its `config.json` and
         tokenizer are copied.
@@ -135,7 +135,7 @@ def export_model(
 def _write_tensors(
     params: Params, config: DecoderConfig, folder: Path, max_file_bytes: int
 ) -> None:
-    """Writes the tensors in the order of `_tensor_map`, with the tensors of one file on the host at a time."""
+    """Writes the tensors in the order of `_tensor_map`, holding the tensors of one file on the host at a time."""
     tensor_map = _tensor_map(config)
     by_name = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     files = _split_into_files(tensor_map, max_file_bytes)
@@ -167,13 +167,13 @@ def _on_host(x: jax.Array) -> np.ndarray:
 
 
 class _TensorPart(NamedTuple):
-    """A Hugging Face tensor, and the part of one of our parameters that it corresponds to.
+    """A Hugging Face tensor, and the slice of one of our parameters that corresponds to it.
 
     Attributes:
-      name: of the tensor.
-      shape: of the tensor.
-      index: of the part.
-      is_linear: whether the tensor has the shape [out, in], and the part [in, ..., out].
+      name: name of the tensor.
+      shape: shape of the tensor.
+      index: index of the slice in the parameter.
+      is_linear: whether the tensor has shape [out, in] and the slice [in, ..., out].
     """
 
     name: str
@@ -183,7 +183,7 @@ class _TensorPart(NamedTuple):
 
 
 def _split_into_files(tensor_map: dict[str, list[_TensorPart]], max_bytes: int) -> list[list[str]]:
-    """Returns the tensor names of each file. A tensor larger than `max_bytes` gets a separate file."""
+    """Returns the tensor names of each file. A tensor larger than `max_bytes` is written to a separate file."""
     files: list[list[str]] = [[]]
     size = 0
     for part in (part for parts in tensor_map.values() for part in parts):
@@ -197,7 +197,7 @@ def _split_into_files(tensor_map: dict[str, list[_TensorPart]], max_bytes: int) 
 
 
 def _tensor_map(c: DecoderConfig) -> dict[str, list[_TensorPart]]:
-    """Returns the Hugging Face tensors of each of our parameters, by the path of the parameter."""
+    """Returns the Hugging Face tensors of each of our parameters, by parameter path."""
     tensor_map = {
         "embedding": [_TensorPart(EMBEDDING, (c.vocab_size, c.width))],
         "final_norm": [_TensorPart("model.norm.weight", (c.width,))],
@@ -214,7 +214,7 @@ def _tensor_map(c: DecoderConfig) -> dict[str, list[_TensorPart]]:
 
 
 def _layer_tensor_map(c: DecoderConfig) -> dict[str, list[_TensorPart]]:
-    """Returns the same for one layer, with names and indices that lack the number of the layer."""
+    """Returns the same map for a single layer, with names and indices that omit the layer number."""
     group = c.num_heads // c.num_kv_heads
     query_len, key_len = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     every = slice(None)

@@ -1,4 +1,4 @@
-"""Converts a Hugging Face `config.json` to a `DecoderConfig`, or refuses it."""
+"""Converts a Hugging Face `config.json` to a `DecoderConfig`, or rejects it."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def read_config(
       dtype, remat, attention, lora: how the decoder is computed; see `DecoderConfig`.
 
     Raises:
-      UserError: if the decoder would not compute the model exactly. The error names file and field.
+      UserError: if the decoder cannot reproduce the model exactly. The error names file and field.
     """
     fields = _Fields(folder / "config.json")
     family = fields.get("model_type")
@@ -50,7 +50,7 @@ def read_config(
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise fields.error(
-            f"num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}"
+            f"num_attention_heads {num_heads} is not divisible by num_key_value_heads {num_kv_heads}"
         )
     head_dim = fields.integer("head_dim", width // num_heads)
     num_layers = fields.integer("num_hidden_layers")
@@ -88,7 +88,7 @@ def read_config(
 
 
 def _check_supported(fields: "_Fields", family: Any, *, is_gemma: bool) -> None:
-    """Raises a `UserError` for a model that the decoder does not compute."""
+    """Raises a `UserError` for models that the decoder does not support."""
     if family not in ARCHITECTURES:
         raise fields.error(
             f"model_type {family!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
@@ -128,7 +128,7 @@ def read_max_context_len(folder: Path) -> int | None:
 
 
 def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool, ...]:
-    """Returns for each layer whether it has a sliding window; empty if none has."""
+    """Returns whether each layer has a sliding window; empty if no layer has one."""
     switched_off = family.startswith("qwen") and not fields.flag("use_sliding_window", False)
     if family == "llama" or switched_off or fields.get("sliding_window") is None:
         return ()
@@ -151,7 +151,7 @@ def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool
 
 
 def _read_ropes(fields: "_Fields", *, is_gemma: bool) -> tuple[Rope, Rope | None]:
-    """Returns the rotary embedding of all layers, or those of the full and the local layers of Gemma.
+    """Returns the rotary embedding of all layers and None, or, for Gemma, those of the full and the local layers.
 
     transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
     """
@@ -202,7 +202,7 @@ def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
 
 
 class _Fields:
-    """The fields of a JSON file. Errors name the file and the field."""
+    """The fields of a JSON file. Error messages name the file and the field."""
 
     def __init__(self, path: Path):
         self._path = path

@@ -11,7 +11,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      UserError: in one line that names the file, if it cannot be read or does not contain a JSON object.
+      UserError: if the file cannot be read or does not contain a JSON object. The one-line error names the file.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

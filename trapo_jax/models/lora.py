@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): the frozen matrix W becomes `W + alpha / rank * A B`.
 
 A `[in, rank]` is initialized with normal noise and B `[rank, out]` with zeros, so that training starts from the
-original model. If a tree of parameters contains adapters, only these are trained.
+original model. If a parameter tree contains adapters, only the adapters are trained.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ class Lora:
 
     Attributes:
       rank: the inner dimension of an adapter.
-      alpha: an adapter is scaled by `alpha / rank`.
-      targets: the matrices of a layer that have an adapter, among qkv, output, gate_up and down.
+      alpha: adapters are scaled by `alpha / rank`.
+      targets: the matrices of a layer that have an adapter: any of qkv, output, gate_up and down.
     """
 
     rank: int
@@ -33,10 +33,10 @@ class Lora:
 
 
 def split_trained(params: Any) -> tuple[Any, Any]:
-    """Splits parameters into the trained and the frozen ones.
+    """Splits parameters into trained and frozen ones.
 
     Returns:
-      Two trees: the adapters and all other parameters, or, without adapters, all parameters and an empty tree.
+      Two trees: the adapters and all other parameters; if there are no adapters, all parameters and an empty tree.
     """
     flat = flatten_dict(params)
     adapters = {path: leaf for path, leaf in flat.items() if path[-1].endswith(SUFFIXES)}

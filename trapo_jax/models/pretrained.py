@@ -1,4 +1,4 @@
-"""A pretrained model in a Hugging Face folder: where it is, the shape of its decoder, and its tokenizer."""
+"""A pretrained model in a Hugging Face folder: its path, the shape of its decoder, and its tokenizer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from trapo_jax.models.tokenizer import check_token_ids, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedModel:
-    """A model folder that has been opened; its parameters are loaded separately.
+    """An opened model folder. Its parameters are loaded separately.
 
     Attributes:
       folder: the Hugging Face folder with the weights.
@@ -80,7 +80,7 @@ def copy_model_files(model: PretrainedModel, destination: Path) -> None:
 
 
 def read_decoder(folder: Path, model: ModelConfig, lora: LoraConfig | None = None) -> DecoderConfig:
-    """Returns the shape of a model folder's decoder, computed and adapted as the config says."""
+    """Returns the decoder config of a model folder, with the compute options and adapters of the given configs."""
     adapters = Lora(lora.rank, lora.alpha, lora.targets) if lora and lora.rank else None
     return read_config(
         folder, dtype=model.dtype, remat=model.remat, attention=model.attention, lora=adapters

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, with the frequency scalings of the Hugging Face checkpoints."""
+"""Rotary position embeddings, with the frequency scaling methods of Hugging Face checkpoints."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ class Rope:
       scaling: "none"; "linear" divides all frequencies by `factor`; "llama3" divides the low frequencies, keeps
         the high ones, and interpolates between them.
       factor: ratio of the extended to the original context length.
-      low_freq_factor, high_freq_factor: ends of the interpolation of "llama3", in turns per `original_len` positions.
+      low_freq_factor, high_freq_factor: bounds of the interpolation of "llama3", in turns per `original_len` positions.
       original_len: context length before the extension, in tokens.
     """
 
@@ -32,7 +32,7 @@ class Rope:
     original_len: int = 8192
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """Returns the radians per position of each pair of dimensions, float32 `[H / 2]`."""
+        """Returns the frequency of each pair of dimensions in radians per position, float32 `[H / 2]`."""
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         frequencies = 1.0 / np.float32(self.theta) ** exponents
         if self.scaling == "linear":
@@ -52,7 +52,7 @@ def rope_angles(positions_BT: jax.Array, rope: Rope, head_dim: int) -> Angles:
 
 
 def apply_rope(x_BTNH: jax.Array, angles: Angles) -> jax.Array:
-    """Rotates the pairs of dimensions (h, h + H / 2), the pairing of Hugging Face checkpoints."""
+    """Rotates the pairs of dimensions (h, h + H / 2), which is the pairing of Hugging Face checkpoints."""
     cos, sin = angles
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)

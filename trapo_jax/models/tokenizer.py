@@ -14,28 +14,30 @@ if TYPE_CHECKING:
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     """Loads `tokenizer.json` from a local folder.
 
-    It never downloads anything and never runs code from the folder. `AutoTokenizer` would look for code that the
-    folder names, and ask on the terminal whether to run it.
+    It never downloads files and never runs code from the folder. (`AutoTokenizer` would look for custom code in the
+    folder and ask on the terminal whether to run it.)
 
     Raises:
       UserError: if the folder has no readable tokenizer, or the tokenizer has no EOS token. The error names the
         folder.
     """
-    # Only the tokenizers of transformers are used here: suppress its advice to install torch for the models.
+    # Only the tokenizers of transformers are used, so suppress its advice to install torch for its models.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers  # takes seconds to import
 
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder}: no tokenizer that can be loaded (no tokenizer.json)")
+        raise UserError(f"{folder}: cannot load the tokenizer (no tokenizer.json)")
     try:
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
             folder, local_files_only=True
         )
     except Exception as error:  # the Rust library raises plain Exception for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: no tokenizer that can be loaded ({reason})") from error
+        raise UserError(f"{folder}: cannot load the tokenizer ({reason})") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}/tokenizer_config.json: no eos_token; completions could not end")
+        raise UserError(
+            f"{folder}/tokenizer_config.json: no eos_token; completions would never end"
+        )
     return tokenizer
 
 
@@ -70,7 +72,7 @@ def check_token_ids(folder: Path, tokenizer: "PreTrainedTokenizerFast", *, vocab
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
-    """Returns the texts of the tokenizer's special tokens, those that its folder adds included."""
+    """Returns the tokenizer's special tokens as text, including those that the folder adds."""
     added = tokenizer.added_tokens_decoder.values()
     return list(
         dict.fromkeys([*tokenizer.all_special_tokens, *(t.content for t in added if t.special)])

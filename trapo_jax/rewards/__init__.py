@@ -1,8 +1,8 @@
-"""Reward functions: from the text of a response to a reward in [0, 1].
+"""Reward functions, which map the text of a response to a reward in [0, 1].
 
 A reward function is a plain function `(response, problem, **columns)` that returns a number in [0, 1], a bool or a
-`Verdict`, or a pair of that and the answer that it read. A `Grader` combines one or several of them and hands out
-futures; functions that a hostile response can keep busy run in the processes of a `GraderPool`.
+`Verdict`, or a pair of that and the extracted answer. A `Grader` combines one or several of them and returns futures.
+Functions that hostile responses can keep busy run in the processes of a `GraderPool`.
 """
 
 from trapo_jax.rewards.card_shuffles import card_shuffles_grader

@@ -1,4 +1,4 @@
-r"""Brackets in LaTeX: splitting a text outside of them, and collections such as (1, 2), [0, 1), \{1, 2\} and 1, 2."""
+r"""Brackets in LaTeX: splitting text outside of brackets, and collections such as (1, 2), [0, 1), \{1, 2\} and 1, 2."""
 
 import re
 
@@ -18,7 +18,7 @@ _OPENING = ("(", "[", "{", r"\{", r"\langle")
 
 
 def inside(text: str, opening: str) -> str | None:
-    """Returns what stands inside a bracket that opens at the first character and closes at the last, else None."""
+    """Returns the content of a bracket that spans the whole text; None if there is no such bracket."""
     if not text.startswith(opening):
         return None
     if opening == "<":
@@ -33,7 +33,7 @@ def inside(text: str, opening: str) -> str | None:
 
 def split(text: str, separator: re.Pattern) -> list[str]:
     """Splits a text at each match of a separator outside of all brackets, and strips the parts."""
-    changes, depth = [], 0  # where the depth changes, and the depth before
+    changes, depth = [], 0  # positions at which the depth changes, with the depth before each
     for match in _BRACKET.finditer(text):
         changes.append((match.start(), depth))
         depth = max(depth + (1 if match[0] in _OPENING else -1), 0)
@@ -49,7 +49,7 @@ def split(text: str, separator: re.Pattern) -> list[str]:
 
 
 def split_list(text: str, separator: re.Pattern = COMMA) -> list[str]:
-    """Splits at commas, without empty parts."""
+    """Splits at commas or another separator, and drops empty parts."""
     return [part for part in split(text, separator) if part]
 
 
@@ -57,8 +57,8 @@ def collection(text: str) -> tuple[str, list[str]]:
     r"""Returns the brackets around a collection and its elements.
 
     Returns:
-      The brackets, such as "(]", `\{\}` or "" for a bare list; and the elements, the text alone if it is no collection.
-      `1,000` is one number and `a \pm b` is two.
+      The brackets, such as "(]", `\{\}`, or "" for a bare list; and the elements, or just the text if it is not a
+      collection. `1,000` is one number, and `a \pm b` is two.
     """
     for opening, closings in CLOSING.items():
         for closing in closings:
@@ -77,12 +77,12 @@ def _both_signs(text: str) -> list[str]:
 
 
 def is_ordered(brackets: str) -> bool:
-    """Whether the order of the elements matters between these brackets."""
+    """Returns whether the order of elements matters within these brackets."""
     return brackets != "" and not brackets.startswith(r"\{")
 
 
 def form(brackets: str, length: int) -> str:
-    """Returns what must agree between the brackets of two collections of one length: set, tuple, or an interval's ends."""
+    """Returns the kind of a collection, in which equal collections agree: "set", "tuple", or an interval's brackets."""
     if brackets.startswith(r"\{"):
         return "set"
     return brackets if brackets in ("(]", "[)") or (brackets == "[]" and length == 2) else "tuple"

@@ -1,4 +1,4 @@
-"""The grader of the embedded task."""
+"""The reward function of the built-in card-shuffles task."""
 
 import re
 from collections.abc import Callable
@@ -7,9 +7,10 @@ from trapo_jax.types import Problem, Verdict
 
 
 def card_shuffles_grader(eos_text: str) -> Callable[[str, Problem], tuple[Verdict, str | None]]:
-    """Returns a reward function: a response is correct if it ends in exactly `#ddddd` and EOS, and has one `#`.
+    """Returns the reward function of card shuffles.
 
-    The response includes special tokens, so that an answer that the model did not end is wrong.
+    A response is correct if it ends in `#`, the five-digit answer and EOS, and has no other `#`. Responses must include
+    special tokens, so that an answer without EOS is wrong.
     """
     ending = re.compile(rf"#([0-9]{{5}}){re.escape(eos_text)}\Z")
 

@@ -1,10 +1,11 @@
-r"""Whether two answers mean the same.
+r"""Equivalence of answers.
 
-Lists, tuples, sets, intervals, ratios, matrices and relations are compared part by part, and what has no parts as in
-`expressions`. Of an equation, only the value that it gives to a name is an answer: `x = 5` for `5`, not `2x + 1 = 5`.
+Lists, tuples, sets, intervals, ratios, matrices and relations are compared part by part; other answers are compared by
+`expressions`. An equation is an answer only if it assigns a value to a name: `x = 5` is equivalent to `5`, but
+`2x + 1 = 5` is not.
 
-sympy can compute for ever on a hostile expression and holds the GIL meanwhile. Call these functions only in a process
-that can be killed.
+On hostile expressions, sympy may run forever while holding the GIL. Call these functions only in a process that can be
+killed.
 """
 
 import itertools
@@ -36,7 +37,7 @@ _GREEK = (
     "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|omega|Delta|Omega|ell"
 )
 _SYMBOL = rf"(?:[A-Za-z]|\\(?:{_GREEK}))(?:_(?:\{{[^{{}}]*\}}|\w))?"
-# What an equation may give a value to: x_1, f(x), AB, \angle ABC, \overline{AB}, (x, y), total cost.
+# Names to which an equation may assign a value: x_1, f(x), AB, \angle ABC, \overline{AB}, (x, y), total cost.
 _NAME = re.compile(
     r"(?:m\s?)?\\angle\s?\{?[A-Za-z]{1,3}\}?"
     rf"|\(\s?{_SYMBOL}(?:\s?,\s?{_SYMBOL})*\s?\)"
@@ -60,10 +61,10 @@ T = TypeVar("T")
 
 
 def equivalent(gold: str, answer: str) -> bool:
-    r"""Whether `answer` means what `gold` means.
+    r"""Returns whether two answers are equivalent.
 
     Args:
-      gold: the right answer, LaTeX or plain, without `\boxed{}`.
+      gold: the correct answer, LaTeX or plain text, without `\boxed{}`.
       answer: the answer to compare, at most a few thousand characters.
 
     >>> equivalent("1e-5", r"1 \times 10^{-5}"), equivalent("5", "x = 5"), equivalent("5", "2x + 1 = 5")
@@ -73,7 +74,7 @@ def equivalent(gold: str, answer: str) -> bool:
 
 
 def _equal_answers(gold: Answer, answer: Answer) -> bool:
-    """Compares two answers with their units; a unit may be missing on one side."""
+    """Compares two answers with their units; either unit may be missing."""
     units = {gold.unit, answer.unit}
     if gold.has_known_unit and answer.has_known_unit and len(units) > 1 and "unit" not in units:
         return False
@@ -87,7 +88,7 @@ def _equal_answers(gold: Answer, answer: Answer) -> bool:
 
 
 def _is_hundredth(gold: Answer, answer: Answer) -> bool:
-    """Whether the gold is a fraction of one and the answer as many percent: 0.5 is not 0.5 %, while 50 may be 50 %."""
+    """Returns whether gold is below 1 and only the answer is in percent: 0.5 is not 0.5 %, but 50 may be 50 %."""
     value = expressions.read_number(gold.text)
     return gold.unit != "%" and answer.unit == "%" and value is not None and abs(value[0]) < 1
 
@@ -112,7 +113,7 @@ def _equal_choice(gold: str, answer: str) -> bool:
 
 
 def _equal(gold: str, answer: str) -> bool:
-    """Compares two texts in the notation of `read_answer`."""
+    """Compares two texts in the normalized notation of `read_answer`."""
     if (squeezed := _squeeze(gold)) == _squeeze(answer):
         return bool(squeezed)
     gold, answer = _simplified(gold), _simplified(answer)
@@ -134,7 +135,7 @@ def _equal(gold: str, answer: str) -> bool:
 
 
 def _squeeze(text: str) -> str:
-    """Returns a text without braces around one character of an index or exponent, and without spaces but between digits."""
+    """Removes braces around single-character indices and exponents, and spaces except between digits."""
     text = re.sub(r"([_^])\s?\{\s?(\w)\s?\}", r"\1\2", text)
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
@@ -159,7 +160,7 @@ def _simplified(text: str) -> str:
 
 
 def _equal_ratios(gold: str, answer: str) -> bool:
-    """Compares ratios and clock times, which are no divisions: 3:30 is not 1:10, while 3:4 may be written 3/4."""
+    """Compares ratios and clock times, which are not divisions: 3:30 is not 1:10, but 3:4 may be written as 3/4."""
     golds, answers = _terms(gold), _terms(answer)
     return len(golds) == len(answers) > 1 and all(map(equivalent, golds, answers))
 
@@ -171,7 +172,7 @@ def _terms(text: str) -> list[str]:
 
 
 def _equal_in_base(gold: str, answer: str) -> bool:
-    """Compares 101_2 with 101_2, and the gold 101_2 with 101, as the question names the base."""
+    """Compares numbers with a base. The answer 101 matches the gold 101_2, since the question may state the base."""
     golds, answers = _WITH_BASE.fullmatch(gold), _WITH_BASE.fullmatch(answer)
     if golds is None or answers is None:
         return golds is not None and golds[1] == answer
@@ -199,7 +200,7 @@ def _rows(text: str) -> list[list[str]]:
 def _equal_collections(
     gold: str, answer: str, of_gold: Relation | None, of_answer: Relation | None
 ) -> bool:
-    """Compares lists, tuples, sets and intervals; and what is none of them by its relations or its value."""
+    """Compares lists, tuples, sets and intervals. Other texts are compared as relations or by value."""
     (brackets, golds), (brackets_of_answer, answers) = collection(gold), collection(answer)
     intervals = _intervals(gold), _intervals(answer)
     if intervals[0] and intervals[1]:
@@ -211,7 +212,7 @@ def _equal_collections(
         )
     if all(are_single):
         return expressions.equal_expressions(gold, answer)
-    if len(golds) != len(answers):  # `100,200` is one number, but two beside `100, 200`
+    if len(golds) != len(answers):  # `100,200` is one number, but two when compared with `100, 200`
         golds, answers = (
             (split_list(gold) if are_single[0] else golds),
             (split_list(answer) if are_single[1] else answers),
@@ -230,7 +231,7 @@ def _equal_collections(
 
 
 def _match_all(golds: Sequence[T], answers: Sequence[T], equal: Callable[[T, T], bool]) -> bool:
-    """Whether each gold has an answer of its own, in any order."""
+    """Returns whether golds and answers match one to one, in any order."""
     left = list(answers)
     for gold in golds:
         match = next((i for i, answer in enumerate(left) if equal(gold, answer)), None)
@@ -241,7 +242,7 @@ def _match_all(golds: Sequence[T], answers: Sequence[T], equal: Callable[[T, T],
 
 
 def _relation(text: str) -> Relation | None:
-    """Splits `a = b < c` into its sides and operators; None if there is none outside of brackets."""
+    """Splits `a = b < c` into its sides and operators; None if there is no operator outside of brackets."""
     sides = split(text, _RELATION)
     operators, position = [], 0
     for side in sides[:-1]:
@@ -265,7 +266,7 @@ def _equal_relations(
         if _squeeze(of_gold[0][0]) == _squeeze(of_answer[0][0]):
             return equivalent(of_gold[0][-1], of_answer[0][-1])
         if not expressions.variables(of_gold[0][-1]):
-            return False  # x = 5 and y = 5
+            return False  # for example, x = 5 and y = 5
     return _equal_differences(of_gold, of_answer)
 
 
@@ -275,7 +276,11 @@ def _is_assignment(relation: Relation) -> bool:
 
 
 def _has_value(relation: Relation, gold: str) -> bool:
-    r"""Whether an equation gives its name the value `gold`, or all its sides equal it; or an approximation has it as a side."""
+    r"""Returns whether a relation states the value `gold`.
+
+    An equation does if it assigns `gold` to its name, or if all its sides equal `gold`. An approximation does if one of
+    its sides equals `gold` and its first and last sides are near each other.
+    """
     sides, operators = relation
     if not set(operators) <= {"=", r"\approx"}:
         return False
@@ -289,7 +294,10 @@ def _has_value(relation: Relation, gold: str) -> bool:
 
 
 def _equal_differences(gold: Relation, answer: Relation) -> bool:
-    """Compares `l = r` or `l < r` by the ratio of the differences l - r: constant, and positive for an inequality."""
+    """Compares relations such as `l = r` or `l < r`.
+
+    They are equivalent if the ratio of their differences l - r is constant and, for inequalities, positive.
+    """
     gold, answer = _mirrored(gold), _mirrored(answer)
     if gold[1] != answer[1]:
         return False
@@ -308,7 +316,7 @@ def _equal_differences(gold: Relation, answer: Relation) -> bool:
 
 
 def _mirrored(relation: Relation) -> Relation:
-    """Turns `a > b` into `b < a`."""
+    """Rewrites `a > b` as `b < a`."""
     sides, operators = relation
     if not set(operators) <= set(_MIRRORED):
         return relation
@@ -316,7 +324,7 @@ def _mirrored(relation: Relation) -> Relation:
 
 
 def _intervals(text: str) -> list[Interval] | None:
-    """Reads a union of intervals, or of inequalities in one variable; None if the text is something else."""
+    """Parses a union of intervals or of inequalities in one variable; None if the text is anything else."""
     intervals = [
         _bracketed_interval(part) or _interval_of_inequality(part) for part in split(text, _UNION)
     ]

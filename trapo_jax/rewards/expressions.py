@@ -1,8 +1,8 @@
-r"""Numbers and expressions without parts: read, evaluated and compared.
+r"""Parsing, evaluation and comparison of numbers and scalar expressions.
 
 Rational numbers are compared exactly. Other expressions are parsed by latex2sympy, the grammar of math-verify, and
-compared by their values at several points. math-verify's own comparison is not used: it rounds to six decimals and cuts
-values below 1e-15, so that 2^{-98} equals 2^{-99}.
+compared by their values at several points. math-verify's own comparison is not used, because it rounds to six decimals
+and truncates values below 1e-15, so that 2^{-98} equals 2^{-99}.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-# A decimal may be rounded: 0.333333 is 1/3, and 0.33 is not. Six decimals, or six digits of a number below one.
+# Decimals may be rounded to six decimals, or to six digits if below one: 0.333333 equals 1/3, but 0.33 does not.
 DECIMAL_TOLERANCE = 1.001e-6
 EXACT_TOLERANCE = 1e-12
 MAX_EXPONENT = 5_000
@@ -24,7 +24,7 @@ _FRACTION = re.compile(
     r"([+-]?)\s?(?:(\d+)\s?)?\\frac\s?\{\s?([+-]?\d+)\s?\}\s?\{\s?(\d+)\s?\}|([+-]?)(?:(\d+)\s)?(\d+)\s?/\s?(\d+)"
 )
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\overline\s?\{?(\d+)\}?")
-# Values of the variables: between 0 and 1, above 1, of both signs, and integers.
+# Values of the variables: between 0 and 1, above 1, with both signs, and integers.
 _POINTS = (
     ("0.3719", "0.8147", "0.5523"),
     ("1.7321", "2.2913", "3.1853"),
@@ -36,14 +36,14 @@ _POINTS = (
 
 @functools.cache
 def _sympy() -> Any:
-    """sympy, imported where it is used: it takes half a second."""
+    """Returns sympy, imported lazily since that takes half a second."""
     import sympy
 
     return sympy
 
 
 def read_number(text: str) -> tuple[Fraction, bool] | None:
-    r"""Reads a rational number.
+    r"""Parses a rational number.
 
     Args:
       text: LaTeX in the notation of `notation.read_answer`.
@@ -73,7 +73,7 @@ def read_number(text: str) -> tuple[Fraction, bool] | None:
 
 
 def _read_fraction(text: str) -> tuple[Fraction, bool] | None:
-    """Reads `\\frac{1}{2}`, `1/2` and the mixed numbers `1\\frac{1}{2}` and `1 1/2`."""
+    """Parses `\\frac{1}{2}`, `1/2` and the mixed numbers `1\\frac{1}{2}` and `1 1/2`."""
     match = _FRACTION.fullmatch(text)
     if match is None:
         return None
@@ -87,7 +87,7 @@ def _read_fraction(text: str) -> tuple[Fraction, bool] | None:
 
 
 def equal_numbers(gold: tuple[Fraction, bool], answer: tuple[Fraction, bool]) -> bool:
-    """Compares two rational numbers: exactly, unless one is a decimal that may be rounded and the other is not."""
+    """Compares two rational numbers exactly, unless only one of them is a decimal, which may be rounded."""
     if gold[1] == answer[1]:
         return gold[0] == answer[0]
     return abs(gold[0] - answer[0]) <= Fraction(DECIMAL_TOLERANCE) * min(1, abs(gold[0]))
@@ -116,7 +116,7 @@ def parse(text: str) -> Any:
 
 
 def _without_functions(expression: Any) -> Any:
-    """Replaces functions without a definition, such as `x(t)`, by variables: they have no value at a point."""
+    """Replaces undefined functions such as `x(t)` with variables, since they cannot be evaluated."""
     from sympy.core.function import AppliedUndef
 
     applied = expression.atoms(AppliedUndef) if isinstance(expression, _sympy().Basic) else ()
@@ -138,7 +138,7 @@ def _normalized(text: str) -> str:
 
 
 def is_scalar(expression: Any) -> bool:
-    """Whether a parsed expression has a value at a point, in contrast to a set, a relation, a matrix or a derivative."""
+    """Returns whether a parsed expression has a value at a point, unlike sets, relations, matrices and derivatives."""
     sympy = _sympy()
     return isinstance(expression, sympy.Expr) and not expression.has(
         sympy.Derivative, sympy.Integral
@@ -148,8 +148,8 @@ def is_scalar(expression: Any) -> bool:
 def equal_expressions(gold: str, answer: str) -> bool:
     """Compares two expressions as numbers or as functions of their variables.
 
-    Where both are real at some point, only such points count: `\\sqrt{1/n}` is `1/\\sqrt{n}` for positive n, while
-    `|x|` is not `x`.
+    If both are real at some points, only those points are compared: `\\sqrt{1/n}` equals `1/\\sqrt{n}`, which holds for
+    positive n, but `|x|` does not equal `x`.
     """
     left, right = parse(gold), parse(answer)
     if left is None or right is None or not (is_scalar(left) and is_scalar(right)):
@@ -178,7 +178,7 @@ def _equal_values(gold: Any, answer: Any, may_be_rounded: bool) -> bool:
 
 
 def values_at_points(left: Any, right: Any) -> list[tuple[Any, Any]]:
-    """Returns the finite values of two expressions at several points, as complex numbers of 30 digits."""
+    """Returns the values of two expressions at the points where both are finite, as complex numbers with 30 digits."""
     sympy = _sympy()
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     samples = []
@@ -197,7 +197,7 @@ def values_at_points(left: Any, right: Any) -> list[tuple[Any, Any]]:
 
 
 def evaluate(expression: Any) -> Any:
-    """Returns the value of an expression as a complex number of mpmath; None if it has none that is finite."""
+    """Returns the value of an expression as an mpmath complex number; None if it has no finite value."""
     import mpmath
 
     try:
@@ -214,7 +214,7 @@ def evaluate(expression: Any) -> Any:
 
 
 def _as_mpf(part: Any) -> Any:
-    """Returns a sympy number as a number of mpmath; 0 for a sum in which every digit was cancelled."""
+    """Converts a sympy number to an mpmath number; 0 for a sum in which all digits canceled."""
     import mpmath
 
     return (
@@ -225,7 +225,7 @@ def _as_mpf(part: Any) -> Any:
 
 
 def are_near(sides: Sequence[str]) -> bool:
-    """Whether the first and the last side of an approximation agree within 5 percent."""
+    """Returns whether the first and last sides of an approximation agree within 5 percent."""
     values = [_value(side) for side in (sides[0], sides[-1])]
     return None not in values and abs(values[0] - values[1]) <= 0.05 * abs(values[0])
 

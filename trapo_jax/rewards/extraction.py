@@ -1,27 +1,27 @@
-r"""Finds the final answer in a response: the parts that mathematics and multiple choice share.
+r"""Extraction of final answers from responses; shared by the mathematics and multiple-choice graders.
 
-Every function takes time linear in the text, whatever the text.
+Every function takes time linear in the length of the text, for any text.
 """
 
 import re
 
-# A doubled backslash before `boxed` is a slip, not a line break; escaped braces open and close nothing.
+# A doubled backslash before `boxed` is a typo rather than a line break. Escaped braces do not open or close groups.
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\(?!\\boxed)[{}\\]|[{}]")
-# `\boxed 7`: TeX would frame one token, but writers mean the number or name.
+# `\boxed 7`: TeX would box a single token, but the whole number or name is meant.
 _BARE_BOX = re.compile(
     r"\\boxed\s{0,3}([+-]?\d[\d.,/]*|(?<=\s)[A-Za-z]\w*|\\[dt]?frac\s?\{[^{}]*\}\{[^{}]*\})"
 )
-# What may stand between two boxes that give one answer together.
+# What may separate two boxes that form one answer together.
 _BETWEEN_BOXES = re.compile(
     r"[\s$,;.]*(?:\\(?:text|quad|qquad)\s?\{?)?[\s,]*(?:and|or)?[\s,}$]*(?:\\[()\[\]]|[\s$])*"
 )
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Returns what stands inside the last `\boxed{}`; None if there is none.
+    r"""Returns the content of the last `\boxed{}`; None if there is none.
 
-    A box within a box belongs to the outer one. A box that is never closed does not count. Boxes that only a comma,
-    "and" or "or" separates give one answer together.
+    A nested box is part of the outer one. A box that is never closed is ignored. Boxes that are separated only by a
+    comma, "and" or "or" form one answer.
 
     >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}, so \boxed{")
     '\\frac{1}{2}'
@@ -44,10 +44,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
-    """Returns for each closed box that is in no other one where it begins and where its content begins and ends."""
-    opened: list[
-        tuple[int, int]
-    ] = []  # begin of the command and of the content; -1 for other braces
+    """Returns, for each closed outermost box, the start of the command, and the start and end of its content."""
+    # The start of each open command and of its content; -1 for other braces.
+    opened: list[tuple[int, int]] = []
     boxes: list[tuple[int, int, int]] = []
     for match in _BOX_OR_BRACE.finditer(text):
         if len(match[0]) > 2:
@@ -64,7 +63,7 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
 
 
 def final_part(text: str) -> str:
-    """Returns the part of a response that may hold its answer: nothing of a thought that is not finished.
+    """Returns the part of a response that may contain its answer, which excludes unfinished thoughts.
 
     >>> final_part("<think>Is it 4? No.</think> It is 5.")
     ' It is 5.'

@@ -1,4 +1,4 @@
-"""Grades responses with one or several reward functions, named by the config."""
+"""Grades responses with one or several reward functions, which the config selects by name."""
 
 import difflib
 import fnmatch
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class WeightedFunction(NamedTuple):
-    """A reward function and its share of the reward.
+    """A reward function and its weight in the reward.
 
     Attributes:
       name: its name in metrics and samples.
@@ -45,14 +45,14 @@ class WeightedFunction(NamedTuple):
 class Grader:
     """Grades responses asynchronously.
 
-    The reward is the weighted mean of the functions' rewards. A missing one is left out of the mean; if that of the
-    first function, which decides whether a response is correct, is missing, so is the reward.
+    The reward is the weighted mean of the functions' rewards. Missing rewards are excluded from the mean. The first
+    function decides whether a response is correct; if its reward is missing, the reward of the response is missing.
 
     Args:
       functions: the reward functions; the first decides whether a response is correct.
-      by_source: patterns of `fnmatch` and the functions that take the first one's place for problems whose source
-        matches, case ignored; the first match counts.
-      special_tokens: texts that are removed from responses.
+      by_source: maps `fnmatch` patterns of problem sources to functions that replace the first function; matching is
+        case-insensitive, and the first match is used.
+      special_tokens: special tokens, as text, that are removed from responses.
       pool_options: keyword arguments of `GraderPool`.
     """
 
@@ -74,14 +74,14 @@ class Grader:
         self._reasons: set[tuple[str, str]] = set()
 
     def submit(self, response: str, problem: Problem) -> Future[Grade]:
-        """Grades a response. A function that fails on it is part of the grade, not an exception.
+        """Grades a response asynchronously. Failures of reward functions are recorded in the grade and do not raise.
 
         Args:
-          response: the response with special tokens, as the tokenizer decodes it.
+          response: the response with special tokens, as decoded by the tokenizer.
           problem: its problem.
 
         Raises:
-          RuntimeError: after `close`.
+          RuntimeError: if the grader has been closed.
         """
         plain = self._special_token.sub(" ", response) if self._special_token else response
         functions = self._functions_for(problem.source)
@@ -91,7 +91,7 @@ class Grader:
         return _when_all_done(futures, lambda judgments: combine(functions, judgments))
 
     def are_equal(self, first: str, second: str) -> bool:
-        """Whether two answers mean the same: in mathematics if the first function is "math", else as they are written."""
+        """Returns whether two answers are mathematically equivalent if the first function is "math", else identical."""
         if self._functions[0].function is not grade_math:
             return first == second
         return (
@@ -128,7 +128,7 @@ class Grader:
         return future
 
     def close(self) -> None:
-        """Ends the grading processes; pending grades are cancelled."""
+        """Terminates the grading processes and cancels pending grades."""
         if self._pool is not None:
             self._pool.close()
 
@@ -140,7 +140,7 @@ class Grader:
 
 
 def combine(functions: Sequence[WeightedFunction], judgments: Sequence[Judgment]) -> Grade:
-    """Returns the grade that follows from the judgments of some functions; see `Grader`."""
+    """Combines the judgments of reward functions into a grade; see `Grader`."""
     by_name = {f.name: judgment for f, judgment in zip(functions, judgments, strict=True)}
     if judgments[0].reward is None:
         return Grade(None, by_name)
@@ -165,15 +165,15 @@ def make_grader(
     max_response_chars: int = MAX_RESPONSE_CHARS,
     environment: Sequence[str] = (),
 ) -> Grader:
-    """Builds a grader from names.
+    """Builds a grader from the names of reward functions.
 
     Args:
-      names: names in `REWARD_FUNCTIONS`, or import paths `package.module:name` of functions of your own. They run in
-        worker processes, and their modules must not import jax there.
-      weights: the weight of each function; equal ones if None.
-      by_source: patterns of problem sources, and the name of the function that decides there; see `Grader`.
-      eos_text: the tokenizer's EOS, with which a card-shuffles response must end.
-      special_tokens: texts that are removed from responses.
+      names: names in `REWARD_FUNCTIONS`, or import paths `package.module:name` of your own functions, which run in
+        worker processes and whose modules must not import jax.
+      weights: the weight of each function; equal weights if None.
+      by_source: maps patterns of problem sources to the names of functions; see `Grader`.
+      eos_text: the tokenizer's EOS token, with which a card-shuffles response must end.
+      special_tokens: special tokens, as text, that are removed from responses.
       num_workers, timeout_secs, max_response_chars, environment: see `GraderPool`.
 
     Raises:
@@ -201,7 +201,7 @@ def make_grader(
 
 
 def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFunction:
-    """Returns the reward function that a name stands for."""
+    """Returns the reward function with a given name or import path."""
     if name == "card_shuffles":
         function = card_shuffles_grader(eos_text)
         return WeightedFunction(name, function, weight, is_inline=True, sees_special_tokens=True)
@@ -211,7 +211,9 @@ def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFuncti
         return WeightedFunction(name, IN_WORKERS[name], weight)
     if ":" not in name:
         close = difflib.get_close_matches(name, REWARD_FUNCTIONS, n=1)
-        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(REWARD_FUNCTIONS)}"
+        known = (
+            f"did you mean {close[0]}?" if close else f"choose one of {', '.join(REWARD_FUNCTIONS)}"
+        )
         raise UserError(f"{field}={name!r}: no such reward function; {known}")
     function = import_object(name, field)
     if not callable(function):
@@ -228,7 +230,7 @@ def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFuncti
 def _when_all_done(
     futures: Sequence[Future[Judgment]], make: Callable[[list[Judgment]], Grade]
 ) -> Future[Grade]:
-    """Returns a future of `make(results)`; it is cancelled if one of the futures is."""
+    """Returns a future of `make(results)`, which is cancelled if any of the futures is cancelled."""
     combined: Future[Grade] = Future()
     lock, num_pending = threading.Lock(), len(futures)
 

@@ -1,4 +1,4 @@
-"""Calls a reward function and turns what it returns into a judgment."""
+"""Calls a reward function and converts its result to a judgment."""
 
 import asyncio
 import inspect
@@ -7,15 +7,15 @@ from typing import Any
 
 from trapo_jax.types import Judgment, Problem, Verdict
 
-MAX_ANSWER_CHARS = 500  # of an answer that is shown to people
+MAX_ANSWER_CHARS = 500  # maximum length of an answer that is shown to the user
 
 
 def call(function: Callable[..., Any], response: str, problem: Problem) -> Judgment:
-    """Calls a reward function, sync or async, with the columns of the problem that its signature accepts.
+    """Calls a sync or async reward function, with the columns of the problem that its signature accepts.
 
     Raises:
-      ValueError: if it returns something that is not a reward.
-      Exception: whatever the function raises.
+      ValueError: if its result is not a valid reward.
+      Exception: any exception that the function raises.
     """
     value = function(response, problem, **_accepted(function, problem))
     if inspect.isawaitable(value):
@@ -24,14 +24,14 @@ def call(function: Callable[..., Any], response: str, problem: Problem) -> Judgm
 
 
 def as_judgment(value: Any) -> Judgment:
-    """Returns the judgment that a reward function's result stands for.
+    """Converts the result of a reward function to a judgment.
 
     Args:
       value: a reward in [0, 1], a bool, a `Verdict` or its value; or a pair of that and the answer that the function
-        read from the response.
+        extracted from the response.
 
     Raises:
-      ValueError: for anything else.
+      ValueError: if `value` is anything else.
 
     >>> as_judgment(0.5), as_judgment((True, "42"))
     (Judgment(reward=0.5, answer=None, reason=''), Judgment(reward=1.0, answer='42', reason=''))
@@ -55,7 +55,7 @@ def as_judgment(value: Any) -> Judgment:
 
 
 def _accepted(function: Callable[..., Any], problem: Problem) -> dict[str, Any]:
-    """Returns the columns that the function has parameters for; all of them if it takes any keyword."""
+    """Returns the columns that the function has parameters for; all columns if it accepts arbitrary keywords."""
     if not problem.columns:
         return {}
     parameters = list(inspect.signature(function).parameters.values())[2:]

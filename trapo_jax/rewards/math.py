@@ -1,12 +1,12 @@
-r"""Mathematical answers.
+r"""Grading of mathematical answers.
 
-`grade_math` is strict: a response must say what its answer is, in a box, after `####` or after "the answer is", and the
-answer must equal the problem's by `equality.equivalent`. `grade_math_lenient` is the reward of the TRAPO authors:
-math-verify with its default settings, which falls back to the last number in the response.
+`grade_math` is strict: a response must state its answer in a box, after `####`, or after "the answer is", and the
+answer must be equivalent to the problem's according to `equality.equivalent`. `grade_math_lenient` is the reward of the
+TRAPO authors: math-verify with its default settings, which falls back to the last number in the response.
 
-Both run only in processes that can be killed: on a hostile answer sympy computes for ever, holding the GIL, and even
-printing what was parsed may hang. math-verify's own time limits are switched off (they are signals, which do not work
-in threads and do not interrupt C code); the pool's limit bounds it.
+Both must run in processes that can be killed: on hostile answers, sympy may run forever while holding the GIL, and even
+printing a parsed answer may hang. math-verify's own time limits are disabled, since they rely on signals, which do not
+work in threads and do not interrupt C code. The time limit of the grader pool applies instead.
 """
 
 import functools
@@ -21,7 +21,7 @@ from trapo_jax.rewards.notation import EMPHASIS, read_answer
 from trapo_jax.types import Problem, Verdict
 
 MAX_ANSWER_CHARS = 2_000
-# Bounded repetitions: time stays linear in the text.
+# Repetitions are bounded to keep the running time linear in the text.
 ANSWER_LINE = re.compile(r"^[ \t]{0,8}####[ \t]{0,8}(\S.*)$", re.MULTILINE)
 ANSWER_PHRASE = re.compile(
     r"\banswer(?:\s{1,3}(?:is|would be|will be|equals|=)\s{0,3}:?|\s{0,3}(?:\*\*|__)?\s{0,3}[:=])\s{0,3}(?:\*\*|__)?\s{0,3}(?=\S)",
@@ -31,7 +31,7 @@ DELIMITED = re.compile(
     r"\$\$(.+?)\$\$|\$((?:\\.|[^$\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
 )
 BETWEEN = re.compile(r"\s{0,2}(?:,|and|or|,\s?and|,\s?or)\s{0,2}(?=[$\\])")
-# An answer in words begins with a letter; what begins otherwise is mathematics.
+# Answers in words start with a letter; everything else is mathematical.
 MATHEMATICAL = re.compile(r"[\d$\\(\[{|+.√π∞€£-]|[−±≈~=]|[A-Za-z](?:\s?[=^_(]|[.,]?$)")
 CLAUSE_END = re.compile(
     r"[.!?](?=\s|$)|\s\((?=[A-Za-z]{2})|[,;]?\s\(?(?:which|because|since|so|as|where|when|after|hence|thus|therefore|if|i\.e\.|that|but|not|for|at|in|on)\b|;|,\s(?:and|giving|meaning)\s"
@@ -39,15 +39,15 @@ CLAUSE_END = re.compile(
 
 
 def grade_math(response: str, problem: Problem) -> tuple[Verdict, str | None]:
-    r"""Whether the response's answer equals the problem's, and the answer that was read.
+    r"""Compares the answer of a response with that of the problem.
 
     Args:
       response: any text without special tokens.
-      problem: its `answer` is LaTeX or plain, with or without `$`, `\boxed{}` or `#### `.
+      problem: the problem; its `answer` is LaTeX or plain text, with or without `$`, `\boxed{}` or `#### `.
 
     Returns:
-      WRONG also if the response has no answer, one that cannot be read, or one of more than
-      MAX_ANSWER_CHARS characters.
+      The verdict and the extracted answer. The verdict is also WRONG if the response has no answer, or an answer that
+      cannot be parsed or has more than MAX_ANSWER_CHARS characters.
 
     Raises:
       ValueError: if the problem's answer is empty.
@@ -64,7 +64,7 @@ def grade_math(response: str, problem: Problem) -> tuple[Verdict, str | None]:
 
 
 def grade_math_lenient(response: str, problem: Problem) -> tuple[Verdict, str | None]:
-    """The reward of the TRAPO and LUFFY releases: math-verify's defaults on the whole response.
+    """Computes the reward of the TRAPO and LUFFY releases: math-verify's defaults on the whole response.
 
     It falls back to the last number in the response, and it rewards some wrong answers; see `equality`. For plain
     expressions math-verify calls sympy's parser, which evaluates Python; call this only in a worker process.
@@ -78,20 +78,20 @@ def grade_math_lenient(response: str, problem: Problem) -> tuple[Verdict, str | 
 
 
 def equivalent(gold: str, answer: str) -> bool:
-    """Whether `answer` means what `gold` means; both as data sets and models write them.
+    """Returns whether two answers, as written in datasets and by models, are equivalent.
 
     Raises:
-      ValueError: if nothing can be read from `gold`.
+      ValueError: if `gold` is empty.
     """
     return _equivalent(gold_answer(gold), answer)
 
 
-@functools.lru_cache(maxsize=1024)  # the rollouts of a group share it
+@functools.lru_cache(maxsize=1024)  # shared by the rollouts of a group
 def gold_answer(text: str) -> str:
     """Returns a problem's answer without its box, `####` or delimiters.
 
     Raises:
-      ValueError: if there is nothing left.
+      ValueError: if the answer is empty.
     """
     boxed, lines = last_boxed(text), ANSWER_LINE.findall(text)
     answer = boxed if boxed is not None else _without_delimiters(lines[-1] if lines else text)
@@ -113,10 +113,10 @@ def is_text(answer: str) -> bool:
 
 
 def extract_math_answer(response: str) -> str | None:
-    r"""Returns the final answer as it is written, in time linear in the text; None if there is none.
+    r"""Extracts the final answer of a response verbatim, in time linear in the text; None if there is none.
 
-    It stands in the last closed `\boxed{}`; without one, in the last line `#### answer`; without one, after the
-    last "answer is" or "answer:". A thought that is not finished holds no answer.
+    The answer is the content of the last closed `\boxed{}`, or else the last line `#### answer`, or else the text after
+    the last "answer is" or "answer:". Unfinished thoughts are ignored.
 
     >>> extract_math_answer(r"Thus $x = \boxed{\frac{1}{2}}$.")
     '\\frac{1}{2}'
@@ -137,14 +137,14 @@ def extract_math_answer(response: str) -> str | None:
     ]
     if not rests:
         return None
-    # A later "the answer is consistent" takes nothing back.
+    # Prefer a mathematical answer to a later phrase such as "the answer is consistent".
     return _of_clause(
         next((rest for rest in reversed(rests) if MATHEMATICAL.match(rest)), rests[-1])
     )
 
 
 def _of_clause(rest: str) -> str:
-    """Returns the answer at the beginning of a clause."""
+    """Returns the answer at the start of a clause."""
     if delimited := _delimited(rest):
         return ", ".join(delimited)
     end = CLAUSE_END.search(rest)
@@ -152,13 +152,13 @@ def _of_clause(rest: str) -> str:
 
 
 def warm_up() -> None:
-    """Imports sympy and builds math-verify's grammar, which takes seconds."""
+    """Imports sympy and builds math-verify's grammar, which takes several seconds."""
     equivalent("x + 1", "x + 2")
 
 
 @functools.cache
 def _math_verify() -> Any:
-    """The library, imported where it is used (seconds); without its warnings that no time limit is set."""
+    """Returns math-verify, imported lazily since that takes seconds; suppresses warnings about disabled timeouts."""
     import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -166,7 +166,7 @@ def _math_verify() -> Any:
 
 
 def _without_delimiters(text: str) -> str:
-    """`$x$` to `x`; anything else, such as `$x$ and $y$`, as it is."""
+    """Converts `$x$` to `x`; other texts, such as `$x$ and $y$`, are returned unchanged."""
     text = text.strip()
     match = DELIMITED.fullmatch(text)
     inner = next((group for group in match.groups() if group), "") if match else ""
@@ -174,7 +174,7 @@ def _without_delimiters(text: str) -> str:
 
 
 def _delimited(text: str) -> list[str]:
-    """Returns the formulas at the beginning of a text: one, or several with commas, "and" or "or" between them."""
+    """Returns the formulas at the start of a text: one, or several separated by commas, "and" or "or"."""
     formulas, position = [], 0
     while match := DELIMITED.match(text, position):
         formulas += [group.strip() for group in match.groups() if group]

@@ -1,6 +1,6 @@
-r"""Multiple choice: the letter that a response settles on (ARC-c: A-D, MMLU-Pro: A-J).
+r"""Grading of multiple-choice answers by the letter that a response chooses (ARC-c: A-D, MMLU-Pro: A-J).
 
-Strict: a response that names two letters, or none in a recognized place, has no answer.
+Extraction is strict: a response that states two letters, or no letter in a recognized place, has no answer.
 """
 
 import re
@@ -9,7 +9,8 @@ from trapo_jax.rewards.extraction import final_part, last_boxed
 from trapo_jax.types import Problem, Verdict
 
 LETTERS = "A-Ja-j"
-# A letter alone or before its choice: B, (B), b), B. 12 cm, B - Paris, Option B; not AB, "A, B", "A or B", "a good one".
+# A letter, alone or before the text of its choice: B, (B), b), B. 12 cm, B - Paris, Option B; but not AB, "A, B",
+# "A or B" or "a good one".
 LETTER = re.compile(
     rf"(?:(?i:option|choice|answer)\s{{1,3}})?(?:\(([{LETTERS}])\)[.:]?(?:\s.*)?|([{LETTERS}])(?:[.:)](?:\s.*)?|\s[-–—]\s.*)?)",
     re.DOTALL,
@@ -18,21 +19,24 @@ WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|boldsymbol)\s?\{([^{}]*)\}"
 )
 SPACING = re.compile(r"\\[ ,;:!]|\\q?quad\b|~")
-# "answer is (B)", "Answer: B", "**Answer:** B", "correct option is B". Bounded repetitions: linear time.
+# "answer is (B)", "Answer: B", "**Answer:** B", "correct option is B". Repetitions are bounded to keep time linear.
 STATEMENT = re.compile(
     r"(?i:answer|option|choice)(?:\*\*|__)?\s{0,3}(?::|=|(?i:is|would be)\b)\s{0,3}:?(?:\*\*|__)?\s{0,3}"
     rf"(?:(?i:option|choice)\s)?(?:\*\*|__|\$)?(?:\(([{LETTERS}])\)|([{LETTERS}])(?![\w'-]))(?=(?P<rest>[^\n]{{0,80}}))"
 )
-# What may follow a letter without parentheses: else "A" is an article ("the answer is A good one").
+# What may follow a letter without parentheses. Otherwise, "A" is an article ("the answer is A good one").
 AFTER_LETTER = re.compile(r"\s{0,3}(?:$|[.,:;)*_$\]}]|[-–—]\s|because\b|since\b|as\b)")
 SECOND_LETTER = re.compile(rf"\W{{0,6}}(?:(?:and|or|,|/|&)\W{{0,6}})\(?[{LETTERS}](?![\w'-])")
 
 
 def grade_multiple_choice(response: str, problem: Problem) -> tuple[Verdict, str | None]:
-    """Whether the response settles on the problem's letter, and the letter; WRONG too if it settles on none.
+    """Compares the letter that a response chooses with the problem's answer.
+
+    Returns:
+      The verdict, which is also WRONG if no letter is chosen; and the letter, if there is one.
 
     Raises:
-      ValueError: if the problem's answer is not one letter A-J.
+      ValueError: if the problem's answer is not a single letter A-J.
     """
     gold = _single_letter(problem.answer)
     if gold is None:
@@ -42,8 +46,10 @@ def grade_multiple_choice(response: str, problem: Problem) -> tuple[Verdict, str
 
 
 def extract_choice(response: str) -> str | None:
-    r"""Returns the letter in the last `\boxed{}`; without a box, that of the last statement such as "the answer is (B)";
-    without one, a response that is but a letter. None if that is not one letter.
+    r"""Extracts the letter that a response chooses.
+
+    It is taken from the last `\boxed{}`, or else from the last statement such as "the answer is (B)", or else from a
+    response that consists of a letter only. Returns None if that is not a single letter.
 
     >>> extract_choice(r"Hence \boxed{\textbf{(C)}\ 12}.")
     'C'

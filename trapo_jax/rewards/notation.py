@@ -1,8 +1,8 @@
-r"""Different ways to write the same answer, reduced to one LaTeX form.
+r"""Normalization of different notations of the same answer to one LaTeX form.
 
-Models and data sets write one number as `70,000`, `70{,}000`, `7e4`, `7 \times 10^4`, `\$70000`, `70000 dollars` or
-`\text{70000}.`; `read_answer` reduces them to a LaTeX expression and a unit. Only the notation changes: nothing is
-evaluated here. Every function takes time linear in the text, apart from a small number of passes.
+Models and datasets write the same number as `70,000`, `70{,}000`, `7e4`, `7 \times 10^4`, `\$70000`, `70000 dollars` or
+`\text{70000}.`; `read_answer` normalizes them to a LaTeX expression and a unit. Only the notation changes; nothing is
+evaluated. Every function makes a small number of passes, each of which takes time linear in the text.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ def _root(match: re.Match) -> str:
     return f"{command}{{{match[2]}}}" if match[2] else command
 
 
-# Each pattern is used once over the text; in this order.
+# Each pattern is applied once to the whole text, in this order.
 REWRITES = [
     (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+"), lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}"),
     (re.compile(r"[₀₁₂₃₄₅₆₇₈₉]+"), lambda m: "_{" + m[0].translate(SUBSCRIPTS) + "}"),
     (re.compile(r"([∛√])\s?(\d+(?:\.\d+)?|[A-Za-z]|\\[a-z]+|(?=[({\[]))"), _root),
-    (re.compile(r"\\\\(?=[a-zA-Z])"), r"\\"),  # a doubled backslash before a command is a slip
+    (re.compile(r"\\\\(?=[a-zA-Z])"), r"\\"),  # a doubled backslash before a command is a typo
     (re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr)(?![a-zA-Z])\.?|\\(?:display|text|script)style|\\limits|\\!"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\\(?:thin|en)space(?![a-zA-Z])|\\hspace\{[^{}]*\}|\s"), " "),
@@ -70,7 +70,7 @@ WRAPPER = re.compile(
 )
 BARE_FUNCTION = re.compile(rf"(?<![\\a-zA-Z])({'|'.join(FUNCTIONS)})(?![a-zA-Z])")
 SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d{1,6})(?!\w)")
-# Words and signs before an answer that say only that it is one.
+# Words and signs that introduce an answer without changing it.
 LEADING = re.compile(
     r"(?:\\approx|\\sim|\\simeq|\\cong|[=:≃≅]|(?i:approximately|approx\.?|about|roughly|around|exactly|equal to|equals)\b)\s*"
 )
@@ -80,7 +80,7 @@ TRAILING = " .,;:"
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer in one notation.
+    """An answer in normalized notation.
 
     Attributes:
       text: LaTeX without delimiters, spacing commands, text wrappers, emphasis and a final stop.
@@ -153,7 +153,7 @@ UNITS = {
     for line in _UNIT_NAMES.strip().split("\n")
     for name in (line.partition(":")[0], *line.partition(":")[2].split())
 }
-# One letter after a number could also be a variable; these are read as units after a number and a space.
+# A single letter after a number could also be a variable; it is read as a unit only after a number and a space.
 _UNIT = "|".join(sorted(map(re.escape, UNITS), key=len, reverse=True))
 _WORD = r"[A-Za-z][A-Za-z.'-]+"
 NUMERAL = r"[+-]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?(?:\{[+-]?\d+\}|\d))?"
@@ -165,7 +165,7 @@ WITH_UNIT = re.compile(
 WITH_WORDS = re.compile(
     rf"(?P<value>(?:{NUMERAL}|.*[)}}]))\s+(?P<unit>{_WORD}(?:\s+{_WORD}){{0,4}})", re.DOTALL
 )
-# Words after a number that change it, so that they are no unit.
+# Words after a number that change its value, so they are not units.
 NO_UNIT = re.compile(
     r"(?i)\b(?:and|or|to|mod|times|over|plus|minus|factorial|squared|cubed|if|for|when|where|less|more|hundred|thousand|"
     r"million|billion|trillion|dozen|half|not|is|are|pi|sqrt|base|choose|through|until|from|except)\b"
@@ -175,7 +175,7 @@ MULTIPLIED = re.compile(rf"({NUMERAL})\s+({'|'.join(MULTIPLIERS)})\b", re.IGNORE
 
 
 def read_answer(text: str) -> Answer:
-    r"""Reduces an answer to one notation.
+    r"""Normalizes the notation of an answer.
 
     >>> read_answer(r"\$70{,}000.")
     Answer(text='70,000', unit='$')
@@ -198,7 +198,7 @@ def _in_latex(text: str) -> str:
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
     text = re.sub(r"\\[()\[\]]|(?<!\\)\$", " ", text)
-    for _ in range(3):  # a wrapper within a wrapper
+    for _ in range(3):  # wrappers may be nested
         text = WRAPPER.sub(r" \1 " if "\\text" in text else r"\1", text)
     text = BARE_FUNCTION.sub(r"\\\1", text)
     text = SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
@@ -212,7 +212,7 @@ def _in_latex(text: str) -> str:
 
 
 def _ascii(character: str) -> str:
-    """Returns what a fullwidth form, a fraction or a space of Unicode stands for."""
+    """Converts Unicode fullwidth forms, fractions and spaces."""
     if "０" <= character <= "ｚ":
         return unicodedata.normalize("NFKC", character)
     if unicodedata.category(character) == "No" and "FRACTION" in unicodedata.name(character, ""):
@@ -229,7 +229,7 @@ def _strip(text: str) -> str:
 
 
 def _take_currency(text: str) -> tuple[str, str]:
-    """Splits a currency sign off the front."""
+    """Splits off a leading currency sign."""
     match = re.match(r"([+-]?)\s?(\\\$|[€£¥₹]|(?:USD|US\\?\$)(?=\s?\d))\s?(?=[\d.\\(-])", text)
     if match is None:
         return text, ""
@@ -237,7 +237,7 @@ def _take_currency(text: str) -> tuple[str, str]:
 
 
 def _take_unit(text: str) -> tuple[str, str]:
-    """Splits a unit, or words that count something, off the end of a number."""
+    """Splits off a unit, or other words, after a number."""
     if (match := WITH_UNIT.fullmatch(text)) and _may_have_unit(match):
         unit = UNITS[match["unit"]]
         power = match["power"] or {"s": "2", "c": "3"}.get((match["squared"] or " ")[0], "")
@@ -254,7 +254,7 @@ def _take_unit(text: str) -> tuple[str, str]:
 
 
 def _is_numeric(text: str) -> bool:
-    """Whether a text has digits and, apart from LaTeX commands, no words."""
+    """Returns whether a text has digits and, apart from LaTeX commands, no words."""
     without_commands = re.sub(r"\\[a-zA-Z]+", "", text)
     return bool(re.search(r"\d", text)) and not re.search(r"[A-Za-z]{3}", without_commands)
 

@@ -1,12 +1,12 @@
-"""Reward functions in processes that can be killed.
+"""Runs reward functions in processes that can be killed.
 
-Each thread holds one worker (`worker.py`, a fresh interpreter without jax, started with the allowed environment
-variables only) and talks to it over a socket, so that a wall-clock limit bounds every wait. A worker that exceeds it,
-or that dies, is replaced.
+Each thread owns one worker (`worker.py`, a fresh interpreter without jax that only gets allowed environment variables)
+and communicates with it over a socket, so that a wall-clock limit bounds every wait. A worker that exceeds the limit or
+dies is replaced.
 
-`multiprocessing` and the pools built on it do not serve here: a spawned child imports the parent's main module again,
-and with `python -m trapo_jax.train` that is jax; it inherits the whole environment; an idle worker that is killed
-breaks pebble's pool for good; and results are unpickled. POSIX only, as is jax.
+`multiprocessing` and pools built on it are unsuitable: a spawned child imports the parent's main module again, which
+imports jax in the case of `python -m trapo_jax.train`; it inherits the whole environment; killing an idle worker breaks
+pebble's pool permanently; and results are unpickled. This module requires POSIX.
 """
 
 import json
@@ -32,23 +32,23 @@ logger = logging.getLogger(__name__)
 Job = tuple[Future[Judgment], dict[str, Any]]
 RewardFunction = Callable[..., Any]
 
-MAX_RESPONSE_CHARS = 100_000  # Only the end of a longer response is graded.
+MAX_RESPONSE_CHARS = 100_000  # only the end of longer responses is graded
 
 
 class GraderPool:
-    """Calls reward functions in separate processes, each call within a time limit.
+    """Calls reward functions in separate processes, with a time limit for each call.
 
     Args:
-      reward_functions: functions at the top level of modules that import no jax. A function sees the response and a
-        problem with id, answer, prompt text, source and columns only.
-      num_workers: number of processes, started at once; >= 1.
-      timeout_secs: wall-clock limit for one call, from when a worker gets it; > 0.
-      max_response_chars: number of characters at the end of a longer response that are graded.
-      memory_bytes: limit of a worker's address space, where the platform has one.
-      environment: names of environment variables that workers get beside the allowed ones.
+      reward_functions: functions defined at the top level of modules that do not import jax. The problem that is passed
+        to them has only id, answer, prompt text, source and columns.
+      num_workers: number of processes, which start immediately; >= 1.
+      timeout_secs: wall-clock limit for one call, measured from when a worker receives it; > 0.
+      max_response_chars: maximum length of a response; only the end of longer responses is graded.
+      memory_bytes: limit on a worker's address space, if the platform supports it.
+      environment: names of environment variables that are passed to workers in addition to the allowed ones.
 
     Raises:
-      ValueError: if a worker could not find a function by its name.
+      ValueError: if a function cannot be imported by its name.
     """
 
     def __init__(
@@ -84,10 +84,11 @@ class GraderPool:
           function: one of the pool's functions; the first if None.
 
         Returns:
-          The judgment; without a reward if the function raises, exceeds its time limit, or its process dies.
+          A future of the judgment. The reward is missing if the function raises or exceeds its time limit, or if its
+          process dies.
 
         Raises:
-          RuntimeError: after `close`.
+          RuntimeError: if the pool has been closed.
         """
         if self._closed:
             raise RuntimeError("the grader is closed")
@@ -105,7 +106,7 @@ class GraderPool:
         return future
 
     def close(self) -> None:
-        """Cancels calls that have not begun, waits for the others (at most the time limit), and ends the workers."""
+        """Cancels pending calls, waits for running ones (at most the time limit), and terminates the workers."""
         self._closed = True
         while True:
             try:
@@ -120,7 +121,7 @@ class GraderPool:
             thread.join()
 
     def _report(self, reason: str) -> None:
-        """Warns of each kind of failure once; the rates in the metrics count all of them."""
+        """Logs a warning for the first failure of each kind; the rates in the metrics count all failures."""
         logger.log(logging.DEBUG if reason in self._reasons else logging.WARNING, reason)
         self._reasons.add(reason)
 
@@ -135,7 +136,7 @@ def path_of(function: RewardFunction) -> str:
     """Returns the import path of a function.
 
     Raises:
-      ValueError: if it has none.
+      ValueError: if it has no import path.
     """
     if function.__module__ == "__main__" or not function.__qualname__.isidentifier():
         raise ValueError(f"{function.__qualname__}: not at the top level of an importable module")
@@ -147,7 +148,7 @@ def _serve(
     start: Callable[[], "_Worker"],
     report: Callable[[str], None],
 ) -> None:
-    """Serves jobs with one worker at a time, until a job is None."""
+    """Processes jobs with one worker at a time until a job is None."""
     worker: _Worker | None = None
     try:
         worker = _start(start)
@@ -162,7 +163,7 @@ def _serve(
                 report(f"reward function {request['function']}: {judgment.reason}")
             future.set_result(judgment)
             if worker is not None and not worker.alive:
-                worker = _start(start)  # It imports while there is nothing to do.
+                worker = _start(start)  # its imports overlap with waiting for the next job
     finally:
         if worker is not None:
             worker.kill()
@@ -171,13 +172,13 @@ def _serve(
 def _start(start: Callable[[], "_Worker"]) -> "_Worker | None":
     try:
         return start()
-    except OSError as error:  # no memory, no file descriptors
-        logger.warning("a grading process cannot be started: %s", error)
+    except OSError as error:  # out of memory or file descriptors
+        logger.warning("cannot start a grading process: %s", error)
         return None
 
 
 class _Worker:
-    """A process and the socket to it."""
+    """A worker process and the socket connected to it."""
 
     def __init__(
         self,
@@ -197,7 +198,7 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=child_environment(environment),
-                start_new_session=True,  # Ctrl-C is for the trainer.
+                start_new_session=True,  # so that only the trainer receives Ctrl-C
             )
 
     @property
@@ -205,7 +206,7 @@ class _Worker:
         return self._process.poll() is None
 
     def ask(self, request: dict[str, Any]) -> Judgment:
-        """Returns the judgment on a request. If the reward is missing, the worker may be dead."""
+        """Returns the judgment for a request. If the reward is missing, the worker may be dead."""
         try:
             if not self._ready:
                 self._receive(time.monotonic() + START_SECS)
@@ -225,7 +226,7 @@ class _Worker:
         except ConnectionError:
             self.kill()
             return Judgment(None, reason="the process died")
-        except Exception as error:  # What the process says is not a judgment.
+        except Exception as error:  # the reply is not a valid judgment
             self.kill()
             return Judgment(None, reason=type(error).__name__)
 

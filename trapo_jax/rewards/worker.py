@@ -1,9 +1,9 @@
-"""A worker process: judgments of texts, one JSON line each way, over the socket that is its standard input.
+"""A grading worker process, which exchanges JSON lines with `GraderPool` over the socket that is its standard input.
 
     python -m trapo_jax.rewards.worker FUNCTIONS TIMEOUT_SECS MEMORY_BYTES
 
-FUNCTIONS is a JSON list of import paths `module:function`. Started by `GraderPool`. Only strings come in, and only
-numbers and short strings go out: no pickle, and never a parsed answer, whose very `repr` may hang. Imports no jax.
+FUNCTIONS is a JSON list of import paths `module:function`. Requests and replies are plain JSON without pickled objects,
+and a reply never contains a parsed answer, whose `repr` alone may hang. Imports no jax.
 """
 
 import functools
@@ -24,13 +24,14 @@ MAX_REASON_CHARS = 200
 
 
 def main(functions: str, timeout_secs: str, memory_bytes: str) -> None:
-    """Serves until the other side closes the socket, or until memory has run out.
+    """Serves requests until the other side closes the socket or memory runs out.
 
-    A function's module is imported first, and its `warm_up()` called if it has one, outside of every limit.
+    First, the modules of the functions are imported, and their `warm_up()` is called if they have one; no limits apply
+    to that.
     """
     connection = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):  # what a library prints is not a judgment and reaches no terminal
+    for descriptor in (0, 1, 2):  # discard what libraries print
         os.dup2(null, descriptor)
     with connection, connection.makefile("rwb") as lines:
         reply = functools.partial(_reply, lines)
@@ -44,7 +45,7 @@ def main(functions: str, timeout_secs: str, memory_bytes: str) -> None:
 
 
 def _find(path: str) -> Callable[..., Any]:
-    """Imports a reward function; one that cannot be imported becomes a function that says why."""
+    """Imports a reward function. If the import fails, returns a function that raises the reason."""
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -57,7 +58,7 @@ def _find(path: str) -> Callable[..., Any]:
 
 
 class _CannotImportError(Exception):
-    """Says why a reward function is not there; its text is shown, in contrast to that of other exceptions."""
+    """A reward function cannot be imported. Unlike that of other exceptions, its message is shown to the user."""
 
 
 def _raise(reason: str, *_: Any, **__: Any) -> None:
@@ -70,7 +71,7 @@ def _answer(
     reply: Callable[..., None],
     timeout_secs: float,
 ) -> bool:
-    """Judges one text; returns whether the process should continue."""
+    """Judges one response. Returns whether the process should continue."""
     request = json.loads(line)
     problem = Problem(
         request["id"],
@@ -80,14 +81,14 @@ def _answer(
         source=request["source"],
         columns=request["columns"],
     )
-    # The pool kills the process at the limit. Should the pool be gone, the kernel does, soon after it.
+    # The pool kills the process at the time limit. If the pool is gone, the timer does so soon afterwards.
     signal.setitimer(signal.ITIMER_REAL, timeout_secs + 1.0)
     try:
         judgment = call(reward_functions[request["function"]], request["text"], problem)
         reply(**judgment._asdict())
     except MemoryError:
         reply(**Judgment(None, reason="MemoryError")._asdict())
-        return False  # what is still held is unknown; a new process frees it
+        return False  # leaked memory is only freed by starting a new process
     except _CannotImportError as error:
         reply(**Judgment(None, reason=str(error))._asdict())
     except (Exception, SystemExit) as error:

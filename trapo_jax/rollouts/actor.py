@@ -1,6 +1,6 @@
 """The actor: samples completions from the current weights and grades them.
 
-An `Actor` owns the rollout engine and the graders. It knows nothing of optimizers, checkpoints or logs.
+An `Actor` owns the rollout engine and the graders. It is independent of optimizers, checkpoints and logging.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from trapo_jax.types import (
     UserError,
 )
 
-# Takes the place of the training step in the random keys of evaluations. All evaluations of a run draw the same
-# random numbers, so that two of them differ by the policy alone.
+# Used in place of the training step in the random keys of evaluations. All evaluations of a run use the same random
+# numbers, so that they differ only in the policy.
 EVALUATION_STEP = 2**32 - 1
 
 Sample = Callable[[Sequence[RolloutRequest], SamplingParams], Iterator[tuple[Completion, Grade]]]
@@ -43,7 +43,7 @@ class Collected(NamedTuple):
     """The rollouts of one step.
 
     Attributes:
-      groups: the G rollouts of each problem, by sample index.
+      groups: the G rollouts of each problem, ordered by sample index.
       metrics: metrics of the rollouts and the engine, by name.
       usage: tokens and FLOPs spent on sampling.
     """
@@ -59,12 +59,12 @@ class Actor:
     Args:
       engine: the rollout engine.
       grader: grades the text of a response; closed together with the actor.
-      decode: turns token ids into text, special tokens included.
-      method: decides the guidance of each problem; None for an actor that only evaluates.
+      decode: converts token ids to text, including special tokens.
+      method: determines the guidance of each problem; None for an actor that only evaluates.
       max_completion_length: maximum number of tokens of prefix + completion.
-      max_staleness: 1 to start rollouts of the next step in idle slots, 0 not to.
+      max_staleness: 1 to start rollouts of the next step in idle slots; 0 otherwise.
       temperature: sampling temperature of training rollouts, > 0.
-      max_error_rate: maximum share of a step's rollouts in [0, 1] that may fail to be graded.
+      max_error_rate: maximum share of a step's rollouts, in [0, 1], for which a reward function may fail.
       token_cost: FLOPs per token of the model.
       on_progress: called with a description whenever a completion is finished.
     """
@@ -86,8 +86,7 @@ class Actor:
         if max_staleness and method and method.guidance_varies:
             raise UserError(
                 f"sampling.max_staleness={max_staleness}: the guidance of method.name={method.name} changes with every "
-                "step, and a rollout that starts a step early would have the guidance of the step before; give "
-                "sampling.max_staleness=0"
+                "step, so rollouts cannot be started a step early; set sampling.max_staleness=0"
             )
         self.engine = engine
         self._grader = grader
@@ -114,11 +113,11 @@ class Actor:
         Args:
           problems: the distinct problems of the step.
           params: the parameters of the policy.
-          moment: the step; decides the guidance and is part of the random keys.
+          moment: the current step; determines the guidance and is part of the random keys.
           upcoming: problems of the next step, started in slots that would otherwise be idle if `max_staleness` allows.
 
         Raises:
-          TrainingFailed: if too many rollouts could not be graded.
+          TrainingFailed: if too many rewards are missing.
         """
         assert self._method, "an actor without a method can only evaluate"
         method, started = self._method, time.perf_counter()
@@ -192,16 +191,16 @@ class Actor:
         return self._grader.submit(self._decode(token_ids), completion.request.problem)
 
     def are_equal(self, first: str, second: str) -> bool:
-        """Whether two answers mean the same to the grader."""
+        """Returns whether the grader considers two answers equivalent."""
         return self._grader.are_equal(first, second)
 
     @property
     def kv_bytes(self) -> int:
-        """Memory for keys and values on each device in bytes."""
+        """Size of the keys and values on each device, in bytes."""
         return self.engine.memory().kv_cache_bytes
 
     def close(self) -> None:
-        """Ends the grading processes."""
+        """Terminates the grading processes."""
         self._grader.close()
 
     def __enter__(self) -> "Actor":
@@ -214,7 +213,7 @@ class Actor:
 def guidance_at(
     method: Method, moment: Moment, problem: Problem, max_completion_length: int
 ) -> Guidance:
-    """Returns a method's guidance of a problem at a step."""
+    """Returns a method's guidance for a problem at a given step."""
     return Guidance(
         method.micro_groups_at(moment, problem),
         max_completion_length,
@@ -265,7 +264,7 @@ def make_actor(
       grader: grades responses; closed together with the actor.
       model: the pretrained model; its parameters are not loaded.
       max_prompt_length: maximum prompt length in tokens.
-      seed: random seed of sampling.
+      seed: random seed for sampling.
       mesh: the mesh to sample on; a single device if None.
       with_truncation: whether requests may use top-p and top-k.
       method, max_staleness, temperature, max_error_rate, on_progress: see `Actor`.

@@ -3,8 +3,7 @@
 Completions are graded, rewards update the guidance, and the guidance releases new requests until every group is
 complete. No problem waits for another, and no micro-group waits for a rollout that cannot change its guidance.
 Decoding continues while grades are pending. The result does not depend on the order in which completions and
-grades arrive, except for how far rollouts of the next step advance in slots that would otherwise be idle, where
-that is allowed.
+grades arrive, except for how far rollouts of the next step, if started early, advance in otherwise idle slots.
 """
 
 import collections
@@ -38,7 +37,7 @@ class PartialRollouts(NamedTuple):
     Attributes:
       groups: by problem id.
       pending_grades: completions whose grade is pending, by future.
-      unfinished: completions that the engine was still sampling, with their tokens so far.
+      unfinished: partial completions that the engine was still sampling.
     """
 
     groups: Mapping[str, Group] = {}
@@ -57,9 +56,9 @@ class CollectedGroups(NamedTuple):
     """The result of `collect_groups`.
 
     Attributes:
-      groups: the G rollouts of each problem, by `sample_index`.
-      grading_secs: seconds spent on handling grades or, with nothing to decode, on waiting for them.
-      partial: rollouts of upcoming problems, without those that the engine is still sampling.
+      groups: the G rollouts of each problem, ordered by `sample_index`.
+      grading_secs: seconds spent on processing grades, or on waiting for them while there was nothing to decode.
+      partial: rollouts of upcoming problems, except those that the engine is still sampling.
     """
 
     groups: list[list[Rollout]]
@@ -81,18 +80,18 @@ def collect_groups(
     """Samples a complete group of rollouts for every problem.
 
     Args:
-      engine: the rollout engine; must be idle and hold the weights to sample from.
+      engine: the rollout engine; must be idle and have the weights to sample from.
       guidance_of: returns the guidance of a problem.
       grade: grades a completion asynchronously.
       problems: distinct problems.
       step: the optimizer step, starting at 1; part of the random keys.
       params: sampling parameters.
       partial: rollouts of these problems that were started during the previous step. Their remaining tokens are
-        sampled from the engine's current weights. None if there are none.
+        sampled with the engine's current weights. None if there are no such rollouts.
       upcoming: problems of the next step, which may be started in slots that would otherwise be idle.
 
     Raises:
-      ValueError: if two problems are the same.
+      ValueError: if the problems are not distinct.
     """
     if len({problem.id for problem in problems}) != len(problems):
         raise ValueError("a batch contains the same problem twice")
@@ -149,7 +148,7 @@ class _Collector:
         return Group.start(problem, self._guidance_of(problem), step)
 
     def _release(self, groups: Iterable[Group]) -> None:
-        """Submits the new requests of groups: to the engine, or to the grader if there is nothing to sample."""
+        """Submits the new requests of groups to the engine, or to the grader if there is nothing to sample."""
         for group in groups:
             to_sample, complete = group.new_requests()
             self._engine.submit(to_sample, step=group.step, params=self._params)
@@ -158,7 +157,7 @@ class _Collector:
                 self._pending_grades[self._grade(completion)] = completion
 
     def _take_grades(self) -> None:
-        """Observes finished grades and releases the requests that they allow, until no grade is finished."""
+        """Observes finished grades and releases the requests that they allow, until no finished grade is left."""
         while done := [future for future in self._pending_grades if future.done()]:
             updated: dict[str, None] = {}  # an ordered set
             for future in done:
@@ -169,7 +168,7 @@ class _Collector:
             self._release(self._groups[problem_id] for problem_id in updated)
 
     def _fill_idle_slots(self, upcoming: collections.deque[Problem]) -> None:
-        """Starts upcoming problems in idle slots; a problem that is also in this step is not started early."""
+        """Starts upcoming problems in idle slots, except for problems that are also part of this step."""
         while upcoming and self._engine.num_idle_slots > 0:
             problem = upcoming.popleft()
             if problem.id not in self._groups:
@@ -180,7 +179,7 @@ class _Collector:
 def share_groups(
     local: Sequence[Sequence[Rollout]], problems: Sequence[Problem]
 ) -> list[list[Rollout]]:
-    """Returns the groups of all `problems`, of which every process has collected its share."""
+    """Returns the groups of all `problems`, gathered from the processes, each of which collected its share."""
     if jax.process_count() == 1:
         return [list(group) for group in local]
     groups = gather_shares([[_to_json(rollout) for rollout in group] for group in local])

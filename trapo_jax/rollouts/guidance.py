@@ -1,17 +1,17 @@
 """Micro-group guidance: how much of an expert solution each rollout of a problem starts from.
 
-TRAPO (arXiv 2512.17636), Section 3.1. The rollouts of a problem form a group, which consists of micro-groups in
-order. Before micro-group i starts, the mean reward of all earlier rollouts of the problem is compared with the
-threshold t_i. If the mean is below it, the rollouts of the micro-group start from the expert prefix of ratio L_i;
-otherwise they are unguided.
+This implements Section 3.1 of TRAPO (arXiv 2512.17636). The rollouts of a problem form a group, which consists of
+micro-groups in order. Before micro-group i starts, the mean reward of all earlier rollouts of the problem is compared
+with the threshold t_i. If the mean is below it, the rollouts of the micro-group start from the expert prefix of ratio
+L_i; otherwise they are unguided.
 
 `Guidance` is a pure state machine on the host and imports no jax. Its state is an immutable value. A `Group` keeps
 the state of one problem while its rollouts are collected.
 
-Departure from the paper: a micro-group is released as soon as its decision is certain. Rewards lie in [0, 1], so
-the rewards that are still pending bound the mean. If both bounds fall on the same side of the threshold, the
-pending rewards cannot change the decision. The outcome is the same as that of waiting for all of them, also where one
-of them turns out to be missing: the mean of the others lies between the bounds.
+Difference from the paper: a micro-group is released as soon as its decision is certain. Since rewards lie in [0, 1],
+the mean is bounded while rewards are pending. If both bounds are on the same side of the threshold, the pending rewards
+cannot change the decision. The outcome is the same as when waiting for all rewards, even if some of them turn out to be
+missing: the mean of the others lies between the bounds.
 """
 
 import dataclasses
@@ -29,16 +29,15 @@ from trapo_jax.types import (
     RolloutRequest,
 )
 
-PARAGRAPH_REACH = 0.3  # A paragraph break counts if it lies before (ratio + 0.3) * length.
+PARAGRAPH_REACH = 0.3  # only paragraph breaks before (ratio + 0.3) * length are considered
 
 
 class GuidanceState(NamedTuple):
     """The results of one problem so far.
 
     Attributes:
-      problem: the problem that is sampled.
-      rewards: reward of each rollout in [0, 1], by sample index; None until it has been observed, and where it is
-        missing.
+      problem: the problem.
+      rewards: reward of each rollout in [0, 1], by sample index; None if it is missing or has not been observed yet.
       missing: sample indices of the rollouts that were observed without a reward.
     """
 
@@ -57,11 +56,11 @@ class GuidanceState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Decides from the rewards so far how every rollout of a problem starts.
+    """Determines the prefix of every rollout of a problem from the rewards so far.
 
     Attributes:
       micro_groups: sizes, ratios L in [0, 1] and thresholds t of the micro-groups, in order.
-      max_completion_length: maximum number of tokens of prefix + completion; longer prefixes are cut.
+      max_completion_length: maximum number of tokens of prefix + completion; longer prefixes are truncated.
       prefix_boundary: "exact" cuts the prefix at floor(L * length). "paragraph" cuts it at the first paragraph
         break after that index and before (L + 0.3) * length, inclusive, or at floor(L * length) if there is none.
       second_expert_last: whether the last micro-group uses the second expert solution of problems that have one.
@@ -89,16 +88,16 @@ class Guidance:
         Args:
           state: the state before.
           sample_index: index of the rollout in its group.
-          reward: reward in [0, 1]; None if it is missing. A missing reward enters no mean.
+          reward: reward in [0, 1]; None if it is missing. Missing rewards are excluded from all means.
 
         Raises:
-          ValueError: if the reward is out of range or the rollout has been observed before.
+          ValueError: if the reward is out of range or the rollout has already been observed.
         """
         if reward is not None and not 0.0 <= reward <= 1.0:
             raise ValueError(f"reward must be in [0, 1], got {reward}")
         if state.is_observed(sample_index):
             raise ValueError(
-                f"rollout {sample_index} of problem {state.problem.id} was observed before"
+                f"rollout {sample_index} of problem {state.problem.id} has already been observed"
             )
         if reward is None:
             return state._replace(missing=state.missing | {sample_index})
@@ -107,9 +106,9 @@ class Guidance:
         return state._replace(rewards=tuple(rewards))
 
     def ready(self, state: GuidanceState) -> list[RolloutRequest]:
-        """Returns the rollouts that are decided and not yet observed, ordered by `sample_index`.
+        """Returns the requests whose prefix is decided and which have not been observed, ordered by `sample_index`.
 
-        They include rollouts that are being sampled already; the caller keeps track of what it has submitted.
+        They include rollouts that are already being sampled; the caller keeps track of submitted requests.
         """
         requests, first = [], 0
         for index, group in enumerate(self.micro_groups):
@@ -148,8 +147,8 @@ class Guidance:
 def is_guided(rewards: Sequence[float | None], threshold: float) -> bool | None:
     """Returns whether `mean(rewards) < threshold`, or None while pending rewards (None) could change the answer.
 
-    The mean of no rewards is 0. `math.fsum` rounds correctly, so the result does not depend on the order of the
-    rewards and never decreases when one of them grows. Therefore the bounds hold to the last bit.
+    The mean of an empty sequence is 0. `math.fsum` is correctly rounded, so the mean does not depend on the order of
+    the rewards and is monotonic in each of them. Therefore, the bounds are exact in floating-point arithmetic.
     """
     if not rewards:
         return threshold > 0
@@ -167,10 +166,10 @@ class Group:
     """The rollouts of one problem while they are being collected.
 
     Attributes:
-      guidance: decides how each rollout starts.
-      step: the optimizer step that the group is sampled for; part of the random keys.
+      guidance: determines the prefix of each rollout.
+      step: the optimizer step for which the group is sampled; part of the random keys.
       state: the state of the guidance.
-      submitted: sample indices of the requests that have been handed out.
+      submitted: sample indices of the requests that `new_requests` has returned.
       rollouts: finished rollouts by sample index.
     """
 
@@ -189,7 +188,7 @@ class Group:
         return self.state.is_complete
 
     def new_requests(self) -> tuple[list[RolloutRequest], list[RolloutRequest]]:
-        """Returns the requests that are decided and have not been handed out before.
+        """Returns the requests whose prefix is decided and which have not been returned before.
 
         Returns:
           Requests to sample, and requests whose expert prefix is the entire response.

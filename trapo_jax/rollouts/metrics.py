@@ -1,4 +1,4 @@
-"""Statistics of collected rollouts: metrics, usage, and the check that enough of them could be graded."""
+"""Statistics of collected rollouts: metrics, usage, and a check that enough of them have rewards."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Returns metrics of rewards, guidance and completions.
 
-    `guidance/level_i` is the share of problems whose last guided micro-group is i; level 0 means that no
-    micro-group was guided.
+    `guidance/level_i` is the share of problems whose last guided micro-group is i; at level 0, no micro-group is
+    guided.
 
     Args:
       groups: the rollouts of each problem.
@@ -47,7 +47,7 @@ def rollout_metrics(
 
 
 def failure_rates(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Returns the shares of rollouts on which some reward function failed or exceeded its time limit."""
+    """Returns the shares of rollouts for which a reward function failed or exceeded its time limit."""
     reasons = [set(r.grade.missing.values()) for r in rollouts]
     return {
         "reward/error_rate": fmean(bool(of - {Verdict.TIMEOUT}) for of in reasons),
@@ -80,7 +80,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def graded_groups(groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
-    """Returns the groups without the rollouts whose reward is missing; a group of which none is left is dropped."""
+    """Returns the groups without the rollouts whose reward is missing. Groups that become empty are dropped."""
     graded = [[r for r in group if r.grade.reward is not None] for group in groups]
     return [group for group in graded if group]
 
@@ -88,11 +88,11 @@ def graded_groups(groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
 def rollout_usage(
     groups: Sequence[Sequence[Rollout]], *, num_prefilled: int, cost: TokenCost
 ) -> Usage:
-    """Returns the tokens and FLOPs that sampling a step's rollouts took.
+    """Returns the tokens and FLOPs that were spent on sampling a step's rollouts.
 
     Args:
       groups: the rollouts of each problem.
-      num_prefilled: tokens of prompts and prefixes that went through the model.
+      num_prefilled: number of prefilled prompt and prefix tokens.
       cost: FLOPs per token of the model.
     """
     completions = [rollout.completion for group in groups for rollout in group]
@@ -102,7 +102,7 @@ def rollout_usage(
         - count_attention_pairs(c.request.start_len)
         for c in completions
     )
-    # The longest context of a problem extends all of its shorter ones.
+    # The longest context of a problem extends all shorter ones, so its attention pairs include theirs.
     starts = [[r.request.start_len for r in g if r.completion.token_ids] for g in groups]
     num_pairs += sum(count_attention_pairs(max(lens, default=0)) for lens in starts)
     return Usage(
@@ -113,10 +113,10 @@ def rollout_usage(
 
 
 def check_grades(groups: Sequence[Sequence[Rollout]], step: int, *, max_error_rate: float) -> None:
-    """Checks that every reward function could judge enough rollouts.
+    """Checks that every reward function judged enough rollouts.
 
     Raises:
-      TrainingFailed: if a function failed or exceeded its time limit on more than the share `max_error_rate` of them.
+      TrainingFailed: if a function failed or timed out on more than a share of `max_error_rate` of the rollouts.
     """
     rollouts = [rollout for group in groups for rollout in group]
     for name, judgments in judgments_by_function(rollouts).items():
@@ -126,6 +126,6 @@ def check_grades(groups: Sequence[Sequence[Rollout]], step: int, *, max_error_ra
         reasons = Counter(judgment.reason for judgment in judgments if judgment.reward is None)
         raise TrainingFailed(
             f"step {step}: the reward function {name} judged {len(judgments) - num_missing} of {len(judgments)} "
-            f"rollouts ({', '.join(f'{count} x {reason}' for reason, count in reasons.most_common(3))}); more than "
-            f"rewards.max_error_rate={max_error_rate} have no reward"
+            f"rollouts ({', '.join(f'{count} x {reason}' for reason, count in reasons.most_common(3))}); the share "
+            f"without a reward exceeds rewards.max_error_rate={max_error_rate}"
         )

@@ -1,5 +1,6 @@
 """Sampling completions from the policy.
 
-`engine` defines what the training loop needs from a rollout engine, `jax_engine` implements it. Import from these
-modules: the package itself imports nothing, so that the protocol and the slot scheduler can be used without jax.
+`engine` defines the interface that the training loop needs from a rollout engine, and `jax_engine` implements it.
+Import from these modules. The package itself imports nothing, so that the protocol and the slot scheduler can be used
+without jax.
 """

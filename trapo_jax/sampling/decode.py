@@ -1,4 +1,4 @@
-"""What runs on the devices: contexts are prefilled, and slots are started, decoded, moved and read."""
+"""Device computations: contexts are prefilled, and slots are started, decoded, moved and read."""
 
 import functools
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from trapo_jax.sampling.draw import draw_tokens, request_key
 from trapo_jax.sampling.prefix_cache import PrefillBatch
 from trapo_jax.sampling.slots import SlotStart
 
-# A segment ends early once this fraction (one over it) of its slots have finished, since queued requests may wait.
+# A segment ends early once 1 / REFILL_DIVISOR of its slots have finished, so that queued requests can use them.
 REFILL_DIVISOR = 16
-OUT_OF_RANGE = 2**30  # a position beyond every cache: writes to it are dropped
+OUT_OF_RANGE = 2**30  # a position beyond the end of every cache; writes to it are dropped
 
 
 class Slots(NamedTuple):
-    """The state of all slots on the devices, or its shardings. "New" tokens are those sampled since the start."""
+    """The state of all slots on the devices, or its shardings. "New" tokens were sampled since the slot started."""
 
     cache: KVCache
     cached_lens: Any  # int32 [S]
-    last_token: Any  # int32 [S], the next one to feed, at position `cached_lens`
+    last_token: Any  # int32 [S], the next token to feed, at position `cached_lens`
     keys: Any  # random keys [S]
     temperature: Any  # float32 [S]
     top_p: Any  # float32 [S]
@@ -60,7 +60,7 @@ def init_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_new
 
 
 def prefill(config: DecoderConfig, params: Any, contexts: KVCache, batch: PrefillBatch) -> KVCache:
-    """Runs chunks through the model and stores their keys and values after what their rows hold.
+    """Runs chunks through the model and appends their keys and values to their rows.
 
     Args:
       config: the decoder, with the layout `Stacked`.
@@ -103,12 +103,12 @@ def start_slots(
 
     Args:
       config: the decoder, in the layout of the slots.
-      slots: the state.
+      slots: the state of the slots.
       contexts: the prefix cache.
-      rows: int32 `[S]`, for each start the row of its context.
-      count: int32 `[]`, number of starts. The others have a slot that is out of range, and are dropped.
+      rows: int32 `[S]`, the row of each start's context.
+      count: int32 `[]`, number of starts. The remaining entries have an out-of-range slot and are dropped.
       seed: uint32 `[]`, the seed of the run.
-      starts: arrays `[S]`.
+      starts: initial states, arrays of shape `[S]`.
       copied_len: number of positions to copy, at least the longest `cached_len`.
     """
     cache = config.layout.insert(slots.cache, contexts, rows, starts.slot, count, length=copied_len)
@@ -152,7 +152,7 @@ def resize_cache(config: DecoderConfig, slots: Slots, *, num_slots: int, view_le
 
 
 def read_slots(slots: Slots, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the tokens and log-probabilities of some slots."""
+    """Returns the tokens and log-probabilities of the given slots."""
     return slots.tokens[rows], slots.logprobs[rows]
 
 
@@ -167,14 +167,14 @@ def decode_segment(
     num_slots: int,
     view_len: int,
 ) -> tuple[Slots, jax.Array, jax.Array]:
-    """Samples up to `segment_len` tokens in every active slot, fewer if enough slots finish early.
+    """Samples up to `segment_len` tokens in every active slot; fewer if enough slots finish early.
 
     Args:
       config: the decoder, in the layout of the slots.
       segment_len, eos_ids, with_truncation: see `EngineSpec`.
       params: the parameters in the same layout.
-      slots: the state. Only the first `num_slots` may be active, with at most `view_len - segment_len` filled
-        positions.
+      slots: the state of the slots. Only the first `num_slots` may be active, with at most `view_len - segment_len`
+        filled positions.
       num_slots: number of slots to compute.
       view_len: number of positions to read.
 
@@ -203,12 +203,14 @@ def decode_segment(
     num_active = jnp.sum(slots.active)
     enough_finished = jnp.clip(num_active, 1, max(1, num_slots // REFILL_DIVISOR))
 
-    def continues(carry):
+    def should_continue(carry):
         count, _, s = carry
         return (count < segment_len) & (num_active - jnp.sum(s.active) < enough_finished)
 
     zero = jnp.int32(0)
-    num_steps, num_tokens, slots = jax.lax.while_loop(continues, decode_step, (zero, zero, slots))
+    num_steps, num_tokens, slots = jax.lax.while_loop(
+        should_continue, decode_step, (zero, zero, slots)
+    )
     put_back = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
     return jax.tree.map(put_back, whole, slots), num_steps, num_tokens
 
@@ -237,8 +239,8 @@ def _decode_token(
     truncation = (s.top_p, s.top_k) if truncate else None
     token, logprob = draw_tokens(s.keys, s.cached_lens + 1, logits, s.temperature, truncation)
     slot = jnp.arange(len(s.active))
-    # No token is negative. The comparison makes the write depend on the sampled token, so that XLA schedules all reads
-    # of the cache before it and updates the cache in place.
+    # Token ids are never negative. The comparison makes the write depend on the sampled token, so that XLA schedules
+    # all reads of the cache before the write and updates the cache in place.
     cache_position = jnp.where(s.active & (token >= 0), s.cached_lens, OUT_OF_RANGE)
     output_position = jnp.where(s.active, s.num_new, s.tokens.shape[1])
     num_new = s.num_new + s.active

@@ -1,9 +1,9 @@
-"""Token sampling, with random numbers that depend only on the request and the position."""
+"""Token sampling with random numbers that depend only on the request and the position."""
 
 import jax
 import jax.numpy as jnp
 
-BLOCK_LEN = 256  # tokens of the vocabulary that are summed together
+BLOCK_LEN = 256  # number of vocabulary entries in a block of the two-level CDF
 
 
 def request_key(seed: jax.Array, step: jax.Array, problem_key: jax.Array, sample_index: jax.Array):
@@ -23,19 +23,19 @@ def draw_tokens(
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token per row from `softmax(logits / temperature)`.
 
-    Temperature 0 takes the most likely token; its log-probability is that at temperature 1.
+    Temperature 0 selects the most likely token; its log-probability is reported for temperature 1.
 
-    The draw inverts the CDF in two levels: it chooses a block of the vocabulary by its mass, then a token within the
-    block. That takes one uniform number per row, no sort, and no Gumbel noise over V. Sums of at most `BLOCK_LEN` and
-    V / BLOCK_LEN terms keep the rounding of float32 far below the smallest relevant probability. The vocabulary is
-    the first axis, so that sums over it process many rows at once.
+    The CDF is inverted in two levels: a block of the vocabulary is chosen by its probability mass, then a token within
+    the block. This needs a single uniform random number per row, no sorting, and no Gumbel noise over V. Since sums
+    have at most `BLOCK_LEN` or V / BLOCK_LEN terms, float32 rounding stays far below the smallest relevant probability.
+    The vocabulary is the first axis, so that sums over it process many rows at once.
 
     Args:
-      keys_S: random keys; the position is folded in here.
+      keys_S: random keys, into which the position is folded.
       positions_S: int32, the position that the drawn token will have.
       logits_VS: float32.
       temperatures_S: float32, >= 0.
-      top_p_and_k_S: see `truncate`. None: the distribution is not truncated, and no sort is needed.
+      top_p_and_k_S: see `truncate`. If None, the distribution is not truncated, and no sorting is needed.
 
     Returns:
       The tokens, int32 `[S]`, and their log-probabilities under the distribution before truncation, float32 `[S]`.
@@ -66,13 +66,13 @@ def draw_tokens(
 def truncate(logits_VS: jax.Array, top_p_S: jax.Array, top_k_S: jax.Array) -> jax.Array:
     """Sets the logits of unlikely tokens to -inf.
 
-    Kept are the `top_k` most likely tokens, and of these the fewest whose probabilities, normalized over the `top_k`,
-    sum to at least `top_p`. Ties with the least likely kept token are kept, too.
+    Of the `top_k` most likely tokens, the smallest set is kept whose probabilities, normalized over the `top_k`, sum
+    to at least `top_p`. Ties with the least likely token of this set are kept as well.
 
     Args:
       logits_VS: float32.
       top_p_S: float32, in (0, 1].
-      top_k_S: int32, >= 0; 0 for the whole vocabulary.
+      top_k_S: int32, >= 0; 0 selects the whole vocabulary.
     """
     descending = jnp.sort(logits_VS, axis=0, descending=True)
     vocab_size = len(logits_VS)
@@ -90,7 +90,7 @@ def inverse_cdf(weights_VS: jax.Array, uniform_S: jax.Array) -> jax.Array:
     The weight at this index is never 0.
 
     Args:
-      weights_VS: float32, >= 0, not necessarily normalized.
+      weights_VS: float32, >= 0; need not be normalized.
       uniform_S: float32, the fraction, in [0, 1).
     """
     blocks = _in_blocks(weights_VS)
@@ -107,7 +107,7 @@ def inverse_cdf(weights_VS: jax.Array, uniform_S: jax.Array) -> jax.Array:
 
 
 def _in_blocks(weights_VS: jax.Array) -> jax.Array:
-    """Reshapes to `[N, C, S]`, blocks of C tokens, and pads the last block with zeros."""
+    """Reshapes to `[N, C, S]`, N blocks of C tokens; the last block is padded with zeros."""
     vocab_size, num_rows = weights_VS.shape
     block_len = min(BLOCK_LEN, vocab_size)
     num_blocks = -(-vocab_size // block_len)
@@ -118,8 +118,8 @@ def _in_blocks(weights_VS: jax.Array) -> jax.Array:
 def _first_above(masses: jax.Array, cdf: jax.Array, target: jax.Array) -> jax.Array:
     """Returns the first index of positive mass with `cdf > target`, int32 `[S]`.
 
-    If rounding leaves no such index, it is the last one of positive mass. Parallel sums need not be monotone, so the
-    mass is tested, too.
+    If there is no such index because of rounding, returns the last index of positive mass. The mass is checked as well
+    because parallel prefix sums need not be monotone.
     """
     size = len(masses)
     positive = masses > 0

@@ -1,8 +1,8 @@
-"""The protocol of rollout engines, and engines by name. Imports no jax.
+"""The rollout engine protocol, and the registry of engines by name. Imports no jax.
 
 An engine takes token ids and returns token ids with their log-probabilities under the temperature-scaled
-distribution. The training loop uses the members of `RolloutEngine` and nothing else. An engine of your own is a
-callable that takes an `EngineSpec`, named by its import path: `sampling.engine=my_package.my_module:MyEngine`.
+distribution. The training loop uses only the members of `RolloutEngine`. To use your own engine, write a callable that
+takes an `EngineSpec` and select it by its import path: `sampling.engine=my_package.my_module:MyEngine`.
 """
 
 import dataclasses
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
     from trapo_jax.models import DecoderConfig
 
-# Engines by name, as import paths, so that an engine's libraries are imported only if it is used.
+# Engines by name. The values are import paths, so that an engine's dependencies are imported only if it is used.
 ENGINES = {"jax": "trapo_jax.sampling.jax_engine:JaxEngine"}
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineSpec:
-    """Everything that an engine may be built from.
+    """Everything that is needed to build an engine.
 
     Attributes:
       decoder: the shape of the model.
-      num_slots: completions sampled at once by each replica of the weights.
-      max_prompt_length: longest prompt, in tokens.
-      max_completion_length: longest expert prefix and completion together, in tokens.
+      num_slots: number of completions that each replica of the weights samples at once.
+      max_prompt_length: maximum length of a prompt, in tokens.
+      max_completion_length: maximum length of expert prefix plus completion, in tokens.
       segment_len: maximum number of tokens decoded per call of `step`.
       num_contexts: number of prompts and expert prefixes whose keys and values each replica keeps.
       prefill_tokens: maximum number of tokens prefilled at once.
       eos_ids: token ids that end a completion.
       seed: the seed of the run.
-      model_folder: the Hugging Face folder from which the run starts; None if the weights are from elsewhere.
+      model_folder: the Hugging Face folder from which the run starts; None if the weights come from elsewhere.
       with_truncation: whether requests may use top-p and top-k.
       mesh: the devices, with the axes `data`, `fsdp` and `tp`; None for one device.
     """
@@ -58,13 +58,13 @@ class EngineSpec:
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """What an engine has done since it was built. Differences and sums are taken field by field.
+    """Counters of an engine's work since it was built. Differences and sums are computed field by field.
 
     Attributes:
-      prefilled_tokens: tokens of prompts and expert prefixes that were run through the model.
-      decoded_tokens: sampled tokens.
-      decode_steps: forward passes that sampled them, one token per active slot each.
-      slot_tokens: tokens that these steps would have sampled if every slot that they computed had been active.
+      prefilled_tokens: number of prompt and expert-prefix tokens that were prefilled.
+      decoded_tokens: number of sampled tokens.
+      decode_steps: number of forward passes that sampled them; each samples one token per active slot.
+      slot_tokens: number of tokens that these steps would have sampled if all computed slots had been active.
     """
 
     prefilled_tokens: int = 0
@@ -90,17 +90,17 @@ class EngineStats:
 
 @dataclasses.dataclass(frozen=True)
 class EngineMemory:
-    """Memory that an engine holds on each device from `update_weights` to `release`.
+    """Memory that an engine occupies on each device from `update_weights` to `release`.
 
     Attributes:
-      kv_cache_bytes: keys and values.
+      kv_cache_bytes: size of the keys and values in bytes.
     """
 
     kv_cache_bytes: int
 
 
 class RolloutEngine(Protocol):
-    """Samples completions. Everything that the training loop uses."""
+    """Samples completions. This is the complete interface that the training loop uses."""
 
     def submit(
         self, requests: Sequence[RolloutRequest], *, step: int, params: SamplingParams
@@ -109,13 +109,13 @@ class RolloutEngine(Protocol):
 
         Args:
           requests: distinct requests.
-          step: the training step, which is part of their random keys. Earlier steps are sampled first.
-          params: how their tokens are drawn.
+          step: the training step, which is part of their random keys. Requests of earlier steps take priority.
+          params: sampling parameters.
         """
         ...
 
     def step(self) -> list[Completion]:
-        """Decodes at most one segment and returns the completions that are finished, possibly none."""
+        """Decodes at most one segment and returns the finished completions, possibly none."""
         ...
 
     @property
@@ -125,11 +125,11 @@ class RolloutEngine(Protocol):
 
     @property
     def num_idle_slots(self) -> int:
-        """Number of further requests that could run at once with those that are queued or running."""
+        """Number of additional requests that could run concurrently with the queued and running ones."""
         ...
 
     def update_weights(self, params: Any) -> None:
-        """Samples with these weights from now on. No request may be queued or running."""
+        """Replaces the weights that are used for sampling. No request may be queued or running."""
         ...
 
     def release(self) -> list[Completion]:
@@ -141,15 +141,15 @@ class RolloutEngine(Protocol):
         ...
 
     def resume(self, partial: Sequence[Completion], *, step: int, params: SamplingParams) -> None:
-        """Queues partial completions from `release`; sampling continues after the tokens that they have."""
+        """Queues partial completions from `release`; sampling continues after their last tokens."""
         ...
 
     def stats(self) -> EngineStats:
-        """What the engine has done so far."""
+        """Returns the counters of the engine's work so far."""
         ...
 
     def memory(self) -> EngineMemory:
-        """What the engine holds while it has weights."""
+        """Returns the memory that the engine occupies while it has weights."""
         ...
 
 
@@ -159,26 +159,27 @@ def make_engine(name: str, spec: EngineSpec) -> RolloutEngine:
     Args:
       name: a key of `ENGINES`, or the import path `package.module:name` of a callable that takes an `EngineSpec`
         and returns a `RolloutEngine`.
-      spec: what to build it from.
+      spec: the specification passed to the engine.
 
     Raises:
-      UserError: if the name is unknown, or the import path does not lead to a rollout engine.
+      UserError: if the name is unknown, or the import path does not refer to a rollout engine.
     """
     if name not in ENGINES and ":" not in name:
         raise UserError(
-            f"sampling.engine={name}: give {', '.join(ENGINES)}, or the import path package.module:name of an engine"
+            f"sampling.engine={name}: unknown engine; choose {', '.join(ENGINES)}, or pass the import path "
+            "package.module:name of an engine"
         )
     factory = import_object(ENGINES.get(name, name), "sampling.engine")
     if not callable(factory):
         raise UserError(
-            f"sampling.engine={name}: an object of type {type(factory).__name__} is not callable; give a callable that takes an "
-            "EngineSpec and returns a RolloutEngine (trapo_jax.sampling.engine)"
+            f"sampling.engine={name}: an object of type {type(factory).__name__} is not callable; pass a callable "
+            "that takes an EngineSpec and returns a RolloutEngine (trapo_jax.sampling.engine)"
         )
     engine: Any = factory(spec)
     members = [member for member in vars(RolloutEngine) if not member.startswith("_")]
     if missing := [member for member in members if not hasattr(engine, member)]:
         raise UserError(
-            f"sampling.engine={name}: {type(engine).__name__} lacks {', '.join(missing)} of RolloutEngine "
+            f"sampling.engine={name}: {type(engine).__name__} does not implement {', '.join(missing)} of RolloutEngine "
             "(trapo_jax.sampling.engine)"
         )
     return engine

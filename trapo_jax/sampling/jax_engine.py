@@ -1,11 +1,11 @@
 """The rollout engine in JAX, on the devices of this host.
 
 A replica is one copy of the weights with its own slots, on one device or on the `tp` devices of one row of the mesh.
-With several hosts, each samples on its own devices. All rollouts of a problem go to the same replica, which prefills
-their prompt and prefixes once.
+If there are several hosts, each samples on its own devices. All rollouts of a problem are assigned to the same
+replica, which prefills their prompt and prefixes only once.
 
-What is drawn depends only on the request (seed, step, problem, sample index, position): not on the replica, the slot,
-the other slots, the number of slots, or the order of submission.
+The random numbers depend only on the request and the position (seed, step, problem, sample index, position), not on
+the replica, the slot, the other slots, the number of slots, or the order of submission.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,17 @@ from trapo_jax.sampling.replica import Replica
 from trapo_jax.sampling.slots import PendingRequest
 from trapo_jax.types import Completion, FinishReason, RolloutRequest, SamplingParams, UserError
 
-# Every replica holds all weights, sharded over its own devices only.
+# Every replica has a full copy of the weights, sharded only over its own devices.
 SAMPLING_RULES = Rules(width=None)
 
 
 class JaxEngine:
-    """A `RolloutEngine` in JAX. Top-p and top-k cost a sort of the vocabulary per token, hence `with_truncation`.
+    """A `RolloutEngine` in JAX.
+
+    Top-p and top-k are only available if `spec.with_truncation` is set, since they sort the vocabulary for every token.
 
     Args:
-      spec: every row of `tp` in `spec.mesh` becomes a replica.
+      spec: the specification. Each `tp` row of `spec.mesh` becomes a replica.
     """
 
     def __init__(self, spec: EngineSpec):
@@ -66,9 +68,9 @@ class JaxEngine:
 
     def update_weights(self, params: Any) -> None:
         if self.is_busy:
-            raise RuntimeError("update_weights while completions are queued or running")
+            raise RuntimeError("update_weights called while requests are queued or running")
         for replica in self._replicas:
-            replica.drop_weights()  # before there is a third copy
+            replica.drop_weights()  # so that there are never three copies in memory
         placed = self._place(params)
         for replica in self._replicas:
             replica.update_weights(jax.tree.map(lambda x, r=replica: _replica_view(x, r), placed))
@@ -77,7 +79,7 @@ class JaxEngine:
     def _place(self, params: Any) -> Any:
         """Shards the weights over `tp` and casts them to `sampling_dtypes`.
 
-        Weights that are already stored like this are shared with the caller.
+        Weights that already have this sharding and dtype are shared with the caller.
         """
         is_placed = lambda x, sharding, dtype: (
             isinstance(x, jax.Array)
@@ -107,7 +109,7 @@ class JaxEngine:
 
     def resume(self, partial: Sequence[Completion], *, step: int, params: SamplingParams) -> None:
         if (params.top_p < 1 or params.top_k) and not self._spec.with_truncation:
-            raise ValueError("top_p and top_k need an engine with_truncation")
+            raise ValueError("top_p and top_k require an engine built with with_truncation=True")
         for completion in partial:
             self._check(completion)
         for completion in partial:
@@ -116,7 +118,7 @@ class JaxEngine:
             replica.submit(PendingRequest(completion, step, params, self.max_tokens(request)))
 
     def _choose_replica(self, problem_id: str) -> Replica:
-        """The replica that has this problem's other rollouts, or the one with the fewest requests."""
+        """Returns the replica that has this problem's other rollouts, or else the one with the fewest requests."""
         if problem_id not in self._replica_of:
             least_busy = min(self._replicas, key=lambda replica: replica.num_requests)
             self._replica_of[problem_id] = least_busy
@@ -124,7 +126,7 @@ class JaxEngine:
 
     def step(self) -> list[Completion]:
         busy = [replica for replica in self._replicas if replica.is_busy]
-        # In threads, because each waits for its devices.
+        # Threads let the replicas run concurrently: each waits for its own devices.
         finished = self._threads.map(Replica.step, busy)
         return [completion for of_replica in finished for completion in of_replica]
 
@@ -138,13 +140,13 @@ class JaxEngine:
         if not problem.prompt_ids:
             raise ValueError(f"problem {problem.id}: empty prompt")
         if partial.finish_reason is not FinishReason.UNFINISHED:
-            raise ValueError(f"problem {problem.id}: the completion is finished")
+            raise ValueError(f"problem {problem.id}: the completion is already finished")
         if self.max_tokens(request) <= len(partial.token_ids):
             raise ValueError(f"problem {problem.id}: nothing to sample")
 
 
 def sampling_dtypes(params: Any, config: DecoderConfig) -> Any:
-    """Returns the dtype of each parameter for sampling: `config.dtype`, except for the scales of norms."""
+    """Returns the dtype of each parameter for sampling: `config.dtype`, except for normalization scales."""
 
     def dtype(path, x):
         return x.dtype if path[-1].key.endswith("norm") else config.dtype
@@ -153,7 +155,7 @@ def sampling_dtypes(params: Any, config: DecoderConfig) -> Any:
 
 
 def _local_rows(mesh: Mesh) -> list[np.ndarray]:
-    """The rows of devices along `tp` that belong to this process.
+    """Returns the rows of devices along `tp` that belong to this process.
 
     Raises:
       UserError: if a row spans processes.
@@ -165,15 +167,15 @@ def _local_rows(mesh: Mesh) -> list[np.ndarray]:
         if here in processes:
             if len(processes) > 1:
                 raise UserError(
-                    f"mesh.tp={len(row)}: a host has fewer devices, and sampling shards the weights within a host "
-                    "only; give a smaller mesh.tp"
+                    f"mesh.tp={len(row)} exceeds the number of devices per host, and sampling shards the weights only "
+                    "within a host; reduce mesh.tp"
                 )
             rows.append(row)
     return rows
 
 
 def _replica_view(x: jax.Array, replica: Replica) -> jax.Array:
-    """The same array on the devices of one replica, which together hold all of it."""
+    """Returns a view of the array on the devices of one replica, which together hold all of its shards."""
     assert isinstance(x.sharding, NamedSharding)  # from `_place`
     shards = {shard.device: shard.data for shard in x.addressable_shards}
     return jax.make_array_from_single_device_arrays(

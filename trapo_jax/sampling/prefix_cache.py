@@ -1,8 +1,8 @@
-"""The prefix cache: which prompts and expert prefixes have their keys and values on the device. Imports no jax.
+"""The prefix cache: tracks which prompts and expert prefixes have keys and values on the device. Imports no jax.
 
 A context is a prompt with its expert prefix, and each row of the cache holds one context. A context that continues a
-cached one extends its row; a context that shares only the beginning of a cached one starts from a copy of it. So a
-prompt is prefilled once per problem, and of an expert solution only the tokens that no earlier prefix contained.
+cached one extends its row; a context that shares only the beginning of a cached one starts from a copy of it.
+Therefore, a prompt is prefilled only once per problem, and a longer expert prefix only from the end of a shorter one.
 """
 
 import collections
@@ -19,7 +19,7 @@ TokenIds = tuple[int, ...]
 
 
 class PrefillChunk(NamedTuple):
-    """Tokens to prefill in `row`, after the `start` tokens that the row holds."""
+    """Tokens to prefill in `row`, after the `start` tokens that the row already holds."""
 
     row: int
     start: int
@@ -27,7 +27,7 @@ class PrefillChunk(NamedTuple):
 
 
 class PrefillBatch(NamedTuple):
-    """Up to U chunks of up to T tokens: the arrays that `prefill` takes, or their shapes."""
+    """Up to U chunks of up to T tokens: the arrays that are passed to `prefill`, or their shapes."""
 
     rows: Any  # int32 [U]
     starts: Any  # int32 [U]
@@ -36,7 +36,7 @@ class PrefillBatch(NamedTuple):
 
 
 class ContextCopy(NamedTuple):
-    """Rows of the cache: `source` is copied to `target`."""
+    """A copy of the cache row `source` to the row `target`."""
 
     source: int
     target: int
@@ -49,9 +49,9 @@ class ContextLookup(NamedTuple):
     """Where a context is cached, and what must be computed before it can be used.
 
     Attributes:
-      row: holds the context once `copy` and `chunk` have been carried out, in this order.
-      chunk: the tokens to prefill. None: the row already holds the context.
-      copy: the row to start from. None: nothing is copied.
+      row: the row that holds the context after `copy` and `chunk` have been applied, in this order.
+      chunk: the tokens to prefill. None if the row already holds the context.
+      copy: the copy with which to initialize the row. None if nothing is copied.
     """
 
     row: int
@@ -80,7 +80,7 @@ class ContextTable:
         self._pinned: set[int] = set()
 
     def clear(self) -> None:
-        """Forgets all contexts. Call it when the weights change."""
+        """Removes all contexts. Must be called when the weights change."""
         for row in self._rows:
             row.token_ids, row.problem_id = (), ""
 
@@ -89,15 +89,15 @@ class ContextTable:
         self._pinned.clear()
 
     def look_up(self, problem_id: str, token_ids: TokenIds) -> ContextLookup | None:
-        """Finds or assigns the row of a context and pins it until `unpin_all`.
+        """Finds or assigns the row of a context and pins it until `unpin_all` is called.
 
         Returns:
-          None if the context needs another row and all rows are pinned.
+          The lookup, or None if the context needs a new row and all rows are pinned.
         """
         best, shared = self._longest_match(problem_id, token_ids)
         copy = None
         if best is None or shared < min(len(token_ids), len(self._rows[best].token_ids)):
-            # No context of this problem is cached, or the best one diverges: take another row.
+            # No context of this problem is cached, or the best one diverges. Use another row.
             target = self._row_to_evict(best)
             if target is None:
                 return None
@@ -113,7 +113,7 @@ class ContextTable:
         return ContextLookup(best, PrefillChunk(best, shared, token_ids[shared:]), copy)
 
     def _longest_match(self, problem_id: str, token_ids: TokenIds) -> tuple[int | None, int]:
-        """The row of this problem that shares most tokens, and how many it shares."""
+        """Returns the row of this problem with the longest common prefix, and the length of that prefix."""
         best, shared = None, 0
         for i, row in enumerate(self._rows):
             if row.problem_id == problem_id:
@@ -123,16 +123,16 @@ class ContextTable:
         return best, shared
 
     def _row_to_evict(self, best: int | None) -> int | None:
-        """The least recently used row that is not pinned; `best` only if there is no other."""
+        """Returns the least recently used row that is not pinned; `best` only if there is no other."""
         taken = self._pinned | {best}
         target = next((i for i in self._recency if i not in taken), None)
         return best if target is None and best not in self._pinned else target
 
 
 def order_updates(lookups: Iterable[ContextLookup]) -> list[ContextUpdate]:
-    """Returns the updates that make the contexts available, in the order in which they must be carried out.
+    """Returns the updates that make the contexts available, in the order in which they must be applied.
 
-    Chunks are prefilled together as late as possible: before a row with a pending chunk is copied, and at the end.
+    Chunks are batched and prefilled as late as possible: before a row with a pending chunk is copied, and at the end.
     """
     updates: list[ContextUpdate] = []
     chunks: dict[int, PrefillChunk] = {}
@@ -153,9 +153,9 @@ def order_updates(lookups: Iterable[ContextLookup]) -> list[ContextUpdate]:
 def batch_chunks(chunks: Iterable[PrefillChunk], max_tokens: int) -> Iterator[PrefillBatch]:
     """Splits and batches chunks of different rows.
 
-    A batch holds at most `max_tokens` tokens, padding included; longer chunks are split and their parts are returned
-    in order. There are few shapes, hence few programs: lengths are powers of 2, and a batch has one row or the
-    largest number of rows.
+    A batch has at most `max_tokens` tokens, including padding. Longer chunks are split, and their parts are returned in
+    order. To limit the number of compiled programs, lengths are rounded up to powers of 2, and a batch has either one
+    row or the maximum number of rows.
     """
     max_len = max(MIN_CHUNK_LEN, max_tokens)
     remaining = list(chunks)

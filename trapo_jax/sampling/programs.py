@@ -1,4 +1,4 @@
-"""The compiled programs of a replica, the state that they work on, and the storage layout that its devices need."""
+"""The compiled programs of a replica, the state that they operate on, and the choice of its storage layout."""
 
 import dataclasses
 import functools
@@ -34,16 +34,16 @@ from trapo_jax.sampling.decode import (
 )
 from trapo_jax.types import TENSOR_AXIS
 
-# Bytes of one layer's weights from which on a CPU decodes with `PerLayerTransposed`. Measured: twice as fast with
-# 14 MB per layer, a fifth slower with 0.4 MB.
+# Minimum size of one layer's weights in bytes for which a CPU decodes with `PerLayerTransposed`. Measured: twice as
+# fast with 14 MB per layer, 20 % slower with 0.4 MB.
 MIN_TRANSPOSED_LAYER_BYTES = 2**20
 
 
 class Programs(NamedTuple):
-    """The programs of a replica. Those that take contexts or slots consume them and return the new ones."""
+    """The programs of a replica. Programs that update contexts or slots return new ones and invalidate the old ones."""
 
     convert_weights: (
-        Any  # params["layers"] -> the same in the layout; None if the layout is `Stacked`
+        Any  # params["layers"] -> the same weights in the layout; None if the layout is `Stacked`
     )
     prefill: Any  # (params, contexts, batch) -> contexts
     copy_context: Any  # (contexts, source, target) -> contexts
@@ -65,12 +65,12 @@ def make_programs(
     eos_ids: Sequence[int],
     with_truncation: bool,
 ) -> Programs:
-    """Returns the programs of a replica. They are compiled when they are called, for the shapes of their arguments.
+    """Returns the programs of a replica. They are compiled when called, for the shapes of their arguments.
 
     Args:
       config: the decoder, with the layout `Stacked`, in which contexts are prefilled.
-      mesh: the devices of the replica, with the axis `tp` alone.
-      layout: for decoding.
+      mesh: the devices of the replica, with `tp` as the only axis.
+      layout: the storage layout for decoding.
       segment_len, eos_ids, with_truncation: see `EngineSpec`.
     """
     for_contexts, for_slots = state_shardings(mesh, layout)
@@ -111,9 +111,9 @@ def make_programs(
 
 
 def choose_layout(config: DecoderConfig, mesh: Mesh) -> StorageLayout:
-    """Returns the layout in which these devices decode fastest.
+    """Returns the layout with which these devices decode fastest.
 
-    cuDNN reads only the filled part of a `PerLayer` cache. A CPU multiplies large transposed matrices faster.
+    cuDNN reads only the filled part of a `PerLayer` cache. CPUs multiply large matrices faster if they are transposed.
     """
     weights = sum(x.size for x in jax.tree.leaves(abstract_params(config)["layers"]))
     layer_bytes = weights // config.num_layers * jnp.dtype(config.dtype).itemsize
@@ -139,10 +139,10 @@ def init_state(
 
     Args:
       config: see `make_programs`.
-      layout: of the slots.
-      num_contexts: rows of the prefix cache.
+      layout: storage layout of the slots.
+      num_contexts: number of rows of the prefix cache.
       num_slots: number of slots.
-      cache_len: positions of each row and slot.
+      cache_len: number of positions of each row and slot.
       max_new: maximum number of tokens sampled in a slot.
     """
     decoding = dataclasses.replace(config, layout=layout)
@@ -157,7 +157,7 @@ def state_shardings(mesh: Mesh, layout: StorageLayout) -> tuple[KVCache, Slots]:
 
     Args:
       mesh: see `make_programs`.
-      layout: of the slots.
+      layout: storage layout of the slots.
     """
 
     def by_heads(layout: StorageLayout) -> KVCache:

@@ -1,8 +1,8 @@
-"""One replica of the sampler: the devices of one copy of the weights, and the slots on them.
+"""One replica of the sampler: the devices that hold one copy of the weights, and their slots.
 
-The slot scheduler (`slots.py`) decides which requests run in which slots. The replica carries its decisions out on the
-devices, one segment of tokens at a time: it prefills contexts, copies them to slots, decodes, and reads what was
-sampled.
+The slot scheduler (`slots.py`) decides which requests run in which slots. The replica executes its decisions on the
+devices, one segment of tokens at a time: it prefills contexts, copies them to slots, decodes, and reads the sampled
+tokens.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ from trapo_jax.sampling.slots import (
 )
 from trapo_jax.types import Completion
 
-# A context is copied to a slot in this number of positions times a power of 2.
+# The number of positions copied from a context to a slot is this number times a power of 2.
 MIN_COPY_LEN = 16
-# A decode segment reads this number of positions of the cache times a power of 2.
+# The number of cache positions that a decode segment reads is this number times a power of 2.
 MIN_VIEW_LEN = 256
 SLOTS_PER_READ = 8
 SLOT_START_DTYPES = SlotStart(
@@ -48,7 +48,7 @@ class Replica:
     """Samples on one group of devices.
 
     Args:
-      spec: of the engine. Its mesh is not used.
+      spec: the specification of the engine. Its mesh is not used.
       mesh: the devices of this replica, along the axis `tp`.
     """
 
@@ -69,7 +69,7 @@ class Replica:
             min_view_len=cache_len if layout.reads_filled_only else MIN_VIEW_LEN,
             eos_ids=spec.eos_ids,
         )
-        # Not a closure over `self`: that cycle would keep the arrays of a dropped engine alive.
+        # `init` does not capture `self`: the reference cycle would keep the arrays of a deleted engine alive.
         init = lambda: init_state(
             spec.decoder,
             layout,
@@ -111,13 +111,13 @@ class Replica:
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Memory for keys and values on each of the devices."""
+        """Size of the keys and values on each device, in bytes."""
         contexts, slots = self._shapes
         leaves = jax.tree.leaves((contexts, slots.cache))
         return sum(x.size * x.dtype.itemsize for x in leaves) // self.mesh.size
 
     def update_weights(self, params: Any) -> None:
-        """Samples with these weights, which are on the replica's devices, and invalidates the prefix cache."""
+        """Replaces the weights, which must be on the replica's devices, and invalidates the prefix cache."""
         if self._contexts is None:
             self._contexts, self._slots = self._init()
             self._cache_extent = None
@@ -132,7 +132,7 @@ class Replica:
         self._params = self._decode_params = None
 
     def release(self) -> list[Completion]:
-        """Frees the weights and the cache, and returns the partial completions, the longest first."""
+        """Frees the weights and the cache, and returns the partial completions, longest first."""
         self._preempt(self._scheduler.running_slots)
         self.drop_weights()
         self._contexts = self._slots = None
@@ -142,7 +142,7 @@ class Replica:
         self._scheduler.submit(request)
 
     def step(self) -> list[Completion]:
-        """Admits requests, decodes one segment, and returns the completions that are finished."""
+        """Admits requests, decodes one segment, and returns the finished completions."""
         self._preempt(self._scheduler.slots_to_preempt())
         while admission := self._scheduler.admit():
             self._start(admission)
@@ -170,7 +170,7 @@ class Replica:
             self._scheduler.preempt(slots, self._read_sampled(slots, num_new))
 
     def _read_sampled(self, slots: Sequence[int], num_new: np.ndarray) -> list[Sampled]:
-        """What was sampled in slots. They are read in groups of a fixed size, by one program."""
+        """Reads the sampled tokens of slots, in groups of a fixed size so that one compiled program suffices."""
         sampled: list[Sampled] = []
         for start in range(0, len(slots), SLOTS_PER_READ):
             group = slots[start : start + SLOTS_PER_READ]
@@ -183,8 +183,10 @@ class Replica:
         return sampled
 
     def _start(self, admission: Admission) -> None:
-        """Updates the prefix cache, copies contexts to slots and starts these. Only the length copied has several
-        shapes."""
+        """Updates the prefix cache, copies contexts to slots and starts the slots.
+
+        Array shapes are constant; only the static `copied_len` varies.
+        """
         for update in admission.context_updates:
             if isinstance(update, ContextCopy):
                 self._contexts = self._programs.copy_context(self._contexts, *update)
@@ -220,7 +222,7 @@ class Replica:
         )
 
     def _resize_cache(self) -> CacheExtent:
-        """Resizes the cache to what the next segment reads, if the layout needs that, and returns this extent."""
+        """Returns the extent that the next segment reads; resizes the cache to it if the layout requires that."""
         extent = self._scheduler.extent()
         if self._layout.needs_resize and extent != self._cache_extent:
             self._slots = self._programs.resize_cache(self._slots, **extent._asdict())

@@ -1,11 +1,12 @@
-"""The slot scheduler: which requests run, in which slots, from which cached contexts. Imports no jax.
+"""The slot scheduler: decides which requests run, in which slots, and from which cached contexts. Imports no jax.
 
-The scheduler decides and the replica carries out. Between two decode segments the replica asks which running requests
-to preempt, admits pending ones in waves, compacts the running ones into the lowest slots, and asks how many slots and
-cache positions the next segment has to compute. It reports the lengths and the sampled tokens back.
+The scheduler makes the decisions, and the replica executes them. Between two decode segments, the replica asks which
+running requests to preempt, admits pending requests in waves, compacts the running ones into the lowest slots, and
+asks how many slots and cache positions the next segment has to compute. It then reports the lengths and the sampled
+tokens.
 
-Requests of an earlier training step come first: if they lack slots, requests of later steps are preempted. A
-preempted request is queued again with the tokens it has and later continues after them.
+Requests of earlier training steps take priority: if there are too few slots for them, requests of later steps are
+preempted. A preempted request is queued again with the tokens that it has, and sampling later continues after them.
 """
 
 import heapq
@@ -23,7 +24,7 @@ from trapo_jax.sampling.prefix_cache import (
 )
 from trapo_jax.types import Completion, FinishReason, SamplingParams
 
-# A decode segment computes this number of slots times a power of 2: there is one program for each.
+# A decode segment computes this number of slots times a power of 2. One program is compiled for each such number.
 MIN_DECODE_SLOTS = 2
 
 Sampled = tuple[Sequence[int], Sequence[float]]  # token ids and logprobs of one slot
@@ -33,10 +34,10 @@ class PendingRequest(NamedTuple):
     """A request that is queued or running.
 
     Attributes:
-      partial: the tokens that were sampled for it before it got its slot.
-      step: the training step, which is part of its random key.
-      params: how its tokens are drawn.
-      max_tokens: maximum number of sampled tokens, those of `partial` included.
+      partial: the tokens that were sampled before the request was assigned its slot.
+      step: the training step, which is part of the random key.
+      params: sampling parameters.
+      max_tokens: maximum number of sampled tokens, including those of `partial`.
     """
 
     partial: Completion
@@ -46,7 +47,7 @@ class PendingRequest(NamedTuple):
 
 
 class SlotStart(NamedTuple):
-    """What a slot starts from; on the device, one array for each field."""
+    """The initial state of a slot. On the device, each field is an array."""
 
     slot: Any
     cached_len: Any
@@ -61,12 +62,12 @@ class SlotStart(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """Requests that get a slot together.
+    """A wave of requests that are assigned slots together.
 
     Attributes:
-      context_updates: to be carried out first, in order.
+      context_updates: updates of the prefix cache, to be applied first, in order.
       context_rows: for each start, the row of the prefix cache to copy to its slot.
-      starts: the slots and what they start from.
+      starts: the slots and their initial states.
     """
 
     context_updates: list[ContextUpdate]
@@ -75,7 +76,7 @@ class Admission(NamedTuple):
 
 
 class CacheExtent(NamedTuple):
-    """The part of the cache that a decode segment can reach: the first `num_slots` slots, `view_len` positions."""
+    """The part of the cache that a decode segment accesses: the first `view_len` positions of `num_slots` slots."""
 
     num_slots: int
     view_len: int
@@ -87,7 +88,7 @@ class SlotScheduler:
     Args:
       num_slots: number of slots.
       num_contexts: number of rows of the prefix cache.
-      cache_len: positions of a slot.
+      cache_len: number of cache positions of a slot.
       segment_len: maximum number of tokens that a decode segment samples per slot.
       min_view_len: smallest `view_len` of an extent; the others are powers of 2.
       eos_ids: token ids that end a completion.
@@ -113,7 +114,7 @@ class SlotScheduler:
         self._pending: list[tuple[int, int, PendingRequest]] = []
         self._submission_count = itertools.count()
         self._running: dict[int, PendingRequest] = {}
-        self._free = list(range(num_slots))  # a heap: the lowest slot is taken first
+        self._free = list(range(num_slots))  # a heap: the lowest slot is used first
         self._cached_lens = np.zeros(num_slots, np.int32)  # as on the device
 
     @property
@@ -127,7 +128,7 @@ class SlotScheduler:
 
     @property
     def num_idle_slots(self) -> int:
-        """Number of slots that neither a running nor a queued request will use."""
+        """Number of slots that are needed neither by running nor by queued requests."""
         return max(0, self.num_slots - self.num_requests)
 
     @property
@@ -138,13 +139,13 @@ class SlotScheduler:
         heapq.heappush(self._pending, (request.step, next(self._submission_count), request))
 
     def clear_contexts(self) -> None:
-        """Invalidates the prefix cache. Call it when the weights change."""
+        """Invalidates the prefix cache. Must be called when the weights change."""
         self._contexts.clear()
 
     def slots_to_preempt(self) -> list[int]:
-        """Returns the slots of later steps that the queued requests of the earliest step need.
+        """Returns the slots of later steps that must be freed for the queued requests of the earliest step.
 
-        Those with the fewest tokens come first, as they lose the least work.
+        Slots with the fewest tokens come first, since preempting them discards the least work.
         """
         if not self._pending:
             return []
@@ -163,8 +164,7 @@ class SlotScheduler:
     def admit(self) -> Admission | None:
         """Admits queued requests while there are free slots and rows for their contexts.
 
-        The caller repeats this until it returns None: a wave ends early if all rows of the prefix cache are in use by
-        the wave.
+        The caller repeats this until it returns None, since a wave ends early if it uses all rows of the prefix cache.
         """
         if not (self._pending and self._free):
             return None
@@ -174,8 +174,8 @@ class SlotScheduler:
             _, _, request = self._pending[0]
             target = request.partial.request
             context = target.problem.prompt_ids + target.prefix_ids + request.partial.token_ids
-            # The last token is not prefilled: it is fed to the first decode step, so that one piece of code samples
-            # all tokens.
+            # The last token is not prefilled but fed to the first decode step, so that all tokens are sampled by the
+            # same code.
             lookup = self._contexts.look_up(target.problem.id, context[:-1])
             if lookup is None:
                 break
@@ -202,7 +202,7 @@ class SlotScheduler:
         )
 
     def compact(self) -> list[tuple[int, int]]:
-        """Moves running requests to the lowest slots if a decode segment then computes fewer slots.
+        """Moves running requests to the lowest slots if that reduces the number of slots that a segment computes.
 
         Returns:
           (from, to) pairs of slots. The caller moves their contents on the device.
@@ -217,7 +217,7 @@ class SlotScheduler:
         return moves
 
     def extent(self) -> CacheExtent:
-        """Returns the part of the cache that the next segment can reach. At least one request must be running."""
+        """Returns the part of the cache that the next segment accesses. At least one request must be running."""
         max_len = max(int(self._cached_lens[slot]) for slot in self._running) + self._segment_len
         return CacheExtent(
             num_slots=min(self.num_slots, _round_up_slots(max(self._running) + 1)),
@@ -225,7 +225,7 @@ class SlotScheduler:
         )
 
     def update_lens(self, cached_lens: np.ndarray) -> None:
-        """Records the filled positions of all slots after a decode segment."""
+        """Records the number of filled positions of all slots after a decode segment."""
         self._cached_lens = np.array(cached_lens)
 
     def retire(self, slots: Sequence[int], sampled: Sequence[Sampled]) -> list[Completion]:
@@ -233,7 +233,7 @@ class SlotScheduler:
 
         Args:
           slots: running slots.
-          sampled: for each of them, what was sampled since its request was admitted.
+          sampled: for each slot, the tokens and log-probabilities sampled since its request was admitted.
         """
         completions = []
         for slot, (token_ids, logprobs) in zip(slots, sampled, strict=True):
@@ -258,12 +258,12 @@ class SlotScheduler:
     def drain(self) -> list[Completion]:
         """Empties the queue and returns its partial completions, the longest first. No request may be running."""
         if self._running:
-            raise RuntimeError("drain while requests are running; preempt them first")
+            raise RuntimeError("cannot drain while requests are running; preempt them first")
         partials = [request.partial for _, _, request in sorted(self._pending)]
         self._pending.clear()
         return sorted(partials, key=lambda partial: -len(partial.token_ids))
 
 
 def _round_up_slots(number: int) -> int:
-    """The number of slots that a decode segment computes for `number` running requests."""
+    """Returns the number of slots that a decode segment computes for `number` running requests."""
     return next_power_of_2(max(MIN_DECODE_SLOTS, number))

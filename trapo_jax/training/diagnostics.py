@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from trapo_jax.methods import Method, TokenInputs
 from trapo_jax.types import TokenKind, TrainBatch
 
-PROB_BINS = 10  # of the histogram of the expert tokens' probabilities
+PROB_BINS = 10  # number of bins in the histogram of expert token probabilities
 
 Metrics = dict[str, jax.Array]
 
@@ -22,21 +22,21 @@ def completion_statistics(
 ) -> tuple[Metrics, Metrics]:
     """Returns sums and maxima over completion tokens.
 
-    They describe the gap between sampler and trainer, the ratio to the old policy, and what is clipped.
+    They describe the gap between sampler and trainer, the ratio to the old policy, and clipping.
 
     Args:
-      inputs: inputs of the loss terms; `logprobs` without a gradient.
+      inputs: inputs of the loss terms; `logprobs` carries no gradient.
       old_logprobs: float32 `[B, T - 1]`, log-probabilities under the policy before the batch's first update.
       batch: the micro-batch.
-      method: its clipping bounds.
+      method: provides the clipping bounds.
     """
     where = batch.kinds[:, 1:] == TokenKind.COMPLETION
-    # Before the first update sampler and trainer have the same weights, except for stale tokens.
+    # Before the first update, sampler and trainer have the same weights, except for stale tokens.
     gap = jnp.where(where, jnp.abs(old_logprobs - batch.sampler_logprobs[:, 1:]), 0.0)
     ratio = jnp.exp(jnp.where(where, inputs.logprobs - inputs.old_logprobs, 0.0))
     lowest = -jnp.inf if method.clip_low is None else 1 - method.clip_low
     highest = jnp.inf if method.clip_high is None else 1 + method.clip_high
-    # Clipping removes the gradient only where the clipped value is the smaller one.
+    # Clipping removes the gradient only if the clipped objective is smaller than the unclipped one.
     clipped = (ratio < lowest) & (inputs.advantages < 0)
     clipped |= (ratio > highest) & (inputs.advantages > 0)
     sums = {
@@ -82,10 +82,10 @@ def step_metrics(
 ) -> Metrics:
     """Returns the metrics of a step over the whole batch.
 
-    `expert/prob_from_x` is the share of trained expert tokens whose probability lies in [x, x + 0.1).
+    `expert/prob_from_x` is the share of trained expert tokens with a probability in [x, x + 0.1).
     `expert/gradient_share_inside` is the share of their gradient (L1 norm with respect to the logits) that comes from
-    tokens inside the trust region, with probability alpha or more. `policy/clipped_share` is the share of completion
-    tokens whose gradient is removed by clipping.
+    tokens inside the trust region, whose probability is at least alpha. `policy/clipped_share` is the share of
+    completion tokens whose gradient is removed by clipping.
 
     Args:
       sums: sums over all micro-batches.

@@ -1,7 +1,7 @@
-"""Checks that the gradient of a batch does not depend on how the batch is cut into micro-batches.
+"""Checks that the gradient of a batch does not depend on how the batch is split into micro-batches.
 
-Published baselines were handicapped by train steps that dropped the gradients of all micro-batches but one, or took
-the mean of micro-batch means (arXiv 2604.23747).
+Published baselines were handicapped by train steps that dropped the gradients of all micro-batches but one, or that
+averaged the means of micro-batches (arXiv 2604.23747).
 """
 
 import dataclasses
@@ -38,16 +38,16 @@ ROW_LEN_MULTIPLE = 128  # required by some attention kernels
 STAGES = (
     0.0,
     0.99,
-)  # Progress of a run: a method may change its objective between the start and the end.
+)  # progress of the run; a method may change its objective between the start and the end
 TOLERANCE = 1e-4  # relative to the norm of the gradient; float32 rounding is well below it
 
 
 class BrokenTrainStep(TrainingFailed):
-    """The gradient of a batch depends on how the batch is cut into micro-batches."""
+    """The gradient of a batch depends on how the batch is split into micro-batches."""
 
 
 def check_config(config: Config) -> float:
-    """Checks the train step of a run on its own model and problems; see `check_gradient`."""
+    """Checks the train step of a run with the run's model and problems; see `check_gradient`."""
     model = open_model(config.model, config.lora)
     method = config.method.make()
     data = load_data(config.data, model.tokenizer, expert_part=method.expert_part)
@@ -58,19 +58,20 @@ def check_config(config: Config) -> float:
 def check_gradient(
     config: Config, method: Method, model: PretrainedModel, problems: Sequence[Problem]
 ) -> float:
-    """Computes the gradients of synthetic rollouts in one micro-batch, and in one micro-batch per row.
+    """Compares the gradient of synthetic rollouts in a single micro-batch with that in one micro-batch per row.
 
     Args:
       config: the run's config.
       method: the run's method.
       model: the run's model.
-      problems: problems to make rollouts of; at least two with an expert solution.
+      problems: problems from which rollouts are made; at least two must have an expert solution.
 
     Returns:
-      The largest relative difference of the two gradients.
+      The largest relative difference between the two gradients.
 
     Raises:
-      BrokenTrainStep: if the difference exceeds rounding, or a gradient is zero and proves nothing.
+      BrokenTrainStep: if the difference exceeds rounding error, or if a gradient is zero, so that the comparison would
+        be meaningless.
       UserError: if there are not enough expert solutions.
     """
     axes = config.mesh
@@ -95,9 +96,9 @@ def check_gradient(
 
 
 def pick_test_problems(problems: Sequence[Problem], max_completion_len: int) -> list[Problem]:
-    """Picks the problem with the shortest expert solution, and the next one whose length differs.
+    """Picks the problem with the shortest expert solution, and the next one whose solution is longer.
 
-    With rows of equal length, a mean of micro-batch means would be correct and the check could not tell.
+    If all rows had the same length, a mean of micro-batch means would be correct, and the check could not detect it.
 
     Raises:
       UserError: if fewer than two problems have an expert solution of at most `max_completion_len` tokens.
@@ -108,21 +109,21 @@ def pick_test_problems(problems: Sequence[Problem], max_completion_len: int) -> 
     )
     if len(candidates) < 2:
         raise UserError(
-            "data: no two training problems have an expert solution of at most "
-            f"sampling.max_completion_length={max_completion_len} tokens to check the train step with"
+            "data: the gradient check needs two training problems with an expert solution of at most "
+            f"sampling.max_completion_length={max_completion_len} tokens"
         )
     first = candidates[0]
     return [first, next((p for p in candidates if length(p) > length(first)), candidates[1])]
 
 
 def cut_batch(update: Update, num_rows: int, learner: Learner, *, max_row_len: int) -> TrainBatch:
-    """Places the rows of an update on the devices, in micro-batches.
+    """Splits the rows of an update into micro-batches and places them on the devices.
 
     Args:
-      update: the rows.
-      num_rows: rows per micro-batch; rounded up to a number that the devices can share.
+      update: the update.
+      num_rows: rows per micro-batch; rounded up to a multiple of the number of batch shards.
       learner: the learner whose train step receives the batch.
-      max_row_len: longest row that the config allows.
+      max_row_len: maximum row length that the config allows.
     """
     num_shards = num_batch_shards(learner.mesh)
     longest = max(row.length for row in update.rows)
@@ -133,7 +134,7 @@ def cut_batch(update: Update, num_rows: int, learner: Learner, *, max_row_len: i
         num_shards=num_shards,
         packed=False,
     )
-    # Any other policy serves as the reference of losses that need one.
+    # For losses that need a reference policy, any policy other than the current one will do.
     batch = batch._replace(ref_logprobs=batch.sampler_logprobs)
     return place_batch(batch, learner.mesh)
 
@@ -142,12 +143,12 @@ def compare_gradients(whole: Any, cut: Any, name: str) -> float:
     """Returns the norm of the difference of two gradients divided by the norm of the first, over all leaves.
 
     Args:
-      whole: gradient of one micro-batch.
-      cut: gradient of several micro-batches.
-      name: name of the method, for the error.
+      whole: gradient computed in one micro-batch.
+      cut: gradient computed in several micro-batches.
+      name: name of the method, for the error message.
 
     Raises:
-      BrokenTrainStep: if the gradient is zero or not finite, or the difference is above `TOLERANCE`.
+      BrokenTrainStep: if the gradient is zero or not finite, or if the relative difference exceeds `TOLERANCE`.
     """
     norm = _norm(whole)
     if not norm > 0 or not np.isfinite(norm):
@@ -155,8 +156,8 @@ def compare_gradients(whole: Any, cut: Any, name: str) -> float:
     difference = _norm(jax.tree.map(np.subtract, whole, cut)) / norm
     if not difference <= TOLERANCE:
         raise BrokenTrainStep(
-            f"{name}: the gradient of a batch cut into micro-batches differs from that of the whole batch by "
-            f"{difference:.2g} of its norm; a comparison with such a train step would be meaningless"
+            f"{name}: the gradient of a batch split into micro-batches differs from that of the whole batch by "
+            f"{difference:.2g} of its norm; a comparison with this train step would be meaningless"
         )
     return difference
 
@@ -164,9 +165,9 @@ def compare_gradients(whole: Any, cut: Any, name: str) -> float:
 def synthetic_updates(
     method: Method, problems: Sequence[Problem], seed: int, max_completion_len: int
 ) -> Iterator[tuple[Moment, Update]]:
-    """Yields what the method trains, early and late in a run, on rollouts in which all micro-groups are guided.
+    """Yields the method's updates early and late in a run, for rollouts in which all micro-groups are guided.
 
-    All rollouts of the first problem are wrong. Of each other problem every second rollout is correct.
+    All rollouts of the first problem are wrong. For every other problem, every second rollout is correct.
     """
     rng = np.random.default_rng(0)
     for stage in STAGES:
@@ -202,7 +203,7 @@ def _gradient(learner: Learner, batch: TrainBatch, moment: Moment) -> Any:
 def _synthetic_rollout(
     rng: np.random.Generator, problem: Problem, index: int, ratio: float, *, is_correct: bool
 ) -> Rollout:
-    """Returns a rollout with a prefix of the expert solution and a random selection of its tokens as completion."""
+    """Returns a rollout with a prefix of the expert solution; its completion is a random sample of the same tokens."""
     solution = np.array(problem.experts[0].token_ids)
     prefix_len = int(ratio * len(solution))
     request = RolloutRequest(problem, index, 0, 0 if prefix_len else -1, prefix_len, ratio)

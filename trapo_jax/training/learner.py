@@ -1,6 +1,6 @@
-"""The learner: turns rows selected by a method into new parameters.
+"""The learner: updates the parameters with the rows that a method selects.
 
-A `Learner` owns the train state and everything that changes it. It knows nothing of sampling, checkpoints or logs.
+A `Learner` owns the train state and everything that changes it. It is independent of sampling, checkpoints and logging.
 """
 
 import time
@@ -46,7 +46,7 @@ class Learned(NamedTuple):
     """The outcome of the updates of one step.
 
     Attributes:
-      metrics: by name; those of updates after the first are prefixed with the name of their optimizer.
+      metrics: by name; metrics of updates after the first are prefixed with the name of their optimizer.
       usage: tokens and FLOPs spent on training.
       traces: one per update.
     """
@@ -60,11 +60,12 @@ class Learner:
     """Updates the parameters of a policy.
 
     Building a learner allocates no arrays, so that its programs can be compiled for devices that are not attached.
-    `load` gives it a state.
+    `load` initializes its state.
 
     Args:
-      config: the section `train`, and the lengths and temperature of `data` and `sampling`.
-      method: its terms are the objective.
+      config: the run's config, of which the section `train` and the lengths and temperature of `data` and `sampling`
+        are used.
+      method: the method whose loss terms form the objective.
       decoder: the decoder's shape.
       mesh: the mesh to train on.
       optimizer: an optax transformation for a learning rate of 1; the optimizer of the config if None.
@@ -134,7 +135,7 @@ class Learner:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the state in bytes, over all devices."""
+        """Total size of the state in bytes, over all devices."""
         return sum(x.nbytes for x in jax.tree.leaves(self.state))
 
     @property
@@ -144,7 +145,7 @@ class Learner:
 
     @property
     def max_rows(self) -> int:
-        """Maximum number of rows of one update; batches of all steps have the same shape."""
+        """Maximum number of rows of one update, which fixes the shape of the batches of all steps."""
         return self.method.max_rows(self._config.train.problems_per_step)
 
     def load(self, model: PretrainedModel, *, seed: int, with_state: bool = True) -> None:
@@ -177,11 +178,11 @@ class Learner:
         self._state = None
 
     def update(self, updates: Sequence[Update], moment: Moment) -> Learned:
-        """Makes the updates of a step, in order.
+        """Performs the updates of a step in order.
 
         Args:
           updates: rows and optimizer of each update, as selected by the method.
-          moment: the step; decides the weights of terms and the learning rate.
+          moment: the current step; determines the weights of the loss terms and the learning rate.
         """
         started = time.perf_counter()
         metrics: dict[str, float] = {}
@@ -196,13 +197,13 @@ class Learner:
         return Learned(metrics, usage, traces)
 
     def _update(self, update: Update, moment: Moment) -> tuple[dict[str, float], UpdateTrace]:
-        """Makes `train.num_iterations` optimizer steps from the same rows."""
+        """Takes `train.num_iterations` optimizer steps on the same rows."""
         config, method = self._config, self.method
         num_iterations = config.train.num_iterations
         host_batch = self._build_batch(update.rows)
         metrics = batch_metrics(host_batch, num_batch_shards(self.mesh))
         batch = place_batch(host_batch, self.mesh)
-        if num_iterations > 1:  # With one iteration the old policy is the current one.
+        if num_iterations > 1:  # With one iteration, the old policy is the current one.
             batch = batch._replace(old_logprobs=self._batch_logprobs(self.params, batch))
         if self._ref_params is not None:
             batch = batch._replace(ref_logprobs=self._batch_logprobs(self._ref_params, batch))
@@ -260,12 +261,12 @@ def make_learner(
 def update_usage(
     rows: Sequence[TrainRow], *, num_iterations: int, num_forward: int, cost: TokenCost
 ) -> Usage:
-    """Returns the tokens and FLOPs of `num_iterations` optimizer steps from the same rows.
+    """Returns the tokens and FLOPs of `num_iterations` optimizer steps on the same rows.
 
     Args:
-      rows: the rows; those without a trained token are not computed.
+      rows: the rows; rows without trained tokens are not computed.
       num_iterations: number of optimizer steps.
-      num_forward: number of additional passes that compute log-probabilities alone.
+      num_forward: number of additional forward passes, which compute only log-probabilities.
       cost: FLOPs per token of the model.
     """
     rows = [row for row in rows if row.num_trained]
@@ -286,7 +287,7 @@ def update_usage(
 def merge_metrics(
     first: Mapping[str, float], following: Mapping[str, float], optimizer: str
 ) -> dict[str, float]:
-    """Merges the metrics of a step's updates; those of later updates are prefixed with their optimizer's name."""
+    """Merges the metrics of a step's updates. Metrics of later updates are prefixed with their optimizer's name."""
     if not first:
         return dict(following)
     skipped = max(first["optimizer/skipped"], following["optimizer/skipped"])

@@ -25,9 +25,9 @@ def make_learning_rate(
       final_learning_rate_ratio: learning rate at the end as a share of the peak.
 
     Returns:
-      A function of `(step, position)`. `step` counts from the start of the run; it is 1 at the end of the first step.
-      `position` is the progress of the run in units of steps: `step` itself, or more if a budget will end the run
-      earlier than `num_steps`.
+      A function of `(step, position)`. `step` is the number of steps since the start of the run; it is 1 at the end of
+      the first step. `position` is the progress of the run in units of steps. It equals `step`, or is larger if a
+      budget will end the run before `num_steps`.
     """
     begin = max(warmup_steps, round(decay_start * num_steps))
     warmup = jax.jit(optax.linear_schedule(0.0, learning_rate, warmup_steps))
@@ -48,7 +48,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Builds AdamW with gradient clipping for a learning rate of 1; the train step scales its updates.
 
-    Weight decay does not apply to the scales of norms and to biases.
+    Weight decay does not apply to normalization scales and biases.
 
     Args:
       adam_b1: decay rate of the first moment, in [0, 1).
@@ -65,7 +65,7 @@ def make_optimizer(
 
 
 def _is_decayed(params: Any) -> Any:
-    """Returns a tree that is True for parameters with weight decay: all but the scales of norms and biases."""
+    """Returns a tree that is True for parameters with weight decay: all but normalization scales and biases."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not path[-1].key.endswith(("norm", "bias")), params
     )

@@ -1,7 +1,8 @@
-"""Rows to one training batch: where every token gets its `TokenKind`, from lengths.
+"""Builds a training batch from rows and assigns every token its `TokenKind`.
 
-Rollouts are packed into rows of a fixed length, so that hardly a token is pad, and rows are dealt out so
-that the devices of a micro-batch have equal work. Kinds never come from `ids != pad_id`: the pad may be EOS.
+Rollouts are packed into rows of a fixed length to minimize padding, and the packed rows are distributed so that the
+devices of a micro-batch have equal work. Token kinds are derived from lengths and never from `ids != pad_id`, since
+the padding token may be EOS.
 """
 
 from collections.abc import Sequence
@@ -21,30 +22,33 @@ def build_batch(
     packed: bool = True,
     pad_id: int = 0,
 ) -> TrainBatch:
-    """Lays rows out in `[M, B, T]`, with M = ceil(max_rows / B) whatever their number and lengths.
+    """Builds a batch of shape `[M, B, T]`, where M = ceil(max_rows / B) does not depend on the rows.
 
-    A row without a trained token takes no place, but counts in `num_rollouts`.
+    A row without trained tokens is left out of the batch but counts in `num_rollouts`.
 
     Args:
-      rows: rollouts and expert solutions; none at all gives a batch of pad.
-      row_len: T, at least the longest of them, in tokens.
-      micro_batch_rows: B, global; a multiple of `num_shards`.
-      max_rows: so many rows at most; None for as many as there are.
-      num_shards: devices among which a micro-batch's rows are split, in equal blocks.
-      packed: several rollouts a row of the batch; otherwise one.
-      pad_id: the token id in the pad; its value has no influence.
+      rows: rollouts and expert solutions; if empty, the batch consists of padding.
+      row_len: T, the length of a batch row in tokens; at least the length of the longest rollout.
+      micro_batch_rows: B, the global number of rows of a micro-batch; a multiple of `num_shards`.
+      max_rows: maximum number of rows; `len(rows)` if None.
+      num_shards: number of devices among which the rows of a micro-batch are split, in equal blocks.
+      packed: whether a batch row may contain several rollouts.
+      pad_id: the token id used for padding; it does not affect the result.
 
     Raises:
-      ValueError: if a rollout is longer than a row, there are too many, or the shards do not divide the rows.
+      ValueError: if a rollout is longer than `row_len`, there are more than `max_rows` rows, or `micro_batch_rows` is
+        not divisible by `num_shards`.
     """
     if micro_batch_rows % num_shards:
-        raise ValueError(f"{num_shards} shards do not divide micro_batch_rows {micro_batch_rows}")
+        raise ValueError(
+            f"micro_batch_rows={micro_batch_rows} is not divisible by num_shards={num_shards}"
+        )
     max_rows = len(rows) if max_rows is None else max_rows
     if len(rows) > max_rows:
-        raise ValueError(f"{len(rows)} rows, but max_rows {max_rows}")
+        raise ValueError(f"{len(rows)} rows exceed max_rows={max_rows}")
     lens = [row.length if row.num_trained else 0 for row in rows]
     if max(lens, default=0) > row_len:
-        raise ValueError(f"a rollout of {max(lens)} tokens exceeds row_len {row_len}")
+        raise ValueError(f"a rollout of {max(lens)} tokens exceeds row_len={row_len}")
     members = [i for i, length in enumerate(lens) if length]
     packs = [[i] for i in members]
     if packed:
@@ -66,7 +70,7 @@ def build_batch(
 
 
 def pack(lens: Sequence[int], row_len: int) -> list[list[int]]:
-    """Indices of what shares a row: the longest first, each into the first row with room for it.
+    """Returns the indices that share each row, by first-fit decreasing bin packing.
 
     >>> pack([2, 5, 3, 4], row_len=7)
     [[1, 0], [3, 2]]
@@ -84,11 +88,11 @@ def pack(lens: Sequence[int], row_len: int) -> list[list[int]]:
 
 
 def deal(costs: Sequence[float], micro_batch_rows: int, num_shards: int) -> list[tuple[int, int]]:
-    """(micro-batch, row) for each row of tokens, so that the shards of a micro-batch wait little for each other.
+    """Returns `(micro-batch, row)` for each packed row, balancing the work of the shards of a micro-batch.
 
-    Rows of similar cost share a micro-batch; within it each goes, the costliest first, to the shard that
-    has the least so far. Rows have equal lengths, so what differs is attention: the sum of squared
-    segment lengths, where a kernel skips what it need not see.
+    Rows of similar cost share a micro-batch. Within a micro-batch, rows are assigned in order of decreasing cost to the
+    shard with the lowest total cost so far. Since all rows have the same length, their costs differ only in attention:
+    the sum of squared segment lengths, for kernels that skip masked blocks.
 
     >>> deal([9, 1, 4, 8], micro_batch_rows=4, num_shards=2)
     [(0, 0), (0, 1), (0, 3), (0, 2)]
@@ -110,24 +114,24 @@ def deal(costs: Sequence[float], micro_batch_rows: int, num_shards: int) -> list
 
 
 def count_kinds(batch: TrainBatch) -> dict[str, int]:
-    """Tokens of each kind, by lower-case name; pad in the micro-batches that are computed."""
+    """Returns the number of tokens of each kind, by lowercase name. Skipped micro-batches are not counted."""
     kinds = batch.kinds[: batch.num_micro_batches]
     counts = np.bincount(kinds.ravel(), minlength=len(TokenKind))
     return {kind.name.lower(): int(counts[kind]) for kind in TokenKind}
 
 
 def balance(batch: TrainBatch, num_shards: int) -> float:
-    """Attention's work of the mean device over that of the busiest, in (0, 1]; 1 where none waits."""
+    """Returns the attention work of the average device divided by that of the busiest; 1 is perfect balance."""
     lens = np.bincount(batch.segment_ids.ravel())
     lens[0] = 0
-    work = lens[batch.segment_ids].sum(axis=-1)  # a segment's length, for each of its tokens
+    work = lens[batch.segment_ids].sum(axis=-1)  # each token contributes its segment's length
     by_shard = work.reshape(len(work), num_shards, -1).sum(axis=-1)
     busiest = by_shard.max(axis=-1).sum()
     return float(by_shard.mean(axis=-1).sum() / busiest) if busiest else 1.0
 
 
 def batch_metrics(batch: TrainBatch, num_shards: int) -> dict[str, float]:
-    """Returns the composition of a batch: tokens of each kind, share of padding, balance between devices."""
+    """Returns token counts by kind, the fraction of padding, and the balance between devices."""
     kinds = count_kinds(batch)
     return {
         **{f"batch/{name}_tokens": count for name, count in kinds.items()},
@@ -151,7 +155,7 @@ def _empty_batch(num_micro_batches: int, num_rows: int, row_len: int, pad_id: in
 
 
 def _write(batch: TrainBatch, place: tuple, row: TrainRow, *, segment_id: int) -> None:
-    """Writes a row into the tokens `place` of a batch."""
+    """Writes a row to the position `place` of a batch: micro-batch, row, and slice of tokens."""
     request, completion = row.completion.request, row.completion
     prefix_start = len(request.problem.prompt_ids)
     start = request.start_len
@@ -162,7 +166,7 @@ def _write(batch: TrainBatch, place: tuple, row: TrainRow, *, segment_id: int) -
     )
     batch.positions[place] = np.arange(row.length)
     batch.segment_ids[place] = segment_id
-    kinds = batch.kinds[place]  # a view, like the two below
+    kinds = batch.kinds[place]  # a view, as are the indexed arrays below
     kinds[:prefix_start] = TokenKind.PROMPT
     kinds[prefix_start:start] = TokenKind.EXPERT_TRAINED if row.trains_expert else TokenKind.EXPERT
     kinds[start:] = TokenKind.COMPLETION
@@ -171,7 +175,7 @@ def _write(batch: TrainBatch, place: tuple, row: TrainRow, *, segment_id: int) -
 
 
 def _check(batch: TrainBatch, rows: Sequence[TrainRow]) -> None:
-    """The invariants of the kinds, on the host, for every batch."""
+    """Checks on the host that token kinds agree with the lengths of the rows and with segment ids."""
     expected = {
         "prompt": sum(len(row.completion.request.problem.prompt_ids) for row in rows),
         "expert_trained": sum(row.num_expert_trained for row in rows),
@@ -182,6 +186,6 @@ def _check(batch: TrainBatch, rows: Sequence[TrainRow]) -> None:
     expected["pad"] = used.size - sum(expected.values())
     counts = count_kinds(batch)
     if counts != expected or (batch.kinds[batch.num_micro_batches :] != TokenKind.PAD).any():
-        raise AssertionError(f"token kinds {counts} differ from the rollouts' lengths {expected}")
+        raise AssertionError(f"token kinds {counts} do not match the row lengths {expected}")
     if ((batch.kinds == TokenKind.PAD) != (batch.segment_ids == 0)).any():
-        raise AssertionError("pad kinds and segment ids disagree")
+        raise AssertionError("token kinds and segment ids disagree about padding")

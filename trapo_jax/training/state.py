@@ -12,13 +12,13 @@ from trapo_jax.models import split_trained
 
 
 class TrainState(NamedTuple):
-    """What an optimizer step changes. The leaves are global arrays, or their shapes, or their shardings."""
+    """The state that an optimizer step updates. Its leaves are global arrays, their shapes, or their shardings."""
 
     params: Any  # float32 master weights
-    opt_state: Any  # of the trained parameters: all of them, or only the LoRA adapters
-    step: Any  # int32 [], number of optimizer steps, skipped ones included
+    opt_state: Any  # for the trained parameters: all of them, or only the LoRA adapters
+    step: Any  # int32 [], number of optimizer steps, including skipped ones
     num_skipped_in_a_row: Any  # int32 []
-    other_opt_states: Any = ()  # of the method's other optimizers; a train step leaves them unchanged
+    other_opt_states: Any = ()  # states of the method's other optimizers; a train step does not change them
 
 
 def new_state(
@@ -32,7 +32,7 @@ def new_state(
 def init_state(
     params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, num_optimizers: int = 1
 ) -> TrainState:
-    """Returns `new_state` placed on the mesh. Parameters that are placed there already are donated."""
+    """Returns `new_state` placed on the mesh. Parameters that are already placed there are donated."""
     shardings = state_shardings(params, optimizer, mesh, num_optimizers)
     build = lambda params: new_state(params, optimizer, num_optimizers)
     params = jax.device_put(params, shardings.params)

@@ -1,9 +1,9 @@
 """One optimizer step: `(TrainState, TrainBatch, coefficients) -> (TrainState, metrics, trace)`, jitted and sharded.
 
-Scheduled scalars, the learning rate and the weights of the loss terms, are traced inputs (`Method.coefficients`);
-changing them never recompiles. The denominator of every loss term is taken over the whole batch before the first
-micro-batch runs, and the gradients of micro-batches are summed. Therefore the update does not depend on how the batch
-is divided.
+Scheduled scalars (the learning rate and the weights of the loss terms) are traced inputs; changing them never
+recompiles. See `Method.coefficients`. The denominator of every loss term is taken over the whole batch before the
+first micro-batch runs, and the gradients of micro-batches are summed. Therefore, the update does not depend on how the
+batch is split into micro-batches.
 """
 
 import dataclasses
@@ -49,10 +49,10 @@ TrainStep = Callable[
 
 
 class TokenTrace(NamedTuple):
-    """What the update computed at every trained token: float32 `[M, B, T]`, aligned with the batch; 0 elsewhere."""
+    """Values that an update computes for each trained token: float32 `[M, B, T]`, like the batch; 0 elsewhere."""
 
     logprobs: Any
-    gradient_weights: Any  # |d objective / d logprob|, all loss terms together
+    gradient_weights: Any  # |d objective / d logprob|, over all loss terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ class TokenScorer:
 
     Attributes:
       decoder: the decoder's shape.
-      temperature: of the distribution that was sampled from and is trained, > 0.
-      chunk_size: number of tokens whose logits are held at once, over all devices.
+      temperature: temperature of the distribution that is sampled from and trained, > 0.
+      chunk_size: number of tokens whose logits are materialized at once, over all devices.
     """
 
     decoder: DecoderConfig
@@ -70,7 +70,7 @@ class TokenScorer:
     chunk_size: int
 
     def __call__(self, params: Any, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
-        """Returns log-probability and entropy at each trained token, float32 `[B, T - 1]`; 0 elsewhere."""
+        """Returns the log-probability and entropy at each trained token, float32 `[B, T - 1]`; 0 elsewhere."""
         hidden, _ = apply_decoder(
             self.decoder, params, batch.token_ids, batch.positions, batch.segment_ids
         )
@@ -100,13 +100,13 @@ def make_train_step(
 
     Args:
       scorer: computes token log-probabilities.
-      method: its terms are the objective.
+      method: the method whose loss terms form the objective.
       optimizer: an optax transformation for a learning rate of 1.
       mesh: the mesh that the step runs on.
       shardings: shardings of the state, from `state_shardings`.
       max_completion_length: L of the constant normalizers, in tokens.
       ratio_to: the old policy of completion tokens. "trainer" is the policy before the batch's first update.
-        "sampler" is the policy that each token was sampled from, which may be older, with the log-probability that
+        "sampler" is the policy from which each token was sampled, which may be older, with the log-probabilities that
         the sampler computed.
     """
     objective = partial(_objective, scorer, method, ratio_to)
@@ -145,9 +145,9 @@ def make_train_step(
 def make_batch_logprobs(
     scorer: TokenScorer, mesh: Mesh, param_shardings: Any
 ) -> Callable[[Any, TrainBatch], jax.Array]:
-    """Builds the jitted `(params, batch) -> logprobs` for `TrainBatch.old_logprobs` and `ref_logprobs`.
+    """Builds a jitted function `(params, batch) -> logprobs` for `TrainBatch.old_logprobs` and `ref_logprobs`.
 
-    Its result is float32 `[M, B, T]`: the log-probability of every trained token, 0 elsewhere.
+    It returns the log-probability of every trained token, float32 `[M, B, T]`; 0 elsewhere.
     """
 
     def batch_logprobs(params: Any, batch: TrainBatch) -> jax.Array:
@@ -166,7 +166,7 @@ def make_batch_logprobs(
 
 
 def place_batch(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
-    """Places a batch, which every process holds whole, on the mesh; each device receives its rows."""
+    """Places a batch on the mesh. Every process has the whole batch; each device receives its own rows."""
 
     def place(x, sharding):
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
@@ -191,7 +191,7 @@ def _objective(
     coefficients: Coefficients,
     num_segments: int,
 ) -> tuple[Any, tuple[Metrics, Metrics, TokenTrace]]:
-    """Returns a micro-batch's contribution to the objective, with sums and maxima for the metrics and the trace."""
+    """Returns a micro-batch's contribution to the objective, the sums and maxima for the metrics, and the trace."""
     kinds = batch.kinds[:, 1:]
     logprobs, entropies = scorer(join_trained(trained, kept), batch)
     current = jax.lax.stop_gradient(logprobs)
@@ -238,7 +238,7 @@ def _objective(
 def _accumulate(
     loss: Callable[..., Any], trained: Any, kept: Any, batch: TrainBatch, weights: Any
 ) -> tuple[Any, Any, Any, TokenTrace]:
-    """Returns the sum of gradients and statistics over the micro-batches, and the trace of all of them."""
+    """Returns gradients and statistics accumulated over the micro-batches, and the trace of the whole batch."""
 
     def add_micro_batch(index, carry):
         grads, sums, maxima, trace = carry
@@ -256,12 +256,12 @@ def _accumulate(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     empty_trace = TokenTrace(*(jnp.zeros(batch.kinds.shape, jnp.float32) for _ in range(2)))
     initial = (jax.tree.map(jnp.zeros_like, trained), *zeros, empty_trace)
-    # The number of iterations is data, so a batch that fills fewer micro-batches has the same shapes.
+    # The number of iterations is traced, so a batch that fills fewer micro-batches does not recompile.
     return jax.lax.fori_loop(0, batch.num_micro_batches, add_micro_batch, initial)
 
 
 def _at_tokens(x: jax.Array) -> jax.Array:
-    """Aligns values of predicted tokens, `[B, T - 1]`, with the tokens, `[B, T]`; the first is not predicted."""
+    """Aligns values of predicted tokens, `[B, T - 1]`, with all tokens, `[B, T]`; the first token is not predicted."""
     return jnp.pad(x, ((0, 0), (1, 0)))
 
 
@@ -279,7 +279,7 @@ def _micro_batch(tree: Any, index: jax.Array | int) -> Any:
 def term_weights(
     batch: TrainBatch, terms: Sequence[Term], max_completion_length: int
 ) -> dict[str, jax.Array]:
-    """Returns for each term the weight of every predicted token, `[M, B, T - 1]`; 0 for tokens of another kind."""
+    """Returns, for each term, the weight of every predicted token, `[M, B, T - 1]`; 0 for tokens of other kinds."""
     kinds = batch.kinds[..., 1:]
 
     def weights(normalizer: Normalizer, mask: jax.Array) -> jax.Array:
@@ -299,6 +299,6 @@ def term_weights(
 
 
 def _num_segments(batch: TrainBatch) -> int:
-    """Returns a bound above every segment id: packing never needs more than one row per rollout."""
+    """Returns an exclusive upper bound on segment ids: a batch has at least as many rows as rollouts."""
     num_micro_batches, num_rows, _ = batch.kinds.shape
     return 1 + num_micro_batches * num_rows

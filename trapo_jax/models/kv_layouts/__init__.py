@@ -1,8 +1,8 @@
-"""Storage layouts: the order of axes in which a decoder keeps its layers' weights and its KV cache.
+"""Storage layouts: how a decoder stores the weights of its layers and its KV cache.
 
 Training and prefill always use `Stacked`. Decoding reads all weights and the filled part of the cache for every
 token, so it uses the layout that the device reads fastest (`trapo_jax.sampling.programs.choose_layout`). The decoder
-and the sampler know only the interface `StorageLayout`; another way to store the cache is one more class.
+and the sampler depend only on the interface `StorageLayout`; to add a layout, implement it in a new class.
 """
 
 from trapo_jax.models.kv_layouts.interface import (

@@ -13,7 +13,7 @@ from flax import nnx
 
 from trapo_jax.models.attention import Implementation
 
-# The matrices of a layer, and how many of their leading axes a matmul contracts.
+# The matrices of a layer, and the number of leading axes that a matmul contracts.
 CONTRACTED_AXES = {"qkv": 1, "output": 3, "gate_up": 1, "down": 1}
 
 
@@ -28,9 +28,9 @@ class StorageLayout(abc.ABC):
     """How the weights of the layers and the KV cache are stored, and the operations that depend on it.
 
     Attributes:
-      converts_weights: whether `convert_weights` does anything.
-      reads_filled_only: whether `attend` reads no more of a cache than the filled positions, so that a shorter view
-        of it saves nothing.
+      converts_weights: whether `convert_weights` changes the weights.
+      reads_filled_only: whether `attend` reads only the filled positions of a cache, so that a shorter view of it saves
+        nothing.
       needs_resize: whether the cache must be resized to the rows and positions in use, because `attend` reads all of
         it.
       head_axis: axis of the key-value heads in the arrays of a cache.
@@ -62,8 +62,8 @@ class StorageLayout(abc.ABC):
           run_layer: `(x, layer, cache of the layer, is_local) -> (x, entries)`.
           x_BTD: the residual stream.
           layers: from `init_layers`.
-          cache: of all layers; None for whole rows.
-          is_local_L: bool, whether a layer has a sliding window; None if all layers are alike.
+          cache: the cache of all layers; None for whole rows.
+          is_local_L: bool, whether a layer has a sliding window; None if this is the same for all layers.
 
         Returns:
           The residual stream and the entries of all layers.
@@ -74,14 +74,14 @@ class StorageLayout(abc.ABC):
         """Converts `params["layers"]` from the stacked layout to this one."""
 
     def matmul(self, x_BTI: jax.Array, weights: jax.Array, *, num_contracted: int) -> jax.Array:
-        """Multiplies activations by a matrix as this layout stores it, with output shape `[B, T, *out]`.
+        """Multiplies activations by a matrix in this layout. The result has shape `[B, T, *out]`.
 
         Args:
           x_BTI: activations; I is the product of the contracted axes.
           weights: the matrix.
           num_contracted: see `CONTRACTED_AXES`.
         """
-        # If the matmul contracted several axes, XLA would first transpose the weights.
+        # Contract a single axis: with several, XLA would first transpose the weights.
         out = weights.shape[num_contracted:]
         return jnp.tensordot(x_BTI, weights.reshape(x_BTI.shape[-1], *out), axes=1)
 
@@ -112,18 +112,18 @@ class StorageLayout(abc.ABC):
         is_local: jax.Array | None,
         implementation: Implementation,
     ) -> tuple[jax.Array, Any]:
-        """Attention of T new tokens per slot to the slot's cache in one layer and to each other.
+        """Computes the attention of T new tokens per slot to the slot's cache in one layer and to each other.
 
         Args:
-          q_STNH, k_STKH, v_STKH: the new tokens. Only `Stacked` takes more than one token per slot.
-          cache: of this layer, with at least S rows, of which the first S are used.
-          lens_S: int32, filled positions of each slot. If a slot's value lies beyond the cache, its result is finite
-            but meaningless, and its token is not stored.
-          view_len: upper bound of the filled positions; None for the whole cache.
+          q_STNH, k_STKH, v_STKH: the new tokens. Only `Stacked` supports more than one token per slot.
+          cache: the cache of this layer, with at least S rows, of which the first S are used.
+          lens_S: int32, number of filled positions of each slot. If the value of a slot is beyond the cache, its result
+            is finite but meaningless, and its token is not stored.
+          view_len: upper bound on the number of filled positions; None for the whole cache.
           scale, window, is_local, implementation: see `row_attention`.
 
         Returns:
-          `[S, T, N, H]`, and what `append` needs in order to store the new tokens.
+          The result `[S, T, N, H]`, and the entries with which `append` stores the new tokens.
         """
 
     @abc.abstractmethod
@@ -133,10 +133,10 @@ class StorageLayout(abc.ABC):
         """Stores the new tokens of all layers.
 
         Args:
-          cache: of all layers.
+          cache: the cache of all layers.
           entries: from `run_layers`.
           rows: int32, the row of each token.
-          positions: int32, shape of `rows`; tokens with a position beyond the cache are dropped.
+          positions: int32, with the shape of `rows`; tokens with a position beyond the cache are dropped.
         """
 
     @abc.abstractmethod
@@ -160,17 +160,17 @@ class StorageLayout(abc.ABC):
         *,
         length: int,
     ) -> KVCache:
-        """Copies the first `length` positions of rows of a `Stacked` cache into this one.
+        """Copies the first `length` positions of rows of a `Stacked` cache to this cache.
 
         Only the first `count` pairs are copied; the other target rows must be out of range.
         """
 
     def resize(self, cache: KVCache, *, num_rows: int, length: int) -> KVCache:
-        """Truncates or pads the cache to `num_rows` rows of `length` positions where `needs_resize`."""
+        """Truncates or pads the cache to `num_rows` rows of `length` positions if `needs_resize`."""
         del num_rows, length
         return cache
 
 
 def keep_operand_order(product: jax.Array) -> jax.Array:
-    """Keeps XLA from swapping the operands of a matmul, which can make it read the weights transposed."""
+    """Prevents XLA from swapping the operands of a matmul, which can make it read the weights transposed."""
     return jax.lax.optimization_barrier(product)

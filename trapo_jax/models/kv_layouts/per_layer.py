@@ -1,4 +1,4 @@
-"""One array for each layer, for decoding one token per slot."""
+"""Layouts with one array per layer, for decoding one token per slot."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from trapo_jax.models.kv_layouts.interface import (
 )
 from trapo_jax.models.kv_layouts.stacked import read_row
 
-# Rows copied at once. One row at a time, launching the copies would take longer than copying.
+# Number of rows copied at once. With one row at a time, launching the copies would take longer than copying.
 ROWS_PER_COPY = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class PerLayer(StorageLayout):
-    """One array for each layer, for decoding one token per slot: keys and values `[R, C, K, H]` in lists.
+    """One array per layer, for decoding one token per slot: keys and values are lists of `[R, C, K, H]` arrays.
 
-    This is the order of axes that cuDNN takes; it reads only the filled positions. XLA copies a layer's weights out
-    of a stack before it multiplies by them, on CPUs and GPUs; separate arrays avoid that. Each layer writes its new
-    token to the cache before it attends. Sliding windows are not supported.
+    This is the axis order of cuDNN, which reads only the filled positions. On CPUs and GPUs, XLA copies a layer's
+    weights out of a stacked array before each matmul; separate arrays avoid that. Each layer writes its new token to
+    the cache before it attends. Sliding windows are not supported.
     """
 
     converts_weights: ClassVar[bool] = True
@@ -89,7 +89,7 @@ class PerLayer(StorageLayout):
 
     def append(self, cache, entries, rows, positions):
         del cache, rows, positions
-        return entries  # `attend` has stored the tokens
+        return entries  # `attend` has already stored the tokens
 
     def copy(self, cache, source_rows, target_rows, count):
         def copy_rows(rows, cache: KVCache) -> KVCache:
@@ -109,17 +109,17 @@ class PerLayer(StorageLayout):
         return _in_chunks(copy_rows, (source_rows, target_rows), count, cache)
 
     def _convert(self, name: str, x: jax.Array) -> jax.Array:
-        """A parameter of one layer in this layout."""
+        """Returns a parameter of one layer in this layout."""
         del name
         return x
 
 
 @dataclasses.dataclass(frozen=True)
 class PerLayerTransposed(PerLayer):
-    """One array for each layer, with transposed matrices `[*out, in]`: keys `[R, K, H, C]`, values `[R, K, C, H]`.
+    """One array per layer, with transposed matrices `[*out, in]`: keys `[R, K, H, C]`, values `[R, K, C, H]`.
 
-    A CPU multiplies a few rows of activations up to twice as fast on the right of the weights as on their left. It
-    would copy a slice of the cache in every step, so the cache has the size in use.
+    With few rows of activations, CPUs multiply up to twice as fast if the activations are the right operand. Since a
+    view of the cache would be copied in every step, the cache is resized to the part in use.
     """
 
     reads_filled_only: ClassVar[bool] = False
@@ -127,7 +127,7 @@ class PerLayerTransposed(PerLayer):
     head_axis: ClassVar[int] = 1
 
     def matmul(self, x_BTI, weights, *, num_contracted):
-        del num_contracted  # the contracted axes are one axis, the last
+        del num_contracted  # the contracted axes are merged into the last axis
         y = keep_operand_order(jnp.tensordot(weights, x_BTI, axes=(-1, -1)))
         return jnp.moveaxis(y, (-2, -1), (0, 1))
 
@@ -188,7 +188,7 @@ def _in_chunks(
     size = min(ROWS_PER_COPY, len(rows[0]))
 
     def copy_chunk(i, cache: KVCache) -> KVCache:
-        # The start of the last chunk is clamped to the range: some pairs are copied twice, which changes nothing.
+        # The start of the last chunk is clamped, so some pairs may be copied twice, which is harmless.
         take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size)
         return copy_rows(jax.tree.map(take, rows), cache)
 

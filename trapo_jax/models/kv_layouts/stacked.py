@@ -1,4 +1,4 @@
-"""All layers in one array."""
+"""The layout that stacks all layers in one array."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ class Stacked(StorageLayout):
 
     def attend(self, q_STNH, k_STKH, v_STKH, cache, lens_S, *, view_len, implementation, **options):
         del implementation
-        # Sliced here, one layer at a time, the cache is not copied twice.
+        # Slicing one layer at a time avoids a second copy of the cache.
         keys, values = (x[: len(q_STNH)] for x in cache)
         keys, values = keys[..., :view_len], values[..., :view_len, :]
         entries = k_STKH, v_STKH
@@ -74,6 +74,6 @@ class Stacked(StorageLayout):
 
 
 def read_row(stacked: KVCache, row: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """The first `length` positions of a row of all layers."""
+    """Returns the first `length` positions of a row, for all layers."""
     take = lambda x: jax.lax.dynamic_index_in_dim(x, row, axis=1, keepdims=False)
     return take(stacked.keys)[..., :length], take(stacked.values)[..., :length, :]
