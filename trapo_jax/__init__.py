@@ -1,12 +1,13 @@
 """TRAPO (Trust-Region Adaptive Policy Optimization, arXiv 2512.17636) in JAX.
 
-`trapo_jax.losses` is the loss library; `python -m trapo_jax.train` trains. The losses named here are imported
-when they are asked for: reward workers import this package and must not import jax.
+`trapo_jax.losses` is the loss library; `python -m trapo_jax.train` trains. The names here are imported when they are
+used first, because reward workers import this package and must not import jax.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trapo_jax.config import load_train_config as load_config
     from trapo_jax.losses import (
         attenuated_cross_entropy_from_logprobs,
         policy_gradient_loss,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "attenuated_cross_entropy_from_logprobs",
+    "load_config",
     "policy_gradient_loss",
     "trsft_loss",
     "trsft_loss_from_logprobs",
@@ -26,6 +28,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "load_config":
+        from trapo_jax.config import load_train_config
+
+        return load_train_config
     if name in __all__:
         from trapo_jax import losses
 

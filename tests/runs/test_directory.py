@@ -106,6 +106,22 @@ def test_a_run_without_a_readable_method_is_refused_in_one_line(tmp_path, conten
     assert "\n" not in str(error.value)
 
 
+def test_a_refusal_to_resume_names_every_field_that_differs(tmp_path):
+    folder = tmp_path / "run"
+    prepare_run_folder(folder, load_config(Config).to_yaml())
+    changes = [("seed", "3"), ("train.learning_rate", "1e-3"), ("method.alpha", "0.2")]
+    changed = load_config(Config, None, [*changes, ("mesh.tp", "2")]).to_yaml()
+    with pytest.raises(UserError) as caught:
+        check_run_folder(folder, changed)
+    message = str(caught.value)
+    assert (
+        "method.alpha=0.1, not 0.2, seed=0, not 3, train.learning_rate=0.0002, not 0.001" in message
+    )
+    assert "set method.alpha=0.1 seed=0 train.learning_rate=0.0002 to resume" in message
+    assert "mesh" not in message
+    assert "\n" not in message
+
+
 def test_a_run_of_another_method_is_refused_by_name(tmp_path):
     """A method from outside is not in the config: its fingerprint tells."""
     folder, trapo = tmp_path / "run", fingerprint(make_method("trapo"))

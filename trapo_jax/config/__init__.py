@@ -3,7 +3,7 @@
 from trapo_jax.config.changes import flatten, is_changeable
 from trapo_jax.config.evaluation import EvaluateConfig, load_evaluate_config
 from trapo_jax.config.help import help_text, list_fields
-from trapo_jax.config.loading import load_config, parse_command_line, read_yaml
+from trapo_jax.config.loading import load_config, load_train_config, parse_command_line, read_yaml
 from trapo_jax.config.schema import (
     CONFIG_FILE,
     ColumnPreset,
@@ -36,6 +36,7 @@ __all__ = [
     "list_fields",
     "load_config",
     "load_evaluate_config",
+    "load_train_config",
     "parse_command_line",
     "read_yaml",
 ]

@@ -16,6 +16,7 @@ import yaml
 
 from trapo_jax.config.help import list_fields
 from trapo_jax.config.schema import MethodConfig, Section
+from trapo_jax.config.training import Config
 from trapo_jax.import_path import search_beside
 from trapo_jax.methods import constant_names
 from trapo_jax.types import UserError
@@ -55,6 +56,25 @@ def load_config(
         given = {name for name, _ in overrides}
         lines = [_explain(e, config_class, file=file, overrides=given) for e in error.errors()]
         raise UserError("\n".join(lines)) from error
+
+
+def load_train_config(
+    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """Loads the configuration of a training run; `trapo_jax.load_config` is this function.
+
+    Args:
+      path: a YAML file; None for the defaults.
+      overrides: values by dotted name, such as `{"train.num_steps": 10}`; they win over the file.
+
+    Raises:
+      UserError: with one line per mistake.
+
+    >>> load_train_config(overrides={"train.num_steps": 10}).train.num_steps
+    10
+    """
+    texts = [(name, json.dumps(value)) for name, value in (overrides or {}).items()]
+    return load_config(Config, Path(path) if path is not None else None, texts)
 
 
 def merge_config(

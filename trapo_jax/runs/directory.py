@@ -24,6 +24,7 @@ MODEL = "model"  # a copy of the model's config and tokenizer, without weights
 EXPORT = "hf"  # the trained model in Hugging Face format
 SUMMARY = "summary.json"  # written last; marks a run as complete
 
+ABSENT = "absent"  # in place of the value of a field that a config lacks
 NUM_STEPS, DECAY_START, METHOD_NAME = "train.num_steps", "train.decay_start", "method.name"
 
 Changes = dict[str, tuple[Any, Any]]  # old and new value by field
@@ -106,27 +107,45 @@ def _changes(
     folder: Path, saved: dict[str, Any], current: dict[str, Any], depends_on_length: bool
 ) -> Changes:
     changes: Changes = {}
+    refused: Changes = {}
+    reason = ""
     # The method comes first: if it differs, so do its constants, and the error should name the method.
     fields = sorted({*saved, *current} - {"output_dir"}, key=lambda x: (x != METHOD_NAME, x))
     for field in fields:
-        old, new = saved.get(field, "absent"), current.get(field, "absent")
+        old, new = saved.get(field, ABSENT), current.get(field, ABSENT)
         if old == new:
             continue
-        if "absent" in (old, new) and not is_changeable(field):
-            raise UserError(
-                f"output_dir={folder}: contains a run of a different version (its config "
-                f"{'lacks' if old == 'absent' else 'has'} the field {field}); choose a different output_dir"
-            )
         is_longer = field == NUM_STEPS and isinstance(old, int) and new > old
         dependent = _length_dependency(current, depends_on_length) if is_longer else ""
-        if not (is_changeable(field) or (is_longer and not dependent)):
-            reason = f"; {dependent} depends on the length of the run" if dependent else ""
-            raise UserError(
-                f"output_dir={folder}: contains a run with {field}={old}, not {new}{reason}; choose a different "
-                f"output_dir, or set {field}={old} to resume the run"
-            )
-        changes[field] = (old, new)
+        if dependent:
+            reason = f"; {dependent} depends on the length of the run"
+        may_change = is_changeable(field) or (is_longer and not dependent)
+        (changes if may_change else refused)[field] = (old, new)
+    if METHOD_NAME in refused:  # The constants of another method say nothing more.
+        refused = {f: v for f, v in refused.items() if f == METHOD_NAME or "method." not in f}
+    if refused:
+        raise UserError(_refusal(folder, refused, reason))
     return changes
+
+
+def _refusal(folder: Path, refused: Changes, reason: str) -> str:
+    """Returns the message that names every field because of which a run cannot be resumed."""
+    versions = [field for field, values in refused.items() if ABSENT in values]
+    if versions:
+        listed = ", ".join(
+            f"{'lacks' if refused[field][0] == ABSENT else 'has'} the field {field}"
+            for field in versions
+        )
+        return (
+            f"output_dir={folder}: contains a run of a different version (its config {listed}); choose a different "
+            "output_dir"
+        )
+    differences = ", ".join(f"{field}={old}, not {new}" for field, (old, new) in refused.items())
+    settings = " ".join(f"{field}={old}" for field, (old, _) in refused.items())
+    return (
+        f"output_dir={folder}: contains a run with {differences}{reason}; choose a different output_dir, or set "
+        f"{settings} to resume the run"
+    )
 
 
 def _length_dependency(config: dict[str, Any], depends_on_length: bool) -> str:
