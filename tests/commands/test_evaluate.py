@@ -124,7 +124,7 @@ MISTAKES = {
     "no such column": ("data.columns.answer=solution", "no row has the column 'solution'"),
     "no such field": ("data.columns.gold=x", "data.columns.gold: unknown field; did you mean"),
     "a field of training": ("train.num_steps=3", "train: unknown field"),
-    "prompts too long": ("data.max_prompt_length=3", "no usable problem"),
+    "prompts too long": ("data.max_prompt_length=3", "no problem is usable"),
     "no samples": ("sampling.num_samples=0", "sampling.num_samples=0: input should be"),
     "no number": ("sampling.temperature=hot", 'sampling.temperature="hot": input should be'),
     "greedy samples": ("sampling.temperature=0", "give sampling.num_samples=1"),

@@ -187,9 +187,11 @@ def test_problem_id_depends_only_on_prompt_and_answer(bpe):
 
 
 def test_no_usable_problem_raises_with_counts(bpe):
-    with pytest.raises(UserError, match="no usable problem: 0 of 1 kept; dropped: 1 with a prompt"):
+    with pytest.raises(
+        UserError, match="no problem is usable: 0 of 1 kept; dropped: 1 with a prompt"
+    ):
         encode([example(LONG)], bpe, max_prompt_length=10)
-    with pytest.raises(UserError, match="no usable problem: 0 of 0 kept"):
+    with pytest.raises(UserError, match="no problem is usable: 0 of 0 kept"):
         encode([], bpe)
 
 

@@ -53,6 +53,7 @@ class Preflight:
 
     Attributes:
       counts: by split, what is shown in the table.
+      source: the template, and which columns hold what.
       prompt: the first training prompt as the model gets it.
       notes: why rows and experts were left out, one line each.
       warnings: what is probably a mistake, one line each.
@@ -60,6 +61,7 @@ class Preflight:
     """
 
     counts: dict[str, dict[str, str]]
+    source: str
     prompt: str
     notes: list[str]
     warnings: list[str]
@@ -71,6 +73,7 @@ class Preflight:
         terminal.table("problems (lengths: median / 95 % / longest)", header, rows)
         for note in self.notes:
             terminal.say(note)
+        terminal.say(self.source)
         more = " ..." if len(self.prompt) > MAX_SHOWN_CHARS else ""
         terminal.say(f"first prompt: {self.prompt[:MAX_SHOWN_CHARS]!r}{more}")
         for warning in self.warnings:
@@ -118,11 +121,20 @@ def check_data(
     ]
     return Preflight(
         counts,
+        _source(data),
         decode(train[0].prompt_ids),
         notes,
         _warnings(data, config, needs, judged),
         _errors(data, config, needs, judged),
     )
+
+
+def _source(data: LoadedData) -> str:
+    columns = data.columns
+    if columns is None:
+        return f"template {data.template.kind}"
+    solutions = ", ".join(columns.solutions) or "none"
+    return f"template {data.template.kind}; columns: prompt {columns.prompt}, answer {columns.answer}, solutions {solutions}"
 
 
 Judged = list[tuple[Problem, str, Grade]]
@@ -158,9 +170,9 @@ def _counts(
 ) -> dict[str, str]:
     experts = [len(e.token_ids) for p in problems for e in p.experts]
     counts = {
-        "rows read": f"{stages[0].num_read:,}" if stages else "",
+        "rows read": f"{stages[0].num_read:,}" if len(stages) > 1 else "",  # else: held out
         "problems": f"{len(problems):,}",
-        f"prompt tokens (limit {config.data.max_prompt_length})": _lengths(
+        f"prompt tokens (<= {config.data.max_prompt_length})": _lengths(
             [len(p.prompt_ids) for p in problems]
         ),
     }
@@ -168,12 +180,12 @@ def _counts(
         limit = config.sampling.max_completion_length
         counts |= {
             "expert solutions": f"{len(experts):,}",
-            f"expert tokens (limit {limit})": _lengths(experts),
-            "problems without expert": f"{sum(not p.experts for p in problems):,}",
+            f"expert tokens (<= {limit})": _lengths(experts),
+            "without expert": f"{sum(not p.experts for p in problems):,}",
         }
     if config.rewards.functions[0] == "math":
         num_text = sum(is_text(p.answer) for p in problems if p.answer)
-        counts["answers that only equal text matches"] = f"{num_text:,}"
+        counts["answers matched as text"] = f"{num_text:,}"
     return counts
 
 

@@ -97,7 +97,8 @@ def encode_examples(
         notes["problems without an expert"] = num_without
     report = DataReport(num_read, len(problems), dict(dropped), dict(notes))
     if not problems:
-        raise UserError(f"the data hold no usable problem: {report}")
+        hint = "; raise data.max_prompt_length" if any("prompt over" in x for x in dropped) else ""
+        raise UserError(f"data: no problem is usable: {report}{hint}")
     return problems, report
 
 
