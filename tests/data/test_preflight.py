@@ -126,7 +126,12 @@ MISUSES = {
     "prompts too long": (ROWS, ["data.max_prompt_length=10"], "no problem is usable: 0 of 16 kept"),
     "most prompts too long": (
         [*({**row, "prompt": row["prompt"] * 9} for row in ROWS[:12]), *ROWS[12:]],
-        ["data.max_prompt_length=70", "data.seed=1"],
+        [
+            "data.max_prompt_length=70",
+            "data.num_validation=4",
+            "data.num_test=4",
+            "train.problems_per_step=1",
+        ],
         "training prompts are longer and were dropped; raise it",
     ),
     "no solutions": (without("solution"), [], "no training problem has one; set data.columns.sol"),

@@ -4,19 +4,37 @@ import re
 import subprocess
 import sys
 
-from support.commands import REPOSITORY
+import pytest
+
+from support.commands import REPOSITORY, run_python
 
 README = (REPOSITORY / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_loss_example_runs_and_learns(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (code,) = [example for example in EXAMPLES if "trsft_loss" in example]
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     script = tmp_path / "example.py"
     script.write_text(code)
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.split()[-1]) < 2.0  # from log 16 = 2.77
+
+
+@pytest.mark.slow
+def test_training_example_runs(tmp_path):
+    (code,) = [example for example in EXAMPLES if "load_config" in example]
+    shorter = '"train.num_steps": 1, "data.num_test": 8, "evaluation.num_samples": 1'
+    script = tmp_path / "example.py"
+    script.write_text(code.replace('"train.num_steps": 10', shorter))
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    result = run_python(script, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder, accuracy = result.stdout.split()
+    assert folder.startswith("runs/card_shuffles_trapo-")
+    assert 0 <= float(accuracy) <= 1
+    assert (tmp_path / folder / "report.html").is_file()
 
 
 def test_file_tree_names_what_exists_and_all_of_it():
