@@ -205,7 +205,7 @@ def test_problems_without_answers_are_fine_for_sft(preview):
     code, output, error = preview(without("answer"), "method.name=sft", "data.columns.prompt=prompt",
                                   "data.columns.answer=answer?", "data.columns.solutions=solution")  # fmt: skip
     assert (code, error) == (0, "")
-    assert "warning: test: no problem has an answer, so this split is not evaluated" in output
+    assert "warning: test: no problem with an answer, so this split is not evaluated" in output
 
 
 def test_lengths_follow_from_the_data(preview):

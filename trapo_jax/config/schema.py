@@ -102,10 +102,10 @@ class DataConfig(Section):
     """Card shuffles only: whether expert solutions contain filler words and skipped steps (careless) or exactly the steps (clean)."""
     num_train: Positive | None = None
     """Number of training problems of a generated task."""
-    num_validation: Positive | None = None
-    """Number of validation problems, which are evaluated during training. With files, the number held out if there are no validation_files; null for a tenth of the problems, at most 128."""
-    num_test: Positive | None = None
-    """Number of test problems, which are evaluated before and after training. With files, the number held out if there are no test_files; null for a tenth of the problems, at most 128."""
+    num_validation: NotNegative | None = None
+    """Number of validation problems, which are evaluated during training. With files, the number held out if there are no validation_files, 0 for none; null for a tenth of the problems, at most 128."""
+    num_test: NotNegative | None = None
+    """Number of test problems, which are evaluated before and after training. With files, the number held out if there are no test_files, 0 for none; null for a tenth of the problems, at most 128."""
     train_files: StringList = ()
     """Training data: Parquet, JSON Lines or Arrow files, globs, folders written by save_to_disk, or Hub datasets such as owner/name@revision:config#split. The default split is train."""
     validation_files: StringList = ()

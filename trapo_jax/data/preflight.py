@@ -114,10 +114,11 @@ def check_data(
         accepted = sum(grade.is_correct for _, _, grade in judged)
         counts["train"]["experts judged correct"] = f"{accepted} of {len(judged)}"
     notes = [
-        f"{name}: {what}"
+        f"{name}: {count:,} {what}"
         for name, stages in data.reports.items()
         for stage in stages
-        for what in (*map(_counted, stage.dropped.items()), *map(_counted, stage.notes.items()))
+        for what, count in (*stage.dropped.items(), *stage.notes.items())
+        if "without an expert" not in what  # The table has them.
     ]
     return Preflight(
         counts,
@@ -196,10 +197,6 @@ def _lengths(lens: Sequence[int]) -> str:
     return f"{median:.0f} / {high:.0f} / {max(lens)}"
 
 
-def _counted(item: tuple[str, int]) -> str:
-    return f"{item[1]:,} {item[0]}"
-
-
 def _warnings(data: LoadedData, config: Config, needs: MethodNeeds, judged: Judged) -> list[str]:
     warnings = []
     limit = config.sampling.completion_len
@@ -227,7 +224,7 @@ def _warnings(data: LoadedData, config: Config, needs: MethodNeeds, judged: Judg
             "data.template=none: the tokenizer has a chat template, which is not used; consider data.template=chat"
         )
     warnings += [
-        f"{name}: no problem has an answer, so this split is not evaluated"
+        f"{name}: no problem with an answer, so this split is not evaluated"
         for name, problems in data.splits.items()
         if not problems
     ]

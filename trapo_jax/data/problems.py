@@ -116,7 +116,7 @@ def hold_out(
     if len(prompts) <= size:
         raise UserError(
             f"data: {size} problems cannot be held out of {len(prompts)}; give data.validation_files and "
-            "data.test_files, or lower data.num_validation and data.num_test"
+            "data.test_files, or lower data.num_validation and data.num_test (0 for none)"
         )
     taken = set(random.Random(seed).sample(range(len(prompts)), size))
     held_out = {prompt for i, prompt in enumerate(prompts) if i in taken}

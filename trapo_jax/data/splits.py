@@ -252,7 +252,8 @@ def _from_files(
     total = len(splits["train"])
     for name, size in (("validation", config.num_validation), ("test", config.num_test)):
         if name not in splits:
-            size = size or min(max(1, int(HELD_OUT_SHARE * total)), MAX_HELD_OUT)
+            if size is None:
+                size = min(max(1, int(HELD_OUT_SHARE * total)), MAX_HELD_OUT)
             splits["train"], splits[name] = hold_out(splits["train"], size, seed=config.seed)
     return splits, reports, columns
 
