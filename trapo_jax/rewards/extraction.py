@@ -16,6 +16,10 @@ _BETWEEN_BOXES = re.compile(
     r"[\s$,;.]*(?:\\(?:text|quad|qquad)\s?\{?)?[\s,]*(?:and|or)?[\s,}$]*(?:\\[()\[\]]|[\s$])*"
 )
 
+# A special token at the end of a text, such as <|im_end|> or <｜end▁of▁sentence｜>.
+_SPECIAL_TOKEN = re.compile(r"<([|｜])[^<>|｜\s]{1,50}\1>\s{0,10}\Z")
+MAX_SPECIAL_TOKENS, MAX_SPECIAL_TOKEN_CHARS = 4, 64
+
 
 def last_boxed(text: str) -> str | None:
     r"""Returns the content of the last `\boxed{}`; None if there is none.
@@ -63,13 +67,22 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
 
 
 def final_part(text: str) -> str:
-    """Returns the part of a response that may contain its answer, which excludes unfinished thoughts.
+    """Returns the part of a response that may contain its answer: no unfinished thought, and no special tokens at the end.
+
+    A `Grader` knows the special tokens of its tokenizer and removes them all. Here only the end is cleaned, for text that
+    comes from elsewhere.
 
     >>> final_part("<think>Is it 4? No.</think> It is 5.")
     ' It is 5.'
     >>> final_part("<think>Is it 4?")
     ''
+    >>> final_part("It is 5.<|im_end|>")
+    'It is 5.'
     """
+    for _ in range(MAX_SPECIAL_TOKENS):
+        if not (match := _SPECIAL_TOKEN.search(text, max(0, len(text) - MAX_SPECIAL_TOKEN_CHARS))):
+            break
+        text = text[: match.start()]
     finished, closing, after = text.rpartition("</think>")
     begin, opening, _ = (after if closing else text).partition("<think>")
     if opening:
