@@ -32,6 +32,7 @@ def test_run_leaves_what_was_promised(finished_run):
         "config.yaml",
         "data.json",
         "method.json",
+        "run.json",
         "evaluations",
         "metrics.jsonl",
         "samples.jsonl",

@@ -133,3 +133,30 @@ def test_a_run_without_an_intact_checkpoint_is_left_as_it_is(finished_run, tmp_p
         assert "all checkpoints are damaged (" in error
         assert "12.damaged" in error
         assert [(folder / name).read_bytes() for name in files] == before
+
+
+@pytest.mark.slow
+def test_swapped_checkpoints_are_refused_and_a_copied_one_is_passed_over(
+    finished_run, tmp_path, capsys
+):
+    """Names that do not fit their content would make a run continue from the wrong state without a warning."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run[0], folder)
+    (folder / "summary.json").unlink()
+    checkpoints = folder / "checkpoints"
+    old, new = sorted(int(p.name) for p in checkpoints.iterdir())[-2:]
+    (checkpoints / "notes").mkdir()
+    shutil.copytree(checkpoints / str(old), checkpoints / "99")
+    assert train([f"output_dir={folder}", *JOB]) == 0
+    output = capsys.readouterr()
+    assert f"checkpoint 99: it was saved after step {old}; give it its name back" in output.err
+    assert f"resuming {folder} after step {new}" in output.out
+    assert "left alone, not of this run: notes" in output.out
+    assert {p.name for p in checkpoints.iterdir()} >= {"99", "notes"}
+
+    (folder / "summary.json").unlink()
+    shutil.rmtree(checkpoints / "99")
+    for a, b in ((old, "x"), (new, old), ("x", new)):
+        (checkpoints / str(a)).rename(checkpoints / str(b))
+    assert train([f"output_dir={folder}", *JOB]) == 2
+    assert "none of its checkpoints was saved by this run" in capsys.readouterr().err

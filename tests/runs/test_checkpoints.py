@@ -1,6 +1,7 @@
 """Commits, retention, leftovers, exact restoring; the run log's cut at the restored offsets."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,14 @@ import pytest
 
 from trapo_jax.distributed.sharding import abstract_like
 from trapo_jax.methods.advantages import group_advantages
-from trapo_jax.runs.checkpoints import CheckpointStore, Retention
+from trapo_jax.runs.checkpoints import (
+    CheckpointStore,
+    ForeignCheckpoint,
+    Retention,
+    _checksum_of,
+    _read_manifest,
+    _write_manifest,
+)
 from trapo_jax.runs.loggers import RunLog, read_metrics
 from trapo_jax.types import UserError
 
@@ -35,12 +43,127 @@ def test_restores_exactly_what_was_saved(tmp_path):
 def test_keeps_the_newest_and_cleans_leftovers(tmp_path):
     store = CheckpointStore(tmp_path / "c")
     store.save(1, STATE, HOST)
-    (tmp_path / "c" / "2.orbax-checkpoint-tmp").mkdir()  # of a killed save
+    leave_an_interrupted_save(tmp_path / "c", 2)
     assert store.steps() == [1]
     for step in (6, 9, 12):
         store.save(step, STATE, HOST)
     assert store.steps() == [9, 12]
-    assert not (tmp_path / "c" / "2.orbax-checkpoint-tmp").exists()
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["12", "9"]
+
+
+def leave_an_interrupted_save(directory, step):
+    """What a process leaves that is killed while it saves."""
+    (directory / ".saving").write_text(f"{step}.writing")
+    partial = directory / f"{step}.writing.orbax-checkpoint-tmp"
+    (partial / "state").mkdir(parents=True)
+    (partial / "state" / "array").write_text("x")
+
+
+def test_an_interrupted_deletion_is_completed(tmp_path):
+    directory = tmp_path / "c"
+    store = CheckpointStore(directory)
+    store.save(1, STATE, HOST)
+    store.save(2, STATE, HOST)
+    (directory / "1").rename(directory / "1.expired")
+    for path in (directory / "1.expired" / "host").iterdir():
+        path.unlink()
+    store.save(3, STATE, HOST)
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "3"]
+
+
+def snapshot(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+FOREIGN = (
+    "12_backup/file", "notes.txt", "best/file", "1.old/file", "2.expired/file", "3.writing/file", "4.damaged.zip",
+    "5.orbax-checkpoint-tmp/file", ".hidden", ".saving.txt", "007/file", "1e3/file", "\u0661\u0662/file", "6 (copy)/file",
+    "latest", "tmp/deep/er/file", "7.writing.bak/file", "8.expired.txt", "-1/file", "1.0/file",
+)  # fmt: skip
+
+
+def test_what_is_not_ours_is_never_touched(tmp_path):
+    directory = tmp_path / "c"
+    for name in FOREIGN:
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    before = snapshot(directory)
+    store = CheckpointStore(directory, identity={"id": "a"})
+    for step in (10, 20, 30):
+        store.save(step, STATE, HOST)
+    assert store.steps() == [20, 30]
+    after = snapshot(directory)
+    assert {name: after.get(name) for name in before} == before
+    assert "12_backup" in store.unknown()
+    assert "20" not in store.unknown()
+
+
+def test_a_foreign_file_in_an_expired_checkpoint_is_kept(tmp_path):
+    store = CheckpointStore(tmp_path / "c", Retention(newest=1))
+    store.save(1, STATE, HOST)
+    (tmp_path / "c" / "1" / "state" / "my_notes.txt").write_text("mine")
+    store.save(2, STATE, HOST)
+    store.save(3, STATE, HOST)
+    assert snapshot(tmp_path / "c" / "1.expired") == {
+        "state": None,
+        "state/my_notes.txt": b"mine",
+    }
+
+
+def test_a_manifest_cannot_delete_files_elsewhere(tmp_path):
+    store = CheckpointStore(tmp_path / "c", Retention(newest=1))
+    (tmp_path / "victim").write_text("mine")
+    store.save(1, STATE, HOST)
+    folder = tmp_path / "c" / "1"
+    (folder / "manifest.json").unlink()
+    _write_manifest(folder, {"step": 1, "run": {}, "score": None})
+    content = _read_manifest(folder)
+    content["files"]["../../victim"] = "0"
+    text = json.dumps({**content, "sha256": _checksum_of(content)}, indent=1)
+    (folder / "manifest.json").write_text(text)
+    store.save(2, STATE, HOST)
+    assert not folder.exists()
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_renamed_swapped_or_copied_checkpoint_is_recognized(tmp_path):
+    ours = CheckpointStore(tmp_path / "c", Retention(newest=9), identity={"id": "a"})
+    theirs = CheckpointStore(tmp_path / "d", Retention(newest=9), identity={"id": "b"})
+    for step in (4, 8, 12):
+        ours.save(step, STATE, HOST)
+    for step in (8, 20):
+        theirs.save(step, STATE, HOST)
+    (tmp_path / "c" / "8").rename(tmp_path / "c" / "x")
+    (tmp_path / "c" / "12").rename(tmp_path / "c" / "8")
+    (tmp_path / "c" / "x").rename(tmp_path / "c" / "12")
+    shutil.copytree(tmp_path / "d" / "8", tmp_path / "c" / "16")
+    shutil.copytree(tmp_path / "d" / "20", tmp_path / "c" / "20")
+    ours.verify(4)
+    for step, message in (
+        (8, "checkpoint 8: it was saved after step 12"),
+        (12, "checkpoint 12: it was saved after step 8"),
+        (16, "checkpoint 16: it was saved after step 8"),
+        (20, r"checkpoint 20: it was saved by another run, or with another config \(id differs\)"),
+    ):
+        with pytest.raises(ForeignCheckpoint, match=message):
+            ours.verify(step)
+    CheckpointStore(tmp_path / "c").verify(20)  # for commands that do not resume the run
+
+
+def test_a_checkpoint_of_another_run_is_moved_aside_and_not_overwritten(tmp_path):
+    ours = CheckpointStore(tmp_path / "c", identity={"id": "a"})
+    theirs = CheckpointStore(tmp_path / "d", identity={"id": "b"})
+    theirs.save(3, STATE, HOST)
+    (tmp_path / "c").mkdir()
+    shutil.copytree(tmp_path / "d" / "3", tmp_path / "c" / "3")
+    before = snapshot(tmp_path / "c" / "3")
+    ours.save(3, STATE, HOST)
+    ours.verify(3)
+    assert snapshot(tmp_path / "c" / "3.aside") == before
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):

@@ -13,11 +13,13 @@ from support.short_run import JOB
 from trapo_jax.config import Config, list_fields, load_config
 from trapo_jax.config.changes import CHANGEABLE_FIELDS
 from trapo_jax.methods import fingerprint, make_method
+from trapo_jax.runs.checkpoints import _read_manifest, _write_manifest
 from trapo_jax.runs.directory import (
     check_run_folder,
     lock_run_folder,
     prepare_run_folder,
     record_changes,
+    run_identity,
 )
 from trapo_jax.types import UserError
 
@@ -244,6 +246,10 @@ def test_a_complete_run_goes_on_when_it_is_made_longer(finished_run, tmp_path):
     config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
     shorter = config.read_text().replace("num_steps: 12", "num_steps: 11")
     config.write_text(shorter.replace("decay_start: 0.5", "decay_start: 1.0"))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        about = {**_read_manifest(checkpoint), "run": run_identity(folder, config.read_text())}
+        about.pop("files")
+        _write_manifest(checkpoint, about)
     job = (*JOB, "train.decay_start=1", "checkpoint.keep=1")
     result = run_command("trapo_jax.train", f"output_dir={folder}", *job)
     assert result.returncode == 0, result.stderr

@@ -1,9 +1,12 @@
 """Checkpoints: device state and host state, committed atomically together with a checksum of every file.
 
-A checkpoint is written under a temporary name and renamed to `<directory>/<step>/` once it is complete, manifest
-included. The files of an interrupted save are ignored and deleted by the next save. Call `verify` before restoring,
-because Orbax does not detect corrupted data. In a multi-process job, all processes save and restore together in a
-directory that they share.
+A checkpoint is written under a temporary name and renamed to `<directory>/<step>/` once it is complete and on disk,
+manifest included. The manifest names the step, the run and its config, so that a checkpoint that was renamed or copied
+from another run is recognized. Call `verify` before restoring, because Orbax does not detect corrupted data. In a
+multi-process job, all processes save and restore together in a directory that they share.
+
+Only what this module wrote is deleted: the files that the manifest of an expired checkpoint lists, and the directory of
+an interrupted save, which a journal names. Other files in the directory are left alone.
 
 Saves are synchronous. The next step overwrites the arrays, which are donated to it, and on the CPU backend an
 asynchronous save would still be reading them.
@@ -13,7 +16,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,10 +31,18 @@ STATE, HOST = "state", "host"
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged"
 WRITING, EXPIRED = ".writing", ".expired"
+ASIDE = ".aside"  # suffix of a directory of someone else that stood where a checkpoint had to be written
+JOURNAL = ".saving"  # a file with the name of the directory of the save in progress
+_STEP = re.compile(r"[1-9][0-9]*")
+_OURS = re.compile(rf"{_STEP.pattern}(\{EXPIRED}|\{DAMAGED}[0-9]*|\{WRITING}.*)?|\{JOURNAL}")
 
 
 class DamagedCheckpoint(Exception):
     """The files of a checkpoint do not match its manifest. The message names the step and the file."""
+
+
+class ForeignCheckpoint(Exception):
+    """A checkpoint is not what its name or its place says. The message names both."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +64,19 @@ class CheckpointStore:
     Args:
       directory: the directory of the checkpoints; created on the first save.
       retention: which checkpoints to keep.
+      identity: what the manifests say about the run, by name; None to accept and to read checkpoints of any run.
     """
 
-    def __init__(self, directory: Path, retention: Retention = Retention()):
+    def __init__(
+        self,
+        directory: Path,
+        retention: Retention = Retention(),
+        *,
+        identity: Mapping[str, str] | None = None,
+    ):
         self._directory = directory.absolute()
         self._retention = retention
+        self._identity = dict(identity or {})
         # By default, Orbax would save the host state, a dict of plain values, as a pytree of arrays.
         self._registry = ocp.handlers.local_registry()
         self._registry.add(ocp.handlers.JsonHandler, checkpointable_name=HOST)
@@ -64,12 +85,22 @@ class CheckpointStore:
         """Returns the steps that have a checkpoint, in ascending order."""
         if not self._directory.is_dir():
             return []
-        return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdecimal())
+        return sorted(
+            int(path.name)
+            for path in self._directory.iterdir()
+            if _STEP.fullmatch(path.name) and path.is_dir()
+        )
+
+    def unknown(self) -> list[str]:
+        """Returns the names in the directory that this module does not use."""
+        if not self._directory.is_dir():
+            return []
+        return sorted(p.name for p in self._directory.iterdir() if not _OURS.fullmatch(p.name))
 
     def save(
         self, step: int, state: Any, host: dict[str, Any], *, score: float | None = None
     ) -> None:
-        """Saves a checkpoint, then deletes expired checkpoints and the files of interrupted saves.
+        """Saves a checkpoint, then deletes expired checkpoints. Before, it deletes the files of an interrupted save.
 
         Args:
           step: the last step that contributed to the state.
@@ -79,6 +110,11 @@ class CheckpointStore:
         """
         path = self._path(step)
         partial = path.with_suffix(WRITING)
+        if is_main():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._clean()
+            _write_synced(self._directory / JOURNAL, partial.name)
+        wait_for_all(f"checkpoint {step} begun")
         with self._context():
             ocp.save_checkpointables(str(partial), {STATE: state, HOST: host}, overwrite=True)
         wait_for_all(f"checkpoint {step} written")
@@ -87,26 +123,64 @@ class CheckpointStore:
         wait_for_all(f"checkpoint {step} committed")
 
     def _commit(self, path: Path, partial: Path, score: float | None) -> None:
-        _write_manifest(partial, score)
+        content = {"step": int(path.name), "run": self._identity, "score": score}
+        _write_manifest(partial, content)
         if path.exists():
-            path.rename(path.with_suffix(EXPIRED))
+            path.rename(path.with_suffix(EXPIRED) if self._is_ours(path) else _unused(path, ASIDE))
         partial.rename(path)
-        _sync_folder(self._directory)
-        for expired in set(self.steps()) - self._kept():
+        _sync(self._directory)
+        (self._directory / JOURNAL).unlink()
+        for expired in set(self._own_steps()) - self._kept():
             # Rename first, so that an interrupted deletion does not leave an incomplete checkpoint.
             self._path(expired).rename(self._path(expired).with_suffix(EXPIRED))
-        for leftover in self._directory.iterdir():
-            if not leftover.name.isdecimal() and DAMAGED not in leftover.name:
-                shutil.rmtree(leftover)
+        self._clean()
+
+    def _clean(self) -> None:
+        """Deletes the directory of an interrupted save, and expired checkpoints."""
+        journal = self._directory / JOURNAL
+        if journal.is_file():
+            name = journal.read_text(encoding="utf-8")
+            if re.fullmatch(rf"{_STEP.pattern}\{WRITING}", name):
+                for partial in self._directory.glob(f"{name}*"):  # Orbax appends a suffix.
+                    shutil.rmtree(partial)
+            journal.unlink()
+        for expired in self._directory.glob(f"*{EXPIRED}"):
+            if _STEP.fullmatch(expired.stem) and self._is_ours(expired):
+                _delete_listed(expired)
+
+    def _is_ours(self, folder: Path) -> bool:
+        """Whether a directory is a checkpoint of this run, under its own name."""
+        try:
+            self._check_identity(folder, _read_manifest(folder))
+        except (DamagedCheckpoint, ForeignCheckpoint):
+            return False
+        return True
+
+    def _own_steps(self) -> list[int]:
+        return [step for step in self.steps() if self._is_ours(self._path(step))]
+
+    def _check_identity(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        if manifest["step"] != int(folder.stem):
+            raise ForeignCheckpoint(
+                f"checkpoint {folder.name}: it was saved after step {manifest['step']}; give it its name back"
+            )
+        for name, value in self._identity.items():
+            if manifest["run"].get(name) != value:
+                raise ForeignCheckpoint(
+                    f"checkpoint {folder.name}: it was saved by another run, or with another config ({name} differs)"
+                )
 
     def verify(self, step: int) -> None:
         """Reads every file of a checkpoint and compares its checksum with the manifest.
 
         Raises:
           DamagedCheckpoint: if a file is missing, unexpected or damaged.
+          ForeignCheckpoint: if it is the checkpoint of another step or run.
         """
         folder = self._path(step)
-        expected = _read_manifest(folder)["files"]
+        manifest = _read_manifest(folder)
+        self._check_identity(folder, manifest)
+        expected = manifest["files"]
         actual = _checksums(folder)
         for name in sorted({*expected, *actual}):
             if name not in actual:
@@ -123,12 +197,7 @@ class CheckpointStore:
     def mark_damaged(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that it is ignored but never deleted, and returns its new path."""
         path = self._path(step)
-        marked = path.with_suffix(DAMAGED)
-        for number in range(2, 1000):
-            if not marked.exists():
-                break
-            marked = path.with_suffix(f"{DAMAGED}{number}")
-        return path.rename(marked)
+        return path.rename(_unused(path, DAMAGED))
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """Returns the state, sharded like `abstract_state`, and the host state."""
@@ -158,17 +227,14 @@ class CheckpointStore:
     def _scores(self) -> dict[int, float]:
         """Returns scores by step; checkpoints without a score or with a damaged manifest are omitted."""
         scores = {}
-        for step in self.steps():
-            try:
-                score = _read_manifest(self._path(step))["score"]
-            except DamagedCheckpoint:
-                continue
+        for step in self._own_steps():
+            score = _read_manifest(self._path(step))["score"]
             if score is not None:
                 scores[step] = score
         return scores
 
     def _kept(self) -> set[int]:
-        steps, keep = self.steps(), self._retention
+        steps, keep = self._own_steps(), self._retention
         kept = set(steps[-keep.newest :])
         if keep.best:
             scores = self._scores()
@@ -181,18 +247,55 @@ class CheckpointStore:
         return context
 
 
-def _write_manifest(folder: Path, score: float | None) -> None:
-    content = {"score": score, "files": _checksums(folder)}
+def _unused(path: Path, suffix: str) -> Path:
+    """Returns a path with a suffix, to which a number is added if the path is in use."""
+    candidate = path.with_suffix(suffix)
+    number = 2
+    while candidate.exists():
+        candidate = path.with_suffix(f"{suffix}{number}")
+        number += 1
+    return candidate
+
+
+def _delete_listed(folder: Path) -> None:
+    """Deletes the files that the manifest of a checkpoint lists, then the manifest, and directories that become empty."""
+    listed = _read_manifest(folder)["files"]
+    inside = sorted(
+        folder.rglob("*"), reverse=True
+    )  # the files of a directory before the directory
+    for path in inside:
+        if path.is_dir():
+            _remove_if_empty(path)
+        elif path.relative_to(folder).as_posix() in listed:
+            path.unlink()
+    (folder / MANIFEST).unlink()
+    _remove_if_empty(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
+    """Writes the manifest after everything else in the folder is on disk."""
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+    content = {**about, "files": _checksums(folder)}
     text = json.dumps({**content, "sha256": _checksum_of(content)}, indent=1)
-    with open(folder / MANIFEST, "x", encoding="ascii") as file:
+    _write_synced(folder / MANIFEST, text)
+    _sync(folder)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w", encoding="ascii") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(folder)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns a dict with `score`, and `files`, which maps relative paths to SHA-256 checksums.
+    """Returns a dict with `step`, `run`, `score`, and `files`, which maps relative paths to SHA-256 checksums.
 
     Raises:
       DamagedCheckpoint: if the manifest is not exactly what `_write_manifest` wrote.
@@ -236,9 +339,9 @@ def _checksum_of(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    """Flushes the entries of a directory to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flushes a file, or the entries of a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

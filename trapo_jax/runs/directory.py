@@ -1,8 +1,10 @@
 """The run directory: its files, its lock, and the checks that decide whether a run may be resumed in it."""
 
 import contextlib
+import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from trapo_jax.types import UserError
 LOCK = ".lock"
 METHOD, CHANGES = "method.json", "changes.jsonl"
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+IDENTITY = "run.json"  # a random id, by which checkpoints of other runs are recognized
 DATA = "data.json"  # fingerprint of the training data, chat template, dropped problems
 CHECKPOINTS = "checkpoints"  # a directory with one subdirectory per checkpoint
 EVALUATIONS = "evaluations"  # a directory with one file per evaluation; see `evaluation_file`
@@ -171,10 +174,33 @@ def prepare_run_folder(
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / CONFIG).exists():
             if method is not None:
+                write_atomically(folder / IDENTITY, json.dumps({"id": secrets.token_hex(8)}) + "\n")
                 write_atomically(folder / METHOD, json.dumps(method, indent=2) + "\n")
             write_atomically(folder / CONFIG, config_text)
     except OSError as error:
         raise UserError(f"output_dir={folder}: {error.strerror}") from error
+
+
+def run_identity(folder: Path, config_text: str) -> dict[str, str]:
+    """Returns the id of a run, and a hash of the fields of its config that cannot change.
+
+    Raises:
+      UserError: if the file with the id is missing or damaged.
+    """
+    try:
+        name = json.loads((folder / IDENTITY).read_text())["id"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{folder / IDENTITY}: missing or damaged ({type(error).__name__}), so the run cannot be resumed; restore the "
+            "file or choose a different output_dir"
+        ) from error
+    fixed = {
+        field: value
+        for field, value in flatten(yaml.safe_load(config_text)).items()
+        if field != NUM_STEPS and not is_changeable(field)
+    }
+    digest = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode())
+    return {"id": str(name), "config": digest.hexdigest()[:16]}
 
 
 def record_changes(folder: Path, config_text: str, changes: Changes, *, after_step: int) -> None:
@@ -217,5 +243,13 @@ def evaluation_file(folder: Path, split: str, step: int) -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file such that readers see either the old or the new content, never a part."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # Otherwise the new name may be lost in a crash of the machine.
+    finally:
+        os.close(descriptor)

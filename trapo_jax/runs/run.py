@@ -18,7 +18,12 @@ from trapo_jax.config import Config, DataConfig
 from trapo_jax.distributed.processes import from_main, gather, is_main, wait_for_all
 from trapo_jax.methods import Method, fingerprint
 from trapo_jax.runs.budget import USAGE_METRICS, Budget, is_due
-from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, Retention
+from trapo_jax.runs.checkpoints import (
+    CheckpointStore,
+    DamagedCheckpoint,
+    ForeignCheckpoint,
+    Retention,
+)
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import (
     CHECKPOINTS,
@@ -32,6 +37,7 @@ from trapo_jax.runs.directory import (
     lock_run_folder,
     prepare_run_folder,
     record_changes,
+    run_identity,
     write_atomically,
 )
 from trapo_jax.runs.loggers import EVAL, TRAIN, NoLog, RunLog, read_metrics
@@ -90,8 +96,7 @@ class Run:
             max_logprob_gap=config.limits.max_logprob_gap,
             max_skipped_steps=train.max_skipped_steps,
         )
-        retention = Retention(newest=keep.keep, best=keep.keep_best)
-        self._store = CheckpointStore(self.folder / CHECKPOINTS, retention)
+        self._retention = Retention(newest=keep.keep, best=keep.keep_best)
         self._stack = contextlib.ExitStack()
         self._watchdog: Watchdog | None = None
         self._progress_before = self._progress = 0.0
@@ -165,6 +170,10 @@ class Run:
             if not (self.folder / DATA).exists():
                 write_atomically(self.folder / DATA, json.dumps(data_summary, indent=2) + "\n")
         wait_for_all("run directory prepared")
+        identity = from_main(
+            run_identity(self.folder, self._config.to_yaml()) if is_main() else None
+        )
+        self._store = CheckpointStore(self.folder / CHECKPOINTS, self._retention, identity=identity)
         self._watchdog = Watchdog(self._config.limits.stuck_after_secs)
         self._stack.callback(self._watchdog.close)
         offsets = self._restore(learner)
@@ -180,6 +189,9 @@ class Run:
         self._state_bytes = sum(x.nbytes for x in jax.tree.leaves(learner.state))
         self._progress = self._budget.progress(self.usage, self.step)
         self.console.say(self._describe_start())
+        if unknown := self._store.unknown():
+            names = ", ".join(unknown)
+            self.console.say(f"{self.folder / CHECKPOINTS}: left alone, not of this run: {names}")
 
     def heartbeat(self, activity: str) -> None:
         """Tells the watchdog that the run is making progress.
@@ -372,9 +384,16 @@ class Run:
             try:
                 self._store.verify(step)
                 return step
+            except ForeignCheckpoint as error:
+                print(f"warning: {error}; it is left alone", file=sys.stderr)
             except DamagedCheckpoint as error:
                 renamed = self._store.mark_damaged(step)
                 print(f"warning: {error}; it was renamed to {renamed}", file=sys.stderr)
+        if self._store.steps():
+            raise UserError(
+                f"output_dir={self.folder}: none of its checkpoints was saved by this run; restore them or choose a "
+                "different output_dir"
+            )
         if damaged := self._store.damaged():
             names = ", ".join(path.name for path in damaged)
             raise UserError(

@@ -8,7 +8,7 @@ import jax
 from trapo_jax.config import Config, ModelConfig, load_config
 from trapo_jax.distributed.sharding import abstract_like
 from trapo_jax.models import DecoderConfig, abstract_params, find_model, read_decoder
-from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint
+from trapo_jax.runs.checkpoints import CheckpointStore, DamagedCheckpoint, ForeignCheckpoint
 from trapo_jax.runs.directory import CHECKPOINTS, CONFIG, MODEL
 from trapo_jax.types import UserError
 
@@ -45,7 +45,7 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
     placed = abstract_like(abstract, jax.tree.map(lambda _: device, abstract))
     try:
         store.verify(step)
-    except DamagedCheckpoint as error:
+    except (DamagedCheckpoint, ForeignCheckpoint) as error:
         raise UserError(f"{path}: {error}; choose a checkpoint of a different step") from error
     return store.restore_params(step, placed), decoder, source
 
