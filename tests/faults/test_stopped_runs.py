@@ -13,6 +13,7 @@ import pytest
 
 import inject_faults
 from support.commands import CACHE_ENV
+from support.event_files import scalars
 from support.short_run import JOB, checkpoint_steps, copy_unfinished
 from trapo_jax.train import main as train
 
@@ -98,26 +99,6 @@ def test_a_socket_that_listens_is_seen():
     assert not listening(os.getpid())
     with socket.create_server(("localhost", 0)):
         assert len(listening(os.getpid())) == 1
-
-
-def scalars(folder, name):
-    """(step, value) of one scalar in all event files, read as TensorBoard does."""
-    from tensorboardX.proto import event_pb2
-    from tensorboardX.record_writer import masked_crc32c
-
-    found = []
-    for path in sorted((folder / "tb").iterdir()):
-        content = path.read_bytes()
-        while content:
-            length = int.from_bytes(content[:8], "little")
-            data = content[12 : 12 + length]
-            assert masked_crc32c(data) == int.from_bytes(
-                content[12 + length : 16 + length], "little"
-            )
-            event = event_pb2.Event.FromString(data)
-            found += [(event.step, v.simple_value) for v in event.summary.value if v.tag == name]
-            content = content[16 + length :]
-    return found
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 
 from trapo_jax.runs.console import printable
 from trapo_jax.runs.directory import METRICS, SAMPLES
+from trapo_jax.runs.tensorboard import TensorBoard, event_files
 from trapo_jax.types import UserError
 
 TRAIN, EVAL = "train", "eval"
@@ -24,22 +25,22 @@ class RunLog:
         after the checkpoint is deleted, including TensorBoard events, so that no step is logged twice.
 
     Raises:
-      UserError: if a file is shorter than it was at the checkpoint.
+      UserError: if a file is shorter than it was at the checkpoint, or metrics.jsonl is damaged.
     """
 
     FILES = (METRICS, SAMPLES)
 
     def __init__(self, folder: Path, *, offsets: Mapping[str, int] | None):
-        from tensorboardX import SummaryWriter  # The import takes seconds.
-
         self._folder = folder
         offsets = offsets or dict.fromkeys(self.FILES, 0)
         _truncate(folder, offsets, self.FILES)
+        if (folder / METRICS).exists():
+            read_metrics(folder)  # Raises now rather than at the end of the run.
         self._files = {
             name: open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
             for name in self.FILES
         }
-        self._tensorboard = SummaryWriter(str(folder / TENSORBOARD))
+        self._tensorboard = TensorBoard(folder / TENSORBOARD)
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Writes a record with `step`, `kind` and the values to metrics.jsonl; NaN and infinity become null.
@@ -50,7 +51,7 @@ class RunLog:
         prefix = f"{values['split']}/" if "split" in values else ""
         for name, value in values.items():
             if not isinstance(value, str):
-                self._tensorboard.add_scalar(printable(prefix + name), value, step)
+                self._tensorboard.scalar(printable(prefix + name), value, step)
 
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Writes records to samples.jsonl."""
@@ -63,7 +64,8 @@ class RunLog:
             file.flush()
             os.fsync(file.fileno())
         self._tensorboard.flush()
-        paths = [*(self._folder / name for name in self._files), *_event_files(self._folder)]
+        events = event_files(self._folder / TENSORBOARD)
+        paths = [*(self._folder / name for name in self._files), *events]
         return {path.relative_to(self._folder).as_posix(): path.stat().st_size for path in paths}
 
     def close(self) -> None:
@@ -98,7 +100,8 @@ class NoLog(RunLog):
 
 def _truncate(folder: Path, offsets: Mapping[str, int], needed: Sequence[str]) -> None:
     """Truncates the log files to `offsets`, and deletes event files that are newer and thus have no offset."""
-    paths = {path.relative_to(folder).as_posix(): path for path in _event_files(folder)}
+    events = event_files(folder / TENSORBOARD)
+    paths = {path.relative_to(folder).as_posix(): path for path in events}
     paths |= {name: folder / name for name in needed}
     for name, path in paths.items():
         length = path.stat().st_size if path.exists() else 0
@@ -111,10 +114,6 @@ def _truncate(folder: Path, offsets: Mapping[str, int], needed: Sequence[str]) -
                 f"{path}: has {length} bytes, but had {offsets[name]} at the checkpoint; restore the file or choose a "
                 "different output_dir"
             )
-
-
-def _event_files(folder: Path) -> list[Path]:
-    return sorted((folder / TENSORBOARD).glob("events.*"))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -135,7 +134,9 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise UserError(f"{path}, line {number}: not a JSON record") from error
+                raise UserError(
+                    f"{path}, line {number}: not a JSON record; restore the file or choose a different output_dir"
+                ) from error
 
 
 def _finite(value: Any) -> Any:

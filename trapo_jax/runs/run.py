@@ -344,7 +344,10 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Writes the report and the summary, which marks the run as complete, and returns the summary."""
         self._log.offsets()  # Flushes the logs.
-        write_report([self.folder], self.folder / REPORT)
+        try:
+            write_report([self.folder], self.folder / REPORT)
+        except (OSError, UserError) as error:  # The run is complete without it.
+            self.console.say(f"warning: {REPORT} was not written: {error}")
         evaluations = [r for r in read_metrics(self.folder) if r["kind"] == EVAL]
         first = {record["split"]: record for record in reversed(evaluations)}
         last = {record["split"]: record for record in evaluations}

@@ -1,0 +1,73 @@
+"""TensorBoard events, written synchronously and allowed to fail.
+
+`tensorboardX.SummaryWriter` writes from a thread. If that thread dies (a full disk, a clock that is set back), its queue
+fills and the next scalar blocks for ever. Events are a copy of metrics.jsonl, so a failure costs no more than a warning.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+EVENTS = "events"  # the beginning of the names of event files
+
+
+class TensorBoard:
+    """Writes scalars to an event file; after the first failure it warns once and discards them.
+
+    Args:
+      folder: the directory of the event files; created if it does not exist.
+    """
+
+    def __init__(self, folder: Path):
+        from tensorboardX import event_file_writer, summary  # The import takes seconds.
+        from tensorboardX.proto import event_pb2
+
+        self._folder = folder
+        self._summary, self._event = summary.scalar, event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+        self._writer: Any = None
+        try:
+            folder.mkdir(exist_ok=True)
+            # Two processes may start within a second, to which the name of the file is exact.
+            self._writer = event_file_writer.EventsWriter(
+                str(folder / EVENTS), filename_suffix=f".{os.getpid()}"
+            )
+        except OSError as error:
+            self._disable(error)
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Writes a scalar."""
+        if self._writer is None:
+            return
+        event = self._event(wall_time=time.time(), step=step, summary=self._summary(name, value))
+        self._call(lambda writer: writer.write_event(event))
+
+    def flush(self) -> None:
+        """Flushes the events to disk."""
+        self._call(lambda writer: writer.flush())
+
+    def close(self) -> None:
+        self._call(lambda writer: writer.close())
+        self._writer = None
+
+    def _call(self, function: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            function(self._writer)
+        except (OSError, ValueError) as error:
+            self._disable(error)
+
+    def _disable(self, error: Exception) -> None:
+        self._writer = None
+        print(
+            f"warning: {self._folder}: no more TensorBoard events are written ({getattr(error, 'strerror', error)}); "
+            "metrics.jsonl has the same values",
+            file=sys.stderr,
+        )
+
+
+def event_files(folder: Path) -> list[Path]:
+    """Returns the event files in a directory, which may be missing."""
+    return sorted(folder.glob(f"{EVENTS}.*"))
