@@ -18,6 +18,7 @@ from trapo_jax.types import (
     Problem,
     RolloutRequest,
     SamplingParams,
+    UserError,
 )
 
 
@@ -194,6 +195,14 @@ def test_invalid_requests_are_refused(decoder, params):
         with pytest.raises(ValueError, match=message):
             engine.submit([request], step=0, params=SamplingParams())
     assert engine.step() == []
+
+
+def test_a_cache_larger_than_the_memory_is_refused_before_it_is_allocated(decoder, params):
+    message = (
+        r"sampling\.num_slots=65536: the keys and values of 65,536 slots .* need .* GiB; lower"
+    )
+    with pytest.raises(UserError, match=message):
+        make_engine(decoder, params, num_slots=65536, max_completion_length=1_000_000)
 
 
 def test_finished_completions_are_not_resumed(decoder, params, problems):

@@ -14,10 +14,11 @@ from trapo_jax.config.schema import (
     DataConfig,
     EngineConfig,
     GradingConfig,
+    Length,
     NotNegative,
     NotNegativeFloat,
-    Positive,
     PretrainedConfig,
+    Rows,
     StringList,
 )
 from trapo_jax.config.tasks import FILES
@@ -31,9 +32,9 @@ class EvaluationSamplingConfig(EngineConfig):
     """Sample only from the most likely tokens that together have this probability; 1 for all tokens."""
     top_k: NotNegative = 0
     """Sample only from this many of the most likely tokens; 0 for all tokens."""
-    num_samples: Positive = 1
+    num_samples: Rows = 1
     """Number of samples per problem."""
-    max_completion_length: Positive = 2048  # pyright: ignore[reportIncompatibleVariableOverride]
+    max_completion_length: Length = 2048  # pyright: ignore[reportIncompatibleVariableOverride]
     """Maximum completion length in tokens."""
 
 

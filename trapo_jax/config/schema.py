@@ -5,20 +5,34 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
+from pydantic_core import PydanticCustomError
 
 from trapo_jax.methods import Method, make_method, read_constants
 from trapo_jax.types import UserError
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+
+def _check_not_tiny(value: float) -> float:
+    if value < 1e-30:  # float32 would round products with it to 0
+        raise PydanticCustomError("too_small", "input should be greater than or equal to 1e-30")
+    return value
+
+
+# Upper bounds keep numbers within what int32 and float32 hold and what can be allocated; no real run comes near them.
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+NotNegative = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Length = Annotated[int, Field(ge=1, le=2**20)]  # in tokens
+Rows = Annotated[int, Field(ge=1, le=2**16)]
+Temperature = Annotated[float, Field(ge=0.01, le=100.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[
+    float, Field(gt=0.0, le=1e30, allow_inf_nan=False), pydantic.AfterValidator(_check_not_tiny)
+]
 # A single string is accepted as a list of one.
 _to_tuple = pydantic.BeforeValidator(
     lambda x: (x,) if isinstance(x, str) else tuple(x) if isinstance(x, list) else x
 )
 StringList = Annotated[tuple[str, ...], _to_tuple]
-NotNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+NotNegativeFloat = Annotated[float, Field(ge=0.0, le=1e30, allow_inf_nan=False)]
 
 
 ColumnPreset = Literal[
@@ -123,11 +137,11 @@ class DataConfig(Section):
     """System message put before prompts that have none."""
     prompt_suffix: str | None = None
     """Text appended to the last user message on a line of its own, unless the message already ends with it. `boxed` is the request to put the final answer within \\boxed{}, as in the paper's data."""
-    max_prompt_length: Positive | None = None
+    max_prompt_length: Length | None = None
     """Maximum prompt length in tokens. null for that of the longest prompt, at most 1024."""
     overlong_prompts: Literal["drop", "truncate", "error"] = "drop"
     """What to do with longer prompts: drop the problem, keep the end of the prompt (truncate), or stop with an error."""
-    max_expert_length: Positive | None = None
+    max_expert_length: Length | None = None
     """Maximum length of an expert solution in tokens, EOS included; null for no limit. Longer solutions are dropped, but their problems stay."""
 
     @property
@@ -170,15 +184,15 @@ class MethodConfig(Section):
 class EngineConfig(Section):
     engine: str = "jax"
     """Rollout engine: jax, or the import path package.module:name of another engine."""
-    max_completion_length: Positive | None = None
+    max_completion_length: Length | None = None
     """Maximum length of expert prefix and completion together, in tokens. null for 1.25 times the longest expert solution, from 256 to 4096 tokens; 1024 if there is none."""
-    num_slots: Positive = 32
+    num_slots: Rows = 32
     """Maximum number of rollouts that are decoded at the same time."""
-    segment_len: Positive = 8
+    segment_len: Length = 8
     """Maximum number of tokens that are decoded before finished rollouts are replaced by waiting ones."""
-    num_contexts: Positive = 16
+    num_contexts: Rows = 16
     """Number of prompts and expert prefixes whose keys and values are cached for the other rollouts of their problem."""
-    prefill_tokens: Positive = 512
+    prefill_tokens: Length = 512
     """Maximum number of prompt and prefix tokens in one prefill. A smaller number needs less memory."""
 
     @property
@@ -188,7 +202,7 @@ class EngineConfig(Section):
 
 
 class SamplingConfig(EngineConfig):
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature of training rollouts. Log-probabilities are those of the scaled distribution."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """Maximum age of a sampled token in steps. 1 lets idle slots start the problems of the next step; set method.clip_low and method.clip_high then."""
@@ -206,7 +220,7 @@ class GradingConfig(Section):
     """Weights of rewards.functions in the reward, which is the weighted mean. null for equal weights."""
     by_source: dict[str, str] | None = None
     """Patterns of problem sources (`mmlu*`, case ignored) and the function that replaces the first of rewards.functions there. The first match counts. With null, `math` leaves the sources arc, arc-*, mmlu* and gpqa* to multiple_choice; {} for none."""
-    workers: Positive = 2
+    workers: Annotated[int, Field(ge=1, le=1024)] = 2
     """Number of worker processes that grade responses."""
     timeout_secs: PositiveFloat = 5.0
     """Time limit in seconds for one call of a reward function. A worker that exceeds it is killed and replaced."""
@@ -236,13 +250,13 @@ class TrainConfig(Section):
     """Unit of train.budget. flops are computed by formula; seconds are those of sampling, grading and training."""
     budget: PositiveFloat | None = None
     """The run ends after the step in which this amount is reached. null limits the run by train.num_steps alone."""
-    problems_per_step: Positive = 8
+    problems_per_step: Rows = 8
     """Number of problems per step; a group of rollouts is sampled for each."""
     num_iterations: Positive = 1
     """Number of optimizer updates per batch. With more than one, set method.clip_low and method.clip_high."""
-    row_length: Positive | None = None
+    row_length: Length | None = None
     """Length of a training row in tokens; rollouts are packed into rows. null for data.max_prompt_length + sampling.max_completion_length."""
-    per_device_rows: Positive = 4
+    per_device_rows: Rows = 4
     """Number of rows per device and micro-batch. It affects memory and speed, not the result."""
     learning_rate: PositiveFloat = 5e-6
     """Peak learning rate of AdamW. LoRA usually needs ten times as much."""
@@ -276,12 +290,23 @@ def _check_interval(value: Any) -> Any:
     return value
 
 
+def _check_distinct(splits: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(splits)) < len(splits):
+        raise ValueError(f"evaluation.splits={list(splits)}: a split occurs twice; name each once")
+    return splits
+
+
 class EvaluationConfig(Section):
-    splits: Annotated[tuple[Literal["validation", "test"], ...], _to_tuple] = ("test",)
+    splits: Annotated[
+        tuple[Literal["validation", "test"], ...],
+        _to_tuple,
+        Field(min_length=1),
+        pydantic.AfterValidator(_check_distinct),
+    ] = ("test",)
     """Splits that are evaluated before and after training."""
     every: Annotated[int | float, pydantic.BeforeValidator(_check_interval)] = 50
     """Interval between evaluations on the validation split: a number of steps, or a share of the run between 0 and 1, so that 0.2 evaluates at 20 %, 40 %, 60 % and 80 %. 0 for none."""
-    num_samples: Positive = 4
+    num_samples: Rows = 4
     """Number of samples per problem at temperature 1, for the sampled accuracy and pass@k."""
 
 

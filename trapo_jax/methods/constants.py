@@ -16,9 +16,9 @@ from trapo_jax.methods import terms
 from trapo_jax.methods.method import Method, Normalizer, Term
 from trapo_jax.methods.selection import Advantages
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**16)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
 
 
 class Constants(pydantic.BaseModel):

@@ -17,7 +17,7 @@ from trapo_jax.methods.guidance import NEVER
 from trapo_jax.methods.method import Method, Term
 from trapo_jax.types import MicroGroup, PrefixBoundary
 
-Alpha = Annotated[float, Field(gt=0.0, le=1.0)]
+Alpha = Annotated[float, Field(ge=1e-6, le=1.0)]
 Preset = Literal["paper", "reference"]
 MicroGroupTable = tuple[
     tuple[Count, Share, float], ...

@@ -5,6 +5,7 @@ devices, one segment of tokens at a time: it prefills contexts, copies them to s
 tokens.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from trapo_jax.sampling.slots import (
     SlotScheduler,
     SlotStart,
 )
-from trapo_jax.types import Completion
+from trapo_jax.types import Completion, UserError
 
 # The number of positions copied from a context to a slot is this number times a power of 2.
 MIN_COPY_LEN = 16
@@ -78,8 +79,9 @@ class Replica:
             cache_len=cache_len,
             max_new=spec.max_completion_length,
         )
-        self._init = jax.jit(init, out_shardings=state_shardings(mesh, layout))
         self._shapes = jax.eval_shape(init)
+        self._check_memory(spec)
+        self._init = jax.jit(init, out_shardings=state_shardings(mesh, layout))
         self._contexts: Any = None
         self._slots: Any = None
         self._cache_extent: CacheExtent | None = None  # None: the cache has its full size
@@ -91,6 +93,17 @@ class Replica:
             eos_ids=spec.eos_ids,
             with_truncation=spec.with_truncation,
         )
+
+    def _check_memory(self, spec: EngineSpec) -> None:
+        """Checks that keys and values fit into the memory of a device, before anything is allocated."""
+        needed, available = self.kv_cache_bytes, _memory_bytes(self.mesh.devices.flat[0])
+        if available is not None and needed > available:
+            raise UserError(
+                f"sampling.num_slots={spec.num_slots}: the keys and values of {spec.num_slots:,} slots and "
+                f"{spec.num_contexts:,} contexts of {self._cache_len:,} tokens need {needed / 2**30:,.1f} GiB per device, "
+                f"which has {available / 2**30:,.1f} GiB; lower sampling.num_slots, sampling.num_contexts or "
+                "sampling.max_completion_length"
+            )
 
     @property
     def is_busy(self) -> bool:
@@ -228,3 +241,10 @@ class Replica:
             self._slots = self._programs.resize_cache(self._slots, **extent._asdict())
             self._cache_extent = extent
         return extent
+
+
+def _memory_bytes(device: Any) -> int | None:
+    """Returns the memory of a device, for the CPU that of the machine; None if it is unknown."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (device.memory_stats() or {}).get("bytes_limit")
