@@ -1,6 +1,7 @@
 """Fixtures that several packages use, and the compilation settings of the test session."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from support.commands import CACHE_SETTINGS, TINY_MODEL, USER_XLA_FLAGS, run_command
@@ -10,6 +11,10 @@ from support.short_run import JOB
 # they save.
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{USER_XLA_FLAGS} {FAST_COMPILATION}"
+
+# No test uses the Hugging Face Hub or the caches of the user.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "no_hugging_face_caches")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -29,6 +34,15 @@ def pytest_collection_modifyitems(items):
     """Puts files with slow tests first: a file stays in one worker, and a long one at the end would leave the others idle."""
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)
+
+
+@pytest.fixture
+def hub_home(tmp_path, monkeypatch):
+    """An empty Hugging Face home, whose cache of the Hub is used instead of the user's; see `support.hub`."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    return tmp_path / "home"
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def model_folder(path: str) -> Iterator[Path]:
     """Yields the model folder. If it has no weights, yields a temporary folder with random weights of the same shape."""
     # Leave the memory of the GPU to the engines.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    folder = find_model(path)
+    folder = find_model(path, weights=True)
     if any(folder.glob("*.safetensors")):
         yield folder
         return

@@ -65,7 +65,7 @@ def main() -> int:
         "--tokens", type=int, default=64, help="length of each continuation (default 64)"
     )
     args = parser.parse_args()
-    folder = find_model(args.model)
+    folder = find_model(args.model, weights=True)
     tokenizer: Any = load_tokenizer(folder)
     template = make_template("chat" if tokenizer.chat_template else "none", tokenizer)
     prompts = [

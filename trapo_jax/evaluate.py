@@ -45,6 +45,7 @@ from trapo_jax.models import (
     PretrainedModel,
     load_params,
     open_model,
+    with_weights,
 )
 from trapo_jax.rollouts.actor import Actor, grader_for, make_actor
 from trapo_jax.runs.checkpoints import CheckpointStore
@@ -135,7 +136,7 @@ def load_model(config: EvaluateConfig) -> tuple[PretrainedModel, Params]:
             opened = open_model(model.model_copy(update={"path": str(source)}))
             return dataclasses.replace(opened, decoder=decoder), params
         model = ModelConfig(path=str(path / EXPORT), dtype=config.model.dtype)
-    opened = open_model(model)
+    opened = with_weights(open_model(model))
     return opened, load_params(opened.folder, opened.decoder)
 
 

@@ -31,10 +31,16 @@ from trapo_jax.config import Config, help_text, load_config, parse_command_line
 from trapo_jax.data import draw_problems, problem_batches
 from trapo_jax.data.preflight import MethodNeeds, check_data
 from trapo_jax.data.splits import LoadedData, load_data
-from trapo_jax.distributed.processes import fetch, from_main, is_main, join_processes
+from trapo_jax.distributed.processes import fetch, from_main, gather, is_main, join_processes
 from trapo_jax.evaluation.scoring import evaluate
 from trapo_jax.methods import Method, Sampled, describe
-from trapo_jax.models import PretrainedModel, copy_model_files, export_model, open_model
+from trapo_jax.models import (
+    PretrainedModel,
+    copy_model_files,
+    export_model,
+    open_model,
+    with_weights,
+)
 from trapo_jax.rewards import Grader
 from trapo_jax.rollouts.actor import Actor, grader_for, make_actor
 from trapo_jax.rollouts.metrics import graded_groups
@@ -91,6 +97,7 @@ def train(
     console = Console(quiet=not (show_progress and is_main()))
     files = saved_model_files(config.run_folder)  # None unless the run is resumed
     model = open_model(config.model, config.lora, files=files)
+    check_same_model(model)
     data = load_data(
         config.data,
         model.tokenizer,
@@ -104,6 +111,8 @@ def train(
             return TrainResult(run.folder, run.step, summary, was_complete=True)
         with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
             data_summary = check_problems(config, method, data, grader, run, console)
+            if files is None or method.needs_reference:
+                model = with_weights(model)
             learner = make_learner(config, method, model, with_state=files is None)
             actor = make_actor(
                 config.sampling,
@@ -122,6 +131,19 @@ def train(
             if files is None and is_main():
                 copy_model_files(model, run.folder / MODEL)
             return train_to_the_end(config, method, model, data.splits, run, actor, learner)
+
+
+def check_same_model(model: PretrainedModel) -> None:
+    """Checks that all processes have opened the same commit of a Hub model.
+
+    Raises:
+      UserError: if their caches have different commits.
+    """
+    if len(set(gather(str(model.repo)))) > 1:
+        raise UserError(
+            "model.path: the hosts have different commits of this model in their caches; name one, as in "
+            f"owner/name@{model.repo.revision if model.repo else 'COMMIT'}"
+        )
 
 
 def check_problems(

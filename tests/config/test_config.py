@@ -147,7 +147,11 @@ COMMAND_LINES = [
     (["=3"], "names no field"),
     (["seed=[1"], "seed='[1': not a YAML value"),
     (["model.path=/nowhere"], "model.path='/nowhere': no such folder"),
-    (["model.path=Qwen/Qwen2.5-0.5B"], "model.path='Qwen/Qwen2.5-0.5B': no such folder"),
+    (
+        ["model.path=Qwen/Qwen2.5-0.5B"],
+        "model.path='Qwen/Qwen2.5-0.5B': no such folder, and it is not in the cache of the Hugging Face Hub "
+        "(HF_HUB_OFFLINE is set); with network access, run `hf download Qwen/Qwen2.5-0.5B`",
+    ),
     (["data.max_prompt_length=3"], "raise data.max_prompt_length"),
     (["mesh.tp=3"], "mesh.fsdp=1 x mesh.tp=3: the number of devices, 1, is not divisible by 3"),
     (["data.train_files=no.parquet"], "model.path: not set; give a Hugging Face model folder"),

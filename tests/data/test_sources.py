@@ -136,27 +136,6 @@ def test_unreadable_file_raises(tmp_path, name, request):
     assert str(caught.value).startswith(str(tmp_path / name))
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    """What `HF_HUB_OFFLINE=1` sets; without it the client tries for half a minute."""
-    import datasets
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-
-
-@pytest.mark.parametrize("hub_id", ["nobody/nothing-here", "nobody/nothing-here:main"])
-def test_unreachable_hub_dataset_raises(offline, hub_id, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        UserError, match="no such file here, and as a data set of the hub"
-    ) as caught:
-        list(read_rows([hub_id]))
-    assert str(caught.value).startswith(hub_id)
-    assert "\n" not in str(caught.value)
-
-
 def test_mistyped_file_name_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^data/train\.parquet: no such file or folder$"):

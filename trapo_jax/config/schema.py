@@ -121,7 +121,7 @@ class DataConfig(Section):
     num_test: NotNegative | None = None
     """Number of test problems, which are evaluated before and after training. With files, the number held out if there are no test_files, 0 for none; null for a tenth of the problems, at most 128."""
     train_files: StringList = ()
-    """Training data: Parquet, JSON Lines or Arrow files, globs, folders written by save_to_disk, or Hub datasets such as owner/name@revision:config#split. The default split is train."""
+    """Training data: Parquet, JSON Lines or Arrow files, globs, folders written by save_to_disk, or Hub datasets such as owner/name@revision:config#split, where each part after the name may be left out. The default split is train."""
     validation_files: StringList = ()
     """Validation data, in the same formats. The default split is validation. If empty, problems are held out of the training data."""
     test_files: StringList = ()

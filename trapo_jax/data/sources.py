@@ -1,22 +1,21 @@
-"""Rows from local files and from the Hugging Face hub.
+"""Rows from local files and from the Hugging Face Hub.
 
-Local files are read in location, a piece at a time, and leave no cache behind: parquet and Arrow by pyarrow, JSON by
-line, so that a mistake has a line number. Folders made by `save_to_disk` and hub ids go through `datasets`
-(hub files into its usual cache).
+Local files are read in place, a piece at a time, and leave no cache behind: Parquet and Arrow by pyarrow, JSON by
+line, so that a mistake has a line number. Folders made by `save_to_disk` and Hub datasets go through `datasets`
+(Hub files into its usual cache; see `hub_datasets`).
 """
 
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trapo_jax.data.hub_datasets import HubDataset, parse_hub_dataset, read_hub_rows
 from trapo_jax.types import UserError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.+-]+))?", re.ASCII)
 _READ_ROWS = 256
 # What pyarrow and datasets raise on a damaged or absent file; ArrowInvalid is a ValueError.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
@@ -26,7 +25,7 @@ class Row(NamedTuple):
     """One row of the data.
 
     Attributes:
-      file: the file or hub id it comes from.
+      file: the file or Hub id it comes from.
       number: 1 for its first row; in a JSONL file the line.
       values: by column.
     """
@@ -41,16 +40,16 @@ def read_rows(data: Sequence[str], *, split: str = "train") -> Iterator[Row]:
 
     Args:
       data: files (`.parquet`, `.jsonl`, `.json`, `.arrow`), globs of such files, folders written by `save_to_disk`,
-        and Hub ids (`owner/name` or `owner/name:config`). A folder or Hub id may end with `#split`. An entry that
-        exists as a path is a path.
+        and Hub ids (`owner/name@revision:config`, where the revision and the config are optional). A folder or Hub id
+        may end with `#split`. An entry that exists as a path is a path.
       split: the split of folders and Hub ids that do not name one; files have no splits.
 
     Raises:
       UserError: naming the file, and the line where there is one: nothing there, no permission, empty,
-        damaged, not UTF-8, a Git-LFS pointer, an unknown format; a hub id that cannot be reached.
+        damaged, not UTF-8, a Git-LFS pointer, an unknown format; a dataset that is neither in a cache nor on the Hub.
     """
     if not data:
-        raise UserError("no data: give files, folders or hub ids")
+        raise UserError("no data: give files, folders or Hub ids")
     locations = [location for entry in data for location in _locate(entry, split)]
     for location, split_of_location in locations:
         number = 0
@@ -60,8 +59,8 @@ def read_rows(data: Sequence[str], *, split: str = "train") -> Iterator[Row]:
             raise UserError(f"{location}: holds no rows")
 
 
-def _locate(entry: str, split: str) -> list[tuple[Path | str, str]]:
-    """Returns the files and folders that an entry stands for, each with its split; a Hub id remains a string."""
+def _locate(entry: str, split: str) -> list[tuple[Path | HubDataset, str]]:
+    """Returns the files and folders, or the Hub dataset, that an entry stands for, each with its split."""
     path = Path(entry).expanduser()
     if _exists(path, entry):
         return [(path, split)]
@@ -79,8 +78,8 @@ def _locate(entry: str, split: str) -> list[tuple[Path | str, str]]:
                 f"{entry}: {name} is a file, which has no splits; leave out #{named_split}"
             )
         entry, split = name, named_split
-    if _HUB_ID.fullmatch(entry) and path.suffix.lower() not in _READERS:
-        return [(entry, split)]
+    if path.suffix.lower() not in _READERS and (dataset := parse_hub_dataset(entry)):
+        return [(dataset, split)]
     raise UserError(f"{entry}: no such file or folder")
 
 
@@ -94,20 +93,15 @@ def _exists(path: Path, entry: str) -> bool:
         raise UserError(f"{entry}: cannot be read ({_reason(error)})") from error
 
 
-def _read(location: Path | str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read(location: Path | HubDataset, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        if isinstance(location, str):
-            yield from enumerate(_hub_rows(location, split), start=1)
+        if isinstance(location, HubDataset):
+            yield from enumerate(read_hub_rows(location, split), start=1)
         elif location.is_dir():
             yield from enumerate(_folder_rows(location, split), start=1)
         else:
             yield from _file_reader(location)(location)
     except _READ_ERRORS as error:
-        if isinstance(location, str):
-            raise UserError(
-                f"{location}: no such file here, and as a data set of the hub it cannot be had "
-                f"({_reason(error)})"
-            ) from error
         raise UserError(f"{location}: damaged or not readable ({_reason(error)})") from error
 
 
@@ -227,14 +221,6 @@ def _folder_rows(folder: Path, split: str) -> Iterator[Any]:
             raise UserError(f"{folder}: no split {split!r}; it has {', '.join(map(str, data))}")
         data = data[split]
     yield from data
-
-
-def _hub_rows(hub_id: str, split: str) -> Iterator[Any]:
-    import datasets
-
-    match = _HUB_ID.fullmatch(hub_id)
-    assert match is not None
-    yield from datasets.load_dataset(match[1], match[2], split=split)
 
 
 def _reason(error: BaseException) -> str:

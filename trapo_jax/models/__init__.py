@@ -15,7 +15,6 @@ from trapo_jax.models.flops import TokenCost, count_attention_pairs, token_cost
 from trapo_jax.models.generation_config import read_eos_ids
 from trapo_jax.models.hugging_face import (
     export_model,
-    find_model,
     init_params,
     load_params,
 )
@@ -31,12 +30,14 @@ from trapo_jax.models.kv_layouts import (
     Stacked,
     StorageLayout,
 )
+from trapo_jax.models.location import find_model
 from trapo_jax.models.lora import Lora, join_trained, split_trained
 from trapo_jax.models.pretrained import (
     PretrainedModel,
     copy_model_files,
     open_model,
     read_decoder,
+    with_weights,
 )
 from trapo_jax.models.rope import Rope
 from trapo_jax.models.tokenizer import load_tokenizer, special_tokens
@@ -77,4 +78,5 @@ __all__ = [
     "split_trained",
     "token_cost",
     "unembedding",
+    "with_weights",
 ]

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,33 +15,8 @@ from trapo_jax.models.decoder import Decoder, DecoderConfig, Params, abstract_pa
 from trapo_jax.models.lora import A, B, join_trained, merged, split_trained
 from trapo_jax.models.side_files import CONFIG, replaced_folder, write_side_files
 from trapo_jax.models.tensor_files import EMBEDDING, HEAD, INDEX, WEIGHTS, TensorReader
-from trapo_jax.types import UserError
 
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
-
-
-def find_model(path: str) -> Path:
-    """Returns the folder of a model.
-
-    Args:
-      path: the name of a packaged model, or a local path.
-
-    Raises:
-      UserError: if there is no such folder.
-    """
-    folder = locate_model(path)
-    if not folder.is_dir():
-        raise UserError(
-            f"model.path={path!r}: no such folder; pass a Hugging Face model folder or "
-            "card_shuffles_tiny"
-        )
-    return folder
-
-
-def locate_model(path: str) -> Path:
-    """Returns the same, whether or not the folder exists."""
-    packaged = Path(str(resources.files("trapo_jax"))) / "assets" / path
-    return packaged if "/" not in path and packaged.is_dir() else Path(path).expanduser()
 
 
 def init_params(config: DecoderConfig, *, seed: int) -> Params:

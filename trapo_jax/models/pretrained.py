@@ -1,18 +1,25 @@
 """A pretrained model in a Hugging Face folder: its path, the shape of its decoder, and its tokenizer."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trapo_jax.config import LoraConfig, ModelConfig
+from trapo_jax.hub import HubRepo, parse_hub_id
 from trapo_jax.models.decoder import DecoderConfig
 from trapo_jax.models.generation_config import read_eos_ids
-from trapo_jax.models.hugging_face import find_model, locate_model
 from trapo_jax.models.hugging_face_config import read_config, read_max_context_len
+from trapo_jax.models.json_file import read_json_object
+from trapo_jax.models.location import fetch_small_files, fetch_weights, locate_model
 from trapo_jax.models.lora import Lora
 from trapo_jax.models.side_files import replaced_folder, write_side_files
+from trapo_jax.models.tensor_files import has_own_head
 from trapo_jax.models.tokenizer import check_token_ids, load_tokenizer
+from trapo_jax.types import UserError
+
+HUB = "hub.json"  # in a run's copy of a Hub model: its name and commit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +27,13 @@ class PretrainedModel:
     """An opened model folder. Its parameters are loaded separately.
 
     Attributes:
-      folder: the Hugging Face folder with the weights.
+      folder: the Hugging Face folder with the weights. Of a Hub model, it has them only after `with_weights`.
       files: the folder with the config and the tokenizer: `folder`, or a copy of its small files.
       decoder: the decoder's shape and how it is computed.
       tokenizer: the tokenizer of the folder.
       eos_ids: token ids that end a completion.
       max_context_len: number of tokens of prompt and completion that the model is made for; None if unknown.
+      repo: the repository of a Hub model, at a commit; None for a local folder.
     """
 
     folder: Path
@@ -34,12 +42,13 @@ class PretrainedModel:
     tokenizer: Any  # PreTrainedTokenizerFast, whose annotations do not fit its use
     eos_ids: Sequence[int]
     max_context_len: int | None
+    repo: HubRepo | None = None
 
 
 def open_model(
     model: ModelConfig, lora: LoraConfig | None = None, *, files: Path | None = None
 ) -> PretrainedModel:
-    """Opens the model folder of a config.
+    """Opens the model folder of a config. Of a Hub model, it downloads all files but the weights.
 
     Args:
       model: the config's section of the model.
@@ -50,7 +59,12 @@ def open_model(
     Raises:
       UserError: if the folder does not exist, or its config or tokenizer is not supported.
     """
-    folder = find_model(model.path) if files is None else locate_model(model.path)
+    folder, repo = locate_model(model.path, must_exist=files is None)
+    if files:
+        repo = _read_repo(files)
+        folder = files if repo else folder
+    elif repo:
+        folder, repo = fetch_small_files(repo)
     files = files or folder
     decoder = read_decoder(files, model, lora)
     tokenizer: Any = load_tokenizer(files)
@@ -62,7 +76,23 @@ def open_model(
         tokenizer=tokenizer,
         eos_ids=read_eos_ids(files, tokenizer.eos_token_id, vocab_size=decoder.vocab_size),
         max_context_len=read_max_context_len(files),
+        repo=repo,
     )
+
+
+def with_weights(model: PretrainedModel) -> PretrainedModel:
+    """Returns the model with its weights in its folder. Of a Hub model, it downloads them.
+
+    Raises:
+      UserError: if the weights are neither in the cache nor on the Hub.
+    """
+    if model.repo is None:
+        return model
+    folder = fetch_weights(model.repo)
+    # Until now, this was decided by config.json alone; see `read_config`.
+    tied = model.decoder.tied_embeddings and not has_own_head(folder)
+    decoder = dataclasses.replace(model.decoder, tied_embeddings=tied)
+    return dataclasses.replace(model, folder=folder, decoder=decoder)
 
 
 def copy_model_files(model: PretrainedModel, destination: Path) -> None:
@@ -77,6 +107,20 @@ def copy_model_files(model: PretrainedModel, destination: Path) -> None:
     """
     with replaced_folder(destination) as folder:
         write_side_files(model.files, folder, model.decoder, eos_ids=model.eos_ids)
+        if model.repo:
+            origin = {"name": model.repo.name, "commit": model.repo.revision}
+            (folder / HUB).write_text(json.dumps(origin) + "\n")
+
+
+def _read_repo(copy: Path) -> HubRepo | None:
+    """Returns the repository from which `copy_model_files` made a copy; None if it was a local folder."""
+    if not (copy / HUB).is_file():
+        return None
+    origin = read_json_object(copy / HUB)
+    repo = parse_hub_id(f"{origin.get('name')}@{origin.get('commit')}", "model")
+    if repo is None:
+        raise UserError(f"{copy / HUB}: expected the name and the commit of a Hub model")
+    return repo
 
 
 def read_decoder(folder: Path, model: ModelConfig, lora: LoraConfig | None = None) -> DecoderConfig:

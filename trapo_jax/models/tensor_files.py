@@ -13,6 +13,7 @@ from trapo_jax.types import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SAFETENSORS_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 DTYPES = ("F32", "BF16", "F16")
 PREFIX = "model."  # base_model_prefix of transformers
 # Buffers that exports of older versions of transformers contain. The decoder computes them, as transformers does.
@@ -98,6 +99,22 @@ class TensorReader:
                 raise UserError(f"{a_path}: tensors {a!r} and {b!r}: {error}") from error
 
 
+def weight_files(folder: Path) -> list[str]:
+    """Returns the names of the files that contain the weights, whether or not they exist.
+
+    Raises:
+      UserError: if the index cannot be read, or lists other files than those of safetensors.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return [WEIGHTS]
+    files = sorted(set(_read_weight_map(index).values()))
+    for file in files:
+        if not SAFETENSORS_NAME.fullmatch(file):
+            raise UserError(f"{index}: {file!r} is not the name of a safetensors file")
+    return files
+
+
 def has_own_head(folder: Path) -> bool:
     """Returns whether a folder has a head that differs from its embedding.
 
@@ -139,6 +156,11 @@ def _list_tensors(folder: Path) -> tuple[Path, dict[str, Path]]:
         path = folder / WEIGHTS
         with _open_safetensors(path) as file:
             return path, dict.fromkeys(file.keys(), path)
+    return index, {name: folder / file for name, file in _read_weight_map(index).items()}
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Returns the file name of each tensor."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index}: field 'weight_map' is missing")
@@ -147,7 +169,7 @@ def _list_tensors(folder: Path) -> tuple[Path, dict[str, Path]]:
             raise UserError(
                 f"{index}: the file of tensor {name!r} must be a file name, found {file!r}"
             )
-    return index, {name: folder / file for name, file in weight_map.items()}
+    return weight_map
 
 
 def _check_tensor(path: Path, name: str, header: Any, shape: tuple[int, ...]) -> None:

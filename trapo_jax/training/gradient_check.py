@@ -16,7 +16,7 @@ from trapo_jax.config import Config
 from trapo_jax.data.splits import load_data
 from trapo_jax.distributed.sharding import make_mesh, num_batch_shards
 from trapo_jax.methods import Method, Sampled, Update
-from trapo_jax.models import PretrainedModel, open_model
+from trapo_jax.models import PretrainedModel, open_model, with_weights
 from trapo_jax.training.learner import Learner
 from trapo_jax.training.packing import build_batch
 from trapo_jax.training.train_step import place_batch
@@ -52,7 +52,7 @@ def check_config(config: Config) -> float:
     method = config.method.make()
     data = load_data(config.data, model.tokenizer, expert_part=method.expert_part)
     config = data.fit(config, context_len=model.max_context_len)
-    return check_gradient(config, method, model, data.splits["train"])
+    return check_gradient(config, method, with_weights(model), data.splits["train"])
 
 
 def check_gradient(

@@ -1,0 +1,54 @@
+"""A run from a Hub id, with a made cache and no network."""
+
+import json
+import shutil
+
+from support.commands import TINY_MODEL, run_command
+from support.hub import COMMIT, add_to_cache, folder_files
+from trapo_jax import preview, train
+
+FILES = folder_files(TINY_MODEL)
+SMALL = {name: content for name, content in FILES.items() if not name.endswith(".safetensors")}
+JOB = (
+    "model.path=owner/tiny",
+    "train.num_steps=2",
+    "train.warmup_steps=0",
+    "checkpoint.every=1",
+    "evaluation.every=0",
+    "evaluation.num_samples=1",
+    "data.num_train=16",
+    "data.num_validation=4",
+    "data.num_test=4",
+)
+
+
+def test_a_run_states_its_commit_and_is_resumed_without_the_cache(tmp_path):
+    home, run = tmp_path / "home", tmp_path / "run"
+    add_to_cache(home, "owner/tiny", FILES)
+    result = run_command("trapo_jax.train", f"output_dir={run}", *JOB, HF_HOME=str(home))
+    assert result.returncode == 0, result.stderr
+    assert json.loads((run / "model" / "hub.json").read_text()) == {
+        "name": "owner/tiny",
+        "commit": COMMIT,
+    }
+    exported = folder_files(run / "hf")
+    assert "hub.json" not in exported
+    shutil.rmtree(home)
+    shutil.rmtree(run / "hf")
+    shutil.rmtree(run / "checkpoints" / "2")
+    (run / "summary.json").unlink()
+    result = run_command("trapo_jax.train", f"output_dir={run}", *JOB)
+    assert result.returncode == 0, result.stderr
+    assert "after step 1" in result.stdout
+    assert folder_files(run / "hf") == exported
+
+
+def test_only_training_needs_the_weights(hub_home, tmp_path, capsys):
+    add_to_cache(hub_home, "owner/tiny", SMALL)
+    assert preview.main(JOB) == 0
+    capsys.readouterr()
+    assert train.main([*JOB, f"output_dir={tmp_path / 'run'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model.safetensors is not in the cache of the Hugging Face Hub" in line
+    assert line.endswith(f"`hf download owner/tiny --revision {COMMIT}`")
+    assert not (tmp_path / "run").exists()

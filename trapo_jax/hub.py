@@ -1,0 +1,208 @@
+"""Repositories of the Hugging Face Hub: their ids, and their files in the local cache.
+
+`huggingface_hub` downloads files into its cache. If the Hub cannot be reached, or `HF_HUB_OFFLINE=1` is set, the files
+in the cache are used.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+TIMEOUT_SECS = 10.0  # for the first answer of the Hub
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.+-]+(?:/[\w.+-]+)*))?", re.ASCII)
+
+
+class HubRepo(NamedTuple):
+    """A repository of the Hub at a revision.
+
+    Attributes:
+      kind: what it contains.
+      name: `owner/name`.
+      revision: a branch, a tag or a commit; None for the default branch.
+    """
+
+    kind: Literal["model", "dataset"]
+    name: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+    @property
+    def download_command(self) -> str:
+        """The shell command that downloads the repository into the cache."""
+        kind = "--repo-type dataset " if self.kind == "dataset" else ""
+        revision = f" --revision {self.revision}" if self.revision else ""
+        return f"hf download {kind}{self.name}{revision}"
+
+
+class HubUnavailable(Exception):
+    """The Hub cannot be reached, or does not provide a repository. The message is a clause that says why."""
+
+    def missing(self, what: str, repo: HubRepo) -> "HubUnavailable":
+        """Returns the same, for files of `repo` that are not in the cache either."""
+        return HubUnavailable(
+            f"{what} is not in the cache of the Hugging Face Hub ({self}); with network access, run "
+            f"`{repo.download_command}`"
+        )
+
+
+class HubRefusal(HubUnavailable):
+    """The Hub has answered that it does not provide a repository."""
+
+    def missing(self, what: str, repo: HubRepo) -> HubUnavailable:  # noqa: ARG002
+        return self
+
+
+def parse_hub_id(text: str, kind: Literal["model", "dataset"]) -> HubRepo | None:
+    """Parses `owner/name` or `owner/name@revision`; returns None for anything else, such as a path."""
+    from huggingface_hub.utils import validate_repo_id
+
+    match = _ID.fullmatch(text)
+    if match is None or ".." in text:
+        return None
+    try:
+        validate_repo_id(match[1])
+    except ValueError:
+        return None
+    return HubRepo(kind, match[1], match[2])
+
+
+def latest_commit(repo: HubRepo) -> str:
+    """Asks the Hub for the commit of a revision. A connection that fails is not retried.
+
+    Raises:
+      HubUnavailable: if the Hub cannot be reached or does not provide the revision.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().repo_info(
+            repo.name, repo_type=repo.kind, revision=repo.revision, timeout=TIMEOUT_SECS
+        )
+    # The errors of the transport belong to different libraries in different versions of huggingface_hub.
+    except Exception as error:
+        raise _explain(error, repo) from error
+    assert info.sha is not None, repo
+    return info.sha
+
+
+def cached_commit(repo: HubRepo) -> str | None:
+    """Returns the commit that a revision had when it was last downloaded; None if it never was."""
+    from huggingface_hub.constants import DEFAULT_REVISION, HF_HUB_CACHE
+
+    revision = repo.revision or DEFAULT_REVISION
+    if COMMIT.fullmatch(revision):
+        return revision
+    folder = f"{repo.kind}s--{repo.name.replace('/', '--')}"
+    try:
+        return (Path(HF_HUB_CACHE) / folder / "refs" / revision).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def fetch_files(repo: HubRepo, patterns: Sequence[str], required: Sequence[str] = ()) -> Path:
+    """Downloads files of a repository that are not in the cache yet.
+
+    Args:
+      repo: the repository.
+      patterns: names of the files to download, as glob patterns. No other file is downloaded.
+      required: names of files without which the repository is of no use.
+
+    Returns:
+      The folder of the revision in the cache, named after the commit. It may contain other files.
+
+    Raises:
+      HubUnavailable: if a file is neither in the cache nor provided by the Hub.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        latest_commit(repo)
+        folder = Path(
+            snapshot_download(
+                repo.name,
+                repo_type=repo.kind,
+                revision=repo.revision,
+                allow_patterns=list(patterns),
+            )
+        )
+    except HubUnavailable as error:
+        return cached_files(repo, error, patterns, required)
+    except Exception as error:  # see latest_commit
+        return cached_files(repo, _explain(error, repo), patterns, required)
+    if absent := _absent(folder, required):
+        raise HubRefusal(f"{repo} has no {absent} on the Hub")
+    return folder
+
+
+def cached_files(
+    repo: HubRepo,
+    error: HubUnavailable,
+    patterns: Sequence[str] = ("*",),
+    required: Sequence[str] = (),
+) -> Path:
+    """Returns the folder of a revision in the cache; nothing is downloaded.
+
+    Args:
+      repo: the repository.
+      error: the reason why nothing can be downloaded.
+      patterns, required: see `fetch_files`.
+
+    Raises:
+      HubUnavailable: if a file is not in the cache, as far as its listing of the repository shows.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                repo.name,
+                repo_type=repo.kind,
+                revision=repo.revision,
+                allow_patterns=list(patterns),
+                local_files_only=True,
+            )
+        )
+    except OSError as not_found:  # LocalEntryNotFoundError, or the cache cannot be read
+        is_partial = getattr(not_found, "snapshot_path", None) is not None
+        raise error.missing("a part of it" if is_partial else "it", repo) from error
+    if absent := _absent(folder, required):
+        raise error.missing(absent, repo) from error
+    return folder
+
+
+def _absent(folder: Path, names: Sequence[str]) -> str | None:
+    return next((name for name in names if not (folder / name).is_file()), None)
+
+
+def _explain(error: Exception, repo: HubRepo) -> HubUnavailable:
+    """Says in a clause why the Hub provides nothing."""
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{'datasets/' if repo.kind == 'dataset' else ''}{repo.name}"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    match error:
+        case errors.OfflineModeIsEnabled():
+            return HubUnavailable("HF_HUB_OFFLINE is set")
+        case errors.GatedRepoError():
+            return HubRefusal(
+                f"the Hub restricts access to it; accept its conditions at {page}, and log in with `hf auth login`"
+            )
+        case errors.RevisionNotFoundError():
+            return HubRefusal(f"the Hub has no revision {repo.revision or 'main'!r} of {repo.name}")
+        case errors.RepositoryNotFoundError():
+            return HubRefusal(
+                f"the Hub has no such {repo.kind}, or it is private; check the name, or log in with `hf auth login`"
+            )
+        case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
+            return HubRefusal(
+                f"the Hub refuses access; check the token, `hf auth whoami` ({reason})"
+            )
+        case errors.HfHubHTTPError():
+            return HubUnavailable(f"the Hub answers with an error: {reason}")
+        case OSError() if error.errno is not None:
+            return HubUnavailable(f"a file cannot be written: {reason}")
+    return HubUnavailable(f"the Hub cannot be reached: {reason}")

@@ -1,0 +1,81 @@
+"""Finds model folders: packaged models, local folders and models of the Hugging Face Hub."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from trapo_jax.hub import HubRepo, HubUnavailable, fetch_files, parse_hub_id
+from trapo_jax.models.side_files import CONFIG, SIDE_FILES
+from trapo_jax.models.tensor_files import INDEX, weight_files
+from trapo_jax.types import UserError
+
+TOKENIZER = "tokenizer.json"
+# What is downloaded of a model without its weights. Nothing else is.
+SMALL_FILES = (CONFIG, *SIDE_FILES, INDEX)
+
+
+def find_model(path: str, *, weights: bool = False) -> Path:
+    """Returns the folder of a model. Of a Hub model, it downloads what is needed.
+
+    Args:
+      path: the name of a packaged model, a local path, or a Hub id.
+      weights: whether a Hub model needs its weights. If False, only its `config.json` is downloaded.
+
+    Raises:
+      UserError: if there is no such folder, and no such model in the cache or on the Hub.
+    """
+    folder, repo = locate_model(path)
+    if repo is None:
+        return folder
+    return fetch_weights(fetch_small_files(repo)[1]) if weights else _fetch(repo, [CONFIG])
+
+
+def locate_model(path: str, *, must_exist: bool = True) -> tuple[Path, HubRepo | None]:
+    """Returns the local path of a model, and its repository if it has to come from the Hub.
+
+    Args:
+      path: see `find_model`.
+      must_exist: whether to check that there is a folder, or that the path is a Hub id.
+    """
+    packaged = Path(str(resources.files("trapo_jax"))) / "assets" / path
+    if "/" not in path and packaged.is_dir():
+        return packaged, None
+    folder = Path(path).expanduser()
+    if folder.is_dir() or not must_exist:
+        return folder, None
+    if not folder.exists() and (repo := parse_hub_id(path, "model")):
+        return folder, repo
+    raise UserError(
+        f"model.path={path!r}: no such folder; pass a Hugging Face model folder, a Hub id such as owner/name, or "
+        "card_shuffles_tiny"
+    )
+
+
+def fetch_small_files(repo: HubRepo) -> tuple[Path, HubRepo]:
+    """Downloads the config and the tokenizer of a Hub model.
+
+    Returns:
+      The folder in the cache, and the repository at the commit of this folder.
+
+    Raises:
+      UserError: if a file is neither in the cache nor on the Hub.
+    """
+    folder = _fetch(repo, SMALL_FILES, [CONFIG, TOKENIZER])
+    return folder, repo._replace(revision=folder.name)
+
+
+def fetch_weights(repo: HubRepo) -> Path:
+    """Downloads the files of a Hub model and returns their folder in the cache.
+
+    Raises:
+      UserError: if a file is neither in the cache nor on the Hub.
+    """
+    files = weight_files(_fetch(repo, SMALL_FILES, [CONFIG, TOKENIZER]))
+    return _fetch(repo, [*SMALL_FILES, *files], files)
+
+
+def _fetch(repo: HubRepo, patterns: Sequence[str], required: Sequence[str] = (CONFIG,)) -> Path:
+    try:
+        return fetch_files(repo, patterns, required)
+    except HubUnavailable as error:
+        raise UserError(f"model.path={str(repo)!r}: no such folder, and {error}") from error
