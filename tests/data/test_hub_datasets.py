@@ -213,8 +213,9 @@ def test_what_the_hub_has_given_once_is_read_from_the_cache(hub):
         {"HF_DATASETS_OFFLINE": "1"},
         {"HF_ENDPOINT": "http://127.0.0.1:9"},
     ):
-        assert read(*entries, **environment) == list(expected)
-        (error,) = read(f"{NAME}@v1", **environment)  # `datasets` would take the other revision.
+        # At v1, `datasets` would take the other revision.
+        *rows, error = read(*entries, f"{NAME}@v1", **environment)
+        assert rows == list(expected)
         assert "it is not in the cache" in error
 
 
