@@ -12,6 +12,7 @@ from trapo_jax.evaluate import main as evaluate
 from trapo_jax.train import main as train
 
 GOOD_ROW = {"prompt": "?r:12345=", "answer": "54321", "solution": "r54321;#54321"}
+FILES = ("data.source=files", "model.path=card_shuffles_tiny", "rewards.functions=card_shuffles")
 GOOD_ROWS = [{**GOOD_ROW, "prompt": f"?{op}:12345="} for op in "rlt"]
 
 
@@ -42,9 +43,7 @@ def test_malformed_data_file_is_reported_in_one_line(name, make, _, tmp_path, ca
     file.parent.mkdir()
     make(file)
     before = sorted(tmp_path.rglob("*"))
-    code = train(
-        ["data.source=files", f"data.train_files={file}", f"output_dir={tmp_path / 'out'}"]
-    )
+    code = train([*FILES, f"data.train_files={file}", f"output_dir={tmp_path / 'out'}"])
     assert_one_line_error(capsys, code, tmp_path, str(file).replace("\0", "\\x00"))
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -54,7 +53,7 @@ ROWS = {
     "missing column": (
         [{"question": "?", "answer": "2"}],
         (),
-        "column 'prompt': missing; there are",
+        "no row has the column 'prompt'; the first row has",
     ),
     "number for a prompt": (
         [{**GOOD_ROW, "prompt": 7}],
@@ -81,8 +80,8 @@ ROWS = {
     "no chat template": (GOOD_ROWS, ("data.template=chat",), "chat template"),
     "prompt too long": (
         [*GOOD_ROWS, {**GOOD_ROW, "prompt": "1234567890" * 3}],
-        (),
-        "max_prompt_length",
+        ("data.max_prompt_length=16", "data.overlong_prompts=error"),
+        "raise data.max_prompt_length",
     ),
 }
 
@@ -93,7 +92,7 @@ def test_malformed_rows_are_reported_in_one_line(case, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [
-        *("data.source=files", f"data.train_files={file}", "data.columns.preset=trl", *more),
+        *(*FILES, f"data.train_files={file}", "data.columns.preset=trl", *more),
         *("data.num_validation=1", "data.num_test=1", "train.problems_per_step=1"),
         f"output_dir={tmp_path / 'out'}",
     ]
@@ -104,9 +103,12 @@ def test_evaluate_reports_malformed_data_in_one_line(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "1 + 1?"}\n')
     code = evaluate(
-        [f"data.test_files={file}", "data.columns.preset=trl", f"output_dir={tmp_path / 'out'}"]
+        [
+            *(*FILES, f"data.test_files={file}", "data.columns.preset=trl"),
+            f"output_dir={tmp_path / 'out'}",
+        ]
     )
-    assert_one_line_error(capsys, code, tmp_path, file, "row 1, column 'answer': missing")
+    assert_one_line_error(capsys, code, tmp_path, file, "no row has the column 'answer'")
 
 
 def test_process_prints_no_traceback_for_a_broken_model(tmp_path):

@@ -111,8 +111,11 @@ COMMAND_LINES = [
     (["method.name=sft", "method.alpha=0.2"], "method.alpha=0.2: sft has no such constant"),
     (["model.dtype=fp16"], "model.dtype=\"fp16\": input should be 'float32' or 'bfloat16'"),
     (["train.budget_unit=flops"], "train.budget=null: train.budget_unit=flops needs an amount"),
-    (["train.budget=0"], "train.budget=0: input should be greater than 0"),
-    (["train.learning_rate=-1e-4"], "train.learning_rate=-0.0001: input should be greater than 0"),
+    (["train.budget=0"], "train.budget=0: input should be greater than or equal to 0.000000001"),
+    (
+        ["train.learning_rate=-1e-4"],
+        "train.learning_rate=-0.0001: input should be greater than or equal to",
+    ),
     (["train.learning_rate=.inf"], "train.learning_rate=Infinity: "),
     (["train.learning_rate=.nan"], "train.learning_rate=NaN: input should be a finite number"),
     (["train.learning_rate=1e999"], "train.learning_rate=Infinity: "),

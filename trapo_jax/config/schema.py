@@ -5,28 +5,18 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
-from pydantic_core import PydanticCustomError
 
 from trapo_jax.methods import Method, make_method, read_constants
 from trapo_jax.types import UserError
 
-
-def _check_not_tiny(value: float) -> float:
-    if value < 1e-30:  # float32 would round products with it to 0
-        raise PydanticCustomError("too_small", "input should be greater than or equal to 1e-30")
-    return value
-
-
-# Upper bounds keep numbers within what int32 and float32 hold and what can be allocated; no real run comes near them.
+# The bounds keep numbers within what int32 and float32 hold and what can be allocated; no real run comes near them.
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 NotNegative = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Length = Annotated[int, Field(ge=1, le=2**20)]  # in tokens
 Rows = Annotated[int, Field(ge=1, le=2**16)]
 Temperature = Annotated[float, Field(ge=0.01, le=100.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[
-    float, Field(gt=0.0, le=1e30, allow_inf_nan=False), pydantic.AfterValidator(_check_not_tiny)
-]
+PositiveFloat = Annotated[float, Field(ge=1e-9, le=1e30, allow_inf_nan=False)]
 # A single string is accepted as a list of one.
 _to_tuple = pydantic.BeforeValidator(
     lambda x: (x,) if isinstance(x, str) else tuple(x) if isinstance(x, list) else x
