@@ -353,7 +353,9 @@ class TrainBatch(NamedTuple):
     num_rollouts: Any  # float32 [], number of rollouts in the whole batch
     num_micro_batches: Any  # int32 [], number of micro-batches that are not empty
     # float32 at trained tokens, otherwise 0; None if no loss needs them
-    old_logprobs: Any = None  # under the policy before the batch's first update; None for that update
+    old_logprobs: Any = (
+        None  # under the policy before the batch's first update; None for that update
+    )
     ref_logprobs: Any = None  # under the initial model of the run
 
 
