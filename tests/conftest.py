@@ -1,4 +1,4 @@
-"""Fixtures that several packages use, and the compilation settings of the test session."""
+"""Fixtures shared by several packages, and the compilation settings of the test session."""
 
 import os
 import tempfile
@@ -7,8 +7,8 @@ from pathlib import Path
 from support.commands import CACHE_SETTINGS, TINY_MODEL, USER_XLA_FLAGS, run_command
 from support.short_run import JOB
 
-# The programs of tests are small and run a few times, so that LLVM's optimizations take longer than
-# they save.
+# Test programs are small and run only a few times, so LLVM's optimizations take more time than they
+# save.
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{USER_XLA_FLAGS} {FAST_COMPILATION}"
 
@@ -31,7 +31,7 @@ if not any(Path("/dev").glob("accel*")) and not any(Path("/dev").glob("vfio/*"))
 
 
 def pytest_collection_modifyitems(items):
-    """Puts files with slow tests first: a file stays in one worker, and a long one at the end would leave the others idle."""
+    """Runs files with slow tests first. A file runs in one worker, so a slow file at the end would idle the others."""
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)
 
@@ -76,7 +76,7 @@ def problems(tokenizer):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, worker_id):
-    """Folder and printed output of an undisturbed run of `JOB`; one run serves all workers."""
+    """Folder and printed output of an uninterrupted run of `JOB`, which all workers share."""
     root = tmp_path_factory.getbasetemp()
     root = root if worker_id == "master" else root.parent
     folder, output = root / "uninterrupted", root / "uninterrupted.txt"

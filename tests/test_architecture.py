@@ -1,4 +1,4 @@
-"""The layers of the package are those that CONTRIBUTING.md states."""
+"""The imports between packages follow the layers in CONTRIBUTING.md."""
 
 import ast
 import re
@@ -17,13 +17,13 @@ CONTRACT = (REPOSITORY / "CONTRIBUTING.md").read_text()
 
 
 def contract():
-    """The table of CONTRIBUTING.md: for each package, from the lowest layer up, what it may import."""
+    """Returns the packages that each package may import, from the lowest layer up, as listed in CONTRIBUTING.md."""
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", CONTRACT, flags=re.MULTILINE)
     return {package: re.findall(r"`(\w+)`", allowed) for package, allowed in rows}
 
 
 def imports_of(package):
-    """The packages of trapo_jax that the files of a package or module import."""
+    """Yields the trapo_jax packages imported by the files of a package or module."""
     files = [PACKAGE / f"{package}.py"] if (PACKAGE / f"{package}.py").exists() else []
     files += (PACKAGE / package).rglob("*.py")
     for file in files:
@@ -34,18 +34,18 @@ def imports_of(package):
                     yield parts[1]
 
 
-def test_the_contract_names_every_package():
+def test_the_contract_lists_every_package():
     packages = {p.stem for p in PACKAGE.glob("*.py")}
     packages |= {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
     assert set(contract()) == packages - {*COMMANDS, "__init__", "__main__"}
 
 
-def test_every_package_imports_what_the_contract_allows():
+def test_every_package_imports_only_what_the_contract_allows():
     for package, allowed in contract().items():
         assert set(imports_of(package)) <= set(allowed), f"{package}: see CONTRIBUTING.md"
 
 
-def test_the_contract_has_no_import_upward_and_hence_no_circle():
+def test_the_contract_allows_no_upward_and_hence_no_circular_imports():
     above = set(contract())
     for package, allowed in contract().items():
         assert not above & set(allowed), package
@@ -53,7 +53,7 @@ def test_the_contract_has_no_import_upward_and_hence_no_circle():
         assert package not in allowed
 
 
-def test_losses_import_jax_alone():
+def test_losses_import_only_jax():
     for file in (PACKAGE / "losses").glob("*.py"):
         assert modules_imported(file) <= {"jax", "trapo_jax", *sys.stdlib_module_names}, file
 
@@ -69,11 +69,11 @@ def test_commands_do_not_import_each_other():
         assert not set(imports_of(command)) & set(COMMANDS), command
 
 
-def test_what_is_imported_is_declared():
-    """Else it is there by accident: another package, or an extra, happens to bring it."""
+def test_imported_packages_are_declared_as_dependencies():
+    """Otherwise, they are installed only because another package or an extra depends on them."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["tasks"]]
-    declared = {canonical(re.match(r"[\w.-]+", text)[0]) for text in wanted}
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["tasks"]]
+    declared = {canonical(re.match(r"[\w.-]+", text)[0]) for text in requirements}
     providers = metadata.packages_distributions()
     for file in PACKAGE.rglob("*.py"):
         for name in modules_imported(file) - {"trapo_jax"} - set(sys.stdlib_module_names):
@@ -81,7 +81,7 @@ def test_what_is_imported_is_declared():
 
 
 def modules_imported(file):
-    """Top-level names of the modules a file imports, wherever in it."""
+    """Returns the top-level names of all modules that a file imports, including inside functions."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -95,8 +95,8 @@ def canonical(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_every_module_imports_on_its_own():
-    """One process a module would take minutes; a fresh interpreter each for the entry points."""
+def test_entry_points_can_be_imported_alone():
+    """Only entry points are tested, because one process per module would take minutes."""
     for module in (
         "trapo_jax.losses",
         "trapo_jax.rollouts.guidance",

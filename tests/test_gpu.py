@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: attention by cuDNN is that by XLA. `pytest -n 0 tests/test_gpu.py` where there is one."""
+"""cuDNN attention equals XLA attention. Run `pytest -n 0 tests/test_gpu.py` on a machine with an NVIDIA GPU."""
 
 import functools
 
@@ -51,7 +51,7 @@ def test_rows_and_their_gradients(window):
         assert distance(ours, theirs) < 1e-2
 
 
-def test_slots_of_several_lengths_fewer_than_the_cache_holds():
+def test_slots_of_different_lengths_in_a_cache_with_unused_rows():
     num_rows, num_slots, length = 8, 6, 96
     q = normal(0, num_slots, NUM_HEADS, HEAD_DIM)
     k, v = (normal(i, num_rows, length, NUM_KV_HEADS, HEAD_DIM) for i in (1, 2))

@@ -1,4 +1,4 @@
-"""Objects that users name as `package.module:name`: what is found, and one line for each mistake."""
+"""Importing objects by an import path, `package.module:name`, and one-line errors for mistakes."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from trapo_jax.types import UserError
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with a user's modules, importable as it is under `python -m`."""
+    """A working directory with user modules, which is on the import path as under `python -m`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("")
     (tmp_path / "user_module.py").write_text("ANSWER = 42\n")
@@ -82,12 +82,12 @@ def test_an_exception_of_the_imported_module_is_reported(folder, module, reason)
     assert line.startswith(f"sampling.engine={module}:x: importing {module} failed: {reason}")
 
 
-def test_the_place_of_the_exception_is_reported(folder):
+def test_the_location_of_the_exception_is_reported(folder):
     assert error_line("raises:x").endswith(f"({folder / 'raises.py'}, line 2)")
 
 
 def test_a_module_in_the_working_directory_is_found_without_python_m(folder):
-    """A console script has its own folder, not the working directory, on `sys.path`."""
+    """For a console script, `sys.path` contains the script's folder instead of the working directory."""
     script = folder / "bin" / "command.py"
     script.parent.mkdir()
     script.write_text(

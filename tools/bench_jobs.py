@@ -1,4 +1,4 @@
-"""Workloads of the rollout benchmark: what every engine decodes, drawn in advance."""
+"""Workloads of the rollout benchmark. Everything that the engines decode is drawn in advance."""
 
 import argparse
 import math
@@ -16,7 +16,7 @@ UNGUIDED = MicroGroup(8, 0.0, -1.0)
 
 
 def uniform_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of tools that sample rows of equal length with the engine of trapo_jax."""
+    """Adds the options of tools that sample rows of equal length with the trapo_jax engine."""
     parser.add_argument(
         "--prompt-len", type=int, default=32, help="uniform: length of the prompts (default 32)"
     )
@@ -39,7 +39,7 @@ def uniform_options(parser: argparse.ArgumentParser) -> None:
 
 
 def make_jobs(args: argparse.Namespace, vocab_size: int) -> list[Job]:
-    """Returns the jobs of the workload that the command line names."""
+    """Returns the jobs of the workload that the command line selects."""
     rng = np.random.default_rng(0)
     if args.workload == "uniform":
         lens = args.prompt_len, args.new_len
@@ -81,10 +81,10 @@ def trapo_job(rng: np.random.Generator, slots: int, median_len: int, vocab_size:
             }
         )
     job = complete_job("trapo", problems, make_method("trapo").micro_groups, slots)
-    for row in (row for rows in job["rounds"] for row in rows):  # A guided rollout is shorter.
+    for row in (row for rows in job["rounds"] for row in rows):  # Guided rollouts are shorter.
         problem, j = problems[row["problem"]], row["sample"]
-        share = 1 - row["prefix_len"] / max(1, len(problem["expert"]))
-        problem["num_new"][j] = row["num_new"] = max(1, round(problem["num_new"][j] * share))
+        remaining = 1 - row["prefix_len"] / max(1, len(problem["expert"]))
+        problem["num_new"][j] = row["num_new"] = max(1, round(problem["num_new"][j] * remaining))
     return job
 
 
@@ -93,7 +93,7 @@ def grpo_job(trapo: Job) -> Job:
     tokens = num_tokens(trapo)
     lens = np.array([problem["unguided_len"] for problem in trapo["problems"]], float)
     scaled = np.maximum(1, np.floor(lens * tokens / lens.sum())).astype(int)
-    for i in range(tokens - int(scaled.sum())):  # the remainder of rounding down
+    for i in range(tokens - int(scaled.sum())):  # distributes the remainder of rounding down
         scaled.flat[i % scaled.size] += 1
     problems = [
         {**problem, "num_new": row.tolist()}
@@ -108,7 +108,7 @@ def grpo_job(trapo: Job) -> Job:
 def complete_job(
     name: str, problems: list[dict], micro_groups: Sequence[MicroGroup], slots: int
 ) -> Job:
-    """Adds the rounds: the rows that the guidance requests, one list for each micro-group."""
+    """Adds the rounds to a job: lists of the rows that the guidance requests, one for each micro-group."""
     rounds: list[list[dict]] = [[] for _ in micro_groups]
     longest = max(max(*p["num_new"], len(p["expert"])) for p in problems)
     guidance = Guidance(tuple(micro_groups), longest)
@@ -150,5 +150,5 @@ def random_ids(rng: np.random.Generator, length: int, vocab_size: int) -> list[i
 
 
 def log_normal(rng: np.random.Generator, median: float, sigma: float, low: int, high: int) -> int:
-    """Draws a whole number from a log-normal distribution, clipped to [low, high]."""
+    """Draws an integer from a log-normal distribution, clipped to [low, high]."""
     return int(np.clip(round(rng.lognormal(math.log(median), sigma)), low, high))

@@ -1,4 +1,4 @@
-"""What a machine allows: throughput of matmuls and memory, for a model of given shape."""
+"""Limits of a machine: the throughput of matmuls and memory for the shapes of a model."""
 
 import contextlib
 import functools
@@ -28,8 +28,8 @@ from trapo_jax.models import (
 
 @contextlib.contextmanager
 def model_folder(path: str) -> Iterator[Path]:
-    """Yields the model folder. If it has no weights, yields a temporary folder with random weights of the same shape."""
-    # Leave the memory of the GPU to the engines.
+    """Yields the model folder or, if it has no weights, a temporary folder with random weights of the same shapes."""
+    # Leave the GPU memory to the engines.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     folder = find_model(path, weights=True)
     if any(folder.glob("*.safetensors")):
@@ -47,9 +47,9 @@ def measure_limits(folder: Path, dtype: str, rows: Sequence[int]) -> dict[str, A
     """Measures the matmul and memory throughput of this machine.
 
     Args:
-      folder: the model.
+      folder: the model folder.
       dtype: dtype of the matmuls.
-      rows: numbers of rows to measure the matmuls with.
+      rows: numbers of rows for which the matmuls are measured.
     """
     jax.config.update("jax_default_matmul_precision", "highest")  # as in the engines
     config = read_config(folder, dtype=dtype)
@@ -62,7 +62,7 @@ def measure_limits(folder: Path, dtype: str, rows: Sequence[int]) -> dict[str, A
 
 
 def weight_and_entry_bytes(config: DecoderConfig) -> dict[str, int]:
-    """Returns the bytes of the weights, read once per decode step, and of the keys and values of one token."""
+    """Returns the bytes of the weights, which a decode step reads once, and of the keys and values of one token."""
     item = jnp.dtype(config.dtype).itemsize
     params = abstract_params(config)
     if not config.tied_embeddings:
@@ -74,9 +74,9 @@ def weight_and_entry_bytes(config: DecoderConfig) -> dict[str, int]:
 
 
 def matmul_tokens_per_sec(config: DecoderConfig, num_rows: int) -> float:
-    """Returns the throughput of decoding `num_rows` rows if it consisted of the model's matmuls alone.
+    """Returns the throughput of decoding `num_rows` rows if only the model's matmuls took time.
 
-    The matmuls are measured with the weights as left and as right operand, and the faster of the two counts.
+    The matmuls are measured with the weights as left and as right operand; the result is that of the faster variant.
     """
     weights = [jnp.ones(shape, config.dtype) for shape in matmul_shapes(config)]
     transposed = [w.T + 0 for w in weights]
@@ -84,7 +84,7 @@ def matmul_tokens_per_sec(config: DecoderConfig, num_rows: int) -> float:
 
     @functools.partial(jax.jit, static_argnums=0)
     def multiply(one_pass, weights, num_passes):
-        def add_pass(i, total):  # The numbers differ, so that no pass can be reused.
+        def add_pass(i, total):  # The inputs of all passes differ, so that no result can be reused.
             products = jax.lax.optimization_barrier(one_pass(weights, x + i.astype(x.dtype)))
             return total + sum(jnp.sum(y, dtype=jnp.float32) for y in products)
 
@@ -99,7 +99,7 @@ def matmul_tokens_per_sec(config: DecoderConfig, num_rows: int) -> float:
 
 
 def read_gb_per_sec() -> float:
-    """Returns the memory bandwidth of summing a matrix or multiplying it by a vector, whichever is faster."""
+    """Returns the memory bandwidth achieved by summing a matrix or multiplying it by a vector, whichever is faster."""
     big = jnp.ones((2**14, 2**13), jnp.float32)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -114,7 +114,7 @@ def read_gb_per_sec() -> float:
 
 
 def matmul_shapes(config: DecoderConfig) -> list[tuple[int, int]]:
-    """Returns the shape of every matrix that a token is multiplied by."""
+    """Returns the shapes of all matrices by which a token is multiplied."""
     layer = [
         (config.width, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim),
         (config.num_heads * config.head_dim, config.width),
@@ -125,7 +125,7 @@ def matmul_shapes(config: DecoderConfig) -> list[tuple[int, int]]:
 
 
 def secs_per_pass(run: Callable[[int], Any]) -> float:
-    """Returns the median seconds of one pass of `run(num_passes)`, with enough passes to hide the dispatch."""
+    """Returns the median time of a pass of `run(num_passes)`, with enough passes to hide the dispatch overhead."""
 
     def timed(num_passes: int) -> float:
         started = time.perf_counter()
@@ -138,7 +138,7 @@ def secs_per_pass(run: Callable[[int], Any]) -> float:
 
 
 def bytes_to_move(job: Job, limits: dict[str, Any]) -> int:
-    """Returns the bytes that decoding must read: the weights in each step, and for each token the keys and values before it."""
+    """Returns the bytes that decoding must read: the weights per step, and all preceding keys and values per token."""
     rows = [row for rows in job["rounds"] for row in rows]
     longest = max(row["num_new"] for row in rows)
     num_steps = max(longest, -(-num_tokens(job) // job["slots"]))

@@ -1,19 +1,19 @@
-"""Compares rollout engines on the same weights, prompts and numbers of sampled tokens.
+"""Compares rollout engines with the same weights, prompts and numbers of sampled tokens.
 
     python tools/bench_rollout.py --model models/smollm2_135m --workload uniform
     python tools/bench_rollout.py --model models/smollm2_135m --workload trapo --engines ours,barrier
     python tools/bench_rollout.py ... --engines ours,transformers,tunix --tunix-python VENV/bin/python --json FILE
 
-Engines: `ours`, the engine of trapo_jax; `barrier`, the same engine with all problems finishing a micro-group before
-the next one starts; `unshared`, the same with a prefill of the prompt for every rollout, as in the released code;
-`transformers`, `generate` in torch; `tunix`, its sampler, in a separate environment. Each engine runs in a separate
-process. After one round that compiles, the engines take turns (A B A B ...).
+Engines: `ours` is the trapo_jax engine; `barrier` is the same engine, but all problems finish a micro-group before the
+next one starts; `unshared` is like `barrier`, but prefills the prompt for every rollout, as the released code does;
+`transformers` is `generate` in PyTorch; `tunix` is the Tunix sampler, in a separate environment. Each engine runs in a
+separate process. After one round for compilation, the engines take turns (A B A B ...).
 
 Workloads: `uniform` decodes `--rows` rows of equal length. `trapo` is one step with the guidance of TRAPO's preset
-`paper` on 32 problems with ragged prompts and expert solutions. Rewards and (log-normal) completion lengths are drawn
-in advance, so that every engine decodes the same number of tokens. `grpo` has the same number of tokens in eight
-unguided rollouts per problem. An engine that cannot refill its rows decodes in batches of `--slots` rows, padded to
-the longest.
+`paper` on 32 problems with prompts and expert solutions of different lengths. Rewards and (log-normal) completion
+lengths are drawn in advance, so that every engine decodes the same number of tokens. `grpo` has the same number of
+tokens in eight unguided rollouts per problem. An engine that cannot refill rows decodes in batches of `--slots` rows,
+padded to the longest.
 
 If the model folder has no weights (`configs/architectures/...`), random weights are used.
 """
@@ -94,7 +94,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     uniform_options(parser)
     parser.add_argument(
-        "--slots", type=int, default=16, help="trapo: number of rows at a time (default 16)"
+        "--slots", type=int, default=16, help="trapo: number of concurrent rows (default 16)"
     )
     parser.add_argument(
         "--median-len",
@@ -105,7 +105,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     for name in args.engines:
         if name not in ENGINES:
-            parser.error(f"--engines: unknown engine {name!r}; give any of {', '.join(ENGINES)}")
+            parser.error(
+                f"--engines: unknown engine {name!r}; expected any of {', '.join(ENGINES)}"
+            )
     return args
 
 
@@ -174,9 +176,9 @@ def print_table(console: Console, report: list[dict], limits: dict) -> None:
     console.print(table)
     bounds = ", ".join(f"{n}: {v:,.0f}" for n, v in limits["matmul_tokens_per_sec"].items())
     console.print(
-        f"{limits['device']}: the model's matmuls alone allow these tokens/s, by number of rows: {bounds}. Memory is read "
-        f"at {limits['memory_gb_per_sec']:,.1f} GB/s; decoding reads {limits['weight_bytes'] / 1e9:.2f} GB of weights "
-        f"per step and {limits['entry_bytes']:,} bytes for each token that is attended to"
+        f"{limits['device']}: tokens/s with the model's matmuls alone, by number of rows: {bounds}. Memory is read at "
+        f"{limits['memory_gb_per_sec']:,.1f} GB/s; decoding reads {limits['weight_bytes'] / 1e9:.2f} GB of weights per "
+        f"step and {limits['entry_bytes']:,} bytes for each token that is attended to"
     )
 
 

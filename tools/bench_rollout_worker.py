@@ -1,8 +1,8 @@
-"""A worker process of `bench_rollout.py`: runs jobs with one engine.
+"""Worker process of `bench_rollout.py`, which runs jobs with one engine.
 
     python tools/bench_rollout_worker.py ENGINE MODEL_FOLDER DTYPE
 
-Imports only what its engine needs, because Tunix runs in an environment without trapo_jax.
+It imports only the dependencies of its engine, because Tunix runs in an environment without trapo_jax.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from bench_workers import Job, serve
 
 
 class Ours:
-    """The engine of trapo_jax; `run_rollouts(engine, job)` decides in which order it receives requests.
+    """The trapo_jax engine; `run_rollouts(engine, job)` determines the order of requests.
 
-    The time includes `update_weights`, which every training step calls.
+    The measured time includes `update_weights`, which every training step calls.
     """
 
     def __init__(self, folder: str, dtype: str, run_rollouts: Callable[[Any, Job], None]):
@@ -34,7 +34,7 @@ class Ours:
 
     def run(self, job: Job) -> dict[str, Any]:
         if job["name"] != self.job_name:
-            self.engine = None  # frees its memory before the next engine is built
+            self.engine = None  # frees its memory before the next engine is created
             self.job_name, self.engine = job["name"], scripted_engine(self.config, job)
         engine = self.engine
         before, compiled = engine.stats(), engine.num_compiled
@@ -54,7 +54,7 @@ class Ours:
 
 
 def scripted_engine(config, job: Job):
-    """Returns a `JaxEngine` that samples the number of tokens that the job prescribes for each rollout."""
+    """Returns a `JaxEngine` that samples the number of tokens that the job specifies for each rollout."""
     from trapo_jax.sampling.engine import EngineSpec
     from trapo_jax.sampling.jax_engine import JaxEngine
 
@@ -94,7 +94,7 @@ def make_problems(job: Job) -> list:
 
 
 def run_freely(engine, job: Job) -> None:
-    """Collects rollouts as training does: each problem advances independently."""
+    """Collects rollouts as in training, where each problem advances independently."""
     from concurrent.futures import Future
 
     from trapo_jax.rollouts.collection import collect_groups
@@ -121,7 +121,7 @@ def run_freely(engine, job: Job) -> None:
 
 
 def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
-    """Completes a micro-group of all problems before the next; the rollouts of a problem may share its prompt."""
+    """Completes a micro-group of all problems before the next one. The rollouts of a problem may share its prompt."""
     from trapo_jax.types import RolloutRequest, SamplingParams
 
     problems = make_problems(job)
@@ -129,7 +129,7 @@ def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
         requests = []
         for row in rows:
             problem = problems[row["problem"]]
-            if not shared_prompts:  # The prefix cache is indexed by the id of the problem.
+            if not shared_prompts:  # The prefix cache is keyed by the id of the problem.
                 problem = dataclasses.replace(problem, id=f"{problem.id}/{row['sample']}")
             requests.append(RolloutRequest(problem, row["sample"], 0, 0, row["prefix_len"]))
         engine.submit(requests, step=1, params=SamplingParams())
@@ -138,7 +138,7 @@ def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
 
 
 def batches(job: Job):
-    """Yields the batches of an engine that cannot refill rows: contexts, and the number of tokens to sample for each."""
+    """Yields batches for engines that cannot refill rows: contexts, and the number of tokens to sample for each."""
     for rows in job["rounds"]:
         for start in range(0, len(rows), job["slots"]):
             batch = rows[start : start + job["slots"]]
@@ -153,7 +153,7 @@ def batches(job: Job):
 
 
 class Transformers:
-    """`generate` with its KV cache; finished rows are padded until the longest row is finished."""
+    """`generate` of transformers with its KV cache; finished rows are padded until the longest row is finished."""
 
     def __init__(self, folder: str, dtype: str):
         import torch
@@ -163,7 +163,7 @@ class Transformers:
         self.torch = torch
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         self.model = self.model.eval().to(device)
-        self.model.generation_config.eos_token_id = None  # The job prescribes the lengths.
+        self.model.generation_config.eos_token_id = None  # The job specifies the lengths.
 
     def run(self, job: Job) -> dict[str, Any]:
         prefilled, decoded, started = 0, 0, time.perf_counter()
@@ -175,7 +175,7 @@ class Transformers:
         return {"seconds": seconds, "prefilled_tokens": prefilled, "decoded_tokens": decoded}
 
     def generate(self, contexts: list[list[int]], num_new: int) -> int:
-        """Samples tokens, and returns the number of new tokens per row."""
+        """Samples tokens and returns the number of new tokens per row."""
         longest = max(map(len, contexts))
         pad = lambda ids, fill: [fill] * (longest - len(ids)) + ids
         tensor = lambda rows: self.torch.tensor(rows, device=self.model.device)
@@ -196,8 +196,8 @@ class Transformers:
 class Tunix:
     """The sampler of Tunix.
 
-    It compiles for every length of a batch. Prompts are therefore padded to few lengths, and the token buffer always has
-    the length of the longest batch; decoding still ends where the current batch ends.
+    It recompiles for every batch length. Therefore, prompts are padded to a few lengths, and the token buffer always
+    has the length of the longest batch; decoding still ends when the current batch is finished.
     """
 
     def __init__(self, folder: str, dtype: str):
@@ -239,7 +239,7 @@ class Tunix:
 
 
 def tunix_model(folder: str, dtype: str) -> tuple[Any, Any]:
-    """Returns the Llama of Tunix with the weights of a Hugging Face folder, and its config."""
+    """Returns the Llama model of Tunix with the weights of a Hugging Face folder, and its config."""
     import jax.numpy as jnp
     from tunix.models.llama3 import model, params  # pyright: ignore[reportMissingImports]
 
@@ -257,13 +257,13 @@ def tunix_model(folder: str, dtype: str) -> tuple[Any, Any]:
         norm_eps=shape["rms_norm_eps"],
         weight_tying=shape["tie_word_embeddings"],
     )
-    # Its attention ignores rope_theta of the config (0.1.7).
+    # The attention of Tunix 0.1.7 ignores `rope_theta` of the config.
     model.apply_rope = functools.partial(model.apply_rope, rope_theta=config.rope_theta)
     return params.create_model_from_safe_tensors(folder, config, dtype=getattr(jnp, dtype)), config
 
 
 def fixed_buffer(sampler_class):
-    """Returns a subclass of the sampler with one length of token buffer for all batches."""
+    """Returns a subclass of the sampler whose token buffer has the same length for all batches."""
 
     class FixedBuffer(sampler_class):
         def init_sample_state(self, *args, total_sampling_steps: int, **kwargs):
@@ -275,7 +275,7 @@ def fixed_buffer(sampler_class):
 
 
 class TokenIds:
-    """A tokenizer whose texts are the token ids in decimal, for an API that expects text."""
+    """A tokenizer that represents token ids as decimal numbers, for an API that expects text."""
 
     NEVER = -1
 
@@ -286,7 +286,7 @@ class TokenIds:
         return " ".join(map(str, ids))
 
     def bos_id(self) -> int:
-        return 0  # interpreted as none, so that no token is prepended to a prompt
+        return 0  # interpreted as no BOS token, so that nothing is prepended to a prompt
 
     def eos_id(self) -> int:
         return self.NEVER

@@ -1,20 +1,21 @@
-"""Compares train steps on the same weights and rows: tokens per second and peak memory.
+"""Compares train steps with the same weights and rows: tokens per second and peak memory.
 
     python tools/bench_train.py --model models/smollm2_135m
     python tools/bench_train.py --model DIR --engines ours,torch,tunix --tunix-python VENV/bin/python --json FILE
 
-Engines: `ours`, the train step of `trapo_jax.train`, including its metrics; `torch`, a plain loop with the
-`transformers` model; `tunix`, the step of its trainer, in a separate environment. All make one AdamW step with clipped
-gradients on the mean cross-entropy of the responses, in micro-batches of the same number of rows. Each engine runs in a
-separate process. After one round that compiles, the engines take turns (A B A B ...); their first losses must agree.
+Engines: `ours` is the train step of `trapo_jax.train`, including its metrics; `torch` is a plain loop with the
+`transformers` model; `tunix` is the step of the Tunix trainer, in a separate environment. All of them perform one AdamW
+step with clipped gradients on the mean cross-entropy of the responses, in micro-batches of the same number of rows.
+Each engine runs in a separate process. After one round for compilation, the engines take turns (A B A B ...). Their
+first losses must agree.
 
-Workloads: `equal` has rows of equal length, so that there is nothing to pack. `ragged` has responses of log-normal
-length: `ours` packs them into rows, the others pad each micro-batch to its longest row. `torch` sorts the rows by length
-(`torch, unsorted` does not), and `ours, unpacked` pads all rows to the longest. `ours` keeps the results of matmuls for
-the backward pass (`model.remat=dots`).
+Workloads: `equal` has rows of equal length, so packing has no effect. `ragged` has responses of log-normal length:
+`ours` packs them into rows, and the others pad each micro-batch to its longest row. `torch` sorts the rows by length
+(`torch, unsorted` does not), and `ours, unpacked` pads all rows to the longest. `ours` saves the results of matmuls
+for the backward pass (`model.remat=dots`).
 
-With `--dtype bfloat16` the weights remain float32 and are cast for the matmuls; `torch` uses autocast. If the model
-folder has no weights, random weights are used.
+With `--dtype bfloat16`, the weights are stored in float32 and cast for the matmuls; `torch` uses autocast. If the
+model folder has no weights, random weights are used.
 """
 
 import argparse
@@ -42,7 +43,7 @@ ENGINES = {
     "tunix": "tunix",
 }
 WORKER = Path(__file__).with_name("bench_train_worker.py")
-LOSSES_AGREE = {"float32": 1e-3, "bfloat16": 1e-2}  # relative; the order of summation differs
+LOSS_TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # relative; the summation order differs
 
 
 def main() -> int:
@@ -56,7 +57,7 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
     config = read_config(folder, dtype=args.dtype)
     jobs = [equal_job(args, config.vocab_size), ragged_job(args, config.vocab_size)]
     report = []
-    for job in jobs:  # New processes, because the peak memory is measured per workload.
+    for job in jobs:  # Start new processes, because the peak memory is measured per workload.
         workers = start_workers(
             WORKER, args.engines, str(folder), args.dtype, tunix_python=args.tunix_python
         )
@@ -64,7 +65,7 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
         for worker in workers:
             worker.close()
         losses = {name: found[0]["loss"] for name, found in replies.items()}
-        check_losses(losses, job["name"], LOSSES_AGREE[args.dtype])
+        check_losses(losses, job["name"], LOSS_TOLERANCES[args.dtype])
         report += [summarize(job, name, found[1:]) for name, found in replies.items()]
     jax.config.update("jax_default_matmul_precision", "highest")  # as in the engines
     # The backward pass has twice the FLOPs of the forward pass.
@@ -89,7 +90,7 @@ def parse() -> argparse.Namespace:
         type=lambda text: text.split(","),
         help=f"any of {', '.join(ENGINES)} (default ours,torch)",
     )
-    parser.add_argument("--rows", type=int, default=2, help="rows of a micro-batch (default 2)")
+    parser.add_argument("--rows", type=int, default=2, help="rows per micro-batch (default 2)")
     parser.add_argument("--row-len", type=int, default=256, help="length of the rows (default 256)")
     parser.add_argument(
         "--num-rollouts", type=int, default=24, help="ragged: number of rollouts (default 24)"
@@ -97,15 +98,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         default="float32",
-        choices=tuple(LOSSES_AGREE),
+        choices=tuple(LOSS_TOLERANCES),
         help="dtype of activations and matmuls (default float32)",
     )
     args = parser.parse_args()
     if args.dtype != "float32" and "tunix" in args.engines:
-        parser.error("--engines: tunix is measured in float32 only")
+        parser.error("--engines: tunix can only be measured in float32")
     for name in args.engines:
         if name not in ENGINES:
-            parser.error(f"--engines: unknown engine {name!r}; give any of {', '.join(ENGINES)}")
+            parser.error(
+                f"--engines: unknown engine {name!r}; expected any of {', '.join(ENGINES)}"
+            )
     args.engines = [ENGINES[name] for name in args.engines]
     return args
 
@@ -121,7 +124,7 @@ def equal_job(args: argparse.Namespace, vocab_size: int) -> Job:
 
 
 def ragged_job(args: argparse.Namespace, vocab_size: int) -> Job:
-    """Returns a job with prompts and responses of lengths like those of rollouts; the longest response fills a row."""
+    """Returns a job with prompts and responses of typical lengths; the row with the longest response is full."""
     rng = np.random.default_rng(1)
     rows = []
     for _ in range(args.num_rollouts):
@@ -188,7 +191,7 @@ def print_table(console: Console, report: list[dict], bound: float) -> None:
         )
     console.print(table)
     console.print(
-        f"{jax.devices()[0].device_kind}: the matmuls of forward and backward pass alone allow {bound:,.0f} tokens/s"
+        f"{jax.devices()[0].device_kind}: {bound:,.0f} tokens/s with the matmuls of forward and backward pass alone"
     )
 
 

@@ -1,4 +1,4 @@
-"""A worker process of `bench_train.py`: runs jobs with one engine.
+"""Worker process of `bench_train.py`, which runs jobs with one engine.
 
 python tools/bench_train_worker.py ENGINE MODEL_FOLDER DTYPE
 """
@@ -69,7 +69,7 @@ class Ours:
 
 
 def train_rows(job: Job) -> list:
-    """Returns the rows of a job, each with a response that is an expert solution."""
+    """Returns the rows of a job, whose responses are expert solutions."""
     from trapo_jax.types import (
         Completion,
         Expert,
@@ -150,10 +150,11 @@ class Torch:
 
 
 class Tunix:
-    """The jitted step of the Tunix trainer, once per micro-batch; `optax.MultiSteps` updates after the last one.
+    """The jitted step of the Tunix trainer, called once per micro-batch; `optax.MultiSteps` updates after the last one.
 
-    The loss of Tunix is the mean over a micro-batch, which is not the mean over the batch. Here the sum of every
-    micro-batch is divided by the same number. Lengths are padded to few values, because the step compiles for each.
+    The loss of Tunix is the mean over a micro-batch, which differs from the mean over the batch. Here, the sum over
+    every micro-batch is divided by the same number. Lengths are padded to a few values, because the step is compiled
+    for each length.
     """
 
     def __init__(self, folder: str, dtype: str):

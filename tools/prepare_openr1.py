@@ -4,12 +4,12 @@
     python -m trapo_jax.train data.source=files data.train_files=data/openr1_46k_two_experts.parquet \\
         data.columns.preset=verl data.template=qwen_math rewards.functions=[math] ...
 
-Every solution is graded by the grader that training uses, in the part that is trained (`--expert-part`): the thought of
-TRAPO, or the whole text for LUFFY, ReLIFT and HPT. A problem keeps at most two correct solutions, that of the
-first set before those of the second; a problem without a correct solution is dropped. A report (`.json`) beside the
-parquet file, which has the layout of verl, counts what was dropped and why.
+The grader that training uses grades the part of every solution that is trained (`--expert-part`): the thought for
+TRAPO, or the whole text for LUFFY, ReLIFT and HPT. A problem keeps at most two correct solutions, those of the first
+dataset before those of the second. Problems without a correct solution are dropped. The output is a parquet file in
+verl's layout, with a report (`.json`) in the same folder that counts the dropped problems and solutions by reason.
 
-`--problems` and `--solutions` are hub ids (12 GB to download together) or local parquet, JSONL or Arrow files in
+`--problems` and `--solutions` are Hub ids (a download of 12 GB in total) or local parquet, JSONL or Arrow files in
 these layouts:
 
   problems   prompt (chat messages), target (chat messages), reward_model.ground_truth, data_source
@@ -38,7 +38,7 @@ PROBLEMS = "Elliott/Openr1-Math-46k-8192"
 SOLUTIONS = "open-r1/OpenR1-Math-220k:all"
 SOLUTIONS_SPLITS = ("default", "extended")
 MAX_EXPERTS = 2
-MAX_PENDING = 256  # solutions that are being graded at a time
+MAX_PENDING = 256  # maximum number of solutions that are graded concurrently
 PROGRESS_SECS = 10.0
 
 
@@ -50,7 +50,7 @@ class Entry:
     answer: str
     source: str
     candidates: list[str]  # solutions in order of preference
-    num_first: int  # number of candidates from the first set
+    num_first: int  # number of candidates from the first dataset
 
 
 def main() -> int:
@@ -69,7 +69,7 @@ def main() -> int:
         "--expert-part",
         choices=get_args(ExpertPart),
         default="thought",
-        help="the part of a solution that the method trains and that is graded; default thought",
+        help="the part of a solution that is trained and graded (default thought)",
     )
     parser.add_argument(
         "--timeout-secs", type=float, default=5.0, help="time limit for grading one solution"
@@ -104,13 +104,13 @@ def prepare(
     """Writes the dataset and its report, and returns the report.
 
     Raises:
-      UserError: if data are missing, damaged or in another layout, or if no problem remains.
+      UserError: if the data are missing, damaged or in another layout, or if no problem remains.
     """
     if out.suffix != ".parquet":
-        raise UserError(f"--out {out}: give a name that ends in .parquet")
+        raise UserError(f"--out {out}: the name must end in .parquet")
     for path in (out, report_path(out)):
         if path.exists():
-            raise UserError(f"{path}: exists already; give another --out")
+            raise UserError(f"{path}: already exists; choose another --out")
     counts: Counter[str] = Counter()
     entries = read_problems(problems, counts)
     add_solutions(entries, solutions, counts)
@@ -134,26 +134,26 @@ def prepare(
 
 
 def read_problems(data: str, counts: Counter[str]) -> dict[str, Entry]:
-    """Reads the first set; keys are questions without white space."""
+    """Reads the first dataset. The keys are the questions without whitespace."""
     entries: dict[str, Entry] = {}
     for row in read_rows([data]):
         counts["problems read"] += 1
         question = last_content(row, "prompt")
         answer = field(field_of(row, "reward_model"), "ground_truth", row)
-        own = last_content(row, "target") if row.values.get("target") else ""
+        solution = last_content(row, "target") if row.values.get("target") else ""
         if not question or not isinstance(answer, str) or not answer.strip():
             counts["problems dropped: empty question or answer"] += 1
         elif key(question) in entries:
             counts["problems dropped: duplicate question"] += 1
         else:
             source = row.values.get("data_source") or "openr1"
-            candidates = [own] if own else []
+            candidates = [solution] if solution else []
             entries[key(question)] = Entry(question, answer, source, candidates, len(candidates))
     return entries
 
 
 def add_solutions(entries: dict[str, Entry], data: str, counts: Counter[str]) -> None:
-    """Adds the complete solutions of the second set to the problems of the first, in the order of the second set."""
+    """Adds the complete solutions of the second dataset to the problems of the first, in the second dataset's order."""
     matched: set[str] = set()
     for row in second_set(data):
         question = field_of(row, "problem")
@@ -174,7 +174,7 @@ def add_solutions(entries: dict[str, Entry], data: str, counts: Counter[str]) ->
 
 
 def second_set(data: str) -> Iterator[Row]:
-    """Yields the rows of the second set."""
+    """Yields the rows of the second dataset."""
     if data != SOLUTIONS:
         yield from read_rows([data])
         return
@@ -183,7 +183,7 @@ def second_set(data: str) -> Iterator[Row]:
 
 
 def grade(grader: Grader, entries: Iterable[Entry], expert_part: ExpertPart) -> dict[str, Verdict]:
-    """Grades the candidates of each problem in order, until it has two correct ones."""
+    """Grades the candidates of each problem in order, until two of them are correct."""
     verdicts: dict[str, Verdict] = {}
     remaining = list(entries)
     total, started, last_report = len(remaining), time.monotonic(), time.monotonic()
@@ -218,7 +218,7 @@ def grade(grader: Grader, entries: Iterable[Entry], expert_part: ExpertPart) -> 
 def finished_rows(
     entries: Iterable[Entry], verdicts: dict[str, Verdict], counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yields rows in the layout of verl for problems with a correct solution, and counts the others."""
+    """Yields rows in verl's layout for problems with a correct solution, and counts the other problems."""
     for index, entry in enumerate(entries):
         correct = []
         for i, text in enumerate(entry.candidates):
@@ -263,7 +263,7 @@ def report_path(out: Path) -> Path:
 
 
 def key(question: str) -> str:
-    """Returns the question without white space."""
+    """Returns the question without whitespace."""
     return "".join(question.split())
 
 
@@ -274,7 +274,7 @@ def field_of(row: Row, name: str) -> Any:
 def field(values: Any, name: str, row: Row) -> Any:
     if not isinstance(values, dict) or name not in values:
         raise UserError(
-            f"{row.file}, row {row.number}: no field {name!r}; --help shows the layouts"
+            f"{row.file}, row {row.number}: no field {name!r}; --help describes the layouts"
         )
     return values[name]
 

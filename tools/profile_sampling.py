@@ -1,11 +1,12 @@
-"""Profiles the rollout engine: time by program, time of decoding by operation, and the bounds of the machine.
+"""Profiles the rollout engine: time by program, decoding time by operation, and the limits of the machine.
 
     python tools/profile_sampling.py --model models/smollm2_135m --rows 16
-    python tools/profile_sampling.py --model DIR --dtype bfloat16 --rows 64 --prompt-len 128 --new-len 256 --segment-len 32
+    python tools/profile_sampling.py --model DIR --dtype bfloat16 --rows 64 --prompt-len 128 --new-len 256 \\
+        --segment-len 32
 
-The engine samples one row per slot, once to warm up and once to measure. Each program is waited for, so that its time
-does not include others. The time of an operation is the sum over the threads that ran it. If the model folder has no
-weights (`configs/architectures/...`), random weights are used.
+The engine samples one row per slot, once to warm up and once to measure. Each program is awaited, so that its time
+does not include that of others. The time of an operation is the sum over the threads that executed it. If the model
+folder has no weights (`configs/architectures/...`), random weights are used.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def parse() -> argparse.Namespace:
         description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="Hugging Face folder")
-    parser.add_argument("--rows", type=int, default=16, help="rows at a time (default 16)")
+    parser.add_argument("--rows", type=int, default=16, help="concurrent rows (default 16)")
     parser.add_argument(
         "--operations",
         type=int,
@@ -77,7 +78,7 @@ def profile(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
     def timed(name: str, program: Any) -> Callable:
         @functools.wraps(program)
         def run(*arguments, **options):
-            # Keep the shapes: donated arrays are deleted.
+            # Keep only the shapes, because donated arrays are deleted.
             last_call[name] = jax.tree.map(jax.typeof, arguments), options
             started = time.perf_counter()
             result = jax.block_until_ready(program(*arguments, **options))
@@ -108,9 +109,9 @@ def profile(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
     matmuls = job["slots"] / matmul_tokens_per_sec(config, job["slots"]) * 1e3
     step = sum(secs_of["decode_segment"]) / num_steps * 1e3
     console.print(
-        f"{jax.devices()[0].device_kind}: a decode step of {job['slots']} rows takes {step:.2f} ms; reading weights, keys and "
-        f"values takes {bound:.2f} ms ({bound / step:.0%}) at {limits['memory_gb_per_sec']:,.0f} GB/s, the matmuls alone "
-        f"{matmuls:.2f} ms ({matmuls / step:.0%})"
+        f"{jax.devices()[0].device_kind}: a decode step of {job['slots']} rows takes {step:.2f} ms; reading weights, "
+        f"keys and values takes {bound:.2f} ms ({bound / step:.0%}) at {limits['memory_gb_per_sec']:,.0f} GB/s, and "
+        f"the matmuls alone take {matmuls:.2f} ms ({matmuls / step:.0%})"
     )
     if args.operations:
         replica._programs = programs
@@ -132,7 +133,7 @@ def print_programs(console: Console, secs_of: dict[str, list[float]], seconds: f
 
 
 def operation_meanings(program: Any, arguments: Any, options: dict) -> dict[str, str]:
-    """Returns the result and the origin of each operation of a compiled program, by name."""
+    """Returns the result type and the origin of each operation of a compiled program, by name."""
     text = program.lower(*arguments, **options).compile().as_text()
     found = re.findall(r'%(\S+) = (\S+) .*?op_name="([^"]*)"', text)
     return {
@@ -147,7 +148,7 @@ def print_operations(
     total: dict[str, float] = collections.defaultdict(float)
     calls = collections.Counter[str]()
     for name, nanoseconds in operations(folder):
-        is_loop = name.startswith("while")  # Its time is that of the operations in its body.
+        is_loop = name.startswith("while")  # The operations in its body are counted separately.
         if name in meanings and not is_loop:
             total[name] += nanoseconds
             calls[name] += 1
@@ -167,7 +168,7 @@ def print_operations(
 
 
 def operations(folder: Path) -> Iterator[tuple[str, float]]:
-    """Yields the name and the nanoseconds of each executed operation of the decode program."""
+    """Yields the name and the duration in nanoseconds of each executed operation of the decode program."""
     for file in folder.rglob("*.xplane.pb"):
         for plane in ProfileData.from_file(str(file)).planes:
             for line in plane.lines:
@@ -177,7 +178,7 @@ def operations(folder: Path) -> Iterator[tuple[str, float]]:
 
 
 def normalize_name(name: str) -> str:
-    """Returns a name with the same separators in HLO and in the profile."""
+    """Normalizes the separators in a name, which differ between HLO and the profile."""
     return re.sub(r"[.-]", "_", name)
 
 

@@ -2,8 +2,8 @@
 
     python tools/simulate_intervals.py
 
-The success rates of problems follow a beta distribution, whose mean is the true accuracy. Each line shows one
-distribution and number of problems, and the coverage for 1 to 32 samples per problem.
+The success rates of problems follow a beta distribution, whose mean is the true accuracy. Each line shows a
+distribution, a number of problems, and the coverage for 1 to 32 samples per problem.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ REPEATS = 5_000
 
 
 def coverage(a: float, b: float, *, num_problems: int, num_samples: int, repeats: int) -> float:
-    """Returns the share of simulated evaluations whose interval contains the accuracy a / (a + b)."""
+    """Returns the fraction of simulated evaluations whose interval contains the accuracy a / (a + b)."""
     rng = np.random.default_rng(0)
     rates = rng.beta(a, b, size=(repeats, num_problems))
     results = rng.binomial(num_samples, rates) / num_samples

@@ -1,4 +1,4 @@
-"""Imports an object that the user names by its import path, `package.module:name`."""
+"""Importing objects by an import path from the user, `package.module:name`."""
 
 import importlib
 import os
@@ -16,22 +16,22 @@ IMPORT_PATH = re.compile(rf"({IDENTIFIER}(?:\.{IDENTIFIER})*):({IDENTIFIER})")
 
 
 def import_object(path: str, field: str) -> Any:
-    """Imports the object that `path` names.
+    """Imports the object at an import path.
 
-    Modules in the working directory can be imported, too, whether a command was started as
-    `python -m trapo_jax.train` or through its console script. Importing runs the module's code: never pass a
-    path that was read from a model folder or a dataset.
+    Modules in the working directory can also be imported, whether a command was started as
+    `python -m trapo_jax.train` or through its console script. Importing a module runs its code, so never pass a path
+    that was read from a model folder or a dataset.
 
     Args:
       path: `package.module:name`.
-      field: the config field or option that holds the path, such as `sampling.engine`; errors name it.
+      field: the config field or option that contains the path, such as `sampling.engine`; error messages name it.
 
     Returns:
       The attribute `name` of the module `package.module`.
 
     Raises:
-      UserError: in one line, if `path` has another form, the module cannot be found or raises while it is
-        imported, or it has no such attribute.
+      UserError: if `path` does not have this form, the module cannot be found or raises an exception while it is
+        imported, or it has no such attribute. The message is one line.
 
     >>> import_object("math:hypot", "sampling.engine")(3, 4)
     5.0
@@ -50,7 +50,7 @@ def import_object(path: str, field: str) -> Any:
 
 
 def search_beside(file: Path | None) -> None:
-    """Lets `import_object` find modules in the folder of a config file, after all others."""
+    """Adds the folder of a config file to the end of the import path, for `import_object`."""
     if file is not None and (folder := str(file.parent.resolve())) not in sys.path:
         sys.path.append(folder)
 
@@ -58,7 +58,7 @@ def search_beside(file: Path | None) -> None:
 def _import_module(name: str, setting: str) -> ModuleType:
     working_directory = os.getcwd()
     if not {"", working_directory} & set(sys.path):
-        sys.path.append(working_directory)  # last, so that no file there hides an installed package
+        sys.path.append(working_directory)  # last: must not shadow installed packages
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
@@ -71,12 +71,12 @@ def _import_module(name: str, setting: str) -> ModuleType:
 
 
 def _is_or_contains(package: str | None, module: str) -> bool:
-    """Whether `package` is the module or one of its parent packages."""
+    """Returns whether `package` is the module or one of its parent packages."""
     return package is not None and f"{module}.".startswith(f"{package}.")
 
 
 def _describe(error: BaseException) -> str:
-    """The exception in one line, with the line of code that raised it."""
+    """Describes an exception on one line, with the location that raised it."""
     message = " ".join(str(error).split())
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {message} ({frame.filename}, line {frame.lineno})"

@@ -1,4 +1,4 @@
-"""What a process is given that works on text or templates from outside: no secrets, and only so much memory."""
+"""Restrictions of subprocesses that handle untrusted text or templates: no secrets, and limited memory."""
 
 import contextlib
 import os
@@ -6,16 +6,18 @@ import resource
 import sys
 from collections.abc import Iterable
 
-# Reaches such a process; nothing else of the environment does.
+# The only environment variables that are passed on to restricted processes.
 ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 
 def child_environment(extra: Iterable[str] = ()) -> dict[str, str]:
-    """Returns the environment of a restricted process: the allowed variables, the import path, one thread per process,
-    and a fixed hash seed, on which the order of terms in sympy depends.
+    """Returns the environment of a restricted process.
+
+    It contains the allowed variables and the import path, limits OpenBLAS and OpenMP to one thread, and fixes the hash
+    seed, on which the order of terms in SymPy depends.
 
     Args:
-      extra: names of further variables that may reach the process.
+      extra: names of further variables to pass on.
     """
     allowed = {name: os.environ[name] for name in (*ENVIRONMENT, *extra) if name in os.environ}
     return {
@@ -28,7 +30,7 @@ def child_environment(extra: Iterable[str] = ()) -> dict[str, str]:
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Limits this process's address space, where the platform can (macOS cannot), and its core dumps to none."""
+    """Limits this process's address space, if the platform supports it (macOS does not), and disables core dumps."""
     for limit, value in ((resource.RLIMIT_AS, num_bytes), (resource.RLIMIT_CORE, 0)):
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(limit, (value, value))

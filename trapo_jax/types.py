@@ -1,6 +1,6 @@
-"""The words the rooms share: what a problem, a request, a rollout and a training batch are.
+"""Data types shared by all packages: problems, rollout requests, rollouts, and training batches.
 
-Nothing here computes. Every stage imports this module and no other stage.
+Every package may import this module, which imports none of them.
 """
 
 import dataclasses
@@ -8,31 +8,31 @@ import enum
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-BATCH_AXES = ("data", "fsdp")  # of the mesh: along which rows of a batch are split
-TENSOR_AXIS = "tp"  # along which heads, MLP and vocabulary are
+BATCH_AXES = ("data", "fsdp")  # mesh axes over which the rows of a batch are sharded
+TENSOR_AXIS = "tp"  # mesh axis over which heads, MLPs and the vocabulary are sharded
 
 
-# Where an expert prefix may end: at the exact token, or at the end of a paragraph.
+# Where an expert prefix may end: at any token, or at the end of a paragraph.
 PrefixBoundary = Literal["exact", "paragraph"]
-# Which part of an expert's text is trained: the inside of `<think>...</think>` where there is one, or all of it.
+# Which part of an expert solution is trained: the text inside `<think>...</think>` if present, or the whole solution.
 ExpertPart = Literal["thought", "whole"]
 
 
 class UserError(Exception):
-    """An error that the user can fix. Commands print it as one line without a traceback and exit with code 2."""
+    """An error that the user can fix. Commands print it on one line, without a traceback, and exit with code 2."""
 
 
 class TrainingFailed(Exception):
-    """Training cannot continue; what has been committed stays. Commands exit with code 1."""
+    """Training cannot continue. Committed checkpoints are kept. Commands exit with code 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Expert:
-    """One expert solution of a problem, as the policy's tokens.
+    """One expert solution of a problem, tokenized for the policy.
 
     Attributes:
       token_ids: the solution with EOS appended.
-      paragraph_ends: prefix lengths, ascending, whose last token contains or completes a blank line.
+      paragraph_ends: ascending lengths of the prefixes whose last token contains or completes a blank line.
     """
 
     token_ids: tuple[int, ...]
@@ -44,13 +44,13 @@ class Problem:
     """One training or evaluation problem.
 
     Attributes:
-      id: 16 hexadecimal digits from the content; equal content, equal id.
-      prompt_ids: the prompt after the chat template.
-      answer: what the grader compares with.
+      id: 16 hexadecimal digits derived from the content; problems with equal content have equal ids.
+      prompt_ids: the prompt after the chat template has been applied.
+      answer: the reference answer for the grader.
       experts: zero or more expert solutions, in order of preference.
-      prompt_text: for people.
-      source: the name under which results are grouped (data source, difficulty).
-      columns: further columns of the row, for reward functions; JSON-serializable.
+      prompt_text: the prompt as readable text.
+      source: the name by which results are grouped, such as a data source or a difficulty.
+      columns: other columns of the dataset row, for reward functions; JSON-serializable.
     """
 
     id: str
@@ -63,14 +63,14 @@ class Problem:
 
     @property
     def key(self) -> int:
-        """The id's first 32 bits, for random keys."""
+        """The first 32 bits of the id, for deriving random keys."""
         return int(self.id[:8], 16)
 
 
 @dataclasses.dataclass(frozen=True)
 class MicroGroup:
     """`size` rollouts that start from the expert prefix of ratio `ratio` if the mean reward of all
-    earlier rollouts of the problem is below `threshold`, and unguided otherwise."""
+    earlier rollouts of the problem is below `threshold`, and are unguided otherwise."""
 
     size: int
     ratio: float
@@ -79,15 +79,15 @@ class MicroGroup:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutRequest:
-    """One rollout to be sampled.
+    """A request to sample one rollout.
 
     Attributes:
-      problem: what it is about.
-      sample_index: 0 .. G-1 within the group.
+      problem: the problem to solve.
+      sample_index: index within the group, in [0, G - 1].
       micro_group: index of its micro-group.
-      expert_index: which of the problem's experts guides it; -1 if unguided.
-      prefix_len: tokens of that expert the rollout starts from; 0 if unguided.
-      ratio: the guidance ratio the prefix was cut at; 0.0 if unguided.
+      expert_index: index of the expert solution that guides it; -1 if unguided.
+      prefix_len: number of tokens of the expert prefix that it starts from; 0 if unguided.
+      ratio: the guidance ratio that determined the prefix; 0.0 if unguided.
     """
 
     problem: Problem
@@ -99,7 +99,7 @@ class RolloutRequest:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Identifies the rollout among those of a step: problem id and sample index."""
+        """Problem id and sample index, which identify the rollout within a step."""
         return self.problem.id, self.sample_index
 
     @property
@@ -110,25 +110,26 @@ class RolloutRequest:
 
     @property
     def start_len(self) -> int:
-        """Tokens before the first sampled one: prompt and prefix."""
+        """Number of tokens before the first sampled token: those of the prompt and the prefix."""
         return len(self.problem.prompt_ids) + self.prefix_len
 
 
 class FinishReason(enum.StrEnum):
     STOP = "stop"  # the model sampled EOS
     LENGTH = "length"  # prefix + completion reached max_completion_length
-    NOT_SAMPLED = "not_sampled"  # the whole expert solution is the row
-    UNFINISHED = "unfinished"  # taken back from the engine; `resume` goes on with it
+    NOT_SAMPLED = "not_sampled"  # the response is the whole expert solution
+    UNFINISHED = "unfinished"  # released by the engine; `resume` continues it
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn.
+    """How tokens are sampled.
 
     Attributes:
-      temperature: >= 0; 0 is greedy.
-      top_p: in (0, 1]; only the most likely tokens whose probabilities reach it. For evaluation.
-      top_k: >= 0; only so many of the most likely tokens, 0 for all. For evaluation.
+      temperature: sampling temperature, >= 0; 0 decodes greedily.
+      top_p: in (0, 1]; samples only from the most likely tokens whose total probability reaches `top_p`. For
+        evaluation.
+      top_k: >= 0; samples only from the `top_k` most likely tokens, or from all tokens if 0. For evaluation.
     """
 
     temperature: float = 1.0
@@ -138,8 +139,8 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What the engine returns for a request: the sampled tokens, EOS included, and the
-    log-probability of each under the temperature-scaled distribution it was drawn from."""
+    """The engine's result for a request: the sampled tokens, including EOS, and the log-probability
+    of each token under the temperature-scaled distribution it was sampled from."""
 
     request: RolloutRequest
     token_ids: tuple[int, ...]
@@ -152,7 +153,7 @@ class Completion:
 
 
 class Verdict(enum.StrEnum):
-    """What a reward function may return instead of a number. ERROR and TIMEOUT are missing rewards."""
+    """The verdicts that a reward function may return instead of a number. ERROR and TIMEOUT mean a missing reward."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -161,11 +162,11 @@ class Verdict(enum.StrEnum):
 
 
 class Judgment(NamedTuple):
-    """What one reward function says about a response.
+    """The judgment of one reward function on a response.
 
     Attributes:
-      reward: in [0, 1]; None if it is missing, because the function failed or exceeded its time limit.
-      answer: the answer that the function read from the response, if it reads one.
+      reward: the reward in [0, 1]; None if it is missing because the function failed or exceeded its time limit.
+      answer: the answer that the function extracted from the response, if it extracts one.
       reason: why the reward is missing: "timeout", or the name of an exception.
     """
 
@@ -175,7 +176,7 @@ class Judgment(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        """The judgment as a verdict; only the full reward is CORRECT."""
+        """The judgment as a verdict. Only a reward of 1 is CORRECT."""
         if self.reward is not None:
             return Verdict.CORRECT if self.reward == 1.0 else Verdict.WRONG
         return Verdict.TIMEOUT if self.reason == Verdict.TIMEOUT else Verdict.ERROR
@@ -183,11 +184,12 @@ class Judgment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """The judgments of all reward functions on a response and the reward that follows from them.
+    """The judgments of all reward functions on a response, and the combined reward.
 
     Attributes:
-      reward: the reward in [0, 1]; None if it is missing, so that the rollout enters no mean and no gradient.
-      judgments: by name of the reward function. The first one decides whether the response is correct.
+      reward: the reward in [0, 1]; None if it is missing, in which case the rollout is excluded from all means and
+        gradients.
+      judgments: judgments by name of the reward function. The first one decides whether the response is correct.
     """
 
     reward: float | None
@@ -195,23 +197,23 @@ class Grade:
 
     @property
     def is_correct(self) -> bool:
-        """Whether the first reward function gives the full reward."""
+        """Whether the reward of the first reward function is 1."""
         first = next(iter(self.judgments.values()), None)  # None if the problem has no answer
         return first is not None and first.reward == 1.0
 
     @property
     def answer(self) -> str | None:
-        """The answer that was read from the response by the first function that reads one."""
+        """The answer from the first reward function that extracts one from the response."""
         answers = (judgment.answer for judgment in self.judgments.values())
         return next((answer for answer in answers if answer is not None), None)
 
     @property
     def missing(self) -> dict[str, str]:
-        """Why rewards are missing, by name of the reward function."""
+        """The reasons for missing rewards, by name of the reward function."""
         return {name: j.reason for name, j in self.judgments.items() if j.reward is None}
 
     def as_record(self) -> dict[str, Any]:
-        """Returns the fields that records of samples have in common: `answer` (what was read from the response),
+        """Returns the fields that all sample records have in common: `answer` (extracted from the response),
         `is_correct`, `reward`, `rewards` (by reward function), and `missing` (why a reward is null)."""
         return {
             "answer": self.answer,
@@ -238,7 +240,7 @@ class Rollout:
         """The reward in [0, 1].
 
         Raises:
-          ValueError: if it is missing; such rollouts are removed before anything is computed from rewards.
+          ValueError: if the reward is missing. Rollouts without a reward are removed before rewards are used.
         """
         if self.grade.reward is None:
             raise ValueError(f"the reward of rollout {self.request.key} is missing")
@@ -246,12 +248,12 @@ class Rollout:
 
 
 class Moment(NamedTuple):
-    """When a step happens.
+    """The position of a step within a run.
 
     Attributes:
-      step: 1 at the first.
-      progress: share of the run that was over before the step, in [0, 1).
-      seed: of the run.
+      step: number of the step, starting at 1.
+      progress: fraction of the run that was completed before the step, in [0, 1).
+      seed: seed of the run.
     """
 
     step: int
@@ -260,13 +262,14 @@ class Moment(NamedTuple):
 
 
 class TrainRow(NamedTuple):
-    """A rollout, or an expert solution alone, as it is trained.
+    """A rollout or an expert solution to train on.
 
     Attributes:
       completion: prompt, expert prefix and sampled tokens, if any.
       advantage: advantage of the trained tokens.
-      trains_expert: whether the expert prefix is trained; otherwise it is context.
-      rollout: key of the rollout of the current step that the row trains; None for an expert solution alone.
+      trains_expert: whether the expert prefix is trained; otherwise it is only context.
+      rollout: key of the rollout of the current step that the row trains on; None for an expert solution without a
+        rollout.
     """
 
     completion: Completion
@@ -276,12 +279,12 @@ class TrainRow(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens of prompt, prefix and completion."""
+        """Number of tokens of prompt, prefix and completion."""
         return self.completion.request.start_len + self.num_completion
 
     @property
     def num_completion(self) -> int:
-        """Sampled tokens."""
+        """Number of sampled tokens."""
         return len(self.completion.token_ids)
 
     @property
@@ -290,21 +293,21 @@ class TrainRow(NamedTuple):
 
     @property
     def num_trained(self) -> int:
-        """Tokens with a loss."""
+        """Number of tokens with a loss."""
         return self.num_completion + self.num_expert_trained
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What has been spent, counted exactly; the sum over a run's steps is part of its checkpoints.
+    """Exact counts of the resources used. Checkpoints contain their sums over all steps of the run.
 
     Attributes:
-      tokens_trained: completion and expert tokens with a loss, once per optimizer step on them.
-      tokens_expert_trained: the expert tokens among them.
-      tokens_prompt: prompt tokens of the rows that were trained, once per optimizer step on them.
-      tokens_sampled: tokens sampled by the policy, trained or not.
+      tokens_trained: number of completion and expert tokens with a loss, counted once per optimizer step.
+      tokens_expert_trained: number of expert tokens among them.
+      tokens_prompt: number of prompt tokens in trained rows, counted once per optimizer step.
+      tokens_sampled: number of tokens sampled by the policy, trained or not.
       problems_seen: number of problems whose rollouts were sampled.
-      flops: FLOPs of sampling and training, counted by formula (`models.flops`).
+      flops: FLOPs of sampling and training, computed analytically (`models.flops`).
       seconds: time spent on sampling, grading and training.
     """
 
@@ -322,44 +325,47 @@ class Usage:
 
 
 class TokenKind(enum.IntEnum):
-    """What a token of a training row is; every mask derives from it."""
+    """The role of a token in a training row. All masks are derived from it."""
 
     PAD = 0
     PROMPT = 1
-    EXPERT = 2  # expert prefix, context only: another row of the group trains it
+    EXPERT = 2  # expert prefix that is only context; another row of the group trains it
     EXPERT_TRAINED = 3
     COMPLETION = 4
 
 
 class TrainBatch(NamedTuple):
-    """One optimiser batch. Arrays are `[M, B, T]`: micro-batches, rows, tokens; global sizes.
+    """One optimizer batch. Arrays have the global shape `[M, B, T]`: micro-batches, rows, tokens.
 
-    A row holds one or several rollouts one after the other, each a segment. `kinds[..., t]`,
-    `advantages[..., t]` and `sampler_logprobs[..., t]` belong to the token `token_ids[..., t]`,
-    which the position t - 1 of the same segment predicts. M is as large as it can ever be, so that
-    shapes stay the same; the micro-batches from `num_micro_batches` on are all pad.
+    A row contains one or more rollouts, packed as consecutive segments. `kinds[..., t]`,
+    `advantages[..., t]` and `sampler_logprobs[..., t]` describe the token `token_ids[..., t]`,
+    which is predicted at position t - 1 of the same segment. M is the maximum number of
+    micro-batches, so that shapes never change; micro-batches from index `num_micro_batches` on
+    contain only padding.
     """
 
     token_ids: Any  # int32
-    positions: Any  # int32, 0 at a segment's first token
-    segment_ids: Any  # int32, 0 in the pad, else 1 + the rollout's number in the batch
+    positions: Any  # int32, 0 at the first token of a segment
+    segment_ids: Any  # int32, 0 for padding, otherwise 1 + index of the rollout in the batch
     kinds: Any  # int8, TokenKind
-    advantages: Any  # float32, the rollout's advantage on what is trained of it, else 0
-    sampler_logprobs: Any  # float32, on the completion, else 0
-    num_rollouts: Any  # float32 [], rollouts in the whole batch
-    num_micro_batches: Any  # int32 [], micro-batches that hold any
-    # float32 on what is trained, else 0; None where no loss asks for them
-    old_logprobs: Any = None  # under the policy before the batch's first update; None: of this one
-    ref_logprobs: Any = None  # under the model the run began with
+    advantages: Any  # float32, advantage of the rollout at trained tokens, otherwise 0
+    sampler_logprobs: Any  # float32 at tokens of the completion, otherwise 0
+    num_rollouts: Any  # float32 [], number of rollouts in the whole batch
+    num_micro_batches: Any  # int32 [], number of micro-batches that are not empty
+    # float32 at trained tokens, otherwise 0; None if no loss needs them
+    old_logprobs: Any = (
+        None  # under the policy before the batch's first update; None for that update
+    )
+    ref_logprobs: Any = None  # under the initial model of the run
 
 
 class UpdateTrace(NamedTuple):
-    """What one update computed at every trained token.
+    """Per-token values of one update, for all trained tokens.
 
     Attributes:
       rows: the rows of the update.
-      batch: the batch on the host, in which `rows[i]` is segment 1 + i.
-      trace: device arrays float32 `[M, B, T]`, aligned with the batch: log-probabilities and |d objective / d logprob|.
+      batch: the batch on the host; `rows[i]` is segment 1 + i.
+      trace: float32 device arrays `[M, B, T]`, aligned with the batch: log-probabilities and |d objective / d logprob|.
     """
 
     rows: Any

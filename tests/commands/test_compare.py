@@ -69,7 +69,7 @@ def test_a_broken_train_step_ends_the_comparison(tmp_path, monkeypatch):
     [
         (["--methods", "trapo,grppo"], "method.name='grppo'"),
         (["--methods", "trapo", "train.learning_rat=1"], "did you mean train.learning_rate?"),
-        (["--methods", "trapo", "--sweep", "learning_rate"], "--sweep learning_rate: not"),
+        (["--methods", "trapo", "--sweep", "learning_rate"], "--sweep learning_rate: expected"),
         (["--methods", "trapo", "seed=1"], "seed: set by the comparison"),
     ],
 )

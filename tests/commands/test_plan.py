@@ -87,7 +87,7 @@ def test_a_tpu_topology(small_model):
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2xa", "v5p:", "gpu:8"])
 def test_an_unknown_topology_is_refused(name):
-    with pytest.raises(UserError, match=f"--topology {name}: give v5e, v5p, v6e or cpu"):
+    with pytest.raises(UserError, match=f"--topology {name}: expected v5e, v5p, v6e or cpu"):
         find_topology(name)
 
 

@@ -99,9 +99,9 @@ def test_a_variant_is_a_method_with_settings_under_another_name():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("method.name=trapo", "not NAME: method.name=METHOD"),
-        ("late: alpha=0.5", "not NAME: method.name=METHOD"),
-        ("la te: method.name=trapo", "not NAME: method.name=METHOD"),
+        ("method.name=trapo", "expected NAME: method.name=METHOD"),
+        ("late: alpha=0.5", "expected NAME: method.name=METHOD"),
+        ("la te: method.name=trapo", "expected NAME: method.name=METHOD"),
         ("late: method.name=trapo seed=1", "seed: set by the comparison (--seeds)"),
         ("late: method.name=trapo data.seed=1", "data.seed: must be the same for all runs"),
         ("late: method.name=trapo model.path=x", "model.path: must be the same for all runs"),

@@ -1,4 +1,4 @@
-"""Two processes on this machine train as one does; if one hangs, the other ends with a message."""
+"""Training with two processes on one machine equals training with one. If one hangs, the other exits with an error."""
 
 import os
 import re
@@ -54,7 +54,7 @@ def wait_for(processes, path, text=""):
         time.sleep(0.05)
 
 
-def test_two_processes_train_as_one_and_one_can_go_on(finished_run, tmp_path):
+def test_two_processes_train_like_one_and_one_can_continue(finished_run, tmp_path):
     """Two processes run the default job until one is terminated, then until one hangs; one process finishes it."""
     folder = tmp_path / "run"
     processes = start_two(folder)
@@ -85,12 +85,12 @@ def test_two_processes_train_as_one_and_one_can_go_on(finished_run, tmp_path):
     assert (folder / "hf" / "model.safetensors").is_file()
 
 
-def test_half_a_description_of_the_job_is_refused():
+def test_an_incomplete_description_of_the_job_is_refused():
     with pytest.raises(UserError, match="PROCESS_ID set, but not JAX_COORDINATOR_ADDRESS;"):
         join_processes({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"})
 
 
-def test_no_device_is_one_line():
+def test_a_missing_device_is_a_one_line_error():
     script = "from trapo_jax.train import main; import sys; sys.exit(main())"
     result = subprocess.run(
         [sys.executable, "-c", script],
@@ -112,4 +112,4 @@ def test_one_process_opens_no_port():
         {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
         {"TPU_WORKER_HOSTNAMES": "localhost"},
     ):
-        join_processes(environment)  # would look for a coordinator, and wait
+        join_processes(environment)  # otherwise, this would wait for a coordinator

@@ -1,4 +1,4 @@
-"""Scores from verdicts, by hand."""
+"""Scores of samples, compared with hand-computed values."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def group(problem_id, *verdicts, answers=None, source="s"):
     ]
 
 
-def test_scores_by_hand():
+def test_scores_equal_hand_computed_values():
     samples = [
         *group("a", RIGHT, RIGHT, WRONG, ERROR, answers=["1", "1", "2", None]),
         *group("b", WRONG, WRONG, RIGHT, TIMEOUT, answers=["3", "3", "4", None]),
@@ -37,33 +37,33 @@ def test_scores_by_hand():
     assert scores.completion_len_mean == 11
 
 
-def test_a_tie_of_the_majority_counts_by_share():
+def test_a_tie_counts_as_the_fraction_of_correct_answers():
     samples = group("a", RIGHT, WRONG, WRONG, RIGHT, answers=["1", "2", "2", "1"])
     assert score_samples(samples).majority == 0.5
 
 
-def test_an_answer_is_right_whichever_sample_was_judged():
+def test_an_answer_is_correct_if_any_sample_with_it_is():
     verdicts, answers = [RIGHT, RIGHT, TIMEOUT, WRONG], ["7", "7", "7", "8"]
     assert score_samples(group("a", *verdicts, answers=answers)).majority == 1
     assert score_samples(group("a", *verdicts[::-1], answers=answers[::-1])).majority == 1
 
 
-def test_no_answer_is_no_majority():
+def test_without_answers_the_majority_is_wrong():
     assert score_samples(group("a", WRONG, WRONG)).majority == 0
 
 
-def test_sources_are_scored_apart():
+def test_sources_are_scored_separately():
     samples = [*group("a", RIGHT, source="x"), *group("b", WRONG, source="y")]
     scores = scores_by_source(samples)
     assert {name: s.accuracy for name, s in scores.items()} == {"x": 1.0, "y": 0.0}
 
 
-def test_uneven_groups_are_refused():
+def test_different_numbers_of_samples_are_refused():
     with pytest.raises(ValueError, match=r"problems with \[1, 2\] samples each"):
         score_samples([*group("a", RIGHT), *group("b", RIGHT, WRONG)])
 
 
-def test_shared_noise_is_told_from_luck():
+def test_shared_noise_is_distinguished_from_coincidence():
     short = ((1, 2), -1.0)
     long = (tuple(range(30)), -45.0)
     other = (tuple(range(30)), -45.0)
@@ -71,7 +71,7 @@ def test_shared_noise_is_told_from_luck():
     assert shares_noise([short, long, other])
 
 
-def test_results_of_each_problem_in_one_order():
+def test_columns_are_in_the_order_of_problem_ids():
     greedy = [*group("b", RIGHT, source="y"), *group("a", ERROR, source="x")]
     sampled = [*group("b", RIGHT, WRONG), *group("a", RIGHT, RIGHT)]
     sampled[0] = sampled[0]._replace(completion_len=13)

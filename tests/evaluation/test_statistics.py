@@ -1,4 +1,4 @@
-"""Intervals, paired differences and corrected p-values: computed by hand, and compared with SciPy."""
+"""Intervals, paired differences and corrected p-values, compared with hand-computed values and SciPy."""
 
 import numpy as np
 import pytest
@@ -14,14 +14,14 @@ from trapo_jax.evaluation.statistics import (
 )
 
 
-def test_the_interval_of_single_samples_is_that_of_wilson():
+def test_the_interval_of_single_samples_is_the_wilson_interval():
     for num_correct in (0, 1, 150, 399, 400):
         values = [1.0] * num_correct + [0.0] * (400 - num_correct)
         expected = stats.binomtest(num_correct, 400).proportion_ci(method="wilson")
         assert accuracy_interval(values) == pytest.approx(tuple(expected), abs=5e-4)
 
 
-def test_the_interval_has_a_width_also_where_all_problems_agree():
+def test_the_interval_has_a_positive_width_if_all_problems_agree():
     for value in (0.0, 0.5, 1.0):
         low, high = accuracy_interval([value] * 30)
         assert 0.0 <= low <= value <= high <= 1.0
@@ -29,7 +29,7 @@ def test_the_interval_has_a_width_also_where_all_problems_agree():
     assert accuracy_interval([1.0])[0] < 0.5
 
 
-def test_more_samples_of_a_problem_narrow_the_interval_and_more_problems_do():
+def test_more_samples_or_more_problems_narrow_the_interval():
     rng = np.random.default_rng(0)
     width = lambda num_problems, k: np.diff(
         accuracy_interval(rng.binomial(k, 0.5, size=num_problems) / k)
@@ -40,7 +40,7 @@ def test_more_samples_of_a_problem_narrow_the_interval_and_more_problems_do():
 
 @pytest.mark.parametrize("num_samples", [1, 4, 32])
 @pytest.mark.parametrize(("a", "b"), [(0.3, 0.3), (1.0, 1.0), (0.2, 0.8)])
-def test_the_interval_covers_the_accuracy_as_often_as_it_says(a, b, num_samples):
+def test_the_interval_has_the_nominal_coverage(a, b, num_samples):
     coverage = simulate_intervals.coverage(
         a, b, num_problems=60, num_samples=num_samples, repeats=4000
     )
@@ -48,7 +48,7 @@ def test_the_interval_covers_the_accuracy_as_often_as_it_says(a, b, num_samples)
 
 
 def test_holm_equals_the_values_computed_by_hand():
-    # Sorted: .001 .01 .02 .2, times 4, 3, 2, 1, and never below the adjusted value of a smaller one.
+    # Sorted: .001 .01 .02 .2, times 4, 3, 2, 1, and never below the adjusted value of a smaller p-value.
     assert holm([0.2, 0.01, 0.02, 0.001]) == pytest.approx([0.2, 0.03, 0.04, 0.004])
     assert holm([0.03, 0.02]) == pytest.approx([0.04, 0.04])
     assert holm([0.6, 0.9]) == [1.0, 1.0]
@@ -71,14 +71,14 @@ def test_if_only_seeds_differ_the_estimate_is_the_t_test_over_seeds():
     assert found[1:3] == pytest.approx(tuple(expected.confidence_interval(0.95)), abs=0.003)
 
 
-def test_if_only_problems_differ_the_standard_error_is_that_of_a_mean_over_problems():
+def test_if_only_problems_differ_the_standard_error_is_that_over_problems():
     of_problem = np.random.default_rng(1).normal(0.1, 0.5, 200)
     values = np.repeat(of_problem[None], 4, axis=0)
     assert standard_error(values) == pytest.approx(stats.sem(of_problem), rel=0.05)
 
 
 def test_a_paired_difference_is_more_certain_than_the_difference_of_two_means():
-    """Effects of problems and seeds that both methods share cancel."""
+    """Effects of problems and seeds that both methods share cancel out."""
     rng = np.random.default_rng(2)
     shared = rng.normal(0, 0.3, (5, 1)) + rng.normal(0, 0.3, (1, 60))
     a, b = shared + 0.05, shared + rng.normal(0, 0.01, shared.shape)
@@ -89,7 +89,7 @@ def test_a_paired_difference_is_more_certain_than_the_difference_of_two_means():
 
 
 def test_a_noisy_difference_of_few_seeds_is_not_significant():
-    """A plain percentile bootstrap would call it significant: four of five seeds are above zero."""
+    """A plain percentile bootstrap would consider it significant, because four of five seeds are above zero."""
     of_seed = np.array([0.30, 0.25, 0.20, 0.15, -0.02])
     resampled = np.array([0.30, 0.25, 0.20, 0.15, -0.02])[
         np.random.default_rng(0).integers(5, size=(4_000, 5))
@@ -122,7 +122,7 @@ def test_with_one_seed_the_estimate_is_the_t_test_over_problems():
 
 
 def test_false_positives_are_rare():
-    """Seeds, problems and samples vary around a difference of zero."""
+    """The true difference is zero, with random effects of seeds, problems and samples."""
     rng = np.random.default_rng(3)
     p_values = [
         estimate(

@@ -1,4 +1,4 @@
-"""Bits flipped, files cut short or gone: detected, named, and fallen back from."""
+"""Damaged checkpoints: flipped bits, truncated and missing files are detected and named, and a run falls back."""
 
 import random
 import shutil
@@ -44,7 +44,7 @@ def assert_detected(store, path, tmp_path):
     assert name in str(error.value)
 
 
-def test_every_flipped_bit_is_detected_and_its_file_named(store, tmp_path):
+def test_every_flipped_bit_is_detected_and_its_file_is_named(store, tmp_path):
     rng = random.Random(0)
     files = [path for path in files_of(tmp_path, 6) if path.stat().st_size]
     assert any(path.name == MANIFEST for path in files)
@@ -59,7 +59,7 @@ def test_every_flipped_bit_is_detected_and_its_file_named(store, tmp_path):
     store.verify(6)
 
 
-def test_every_file_cut_short_is_detected_and_named(store, tmp_path):
+def test_every_truncated_file_is_detected_and_named(store, tmp_path):
     rng = random.Random(1)
     files = [path for path in files_of(tmp_path, 6) if path.stat().st_size]
     for i in range(20):
@@ -82,13 +82,13 @@ def test_every_deleted_file_is_detected_and_named(store, tmp_path):
     store.verify(6)
 
 
-def test_a_file_too_many_is_detected(store, tmp_path):
+def test_an_unexpected_file_is_detected(store, tmp_path):
     (tmp_path / "checkpoints" / "6" / "more").write_text("")
     with pytest.raises(DamagedCheckpoint, match="checkpoint 6: more is not in its manifest"):
         store.verify(6)
 
 
-def test_what_is_put_aside_is_kept_and_no_checkpoint(store):
+def test_damaged_checkpoints_are_kept_but_no_longer_listed(store):
     first = store.mark_damaged(6)
     assert store.steps() == [3]
     store.save(6, STATE, HOST)
@@ -101,7 +101,7 @@ def test_what_is_put_aside_is_kept_and_no_checkpoint(store):
     assert host == HOST
 
 
-def test_a_run_falls_back_to_the_checkpoint_before_and_ends_the_same(finished_run, tmp_path):
+def test_a_run_falls_back_to_the_previous_checkpoint_with_the_same_result(finished_run, tmp_path):
     uninterrupted, folder = finished_run[0], tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
     (folder / "summary.json").unlink()
@@ -119,7 +119,7 @@ def test_a_run_falls_back_to_the_checkpoint_before_and_ends_the_same(finished_ru
     assert inject_faults.differences(folder, uninterrupted) == []
 
 
-def test_a_run_without_an_intact_checkpoint_is_left_as_it_is(finished_run, tmp_path, capsys):
+def test_a_run_without_an_intact_checkpoint_is_not_modified(finished_run, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(finished_run[0], folder)
     (folder / "summary.json").unlink()
@@ -127,7 +127,7 @@ def test_a_run_without_an_intact_checkpoint_is_left_as_it_is(finished_run, tmp_p
         (checkpoint / MANIFEST).unlink()
     files = ("metrics.jsonl", "samples.jsonl", "config.yaml")
     before = [(folder / name).read_bytes() for name in files]
-    for _ in range(2):  # nor is it started over the next time
+    for _ in range(2):  # it is not restarted the second time either
         assert train([f"output_dir={folder}", *JOB, "checkpoint.keep=3"]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert "all checkpoints are damaged (" in error

@@ -1,4 +1,4 @@
-"""A whole run in which one gradient is not finite and the grader fails now and then: it goes on, and says so."""
+"""A run with a non-finite gradient and a grader that occasionally fails continues and reports both."""
 
 import numpy as np
 
@@ -23,11 +23,11 @@ def spoil_the_first(rows, **options):
 
 def fail_once_in_a_hundred(names, *, eos_text, **_):
     verify, answers = card_shuffles_grader(eos_text), itertools.count(1)
-    def sometimes(text, problem):
+    def unreliable(text, problem):
         if next(answers) % 100 == 0:
             raise ValueError
         return verify(text, problem)
-    function = WeightedFunction("sometimes", sometimes, is_inline=True, sees_special_tokens=True)
+    function = WeightedFunction("unreliable", unreliable, is_inline=True, sees_special_tokens=True)
     return Grader([function])
 
 learner.build_batch, actor.make_grader = spoil_the_first, fail_once_in_a_hundred
@@ -35,8 +35,8 @@ sys.exit(train.main())
 """
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_is_counted_and_named(finished_run, tmp_path):
-    """Steps 11 and 12 after a resume; a grader that fails once in a hundred stops nothing and is counted, too."""
+def test_an_update_with_a_non_finite_gradient_is_skipped_and_reported(finished_run, tmp_path):
+    """Runs steps 11 and 12 after a resume, with a grader that fails once per hundred calls, which is counted."""
     folder, script = tmp_path / "run", tmp_path / "spoiled.py"
     before = copy_unfinished(finished_run[0], folder)
     assert before == 10

@@ -1,4 +1,4 @@
-"""A sample of `tools/inject_faults.py`: real processes, real signals, a real disk that is full."""
+"""A subset of `tools/inject_faults.py`, with real processes, real signals and a disk that is really full."""
 
 import os
 import random
@@ -26,7 +26,7 @@ SECRETS = {
 
 
 def start(folder, *more, **environment):
-    """The job of `finished_run`, compiled as it was."""
+    """Starts the job of `finished_run` with the same compilation settings."""
     return inject_faults.start(folder, (*JOB, *more), **{**CACHE_ENV, **environment})
 
 
@@ -35,16 +35,16 @@ def complete(folder, **environment):
 
 
 def wait_for_step(process, folder, step):
-    """Until the step's record is there."""
+    """Waits until the record of the step has been written."""
     record = f'"step": {step}, "kind": "train"'
     while not any(record in line for line in inject_faults.read_lines(folder / "metrics.jsonl")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
 
 
-def test_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run, tmp_path, capsys):
-    """Killed before the first checkpoint, killed at a random moment, and asked to stop. On the way it listens to
-    nobody, keeps no secret, and writes nowhere else."""
+def test_a_run_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run, tmp_path, capsys):
+    """The run is killed before the first checkpoint, killed at a random time, and terminated. It opens no listening
+    sockets, stores no secrets, and writes to no other folders."""
     folder, rng = tmp_path / "run", random.Random(SEED)
     elsewhere = [tmp_path / name for name in ("home", "tmp")]
     for other in elsewhere:
@@ -56,7 +56,7 @@ def test_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run, tmp_
         wait_for_step(process, folder, step)
         time.sleep(delay)
         if step == 1:
-            process.send_signal(signal.SIGSTOP)  # it is still at work there
+            process.send_signal(signal.SIGSTOP)  # the process still holds the lock
             assert train([f"output_dir={folder}", *JOB]) == 2
             assert "another process is training there" in capsys.readouterr().err
         process.kill()
@@ -83,7 +83,7 @@ def test_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run, tmp_
 
 
 def listening(pid):
-    """The sockets on which a process waits for others to connect, by /proc (Linux)."""
+    """Returns the sockets on which a process accepts connections, according to /proc (Linux)."""
     rows = [
         line.split()
         for name in ("tcp", "tcp6")
@@ -95,7 +95,7 @@ def listening(pid):
     }
 
 
-def test_a_socket_that_listens_is_seen():
+def test_a_listening_socket_is_found():
     assert not listening(os.getpid())
     with socket.create_server(("localhost", 0)):
         assert len(listening(os.getpid())) == 1
@@ -103,7 +103,7 @@ def test_a_socket_that_listens_is_seen():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, of 60 MB."""
+    """A separate file system of 60 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(folder)]
@@ -113,12 +113,12 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_stops_the_run_in_one_line_and_the_last_checkpoint_restores(
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_can_be_restored(
     finished_run, small_disk
 ):
     folder = small_disk / "run"
     step = copy_unfinished(finished_run[0], folder)
-    with open(small_disk / "filler", "wb") as filler:  # but for less than a checkpoint needs
+    with open(small_disk / "filler", "wb") as filler:  # leaves less than a checkpoint needs
         filler.write(bytes(shutil.disk_usage(small_disk).free - 5 * 2**20))
     process = start(folder)
     output = process.communicate()[0]
@@ -133,7 +133,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_the_last_checkpoint_restores(
     assert inject_faults.differences(folder, finished_run[0]) == []
 
 
-def test_a_stuck_step_ends_the_process_with_a_stack_dump(tmp_path):
+def test_a_stuck_step_terminates_the_process_with_a_stack_dump(tmp_path):
     process = start(tmp_path / "run", "limits.stuck_after_secs=0.01")
     output = process.communicate()[0]
     assert process.returncode == 1

@@ -1,4 +1,4 @@
-"""Reward functions by name, combined with weights, chosen by source, sync or async, and failing on their own."""
+"""Graders: reward functions by name, weights, selection by source, async functions, and isolated failures."""
 
 import pytest
 
@@ -37,14 +37,14 @@ def grader():
         ((0.5, "seven"), 0.5),
     ],
 )
-def test_what_a_function_may_return(value, reward):
+def test_supported_return_values(value, reward):
     assert as_judgment(value).reward == reward
 
 
 @pytest.mark.parametrize(
     "value", [None, 1.5, -0.1, float("nan"), float("inf"), "yes", [], (1, 2, 3)]
 )
-def test_anything_else_is_refused(value):
+def test_other_return_values_are_refused(value):
     with pytest.raises(ValueError):
         as_judgment(value)
 
@@ -59,7 +59,7 @@ def test_the_reward_is_the_weighted_mean(grader):
     assert grade.missing == {}
 
 
-def test_a_crash_costs_the_rewards_of_its_function_only(grader):
+def test_a_crash_affects_only_the_rewards_of_its_function(grader):
     grade = grader.submit(r"\boxed{7}", problem(difficulty=0.5)).result()
     assert grade.missing == {"crash_on_7": "the process died"}
     assert not grade.is_correct
@@ -68,7 +68,7 @@ def test_a_crash_costs_the_rewards_of_its_function_only(grader):
     assert after.missing == {}
 
 
-def test_without_the_first_reward_there_is_none():
+def test_the_reward_is_missing_if_the_first_reward_is_missing():
     functions = [WeightedFunction(name, len) for name in "ab"]
     missing = Judgment(None, reason="timeout")
     grade = combine(functions, [missing, Judgment(1.0)])
@@ -77,7 +77,7 @@ def test_without_the_first_reward_there_is_none():
     assert combine(functions, [Judgment(0.5), missing]).reward == 0.5
 
 
-def test_special_tokens_are_removed_as_the_tokenizer_spells_them():
+def test_special_tokens_of_the_tokenizer_are_removed():
     tokens = ["<｜end▁of▁sentence｜>", "</s>", "<|im_end|>"]
     with make_grader(["math"], special_tokens=tokens, **PATIENT) as grader:
         for token in tokens:
@@ -85,7 +85,7 @@ def test_special_tokens_are_removed_as_the_tokenizer_spells_them():
                 assert grader.submit(response, problem()).result().is_correct, response
 
 
-def test_card_shuffles_sees_its_eos():
+def test_the_card_shuffles_reward_requires_eos():
     with make_grader(["card_shuffles"], eos_text="<eos>", special_tokens=["<eos>"]) as grader:
         assert grader.submit("#12345<eos>", problem("12345")).result().is_correct
         assert not grader.submit("#12345", problem("12345")).result().is_correct
@@ -103,7 +103,7 @@ def test_card_shuffles_sees_its_eos():
         ("my-arc", "math"),
     ],
 )
-def test_the_source_decides_by_patterns(source, judge):
+def test_patterns_select_the_reward_function_by_source(source, judge):
     from trapo_jax.config import Config
 
     patterns = Config().rewards.replacements(["math"])
@@ -114,7 +114,7 @@ def test_the_source_decides_by_patterns(source, judge):
     assert grade.is_correct
 
 
-def test_functions_that_wait_need_a_package_or_fail():
+def test_async_functions_functions_with_imports_and_failing_functions():
     names = [
         f"{MODULE}:{name}" for name in ("asynchronous", "needs_numpy", "any_column", "returns_text")
     ]
@@ -146,7 +146,7 @@ def test_only_named_environment_variables_reach_a_function(monkeypatch):
         assert grader.submit("", problem()).result().answer == "JUDGE_TOKEN"
 
 
-def test_two_functions_of_one_name_are_told_apart():
+def test_functions_with_the_same_name_are_distinguished():
     names = [f"{MODULE}:shortness", "support.more_reward_functions:shortness"]
     with make_grader(names, **PATIENT) as grader:
         assert list(grader.submit("42", problem()).result().judgments) == names
@@ -159,7 +159,7 @@ def test_a_function_that_is_not_at_the_top_level_is_refused():
         make_grader([f"{MODULE}:NESTED"])
 
 
-def test_inline_functions_answer_at_once_and_never_raise(caplog):
+def test_inline_functions_return_immediately_and_never_raise(caplog):
     function = WeightedFunction("raises", reward_functions.raises, is_inline=True)
     with Grader([function]) as grader:
         for _ in range(3):
@@ -169,7 +169,7 @@ def test_inline_functions_answer_at_once_and_never_raise(caplog):
     assert caplog.text.count("reward function raises: ValueError") == 1
 
 
-def test_grades_that_have_not_begun_are_cancelled_at_the_end():
+def test_pending_grades_are_canceled_on_close():
     with make_grader([f"{MODULE}:sleeps"], num_workers=1, timeout_secs=0.5) as grader:
         futures = [grader.submit("42", problem()) for _ in range(20)]
     assert all(future.done() for future in futures)

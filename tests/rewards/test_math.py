@@ -1,4 +1,4 @@
-"""Mathematical answers: which part of a response is the answer, and what equals what."""
+"""Math answers: extraction of the answer from a response, and equivalence of answers."""
 
 import json
 
@@ -28,7 +28,7 @@ MATH_500 = (SHARED / "data" / "valid.math.parquet", "/work/shared/data/valid.mat
         (r"\boxed {3}", "3"),
         (r"\\boxed{3}", "3"),
         (r"\fbox{3}", "3"),
-        (r"\boxed{5} and then \boxed{6", "5"),  # cut off in the last box
+        (r"\boxed{5} and then \boxed{6", "5"),  # truncated inside the last box
         (r"\boxed{\boxed{7}}", r"\boxed{7}"),
         (r"{\boxed{8}", "8"),
         (r"}\boxed{8}", "8"),
@@ -380,7 +380,7 @@ def cases():
     return list(map(json.loads, file.read_text().splitlines())) if file.exists() else []
 
 
-@pytest.mark.skipif(not cases(), reason="../shared/cases is not there")
+@pytest.mark.skipif(not cases(), reason="../shared/cases does not exist")
 def test_shared_cases_are_judged_as_expected():
     judged = {
         (c["gold"], c["response"]): verdict(remove_eos(c["response"]), c["gold"]) for c in cases()
@@ -389,7 +389,7 @@ def test_shared_cases_are_judged_as_expected():
 
 
 def remove_eos(response):
-    """The grader of a run does so with the special tokens of its tokenizer; see test_grader.py."""
+    """In a run, the grader removes the special tokens of the tokenizer; see test_grader.py."""
     return response.removesuffix("<｜end▁of▁sentence｜>")
 
 
@@ -440,7 +440,7 @@ ANSWERED = [
 
 
 @pytest.mark.parametrize(("response", "gold"), ANSWERED)
-def test_the_answer_is_found_in_a_sentence(response, gold):
+def test_the_answer_is_extracted_from_a_sentence(response, gold):
     assert verdict(response, gold) is Verdict.CORRECT
     assert verdict(response, "987654321") is Verdict.WRONG
 
@@ -462,7 +462,7 @@ def test_the_answer_is_found_in_a_sentence(response, gold):
         ("", True),
     ],
 )
-def test_golds_without_mathematics_are_known(gold, expected):
+def test_gold_answers_without_math_are_recognized(gold, expected):
     assert is_text(gold) is expected
 
 
@@ -479,7 +479,7 @@ def test_golds_without_mathematics_are_known(gold, expected):
     ],
 )
 def test_an_answer_is_extracted_in_linear_time(text):
-    """A quadratic search would take hours: the timeout of pyproject.toml would end it."""
+    """A quadratic search would take hours, so the timeout in pyproject.toml would end the test."""
     extract_math_answer(text)
 
 
@@ -488,7 +488,7 @@ def test_the_lenient_reward_falls_back_to_the_last_number():
     assert grade_math_lenient("I think it is 42", problem)[0] is Verdict.CORRECT
     assert grade_math("I think it is 42", problem)[0] is Verdict.WRONG
     assert grade_math_lenient(r"so \boxed{41}", problem)[0] is Verdict.WRONG
-    # math-verify takes what is below 1e-15 for 0.
+    # math-verify treats numbers below 1e-15 as 0.
     assert grade_math_lenient(r"\boxed{2^{-98}}", Problem("", (), "2^{-99}"))[0] is Verdict.CORRECT
 
 
@@ -521,7 +521,7 @@ def math_500_golds():
     pytest.skip("valid.math.parquet (MATH-500 in the verl schema) is not in ../shared/data")
 
 
-def test_every_answer_of_math_500_verifies_against_itself_and_no_wrong_one_does():
+def test_answers_of_math_500_equal_themselves_but_not_each_other():
     golds = math_500_golds()
     assert len(golds) == 500
     pairs = [(golds[i], golds[i]) for i in range(500)] + [
@@ -534,10 +534,10 @@ def test_every_answer_of_math_500_verifies_against_itself_and_no_wrong_one_does(
         ]
         verdicts = [future.result().verdict for future in futures]
     assert [g for g, v in zip(golds, verdicts, strict=False) if v is not Verdict.CORRECT] == []
-    right_by_chance = {
+    correct_by_chance = {
         (gold, answer)
         for (gold, answer), v in zip(pairs[500:], verdicts[500:], strict=True)
         if v is Verdict.CORRECT
     }
-    assert right_by_chance == {("x=5", "5"), ("7", "7"), ("3", "3")}
-    assert {Verdict.CORRECT, Verdict.WRONG} == set(verdicts)  # and no errors
+    assert correct_by_chance == {("x=5", "5"), ("7", "7"), ("3", "3")}
+    assert {Verdict.CORRECT, Verdict.WRONG} == set(verdicts)  # there are no errors

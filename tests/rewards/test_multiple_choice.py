@@ -1,4 +1,4 @@
-"""The letter a response settles on; strict where it names two or none."""
+"""Multiple choice: extraction of the chosen letter. Responses with no letter or several letters have no answer."""
 
 import pytest
 
@@ -43,7 +43,7 @@ from trapo_jax.types import Problem, Verdict
         ("The answer is b.", "B"),
         ("the answer is (c) because it is", "C"),
         ("The answer is B - Paris.", "B"),
-        # Two letters, none, or a letter that is a word.
+        # Two letters, no letter, or a letter that is a word.
         (r"\boxed{A, B}", None),
         (r"\boxed{A or B}", None),
         (r"\boxed{AB}", None),
@@ -77,7 +77,7 @@ def test_verdicts(answer):
 
 
 @pytest.mark.parametrize("answer", ["", "K", "12", "AB"])
-def test_a_problem_whose_answer_is_no_letter_is_an_error(answer):
+def test_a_problem_whose_answer_is_not_a_letter_is_an_error(answer):
     with pytest.raises(ValueError, match="not a letter"):
         grade_multiple_choice("Answer: B", Problem("", (), answer))
 
@@ -95,5 +95,5 @@ def test_a_problem_whose_answer_is_no_letter_is_an_error(answer):
     ],
 )
 def test_long_texts_take_linear_time(text):
-    """A quadratic search would take hours: the timeout of pyproject.toml would end it."""
+    """A quadratic search would take hours, so the timeout in pyproject.toml would end the test."""
     extract_choice(text)

@@ -1,4 +1,4 @@
-"""The pool with real processes: what hangs, dies or lies in one costs its own verdict and no other."""
+"""The grader pool with real processes. A worker that hangs, dies or misbehaves affects only its own verdict."""
 
 import os
 import random
@@ -16,7 +16,7 @@ from support.commands import REPOSITORY
 from trapo_jax.rewards import GraderPool, grade_math
 from trapo_jax.types import Problem, Verdict
 
-PATIENT = {"num_workers": 1, "timeout_secs": 60.0}  # a limit that only what never ends exceeds
+PATIENT = {"num_workers": 1, "timeout_secs": 60.0}  # a limit that only infinite loops exceed
 HASTY = {"num_workers": 1, "timeout_secs": 2.0}
 
 
@@ -41,18 +41,18 @@ def hasty():
 
 
 @pytest.mark.parametrize("text", ["hang", "hold the GIL", "ignore signals"])
-def test_what_does_not_end_is_a_timeout(hasty, text):
+def test_a_grader_that_never_returns_is_a_timeout(hasty, text):
     assert judge(hasty, text) is Verdict.TIMEOUT
     assert judge(hasty, "42") is Verdict.CORRECT
 
 
 @pytest.mark.parametrize("text", ["raise", "die", "exit", "fill memory", "recurse", "no verdict"])
-def test_what_goes_wrong_is_an_error(patient, text):
+def test_a_grader_that_fails_is_an_error(patient, text):
     assert judge(patient, text) is Verdict.ERROR
     assert judge(patient, "42") is Verdict.CORRECT
 
 
-def test_what_a_grader_prints_is_no_verdict(patient):
+def test_printed_output_is_not_a_verdict(patient):
     assert judge(patient, "print") is Verdict.WRONG
 
 
@@ -66,7 +66,7 @@ def test_an_idle_worker_that_is_killed_is_replaced(patient):
         assert judge(patient, "42") is Verdict.CORRECT
 
 
-def test_what_failed_is_logged_once_without_the_text(caplog):
+def test_a_failure_is_logged_once_without_the_text(caplog):
     with GraderPool(hostile_graders.verify, **PATIENT) as pool:
         for _ in range(3):
             judge(pool, "raise")
@@ -76,7 +76,7 @@ def test_what_failed_is_logged_once_without_the_text(caplog):
 
 
 def test_hostile_texts_change_no_other_verdict(hasty):
-    """Bad and good ones interleaved, more than there are workers, all asked for at once."""
+    """Hostile and harmless texts are interleaved and submitted at once; there are more texts than workers."""
     texts = ["42", "hang", "7", "die", "42", "raise", "hold the GIL", "7", "42"]
     verdicts = [f.result().verdict for f in [hasty.submit(text, problem()) for text in texts]]
     c, w, e, t = Verdict.CORRECT, Verdict.WRONG, Verdict.ERROR, Verdict.TIMEOUT
@@ -94,12 +94,12 @@ def test_hostile_texts_change_no_other_verdict(hasty):
         '"}\n{"',
     ],
 )
-def test_any_string_arrives_as_it_is(text):
+def test_any_string_is_received_unchanged(text):
     with GraderPool(hostile_graders.same_text, **PATIENT) as pool:
         assert judge(pool, text, text) is Verdict.CORRECT
 
 
-def test_of_a_long_text_the_end_is_judged():
+def test_only_the_end_of_a_long_text_is_graded():
     with GraderPool(hostile_graders.length_is, max_response_chars=1000, **PATIENT) as pool:
         assert judge(pool, "x" * 10**7, "1000") is Verdict.CORRECT
         assert judge(pool, "x" * 999, "999") is Verdict.CORRECT
@@ -109,14 +109,14 @@ def test_of_a_long_text_the_end_is_judged():
 
 
 @pytest.mark.parametrize("module", ["jax", "jaxlib", "flax", "transformers", "torch"])
-def test_a_worker_imports_nothing_heavy(module):
+def test_a_worker_imports_no_heavy_packages(module):
     with GraderPool(hostile_graders.has_module, **PATIENT) as pool:
         assert judge(pool, module) is Verdict.WRONG
         assert judge(pool, "trapo_jax.rewards") is Verdict.CORRECT
 
 
 def test_a_worker_does_not_import_the_main_module_again(tmp_path):
-    """As in `python -m trapo_jax.train`, whose main module imports jax."""
+    """For example, the main module of `python -m trapo_jax.train` imports JAX."""
     (tmp_path / "main_of_a_run.py").write_text(
         "import jax\n"
         "from support import hostile_graders\n"
@@ -145,7 +145,7 @@ def test_no_secret_reaches_a_worker(monkeypatch):
         assert judge(pool, "LANG=C.UTF-8") is Verdict.CORRECT
 
 
-def test_workers_end_with_the_pool_and_with_the_trainer():
+def test_workers_exit_when_the_pool_is_closed():
     with GraderPool(hostile_graders.verify, num_workers=2, timeout_secs=61.0) as pool:
         assert judge(pool, "42") is Verdict.CORRECT
         assert len(children_of(os.getpid(), 'hostile_graders:verify"] 61.0')) == 2
@@ -154,7 +154,7 @@ def test_workers_end_with_the_pool_and_with_the_trainer():
         pool.submit("42", problem())
 
 
-def test_a_busy_worker_whose_trainer_is_killed_ends():
+def test_a_busy_worker_exits_if_its_trainer_is_killed():
     script = (
         "import sys, time\n"
         "from support import hostile_graders\n"
@@ -163,7 +163,7 @@ def test_a_busy_worker_whose_trainer_is_killed_ends():
         "pool = GraderPool(hostile_graders.verify, num_workers=1, timeout_secs=1.5)\n"
         "pool.submit('42', Problem('', (), '')).result()\n"
         "pool.submit('hold the GIL', Problem('', (), ''))\n"
-        "time.sleep(0.5)\n"  # the worker is at it
+        "time.sleep(0.5)\n"  # the worker is busy
         "print(flush=True)\n"
         "time.sleep(100)\n"
     )
@@ -176,11 +176,11 @@ def test_a_busy_worker_whose_trainer_is_killed_ends():
         workers = children_of(trainer.pid, "hostile_graders:verify")
         trainer.kill()
     assert len(workers) == 1
-    while is_running(workers[0]):  # pytest-timeout ends a test that waits for ever
+    while is_running(workers[0]):  # pytest-timeout ends the test if this takes forever
         time.sleep(0.05)
 
 
-def test_close_cancels_what_has_not_begun():
+def test_close_cancels_pending_grades():
     pool = GraderPool(hostile_graders.verify, **HASTY)
     futures = [pool.submit("hang", problem()) for _ in range(50)]
     pool.close()
@@ -199,7 +199,7 @@ def test_a_grader_that_cannot_be_imported_is_an_error(tmp_path, monkeypatch, cap
     assert "fleeting" in caplog.text
 
 
-def test_a_function_that_has_no_importable_name_is_refused():
+def test_a_function_without_an_importable_name_is_refused():
     with pytest.raises(ValueError, match="top level"):
         GraderPool(lambda text, problem: Verdict.CORRECT)
 
@@ -231,7 +231,7 @@ HOSTILE_MATH = {
 
 
 class Heartbeat:
-    """Measures for how long this process has let no other thread run."""
+    """Measures the longest time during which no other thread of this process could run."""
 
     def __enter__(self):
         self.longest, self._stop = 0.0, threading.Event()
@@ -250,8 +250,8 @@ class Heartbeat:
         self._thread.join()
 
 
-def test_of_200_answers_20_hostile_ones_cost_their_own_verdicts_only():
-    """Asked for at once, as a step's last rollouts may be. The limit holds for each; nothing waits for it here."""
+def test_20_hostile_answers_of_200_affect_only_their_own_verdicts():
+    """All texts are submitted at once, like the last rollouts of a step. The time limit applies to each text."""
     hostile = list(HOSTILE_MATH.values())
     assert len(hostile) == 20
     rng = random.Random(0)
@@ -271,8 +271,8 @@ def test_of_200_answers_20_hostile_ones_cost_their_own_verdicts_only():
             futures.append(pool.submit(text, problem()))
             longest_call = max(longest_call, time.monotonic() - started)
         verdicts = [future.result().verdict for future in futures]
-        # The workers judged within this limit, beyond which the kernel lets none grow; so will those that took the
-        # places of killed ones, as soon as they have begun.
+        # The kernel enforces this memory limit on all workers, including replacements of killed workers once they
+        # have started.
         limits = set()
         while limits != {(2 * 2**30, 2 * 2**30)}:
             time.sleep(0.05)
@@ -289,7 +289,7 @@ def test_of_200_answers_20_hostile_ones_cost_their_own_verdicts_only():
 
 
 def children_of(parent, part_of_command):
-    """Process ids of a process's children with this in their command line."""
+    """Returns the ids of a process's children whose command line contains `part_of_command`."""
     listing = subprocess.run(
         ["ps", "-A", "-ww", "-o", "pid=,ppid=,stat=,args="],
         capture_output=True,
@@ -305,6 +305,6 @@ def children_of(parent, part_of_command):
 
 
 def is_running(pid):
-    """Whether there is such a process and it has not ended (a zombie has)."""
+    """Returns whether a process exists and has not terminated; zombies have terminated."""
     listing = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
     return bool(listing.stdout.strip()) and listing.stdout.strip()[0] != "Z"

@@ -1,4 +1,4 @@
-"""The loop over problems, with an engine that answers from a script; and evaluation."""
+"""Collection of groups with scripted engines, and evaluation."""
 
 import dataclasses
 import random
@@ -34,7 +34,7 @@ def problem(number):
 
 
 class ScriptedEngine:
-    """Finishes one request a step, the newest or the oldest first."""
+    """Finishes one request per step, the newest or the oldest first."""
 
     def __init__(self, *, newest_first):
         self.queue, self.seen, self.newest_first = [], [], newest_first
@@ -44,7 +44,7 @@ class ScriptedEngine:
         self.seen += requests
 
     def resume(self, unfinished, *, step, params):
-        assert not unfinished  # nothing is begun for it
+        assert not unfinished  # this engine never starts upcoming problems
 
     @property
     def is_busy(self):
@@ -61,7 +61,7 @@ class ScriptedEngine:
 
 
 class SlotEngine:
-    """Four rows, in each a token at a time, the version of the weights; sample j of a problem has 2 + j tokens."""
+    """An engine with four slots, whose tokens are the version of the weights; sample j has 2 + j tokens."""
 
     def __init__(self):
         self.queue, self.step_of, self.version = [], {}, 0
@@ -102,10 +102,10 @@ class SlotEngine:
         return max(0, 4 - len(self.queue))
 
 
-def test_idle_slots_begin_with_the_next_step_and_it_goes_on_under_its_own_weights():
-    """Seven problems in steps of two, of which one comes twice in a row."""
+def test_idle_slots_start_the_next_step_which_continues_with_its_own_weights():
+    """Steps of two out of seven problems, one of which occurs in two consecutive steps."""
     steps = [[0, 1], [2, 3], [3, 4], [5, 6]]
-    engine, begun, seen = SlotEngine(), PartialRollouts(), []
+    engine, partial, seen = SlotEngine(), PartialRollouts(), []
     micro_groups = make_method("trapo").micro_groups
     for number, step in enumerate(steps):
         engine.version = number
@@ -116,10 +116,10 @@ def test_idle_slots_begin_with_the_next_step_and_it_goes_on_under_its_own_weight
             [problem(i) for i in step],
             step=number,
             params=SamplingParams(),
-            partial=begun,
+            partial=partial,
             upcoming=[problem(i) for i in steps[number + 1]] if number < 3 else [],
         )
-        begun = collected.partial._replace(unfinished=engine.release())
+        partial = collected.partial._replace(unfinished=engine.release())
         assert [[int(r.request.problem.answer) for r in g] for g in collected.groups] == [
             [i] * 8 for i in step
         ]
@@ -130,21 +130,21 @@ def test_idle_slots_begin_with_the_next_step_and_it_goes_on_under_its_own_weight
                 assert engine.step_of.get(key, number) == number
                 assert set(rollout.completion.token_ids) <= {number, number - 1}
                 seen.append(rollout.completion.token_ids)
-        stale = begun.num_sampled_tokens
-        next_problems = {int(g.state.problem.answer) for g in begun.groups.values()}
+        stale = partial.num_sampled_tokens
+        next_problems = {int(g.state.problem.answer) for g in partial.groups.values()}
         assert next_problems <= set(steps[number + 1] if number < 3 else []) - set(step)
-        assert (stale > 0) == bool(begun.groups)
-    assert begun.groups == {}
-    assert any(len(set(token_ids)) == 2 for token_ids in seen)  # drawn from two policies
+        assert (stale > 0) == bool(partial.groups)
+    assert partial.groups == {}
+    assert any(len(set(token_ids)) == 2 for token_ids in seen)  # sampled from two policies
 
 
-def test_a_verdict_is_seen_while_others_are_decoded():
-    """One problem's rollouts wait for a verdict while another's has a hundred tokens to go."""
-    steps, asked, first = 0, {}, Future()
+def test_a_grade_is_observed_while_other_rollouts_are_decoded():
+    """One problem waits for a grade while a rollout of another problem has a hundred tokens to decode."""
+    steps, submitted, first = 0, {}, Future()
 
     class Engine(SlotEngine):
         def submit(self, requests, *, step, params):
-            asked.update({(r.problem.answer, r.sample_index): steps for r in requests})
+            submitted.update({(r.problem.answer, r.sample_index): steps for r in requests})
             super().submit(requests, step=step, params=params)
 
         def step(self):
@@ -170,7 +170,7 @@ def test_a_verdict_is_seen_while_others_are_decoded():
         step=1,
         params=SamplingParams(),
     )
-    assert asked["0", 1] == 10
+    assert submitted["0", 1] == 10
     assert steps == 200
 
 
@@ -217,8 +217,8 @@ def collect(reward_of, *, newest_first=False, method="trapo", problems=3, score=
 
 
 @pytest.mark.parametrize("newest_first", [False, True])
-def test_groups_are_whole_in_order_and_guided_by_reward(newest_first):
-    """Problem 0 is never solved, problem 1 always, problem 2 twice of the first four."""
+def test_groups_are_complete_ordered_and_guided_by_rewards(newest_first):
+    """Problem 0 is never solved, problem 1 always, and problem 2 by two of the first four rollouts."""
     solved = {0: set(), 1: set(range(8)), 2: {0, 1, 7}}
     reward = lambda r: float(r.sample_index in solved[int(r.problem.answer)])
     groups, engine = collect(reward, newest_first=newest_first)
@@ -233,34 +233,34 @@ def test_groups_are_whole_in_order_and_guided_by_reward(newest_first):
         FinishReason.STOP,
         FinishReason.NOT_SAMPLED,
     ]
-    assert len(engine.seen) == 22  # the two whole solutions never reach the engine
+    assert len(engine.seen) == 22  # the two whole solutions are not submitted to the engine
     assert len({(r.problem.id, r.sample_index) for r in engine.seen}) == 22
 
 
 class LateGrader:
-    """Holds verdicts back: every submission and every look may release some, by a coin."""
+    """Delays grades. Each submission, and a background thread, release some of them at random."""
 
     def __init__(self, reward_of, seed):
-        self.reward_of, self.random, self.held = reward_of, random.Random(seed), []
-        self.lock, self.over = threading.Lock(), False
+        self.reward_of, self.random, self.pending = reward_of, random.Random(seed), []
+        self.lock, self.stopped = threading.Lock(), False
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
 
     def __call__(self, completion):
         future = Future()
         with self.lock:
-            self.held.append((future, grade_for(self.reward_of(completion.request))))
+            self.pending.append((future, grade_for(self.reward_of(completion.request))))
             self.release()
         return future
 
     def release(self):
-        self.random.shuffle(self.held)
-        while self.held and self.random.random() < 0.4:
-            future, value = self.held.pop()
+        self.random.shuffle(self.pending)
+        while self.pending and self.random.random() < 0.4:
+            future, value = self.pending.pop()
             future.set_result(value)
 
     def run(self):
-        while not self.over:
+        while not self.stopped:
             with self.lock:
                 self.release()
 
@@ -268,13 +268,13 @@ class LateGrader:
         return self
 
     def __exit__(self, *_):
-        self.over = True
+        self.stopped = True
         self.thread.join()
 
 
 @settings(max_examples=30, deadline=None)
 @given(solved=st.sets(st.tuples(st.integers(0, 2), st.integers(0, 7))), seed=st.integers(0, 999))
-def test_late_verdicts_in_any_order_change_nothing(solved, seed):
+def test_groups_do_not_depend_on_when_grades_arrive(solved, seed):
     reward = lambda r: float((int(r.problem.answer), r.sample_index) in solved)
     expected, _ = collect(reward)
     with LateGrader(reward, seed) as score:
@@ -282,8 +282,8 @@ def test_late_verdicts_in_any_order_change_nothing(solved, seed):
     assert groups == expected
 
 
-def test_decoding_goes_on_while_a_verdict_is_awaited():
-    """Problem 0's first verdict comes only when the other two problems are through."""
+def test_decoding_continues_while_a_grade_is_pending():
+    """The first grade of problem 0 arrives only after the other two problems are complete."""
     first, seen = Future(), []
 
     def score(completion):
@@ -291,7 +291,7 @@ def test_decoding_goes_on_while_a_verdict_is_awaited():
         seen.append((request.problem.answer, request.sample_index))
         if (
             len(seen) == 19
-        ):  # 3 problems: 4 unguided rollouts; two go on to their 8th, one waits at 4
+        ):  # 3 problems have 4 unguided rollouts each; two continue to their 8th while one waits
             first.set_result(WRONG)
         if seen[-1] == ("0", 0):
             return first
@@ -303,7 +303,7 @@ def test_decoding_goes_on_while_a_verdict_is_awaited():
 
 
 @pytest.mark.parametrize("failure", [ERROR, TIMEOUT])
-def test_a_missing_reward_is_kept_and_guides_nothing(failure):
+def test_rollouts_with_a_missing_reward_are_kept(failure):
     groups, _ = collect(None, score=lambda _: at_once(failure))
     assert {id(r.grade) for group in groups for r in group} == {id(failure)}
 
@@ -329,7 +329,7 @@ def test_sft_samples_nothing():
     assert [[r.completion.token_ids for r in g] for g in groups] == [[()]] * 3
 
 
-def test_same_problem_twice_is_refused():
+def test_duplicate_problems_are_refused():
     method = make_method("grpo")
     with pytest.raises(ValueError, match="same problem twice"):
         collect_groups(
@@ -342,9 +342,9 @@ def test_same_problem_twice_is_refused():
         )
 
 
-def test_evaluate_counts_by_source():
+def test_evaluate_computes_metrics_by_source():
     problems = [Problem(f"{i:016x}", (1,), "", (), "", f"K={i % 2}") for i in range(4)]
-    # Greedy solves problem 0 alone; of four samples problem 0 gets 4, problem 1 gets 1.
+    # The greedy samples solve only problem 0. Of the four samples, 4 solve problem 0 and 1 solves problem 1.
     right = {(0, j) for j in range(4)} | {(1, 2)}
     score = lambda c: at_once(
         grade_for((int(c.request.problem.id, 16), c.request.sample_index) in right)
@@ -365,7 +365,7 @@ def test_evaluate_counts_by_source():
 
 
 def sampler(engine, score):
-    """Samples from a scripted engine and grades what it returns."""
+    """Returns a sampler that grades the completions of a scripted engine."""
 
     def sample(requests, params):
         engine.submit(requests, step=0, params=params)
@@ -382,7 +382,7 @@ def test_evaluate_counts_completions_without_a_reward():
     metrics = evaluate(
         sampler(ScriptedEngine(newest_first=False), score), problems, num_samples=4
     ).metrics
-    assert metrics["eval/error_rate"] == 4 / 10  # the greedy completion has index 0 too
+    assert metrics["eval/error_rate"] == 4 / 10  # the greedy completion also has index 0
     assert metrics["eval/timeout_rate"] == 2 / 10
     assert metrics["eval/accuracy_greedy"] == 0
     assert metrics["eval/accuracy_sampled"] == 0.5

@@ -1,4 +1,4 @@
-"""Guidance against hand-written tables, at the thresholds too; early release against waiting."""
+"""Guidance compared with hand-written tables, including at the thresholds, and early release with waiting."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def scheduler(name="trapo", *, preset=None, **overrides) -> Guidance:
 
 
 def guidance(plan: Guidance, rewards, problem=PROBLEM) -> list[tuple[int, int]]:
-    """(expert_index, prefix_len) of each rollout when rollout j gets rewards[j], one by one."""
+    """Returns (expert_index, prefix_len) of each rollout if rollout j gets rewards[j], observed one at a time."""
     state, plans = plan.start(problem), {}
     while not state.is_complete:
         ready = plan.ready(state)
@@ -37,7 +37,7 @@ def guidance(plan: Guidance, rewards, problem=PROBLEM) -> list[tuple[int, int]]:
 
 
 FREE = (-1, 0)
-# rewards of the eight rollouts -> prefix lengths of rollouts 4, 5 | 6 | 7 (expert of 10 tokens).
+# Rewards of the eight rollouts, and prefix lengths of rollouts 4, 5 | 6 | 7, for an expert solution of 10 tokens.
 PAPER = [
     ("0000 00 0 0", (2, 2, 5, 10)),
     ("1000 00 0 0", (2, 2, 5, 10)),  # 1/4
@@ -74,19 +74,19 @@ def test_mean_equal_to_the_threshold_is_unguided(mean_at):
     assert is_guided([1.0] * (ones - 1) + [0.0] * (count - ones + 1), threshold) is True
 
 
-def test_grpo_never_asks_the_expert_and_sft_always_does():
+def test_grpo_never_uses_the_expert_and_sft_always_does():
     assert guidance(scheduler("grpo"), [0.0] * 8) == [FREE] * 8
     assert guidance(scheduler("sft"), [1.0]) == [(0, 10)]
 
 
-def test_ratios_of_the_presets_cut_where_the_paper_says():
+def test_sizes_and_ratios_of_the_presets():
     paper = [(m.size, m.ratio) for m in make_method("trapo").micro_groups]
     reference = [(m.size, m.ratio) for m in make_method("trapo", preset="reference").micro_groups]
     assert paper == [(4, 0.0), (2, 0.2), (1, 0.5), (1, 1.0)]
     assert reference == [(4, 0.0), (2, 0.25), (1, 0.5), (1, 1.0)]
 
 
-def test_no_expert_means_no_guidance():
+def test_problems_without_an_expert_are_unguided():
     problem = Problem("1" * 16, (1,), "x")
     assert guidance(scheduler(), [0.0] * 8, problem) == [FREE] * 8
 
@@ -103,8 +103,8 @@ def test_reference_gives_the_second_expert_to_the_last_micro_group():
     ("paragraph_ends", "prefix_len"),
     [
         ((4,), 4),  # after the cut at 2, before 0.55 * 10
-        ((2, 4), 4),  # an end at the cut itself is not after it
-        ((6,), 2),  # not before ratio + 0.3
+        ((2, 4), 4),  # a paragraph end at the cut is not after it
+        ((6,), 2),  # not before (ratio + 0.3) * 10
         ((3, 5), 3),  # the first of several
         ((), 2),
     ],
@@ -120,7 +120,7 @@ def test_prefix_is_cut_at_the_maximum_length():
     assert guidance(scheduler(max_completion_length=4), [0.0] * 8)[6:] == [(0, 4), (0, 4)]
 
 
-def test_prefix_of_no_token_is_unguided():
+def test_empty_prefix_is_unguided():
     problem = Problem("4" * 16, (1,), "x", (Expert((1, 2, 3)),))
     assert guidance(scheduler(), [0.0] * 8, problem)[4:] == [FREE, FREE, (0, 1), (0, 3)]
 
@@ -139,13 +139,15 @@ def test_reward_out_of_range_is_refused(reward):
         plan.observe(plan.start(PROBLEM), 0, reward)
 
 
-def test_a_missing_reward_enters_no_gate():
-    """Two unguided rollouts, then one that is guided if their mean is below 0.5."""
+def test_missing_rewards_do_not_affect_guidance():
+    """Two unguided rollouts are followed by one that is guided if their mean reward is below 0.5."""
     groups = (MicroGroup(2, 0.0, -1.0), MicroGroup(1, 1.0, 0.5))
     plan = Guidance(groups, 64)
     state = plan.observe(plan.observe(plan.start(PROBLEM), 0, None), 1, 0.7)
     (request,) = plan.ready(state)
-    assert request.prefix_len == 0  # A reward of 0 in place of the missing one would guide it.
+    assert (
+        request.prefix_len == 0
+    )  # If the missing reward counted as 0, this rollout would be guided.
     state = plan.observe(plan.observe(plan.start(PROBLEM), 0, None), 1, 0.4)
     (request,) = plan.ready(state)
     assert request.prefix_len > 0
@@ -162,11 +164,11 @@ def test_second_observation_is_refused():
         plan.observe(state, 0, 1.0)
 
 
-def test_gate_opens_before_the_last_straggler():
+def test_guidance_is_decided_before_the_last_reward():
     plan = scheduler()
     state = plan.start(PROBLEM)
     for index in (0, 1, 3):
-        state = plan.observe(state, index, 0.0)  # mean of four is at most 1/4 < 0.5
+        state = plan.observe(state, index, 0.0)  # the mean of the four is at most 1/4 < 0.5
     assert [r.sample_index for r in plan.ready(state)][:3] == [2, 4, 5]
 
 
@@ -189,16 +191,16 @@ def test_early_release_gives_the_same_guidance_as_waiting(micro_groups, data):
     rewards = data.draw(
         st.lists(st.sampled_from([0.0, 0.1, 1 / 3, 0.7, 1.0, None]), min_size=size, max_size=size)
     )
-    # Waiting: decide each micro-group from all earlier rewards that are not missing.
+    # Waiting: decide each micro-group based on all earlier rewards that are not missing.
     expected, first = [], 0
     for group in micro_groups:
         mean_is_below = first == 0 and group.threshold > 0
         if first:
             earlier = [reward for reward in rewards[:first] if reward is not None]
             mean_is_below = is_guided(earlier, group.threshold)
-        expected += [math_floor_prefix(group) if mean_is_below else FREE] * group.size
+        expected += [floor_prefix(group) if mean_is_below else FREE] * group.size
         first += group.size
-    # Early release: observe in an arbitrary order among what is ready.
+    # Early release: observe the rewards of ready rollouts in an arbitrary order.
     state, plans = plan.start(PROBLEM), {}
     while not state.is_complete:
         ready = plan.ready(state)
@@ -210,7 +212,7 @@ def test_early_release_gives_the_same_guidance_as_waiting(micro_groups, data):
     assert [plans[j] for j in range(size)] == expected
 
 
-def math_floor_prefix(group: MicroGroup) -> tuple[int, int]:
+def floor_prefix(group: MicroGroup) -> tuple[int, int]:
     length = int(group.ratio * len(EXPERT.token_ids))
     return (0, length) if length else FREE
 
@@ -222,7 +224,7 @@ def test_order_of_rewards_does_not_matter(rewards):
     assert decisions == {False}
 
 
-def test_every_reward_sequence_ends_with_a_whole_group():
+def test_every_reward_sequence_gives_a_complete_group():
     plan = scheduler()
     for rewards in itertools.product([0.0, 1.0], repeat=8):
         assert len(guidance(plan, rewards)) == 8

@@ -1,4 +1,4 @@
-"""What is counted, and when that ends a run."""
+"""Resource usage and budgets of runs."""
 
 import pytest
 
@@ -22,9 +22,9 @@ from trapo_jax.types import (
 PROBLEM = Problem("0" * 16, (1, 2), "", (Expert((5, 6, 7, 8)),))
 
 
-def rollout(index, prefix_len, num_own):
+def rollout(index, prefix_len, num_new):
     request = RolloutRequest(PROBLEM, index, 0, 0 if prefix_len else -1, prefix_len)
-    completion = Completion(request, (3,) * num_own, (-1.0,) * num_own, FinishReason.STOP)
+    completion = Completion(request, (3,) * num_new, (-1.0,) * num_new, FinishReason.STOP)
     return Rollout(completion, WRONG)
 
 
@@ -35,17 +35,17 @@ ROWS = rows_of_group(GROUP, [0.0] * 5, first_of_each_prefix(GROUP))
 COST = TokenCost(num_params=1000, num_trained=1000, per_pair=10)
 
 
-def test_usage_of_rollouts_by_hand():
+def test_usage_of_rollouts_equals_hand_computed_values():
     usage = rollout_usage([GROUP], num_prefilled=4, cost=COST)
-    # Completion tokens attend to themselves and everything before them: 3 + 4 + 5, 5, 5 + 6. The prompt and the
-    # longest prefix that is completed, 2 + 2 tokens: 10.
+    # Completion tokens attend to themselves and all tokens before them: 3 + 4 + 5, 5, 5 + 6 pairs. The prompt and the
+    # longest prefix that is completed have 2 + 2 tokens: 10 pairs.
     flops = 2 * 1000 * (6 + 4) + 10 * (12 + 5 + 11 + 10)
     assert usage == Usage(tokens_sampled=6, problems_seen=1, flops=flops)
 
 
-def test_usage_of_an_update_by_hand():
+def test_usage_of_an_update_equals_hand_computed_values():
     usage = update_usage(ROWS, num_iterations=2, num_forward=1, cost=COST)
-    # Rows of 5, 5, 6 and 6 tokens; the last row has nothing to train.
+    # The rows have 5, 5, 6 and 6 tokens; the last row has no tokens to train on.
     assert usage == Usage(
         tokens_expert_trained=2 * (2 + 4),
         tokens_trained=2 * (2 + 4 + 6),
@@ -54,7 +54,7 @@ def test_usage_of_an_update_by_hand():
     )
 
 
-def test_usage_adds_up():
+def test_usage_is_added_by_field():
     usage = Usage(tokens_trained=1, flops=2.0) + Usage(tokens_trained=3, seconds=0.5)
     assert usage == Usage(tokens_trained=4, flops=2.0, seconds=0.5)
 
@@ -64,7 +64,7 @@ def test_usage_adds_up():
     [
         ("steps", None, 0.3),
         ("steps", 6.0, 0.5),
-        ("steps", 20.0, 0.3),  # num_steps comes first
+        ("steps", 20.0, 0.3),  # num_steps is reached first
         ("trained_tokens", 200.0, 0.5),
         ("sampled_tokens", 100.0, 0.8),
         ("flops", 1e4, 0.7),
@@ -72,7 +72,7 @@ def test_usage_adds_up():
         ("seconds", 5.0, 1.2),
     ],
 )
-def test_progress_is_what_comes_first(unit, amount, progress):
+def test_progress_is_that_of_the_limit_reached_first(unit, amount, progress):
     usage = Usage(tokens_trained=100, tokens_sampled=80, problems_seen=24, flops=7e3, seconds=6.0)
     assert Budget(unit, amount, num_steps=10).progress(usage, 3) == pytest.approx(progress)
 

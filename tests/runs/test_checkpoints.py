@@ -1,4 +1,4 @@
-"""Commits, retention, leftovers, exact restoring; the run log's cut at the restored offsets."""
+"""Checkpoints: retention, cleanup and exact restoration; the run log is truncated at the restored offsets."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def test_restores_exactly_what_was_saved(tmp_path):
         assert a.dtype == b.dtype
 
 
-def test_keeps_the_newest_and_cleans_leftovers(tmp_path):
+def test_keeps_the_newest_and_removes_leftovers(tmp_path):
     store = CheckpointStore(tmp_path / "c")
     store.save(1, STATE, HOST)
     leave_an_interrupted_save(tmp_path / "c", 2)
@@ -170,13 +170,13 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     store = CheckpointStore(tmp_path / "c", Retention(newest=1, best=1))
     for step, score in ((2, 0.1), (3, 0.9), (4, None), (5, 0.5), (6, 0.9), (7, None)):
         store.save(step, STATE, HOST, score=score)
-    assert store.steps() == [6, 7]  # of equal scores the later one
+    assert store.steps() == [6, 7]  # the later one of equal scores
     assert store.best_score() == 0.9
-    store.save(7, STATE, HOST, score=1.0)  # saved again by a run that was resumed before it
+    store.save(7, STATE, HOST, score=1.0)  # saved again by a run that resumed from an earlier step
     assert store.steps() == [7]
 
 
-def test_log_is_cut_at_the_checkpoint(tmp_path):
+def test_log_is_truncated_at_the_checkpoint(tmp_path):
     log = RunLog(tmp_path, offsets=None)
     log.metrics("train", 1, {"a": 1.5})
     offsets = log.offsets()
@@ -206,7 +206,7 @@ def test_log_shorter_than_at_the_checkpoint_is_refused(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == "{}"
 
 
-def test_advantages_by_hand():
+def test_advantages_equal_hand_computed_values():
     np.testing.assert_allclose(
         group_advantages(np.array([1.0, 0.0, 0.0, 1.0, 0.0])),
         [0.6, -0.4, -0.4, 0.6, -0.4],

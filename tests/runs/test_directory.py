@@ -1,4 +1,4 @@
-"""A run folder belongs to one run, and to one process at a time; what a resumed run may change."""
+"""Run directories: each belongs to one run and one process at a time. Settings that a resumed run may change."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
-def test_another_mesh_and_other_limits_are_the_same_run(folder):
+def test_a_run_may_change_its_mesh_and_limits(folder):
     ours = text(
         train__decay_start="1", mesh__fsdp="-1", checkpoint__keep="5", sampling__num_slots="8"
     )
@@ -66,7 +66,7 @@ def test_another_mesh_and_other_limits_are_the_same_run(folder):
         ("train.num_steps", "374"),
     ],
 )
-def test_what_is_computed_may_not_change(folder, field, value):
+def test_settings_that_affect_results_must_not_change(folder, field, value):
     ours = load_config(Config, None, [("train.decay_start", "1"), (field, value)]).to_yaml()
     with pytest.raises(
         UserError, match=f"contains a run with {field}=.*, not {value}; choose a different"
@@ -74,7 +74,9 @@ def test_what_is_computed_may_not_change(folder, field, value):
         check_run_folder(folder, ours)
 
 
-def test_a_run_may_become_longer_if_its_learning_rate_does_not_depend_on_it(folder, tmp_path):
+def test_a_run_may_become_longer_if_its_learning_rate_does_not_depend_on_its_length(
+    folder, tmp_path
+):
     longer = text(train__decay_start="1", train__num_steps="400")
     assert check_run_folder(folder, longer) == {"train.num_steps": (375, 400)}
     prepare_run_folder(tmp_path / "decaying", text())
@@ -85,7 +87,7 @@ def test_a_run_may_become_longer_if_its_learning_rate_does_not_depend_on_it(fold
         check_run_folder(tmp_path / "decaying", text(train__num_steps="400"))
 
 
-def test_a_run_whose_method_depends_on_its_length_may_not_become_longer(tmp_path):
+def test_a_run_must_not_become_longer_if_its_method_depends_on_its_length(tmp_path):
     staged = {"method__name": "sft_then_grpo", "train__decay_start": "1"}
     prepare_run_folder(tmp_path / "staged", text(**staged))
     with pytest.raises(
@@ -97,7 +99,7 @@ def test_a_run_whose_method_depends_on_its_length_may_not_become_longer(tmp_path
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[1]", "null"])
-def test_a_run_without_a_readable_method_is_refused_in_one_line(tmp_path, content):
+def test_a_run_without_a_readable_method_is_a_one_line_error(tmp_path, content):
     folder, trapo = tmp_path / "run", fingerprint(make_method("trapo"))
     prepare_run_folder(folder, text(), method=trapo)
     (folder / "method.json").unlink()
@@ -125,7 +127,7 @@ def test_a_refusal_to_resume_names_every_field_that_differs(tmp_path):
 
 
 def test_a_run_of_another_method_is_refused_by_name(tmp_path):
-    """A method from outside is not in the config: its fingerprint tells."""
+    """Methods defined by users are not in the config, so they are identified by their fingerprints."""
     folder, trapo = tmp_path / "run", fingerprint(make_method("trapo"))
     prepare_run_folder(folder, text(), method=trapo)
     assert check_run_folder(folder, text(), method=trapo) == {}
@@ -141,7 +143,7 @@ def test_a_run_of_another_method_is_refused_by_name(tmp_path):
         check_run_folder(folder, text(method__name="grpo"))
 
 
-def test_a_run_of_another_version_may_lack_what_may_differ_only(folder):
+def test_a_run_of_another_version_may_lack_only_changeable_fields(folder):
     config = folder / "config.yaml"
     whole = config.read_text()
     config.write_text(whole.replace("  stuck_after_secs: 3600.0\n", ""))
@@ -154,7 +156,7 @@ def test_a_run_of_another_version_may_lack_what_may_differ_only(folder):
         check_run_folder(folder, ours)
 
 
-def test_what_may_differ_are_fields():
+def test_changeable_fields_exist():
     names = [name for name, *_ in list_fields(Config)]
     for field in CHANGEABLE_FIELDS:
         assert any(
@@ -163,13 +165,13 @@ def test_what_may_differ_are_fields():
 
 
 @pytest.mark.parametrize("content", ["", "- 1\n", "seed: [", "\0"])
-def test_a_config_that_was_spoiled_is_one_line(folder, content):
+def test_a_damaged_config_is_a_one_line_error(folder, content):
     (folder / "config.yaml").write_text(content)
     with pytest.raises(UserError, match=r"config.yaml: not a valid config; choose a different"):
         check_run_folder(folder, text())
 
 
-def test_a_folder_that_cannot_be_is_refused_before_anything_is_created(tmp_path):
+def test_an_impossible_folder_is_refused_before_anything_is_created(tmp_path):
     (tmp_path / "file").write_text("")
     for name, message in (
         ("file", "not a directory; choose"),
@@ -185,7 +187,7 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_is_created(tmp_path)
 
 @pytest.fixture
 def read_only_folder(tmp_path):
-    """One that root cannot write to either."""
+    """A folder that not even root can write to."""
     folder = tmp_path / "sealed"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)]
@@ -195,7 +197,7 @@ def read_only_folder(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(read_only_folder):
+def test_a_folder_that_is_not_writable_is_refused(read_only_folder):
     for folder in (read_only_folder, read_only_folder / "a" / "run"):
         with pytest.raises(
             UserError, match=f"output_dir={folder}: {read_only_folder} is not writable"
@@ -203,7 +205,7 @@ def test_a_folder_that_cannot_be_written_is_refused(read_only_folder):
             check_run_folder(folder, text())
 
 
-def test_a_run_that_was_killed_before_it_wrote_anything_is_started_again(tmp_path):
+def test_a_run_that_was_killed_before_it_wrote_anything_can_be_restarted(tmp_path):
     with lock_run_folder(tmp_path / "a" / "run"):
         pass
     assert check_run_folder(tmp_path / "a" / "run", text()) == {}
@@ -214,16 +216,16 @@ import sys, time
 from pathlib import Path
 from trapo_jax.runs.directory import lock_run_folder
 with lock_run_folder(Path(sys.argv[1])):
-    print("at work", flush=True)
+    print("locked", flush=True)
     time.sleep(600)
 """
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone_even_killed(tmp_path):
+def test_a_second_process_is_refused_until_the_first_exits_or_is_killed(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
-    assert holder.stdout.readline() == "at work\n"
+    assert holder.stdout.readline() == "locked\n"
     with (
         pytest.raises(UserError, match="another process is training there"),
         lock_run_folder(tmp_path),
@@ -231,16 +233,14 @@ def test_a_second_process_is_refused_until_the_first_is_gone_even_killed(tmp_pat
         raise AssertionError("two processes in one folder")
     holder.kill()
     holder.wait()
-    for _ in range(
-        2
-    ):  # and again in the same process, though something still holds on to the error
+    for _ in range(2):  # twice in the same process, although `error` keeps the frame alive
         with pytest.raises(KeyError) as error, lock_run_folder(tmp_path):
             raise KeyError
         assert error.tb
 
 
-def test_a_complete_run_goes_on_when_it_is_made_longer(finished_run, tmp_path):
-    """Its folder is made to say that it was one step shorter; so nothing need be compiled for a longer one."""
+def test_a_complete_run_continues_if_it_is_made_longer(finished_run, tmp_path):
+    """The folder is edited as if the run had been one step shorter, so that no longer run must be compiled."""
     folder = tmp_path / "run"
     shutil.copytree(finished_run[0], folder)
     config, metrics = folder / "config.yaml", folder / "metrics.jsonl"

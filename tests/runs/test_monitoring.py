@@ -1,4 +1,4 @@
-"""What a run notices: each sign alone, when it warns and when it stops."""
+"""Monitoring of runs: when each symptom causes a warning, and when it stops the run."""
 
 import shutil
 import signal
@@ -28,12 +28,12 @@ def health():
     return Health(max_logprob_gap=0.2, max_skipped_steps=3)
 
 
-def test_a_healthy_step_says_nothing():
+def test_a_healthy_step_gives_no_warnings():
     watch = health()
     assert [watch.observe(step, GOOD) for step in range(5)] == [[]] * 5
 
 
-def test_a_skipped_update_names_the_term():
+def test_a_skipped_update_is_reported_with_its_cause():
     values = {
         **GOOD,
         "optimizer/skipped": 1.0,
@@ -54,8 +54,8 @@ def test_a_skipped_update_names_the_term():
         health().observe(9, {**values, "optimizer/skipped_in_a_row": 3})
 
 
-def test_a_sampler_that_differs_stops_the_run():
-    """Older tokens are named as a cause where there are some."""
+def test_a_large_logprob_gap_stops_the_run():
+    """If the batch contains stale tokens, the error mentions them as a possible cause."""
     stale = {**GOOD, "policy/logprob_gap_mean": 0.3, "sampling/stale_tokens": 12}
     with pytest.raises(TrainingFailed, match=r"0.2; 12 tokens .* sampling.max_staleness=0"):
         health().observe(2, stale)
@@ -70,7 +70,7 @@ def test_a_sampler_that_differs_stops_the_run():
         ("reward/groups_with_signal", 0.0, "the policy gradient is zero"),
     ],
 )
-def test_what_goes_on_for_steps_is_warned_of_once(name, value, text):
+def test_persistent_symptoms_are_reported_once(name, value, text):
     watch, bad = health(), {**GOOD, name: value}
     steps = iter(range(1, 1000))
     for _ in range(WARN_AFTER_STEPS - 1):
@@ -84,7 +84,7 @@ def test_what_goes_on_for_steps_is_warned_of_once(name, value, text):
     assert [len(of_step) for of_step in warnings] == [0] * (WARN_AFTER_STEPS - 1) + [1]
 
 
-def test_nothing_sampled_is_no_sign(tmp_path):
+def test_steps_without_sampling_give_no_warnings(tmp_path):
     watch = health()
     sft = {
         **GOOD,
@@ -95,7 +95,7 @@ def test_nothing_sampled_is_no_sign(tmp_path):
     assert [watch.observe(step, sft) for step in range(5)] == [[]] * 5
 
 
-def test_too_little_space_is_named(tmp_path):
+def test_insufficient_disk_space_is_reported(tmp_path):
     check_space(tmp_path, 1, "a checkpoint")
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(TrainingFailed, match=rf"output_dir={tmp_path}: .* a checkpoint needs"):
@@ -106,20 +106,20 @@ BUSY = """
 import time
 from trapo_jax.runs.monitoring import Interrupt
 interrupt = Interrupt()
-print("at work", flush=True)
+print("started", flush=True)
 while not interrupt.received:
     time.sleep(0.01)
 print("finishing", flush=True)
-9**9**9  # as a compiled program: looks for no signal until it is done
+9**9**9  # like a compiled program, this handles no signals until it is done
 """
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_the_process_at_once(second):
+def test_a_second_signal_terminates_the_process_immediately(second):
     with subprocess.Popen(
         [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout.readline() == "at work\n"
+        assert process.stdout.readline() == "started\n"
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "finishing\n"
         process.send_signal(second)

@@ -1,4 +1,4 @@
-"""The report: its data, and the page of a real run in a browser."""
+"""The report of a run: its data, and the page of a real run in a browser."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def test_many_steps_are_averaged_and_the_last_step_is_kept():
     assert columns["step"][-1] == 1001
 
 
-def test_a_step_without_expert_tokens_has_no_metrics_of_them():
+def test_steps_without_expert_tokens_have_no_expert_metrics():
     without = {"batch/expert_trained_tokens": 0, "expert/gradient_share_inside": 0.0}
     _, columns = downsample(
         [step_record(1, **{"expert/gradient_share_inside": 0.5}), step_record(2, **without)]
@@ -43,7 +43,7 @@ def test_a_step_without_expert_tokens_has_no_metrics_of_them():
     assert columns["expert/gradient_share_inside"] == [0.5, None]
 
 
-def test_guidance_levels_are_those_of_the_records():
+def test_all_guidance_levels_of_the_records_are_kept():
     levels = {f"guidance/level_{i}": i / 66 for i in range(12)}
     _, columns = downsample([step_record(1, **levels)])
     assert [name for name in columns if name.startswith("guidance/level")] == list(levels)
@@ -66,7 +66,7 @@ def write_lines(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def test_evenly_spaced_whole_groups_fit_into_the_limit(tmp_path):
+def test_evenly_spaced_complete_groups_are_kept_within_the_limit(tmp_path):
     path = tmp_path / "samples.jsonl"
     write_lines(path, [sample(step, f"{step}") for step in range(100) for _ in range(2)])
     everything, num_groups = read_samples(path, max_bytes=10**9)
@@ -114,7 +114,7 @@ def test_settings_that_differ_from_the_defaults_are_shown():
 
 
 @pytest.mark.parametrize("name", ["absent", "other"])
-def test_a_folder_that_is_not_a_run_is_one_line_and_exit_code_2(name, tmp_path, capsys):
+def test_a_folder_that_is_not_a_run_gives_a_one_line_error_and_exit_code_2(name, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("- 1\n")
     assert main([str(tmp_path / name)]) == 2
@@ -124,7 +124,7 @@ def test_a_folder_that_is_not_a_run_is_one_line_and_exit_code_2(name, tmp_path, 
     assert not list(tmp_path.rglob("report.html"))
 
 
-def test_a_report_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path, capsys):
+def test_a_report_that_cannot_be_written_gives_a_one_line_error_and_exit_code_2(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(Config().to_yaml())
     (tmp_path / "metrics.jsonl").write_text("")
     assert main([str(tmp_path), "--out", str(tmp_path / "absent" / "report.html")]) == 2
@@ -154,7 +154,7 @@ def test_progress_shows_the_last_evaluation_and_fits_into_80_columns(monkeypatch
         assert ("\x1b[" in output) == (on_a_terminal == "1")
 
 
-def test_a_run_whose_budget_is_spent_is_complete(finished_run, tmp_path):
+def test_a_run_that_has_spent_its_budget_is_complete(finished_run, tmp_path):
     for name in ("config.yaml", "metrics.jsonl"):
         shutil.copy(finished_run[0] / name, tmp_path)
     config = tmp_path / "config.yaml"
@@ -169,8 +169,8 @@ def test_a_run_whose_budget_is_spent_is_complete(finished_run, tmp_path):
     assert (run["complete"], run["step"], run["num_steps"]) == (False, 6, 12)
 
 
-def test_a_run_ends_with_its_report(finished_run):
-    """And the command makes the same again."""
+def test_a_run_writes_its_report_at_the_end(finished_run):
+    """The report command creates the same page again."""
     folder, output = finished_run
     page = (folder / "report.html").read_text()
     assert f"{folder / 'report.html'}: " in output
@@ -180,20 +180,20 @@ def test_a_run_ends_with_its_report(finished_run):
 
 @pytest.fixture(scope="module")
 def two_runs(finished_run, tmp_path_factory):
-    """The report of a finished run and of one that goes on, under one name."""
+    """The report of a finished run and of an unfinished run with the same name."""
     folder = finished_run[0]
-    going = tmp_path_factory.mktemp("going") / folder.name
-    going.mkdir()
-    (going / "config.yaml").write_text((folder / "config.yaml").read_text())
+    unfinished = tmp_path_factory.mktemp("unfinished") / folder.name
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text((folder / "config.yaml").read_text())
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)[:5]
-    (going / "metrics.jsonl").write_text("".join(lines))
-    out = going.parent / "report.html"
-    assert main([str(folder), str(going), "--out", str(out)]) == 0
+    (unfinished / "metrics.jsonl").write_text("".join(lines))
+    out = unfinished.parent / "report.html"
+    assert main([str(folder), str(unfinished), "--out", str(out)]) == 0
     return out
 
 
 def test_the_page_of_two_runs_makes_no_requests_and_passes_axe(two_runs):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is missing")
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe not installed")
     for scheme, width in (("light", 1280), ("dark", 390)):
         options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
         with opened(two_runs, **options) as seen:
@@ -210,8 +210,8 @@ def test_the_page_of_two_runs_makes_no_requests_and_passes_axe(two_runs):
             assert (seen.complaints, seen.requests) == ([], [])
 
 
-def test_filters_keys_and_tables_show_the_contents_of_the_files(two_runs, finished_run):
-    """Elements are found by their names and operated by keyboard, as with a screen reader."""
+def test_filters_keyboard_and_tables_show_the_contents_of_the_files(two_runs, finished_run):
+    """Elements are located by their accessible names and operated by keyboard, as with a screen reader."""
     folder = finished_run[0]
     samples = list(read_records(folder / "samples.jsonl"))
     with opened(two_runs, color_scheme="light") as seen:
@@ -239,7 +239,7 @@ def test_filters_keys_and_tables_show_the_contents_of_the_files(two_runs, finish
         page.keyboard.press("End")
         assert chart.locator(".readout").text_content().startswith("step 12")
         chart.locator("summary").click()
-        chart.get_by_role("row").nth(12).wait_for()  # The table is built when it is opened.
+        chart.get_by_role("row").nth(12).wait_for()  # The table is created when it is opened.
         assert chart.get_by_role("row").count() == 13
         page.get_by_role("button", name="Theme").click()
         page.get_by_role("button", name="Theme").click()

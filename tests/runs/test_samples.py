@@ -1,4 +1,4 @@
-"""What samples.jsonl says of a rollout's tokens is what the update saw of them."""
+"""The per-token values in samples.jsonl are those that the update computed."""
 
 import jax.numpy as jnp
 import pytest
@@ -41,7 +41,7 @@ GROUP = [
     rollout(3, 3, ()),
 ]
 
-# Of the two that start from one prefix, the first trains it.
+# Of the two rollouts with the same prefix, only the first trains on it.
 ROWS = [
     TrainRow(r.completion, advantage, trains_expert, r.request.key)
     for r, advantage, trains_expert in zip(
@@ -55,8 +55,8 @@ def decode(ids):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_response_s_tokens_are_found_wherever_they_lie(packed):
-    """Trace arrays that hold the token ids themselves: what comes back must be the response's ids."""
+def test_the_tokens_of_a_response_are_found_in_the_batch(packed):
+    """The trace arrays contain the token ids, so the result must be the token ids of the response."""
     batch = build_batch(ROWS, row_len=9, micro_batch_rows=2, packed=packed)
     trace = (jnp.asarray(batch.token_ids, jnp.float32), jnp.asarray(batch.token_ids, jnp.float32))
     update = UpdateTrace(ROWS, batch, trace)
@@ -76,7 +76,7 @@ def test_a_response_s_tokens_are_found_wherever_they_lie(packed):
     assert [seen.kinds.tolist() for seen in last.values()] == [[TokenKind.EXPERT_TRAINED] * 3]
 
 
-def test_a_record_has_an_entry_a_token_and_null_where_none_was_trained():
+def test_a_record_has_one_entry_per_token_and_null_for_untrained_tokens():
     batch = build_batch(ROWS, row_len=9, micro_batch_rows=2)
     logprobs = jnp.where(batch.kinds > TokenKind.EXPERT, -0.123456, 0.0)
     update = UpdateTrace(ROWS, batch, (logprobs, -logprobs))
@@ -91,8 +91,8 @@ def test_a_record_has_an_entry_a_token_and_null_where_none_was_trained():
     assert (record["prefix"], record["completion"]) == ("<20> <21>", "<35> <36>")
 
 
-def test_a_row_of_an_expert_solution_alone_is_not_taken_for_a_rollout():
-    """ReLIFT's buffer may hold the problem of a rollout, whose expert row has the same sample index."""
+def test_a_row_with_only_an_expert_solution_is_not_mistaken_for_a_rollout():
+    """ReLIFT's buffer may contain the problem of a rollout, whose expert row has the same sample index."""
     expert = TrainRow(GROUP[0].completion, 0.0, True)
     batch = build_batch([expert, ROWS[0]], row_len=9, micro_batch_rows=2)
     values = jnp.asarray(batch.token_ids, jnp.float32)
@@ -106,7 +106,7 @@ def test_a_row_of_an_expert_solution_alone_is_not_taken_for_a_rollout():
     assert record["advantage"] is None
 
 
-def test_a_rollout_that_took_no_part_has_texts_and_kinds():
+def test_an_untrained_rollout_has_pieces_and_kinds():
     tokens = sample_record(GROUP[1], None, None, decode=decode, step=5)["tokens"]
     assert tokens["kinds"] == "224444"
     assert tokens["logprobs"] == tokens["gradient_weights"] == [None] * 6
@@ -123,13 +123,13 @@ def test_a_character_belongs_to_the_token_that_completes_it():
 
 
 @given(st.lists(st.integers(0, 255), max_size=40))
-def test_pieces_join_to_the_text_whatever_the_bytes(ids):
+def test_pieces_join_to_the_text_for_arbitrary_bytes(ids):
     pieces = token_pieces(ids, decode_bytes)
     assert "".join(pieces) == decode_bytes(ids)
     assert len(pieces) == len(ids)
 
 
-def test_pieces_of_a_decoder_that_drops_the_first_space():
+def test_pieces_with_a_decoder_that_drops_the_first_space():
     words = ["▁to", "▁be", ",", "▁or"]
 
     def like_sentencepiece(ids):

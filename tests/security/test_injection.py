@@ -1,4 +1,4 @@
-"""Hostile texts through every sink: each log stays parseable, the terminal and the page inert."""
+"""Hostile texts in every output: logs remain parseable, and texts have no effect on the terminal or the page."""
 
 import json
 import struct
@@ -30,7 +30,7 @@ NUMBERS = {
 
 
 def rollout(text, step=1):
-    """A record of samples.jsonl in which every text is the same."""
+    """Returns a record of samples.jsonl in which all texts are the same."""
     return {
         "step": step,
         "problem_id": text,
@@ -54,7 +54,7 @@ def rollout(text, step=1):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder as the log writes it, of a run in which every text was hostile, its own name too."""
+    """A run folder written by the run log, in which every text is hostile, including the name of the folder."""
     folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=attacked=1>\u202e"
     folder.mkdir()
     config = Config().model_dump(mode="json")
@@ -71,11 +71,11 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_the_corpus_is_what_it_says():
+def test_the_corpus_has_no_duplicates():
     assert len(set(CORPUS)) == len(CORPUS) > 30
 
 
-def test_jsonl_holds_a_valid_object_a_line_that_gives_the_texts_back(run):
+def test_every_jsonl_line_is_a_valid_object_with_the_original_texts(run):
     lines = (run / "samples.jsonl").read_bytes().split(b"\n")
     assert lines.pop() == b""
     assert [json.loads(line) for line in lines] == [rollout(text) for text in CORPUS]
@@ -85,7 +85,7 @@ def test_jsonl_holds_a_valid_object_a_line_that_gives_the_texts_back(run):
     assert json.loads(second)["kind"] == "train"
 
 
-def test_tensorboard_s_tags_are_printable_and_its_file_whole(run):
+def test_tensorboard_tags_are_printable_and_the_file_is_complete(run):
     (file,) = (run / "tb").iterdir()
     data, tags, at = file.read_bytes(), [], 0
     while at < len(data):
@@ -97,7 +97,7 @@ def test_tensorboard_s_tags_are_printable_and_its_file_whole(run):
     assert all(tag.isprintable() for tag in tags)
 
 
-def test_a_text_is_one_printable_line_of_the_console(capsys):
+def test_a_text_is_one_printable_line_on_the_console(capsys):
     terminal = Console()
     for text in CORPUS:
         terminal.say(text)
@@ -106,7 +106,7 @@ def test_a_text_is_one_printable_line_of_the_console(capsys):
 
 
 @pytest.mark.parametrize("place", ["name", "value"])
-def test_a_config_s_mistake_is_one_printable_line(place, capsys):
+def test_an_invalid_config_is_one_printable_line(place, capsys):
     for text in CORPUS:
         with pytest.raises(UserError) as error:
             load_config(
@@ -116,7 +116,7 @@ def test_a_config_s_mistake_is_one_printable_line(place, capsys):
         assert capsys.readouterr().err.removesuffix("\n").isprintable(), repr(text[:80])
 
 
-def test_a_table_s_cells_neither_command_the_terminal_nor_are_markup(capsys):
+def test_table_cells_contain_no_control_sequences_and_no_markup(capsys):
     terminal = Console()
     terminal.table("scores", ["[red]name[/]"], [[text[:200]] for text in CORPUS])
     output = capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_a_table_s_cells_neither_command_the_terminal_nor_are_markup(capsys):
 
 
 class Elements(HTMLParser):
-    """Counts the elements of a page."""
+    """Lists the elements of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -137,7 +137,7 @@ class Elements(HTMLParser):
         self.found.append((tag, [name for name, _ in attrs]))
 
 
-def test_the_page_has_the_same_elements_whatever_the_data_say(run, tmp_path):
+def test_the_elements_of_the_page_do_not_depend_on_the_data(run, tmp_path):
     harmless = tmp_path / "harmless"
     harmless.mkdir()
     (harmless / "config.yaml").write_text(Config().to_yaml())
@@ -153,8 +153,8 @@ def test_the_page_has_the_same_elements_whatever_the_data_say(run, tmp_path):
     assert "<" not in data
 
 
-def test_in_a_browser_the_texts_are_texts(run):
-    """Whatever is clicked: no script of theirs runs, no dialog, no request, and what they say can be read."""
+def test_a_browser_treats_the_texts_as_text(run):
+    """Whatever is clicked, the texts run no scripts, open no dialogs, make no requests, and are readable."""
     with opened(run / "report.html") as seen:
         page = seen.page
         for details in page.locator("summary").all():
@@ -177,7 +177,7 @@ def test_in_a_browser_the_texts_are_texts(run):
         assert page.title().startswith("<img src=x onerror=attacked=1>\\u202e")
 
 
-def test_the_page_s_policy_lets_no_other_script_run_and_nothing_be_fetched(run):
+def test_the_content_security_policy_blocks_other_scripts_and_requests(run):
     with opened(run / "report.html") as seen:
         seen.page.evaluate("""() => {
             const script = document.createElement("script");
@@ -189,5 +189,5 @@ def test_the_page_s_policy_lets_no_other_script_run_and_nothing_be_fetched(run):
             return new Promise((resolve) => setTimeout(resolve, 100));
         }""")
         assert seen.page.evaluate("globalThis.attacked") is None
-        assert len(seen.complaints) >= 2  # the policy's
+        assert len(seen.complaints) >= 2  # from the Content Security Policy
         assert all("Content Security Policy" in text for text in seen.complaints)

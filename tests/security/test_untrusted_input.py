@@ -1,4 +1,4 @@
-"""SECURITY.md's promises about code from outside, held against every file of the package."""
+"""Every file of the package satisfies the guarantees of SECURITY.md about external code."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ from trapo_jax.config import Config, load_config
 from trapo_jax.types import UserError
 
 PACKAGE = REPOSITORY / "trapo_jax"
-# Modules that run or unpickle what they read, or a shell.
+# Modules that run or unpickle what they read.
 MODULES = {
     "pickle",
     "cPickle",
@@ -23,9 +23,9 @@ MODULES = {
     "code",
     "torch",
 }
-# Built-in functions that run text; a method of that name (`model.eval()`) is none.
+# Built-in functions that run text. Methods with these names, such as `model.eval()`, are allowed.
 BUILT_INS = {"eval", "exec", "compile", "__import__"}
-# Functions of modules, by the last two parts of their names.
+# Functions in modules, by the last two parts of their qualified names.
 FUNCTIONS = {
     "os.system",
     "os.popen",
@@ -36,12 +36,12 @@ FUNCTIONS = {
     "subprocess.getoutput",
     "subprocess.getstatusoutput",
 }
-KEYWORDS = {"shell", "allow_pickle", "trust_remote_code"}  # which may be nothing but False
-SAFE_LOADER = "_Loader"  # config.py's, a SafeLoader
+KEYWORDS = {"shell", "allow_pickle", "trust_remote_code"}  # only False is allowed
+SAFE_LOADER = "_Loader"  # the subclass of SafeLoader that loads configs
 
 
 def violations(text):
-    """What of a file's text runs code that it reads: (line, what)."""
+    """Yields the parts of a source file that may run code that they read, as (line, name)."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
@@ -53,8 +53,8 @@ def violations(text):
             found = [node.id]  # `run = eval`
         else:
             found = []
-        for what in found:
-            yield node.lineno, what
+        for name in found:
+            yield node.lineno, name
 
 
 def calls(node):
@@ -88,7 +88,7 @@ def is_safe_yaml(node):
         "yaml.load(text, yaml.Loader)",
     ],
 )
-def test_what_runs_code_is_found(text):
+def test_code_execution_is_found(text):
     assert list(violations(text))
 
 
@@ -102,11 +102,11 @@ def test_what_runs_code_is_found(text):
         "np.load('x')",
     ],
 )
-def test_what_runs_no_code_is_not(text):
+def test_harmless_calls_are_not_found(text):
     assert not list(violations(text))
 
 
-def test_the_package_runs_no_code_that_it_reads():
+def test_the_package_does_not_run_code_that_it_reads():
     found = {}
     for file in PACKAGE.rglob("*.py"):
         if here := list(violations(file.read_text())):
@@ -114,7 +114,7 @@ def test_the_package_runs_no_code_that_it_reads():
     assert not found
 
 
-def test_yaml_that_names_a_python_object_is_refused_and_not_run(tmp_path):
+def test_yaml_with_python_objects_is_refused_and_not_run(tmp_path):
     witness = tmp_path / "witness"
     file = tmp_path / "config.yaml"
     for tag in ("object/apply:os.system", "object/new:os.system"):
@@ -128,9 +128,9 @@ def test_yaml_that_names_a_python_object_is_refused_and_not_run(tmp_path):
     ("package", "fixed"),
     [("transformers", (5, 3)), ("jinja2", (3, 1, 6)), ("pyyaml", (5, 4)), ("pyarrow", (14, 0, 1))],
 )
-def test_versions_with_known_holes_are_excluded(package, fixed):
+def test_versions_with_known_vulnerabilities_are_excluded(package, fixed):
     """transformers: CVE-2026-4372, CVE-2026-5241; jinja2: CVE-2025-27516; PyYAML: CVE-2020-14343; PyArrow: CVE-2023-47248."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    (wanted,) = [text for text in project["dependencies"] if re.match(rf"{package}\b", text)]
-    lowest = re.search(r">=([\d.]+)", wanted)[1]
+    (requirement,) = [text for text in project["dependencies"] if re.match(rf"{package}\b", text)]
+    lowest = re.search(r">=([\d.]+)", requirement)[1]
     assert tuple(map(int, lowest.split("."))) >= fixed

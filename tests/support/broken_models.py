@@ -1,11 +1,11 @@
-"""Ways to break a Hugging Face model folder, each with the error message that names it."""
+"""Ways to break a Hugging Face model folder, each with the expected error message."""
 
 import json
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-# The config of the small model that tests break.
+# Config of the small model that tests break.
 GQA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -36,11 +36,11 @@ def break_tensors(folder, change):
 
 
 def write_index(folder, changes, move=None):
-    """Writes an index of the only file.
+    """Writes an index for a folder with a single tensor file.
 
     Args:
       folder: the model folder.
-      changes: entries of the index to change; None leaves a tensor out.
+      changes: index entries to change; None omits a tensor from the index.
       move: a tensor to remove from the file.
     """
     tensors = load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests that need one; without it they are skipped, and say so."""
+"""A headless Chromium for tests of pages. If it is not installed, these tests are skipped with a message."""
 
 import contextlib
 import dataclasses
@@ -12,16 +12,16 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), 
 
 @dataclasses.dataclass
 class Opened:
-    """A page, and what it did that a report must not do."""
+    """An open page, and a record of everything that a report must not do."""
 
     page: object
-    complaints: list  # console messages, errors, dialogs
-    requests: list  # but for the file itself
+    complaints: list  # console messages, errors and dialogs
+    requests: list  # URLs of all requests except the file itself
 
 
 @contextlib.contextmanager
 def opened(file, **options):
-    """Opens a file; `options` are of playwright's new_page."""
+    """Opens a file in the browser; `options` are passed to Playwright's `new_page`."""
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed (pages in a browser)"
     )

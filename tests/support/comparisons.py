@@ -1,4 +1,4 @@
-"""Comparisons with results that are made up."""
+"""Comparisons with synthetic results."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def make_grid(out, *sweeps, methods=("trapo", "grpo"), seeds=3, variants=(), **o
 
 
 def write_run(run, accuracy, *, entropy=0.5, overspent=0.0, problems="abc"):
-    """Writes a run directory as a complete run leaves it. Every third problem is harder."""
+    """Writes the directory of a complete run. Every third problem is harder than the others."""
     run.folder.mkdir(parents=True)
     steps = int(20 * (1 + overspent))
     rng = np.random.default_rng([run.seed, int(1000 * accuracy)])

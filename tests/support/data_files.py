@@ -1,4 +1,4 @@
-"""Data files in every format, and malformed ones with the error message that each one gets."""
+"""Data files in every format, and malformed files, each with the expected error message."""
 
 import json
 
@@ -18,7 +18,7 @@ def write_jsonl(path):
 
 
 def write_json(path):
-    path.write_text("\ufeff" + json.dumps(ROWS, indent=1))  # with the mark that Windows writes
+    path.write_text("\ufeff" + json.dumps(ROWS, indent=1))  # with a byte order mark, as on Windows
 
 
 def write_arrow_stream(path):

@@ -1,4 +1,4 @@
-"""Engines of the shipped model, for tests, and what they should return."""
+"""Engines with the embedded model, and the results expected from them."""
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def requests_of(problems, *, group=2, ratios=(0.0, 0.3)):
 
 
 def trainer_logprobs(decoder, params, completion, temperature):
-    """The log-probabilities of a completion by a forward pass of its whole row, without other rows."""
+    """Computes the log-probabilities of a completion with a forward pass of its whole row alone."""
     request = completion.request
     context = request.problem.prompt_ids + request.prefix_ids
     ids = np.array([context + completion.token_ids])

@@ -1,10 +1,10 @@
-"""Grades as a single reward function would give them."""
+"""Grades from a single reward function."""
 
 from trapo_jax.types import Grade, Judgment
 
 
 def grade_of(reward: float | None, reason: str = "") -> Grade:
-    """Returns a grade; `reward` is None for a missing one, and `reason` says why it is missing."""
+    """Returns a grade. `reward` is None if it is missing, and `reason` is the reason."""
     return Grade(reward, {"test": Judgment(reward, reason=reason)})
 
 

@@ -1,4 +1,4 @@
-"""Functions for the reward workers of tests: the text says what goes wrong. Imports no jax."""
+"""Reward functions whose response text selects how they misbehave. This module does not import JAX."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from trapo_jax.types import Problem, Verdict
 
 
 def verify(response_text: str, problem: Problem) -> Verdict:
-    """Does what the text says; else compares it with the answer."""
+    """Misbehaves as the text specifies, or compares it with the answer."""
     match response_text:
         case "hang":
             return sum(1 for _ in iter(int, 1))
@@ -41,24 +41,24 @@ def verify_recursively(text):
 
 
 def has_module(response_text: str, problem: Problem) -> Verdict:
-    """CORRECT if the module that the text names has been imported."""
+    """Returns CORRECT if the module named by the text has been imported."""
     return Verdict.CORRECT if response_text in sys.modules else Verdict.WRONG
 
 
 def has_variable(response_text: str, problem: Problem) -> Verdict:
-    """CORRECT if the environment, now or at the start, names the text anywhere."""
+    """Returns CORRECT if the current or the initial environment contains the text."""
     with open("/proc/self/environ", "rb") as file:
-        started_with = file.read().decode(errors="replace")
-    now = "".join(f"{name}={value};" for name, value in os.environ.items())
-    return Verdict.CORRECT if response_text in started_with + now else Verdict.WRONG
+        initial = file.read().decode(errors="replace")
+    current = "".join(f"{name}={value};" for name, value in os.environ.items())
+    return Verdict.CORRECT if response_text in initial + current else Verdict.WRONG
 
 
 def length_is(response_text: str, problem: Problem) -> Verdict:
-    """CORRECT if the text that arrives has as many characters as the answer says."""
+    """Returns CORRECT if the length of the received text equals the answer."""
     return Verdict.CORRECT if len(response_text) == int(problem.answer) else Verdict.WRONG
 
 
 def same_text(response_text: str, problem: Problem) -> Verdict:
-    """Judges by what came with the problem."""
+    """Returns CORRECT if the text, the id and the source of the problem are received as expected."""
     same = response_text == problem.answer and (problem.id, problem.source) == ("id", "a source")
     return Verdict.CORRECT if same else Verdict.WRONG

@@ -1,4 +1,4 @@
-"""Texts that would do harm where a text is taken for something else; those with scripts set `attacked`."""
+"""Texts that are harmful if they are interpreted as anything but text. Scripts in them set `attacked`."""
 
 RUN = "globalThis.attacked=1"
 REMOTE = "https://attacker.invalid"
@@ -28,7 +28,7 @@ CORPUS = (
     f"<meta http-equiv=refresh content='0;url={REMOTE}'>",
     f"<base href={REMOTE}/>",
     f"<form action={REMOTE}><button autofocus onfocus={RUN}>",
-    # out of an attribute, a string, a template, a style, a URL
+    # escapes from an attribute, a string, a template, a style or a URL
     f'" autofocus onfocus={RUN} x="',
     f"' onmouseover='{RUN}",
     f"';{RUN};//",
@@ -42,7 +42,7 @@ CORPUS = (
     '{"__proto__": {"attacked": 1}}',
     "__proto__",
     "constructor",
-    # templates of Python and of the terminal
+    # format strings and terminal markup
     "%s%n{0.__class__}",
     "@@script@@",
     "[bold red]markup of rich[/] [link=https://attacker.invalid]x[/link]",
@@ -55,12 +55,12 @@ CORPUS = (
     "back\b\b\bspace",
     "\x00NUL\x00",
     "\x7f\x85",
-    # lines that are none
+    # fake lines
     '"}\n{"step": 1, "kind": "train", "reward/mean": 1.0}',
     "\nstep 375: test accuracy greedy 1.000",
     "one\u2028two\u2029three",
     "one\x0btwo\x0cthree\x1cfour",
-    # not what it looks like
+    # misleading Unicode
     "\u202egnp.exe\u202c",
     "\u2066\u2067reversed\u2069\u2069",
     "zero\u200bwidth\u200d\ufeff",

@@ -1,4 +1,4 @@
-"""A reward function with a name that another module uses as well."""
+"""A reward function with the same name as one in another module."""
 
 
 def shortness(response, problem):

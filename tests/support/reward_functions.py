@@ -1,4 +1,4 @@
-"""Reward functions as users write them, and some that fail. Imports no jax."""
+"""Reward functions like those of users, including some that fail. This module does not import JAX."""
 
 import asyncio
 import os

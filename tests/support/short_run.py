@@ -1,4 +1,4 @@
-"""A short run of the default job, for tests that stop, damage, resume or repeat it."""
+"""A short version of the default job, for tests that stop, damage, resume or repeat runs."""
 
 import shutil
 
@@ -15,12 +15,12 @@ JOB = (
 
 
 def checkpoint_steps(folder):
-    """Steps of the complete checkpoints of a run, ascending."""
+    """Returns the steps of the complete checkpoints of a run, in ascending order."""
     return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdecimal())
 
 
 def copy_unfinished(run, folder):
-    """Copies a finished run as it was before its last checkpoint; returns the step it resumes after."""
+    """Copies the state of a finished run before its last checkpoint. Returns the step after which it resumes."""
     shutil.copytree(run, folder)
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "hf")

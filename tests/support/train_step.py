@@ -1,4 +1,4 @@
-"""A tiny decoder, ragged groups of rollouts, and one train step on them."""
+"""A tiny decoder, groups of rollouts with different lengths, and one train step on them."""
 
 import dataclasses
 from typing import get_args
@@ -39,11 +39,12 @@ CONFIG = DecoderConfig(
 )
 MAX_LENGTH = 12
 ALPHA = 0.1
-NO_TIES = 1  # seed of groups in which no prefix has two tokens of one entropy: rounding would choose between them
+# Seed of groups in which no prefix has two tokens of equal entropy, since rounding would decide between them.
+NO_TIES = 1
 
 
 def ragged_groups(seed=0, num_problems=4):
-    """Problems of eight rollouts with prefixes of every kind; rewards of their own."""
+    """Returns groups of eight rollouts with prefixes of all kinds and random rewards, and their advantages."""
     rng = np.random.default_rng(seed)
     groups = []
     for i in range(num_problems):
@@ -71,7 +72,7 @@ def ragged_groups(seed=0, num_problems=4):
 
 
 def build(groups, advantages, **options):
-    """All rollouts in one micro-batch, one a row, unless the options say otherwise."""
+    """Builds a batch; by default, all rollouts are in one micro-batch, with one rollout per row."""
     options = {"row_len": 20, "micro_batch_rows": 8 * len(groups), "packed": False, **options}
     rows = [
         row
@@ -88,7 +89,7 @@ def one_device_mesh():
 
 
 def coefficients(method):
-    """For an optimiser that brings its own learning rate."""
+    """Returns the coefficients for an optimizer with its own learning rate."""
     return method.coefficients(Moment(1, 0.0, 0), learning_rate=1.0)
 
 
@@ -105,7 +106,7 @@ def make_step(method, params, mesh, optimizer, config=CONFIG, **options):
 
 
 def sgd_step(method, batch, params, *, mesh=None, optimizer=None, config=CONFIG, **options):
-    """One step with learning rate 1 and no clipping: the update is minus the gradient."""
+    """Performs one step with learning rate 1 and no clipping, so that the update is the negative gradient."""
     mesh = mesh or one_device_mesh()
     optimizer = optimizer or optax.sgd(1.0)
     step = make_step(method, params, mesh, optimizer, config, **options)
@@ -121,7 +122,7 @@ def relative_difference(a, b):
 
 
 def method_of_every_term():
-    """TRAPO's two terms, each with every normaliser at once, and every other term of the family."""
+    """Returns a method with TRAPO's two terms, each with every normalizer, and all other terms of the family."""
     methods = [make_method("trapo", normalizer=name) for name in get_args(Normalizer)]
     terms = tuple(
         dataclasses.replace(term, name=f"{term.name}/{term.normalizer}", weight=0.3 + 0.1 * i)

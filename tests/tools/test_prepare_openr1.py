@@ -139,7 +139,7 @@ def test_problems_keep_their_right_solutions(tool, tmp_path):
         "another way, so \\boxed{2}",
     )
     assert examples[0].source == "openr1"
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         tool.prepare(out, first, second, 1, 20.0)
 
 
@@ -162,7 +162,7 @@ def test_other_layouts_are_one_line(tool, tmp_path, first, second, message):
 
 
 def test_out_must_be_parquet(tool, tmp_path):
-    with pytest.raises(UserError, match=r"ends in \.parquet"):
+    with pytest.raises(UserError, match=r"must end in \.parquet"):
         tool.prepare(tmp_path / "out.json", "a", "b", 1, 20.0)
 
 

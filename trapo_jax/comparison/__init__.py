@@ -1,6 +1,6 @@
 """Comparisons of methods: the grid of runs, their execution, their results, and the report.
 
-Nothing here uses a device, because the devices belong to the processes of the runs.
+This package does not use any devices, because the processes of the runs need them.
 """
 
 from trapo_jax.comparison.analysis import Comparison

@@ -1,4 +1,4 @@
-"""What the results of a comparison show: scores, significant differences, and warnings about their validity."""
+"""Analysis of the results of a comparison: scores, significant differences, and warnings about their validity."""
 
 import dataclasses
 import itertools
@@ -22,10 +22,10 @@ class Comparison:
     """The outcome of a comparison.
 
     Attributes:
-      grid: the comparison as it was requested.
+      grid: the requested comparison.
       command: the command line that started it.
-      results: results of the final runs that are complete.
-      failures: runs that failed, tuning runs included.
+      results: results of the complete final runs.
+      failures: runs that failed, including tuning runs.
       trials: scores of all trials on the validation split; empty if nothing was tuned.
     """
 
@@ -41,21 +41,21 @@ class Comparison:
 
     @property
     def methods(self) -> list[str]:
-        """Methods with at least one complete run."""
+        """The methods with at least one complete run."""
         return [method for method in self.grid.methods if self.results_of(method)]
 
     @property
     def num_samples(self) -> int:
-        """Samples of each problem in an evaluation; 0 if no run is complete."""
+        """Number of samples per problem in an evaluation; 0 if no run is complete."""
         return self.results[0].num_samples if self.results else 0
 
 
 class Difference(NamedTuple):
-    """A paired difference of two methods.
+    """A paired difference between two methods.
 
     Attributes:
       better, other: the methods.
-      num_seeds: number of seeds that both have.
+      num_seeds: number of seeds that both methods have in common.
       estimate: the mean difference, >= 0, with its interval and p-value.
       adjusted_p: the p-value, adjusted for the number of differences.
     """
@@ -68,12 +68,12 @@ class Difference(NamedTuple):
 
     @property
     def is_significant(self) -> bool:
-        """Whether the difference is significant; never with one seed, which says nothing about other seeds."""
+        """Whether the difference is significant. Never True with one seed, which says nothing about other seeds."""
         return self.num_seeds > 1 and self.adjusted_p < LEVEL
 
 
 class MethodScores(NamedTuple):
-    """Scores of a method on the test split, and properties of its training."""
+    """Scores of a method on the test split, and statistics of its training."""
 
     method: str
     setting: str
@@ -122,7 +122,7 @@ def scores_by_seed(results: Sequence[Result]) -> dict[int, Scores]:
 
 
 def find_differences(c: Comparison) -> list[Difference]:
-    """Estimates the difference in sampled accuracy of all pairs of methods, paired by seed and problem.
+    """Estimates the difference in sampled accuracy for all pairs of methods, paired by seed and problem.
 
     Raises:
       UserError: if two methods were evaluated on different problems.
@@ -136,7 +136,7 @@ def find_differences(c: Comparison) -> list[Difference]:
         if len({scores[s].ids for scores in (scores_a, scores_b) for s in seeds}) > 1:
             folders = " and ".join(str(c.results_of(m)[0].run.folder) for m in (a, b))
             raise UserError(
-                f"{folders}: scored on different problems; delete the runs of an older comparison"
+                f"{folders}: scored on different problems; delete the runs of the older comparison"
             )
         values = np.stack([scores_a[s].sampled - scores_b[s].sampled for s in seeds])
         if values.mean() < 0:
@@ -147,7 +147,7 @@ def find_differences(c: Comparison) -> list[Difference]:
 
 
 def find_warnings(c: Comparison) -> list[str]:
-    """Returns everything that limits what the results show."""
+    """Returns warnings about everything that limits the conclusions from the results."""
     warnings = []
     fewest = min([c.grid.num_seeds, *(len(c.results_of(method)) for method in c.methods)])
     if fewest < MIN_SEEDS:
@@ -160,7 +160,7 @@ def find_warnings(c: Comparison) -> list[str]:
         if abs(ratio - 1) > BUDGET_TOLERANCE:
             warnings.append(
                 f"BUDGETS DO NOT MATCH: {r.run.name} spent {ratio:.1%} of {c.grid.budget:,.12g} "
-                f"{c.grid.match}, more than {BUDGET_TOLERANCE:.0%} off"
+                f"{c.grid.match}, a deviation of more than {BUDGET_TOLERANCE:.0%}"
             )
     warnings += [f"failed: {f.run.name}: {f.reason}" for f in c.failures]
     warnings += [f"no run of {m} is complete" for m in c.grid.methods if m not in c.methods]
@@ -168,6 +168,6 @@ def find_warnings(c: Comparison) -> list[str]:
         if a.trial.method == b.trial.method and a.fingerprint == b.fingerprint and a.accuracies:
             warnings.append(
                 f"{a.trial.method} gave identical results with {a.trial.setting} and with {b.trial.setting}: "
-                "the swept field does not affect it, and it was tuned with fewer trials than the others"
+                "the swept field does not affect it, so it was effectively tuned with fewer trials than the others"
             )
     return warnings

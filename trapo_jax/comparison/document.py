@@ -49,7 +49,7 @@ class Document(NamedTuple):
 
 
 def to_markdown(document: Document) -> str:
-    """Returns Markdown that refers to images by file name, in the folder of the document."""
+    """Returns Markdown that refers to images by their file names; they must be in the folder of the document."""
     return "\n\n".join([f"# {document.title}", *map(_markdown, document.blocks)]) + "\n"
 
 
@@ -73,7 +73,7 @@ def _markdown(block: Block) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Replaces line breaks and escapes HTML: the message of a failed run may contain anything."""
+    """Replaces line breaks and escapes HTML, because error messages of failed runs may contain arbitrary text."""
     return text.replace("<", "&lt;").replace("\n", " ")
 
 
@@ -94,7 +94,7 @@ img { max-width: 100%; background: white; }
 
 
 def to_html(document: Document) -> str:
-    """Returns a page that needs no other file and no network. All text is escaped."""
+    """Returns a self-contained HTML page. All text is escaped."""
     title = html.escape(document.title)
     body = "\n".join(map(_html, document.blocks))
     return (
@@ -120,7 +120,7 @@ def _html(block: Block) -> str:
                 "<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in row) + "</tr>\n"
                 for row in rows
             )
-            # Scrolls on narrow screens, also by keyboard.
+            # On narrow screens, the table can be scrolled, including by keyboard.
             return (
                 f'<div class="wide" tabindex="0" role="region" aria-label="table: {html.escape(header[0])}">'
                 f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>"

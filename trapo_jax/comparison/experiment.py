@@ -1,4 +1,4 @@
-"""Compares methods at an equal budget: checks the train steps, tunes, executes the runs, and writes the report."""
+"""Comparison of methods at equal budgets: train step checks, tuning, execution of the runs, and the report."""
 
 import dataclasses
 import json
@@ -25,12 +25,12 @@ CURVES_TEXT = "Validation accuracy as a function of trained tokens, sampled toke
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """How runs are executed.
+    """The resources with which runs are executed.
 
     Attributes:
-      jobs: number of runs at a time.
+      jobs: maximum number of concurrent runs.
       environment: environment variables of their processes.
-      say: receives lines that report progress.
+      say: called with lines that report progress.
     """
 
     jobs: int
@@ -39,21 +39,22 @@ class Resources:
 
 
 def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) -> Comparison:
-    """Executes the runs of a comparison that are not complete yet. The report is written by `write_report`.
+    """Executes the runs of a comparison that are not yet complete. `write_report` writes the report.
 
     Args:
       grid: the comparison.
-      out: directory of the report; created before anything runs.
+      out: directory of the report, which is created before any run starts.
       command: the command line, for the report.
-      jobs: number of runs at a time; None for one per core, or one on an accelerator.
-      say: receives lines that report progress.
+      jobs: maximum number of concurrent runs; None for one per core, or one on an accelerator.
+      say: called with lines that report progress.
 
     Raises:
-      UserError: for a mistake in the options, or if the gradient of a method depends on how a batch is cut.
-      Interrupted: once the active runs have saved a checkpoint.
+      UserError: if the options are invalid, or the gradient of a method depends on how a batch is split into
+        micro-batches.
+      Interrupted: if a signal interrupts the comparison, after the active runs have saved checkpoints.
     """
     trials = grid.trials()
-    # Planning all runs first reports a mistake in the config of a trial before anything runs.
+    # Plan all runs first, so that an invalid config of a trial is reported before any run starts.
     planned = grid.tuning_runs([trial for of_method in trials.values() for trial in of_method])
     examples = list({run.trial.method: run for run in planned}.values())
     try:
@@ -63,7 +64,7 @@ def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) 
         raise UserError(f"--out {out}, --runs {grid.runs}: {error.strerror}") from error
     # The runs of a method compile the same programs and share a cache.
     cache = str(grid.runs.absolute() / "compiled")
-    # Runs find the modules that are beside the config of the comparison.
+    # Let the runs find modules in the folder of the comparison's config file.
     search_path = os.pathsep.join(path or os.getcwd() for path in sys.path)
     environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ, "PYTHONPATH": search_path}
     device = check_train_steps(examples, environment, say)
@@ -78,14 +79,14 @@ def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) 
 
 
 def check_train_steps(runs: Sequence[PlannedRun], environment: Mapping[str, str], say: Say) -> str:
-    """Checks that the gradient of no method depends on how a batch is cut, and returns the kind of device.
+    """Checks that no gradient depends on how a batch is split into micro-batches, and returns the kind of device.
 
-    The check runs in a separate process, because this process must not occupy the devices of the runs.
+    The check runs in a separate process, because this process must not occupy the devices that the runs need.
 
     Raises:
       UserError: if the check fails.
     """
-    say("checking that no gradient depends on how a batch is cut into micro-batches")
+    say("checking that no gradient depends on how a batch is split into micro-batches")
     with tempfile.TemporaryDirectory() as folder:
         files = []
         for run in runs:
@@ -103,12 +104,12 @@ def check_train_steps(runs: Sequence[PlannedRun], environment: Mapping[str, str]
 
 
 def num_cores() -> int:
-    """Returns the number of cores that this process may use."""
+    """Returns the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def core_limits(jobs: int) -> dict[str, str]:
-    """Returns environment variables that limit the threads of a run to its share of the cores."""
+    """Returns environment variables that limit each run to its share of the cores."""
     threads = str(max(1, num_cores() // jobs))
     return {"NPROC": threads, "OMP_NUM_THREADS": threads}
 

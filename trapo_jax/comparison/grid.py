@@ -1,6 +1,6 @@
 """The grid of a comparison: methods, settings of the swept fields, and seeds.
 
-All runs are made from one config, so that they differ in the method, the swept fields and the seed alone.
+All runs are derived from one config, so that they differ only in the method, the swept fields and the seed.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from trapo_jax.config import Config, list_fields, load_config, parse_command_lin
 from trapo_jax.runs.budget import STEPS
 from trapo_jax.types import UserError
 
-FIRST_TUNING_SEED = 1000  # Trials and final runs have different seeds.
+FIRST_TUNING_SEED = 1000  # Tuning runs and final runs use different seeds.
 UNLIMITED_STEPS = 10**9
 VALIDATION, TEST = "validation", "test"
 METHOD_NAME = "method.name"
-# Fields that the comparison sets, and the option to use instead.
+# Fields that the comparison sets, with the option to use instead.
 SET_BY_COMPARISON = {
     METHOD_NAME: "--methods",
     "seed": "--seeds",
@@ -32,12 +32,12 @@ SET_BY_COMPARISON = {
 }
 # Prefixes of fields that must be the same for all methods.
 SHARED = ("data.", "evaluation.", "rewards.", "model.path")
-# By default all learning curves have the same number of points, however expensive the steps of a method are.
+# By default, all learning curves have the same number of points, regardless of the cost of a step.
 DEFAULT_OVERRIDES = (("evaluation.every", "0.2"),)
 
 
 class Sweep(NamedTuple):
-    """Values of one field to try, for the named methods, or for all methods that no other sweep names."""
+    """Values to try for one field, for the named methods or, if empty, for all methods that no other sweep names."""
 
     methods: tuple[str, ...]
     field: str
@@ -45,7 +45,7 @@ class Sweep(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """A method with other settings, under a different name."""
+    """A method with custom settings and its own name."""
 
     name: str
     settings: tuple[tuple[str, str], ...]  # (field, value), including `method.name`
@@ -59,7 +59,7 @@ class Trial(NamedTuple):
 
     @property
     def setting(self) -> str:
-        """The swept values, for example `learning_rate=2e-4, expert_weight=1`."""
+        """The values of the swept fields, for example `learning_rate=2e-4, expert_weight=1`."""
         assignments = [f"{field.rsplit('.', 1)[-1]}={value}" for field, value in self.values]
         return ", ".join(assignments) or "as configured"
 
@@ -85,18 +85,18 @@ class PlannedRun(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A comparison as the user requested it.
+    """A comparison requested by the user.
 
     Attributes:
-      config_file: YAML file of all runs; None for the defaults.
+      config_file: YAML config file of all runs; None for the defaults.
       overrides: (field, value) pairs that apply to all runs.
       methods: names of methods or variants.
-      variants: methods with other settings.
+      variants: methods with custom settings.
       sweeps: fields to tune.
-      num_seeds: final runs of each method.
-      num_tuning_seeds: runs of each trial.
+      num_seeds: number of final runs per method.
+      num_tuning_seeds: number of runs per trial.
       match: unit of the budget.
-      budget: amount of that unit that every run may spend.
+      budget: budget of each run, in that unit.
       runs: directory that contains the run directories.
     """
 
@@ -115,7 +115,7 @@ class Grid:
         """Returns the trials of each method; every method has the same number.
 
         Raises:
-          UserError: if the numbers would differ, or the options contradict each other.
+          UserError: if the methods would have different numbers of trials, or the options contradict each other.
         """
         self._check_options()
         trials = {method: self._trials_of(method) for method in self.methods}
@@ -128,12 +128,12 @@ class Grid:
         return trials
 
     def tuning_runs(self, trials: Sequence[Trial]) -> list[PlannedRun]:
-        """Returns the runs of trials, ordered by seed. They evaluate the validation split only."""
+        """Returns the tuning runs of trials, ordered by seed. They evaluate only the validation split."""
         seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.num_tuning_seeds)
         return [self._plan(trial, seed, [VALIDATION]) for seed in seeds for trial in trials]
 
     def final_runs(self, trials: Sequence[Trial]) -> list[PlannedRun]:
-        """Returns the runs that are reported, ordered by seed. They evaluate the test split before and after training."""
+        """Returns the runs to report, ordered by seed. They also evaluate the test split, before and after training."""
         return [
             self._plan(trial, seed, [VALIDATION, TEST])
             for seed in range(self.num_seeds)
@@ -189,7 +189,7 @@ def _budget_fields(unit: str, amount: float) -> dict[str, str]:
         return {
             "train.num_steps": str(int(amount)),
             "train.budget_unit": STEPS,
-            "train.budget": "null",  # replaces the budget of the config file
+            "train.budget": "null",  # overrides the budget in the config file
         }
     return {
         "train.num_steps": str(UNLIMITED_STEPS),
@@ -205,15 +205,15 @@ def parse_sweep(text: str) -> Sweep:
     Sweep(methods=('trapo', 'luffy'), field='method.expert_weight', values=('0.5', '2'))
 
     Raises:
-      UserError: for anything else.
+      UserError: if the text does not have this form, or a value is repeated.
     """
     found = re.fullmatch(r"(?:([\w,]+):)?([\w.]+)=([^,=]+(?:,[^,=]+)*)", text)
     if not found:
-        raise UserError(f"--sweep {text}: not [METHOD,...:]FIELD=VALUE,VALUE")
+        raise UserError(f"--sweep {text}: expected [METHOD,...:]FIELD=VALUE,VALUE")
     methods = tuple(found[1].split(",")) if found[1] else ()
     values = tuple(found[3].split(","))
     if len(set(values)) < len(values):
-        raise UserError(f"--sweep {text}: the same value twice")
+        raise UserError(f"--sweep {text}: a value is given twice")
     return Sweep(methods, _full_field_name(found[2]), values)
 
 
@@ -224,7 +224,7 @@ def parse_variant(text: str) -> Variant:
     (('method.name', 'trapo'), ('method.alpha', '0.5'))
 
     Raises:
-      UserError: for anything else.
+      UserError: if the text does not have this form, or sets a field that variants must not set.
     """
     name, _, rest = (part.strip() for part in text.partition(":"))
     try:
@@ -238,7 +238,7 @@ def parse_variant(text: str) -> Variant:
     settings = tuple((_full_field_name(field), value) for field, value in overrides)
     fields = [field for field, _ in settings]
     if not re.fullmatch(r"\w+", name) or METHOD_NAME not in fields:
-        raise UserError(f"--variant {text}: not NAME: method.name=METHOD FIELD=VALUE ...")
+        raise UserError(f"--variant {text}: expected NAME: method.name=METHOD FIELD=VALUE ...")
     for field in fields:
         if field in SET_BY_COMPARISON and field != METHOD_NAME:
             raise UserError(
@@ -258,7 +258,7 @@ def _check_not_shared(option: str, field: str) -> None:
 def _full_field_name(field: str) -> str:
     names = [name for name, *_ in list_fields(Config)]
     matches = [name for name in names if name.rsplit(".", 1)[-1] == field]
-    # An unknown name is kept: loading the config reports it with a near match.
+    # Unknown names are kept, so that loading the config reports them with a suggestion.
     return field if field in names or len(matches) != 1 else matches[0]
 
 

@@ -1,4 +1,4 @@
-"""The report of a comparison: a document for readers, and its tables as numbers."""
+"""The report of a comparison: a document for readers, and numeric tables."""
 
 from collections.abc import Sequence
 
@@ -30,21 +30,21 @@ BASE_MODEL = "base model"
 
 
 def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str, Table]]:
-    """Returns the report, and its tables as numbers by the name of their CSV file.
+    """Returns the report, and numeric tables by the name of their CSV file.
 
     Args:
       c: the comparison.
-      curves: picture of the learning curves.
+      curves: plot of the learning curves, if there is one.
     """
     differences = find_differences(c)
     unit = UNITS[c.grid.match].label
     blocks: list[Block] = [
         Paragraph(
-            f"Every run may spend {c.grid.budget:,.12g} {unit}. Base model, data and their order, template, grader and "
-            "evaluation are the same for all runs. The test split is evaluated once after training; accuracy is that of "
-            f"{c.num_samples} samples per problem at temperature 1. Intervals cover at least 95% and come from a bootstrap "
-            "over seeds and problems with Student's t distribution; with a single seed they describe the choice of "
-            "problems alone."
+            f"The budget of each run is {c.grid.budget:,.12g} {unit}. The base model, the data and their order, the "
+            "chat template, the grader and the evaluation are the same for all runs. The test split is evaluated once "
+            f"after training; accuracy is measured with {c.num_samples} samples per problem at temperature 1. Intervals "
+            "have a coverage of at least 95% and come from a bootstrap over seeds and problems with Student's t "
+            "distribution; with a single seed, they reflect only the choice of problems."
         ),
         *map(WarningBlock, find_warnings(c)),
         Heading("Scores on the test split"),
@@ -70,7 +70,7 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
 
 def _describe_differences(differences: Sequence[Difference]) -> list[Block]:
     if not differences:
-        return [Paragraph("There are no two methods with complete runs.")]
+        return [Paragraph("Fewer than two methods have complete runs.")]
     groups = {
         f"Significant at {LEVEL:.0%} (Holm correction for {len(differences)} differences):": True,
         "Not significant:": False,
@@ -80,7 +80,7 @@ def _describe_differences(differences: Sequence[Difference]) -> list[Block]:
         items = [_describe_difference(d) for d in differences if d.is_significant is is_significant]
         blocks += [Paragraph(title), Bullets(items or ["none"])]
     if any(d.num_seeds == 1 for d in differences):
-        blocks.append(Paragraph("With one seed per method no difference can be significant."))
+        blocks.append(Paragraph("With one seed per method, no difference can be significant."))
     return blocks
 
 
@@ -93,7 +93,7 @@ def _describe_difference(d: Difference) -> str:
 
 
 def score_table(c: Comparison) -> Table:
-    """Returns the scores on the test split: the base model, then the methods with the best one first."""
+    """Returns the scores on the test split: first the base model, then the methods, the best one first."""
     header = [
         "method",
         "setting",
@@ -159,7 +159,7 @@ def difference_numbers(differences: Sequence[Difference]) -> Table:
 
 
 def run_table(c: Comparison) -> Table:
-    """Returns one row of numbers per run, for further analysis."""
+    """Returns a numeric table with one row per run, for further analysis."""
     scores = ["sampled", "greedy", "best_of", "entropy", "completion_len"]
     header = ["method", "setting", "seed", *scores, "guidance", "expert_share", *UNITS, "folder"]
     rows = []
@@ -174,7 +174,7 @@ def run_table(c: Comparison) -> Table:
 
 
 def spending_table(c: Comparison) -> Table:
-    """Returns the means over seeds of what runs spent, and the largest deviation from the budget."""
+    """Returns the mean amounts spent, over seeds, and the largest deviation from the budget."""
     header = ["method", *(unit.label for unit in UNITS.values()), "off budget"]
     rows = []
     for method in c.methods:

@@ -1,4 +1,4 @@
-"""Results of complete runs, read from their directories, and the choice of the best trial of each method."""
+"""Results of complete runs, read from their directories, and selection of the best trial of each method."""
 
 import dataclasses
 import json
@@ -17,23 +17,23 @@ from trapo_jax.runs.directory import METRICS, SUMMARY, evaluation_file
 from trapo_jax.runs.loggers import EVAL, TRAIN, read_metrics
 from trapo_jax.types import UserError
 
-TAIL_BYTES = 2**16  # of metrics.jsonl; larger than any record
+TAIL_BYTES = 2**16  # size of the part of metrics.jsonl to read; larger than any record
 
 
 class Scores(NamedTuple):
-    """Scores of an evaluation, by problem in the order of their ids."""
+    """Per-problem scores of an evaluation, in the order of problem ids."""
 
     ids: tuple[str, ...]
     greedy: np.ndarray  # float [problems], 0 or 1
-    sampled: np.ndarray  # float [problems], share of the samples that are correct
+    sampled: np.ndarray  # float [problems], fraction of the samples that are correct
     best_of: np.ndarray  # float [problems], pass@n, where n is the number of samples
-    completion_len: float  # mean, tokens
+    completion_len: float  # mean number of tokens
 
 
 class CurvePoint(NamedTuple):
     """A point of a learning curve."""
 
-    spent: Mapping[str, float]  # by unit
+    spent: Mapping[str, float]  # amount by unit
     accuracy: float  # sampled, on the validation split
 
 
@@ -43,13 +43,13 @@ class Result:
 
     Attributes:
       run: the run.
-      spent: amount spent in each unit.
+      spent: amount spent, by unit.
       curve: accuracy on the validation split, from before training to the end.
       before, after: scores on the test split; None for a tuning run.
-      num_samples: samples of each problem.
-      entropy: nats per token, of the samples of the last evaluation.
-      guidance: mean ratio of the expert solution that rollouts started from.
-      expert_share: share of the trained tokens that are expert tokens.
+      num_samples: number of samples per problem.
+      entropy: entropy of the samples of the last evaluation, in nats per token.
+      guidance: mean guidance ratio of the rollouts.
+      expert_share: fraction of the trained tokens that are expert tokens.
     """
 
     run: PlannedRun
@@ -64,7 +64,7 @@ class Result:
 
 
 def is_complete(run: PlannedRun) -> bool:
-    """Returns whether the run has ended, and did not end at fewer steps than are wanted now."""
+    """Returns whether the run has finished, with at least the number of steps that is requested now."""
     if not (run.folder / SUMMARY).exists():
         return False
     train = run.config.train
@@ -72,12 +72,12 @@ def is_complete(run: PlannedRun) -> bool:
 
 
 def progress(run: PlannedRun) -> float:
-    """Returns the share of its budget that a run has spent."""
+    """Returns the fraction of its budget that a run has spent."""
     return 1.0 if is_complete(run) else min(1.0, _last_step(run).get("budget/progress", 0.0))
 
 
 def _last_step(run: PlannedRun) -> dict[str, Any]:
-    """Returns the record of the last step; empty if there is none."""
+    """Returns the record of the last step, or an empty dict if there is none."""
     path = run.folder / METRICS
     if not path.exists():
         return {}
@@ -94,7 +94,7 @@ def read_result(run: PlannedRun) -> Result:
     """Reads the result of a complete run.
 
     Raises:
-      UserError: if the run directory is not one that this version writes.
+      UserError: if the directory is not a complete run directory of this version.
     """
     try:
         return _read_result(run)
@@ -133,7 +133,7 @@ def _read_result(run: PlannedRun) -> Result:
 
 
 def _number(value: float | None) -> float:
-    """Returns NaN for null, which stands for it in the log."""
+    """Converts a number from the log, where null stands for NaN."""
     return math.nan if value is None else value
 
 
@@ -153,18 +153,18 @@ class TrialScore(NamedTuple):
     """Scores of a trial on the validation split."""
 
     trial: Trial
-    accuracies: tuple[float, ...]  # sampled, one per complete run
+    accuracies: tuple[float, ...]  # sampled accuracy of each complete run
     num_failed: int
     fingerprint: tuple  # equal for two trials only if their runs were identical
 
     @property
     def score(self) -> float:
-        """Mean accuracy of the seeds; -1 if a run failed, which is worse than any accuracy."""
+        """Mean accuracy over seeds; -1, which is worse than any accuracy, if a run failed."""
         return -1.0 if self.num_failed else fmean(self.accuracies)
 
 
 def pick_trials(runs: Sequence[PlannedRun]) -> tuple[list[Trial], list[TrialScore]]:
-    """Returns the trial of each method with the best validation accuracy (the first of equals), and all scores."""
+    """Returns the trial with the best validation accuracy of each method (the first one in a tie), and all scores."""
     by_trial: dict[Trial, list[PlannedRun]] = {}
     for run in runs:
         by_trial.setdefault(run.trial, []).append(run)

@@ -1,7 +1,7 @@
-"""Executes the runs of a comparison, several at a time, each in a separate process.
+"""Concurrent execution of the runs of a comparison, each in a separate process.
 
-Complete runs are skipped, interrupted runs are resumed by `trapo_jax.train`. A run that fails does not stop the others;
-its directory and log are kept, and it is tried again when the comparison is repeated.
+Complete runs are skipped, and interrupted runs are resumed by `trapo_jax.train`. A run that fails does not stop the
+others; its directory and log are kept, and it is retried when the comparison is repeated.
 """
 
 import signal
@@ -30,7 +30,7 @@ class Failure(NamedTuple):
 
 
 class Interrupted(Exception):
-    """The comparison received Ctrl-C or SIGTERM; the active runs have saved a checkpoint."""
+    """The comparison received Ctrl-C or SIGTERM. The active runs have saved checkpoints."""
 
 
 class _Job(NamedTuple):
@@ -41,20 +41,20 @@ class _Job(NamedTuple):
 def execute_runs(
     runs: Sequence[PlannedRun], *, jobs: int, environment: Mapping[str, str], say: Say
 ) -> list[Failure]:
-    """Executes the runs that are not complete yet.
+    """Executes the runs that are not yet complete.
 
     Args:
       runs: runs in the order in which they are started.
-      jobs: number of processes at a time.
+      jobs: maximum number of concurrent processes.
       environment: environment variables of the processes.
-      say: receives lines that report progress.
+      say: called with lines that report progress.
 
     Returns:
       The runs that failed.
 
     Raises:
-      UserError: if the directory of a run holds something else; nothing has been started then.
-      Interrupted: once the active runs have saved a checkpoint.
+      UserError: if the directory of a run contains anything else; in this case, no run has been started.
+      Interrupted: if the comparison is interrupted, after the active runs have saved checkpoints.
     """
     for run in runs:
         check_run_folder(run.folder, run.config.to_yaml())
@@ -78,7 +78,7 @@ def execute_runs(
     except KeyboardInterrupt:
         _stop(active)
         raise Interrupted from None
-    except BaseException:  # such as a closed pipe: the active runs save a checkpoint all the same
+    except BaseException:  # for example a closed pipe; the active runs still save checkpoints
         _stop(active)
         raise
     finally:
@@ -90,7 +90,7 @@ def execute_runs(
 
 
 def log_file(run: PlannedRun) -> Path:
-    """Returns the file with the output of a run's process. It is beside the run directory, which only the run writes."""
+    """Returns the output file of a run's process. It is outside of the run directory, to which only the run writes."""
     return run.folder.with_name(run.folder.name + ".log")
 
 
@@ -106,7 +106,7 @@ def _start(run: PlannedRun, environment: Mapping[str, str]) -> _Job:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=dict(environment),
-                # Ctrl-C must reach the runs only through `_stop`: a second signal would end them without a checkpoint.
+                # Ctrl-C must reach the runs only through `_stop`; a second signal would end them without a checkpoint.
                 start_new_session=True,
             )
     except OSError as error:
@@ -115,12 +115,12 @@ def _start(run: PlannedRun, environment: Mapping[str, str]) -> _Job:
 
 
 def _find_failure(job: _Job) -> Failure | None:
-    """Returns why a run that has ended is not complete; None if it is complete."""
+    """Returns the failure of a run that has ended, or None if the run is complete."""
     if is_complete(job.run):
         return None
     lines = [line for line in log_file(job.run).read_text(errors="replace").splitlines() if line]
     errors = [line for line in lines if line.startswith("error: ")]
-    last = (errors or lines or ["it printed nothing"])[-1]
+    last = (errors or lines or ["no output"])[-1]
     reason = f"{last[:300]} (exit code {job.process.returncode}; {log_file(job.run)})"
     return Failure(job.run, reason)
 
@@ -139,7 +139,7 @@ def _raise_interrupt(number: int, frame: object) -> None:
 
 
 class _ProgressReporter:
-    """Reports how many runs are complete, at what rate, and how long the rest takes at that rate."""
+    """Reports the number of complete runs, the rate at which runs complete, and the estimated remaining time."""
 
     def __init__(self, runs: Sequence[PlannedRun], say: Say):
         self._runs, self._say = runs, say
@@ -147,7 +147,7 @@ class _ProgressReporter:
         self._done_before = self._num_done()
 
     def _num_done(self) -> float:
-        """Number of runs; an unfinished run counts as the share of its budget that it has spent."""
+        """Returns the number of finished runs; each unfinished run counts as the fraction of its budget spent."""
         return sum(progress(run) for run in self._runs)
 
     def report_if_due(self, num_active: int, num_pending: int) -> None:

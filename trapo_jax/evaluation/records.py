@@ -1,4 +1,4 @@
-"""The records of an evaluation: one line of samples.jsonl per graded sample."""
+"""Records of an evaluation: one line of samples.jsonl per graded sample."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ def make_record(completion: Completion, grade: Grade, *, text: str) -> dict[str,
     Args:
       completion: the completion.
       grade: its grade.
-      text: the completion's text.
+      text: the decoded text of the completion.
     """
     problem = completion.request.problem
     return {
@@ -30,7 +30,7 @@ def make_record(completion: Completion, grade: Grade, *, text: str) -> dict[str,
 
 
 def key_of(record: Mapping[str, Any]) -> tuple[str, int]:
-    """Returns what identifies a sample: problem id and sample index."""
+    """Returns the key that identifies a sample: problem id and sample index."""
     return record["problem_id"], record["sample_index"]
 
 
@@ -41,10 +41,10 @@ def sample_of(record: Mapping[str, Any]) -> Sample:
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Reads samples.jsonl. A last line that was cut short is removed from the file.
+    """Reads samples.jsonl. If the last line is incomplete, it is removed from the file.
 
     Raises:
-      UserError: if the file does not hold the samples of an evaluation.
+      UserError: if the file does not contain the samples of an evaluation.
     """
     if not path.is_file():
         return []
@@ -60,12 +60,12 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def count_shared_noise(records: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """Counts the problems with equal samples that are too unlikely to be drawn twice.
+    """Counts the problems with equal samples that are too unlikely to be a coincidence.
 
-    Every sample has its own random key. If two samples shared one, the scores would be wrong.
+    Every sample has its own random key. If two samples shared a key, the scores would be wrong.
 
     Returns:
-      The number of such problems and the number of all problems.
+      The number of these problems, and the total number of problems.
     """
     groups: dict[str, list[tuple[tuple[int, ...], float]]] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""The results of an evaluation: scores.json, the plot of pass@k, and the rows of the table on screen."""
+"""Presentation of the results of an evaluation: the plot of pass@k, and the table on the terminal."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from trapo_jax.evaluation.scoring import Scores, powers_of_2_up_to
 
 
 def plot_pass_at_k(path: Path, overall: Scores, by_source: Mapping[str, Scores]) -> None:
-    """Plots pass@k against k, for each source if there are several."""
+    """Plots pass@k as a function of k, also for each source if there are several."""
     from matplotlib.figure import Figure  # takes seconds to import
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -19,7 +19,7 @@ def plot_pass_at_k(path: Path, overall: Scores, by_source: Mapping[str, Scores])
     axes.set_xscale("log", base=2)
     ticks = powers_of_2_up_to(overall.num_samples)
     axes.set_xticks(ticks, [str(k) for k in ticks])
-    axes.set(xlabel="k, samples per problem", ylabel="pass@k (share of problems)", ylim=(0, 1))
+    axes.set(xlabel="k, samples per problem", ylabel="pass@k (fraction of problems)", ylim=(0, 1))
     axes.set_title(f"At least one of k samples is correct ({overall.num_problems} problems)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -27,7 +27,7 @@ def plot_pass_at_k(path: Path, overall: Scores, by_source: Mapping[str, Scores])
 
 
 def table_of(overall: Scores, by_source: Mapping[str, Scores]) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and the rows of the table of scores, one row per source and one for all problems."""
+    """Returns the header and the rows of the score table: one row per source, and one for all problems."""
     n = overall.num_samples
     header = [
         "",

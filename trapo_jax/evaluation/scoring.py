@@ -1,6 +1,6 @@
-"""How good a policy is on a set of problems: samples, verdicts, and the scores that follow from them.
+"""Evaluation of a policy on a set of problems: graded samples and the scores computed from them.
 
-The same code serves the evaluations during training and `python -m trapo_jax.evaluate`.
+Evaluations during training and `python -m trapo_jax.evaluate` share this code.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from trapo_jax.types import (
     Verdict,
 )
 
-# Two equal samples that are this unlikely (in nats) share their noise, not their luck.
-IMPOSSIBLE_TWICE = -20.0
+# Equal samples with a lower log-probability are no coincidence, but used the same random key.
+MIN_COINCIDENCE_LOGPROB = -20.0
 
 Sampler = Callable[[Sequence[RolloutRequest], SamplingParams], Iterator[tuple[Completion, Grade]]]
 
@@ -33,14 +33,14 @@ class Sample(NamedTuple):
     """A graded completion.
 
     Attributes:
-      problem_id, source: the problem and the source under which its result is grouped.
-      is_correct: whether the first reward function gives the full reward.
-      missing: why the first reward function gives none, or "".
+      problem_id, source: the problem, and the source by which results are grouped.
+      is_correct: whether the reward of the first reward function is 1.
+      missing: why the reward of the first reward function is missing; empty if it is not.
       truncated: whether the completion reached the maximum length.
-      completion_len: number of tokens.
-      answer: the answer that was read from the response.
-      logprob: of the whole completion, under the distribution it was drawn from.
-      rewards: the reward of each function, by name; None where it is missing.
+      completion_len: number of tokens of the completion.
+      answer: the answer that was extracted from the response.
+      logprob: log-probability of the whole completion under the distribution it was sampled from.
+      rewards: the reward of each reward function, by name; None if it is missing.
     """
 
     problem_id: str
@@ -56,18 +56,18 @@ class Sample(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Scores of a set of problems with n samples each; rates are shares of all samples.
+    """Scores of a set of problems with n samples each. Rates are fractions of all samples.
 
     Attributes:
-      num_problems, num_samples: how many; n is the samples of each problem.
+      num_problems, num_samples: number of problems, and the number n of samples per problem.
       accuracy: mean over all samples, also called avg@n.
       interval: 95% confidence interval of the accuracy over problems; see `accuracy_interval`.
-      pass_at_k: for k = 1 .. n, the unbiased estimate that one of k samples is right.
-      majority: share of problems whose most frequent answer is right; a tie counts by the share of its answers that
-        are right. Answers are compared as they are written; see `merge_equal_answers`.
-      truncated: reached the maximum length.
-      error_rate, timeout_rate: got no verdict, and count as wrong.
-      completion_len_mean: tokens.
+      pass_at_k: for k = 1 .. n, the unbiased estimate of the probability that one of k samples is correct.
+      majority: fraction of problems whose most frequent answer is correct, also called maj@n; in a tie, the fraction
+        of the tied answers that are correct. Answers are compared as strings; see `merge_equal_answers`.
+      truncated: rate of completions that reached the maximum length.
+      error_rate, timeout_rate: rates of samples whose reward is missing; they count as wrong.
+      completion_len_mean: mean number of tokens per completion.
     """
 
     num_problems: int
@@ -83,17 +83,17 @@ class Scores:
 
 
 def score_samples(samples: Sequence[Sample]) -> Scores:
-    """Scores of problems that have equally many samples each.
+    """Computes the scores of problems that all have the same number of samples.
 
     Raises:
-      ValueError: if there are none, or not equally many.
+      ValueError: if there are no samples, or the number of samples differs between problems.
     """
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.problem_id, []).append(sample)
     sizes = {len(group) for group in groups.values()}
     if len(sizes) != 1:
-        raise ValueError(f"problems with {sorted(sizes)} samples each; need one number")
+        raise ValueError(f"problems with {sorted(sizes)} samples each; expected the same number")
     (num_samples,) = sizes
     correct = [sum(s.is_correct for s in group) for group in groups.values()]
     return Scores(
@@ -113,12 +113,12 @@ def score_samples(samples: Sequence[Sample]) -> Scores:
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
-      metrics: by name, over all problems.
-      problems: columns, an entry a problem: `id`, `source`, `greedy` (1 if right), `correct` (of the samples
-        drawn at temperature 1), `len` (their mean, in tokens).
+      metrics: metrics over all problems, by name.
+      problems: columns with one entry per problem: `id`, `source`, `greedy` (1 if the greedy sample is correct),
+        `correct` (number of correct samples at temperature 1), `len` (their mean number of tokens).
     """
 
     metrics: dict[str, float]
@@ -136,23 +136,23 @@ def evaluate(
     Args:
       sample: samples and grades requests with the given sampling parameters; see `Actor.sampler`.
       problems: distinct problems.
-      num_samples: n, samples per problem.
+      num_samples: number n of samples per problem at temperature 1.
 
     Returns:
-      Each problem's results, and the metrics `eval/accuracy_greedy`, `eval/accuracy_sampled` (both also for each
-      source), `eval/pass@k` for k = 1, 2, 4 .. n; over the samples at temperature 1 `eval/entropy`, the mean
-      over tokens of -log p, which estimates the entropy; and over all completions `eval/truncated`,
+      The results of each problem, and these metrics: `eval/accuracy_greedy` and `eval/accuracy_sampled` (both also for
+      each source); `eval/pass@k` for k = 1, 2, 4 .. n; `eval/entropy`, the mean of -log p over the tokens of the
+      samples at temperature 1, which estimates the entropy; and, over all completions, `eval/truncated`,
       `eval/completion_len_mean`, `eval/error_rate` and `eval/timeout_rate`.
     """
 
-    def take(count: int, temperature: float) -> list[Sample]:
-        """Of all problems; every process samples its share."""
+    def sample_all(count: int, temperature: float) -> list[Sample]:
+        """Samples all problems. Each process samples its share of them."""
         requests = [RolloutRequest(p, j) for p in my_share(problems) for j in range(count)]
         graded = sample(requests, SamplingParams(temperature))
         mine = [make_sample(completion, grade) for completion, grade in graded]
         return [Sample(*fields) for of_process in gather(mine) for fields in of_process]
 
-    greedy, sampled = take(1, 0.0), take(num_samples, 1.0)
+    greedy, sampled = sample_all(1, 0.0), sample_all(num_samples, 1.0)
     overall = score_samples(sampled)
     metrics = {
         "eval/accuracy_greedy": score_samples(greedy).accuracy,
@@ -175,28 +175,28 @@ def evaluate(
 
 
 def problem_columns(greedy: Sequence[Sample], sampled: Sequence[Sample]) -> dict[str, list]:
-    """Results by problem, in the order of their ids; see `Evaluation.problems`.
+    """Returns the results of each problem, in the order of problem ids; see `Evaluation.problems`.
 
     Args:
-      greedy: one sample a problem.
-      sampled: equally many of each of the same problems.
+      greedy: one greedy sample per problem.
+      sampled: samples of the same problems, the same number for each.
     """
     by_problem: dict[str, list[Sample]] = {}
     for sample in sampled:
         by_problem.setdefault(sample.problem_id, []).append(sample)
-    greedily = sorted(greedy, key=lambda s: s.problem_id)
-    groups = [by_problem[sample.problem_id] for sample in greedily]
+    greedy = sorted(greedy, key=lambda s: s.problem_id)
+    groups = [by_problem[sample.problem_id] for sample in greedy]
     return {
-        "id": [s.problem_id for s in greedily],
-        "source": [s.source for s in greedily],
-        "greedy": [int(s.is_correct) for s in greedily],
+        "id": [s.problem_id for s in greedy],
+        "source": [s.source for s in greedy],
+        "greedy": [int(s.is_correct) for s in greedy],
         "correct": [sum(s.is_correct for s in group) for group in groups],
         "len": [fmean(s.completion_len for s in group) for group in groups],
     }
 
 
 def make_sample(completion: Completion, grade: Grade) -> Sample:
-    """Returns what the scores need of a graded completion."""
+    """Returns the part of a graded completion that the scores depend on."""
     problem = completion.request.problem
     first = next(iter(grade.judgments.values()))
     return Sample(
@@ -213,7 +213,7 @@ def make_sample(completion: Completion, grade: Grade) -> Sample:
 
 
 def mean_rewards(samples: Sequence[Sample]) -> dict[str, float]:
-    """Returns the mean reward of each reward function, by name, if there are several."""
+    """Returns the mean reward of each reward function by name, or an empty dict if there is only one function."""
     names = dict.fromkeys(name for sample in samples for name in sample.rewards)
     if len(names) < 2:
         return {}
@@ -227,11 +227,11 @@ def mean_rewards(samples: Sequence[Sample]) -> dict[str, float]:
 def merge_equal_answers(
     samples: Sequence[Sample], are_equal: Callable[[str, str], bool]
 ) -> list[Sample]:
-    """Replaces answers to the same problem that mean the same by the first of them, for the majority vote.
+    """Replaces equivalent answers to the same problem with the first of them, for the majority vote.
 
     Args:
-      samples: any samples. Those that are correct have equal answers already.
-      are_equal: whether two answers that are written differently mean the same.
+      samples: the samples. All correct answers to a problem are considered equivalent.
+      are_equal: returns whether two different strings are equivalent answers.
     """
     merged = []
     known: dict[tuple[str, bool], list[str]] = {}
@@ -256,7 +256,7 @@ def _timeout_rate(samples: Sequence[Sample]) -> float:
 
 
 def scores_by_source(samples: Sequence[Sample]) -> dict[str, Scores]:
-    """Scores of each source's problems, by name."""
+    """Returns the scores of each source's problems, by name of the source."""
     return {
         source: score_samples([s for s in samples if s.source == source])
         for source in sorted({s.source for s in samples})
@@ -264,7 +264,7 @@ def scores_by_source(samples: Sequence[Sample]) -> dict[str, Scores]:
 
 
 def powers_of_2_up_to(number: int) -> list[int]:
-    """1, 2, 4 ... and the number itself.
+    """Returns the powers of 2 up to `number`, and `number` itself.
 
     >>> powers_of_2_up_to(6)
     [1, 2, 4, 6]
@@ -274,9 +274,9 @@ def powers_of_2_up_to(number: int) -> list[int]:
 
 
 def shares_noise(completions: Sequence[tuple[tuple[int, ...], float]]) -> bool:
-    """Whether two of a problem's samples (token ids, total log-probability) are equal though they are
-    far too unlikely to be drawn twice: their random keys must have been the same."""
-    seen = Counter(ids for ids, logprob in completions if logprob < IMPOSSIBLE_TWICE)
+    """Returns whether two of a problem's samples (token ids, total log-probability) are equal although they
+    are far too unlikely to be a coincidence, so that they must have used the same random key."""
+    seen = Counter(ids for ids, logprob in completions if logprob < MIN_COINCIDENCE_LOGPROB)
     return any(count > 1 for count in seen.values())
 
 

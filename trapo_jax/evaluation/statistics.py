@@ -1,14 +1,14 @@
-"""Confidence intervals, paired differences and corrected p-values for results of few seeds and many problems.
+"""Confidence intervals, paired differences and corrected p-values for results with few seeds and many problems.
 
-The results of a method form a matrix with a row for each seed and a column for each problem; both are samples of a
-larger population. A bootstrap that resamples seeds and problems independently (Owen 2007, "The pigeonhole bootstrap")
-gives the standard error. Each draw leaves one item out (Hesterberg 2004, "bootknife"), because a plain bootstrap of
-few seeds is too narrow. Intervals and p-values are those of Student's t distribution with as many degrees of freedom
-as the seeds allow. Noise that neither the seed nor the problem explains, such as that of sampling few answers to a
-problem, is counted up to three times, so that intervals are rather too wide than too narrow. All methods share the
-draws, which makes differences paired.
+The results of a method form a matrix with one row per seed and one column per problem; both are samples from a larger
+population. A bootstrap that resamples seeds and problems independently (Owen 2007, "The pigeonhole bootstrap")
+estimates the standard error. Each draw leaves one item out (Hesterberg 2004, "bootknife"), because the intervals of a
+plain bootstrap are too narrow with few seeds. Intervals and p-values use Student's t distribution with as many degrees
+of freedom as the seeds allow. Noise that neither the seed nor the problem explains, such as that of sampling few
+answers to a problem, is counted up to three times, so that intervals err on the side of being too wide. All methods
+share the draws, so that differences are paired.
 
-Every function returns the same result for the same values.
+All functions are deterministic.
 """
 
 import math
@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 NUM_PAIRED_RESAMPLES = 5_000
-LEVEL = 0.05  # significance level of a family of differences
+LEVEL = 0.05  # family-wise significance level
 
 
 class Estimate(NamedTuple):
@@ -43,14 +43,15 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
     """Returns the 95% confidence interval of an accuracy over a population of problems.
 
-    The score interval of Wilson (1927) with an effective sample size, as for surveys (Korn and Graubard 1998): the
-    variance s^2 between problems, which includes the noise of sampling few answers, is compared with that of a coin,
-    p (1 - p). Their ratio, shrunk by one pseudo-problem towards 1, is the design effect, by which the number of
-    problems is divided; the normal quantile is replaced by that of Student's t. The interval has a width also where all
-    problems are right or all are wrong. `tools/simulate_intervals.py` measures its coverage.
+    This is the score interval of Wilson (1927) with an effective sample size, as for surveys (Korn and Graubard 1998):
+    the variance s^2 between problems, which includes the noise of sampling few answers, is compared with the variance
+    of a Bernoulli variable, p (1 - p). Their ratio, shrunk toward 1 by one pseudo-problem, is the design effect, by
+    which the number of problems is divided. The normal quantile is replaced with that of Student's t distribution. The
+    width of the interval is positive even if all answers are correct or all are wrong. `tools/simulate_intervals.py`
+    measures its coverage.
 
     Args:
-      values: for each problem the share of its samples that are right, in [0, 1].
+      values: the fraction of correct samples of each problem, in [0, 1].
 
     >>> low, high = accuracy_interval([1.0] * 30)
     >>> round(low, 2), high
@@ -75,8 +76,8 @@ def estimate(values: np.ndarray) -> Estimate:
         seed and problem by problem.
 
     Returns:
-      The mean, the interval mean +- t * standard error, and the two-sided p-value. With one seed they describe the
-      choice of problems alone. If all values are equal, there is no spread to judge them by and the p-value is 1.
+      The mean, the interval mean +- t * standard error, and the two-sided p-value. With one seed, they reflect only
+      the choice of problems. If all values are equal, the standard error is 0 and the p-value is defined as 1.
     """
     values = np.asarray(values, float)
     num_seeds, num_problems = values.shape
@@ -88,18 +89,18 @@ def estimate(values: np.ndarray) -> Estimate:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Returns the standard error of the mean of `[seeds, problems]`, with both axes resampled."""
+    """Returns the standard error of the mean of a `[seeds, problems]` array, resampling both axes."""
     num_seeds, num_problems = values.shape
     rng = np.random.default_rng(0)
     seeds = bootknife_counts(rng, num_seeds, NUM_PAIRED_RESAMPLES)
     problems = bootknife_counts(rng, num_problems, NUM_PAIRED_RESAMPLES)
     means = np.sum((seeds @ values) * problems, axis=1) / (num_seeds * num_problems)
     spread = float(means.std(ddof=1))
-    return spread if spread > 1e-12 else 0.0  # Sums of equal values differ by rounding.
+    return spread if spread > 1e-12 else 0.0  # Sums of equal values may differ by rounding errors.
 
 
 def bootknife_counts(rng: np.random.Generator, size: int, num_draws: int) -> np.ndarray:
-    """Draws how often each of `size` items occurs if one is left out and `size` are drawn from the others.
+    """Draws counts of `size` items in bootknife samples: one item is left out, and `size` are drawn from the others.
 
     Returns:
       int `[num_draws, size]`; ones if there is only one item.
@@ -114,7 +115,7 @@ def bootknife_counts(rng: np.random.Generator, size: int, num_draws: int) -> np.
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusts p-values for their number (Holm 1979): those below a level are jointly significant at that level.
+    """Adjusts p-values for multiple testing (Holm 1979): those below a level are jointly significant at that level.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]

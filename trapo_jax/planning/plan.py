@@ -1,4 +1,4 @@
-"""The plan of a run on given devices: its programs, whether they fit into memory, and bounds on their time."""
+"""Plans of runs on given devices: the programs, whether they fit into memory, and bounds on their execution times."""
 
 import dataclasses
 import math
@@ -33,15 +33,15 @@ ADVICE = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run needs on each device of a topology.
+    """The resources that a run needs on each device of a topology.
 
     Attributes:
       topology: the devices.
-      mesh: size of each axis of the mesh.
-      decoder: shape of the decoder; its attention is the one that the devices would use.
+      mesh: size of each mesh axis.
+      decoder: config of the decoder; its attention implementation is the one that the devices would use.
       row_len: length of a training row.
       programs: the train step, prefill and a decode segment; empty if the compiler ran out of memory.
-      out_of_memory: phase in which the compiler ran out of memory, and its message; None if it did not.
+      out_of_memory: the phase in which the compiler ran out of memory, and the message; None if it did not.
     """
 
     topology: Topology
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def needed_bytes(self) -> dict[str, float]:
-        """Bytes that training and sampling need. The train state stays in memory while the engine samples."""
+        """Bytes needed by training and by sampling. The train state stays in memory while the engine samples."""
         if not self.programs:
             return {}
         train_step, prefill, decode = self.programs
@@ -81,24 +81,24 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the run fits into memory; None if the size of the memory is not known."""
+        """Whether the run fits into memory; None if the memory size is unknown."""
         if self.out_of_memory:
             return False
         return not self.phases_without_memory if self.topology.chip else None
 
     @property
     def advice(self) -> list[str]:
-        """Changes to the config that reduce memory where it is exceeded."""
+        """Config changes that reduce memory in the phases that do not fit."""
         return [advice for phase in self.phases_without_memory for advice in ADVICE[phase]]
 
     def mfu_bound(self, program: Program) -> float:
-        """Returns the largest share of the peak FLOPs that a program could use for what it is meant to compute."""
+        """Returns an upper bound on the model FLOPs utilization (MFU) of a program."""
         assert self.topology.chip
         seconds = max(program.lower_bounds(self.topology).values())
         return program.useful_flops / self.topology.chip.flops / seconds
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as plain data; sizes are in bytes on one device."""
+        """Returns the plan as JSON-serializable data. Sizes are in bytes on one device."""
         plan: dict[str, Any] = {
             "topology": self.topology.name,
             "mesh": dict(self.mesh),
@@ -130,19 +130,19 @@ class Plan:
 
 
 def make_plan(config: Config, topology: Topology) -> Plan:
-    """Compiles the programs of a run for a topology. No weights are loaded.
+    """Compiles the programs of a run for a topology, without loading weights.
 
     Args:
       config: the run's config.
       topology: the devices.
 
     Raises:
-      UserError: if the model folder or the mesh is not usable.
+      UserError: if the model folder or the mesh cannot be used.
     """
     method = config.method.make()
     folder = find_model(config.model.path)
     decoder = read_decoder(folder, config.model, config.lora)
-    if topology.chip and decoder.attention == "auto":  # "auto" would look at the local devices.
+    if topology.chip and decoder.attention == "auto":  # "auto" would check the local devices.
         is_divisible = config.row_len % 128 == 0 and decoder.head_dim % 128 == 0
         decoder = dataclasses.replace(decoder, attention="splash" if is_divisible else "xla")
     axes = config.mesh

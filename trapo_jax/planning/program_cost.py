@@ -1,7 +1,7 @@
 """Cost of a compiled program on one device: FLOPs, memory traffic, and bytes received in collectives.
 
-XLA's cost analysis counts the body of a loop once. Here it counts once per iteration. Matmuls are counted in the
-traced program (before the compiler fuses them), memory traffic and collectives in the compiled program.
+XLA's cost analysis counts the body of a loop once. This module counts it once per iteration. Matmuls are counted in
+the traced program (before the compiler fuses them), memory traffic and collectives in the compiled program.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ COLLECTIVES: tuple[str, ...] = (
     "all-to-all",
     "collective-permute",
 )
-# Operations that move nothing, or that call a computation which is counted.
+# Operations that move no data, or that call a computation that is counted separately.
 NO_TRAFFIC = frozenset(
     [
         "parameter",
@@ -52,7 +52,7 @@ VIEWS = ("bitcast", "copy", "reshape")
 UPDATE_OPERAND = {
     "dynamic-update-slice": 1,
     "scatter": 2,
-}  # operand that is written into operand 0 in place
+}  # index of the operand that is written into operand 0 in place
 
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
@@ -60,7 +60,7 @@ LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 INDEX = re.compile(r"index=(\d+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 CHANNEL = re.compile(r"channel_id=(\d+)")
-# Marks a collective that is split into pieces which overlap with the iterations of a loop. Its start, its pieces and
+# Marks a collective that is split into pieces that overlap with the iterations of a loop. Its start, its pieces and
 # its end all have the type of the whole collective.
 CHAIN_ID = 'chain_id="'
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -68,7 +68,7 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes that a device moves.
+    """Number of bytes that a device moves.
 
     Attributes:
       memory: bytes read from and written to main memory.
@@ -90,11 +90,11 @@ class _Instruction:
 
 
 def matmul_flops(jaxpr: Any, *, unknown_trips: int = 1) -> float:
-    """Returns the FLOPs of all matmuls of a traced program, over all devices. Pallas kernels are not counted.
+    """Returns the FLOPs of all matmuls of a traced program, summed over all devices, excluding Pallas kernels.
 
     Args:
       jaxpr: the `jaxpr` of `jitted.trace(...)`.
-      unknown_trips: number of iterations of loops whose length depends on data.
+      unknown_trips: assumed number of iterations of loops whose length depends on data.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
@@ -135,7 +135,7 @@ def traffic(hlo_text: str, *, unknown_trips: int = 1) -> Traffic:
 
     Args:
       hlo_text: the text of `compiled.as_text()`.
-      unknown_trips: number of iterations of loops whose length depends on data.
+      unknown_trips: assumed number of iterations of loops whose length depends on data.
     """
     computations, entry = _parse(hlo_text)
     calls = _CallCounts(computations, unknown_trips)
@@ -167,7 +167,7 @@ class _CallCounts:
     """Counts how often each computation runs.
 
     Attributes:
-      times: number of runs by name and by whether the computation is part of a fusion.
+      times: number of runs, by name and by whether the computation is part of a fusion.
     """
 
     def __init__(self, computations: dict[str, list[_Instruction]], unknown_trips: int):
@@ -176,13 +176,13 @@ class _CallCounts:
         self._unknown_trips = unknown_trips
 
     def follow(self, name: str, *, times: int, in_fusion: bool) -> None:
-        """Adds `times` runs of a computation, and the computations that it calls."""
+        """Adds `times` runs of a computation and of the computations that it calls."""
         if name not in self._computations:
             return
         self.times[name, in_fusion] = self.times.get((name, in_fusion), 0) + times
         for i in self._computations[name]:
             if i.op not in ("while", "call", "conditional", "fusion", "async-start"):
-                continue  # Operations such as reductions call a scalar function.
+                continue  # Other operations, such as reductions, call only scalar functions.
             trips = self._trips(i) if i.op == "while" else 1
             names = CALLED.findall(i.rest)
             for branches in BRANCHES.findall(i.rest):
@@ -191,7 +191,7 @@ class _CallCounts:
                 self.follow(called, times=times * trips, in_fusion=in_fusion or i.op == "fusion")
 
     def _trips(self, loop: _Instruction) -> int:
-        """Returns the number of iterations: from the compiler, or from a condition that compares a counter with a constant."""
+        """Returns the number of iterations, from the compiler or from a comparison of a counter with a constant."""
         if found := TRIPS.search(loop.rest):
             return int(found[1])
         ((condition, body),) = LOOP.findall(loop.rest)
@@ -205,7 +205,7 @@ class _CallCounts:
         return self._unknown_trips
 
     def _stride(self, body: str, index: int) -> int:
-        """Returns the increment per iteration of the `index`-th value of a loop; more than 1 in unrolled loops."""
+        """Returns the increment per iteration of the `index`-th loop variable, which exceeds 1 in unrolled loops."""
         instructions = self._computations.get(body, [])
         inside = {i.name: i for i in instructions}
         step = inside.get(instructions[-1].operands[index])
@@ -240,7 +240,7 @@ def _instruction(line: str) -> _Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns the position of the parenthesis that closes the one at `start`."""
+    """Returns the position of the closing parenthesis that matches the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -250,7 +250,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _bytes_of(type_: str) -> float:
-    """Returns the bytes of all arrays of a type that are in main memory."""
+    """Returns the total size in bytes of the arrays of a type that are in main memory."""
     total = 0.0
     for dtype, dims, layout in ARRAY.findall(type_):
         if "S(" not in layout:
@@ -259,7 +259,7 @@ def _bytes_of(type_: str) -> float:
 
 
 def _all_bytes_of(type_: str) -> float:
-    """Returns the bytes of all arrays of a type, in any memory."""
+    """Returns the total size in bytes of all arrays of a type, in any memory."""
     return _bytes_of(re.sub(r"\{[^}]*\}", "", type_))
 
 
@@ -273,7 +273,7 @@ def _collective_bytes(i: _Instruction, body: list[_Instruction]) -> float:
 
 
 def _memory_bytes(body: list[_Instruction], computations: dict[str, list[_Instruction]]) -> float:
-    """Returns the memory traffic of one run of a computation, without that of computations that it calls."""
+    """Returns the memory traffic of one run of a computation, excluding the computations that it calls."""
     types = {i.name: i.type for i in body}
     total = 0.0
     for i in body:
@@ -298,8 +298,8 @@ def _fusion_bytes(
 ) -> float:
     """Returns the memory traffic of a fusion: its operands and its result.
 
-    Only the slices count of operands that are sliced, and only the updates of operands that are updated in place.
-    Values that are passed through, such as the buffers of a concurrent collective, do not count.
+    For operands that are sliced or updated in place, only the slices or updates are counted. Values that are passed
+    through, such as the buffers of a concurrent collective, are not counted.
     """
     (called, *_) = CALLED.findall(fusion.rest)
     inside = computations[called]
@@ -320,7 +320,7 @@ def _fusion_bytes(
 def _parameter_bytes(
     name: str, number: int, type_: str, computations: dict[str, list[_Instruction]]
 ) -> tuple[float, float]:
-    """Returns, for a parameter of a fused computation, the bytes read, and the bytes read and written in place."""
+    """Returns the bytes read from a parameter of a fused computation, and the bytes read and written in place."""
     inside = computations[name]
     types = {i.name: i.type for i in inside}
     (parameter,) = [i.name for i in inside if i.op == "parameter" and int(i.arguments) == number]

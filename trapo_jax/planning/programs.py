@@ -1,4 +1,4 @@
-"""The programs of a run, compiled ahead of time from shapes alone."""
+"""Ahead-of-time compilation of a run's programs from shapes, without data."""
 
 import dataclasses
 import time
@@ -29,23 +29,23 @@ from trapo_jax.types import TENSOR_AXIS, Moment, TrainBatch
 
 TRAIN_STEP, PREFILL = "train step", "prefill"
 PREFILL_CHUNK_LEN = 512  # length of the planned prefill chunks
-# Backward FLOPs of the flash attention kernel, as a multiple of its forward FLOPs: it needs seven matmuls for the
-# forward pass's two, because it recomputes the scores twice.
+# Ratio of backward to forward FLOPs of the flash attention kernel: the backward pass needs seven matmuls, because it
+# recomputes the scores twice, and the forward pass two.
 KERNEL_BACKWARD_RATIO = 7 / 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a compiled program needs on one device.
+    """The resources that a compiled program needs on one device.
 
     Attributes:
       name: name of the program.
-      arguments: bytes of arguments, and of arrays that are in memory at the same time.
-      temporaries: bytes of temporaries and of results that do not take the place of an argument.
-      flops: FLOPs that are executed.
-      useful_flops: FLOPs without those that recompute something to save memory.
-      traffic: bytes that are moved.
-      compile_secs: time that compilation took on this machine.
+      arguments: bytes of arguments, and of other arrays that are in memory at the same time.
+      temporaries: bytes of temporaries, and of results that are not stored in a donated argument.
+      flops: number of executed FLOPs.
+      useful_flops: number of FLOPs, excluding recomputation to save memory.
+      traffic: number of bytes moved.
+      compile_secs: compilation time on this machine.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Program:
     compile_secs: float
 
     def lower_bounds(self, topology: Topology) -> dict[str, float]:
-        """Returns the seconds that computing, reading memory or communicating would take alone, at the published peak."""
+        """Returns the seconds that computation, memory traffic and communication would each take at peak rates."""
         chip = topology.chip
         assert chip
         received = sum(self.traffic.collectives.values())
@@ -75,10 +75,10 @@ class OutOfMemory(Exception):
 def compile_train_step(
     config: Config, method: Method, decoder: DecoderConfig, mesh: Mesh
 ) -> Program:
-    """Compiles the train step for a batch of which every row is full.
+    """Compiles the train step for a batch in which every row is full.
 
     Raises:
-      OutOfMemory: if the compiler reports it.
+      OutOfMemory: if the compiler runs out of device memory.
     """
     learner = Learner(config, method, decoder, mesh)
     num_rows = learner.micro_batch_rows
@@ -106,10 +106,10 @@ def compile_train_step(
 def compile_sampling(config: Config, decoder: DecoderConfig, mesh: Mesh) -> tuple[Program, Program]:
     """Compiles the prefill of full chunks, and a decode segment in which all slots are busy and the cache is full.
 
-    Both are those of one sampling replica.
+    Both programs run on one sampling replica.
 
     Raises:
-      OutOfMemory: if the compiler reports it.
+      OutOfMemory: if the compiler runs out of device memory.
     """
     sampling = config.sampling
     devices = mesh.devices.reshape(-1, mesh.shape[TENSOR_AXIS])[0]
@@ -143,7 +143,7 @@ def compile_sampling(config: Config, decoder: DecoderConfig, mesh: Mesh) -> tupl
     )
     resident: list[Any] = [contexts]
     decode_params = params
-    if programs.convert_weights:  # The layers are in memory in both storage layouts.
+    if programs.convert_weights:  # Memory contains the layers in both storage layouts.
         resident.append(params["layers"])
         decode_params = {**params, "layers": programs.convert_weights.eval_shape(params["layers"])}
     decode = compile_program(
@@ -177,12 +177,12 @@ def compile_program(
       arguments: shapes, dtypes and shardings of its arguments.
       options: values of its static arguments.
       num_devices: number of devices that it runs on.
-      kernel_flops: FLOPs inside Pallas kernels, over all devices.
-      useful_flops: FLOPs that recompute nothing, over all devices; None if that is all of them.
-      unknown_trips: number of iterations of loops whose length depends on data.
+      kernel_flops: FLOPs in Pallas kernels, summed over all devices.
+      useful_flops: FLOPs, excluding recomputation, summed over all devices; equal to all FLOPs if None.
+      unknown_trips: assumed number of iterations of loops whose length depends on data.
 
     Raises:
-      OutOfMemory: if the compiler reports it.
+      OutOfMemory: if the compiler runs out of device memory.
     """
     traced = jitted.trace(*arguments, **(options or {}))
     started = time.monotonic()
@@ -208,7 +208,7 @@ def compile_program(
 
 
 def abstract_batch(num_micro_batches: int, num_rows: int, row_len: int, mesh: Mesh) -> TrainBatch:
-    """Returns shapes, dtypes and shardings of a batch."""
+    """Returns the shapes, dtypes and shardings of a training batch."""
     rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, P())
     array = lambda dtype: jax.ShapeDtypeStruct(
         (num_micro_batches, num_rows, row_len), dtype, sharding=rows
@@ -228,7 +228,7 @@ def abstract_batch(num_micro_batches: int, num_rows: int, row_len: int, mesh: Me
 
 
 def abstract_sampling_params(decoder: DecoderConfig, replica: Mesh) -> Any:
-    """Returns shapes, dtypes and shardings of the parameters as a sampling replica keeps them."""
+    """Returns the shapes, dtypes and shardings of the parameters on a sampling replica."""
     params = abstract_params(decoder)
     dtypes = sampling_dtypes(params, decoder)
     params = jax.tree.map(lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype), params, dtypes)
@@ -236,7 +236,7 @@ def abstract_sampling_params(decoder: DecoderConfig, replica: Mesh) -> Any:
 
 
 def abstract_prefill_batch(prefill_tokens: int, replica: Mesh) -> PrefillBatch:
-    """Returns shapes, dtypes and shardings of a prefill batch of `prefill_tokens` tokens."""
+    """Returns the shapes, dtypes and shardings of a prefill batch of `prefill_tokens` tokens."""
     num_rows = min(MAX_PREFILL_ROWS, max(1, prefill_tokens // PREFILL_CHUNK_LEN))
     everywhere = NamedSharding(replica, P())
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
@@ -245,6 +245,6 @@ def abstract_prefill_batch(prefill_tokens: int, replica: Mesh) -> PrefillBatch:
 
 
 def device_bytes(x: jax.ShapeDtypeStruct) -> int:
-    """Returns the bytes of an array on one device."""
+    """Returns the size in bytes of an array on one device."""
     assert x.sharding is not None
     return int(np.prod(x.sharding.shard_shape(x.shape))) * np.dtype(x.dtype).itemsize

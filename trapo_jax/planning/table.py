@@ -1,4 +1,4 @@
-"""Plans as tables on a terminal."""
+"""Plans as terminal tables."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,7 +22,7 @@ COMPARISON_HEADER = (
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Prints what each program needs on one device, and whether it fits."""
+    """Prints the resources that each program needs on one device, and whether the run fits."""
     title = (
         f"{plan.topology.name}, mesh {plan.mesh}: {plan.num_params / 1e9:.2f}B parameters, rows of "
         f"{plan.row_len} tokens, attention {plan.decoder.attention}; on one device"
@@ -39,7 +39,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def programs_table(title: str, plan: Plan) -> Table:
-    """Returns a table with a column for each program."""
+    """Returns a table with one column per program."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for program in plan.programs:
@@ -69,7 +69,7 @@ def programs_table(title: str, plan: Plan) -> Table:
 
 
 def print_comparison(plans: Sequence[Plan], console: Console) -> None:
-    """Prints one row for each plan: whether it fits, its memory, and bounds on its train step."""
+    """Prints one row per plan: whether it fits, its memory, and bounds on its train step."""
     table = Table(title="compared", title_justify="left")
     for i, column in enumerate(COMPARISON_HEADER):
         table.add_column(column, justify="left" if i == 0 else "right")

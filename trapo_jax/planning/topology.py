@@ -1,4 +1,4 @@
-"""Devices to plan for: TPU topologies described by libtpu, and forced host devices."""
+"""Devices to plan for: TPU topologies described by libtpu, and virtual host devices."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from trapo_jax.types import UserError
 
 GIB = 2**30
 HOST = "cpu"
-# Keep libtpu, which only compiles here, from looking for TPUs and for other processes that use them.
+# Prevent libtpu, which is only used as a compiler, from looking for TPUs and for other processes that use them.
 LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -34,7 +34,7 @@ class Chip:
       flops: bfloat16 FLOPs per second.
       memory_bandwidth: bytes per second.
       link_bandwidth: bytes per second of one link to a neighbor, in one direction.
-      ring_multiple: a dimension of the topology is a ring if its size is a multiple of this, otherwise a line.
+      ring_multiple: a topology dimension is a ring if its size is a multiple of this, and otherwise a line.
     """
 
     memory: float
@@ -44,7 +44,8 @@ class Chip:
     ring_multiple: int
 
 
-# From cloud.google.com/tpu/docs/v5e, /v5p and /v6e. A chip's interconnect bandwidth is divided by its 4 links (v5p: 6).
+# From cloud.google.com/tpu/docs/v5e, /v5p and /v6e. The bandwidth of a link is that of the chip divided by its 4 links
+# (6 on v5p).
 CHIPS = {
     "v5e": Chip(16 * GIB, 197e12, 819e9, 50e9, ring_multiple=16),
     "v5p": Chip(95 * GIB, 459e12, 2765e9, 100e9, ring_multiple=4),
@@ -58,9 +59,9 @@ class Topology:
 
     Attributes:
       name: `CHIP:SHAPE`.
-      chip: specifications of a device; None for host devices, for which none are published.
+      chip: specifications of a device; None for host devices, which have no published specifications.
       dims: number of devices along each dimension.
-      devices: the devices, or descriptions of them to compile for.
+      devices: the devices, or device descriptions to compile for.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Topology:
 
     @property
     def interconnect_bandwidth(self) -> float:
-        """Bytes per second that a device can receive. The end of a line has one link along it, not two."""
+        """Bytes per second that a device can receive. A device at the end of a line has one link along it, not two."""
         assert self.chip
         links = sum(2 if n % self.chip.ring_multiple == 0 else 1 for n in self.dims if n > 1)
         return links * self.chip.link_bandwidth
@@ -80,12 +81,12 @@ def find_topology(name: str) -> Topology:
     """Returns the devices of `CHIP:SHAPE`, for example `v5p:2x2x4` or `cpu:8`.
 
     Raises:
-      UserError: if the name is not of this form, or there is no compiler for such devices.
+      UserError: if the name does not have this form, or there is no compiler for these devices.
     """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not found or found[1] not in {*CHIPS, HOST}:
         raise UserError(
-            f"--topology {name}: give {', '.join(CHIPS)} or {HOST}, a colon and a shape"
+            f"--topology {name}: expected {', '.join(CHIPS)} or {HOST}, a colon and a shape"
         )
     kind, dims = found[1], tuple(int(n) for n in found[2].split("x"))
     if kind == HOST:
@@ -99,7 +100,9 @@ def find_topology(name: str) -> Topology:
         described = topologies.get_topology_desc(name, platform="tpu")
     except Exception as error:  # libtpu raises exceptions of several types
         reason = str(error).splitlines()[0][:200]
-        raise UserError(f"--topology {name}: libtpu knows no such topology ({reason})") from error
+        raise UserError(
+            f"--topology {name}: libtpu does not know this topology ({reason})"
+        ) from error
     return Topology(name, CHIPS[kind], dims, described.devices)
 
 
@@ -109,7 +112,7 @@ def _host_devices(name: str, count: int) -> Sequence[Any]:
         jax.config.update("jax_num_cpu_devices", count)
     if jax.device_count() != count:
         raise UserError(
-            f"--topology {name}: a process has one number of host devices, here {jax.device_count()}; run the command "
-            "once for each"
+            f"--topology {name}: the number of host devices in a process is fixed, here {jax.device_count()}; run the "
+            "command once per topology"
         )
     return jax.devices()
