@@ -116,7 +116,7 @@ def train(
                 max_staleness=config.sampling.max_staleness,
                 temperature=config.sampling.temperature,
                 max_error_rate=config.rewards.max_error_rate,
-                on_progress=run.heartbeat,
+                on_progress=run.on_progress,
             )
             run.start(learner, data_summary, model.tokenizer.decode)
             if files is None and is_main():
@@ -165,6 +165,7 @@ def train_to_the_end(
     if run.is_interrupted:
         return TrainResult(run.folder, run.step, None)
     evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
+    run.begin("exporting the model")
     params = fetch(learner.params)
     if is_main():
         source, destination = run.folder / MODEL, run.folder / EXPORT
@@ -183,6 +184,7 @@ def train_loop(
     by_id = {problem.id: problem for problem in splits["train"]}
     for problems, upcoming in run.steps(batches):
         moment = run.moment
+        run.begin(f"step {run.step}", num_samples=len(problems) * method.group_size)
         collected = actor.collect(problems, learner.params, moment, upcoming=upcoming)
         num_extra = method.extra_rows_per_problem * config.train.problems_per_step
         selection = method.select(
@@ -199,6 +201,7 @@ def train_loop(
                 max_completion_length=config.sampling.completion_len,
             )
         )
+        run.begin(f"step {run.step}: updating the parameters")
         learned = learner.update(selection.updates, moment)
         run.record(
             collected.groups,
@@ -220,9 +223,10 @@ def evaluate_splits(
         if not splits[name]:
             continue
         started = time.perf_counter()
-        run.heartbeat(f"evaluating after step {run.step}")
+        num_samples = run.num_evaluation_samples
+        run.begin(f"evaluating {name}", num_samples=len(splits[name]) * (1 + num_samples))
         with actor.sampler(learner.params) as sample:
-            result = evaluate(sample, splits[name], num_samples=run.num_evaluation_samples)
+            result = evaluate(sample, splits[name], num_samples=num_samples)
         seconds = time.perf_counter() - started
         score = run.record_evaluation(name, result.metrics, result.problems, seconds)
     return score

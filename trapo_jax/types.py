@@ -151,6 +151,22 @@ class Completion:
             raise ValueError(f"{len(self.token_ids)} tokens, but {len(self.logprobs)} logprobs")
 
 
+class SamplingProgress(NamedTuple):
+    """What a process has sampled and graded since its previous report.
+
+    Attributes:
+      phase: what it does next: "prefilling", "sampling", or "grading" if nothing is left to sample.
+      num_graded: number of completions that were graded.
+      num_sampled_tokens: number of tokens that were sampled.
+      num_prefilled_tokens: number of prompt and prefix tokens that were prefilled.
+    """
+
+    phase: str
+    num_graded: int
+    num_sampled_tokens: int
+    num_prefilled_tokens: int
+
+
 class Verdict(enum.StrEnum):
     """What a reward function may return instead of a number. ERROR and TIMEOUT are missing rewards."""
 

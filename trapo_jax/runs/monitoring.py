@@ -8,11 +8,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from trapo_jax.types import TrainingFailed
 
+COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.monitoring`
 EXIT_TRAINING_FAILED = 1
 WARN_AFTER_STEPS = (
     20  # consecutive steps without a training signal or with every completion truncated
@@ -126,6 +130,44 @@ class Watchdog:
                 faulthandler.dump_traceback(sys.stderr)
                 sys.stderr.flush()
                 os._exit(EXIT_TRAINING_FAILED)
+
+
+class CompilationListener:
+    """Calls a function when the process starts to compile a program, and when it is done.
+
+    Programs for several devices are compiled in several threads; only the first start and the last end count.
+
+    Args:
+      on_change: called with whether a compilation is in progress.
+    """
+
+    def __init__(self, on_change: Callable[[bool], None]):
+        self._on_change = on_change
+        self._lock = threading.Lock()
+        self._num_active = 0
+        jax.monitoring.register_scalar_listener(self._on_start)
+        jax.monitoring.register_event_duration_secs_listener(self._on_end)
+
+    def close(self) -> None:
+        jax.monitoring.unregister_scalar_listener(self._on_start)
+        jax.monitoring.unregister_event_duration_listener(self._on_end)
+
+    def _on_start(self, event: str, value: float | int, **kwargs: Any) -> None:
+        del value, kwargs
+        self._count(event, 1)
+
+    def _on_end(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        del duration_secs, kwargs
+        self._count(event, -1)
+
+    def _count(self, event: str, change: int) -> None:
+        if event != COMPILATION:
+            return
+        with self._lock:
+            was_active = self._num_active > 0
+            self._num_active = max(0, self._num_active + change)
+            if was_active != (self._num_active > 0):
+                self._on_change(self._num_active > 0)
 
 
 class Interrupt:

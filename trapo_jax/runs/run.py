@@ -35,10 +35,24 @@ from trapo_jax.runs.directory import (
     write_atomically,
 )
 from trapo_jax.runs.loggers import EVAL, TRAIN, NoLog, RunLog, read_metrics
-from trapo_jax.runs.monitoring import Health, Interrupt, Watchdog, check_space
+from trapo_jax.runs.monitoring import (
+    CompilationListener,
+    Health,
+    Interrupt,
+    Watchdog,
+    check_space,
+)
 from trapo_jax.runs.report import REPORT, write_report
 from trapo_jax.runs.samples import sample_records
-from trapo_jax.types import Moment, Problem, Rollout, UpdateTrace, Usage, UserError
+from trapo_jax.types import (
+    Moment,
+    Problem,
+    Rollout,
+    SamplingProgress,
+    UpdateTrace,
+    Usage,
+    UserError,
+)
 
 LOG_BYTES = 4 * 2**20  # generous upper bound on the size of the records of one step
 
@@ -93,7 +107,7 @@ class Run:
         retention = Retention(newest=keep.keep, best=keep.keep_best)
         self._store = CheckpointStore(self.folder / CHECKPOINTS, retention)
         self._stack = contextlib.ExitStack()
-        self._watchdog: Watchdog | None = None
+        self._activity = "starting"
         self._progress_before = self._progress = 0.0
         self._step_started = 0.0
         self._is_interrupted = False
@@ -165,8 +179,8 @@ class Run:
             if not (self.folder / DATA).exists():
                 write_atomically(self.folder / DATA, json.dumps(data_summary, indent=2) + "\n")
         wait_for_all("run directory prepared")
-        self._watchdog = Watchdog(self._config.limits.stuck_after_secs)
-        self._stack.callback(self._watchdog.close)
+        watchdog = Watchdog(self._config.limits.stuck_after_secs)
+        self._watchdog = self._stack.enter_context(contextlib.closing(watchdog))
         offsets = self._restore(learner)
         if is_main() and self._changes:
             (self.folder / SUMMARY).unlink(missing_ok=True)  # The run is no longer complete.
@@ -177,18 +191,28 @@ class Run:
         self.console = self._stack.enter_context(
             Console(self._config.train.num_steps, first_step=self.step, quiet=self._quiet)
         )
+        listener = CompilationListener(self.console.set_compiling)
+        self._stack.enter_context(contextlib.closing(listener))
         self._state_bytes = sum(x.nbytes for x in jax.tree.leaves(learner.state))
         self._progress = self._budget.progress(self.usage, self.step)
         self.console.say(self._describe_start())
 
-    def heartbeat(self, activity: str) -> None:
-        """Tells the watchdog that the run is making progress.
+    def begin(self, activity: str, num_samples: int = 0) -> None:
+        """Tells the watchdog and the user what the process does next.
 
         Args:
-          activity: what the process does next, for the error message if it gets stuck.
+          activity: such as "evaluating test".
+          num_samples: number of completions that all processes sample and grade for it; 0 if nothing is sampled.
         """
-        if self._watchdog is not None:
-            self._watchdog.beat(activity)
+        self._activity = activity
+        self._watchdog.beat(activity)
+        self.console.begin(activity, num_samples)
+
+    def on_progress(self, progress: SamplingProgress) -> None:
+        """Receives the progress of sampling in this process; the other processes are assumed to be as far."""
+        self._watchdog.beat(self._activity)
+        phase, *numbers = progress
+        self.console.advance(SamplingProgress(phase, *(jax.process_count() * n for n in numbers)))
 
     @property
     def moment(self) -> Moment:
@@ -216,7 +240,6 @@ class Run:
         while not (self.is_over or self._is_interrupted):
             self.step += 1
             self._progress_before = self._progress
-            self.heartbeat(f"working on step {self.step}")
             check_space(self.folder, LOG_BYTES, "the log of a step")
             self._step_started = time.perf_counter()
             is_last = self.step >= self._config.train.num_steps
@@ -315,7 +338,7 @@ class Run:
         must_save |= keep.every > 0 and self.step % keep.every == 0
         if not (must_save or (keep.keep_best and self._is_best(score))):
             return
-        self.heartbeat(f"saving step {self.step}")
+        self.begin(f"step {self.step}: saving a checkpoint")
         check_space(self.folder, self._state_bytes + LOG_BYTES, "a checkpoint")
         host = {
             "usage": dataclasses.asdict(self.usage),
