@@ -45,7 +45,7 @@ from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import Run
 from trapo_jax.runs.saved_model import saved_model_files
 from trapo_jax.training.learner import Learner, make_learner
-from trapo_jax.types import Problem, UserError
+from trapo_jax.types import Interrupted, Problem, UserError
 
 ABOUT = "Trains a language model with TRAPO or another method, or resumes the run in output_dir."
 PRINT_METHOD = "--print-method"
@@ -160,11 +160,13 @@ def train_to_the_end(
     """Makes the remaining steps of a run that has been started, evaluates, and exports the model."""
     if run.step == 0:
         run.console.say(describe_memory(actor, learner))
-        evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
-    train_loop(config, method, splits, run, actor, learner)
-    if run.is_interrupted:
+    try:
+        finish_step(splits, run, actor, learner)  # if it was interrupted, or before the first one
+        train_loop(config, method, splits, run, actor, learner)
+        evaluate_pending(splits, run, actor, learner)
+    except Interrupted:
+        run.stop(learner)
         return TrainResult(run.folder, run.step, None)
-    evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
     run.begin("exporting the model")
     params = fetch(learner.params)
     if is_main():
@@ -210,16 +212,19 @@ def train_loop(
             learned.traces,
             selection.state,
         )
-        score = evaluate_splits(run.due_splits, splits, run, actor, learner)
-        run.save_if_due(learner, score)
+        finish_step(splits, run, actor, learner)
 
 
-def evaluate_splits(
-    names: Sequence[str], splits: Splits, run: Run, actor: Actor, learner: Learner
-) -> float | None:
-    """Evaluates the current parameters on some splits; returns the sampled accuracy on the last one, if any."""
-    score = None
-    for name in names:
+def finish_step(splits: Splits, run: Run, actor: Actor, learner: Learner) -> None:
+    """Evaluates and saves as far as that is due after the current step."""
+    if not run.is_over:  # The last step is saved before the final evaluation.
+        evaluate_pending(splits, run, actor, learner)
+    run.save_if_due(learner)
+
+
+def evaluate_pending(splits: Splits, run: Run, actor: Actor, learner: Learner) -> None:
+    """Evaluates the current parameters on the splits that are due."""
+    for name in run.pending_splits:
         if not splits[name]:
             continue
         started = time.perf_counter()
@@ -228,8 +233,7 @@ def evaluate_splits(
         with actor.sampler(learner.params) as sample:
             result = evaluate(sample, splits[name], num_samples=num_samples)
         seconds = time.perf_counter() - started
-        score = run.record_evaluation(name, result.metrics, result.problems, seconds)
-    return score
+        run.record_evaluation(name, result.metrics, result.problems, seconds)
 
 
 def describe_memory(actor: Actor, learner: Learner) -> str:
@@ -246,7 +250,8 @@ def show_result(result: TrainResult) -> None:
     if result.was_complete:
         console.say(f"{result.folder}: this run is complete; for another give another output_dir")
     if result.summary is None:
-        console.say(f"stopped after step {result.step}; the same command resumes it")
+        when = f"after step {result.step}" if result.step else "before the first step"
+        console.say(f"stopped {when}; the same command resumes it")
         return
     for split, scores in result.summary.items():
         before, after = scores["before"], scores["after"]

@@ -26,6 +26,10 @@ class TrainingFailed(Exception):
     """Training cannot continue; what has been committed stays. Commands exit with code 1."""
 
 
+class Interrupted(Exception):
+    """A signal asked the process to stop. What is saved stays, and the same command resumes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Expert:
     """One expert solution of a problem, as the policy's tokens.

@@ -18,6 +18,15 @@ VALUES = {
 }
 
 
+EVALUATION = {
+    "eval/accuracy_greedy": 0.25,
+    "eval/accuracy_sampled": 0.333,
+    "eval/num_problems": 8,
+    "eval/num_samples": 4,
+    "eval/pass@4": 0.5,
+}
+
+
 class Clock:
     def __init__(self):
         self.now = 0.0
@@ -135,7 +144,7 @@ def test_the_panel_has_all_metrics_and_the_activity_within_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     with Console(num_steps) as console:
-        console.evaluated("validation", 0.333)
+        console.evaluated(5, "validation", EVALUATION)
         console.begin(f"step {num_steps}", 64)
         console.step(num_steps, VALUES | {"budget/progress": 1.0})
         console.advance(sampled(12, 100))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from trapo_jax.config import EngineConfig, GradingConfig
-from trapo_jax.distributed.processes import gather, my_share
+from trapo_jax.distributed.processes import gather, interrupt_together, my_share
 from trapo_jax.methods import Method
 from trapo_jax.models import PretrainedModel, TokenCost, special_tokens, token_cost
 from trapo_jax.rewards import Grader, make_grader
@@ -125,22 +125,25 @@ class Actor:
 
         Raises:
           TrainingFailed: if too many rewards are missing.
+          Interrupted: if `on_progress` raises it in any process.
         """
         assert self._method, "an actor without a method can only evaluate"
         method, started = self._method, time.perf_counter()
         self.engine.update_weights(params)
         stats_before = self.engine.stats()
         num_stale = self._partial.num_sampled_tokens
-        collected = collect_groups(
-            self.engine,
-            lambda problem: guidance_at(method, moment, problem, self._max_completion_length),
-            self.grade,
-            my_share(problems),
-            step=moment.step,
-            params=SamplingParams(self._temperature),
-            partial=self._partial,
-            upcoming=my_share(upcoming) if self._max_staleness else (),
-            on_graded=self._reporter(),
+        collected = interrupt_together(
+            lambda: collect_groups(
+                self.engine,
+                lambda problem: guidance_at(method, moment, problem, self._max_completion_length),
+                self.grade,
+                my_share(problems),
+                step=moment.step,
+                params=SamplingParams(self._temperature),
+                partial=self._partial,
+                upcoming=my_share(upcoming) if self._max_staleness else (),
+                on_graded=self._reporter(),
+            )
         )
         self._partial = collected.partial._replace(unfinished=self.engine.release())
         groups = share_groups(collected.groups, problems)

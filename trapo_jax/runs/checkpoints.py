@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 from trapo_jax.distributed.processes import is_main, wait_for_all
+from trapo_jax.types import UserError
 
 STATE, HOST = "state", "host"
 MANIFEST = "manifest.json"
@@ -115,6 +117,26 @@ class CheckpointStore:
                 raise DamagedCheckpoint(f"checkpoint {step}: {name} is not in its manifest")
             if expected[name] != actual[name]:
                 raise DamagedCheckpoint(f"checkpoint {step}: {name} is damaged (SHA-256 differs)")
+
+    def newest_intact(self) -> int | None:
+        """Returns the step of the newest intact checkpoint, None if there are none; damaged ones are renamed.
+
+        Raises:
+          UserError: if all checkpoints are damaged.
+        """
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step)
+                return step
+            except DamagedCheckpoint as error:
+                renamed = self.mark_damaged(step)
+                print(f"warning: {error}; it was renamed to {renamed}", file=sys.stderr)
+        if damaged := self.damaged():
+            names = ", ".join(path.name for path in damaged)
+            raise UserError(
+                f"output_dir={self._directory.parent}: all checkpoints are damaged ({names}); choose a different output_dir"
+            )
+        return None
 
     def damaged(self) -> list[Path]:
         """Returns the paths of the checkpoints that were marked as damaged."""

@@ -102,10 +102,22 @@ class Console:
             self._pacer.record_line(now, self._activity)
             self.say(text)
 
-    def evaluated(self, split: str, accuracy: float) -> None:
-        """Sets the accuracy that the panel shows: that of the latest evaluation."""
+    def evaluated(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Prints the scores of an evaluation, and keeps its accuracy in the panel.
+
+        Args:
+          step: number of completed steps.
+          split: the split that was evaluated.
+          metrics: `eval/...` metrics by name.
+        """
+        accuracy, num_samples = metrics["eval/accuracy_sampled"], metrics["eval/num_samples"]
         if self._panel:
             self._panel.show(evaluation=f"last evaluation: {split} accuracy {accuracy:.2f}")
+        self.say(
+            f"step {step}: {split} split, {metrics['eval/num_problems']} problems: greedy accuracy "
+            f"{metrics['eval/accuracy_greedy']:.3f} (1 sample each), sampled {accuracy:.3f}, "
+            f"pass@{num_samples} {metrics[f'eval/pass@{num_samples}']:.3f} ({num_samples} samples each)"
+        )
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the progress after a step.

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from trapo_jax.distributed.processes import SharedFlag
 from trapo_jax.types import TrainingFailed
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.monitoring`
@@ -171,26 +172,35 @@ class CompilationListener:
 
 
 class Interrupt:
-    """Handles SIGINT and SIGTERM: the first lets the current step finish, the second ends the process immediately."""
+    """Handles SIGINT and SIGTERM: the first is a request to stop, the second ends the process immediately."""
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.received = False
+        self._received = False
+        self._flag = SharedFlag("interrupt")
         self._before = {number: signal.signal(number, self._receive) for number in self.NUMBERS}
+
+    @property
+    def received(self) -> bool:
+        """Whether this or another process of the job has received a signal."""
+        if self._received:  # Not in the signal handler, which may interrupt any code.
+            self._flag.set()
+        return self._flag.is_set
 
     def close(self) -> None:
         """Restores the previous signal handlers."""
+        self._flag.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _receive(self, *_) -> None:
-        self.received = True
+        self._received = True
         # A second signal is left to the kernel: a Python handler would have to wait for compiled programs to return.
         for number in self.NUMBERS:
             signal.signal(number, signal.SIG_DFL)
         print(
-            "stopping after this step and saving a checkpoint; press Ctrl-C again to stop immediately",
+            "stopping soon and saving a checkpoint if one is needed; press Ctrl-C again to stop immediately",
             file=sys.stderr,
         )
 
