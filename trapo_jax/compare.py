@@ -15,7 +15,6 @@ from pathlib import Path
 
 from trapo_jax.comparison import (
     Grid,
-    Interrupted,
     compare,
     parse_sweep,
     parse_variant,
@@ -25,6 +24,7 @@ from trapo_jax.config import parse_command_line
 from trapo_jax.runs.budget import UNITS
 from trapo_jax.runs.command_line import EXIT_INTERRUPTED, command, fail, run_and_exit
 from trapo_jax.runs.console import Console
+from trapo_jax.types import Interrupted
 
 EXIT_RUN_FAILED = 1
 

@@ -51,7 +51,7 @@ from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import Run
 from trapo_jax.runs.saved_model import saved_model_files
 from trapo_jax.training.learner import Learner, make_learner
-from trapo_jax.types import Problem, UserError
+from trapo_jax.types import Interrupted, Problem, UserError
 
 ABOUT = "Trains a language model with TRAPO or another method, or resumes the run in output_dir."
 PRINT_METHOD = "--print-method"
@@ -125,7 +125,7 @@ def train(
                 max_staleness=config.sampling.max_staleness,
                 temperature=config.sampling.temperature,
                 max_error_rate=config.rewards.max_error_rate,
-                on_progress=run.heartbeat,
+                on_progress=run.on_progress,
             )
             run.start(learner, data_summary, model.tokenizer.decode)
             if files is None and is_main():
@@ -182,11 +182,14 @@ def train_to_the_end(
     """Makes the remaining steps of a run that has been started, evaluates, and exports the model."""
     if run.step == 0:
         run.console.say(describe_memory(actor, learner))
-        evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
-    train_loop(config, method, splits, run, actor, learner)
-    if run.is_interrupted:
+    try:
+        finish_step(splits, run, actor, learner)  # if it was interrupted, or before the first one
+        train_loop(config, method, splits, run, actor, learner)
+        evaluate_pending(splits, run, actor, learner)
+    except Interrupted:
+        run.stop(learner)
         return TrainResult(run.folder, run.step, None)
-    evaluate_splits(run.splits_before_and_after, splits, run, actor, learner)
+    run.begin("exporting the model")
     params = fetch(learner.params)
     if is_main():
         source, destination = run.folder / MODEL, run.folder / EXPORT
@@ -205,6 +208,7 @@ def train_loop(
     by_id = {problem.id: problem for problem in splits["train"]}
     for problems, upcoming in run.steps(batches):
         moment = run.moment
+        run.begin(f"step {run.step}", num_samples=len(problems) * method.group_size)
         collected = actor.collect(problems, learner.params, moment, upcoming=upcoming)
         num_extra = method.extra_rows_per_problem * config.train.problems_per_step
         selection = method.select(
@@ -221,6 +225,7 @@ def train_loop(
                 max_completion_length=config.sampling.completion_len,
             )
         )
+        run.begin(f"step {run.step}: updating the parameters")
         learned = learner.update(selection.updates, moment)
         run.record(
             collected.groups,
@@ -229,25 +234,28 @@ def train_loop(
             learned.traces,
             selection.state,
         )
-        score = evaluate_splits(run.due_splits, splits, run, actor, learner)
-        run.save_if_due(learner, score)
+        finish_step(splits, run, actor, learner)
 
 
-def evaluate_splits(
-    names: Sequence[str], splits: Splits, run: Run, actor: Actor, learner: Learner
-) -> float | None:
-    """Evaluates the current parameters on some splits; returns the sampled accuracy on the last one, if any."""
-    score = None
-    for name in names:
+def finish_step(splits: Splits, run: Run, actor: Actor, learner: Learner) -> None:
+    """Evaluates and saves as far as that is due after the current step."""
+    if not run.is_over:  # The last step is saved before the final evaluation.
+        evaluate_pending(splits, run, actor, learner)
+    run.save_if_due(learner)
+
+
+def evaluate_pending(splits: Splits, run: Run, actor: Actor, learner: Learner) -> None:
+    """Evaluates the current parameters on the splits that are due."""
+    for name in run.pending_splits:
         if not splits[name]:
             continue
         started = time.perf_counter()
-        run.heartbeat(f"evaluating after step {run.step}")
+        num_samples = run.num_evaluation_samples
+        run.begin(f"evaluating {name}", num_samples=len(splits[name]) * (1 + num_samples))
         with actor.sampler(learner.params) as sample:
-            result = evaluate(sample, splits[name], num_samples=run.num_evaluation_samples)
+            result = evaluate(sample, splits[name], num_samples=num_samples)
         seconds = time.perf_counter() - started
-        score = run.record_evaluation(name, result.metrics, result.problems, seconds)
-    return score
+        run.record_evaluation(name, result.metrics, result.problems, seconds)
 
 
 def describe_memory(actor: Actor, learner: Learner) -> str:
@@ -264,7 +272,8 @@ def show_result(result: TrainResult) -> None:
     if result.was_complete:
         console.say(f"{result.folder}: this run is complete; for another give another output_dir")
     if result.summary is None:
-        console.say(f"stopped after step {result.step}; the same command resumes it")
+        when = f"after step {result.step}" if result.step else "before the first step"
+        console.say(f"stopped {when}; the same command resumes it")
         return
     for split, scores in result.summary.items():
         before, after = scores["before"], scores["after"]

@@ -26,6 +26,10 @@ class TrainingFailed(Exception):
     """Training cannot continue. Committed checkpoints are kept. Commands exit with code 1."""
 
 
+class Interrupted(Exception):
+    """A signal asked the process to stop. What is saved stays, and the same command resumes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Expert:
     """One expert solution of a problem, tokenized for the policy.
@@ -150,6 +154,22 @@ class Completion:
     def __post_init__(self):
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(f"{len(self.token_ids)} tokens, but {len(self.logprobs)} logprobs")
+
+
+class SamplingProgress(NamedTuple):
+    """What a process has sampled and graded since its previous report.
+
+    Attributes:
+      phase: what it does next: "prefilling", "sampling", or "grading" if nothing is left to sample.
+      num_graded: number of completions that were graded.
+      num_sampled_tokens: number of tokens that were sampled.
+      num_prefilled_tokens: number of prompt and prefix tokens that were prefilled.
+    """
+
+    phase: str
+    num_graded: int
+    num_sampled_tokens: int
+    num_prefilled_tokens: int
 
 
 class Verdict(enum.StrEnum):

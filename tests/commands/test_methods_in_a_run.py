@@ -106,7 +106,13 @@ def test_budget_ends_a_run_and_a_buffer_survives_a_resume(tmp_path):
 
 def test_progress_counts_the_steps_that_a_budget_leaves(capsys):
     terminal = Console(500, first_step=0)
-    values = {"reward/mean": 0.5, "guidance/ratio_mean": 0.0, "time/tokens_per_sec": 1.0}
+    values = {
+        "loss/total": 0.1,
+        "reward/mean": 0.5,
+        "guidance/ratio_mean": 0.0,
+        "completion/len_mean": 20.0,
+        "time/tokens_per_sec": 1.0,
+    }
     terminal.step(2, {**values, "budget/progress": 0.25})
     terminal.step(9, {**values, "budget/progress": 1.01})
     first, last = capsys.readouterr().out.splitlines()

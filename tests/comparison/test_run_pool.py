@@ -9,8 +9,8 @@ from support.comparisons import make_grid
 from trapo_jax.comparison import experiment, run_pool
 from trapo_jax.comparison.experiment import core_limits
 from trapo_jax.comparison.grid import Trial
-from trapo_jax.comparison.run_pool import Interrupted, execute_runs
-from trapo_jax.types import UserError
+from trapo_jax.comparison.run_pool import execute_runs
+from trapo_jax.types import Interrupted, UserError
 
 TRAINER = """
 import pathlib, re, signal, sys, time

@@ -9,7 +9,6 @@ import yaml
 from support.browser import opened
 from trapo_jax.config import Config, flatten
 from trapo_jax.report import main
-from trapo_jax.runs.console import Console
 from trapo_jax.runs.loggers import read_records
 from trapo_jax.runs.report import downsample, read_run, read_samples, shown_settings, write_report
 from trapo_jax.types import UserError
@@ -134,27 +133,7 @@ def test_a_report_that_cannot_be_written_gives_a_one_line_error_and_exit_code_2(
     assert capsys.readouterr().err == expected + "\n"
 
 
-def test_progress_shows_the_last_evaluation_and_fits_into_80_columns(monkeypatch, capsys):
-    values = {
-        "reward/mean": 0.5312,
-        "guidance/ratio_mean": 0.21,
-        "time/tokens_per_sec": 123_456.0,
-    }
-    monkeypatch.setenv("COLUMNS", "80")
-    for on_a_terminal in ("0", "1"):
-        monkeypatch.setenv("TTY_COMPATIBLE", on_a_terminal)
-        with Console(1000, first_step=0) as terminal:
-            terminal.step(999, {**values, "budget/progress": 0.999})
-            terminal.evaluated("validation", 0.333)
-            terminal.step(1000, {**values, "budget/progress": 1.0})
-        output = capsys.readouterr().out
-        assert "reward 0.53  validation accuracy 0.33  guided 0.21  123,456 tokens/s" in output
-        assert "1000/1000" in output
-        assert "left" in output
-        assert ("\x1b[" in output) == (on_a_terminal == "1")
-
-
-def test_a_run_that_has_spent_its_budget_is_complete(finished_run, tmp_path):
+def test_a_run_whose_budget_is_spent_is_complete(finished_run, tmp_path):
     for name in ("config.yaml", "metrics.jsonl"):
         shutil.copy(finished_run[0] / name, tmp_path)
     config = tmp_path / "config.yaml"

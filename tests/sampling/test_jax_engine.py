@@ -117,7 +117,7 @@ def test_an_earlier_step_preempts_a_later_one(decoder, params, problems):
 def test_released_and_resumed_requests_get_the_same_tokens(decoder, params, problems, reference):
     """With unchanged weights, for requests that were queued, just started or nearly finished."""
     requests = requests_of(problems[:8], group=4)
-    engine = make_engine(decoder, params, num_slots=16)
+    engine = make_engine(decoder, params, num_slots=16, prefill_tokens=512)
     engine.submit(requests, step=1, params=SamplingParams())
     completions, partial_lens = [], set()
     for _ in range(4):

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from support.engines import make_engine, requests_of, sample, trainer_logprobs
-from trapo_jax.types import Expert, Problem, RolloutRequest
+from support.engines import make_engine, requests_of, sample, tokens_of, trainer_logprobs
+from trapo_jax.types import Expert, Problem, RolloutRequest, SamplingParams
 
 
 def test_prefilled_tokens_are_prompts_and_distinct_extensions(decoder, params, problems):
@@ -52,3 +52,23 @@ def test_a_view_of_a_long_cache_gives_the_same_logprobs(decoder, params, problem
         for completion in sample(engine, requests).values():
             expected = trainer_logprobs(decoder, params, completion, 1.0)
             np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_a_long_prefill_takes_several_steps_and_can_be_released(decoder, params, problems):
+    """The first step only prefills. Requests that are released then get the same tokens afterwards."""
+    options = {"prefill_tokens": 16, "num_slots": 16}
+    requests = requests_of(problems[:8])
+    expected = sample(make_engine(decoder, params, **options), requests)
+    engine = make_engine(decoder, params, **options)
+    engine.submit(requests, step=1, params=SamplingParams())
+    assert engine.step() == []
+    stats = engine.stats()
+    assert stats.prefilled_tokens > 0
+    assert stats.decoded_tokens == 0
+    released = engine.release()
+    assert {c.request for c in released} == set(requests)
+    assert all(c.token_ids == () for c in released)
+    engine.update_weights(params)
+    engine.resume(released, step=1, params=SamplingParams())
+    completions = sample(engine, [])
+    assert tokens_of(completions) == tokens_of(expected)

@@ -15,13 +15,12 @@ from trapo_jax.comparison.grid import (
     parse_variant,
 )
 from trapo_jax.comparison.results import Result, read_result
-from trapo_jax.comparison.run_pool import Failure, Interrupted
+from trapo_jax.comparison.run_pool import Failure
 
 __all__ = [
     "Comparison",
     "Failure",
     "Grid",
-    "Interrupted",
     "PlannedRun",
     "Result",
     "Sweep",

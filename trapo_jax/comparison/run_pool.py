@@ -15,7 +15,7 @@ from typing import NamedTuple
 from trapo_jax.comparison.grid import PlannedRun
 from trapo_jax.comparison.results import is_complete, progress
 from trapo_jax.runs.directory import check_run_folder, write_atomically
-from trapo_jax.types import UserError
+from trapo_jax.types import Interrupted, UserError
 
 POLL_SECS = 0.5
 REPORT_SECS = 60.0
@@ -27,10 +27,6 @@ class Failure(NamedTuple):
 
     run: PlannedRun
     reason: str
-
-
-class Interrupted(Exception):
-    """The comparison received Ctrl-C or SIGTERM. The active runs have saved checkpoints."""
 
 
 class _Job(NamedTuple):
@@ -126,7 +122,7 @@ def _find_failure(job: _Job) -> Failure | None:
 
 
 def _stop(active: Sequence[_Job]) -> None:
-    """Lets every active run finish its step and save a checkpoint."""
+    """Lets every active run stop and save a checkpoint."""
     for job in active:
         job.process.send_signal(signal.SIGINT)
     for job in active:

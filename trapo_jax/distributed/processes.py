@@ -6,17 +6,22 @@ problems. Then the rollouts are gathered on all processes, which train on one gl
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # JAX has no public access to its key-value store.
 from jax.experimental import multihost_utils
 
-from trapo_jax.types import UserError
+from trapo_jax.types import Interrupted, UserError
+
+T = TypeVar("T")
 
 # Messages are padded to this size times a power of 2, since a program is compiled for each size.
 MIN_MESSAGE_BYTES = 1024
+POLL_SECS = 1.0
 COORDINATOR_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -91,6 +96,53 @@ def gather_shares(mine: list[Any]) -> list[Any]:
 def from_main(value: Any) -> Any:
     """Broadcasts the value of process 0 to all processes."""
     return gather(value)[0]
+
+
+def interrupt_together(work: Callable[[], T]) -> T:
+    """Does the work of this process. If it raises `Interrupted` in any process, raises it in all of them.
+
+    All processes must call it, so that none waits in the next collective operation for one that was interrupted.
+    """
+    try:
+        result, is_interrupted = work(), False
+    except Interrupted:
+        result, is_interrupted = None, True
+    if any(gather(is_interrupted)):
+        raise Interrupted
+    return result  # pyright: ignore[reportReturnType]
+
+
+class SharedFlag:
+    """A flag that any process can set. The others see it within `POLL_SECS`, without a collective operation.
+
+    Args:
+      name: identifies the flag in the job.
+    """
+
+    def __init__(self, name: str):
+        self._key = f"trapo_jax/{name}/{jax.process_index()}"
+        self._client = distributed.global_state.client  # None if there is only one process
+        self._is_set = self._was_set_here = False
+        self._last_poll = float("-inf")
+
+    def set(self) -> None:
+        if not self._was_set_here:
+            self._is_set = self._was_set_here = True
+            if self._client is not None:
+                self._client.key_value_set(self._key, "")
+
+    @property
+    def is_set(self) -> bool:
+        now = time.monotonic()
+        if not self._is_set and self._client is not None and now - self._last_poll >= POLL_SECS:
+            self._last_poll = now
+            self._is_set = bool(self._client.key_value_dir_get(os.path.dirname(self._key)))
+        return self._is_set
+
+    def close(self) -> None:
+        """Clears the flag if this process has set it. By then, all processes must have seen it."""
+        if self._was_set_here and self._client is not None:
+            self._client.key_value_delete(self._key)
 
 
 def wait_for_all(name: str) -> None:

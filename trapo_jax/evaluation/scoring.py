@@ -11,7 +11,7 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import NamedTuple
 
-from trapo_jax.distributed.processes import gather, my_share
+from trapo_jax.distributed.processes import gather, interrupt_together, my_share
 from trapo_jax.evaluation.statistics import accuracy_interval, pass_at_k
 from trapo_jax.types import (
     Completion,
@@ -143,13 +143,18 @@ def evaluate(
       each source); `eval/pass@k` for k = 1, 2, 4 .. n; `eval/entropy`, the mean of -log p over the tokens of the
       samples at temperature 1, which estimates the entropy; and, over all completions, `eval/truncated`,
       `eval/completion_len_mean`, `eval/error_rate` and `eval/timeout_rate`.
+
+    Raises:
+      Interrupted: if `sample` raises it in any process.
     """
 
     def sample_all(count: int, temperature: float) -> list[Sample]:
         """Samples all problems. Each process samples its share of them."""
         requests = [RolloutRequest(p, j) for p in my_share(problems) for j in range(count)]
-        graded = sample(requests, SamplingParams(temperature))
-        mine = [make_sample(completion, grade) for completion, grade in graded]
+        params = SamplingParams(temperature)
+        mine = interrupt_together(
+            lambda: [make_sample(*graded) for graded in sample(requests, params)]
+        )
         return [Sample(*fields) for of_process in gather(mine) for fields in of_process]
 
     greedy, sampled = sample_all(1, 0.0), sample_all(num_samples, 1.0)

@@ -12,11 +12,16 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from trapo_jax.config import EngineConfig, GradingConfig
-from trapo_jax.distributed.processes import gather, my_share
+from trapo_jax.distributed.processes import gather, interrupt_together, my_share
 from trapo_jax.methods import Method
 from trapo_jax.models import PretrainedModel, TokenCost, special_tokens, token_cost
 from trapo_jax.rewards import Grader, make_grader
-from trapo_jax.rollouts.collection import PartialRollouts, collect_groups, share_groups
+from trapo_jax.rollouts.collection import (
+    GRADE_WAIT_SECS,
+    PartialRollouts,
+    collect_groups,
+    share_groups,
+)
 from trapo_jax.rollouts.guidance import Guidance
 from trapo_jax.rollouts.metrics import check_grades, rollout_metrics, rollout_usage
 from trapo_jax.sampling.engine import EngineSpec, RolloutEngine, make_engine
@@ -28,6 +33,7 @@ from trapo_jax.types import (
     Rollout,
     RolloutRequest,
     SamplingParams,
+    SamplingProgress,
     Usage,
     UserError,
 )
@@ -36,6 +42,7 @@ from trapo_jax.types import (
 # numbers, so that they differ only in the policy.
 EVALUATION_STEP = 2**32 - 1
 
+OnProgress = Callable[[SamplingProgress], None]
 Sample = Callable[[Sequence[RolloutRequest], SamplingParams], Iterator[tuple[Completion, Grade]]]
 
 
@@ -66,7 +73,7 @@ class Actor:
       temperature: sampling temperature of training rollouts, > 0.
       max_error_rate: maximum share of a step's rollouts, in [0, 1], for which a reward function may fail.
       token_cost: FLOPs per token of the model.
-      on_progress: called with a description whenever a completion is finished.
+      on_progress: called before each step of the engine. Sampling ends if it raises an exception.
     """
 
     def __init__(
@@ -81,7 +88,7 @@ class Actor:
         temperature: float,
         max_error_rate: float,
         token_cost: TokenCost,
-        on_progress: Callable[[str], None] = lambda _: None,
+        on_progress: OnProgress = lambda _: None,
     ):
         if max_staleness and method and method.guidance_varies:
             raise UserError(
@@ -118,21 +125,25 @@ class Actor:
 
         Raises:
           TrainingFailed: if too many rewards are missing.
+          Interrupted: if `on_progress` raises it in any process.
         """
         assert self._method, "an actor without a method can only evaluate"
         method, started = self._method, time.perf_counter()
         self.engine.update_weights(params)
         stats_before = self.engine.stats()
         num_stale = self._partial.num_sampled_tokens
-        collected = collect_groups(
-            self.engine,
-            lambda problem: guidance_at(method, moment, problem, self._max_completion_length),
-            self.grade,
-            my_share(problems),
-            step=moment.step,
-            params=SamplingParams(self._temperature),
-            partial=self._partial,
-            upcoming=my_share(upcoming) if self._max_staleness else (),
+        collected = interrupt_together(
+            lambda: collect_groups(
+                self.engine,
+                lambda problem: guidance_at(method, moment, problem, self._max_completion_length),
+                self.grade,
+                my_share(problems),
+                step=moment.step,
+                params=SamplingParams(self._temperature),
+                partial=self._partial,
+                upcoming=my_share(upcoming) if self._max_staleness else (),
+                on_graded=self._reporter(),
+            )
         )
         self._partial = collected.partial._replace(unfinished=self.engine.release())
         groups = share_groups(collected.groups, problems)
@@ -169,20 +180,44 @@ class Actor:
     ) -> Iterator[tuple[Completion, Grade]]:
         self.engine.submit(requests, step=EVALUATION_STEP, params=sampling)
         pending: dict[Future[Grade], Completion] = {}
+        report, num_graded = self._reporter(), 0
         while self.engine.is_busy or pending:
+            report(num_graded)
             completions = self.engine.step()
             pending.update((self.grade(completion), completion) for completion in completions)
             if not completions and not self.engine.is_busy:
-                wait(pending, return_when=FIRST_COMPLETED)
-            for future in [future for future in pending if future.done()]:
+                wait(pending, GRADE_WAIT_SECS, return_when=FIRST_COMPLETED)
+            done = [future for future in pending if future.done()]
+            num_graded = len(done)
+            for future in done:
                 yield pending.pop(future), future.result()
+
+    def _reporter(self) -> Callable[[int], None]:
+        """Returns a function that takes the number of completions graded since its last call and reports progress."""
+        before = self.engine.stats()
+
+        def report(num_graded: int) -> None:
+            nonlocal before
+            stats = self.engine.stats()
+            new, before = stats - before, stats
+            is_sampling = new.decoded_tokens > 0
+            phase = "sampling" if is_sampling else "prefilling"
+            self._on_progress(
+                SamplingProgress(
+                    phase if self.engine.is_busy else "grading",
+                    num_graded,
+                    new.decoded_tokens,
+                    new.prefilled_tokens,
+                )
+            )
+
+        return report
 
     def grade(self, completion: Completion) -> Future[Grade]:
         """Grades the whole response, expert prefix and special tokens included, asynchronously.
 
         The reward is missing if the problem has no answer.
         """
-        self._on_progress("sampling")
         if not completion.request.problem.answer:
             ungraded: Future[Grade] = Future()
             ungraded.set_result(Grade(None, {}))
@@ -255,7 +290,7 @@ def make_actor(
     max_staleness: int = 0,
     temperature: float = 1.0,
     max_error_rate: float = 1.0,
-    on_progress: Callable[[str], None] = lambda _: None,
+    on_progress: OnProgress = lambda _: None,
 ) -> Actor:
     """Builds an actor for training or evaluation.
 

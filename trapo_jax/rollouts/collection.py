@@ -28,6 +28,9 @@ from trapo_jax.types import (
     SamplingParams,
 )
 
+# Maximum time to wait for a grade before progress is reported again.
+GRADE_WAIT_SECS = 1.0
+
 GradeFunction = Callable[[Completion], Future[Grade]]
 
 
@@ -76,6 +79,7 @@ def collect_groups(
     params: SamplingParams,
     partial: PartialRollouts | None = None,
     upcoming: Sequence[Problem] = (),
+    on_graded: Callable[[int], None] = lambda _: None,
 ) -> CollectedGroups:
     """Samples a complete group of rollouts for every problem.
 
@@ -89,6 +93,8 @@ def collect_groups(
       partial: rollouts of these problems that were started during the previous step. Their remaining tokens are
         sampled with the engine's current weights. None if there are no such rollouts.
       upcoming: problems of the next step, which may be started in slots that would otherwise be idle.
+      on_graded: called before each step of the engine with the number of rollouts of `problems` that have been graded
+        since the last call. It may raise an exception, which ends the collection.
 
     Raises:
       ValueError: if the problems are not distinct.
@@ -96,7 +102,7 @@ def collect_groups(
     if len({problem.id for problem in problems}) != len(problems):
         raise ValueError("a batch contains the same problem twice")
     collector = _Collector(engine, guidance_of, grade, step, params, partial or PartialRollouts())
-    return collector.collect(problems, upcoming)
+    return collector.collect(problems, upcoming, on_graded)
 
 
 class _Collector:
@@ -117,17 +123,24 @@ class _Collector:
         self._pending_grades = dict(partial.pending_grades)
         self._unfinished = partial.unfinished
 
-    def collect(self, problems: Sequence[Problem], upcoming: Sequence[Problem]) -> CollectedGroups:
+    def collect(
+        self,
+        problems: Sequence[Problem],
+        upcoming: Sequence[Problem],
+        on_graded: Callable[[int], None],
+    ) -> CollectedGroups:
         for problem in problems:
             if problem.id not in self._groups:
                 self._groups[problem.id] = self._start(problem, self._step)
         current = [self._groups[problem.id] for problem in problems]
         queue = collections.deque(upcoming)
-        grading_secs = 0.0
+        grading_secs, num_graded = 0.0, 0
         self._engine.resume(self._unfinished, step=self._step, params=self._params)
         self._release(current)
         self._take_grades()
         while not all(group.is_complete for group in current):
+            num_before, num_graded = num_graded, sum(len(group.rollouts) for group in current)
+            on_graded(num_graded - num_before)
             self._fill_idle_slots(queue)
             completions = self._engine.step()
             started = time.perf_counter()
@@ -135,7 +148,7 @@ class _Collector:
             if not completions and not self._engine.is_busy:
                 if not self._pending_grades:
                     raise RuntimeError("the rollout engine has lost requests")
-                wait(self._pending_grades, return_when=FIRST_COMPLETED)
+                wait(self._pending_grades, GRADE_WAIT_SECS, return_when=FIRST_COMPLETED)
             self._take_grades()
             grading_secs += time.perf_counter() - started
         for problem in problems:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 from trapo_jax.distributed.processes import is_main, wait_for_all
+from trapo_jax.types import UserError
 
 STATE, HOST = "state", "host"
 MANIFEST = "manifest.json"
@@ -189,6 +191,33 @@ class CheckpointStore:
                 raise DamagedCheckpoint(f"checkpoint {step}: {name} is not in its manifest")
             if expected[name] != actual[name]:
                 raise DamagedCheckpoint(f"checkpoint {step}: {name} is damaged (SHA-256 differs)")
+
+    def newest_intact(self) -> int | None:
+        """Returns the step of the newest intact checkpoint, None if there are none; damaged ones are renamed.
+
+        Raises:
+          UserError: if all checkpoints are damaged.
+        """
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step)
+                return step
+            except ForeignCheckpoint as error:
+                print(f"warning: {error}; it is left alone", file=sys.stderr)
+            except DamagedCheckpoint as error:
+                renamed = self.mark_damaged(step)
+                print(f"warning: {error}; it was renamed to {renamed}", file=sys.stderr)
+        if self.steps():
+            raise UserError(
+                f"output_dir={self._directory.parent}: none of its checkpoints was saved by this run; restore them or "
+                "choose a different output_dir"
+            )
+        if damaged := self.damaged():
+            names = ", ".join(path.name for path in damaged)
+            raise UserError(
+                f"output_dir={self._directory.parent}: all checkpoints are damaged ({names}); choose a different output_dir"
+            )
+        return None
 
     def damaged(self) -> list[Path]:
         """Returns the paths of the checkpoints that were marked as damaged."""

@@ -1,12 +1,21 @@
 """Terminal output of the commands: progress, messages and tables."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import rich.console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
+
+from trapo_jax.runs.progress import MIN_SECS, Activity, LinePacer, describe_secs
+from trapo_jax.types import SamplingProgress
 
 NUM_PLAIN_LINES = 20  # approximate number of progress lines if the output is not a terminal
 
@@ -18,16 +27,26 @@ class Console:
       num_steps: number of training steps, for the progress bar; 0 without one.
       first_step: number of steps completed before this process; 0 for a new run.
       quiet: whether to print nothing.
+      clock: returns the time in seconds.
     """
 
-    def __init__(self, num_steps: int = 0, *, first_step: int = 0, quiet: bool = False):
+    def __init__(
+        self,
+        num_steps: int = 0,
+        *,
+        first_step: int = 0,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._rich = rich.console.Console(highlight=False, soft_wrap=True, quiet=quiet)
-        self._first_step = first_step
-        self._started = time.monotonic()
-        self._accuracy = ""
-        self._progress: Progress | None = None
-        if self._rich.is_terminal:
-            self._progress = _Panel(
+        self._clock = clock
+        self._last_step_line = clock()
+        self._first_step: tuple[int, float] | None = None  # and the time at which it was complete
+        self._activity: Activity | None = None
+        self._pacer = LinePacer()
+        self._panel: _Panel | None = None
+        if self._rich.is_terminal and num_steps:
+            self._panel = _Panel(
                 TextColumn("training"),
                 BarColumn(bar_width=32),
                 TextColumn("{task.completed:.0f}/{task.total:.0f} "),
@@ -35,26 +54,70 @@ class Console:
                 TextColumn("left"),
                 console=self._rich,
             )
-            self._task = self._progress.add_task(
-                "", total=num_steps, completed=first_step, status=""
-            )
+            self._task = self._panel.add_task("", total=num_steps, completed=first_step)
 
     def __enter__(self) -> "Console":
-        if self._progress:
-            self._progress.start()
+        if self._panel:
+            self._panel.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self._progress:
-            self._progress.stop()
+        if self._panel:
+            self._panel.stop()
 
     def say(self, text: str) -> None:
         """Prints a message above the progress bar, without interpreting markup or control characters."""
         self._rich.print(Text(printable(text)))
 
-    def evaluated(self, split: str, accuracy: float) -> None:
-        """Sets the accuracy that is shown with the progress: that of the latest evaluation."""
-        self._accuracy = f"{split} accuracy {accuracy:.2f}  "
+    def begin(self, name: str, num_samples: int = 0) -> None:
+        """Shows what the program does next.
+
+        Args:
+          name: such as "evaluating test".
+          num_samples: number of completions to sample and grade for it; 0 if nothing is sampled.
+        """
+        self._activity = Activity(name, num_samples, self._clock())
+        if not num_samples:  # Otherwise, the first report follows at once.
+            self._show_activity()
+
+    def advance(self, progress: SamplingProgress) -> None:
+        """Shows how far the current activity is."""
+        if self._activity:
+            self._activity.advance(progress)
+            self._show_activity()
+
+    def set_compiling(self, is_compiling: bool) -> None:
+        """Shows whether the current activity waits for a compilation."""
+        if self._activity:
+            self._activity.set_compiling(is_compiling, self._clock())
+            self._show_activity()
+
+    def _show_activity(self) -> None:
+        assert self._activity
+        now = self._clock()
+        text = self._activity.describe(now)
+        if self._panel:
+            self._panel.show(activity=text)
+        elif self._pacer.is_due(self._activity, now):
+            self._pacer.record_line(now, self._activity)
+            self.say(text)
+
+    def evaluated(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Prints the scores of an evaluation, and keeps its accuracy in the panel.
+
+        Args:
+          step: number of completed steps.
+          split: the split that was evaluated.
+          metrics: `eval/...` metrics by name.
+        """
+        accuracy, num_samples = metrics["eval/accuracy_sampled"], metrics["eval/num_samples"]
+        if self._panel:
+            self._panel.show(evaluation=f"last evaluation: {split} accuracy {accuracy:.2f}")
+        self.say(
+            f"step {step}: {split} split, {metrics['eval/num_problems']} problems: greedy accuracy "
+            f"{metrics['eval/accuracy_greedy']:.3f} (1 sample each), sampled {accuracy:.3f}, "
+            f"pass@{num_samples} {metrics[f'eval/pass@{num_samples}']:.3f} ({num_samples} samples each)"
+        )
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the progress after a step.
@@ -64,18 +127,34 @@ class Console:
           values: metrics of the step.
         """
         status = (
-            f"reward {values['reward/mean']:.2f}  {self._accuracy}"
+            f"loss {values['loss/total']:.3f}  reward {values['reward/mean']:.2f}  "
             f"guided {values['guidance/ratio_mean']:.2f}  "
-            f"{values['time/tokens_per_sec']:,.0f} tokens/s"
+            f"length {values['completion/len_mean']:,.0f}"
         )
         # This is an estimate, because a budget may end the run before num_steps.
         total = max(step, round(step / values["budget/progress"]))
-        if self._progress:
-            self._progress.update(self._task, completed=step, total=total, status=status)
-        elif step % max(1, total // NUM_PLAIN_LINES) == 0 or step == total:
-            num_done = step - self._first_step
-            secs_left = (time.monotonic() - self._started) / num_done * (total - step)
-            self.say(f"step {step}/{total}  {status}  {secs_left:.0f} s left")
+        now = self._clock()
+        if self._panel:
+            rate = f"{values['time/tokens_per_sec']:,.0f} tokens/s"
+            self._panel.update(self._task, completed=step, total=total)
+            self._panel.show(status=f"{status}  {rate}")
+        elif (
+            step % max(1, total // NUM_PLAIN_LINES) == 0
+            or step == total
+            or now - self._last_step_line >= MIN_SECS
+        ):
+            self._last_step_line = now
+            self._pacer.record_line(now)
+            self.say(f"step {step}/{total}  {status}{self._time_left(step, total, now)}")
+        self._first_step = self._first_step or (step, now)
+
+    def _time_left(self, step: int, total: int, now: float) -> str:
+        """Returns the time that the remaining steps take if they are as fast as those after the first."""
+        if self._first_step is None:
+            return ""
+        first, started = self._first_step
+        secs_left = (now - started) / (step - first) * (total - step)
+        return f"  {describe_secs(secs_left)} left"
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table. Cells are escaped as in `say`, because they may contain names from the data."""
@@ -89,11 +168,19 @@ class Console:
 
 
 class _Panel(Progress):
-    """A progress bar with the status on a line below it, so that it fits into 80 columns."""
+    """A progress bar with lines of text below it, so that it fits into 80 columns."""
+
+    def __init__(self, *columns: ProgressColumn, console: rich.console.Console):
+        self._lines = dict.fromkeys(("status", "evaluation", "activity"), "")
+        super().__init__(*columns, console=console)
+
+    def show(self, **lines: str) -> None:
+        """Replaces lines by name: `status`, `evaluation` or `activity`."""
+        self._lines |= lines
 
     def get_renderables(self) -> Iterator[rich.console.RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        yield from (task.fields["status"] for task in self.tasks)
+        yield from (Text(printable(line)) for line in self._lines.values() if line)
 
 
 def printable(text: str, *, keep: str = "") -> str:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from trapo_jax.config import CONFIG_FILE as CONFIG
-from trapo_jax.config import flatten, is_changeable
+from trapo_jax.config import DataConfig, flatten, is_changeable
 from trapo_jax.types import UserError
 
 LOCK = ".lock"
@@ -167,9 +167,20 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def prepare_run_folder(
-    folder: Path, config_text: str, *, method: dict[str, Any] | None = None
+    folder: Path,
+    config_text: str,
+    *,
+    method: dict[str, Any] | None = None,
+    data_summary: Mapping[str, Any] | None = None,
 ) -> None:
-    """Creates the folder and writes the resolved config and the fingerprint of the method, unless they exist."""
+    """Creates the folder and writes those of its files that do not exist yet.
+
+    Args:
+      folder: the run directory.
+      config_text: the resolved config as YAML.
+      method: the fingerprint of the method, if there is one.
+      data_summary: the contents of data.json, if it is wanted.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / CONFIG).exists():
@@ -177,6 +188,8 @@ def prepare_run_folder(
                 write_atomically(folder / IDENTITY, json.dumps({"id": secrets.token_hex(8)}) + "\n")
                 write_atomically(folder / METHOD, json.dumps(method, indent=2) + "\n")
             write_atomically(folder / CONFIG, config_text)
+        if data_summary is not None and not (folder / DATA).exists():
+            write_atomically(folder / DATA, json.dumps(data_summary, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"output_dir={folder}: {error.strerror}") from error
 
@@ -209,6 +222,28 @@ def record_changes(folder: Path, config_text: str, changes: Changes, *, after_st
     with open(folder / CHANGES, "a", encoding="utf-8") as file:
         file.write(json.dumps({"after_step": after_step, "changed": record}) + "\n")
     write_atomically(folder / CONFIG, config_text)
+
+
+def check_problems(folder: Path, data: DataConfig, *, saved: str, current: str) -> None:
+    """Checks that the training problems are those that a run started with.
+
+    Args:
+      folder: the run directory.
+      data: the config of the data.
+      saved: the fingerprint of the problems in the checkpoint.
+      current: that of the problems at hand.
+
+    Raises:
+      UserError: if they differ, naming the config field that selects the data.
+    """
+    if saved == current:
+        return
+    is_generated = data.source != "files"
+    name = f"source={data.source}" if is_generated else f"train_files={', '.join(data.train_files)}"
+    raise UserError(
+        f"output_dir={folder}: the problems of data.{name} are not those that the run "
+        f"started with ({DATA}); restore the data or choose a different output_dir"
+    )
 
 
 @contextlib.contextmanager

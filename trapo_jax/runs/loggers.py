@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trapo_jax.runs.console import printable
-from trapo_jax.runs.directory import METRICS, SAMPLES
+from trapo_jax.runs.directory import METRICS, SAMPLES, SUMMARY, evaluation_file, write_atomically
 from trapo_jax.runs.tensorboard import TensorBoard, event_files
 from trapo_jax.types import UserError
 
@@ -53,6 +53,15 @@ class RunLog:
             if not isinstance(value, str):
                 self._tensorboard.scalar(printable(prefix + name), value, step)
 
+    def evaluation(
+        self, split: str, step: int, values: Mapping[str, Any], problems: Mapping[str, list]
+    ) -> None:
+        """Writes the results of each problem to a file in evaluations/, then a record to metrics.jsonl."""
+        path = evaluation_file(self._folder, split, step)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(problems) + "\n")
+        self.metrics(EVAL, step, {"split": split, **values})
+
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Writes records to samples.jsonl."""
         for record in records:
@@ -88,6 +97,11 @@ class NoLog(RunLog):
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         pass
 
+    def evaluation(
+        self, split: str, step: int, values: Mapping[str, Any], problems: Mapping[str, list]
+    ) -> None:
+        pass
+
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
         pass
 
@@ -119,6 +133,32 @@ def _truncate(folder: Path, offsets: Mapping[str, int], needed: Sequence[str]) -
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Returns the records of metrics.jsonl in a run directory."""
     return list(read_records(folder / METRICS))
+
+
+def write_summary(folder: Path, splits: Sequence[str]) -> dict[str, Any]:
+    """Writes the summary of a run, which marks it as complete.
+
+    Args:
+      folder: the run directory.
+      splits: the splits that are evaluated before and after training.
+
+    Returns:
+      The scores before and after training, by split.
+    """
+    evaluations = [record for record in read_metrics(folder) if record["kind"] == EVAL]
+    first = {record["split"]: record for record in reversed(evaluations)}
+    last = {record["split"]: record for record in evaluations}
+    summary = {
+        split: {"before": _scores(first[split]), "after": _scores(last[split])}
+        for split in splits
+        if split in first  # A split without answers is not evaluated.
+    }
+    write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _scores(record: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if name.startswith("eval/")}
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

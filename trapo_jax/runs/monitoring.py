@@ -8,11 +8,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+
+from trapo_jax.distributed.processes import SharedFlag
 from trapo_jax.types import TrainingFailed
 
+COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.monitoring`
 EXIT_TRAINING_FAILED = 1
 WARN_AFTER_STEPS = (
     20  # consecutive steps without a training signal or with every completion truncated
@@ -128,27 +133,74 @@ class Watchdog:
                 os._exit(EXIT_TRAINING_FAILED)
 
 
+class CompilationListener:
+    """Calls a function when the process starts to compile a program, and when it is done.
+
+    Programs for several devices are compiled in several threads; only the first start and the last end count.
+
+    Args:
+      on_change: called with whether a compilation is in progress.
+    """
+
+    def __init__(self, on_change: Callable[[bool], None]):
+        self._on_change = on_change
+        self._lock = threading.Lock()
+        self._num_active = 0
+        jax.monitoring.register_scalar_listener(self._on_start)
+        jax.monitoring.register_event_duration_secs_listener(self._on_end)
+
+    def close(self) -> None:
+        jax.monitoring.unregister_scalar_listener(self._on_start)
+        jax.monitoring.unregister_event_duration_listener(self._on_end)
+
+    def _on_start(self, event: str, value: float | int, **kwargs: Any) -> None:
+        del value, kwargs
+        self._count(event, 1)
+
+    def _on_end(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        del duration_secs, kwargs
+        self._count(event, -1)
+
+    def _count(self, event: str, change: int) -> None:
+        if event != COMPILATION:
+            return
+        with self._lock:
+            was_active = self._num_active > 0
+            self._num_active = max(0, self._num_active + change)
+            if was_active != (self._num_active > 0):
+                self._on_change(self._num_active > 0)
+
+
 class Interrupt:
-    """Handles SIGINT and SIGTERM: the first lets the current step finish, the second ends the process immediately."""
+    """Handles SIGINT and SIGTERM: the first is a request to stop, the second ends the process immediately."""
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.received = False
+        self._received = False
+        self._flag = SharedFlag("interrupt")
         self._before = {number: signal.signal(number, self._receive) for number in self.NUMBERS}
+
+    @property
+    def received(self) -> bool:
+        """Whether this or another process of the job has received a signal."""
+        if self._received:  # Not in the signal handler, which may interrupt any code.
+            self._flag.set()
+        return self._flag.is_set
 
     def close(self) -> None:
         """Restores the previous signal handlers."""
+        self._flag.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _receive(self, *_) -> None:
-        self.received = True
+        self._received = True
         # A second signal is left to the kernel: a Python handler would have to wait for compiled programs to return.
         for number in self.NUMBERS:
             signal.signal(number, signal.SIG_DFL)
         print(
-            "stopping after this step and saving a checkpoint; press Ctrl-C again to stop immediately",
+            "stopping soon and saving a checkpoint if one is needed; press Ctrl-C again to stop immediately",
             file=sys.stderr,
         )
 

@@ -61,6 +61,19 @@ CORE_SETTINGS = (  # always shown; other settings are shown if they differ from 
 )
 
 
+def write_report_of_run(folder: Path) -> str:
+    """Writes the report of a run into its directory.
+
+    Returns:
+      A warning if the report cannot be written, because a run is complete without it; empty otherwise.
+    """
+    try:
+        write_report([folder], folder / REPORT)
+    except (OSError, UserError) as error:
+        return f"warning: {folder / REPORT} was not written ({error})"
+    return ""
+
+
 def write_report(folders: Sequence[Path], out: Path) -> None:
     """Writes the report of one or more runs atomically.
 

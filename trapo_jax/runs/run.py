@@ -7,45 +7,52 @@ and resumes a run that an earlier process started.
 import contextlib
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 
-from trapo_jax.config import Config, DataConfig
+from trapo_jax.config import Config
 from trapo_jax.distributed.processes import from_main, gather, is_main, wait_for_all
 from trapo_jax.methods import Method, fingerprint
 from trapo_jax.runs.budget import USAGE_METRICS, Budget, is_due
-from trapo_jax.runs.checkpoints import (
-    CheckpointStore,
-    DamagedCheckpoint,
-    ForeignCheckpoint,
-    Retention,
-)
+from trapo_jax.runs.checkpoints import CheckpointStore, Retention
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import (
     CHECKPOINTS,
     CONFIG,
-    DATA,
     NUM_STEPS,
     SUMMARY,
     Changes,
+    check_problems,
     check_run_folder,
-    evaluation_file,
     lock_run_folder,
     prepare_run_folder,
     record_changes,
     run_identity,
-    write_atomically,
 )
-from trapo_jax.runs.loggers import EVAL, TRAIN, NoLog, RunLog, read_metrics
-from trapo_jax.runs.monitoring import Health, Interrupt, Watchdog, check_space
-from trapo_jax.runs.report import REPORT, write_report
+from trapo_jax.runs.loggers import TRAIN, NoLog, RunLog, write_summary
+from trapo_jax.runs.monitoring import (
+    CompilationListener,
+    Health,
+    Interrupt,
+    Watchdog,
+    check_space,
+)
+from trapo_jax.runs.report import write_report_of_run
 from trapo_jax.runs.samples import sample_records
-from trapo_jax.types import Moment, Problem, Rollout, UpdateTrace, Usage, UserError
+from trapo_jax.types import (
+    Interrupted,
+    Moment,
+    Problem,
+    Rollout,
+    SamplingProgress,
+    UpdateTrace,
+    Usage,
+)
 
+VALIDATION = "validation"  # the split that is evaluated during training
 LOG_BYTES = 4 * 2**20  # generous upper bound on the size of the records of one step
 
 
@@ -70,6 +77,7 @@ class Run:
       moment: the current step as methods see it.
       usage: tokens, problems, FLOPs and seconds spent since the start of the run.
       method_state: JSON-serializable state of the method.
+      pending_splits: splits that remain to be evaluated before the next step, or after the last one.
     """
 
     def __init__(
@@ -85,7 +93,7 @@ class Run:
         self.folder = config.run_folder
         self.is_complete = is_complete
         self.is_new = is_new
-        self.step = 0
+        self.step = self._num_completed = 0
         self.usage = Usage()
         self.method_state: Mapping[str, Any] = {}
         self._config, self._method, self._changes = config, method, changes
@@ -98,10 +106,11 @@ class Run:
         )
         self._retention = Retention(newest=keep.keep, best=keep.keep_best)
         self._stack = contextlib.ExitStack()
-        self._watchdog: Watchdog | None = None
-        self._progress_before = self._progress = 0.0
-        self._step_started = 0.0
-        self._is_interrupted = False
+        self._activity = "starting"
+        self._progress_before = self._progress = self._step_started = 0.0
+        self.pending_splits: Sequence[str] = config.evaluation.splits
+        self._score: float | None = None  # of the current step, by which checkpoints are compared
+        self._is_saved = True  # Nothing has been recorded since the last checkpoint.
 
     @classmethod
     def open(cls, config: Config, method: Method, *, show_progress: bool = False) -> "Run":
@@ -164,18 +173,13 @@ class Run:
         self._data_fingerprint = data_summary["fingerprint"]
         if is_main():
             self._stack.enter_context(lock_run_folder(self.folder))
-            prepare_run_folder(
-                self.folder, self._config.to_yaml(), method=fingerprint(self._method)
-            )
-            if not (self.folder / DATA).exists():
-                write_atomically(self.folder / DATA, json.dumps(data_summary, indent=2) + "\n")
+            text, method = self._config.to_yaml(), fingerprint(self._method)
+            prepare_run_folder(self.folder, text, method=method, data_summary=data_summary)
         wait_for_all("run directory prepared")
-        identity = from_main(
-            run_identity(self.folder, self._config.to_yaml()) if is_main() else None
-        )
+        identity = run_identity(self.folder, self._config.to_yaml())
         self._store = CheckpointStore(self.folder / CHECKPOINTS, self._retention, identity=identity)
-        self._watchdog = Watchdog(self._config.limits.stuck_after_secs)
-        self._stack.callback(self._watchdog.close)
+        watchdog = Watchdog(self._config.limits.stuck_after_secs)
+        self._watchdog = self._stack.enter_context(contextlib.closing(watchdog))
         offsets = self._restore(learner)
         if is_main() and self._changes:
             (self.folder / SUMMARY).unlink(missing_ok=True)  # The run is no longer complete.
@@ -186,21 +190,35 @@ class Run:
         self.console = self._stack.enter_context(
             Console(self._config.train.num_steps, first_step=self.step, quiet=self._quiet)
         )
+        listener = CompilationListener(self.console.set_compiling)
+        self._stack.enter_context(contextlib.closing(listener))
         self._state_bytes = sum(x.nbytes for x in jax.tree.leaves(learner.state))
-        self._progress = self._budget.progress(self.usage, self.step)
         self.console.say(self._describe_start())
         if unknown := self._store.unknown():
-            names = ", ".join(unknown)
-            self.console.say(f"{self.folder / CHECKPOINTS}: left alone, not of this run: {names}")
+            self.console.say(f"{self.folder / CHECKPOINTS}: left alone: {', '.join(unknown)}")
 
-    def heartbeat(self, activity: str) -> None:
-        """Tells the watchdog that the run is making progress.
+    def begin(self, activity: str, num_samples: int = 0) -> None:
+        """Tells the watchdog and the user what the process does next.
 
         Args:
-          activity: what the process does next, for the error message if it gets stuck.
+          activity: such as "evaluating test".
+          num_samples: number of completions that all processes sample and grade for it; 0 if nothing is sampled.
         """
-        if self._watchdog is not None:
-            self._watchdog.beat(activity)
+        self._activity = activity
+        self._watchdog.beat(activity)
+        self.console.begin(activity, num_samples)
+
+    def on_progress(self, progress: SamplingProgress) -> None:
+        """Receives the progress of sampling in this process; the other processes are assumed to be as far.
+
+        Raises:
+          Interrupted: if this or another process has received a signal.
+        """
+        if self._interrupt.received:
+            raise Interrupted
+        self._watchdog.beat(self._activity)
+        phase, *numbers = progress
+        self.console.advance(SamplingProgress(phase, *(jax.process_count() * n for n in numbers)))
 
     @property
     def moment(self) -> Moment:
@@ -212,23 +230,22 @@ class Run:
         """Whether the last step is complete."""
         return self._progress >= 1
 
-    @property
-    def is_interrupted(self) -> bool:
-        """Whether a signal stopped the run before its last step."""
-        return self._is_interrupted and not self.is_over
-
     def steps(
         self, batches: Sequence[Sequence[Problem]]
     ) -> Iterator[tuple[Sequence[Problem], Sequence[Problem]]]:
-        """Yields the problems of each remaining step and those of the step after it, until the run is over or interrupted.
+        """Yields the problems of each remaining step and those of the step after it.
 
         Args:
           batches: the problems of every step of the run.
+
+        Raises:
+          Interrupted: if any process has received a signal.
         """
-        while not (self.is_over or self._is_interrupted):
+        while not self.is_over:
+            if any(gather(self._interrupt.received)):
+                raise Interrupted
             self.step += 1
             self._progress_before = self._progress
-            self.heartbeat(f"working on step {self.step}")
             check_space(self.folder, LOG_BYTES, "the log of a step")
             self._step_started = time.perf_counter()
             is_last = self.step >= self._config.train.num_steps
@@ -271,19 +288,16 @@ class Run:
         self.console.step(self.step, values)
         for warning in self._health.observe(self.step, values):
             self.console.say(f"warning: {warning}")
-        self._is_interrupted = any(gather(self._interrupt.received))
+        self._num_completed = self.step
+        self.pending_splits = self._due_splits()
+        self._score, self._is_saved = None, False
 
-    @property
-    def splits_before_and_after(self) -> Sequence[str]:
-        """The splits to evaluate before the first step and after the last one."""
-        return self._config.evaluation.splits
-
-    @property
-    def due_splits(self) -> Sequence[str]:
-        """The splits to evaluate after the current step, unless it is the last one."""
-        every = self._config.evaluation.every
-        due = is_due(self.step, self._progress_before, self._progress, every)
-        return ("validation",) if due and not self.is_over else ()
+    def _due_splits(self) -> Sequence[str]:
+        evaluation = self._config.evaluation
+        if self.is_over:
+            return evaluation.splits
+        due = is_due(self.step, self._progress_before, self._progress, evaluation.every)
+        return (VALIDATION,) if due else ()
 
     @property
     def num_evaluation_samples(self) -> int:
@@ -291,9 +305,9 @@ class Run:
         return self._config.evaluation.num_samples
 
     def record_evaluation(
-        self, split: str, metrics: Mapping[str, float], problems: Mapping[str, list], seconds: float
-    ) -> float:
-        """Records an evaluation and returns the sampled accuracy.
+        self, split: str, metrics: dict[str, float], problems: Mapping[str, list], seconds: float
+    ) -> None:
+        """Records the evaluation of a pending split.
 
         Args:
           split: the split that was evaluated.
@@ -301,63 +315,56 @@ class Run:
           problems: columns with one entry per problem; see `Evaluation.problems`.
           seconds: duration of the evaluation.
         """
-        if is_main():
-            path = evaluation_file(self.folder, split, self.step)
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, json.dumps(problems) + "\n")
-        self._log.metrics(EVAL, self.step, {"split": split, **metrics, "time/eval_secs": seconds})
-        self.console.evaluated(split, metrics["eval/accuracy_sampled"])
-        num_samples = self._config.evaluation.num_samples
-        self.console.say(
-            f"step {self.step}: {split} split, {metrics['eval/num_problems']} problems: greedy accuracy "
-            f"{metrics['eval/accuracy_greedy']:.3f} (1 sample each), sampled {metrics['eval/accuracy_sampled']:.3f}, "
-            f"pass@{num_samples} {metrics[f'eval/pass@{num_samples}']:.3f} ({num_samples} samples each)"
-        )
-        return metrics["eval/accuracy_sampled"]
+        self._log.evaluation(split, self.step, metrics | {"time/eval_secs": seconds}, problems)
+        self.console.evaluated(self.step, split, metrics)
+        self.pending_splits = [name for name in self.pending_splits if name != split]
+        self._is_saved = False
+        if self.step and not self.is_over:  # a validation during training
+            self._score = metrics["eval/accuracy_sampled"]
 
-    def save_if_due(self, learner: Trainable, score: float | None) -> None:
-        """Saves a checkpoint if one is due after the current step.
-
-        Args:
-          learner: the learner whose state is saved.
-          score: sampled accuracy on the validation split; None if it was not evaluated after this step.
-        """
+    def save_if_due(self, learner: Trainable) -> None:
+        """Saves a checkpoint of the learner if one is due after the current step."""
         keep = self._config.checkpoint
-        must_save = self.is_over or self._is_interrupted
-        must_save |= keep.every > 0 and self.step % keep.every == 0
-        if not (must_save or (keep.keep_best and self._is_best(score))):
-            return
-        self.heartbeat(f"saving step {self.step}")
+        is_due = self.is_over or (keep.every > 0 and self.step % keep.every == 0)
+        is_due |= keep.keep_best > 0 and self._is_best()
+        if is_due and self.step and not self._is_saved:
+            self._save(learner, score=self._score)
+
+    def stop(self, learner: Trainable) -> None:
+        """Saves what the last checkpoint lacks, after `Interrupted` was raised.
+
+        A step that was interrupted is repeated when the run is resumed, and so is an evaluation. The last step is saved
+        before the final evaluation.
+        """
+        self.step = self._num_completed
+        if not (self._is_saved or self.is_over):
+            # Without the signal, there would be no such checkpoint: it is not compared with others.
+            self._save(learner, score=None)
+
+    def _save(self, learner: Trainable, *, score: float | None) -> None:
+        self.begin(f"step {self.step}: saving a checkpoint")
         check_space(self.folder, self._state_bytes + LOG_BYTES, "a checkpoint")
         host = {
             "usage": dataclasses.asdict(self.usage),
             "method_state": self.method_state,
             "offsets": self._log.offsets(),
             "data_fingerprint": self._data_fingerprint,
+            # A longer run, to which `train.num_steps` is raised later, has no evaluation here.
+            "pending_splits": [] if self.is_over else list(self.pending_splits),
         }
         self._store.save(self.step, learner.state, host, score=score)
+        self._is_saved = True
 
-    def _is_best(self, score: float | None) -> bool:
-        best = self._store.best_score() if score is not None else None
-        return score is not None and (best is None or score > best)
+    def _is_best(self) -> bool:
+        best = self._store.best_score() if self._score is not None else None
+        return self._score is not None and (best is None or self._score > best)
 
     def finish(self) -> dict[str, Any]:
         """Writes the report and the summary, which marks the run as complete, and returns the summary."""
         self._log.offsets()  # Flushes the logs.
-        try:
-            write_report([self.folder], self.folder / REPORT)
-        except (OSError, UserError) as error:  # The run is complete without it.
-            self.console.say(f"warning: {REPORT} was not written: {error}")
-        evaluations = [r for r in read_metrics(self.folder) if r["kind"] == EVAL]
-        first = {record["split"]: record for record in reversed(evaluations)}
-        last = {record["split"]: record for record in evaluations}
-        summary = {
-            split: {"before": _scores(first[split]), "after": _scores(last[split])}
-            for split in self._config.evaluation.splits
-            if split in first  # A split without answers is not evaluated.
-        }
-        write_atomically(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
-        return summary
+        if warning := write_report_of_run(self.folder):
+            self.console.say(warning)
+        return write_summary(self.folder, self._config.evaluation.splits)
 
     def summary(self) -> dict[str, Any]:
         """Returns the scores of a complete run before and after training, by split."""
@@ -365,44 +372,21 @@ class Run:
 
     def _restore(self, learner: Trainable) -> dict[str, int] | None:
         """Restores the newest intact checkpoint and returns the log offsets saved in it; None if there is none."""
-        step = from_main(self._newest_intact() if is_main() else None)
+        step = from_main(self._store.newest_intact() if is_main() else None)
         if step is None:
             return None
         abstract = learner.abstract_state()
         learner.free()
         state, host = self._store.restore(step, abstract)
-        if host["data_fingerprint"] != self._data_fingerprint:
-            raise UserError(
-                f"output_dir={self.folder}: the problems of {_name_data(self._config.data)} are not those that the run "
-                f"started with ({DATA}); restore the data or choose a different output_dir"
-            )
+        saved = host["data_fingerprint"]
+        check_problems(self.folder, self._config.data, saved=saved, current=self._data_fingerprint)
         learner.state = state
-        self.step = step
+        self.step = self._num_completed = step
         self.usage, self.method_state = Usage(**host["usage"]), host["method_state"]
+        self._progress = self._budget.progress(self.usage, step)
+        if not self.is_over:
+            self.pending_splits = host.get("pending_splits", ())
         return host["offsets"]
-
-    def _newest_intact(self) -> int | None:
-        """Returns the step of the newest intact checkpoint, None if there are none; damaged ones are renamed."""
-        for step in reversed(self._store.steps()):
-            try:
-                self._store.verify(step)
-                return step
-            except ForeignCheckpoint as error:
-                print(f"warning: {error}; it is left alone", file=sys.stderr)
-            except DamagedCheckpoint as error:
-                renamed = self._store.mark_damaged(step)
-                print(f"warning: {error}; it was renamed to {renamed}", file=sys.stderr)
-        if self._store.steps():
-            raise UserError(
-                f"output_dir={self.folder}: none of its checkpoints was saved by this run; restore them or choose a "
-                "different output_dir"
-            )
-        if damaged := self._store.damaged():
-            names = ", ".join(path.name for path in damaged)
-            raise UserError(
-                f"output_dir={self.folder}: all checkpoints are damaged ({names}); choose a different output_dir"
-            )
-        return None
 
     def _describe_start(self) -> str:
         if not self.step:
@@ -415,14 +399,3 @@ class Run:
     def _usage_metrics(self) -> dict[str, float]:
         spent = {metric: getattr(self.usage, field) for field, metric in USAGE_METRICS.items()}
         return {**spent, "budget/progress": self._progress}
-
-
-def _scores(record: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in record.items() if name.startswith("eval/")}
-
-
-def _name_data(data: DataConfig) -> str:
-    """Returns the config field that selects the training data, with its value."""
-    if data.source == "files":
-        return f"data.train_files={', '.join(data.train_files)}"
-    return f"data.source={data.source}"

@@ -115,7 +115,7 @@ class RolloutEngine(Protocol):
         ...
 
     def step(self) -> list[Completion]:
-        """Decodes at most one segment and returns the finished completions, possibly none."""
+        """Prefills or decodes for a short time, at most one segment, and returns the finished completions, possibly none."""
         ...
 
     @property

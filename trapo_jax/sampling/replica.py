@@ -6,7 +6,7 @@ tokens.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,8 @@ MIN_COPY_LEN = 16
 # The number of cache positions that a decode segment reads is this number times a power of 2.
 MIN_VIEW_LEN = 256
 SLOTS_PER_READ = 8
+# Number of full prefills after which `step` returns, so that its caller can report progress or stop.
+PREFILLS_PER_STEP = 4
 SLOT_START_DTYPES = SlotStart(
     slot=np.int32,
     cached_len=np.int32,
@@ -85,6 +87,8 @@ class Replica:
         self._contexts: Any = None
         self._slots: Any = None
         self._cache_extent: CacheExtent | None = None  # None: the cache has its full size
+        self._admission: Admission | None = None  # its slots have not been started
+        self._prefills: Iterator[int] | None = None  # those that precede the next segment
         self._programs = make_programs(
             spec.decoder,
             mesh,
@@ -146,6 +150,10 @@ class Replica:
 
     def release(self) -> list[Completion]:
         """Frees the weights and the cache, and returns the partial completions, longest first."""
+        if self._admission:
+            slots = [start.slot for start in self._admission.starts]
+            self._scheduler.preempt(slots, [((), ())] * len(slots))
+        self._admission = self._prefills = None
         self._preempt(self._scheduler.running_slots)
         self.drop_weights()
         self._contexts = self._slots = None
@@ -155,10 +163,20 @@ class Replica:
         self._scheduler.submit(request)
 
     def step(self) -> list[Completion]:
-        """Admits requests, decodes one segment, and returns the finished completions."""
-        self._preempt(self._scheduler.slots_to_preempt())
-        while admission := self._scheduler.admit():
-            self._start(admission)
+        """Admits requests, decodes one segment, and returns the finished completions.
+
+        After a long prefill, the rest of it and the segment are left to later calls.
+        """
+        if self._prefills is None:
+            self._preempt(self._scheduler.slots_to_preempt())
+            self._prefills = self._admit()
+        num_tokens = 0
+        for num_prefilled in self._prefills:
+            num_tokens += num_prefilled
+            if num_tokens >= PREFILLS_PER_STEP * self._prefill_tokens:
+                jax.block_until_ready(self._contexts)
+                return []
+        self._prefills = None
         self._move_slots(self._scheduler.compact())
         extent = self._resize_cache()
         self._slots, num_steps, num_tokens = self._programs.decode_segment(
@@ -195,18 +213,29 @@ class Replica:
                 sampled.append((tokens[i, :length].tolist(), logprobs[i, :length].tolist()))
         return sampled
 
+    def _admit(self) -> Iterator[int]:
+        """Admits requests, updates the prefix cache and starts their slots.
+
+        Yields the size of every prefill in tokens, padding included.
+        """
+        while admission := self._scheduler.admit():
+            self._admission = admission
+            for update in admission.context_updates:
+                if isinstance(update, ContextCopy):
+                    self._contexts = self._programs.copy_context(self._contexts, *update)
+                    continue
+                for batch in batch_chunks(update, self._prefill_tokens):
+                    self._contexts = self._programs.prefill(self._params, self._contexts, batch)
+                    self.stats += EngineStats(prefilled_tokens=int(batch.lens.sum()))
+                    yield batch.token_ids.size
+            self._start(admission)
+            self._admission = None
+
     def _start(self, admission: Admission) -> None:
-        """Updates the prefix cache, copies contexts to slots and starts the slots.
+        """Copies contexts to slots and starts the slots.
 
         Array shapes are constant; only the static `copied_len` varies.
         """
-        for update in admission.context_updates:
-            if isinstance(update, ContextCopy):
-                self._contexts = self._programs.copy_context(self._contexts, *update)
-                continue
-            for batch in batch_chunks(update, self._prefill_tokens):
-                self._contexts = self._programs.prefill(self._params, self._contexts, batch)
-                self.stats += EngineStats(prefilled_tokens=int(batch.lens.sum()))
         self._resize_cache()
         starts, num_slots = admission.starts, self._scheduler.num_slots
         num_padding = num_slots - len(starts)

@@ -1,0 +1,104 @@
+"""A signal stops a run at the next step of the rollout engine, whatever it is doing. What was interrupted is repeated
+when the run is resumed, and the end is that of an uninterrupted run, bit for bit."""
+
+import filecmp
+import json
+import signal
+from typing import NamedTuple
+
+import pytest
+
+import inject_faults
+from support.commands import CACHE_ENV, REPOSITORY, run_python
+from support.short_run import JOB, checkpoint_steps
+from trapo_jax.runs.checkpoints import MANIFEST
+from trapo_jax.runs.loggers import read_metrics
+
+SIGNAL_AT = REPOSITORY / "tests" / "support" / "signal_at.py"
+
+
+class Moment(NamedTuple):
+    """When a signal comes, and what must be on disk afterwards.
+
+    Attributes:
+      activity, step, report: see `support/signal_at.py`.
+      stopped_after: number of completed steps.
+      checkpoint: the newest checkpoint; None if there is none.
+      last_record: kind and step of the last record of metrics.jsonl; None if there is none.
+    """
+
+    activity: str
+    step: int
+    report: int
+    stopped_after: int
+    checkpoint: int | None
+    last_record: tuple[str, int] | None
+
+
+FIRST_EVALUATION = Moment("evaluating test", 0, 2, 0, None, None)
+FIRST_SAMPLING = Moment("step 1", 1, 2, 0, 0, ("eval", 0))
+UPDATE = Moment("step 2: updating the parameters", 2, 0, 2, 2, ("train", 2))
+EVALUATION = Moment("evaluating validation", 5, 1, 5, 5, ("train", 5))
+SAMPLING = Moment("step 8", 8, 3, 7, 7, ("train", 7))
+# Step 9 has a checkpoint, so that nothing has to be saved.
+SAMPLING_AFTER_CHECKPOINT = Moment("step 10", 10, 1, 9, 9, ("train", 9))
+FINAL_EVALUATION = Moment("evaluating test", 12, 2, 12, 12, ("train", 12))
+
+
+def interrupt(folder, moment, number):
+    """Runs the job until the moment and returns its output."""
+    activity, step, report = moment[:3]
+    job = (f"output_dir={folder}", *JOB)
+    result = run_python(SIGNAL_AT, activity, step, report, int(number), *job)
+    assert result.returncode == 0, result.stderr
+    assert "press Ctrl-C again to stop immediately" in result.stderr
+    return result.stdout
+
+
+def assert_stopped_at(folder, moment, output):
+    assert "after the signal" not in output
+    when = f"after step {moment.stopped_after}" if moment.stopped_after else "before the first step"
+    assert f"stopped {when}; the same command resumes it" in output
+    assert not (folder / "summary.json").exists()
+    records = [(r["kind"], r["step"]) for r in read_metrics(folder)]
+    assert (records or [None])[-1] == moment.last_record
+    has_checkpoint = (folder / "checkpoints").is_dir()
+    assert (checkpoint_steps(folder)[-1] if has_checkpoint else None) == moment.checkpoint
+    evaluations = folder / "evaluations"
+    names = {path.name for path in evaluations.iterdir()} if evaluations.is_dir() else set()
+    assert names == {f"{r['split']}_{r['step']}.json" for r in read_metrics(folder) if "split" in r}
+
+
+def assert_equal_to(folder, uninterrupted):
+    assert inject_faults.differences(folder, uninterrupted) == []
+    assert checkpoint_steps(folder) == checkpoint_steps(uninterrupted)
+    evaluations = [path.name for path in (uninterrupted / "evaluations").iterdir()]
+    for name in (
+        "hf/model.safetensors",
+        *(f"evaluations/{name}" for name in evaluations),
+        "summary.json",
+    ):
+        assert filecmp.cmp(folder / name, uninterrupted / name, shallow=False), name
+    for step in checkpoint_steps(uninterrupted):
+        manifests = (run / "checkpoints" / str(step) / MANIFEST for run in (folder, uninterrupted))
+        ours, theirs = (json.loads(path.read_text())["score"] for path in manifests)
+        assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moments", "number"),
+    [
+        ((FIRST_EVALUATION, FIRST_SAMPLING, EVALUATION, FINAL_EVALUATION), signal.SIGINT),
+        ((UPDATE, EVALUATION, SAMPLING, SAMPLING_AFTER_CHECKPOINT), signal.SIGTERM),
+    ],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_a_run_that_is_stopped_repeats_what_was_interrupted(
+    finished_run, tmp_path, moments, number
+):
+    folder = tmp_path / "run"
+    for moment in moments:
+        assert_stopped_at(folder, moment, interrupt(folder, moment, number))
+    inject_faults.complete(folder, JOB, **CACHE_ENV)
+    assert_equal_to(folder, finished_run[0])

@@ -1,0 +1,200 @@
+"""The lines that say what the program waits for, how far it is, its rate and the time left, with a clock that tests set."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from trapo_jax.runs.console import Console
+from trapo_jax.runs.monitoring import COMPILATION, CompilationListener
+from trapo_jax.runs.progress import MAX_SECS, MIN_SECS, Activity, LinePacer, describe_secs
+from trapo_jax.types import SamplingProgress
+
+VALUES = {
+    "loss/total": -0.05216,
+    "reward/mean": 0.5312,
+    "guidance/ratio_mean": 0.21,
+    "completion/len_mean": 1234.5,
+    "time/tokens_per_sec": 123_456.0,
+}
+
+
+EVALUATION = {
+    "eval/accuracy_greedy": 0.25,
+    "eval/accuracy_sampled": 0.333,
+    "eval/num_problems": 8,
+    "eval/num_samples": 4,
+    "eval/pass@4": 0.5,
+}
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def sampled(num_graded, num_tokens, phase="sampling"):
+    return SamplingProgress(phase, num_graded, num_tokens, 0)
+
+
+def test_a_line_has_the_phase_the_count_the_rate_and_the_time_left():
+    activity = Activity("evaluating test", 2304, now=100.0)
+    activity.advance(SamplingProgress("prefilling", 0, 0, 2048))
+    assert activity.describe(101.0) == (
+        "evaluating test: prefilling, 2,048 tokens, 0 of 2,304 samples"
+    )
+    activity.advance(sampled(0, 1000))
+    assert activity.describe(102.0) == "evaluating test: 0 of 2,304 samples, 500 tokens/s"
+    activity.advance(sampled(576, 9000))
+    assert activity.describe(110.0) == (
+        "evaluating test: 576 of 2,304 samples, 1,000 tokens/s, 30 s left"
+    )
+    activity.advance(sampled(1727, 0, "grading"))
+    assert activity.describe(110.0) == (
+        "evaluating test: grading, 2,303 of 2,304 samples, 0 s left"
+    )
+
+
+def test_compilations_count_neither_for_the_rate_nor_for_the_time_left():
+    activity = Activity("step 1", 64, now=0.0)
+    activity.set_compiling(True, now=1.0)
+    assert activity.describe(9.0) == "step 1: compiling, 0 of 64 samples"
+    activity.set_compiling(False, now=21.0)
+    activity.advance(sampled(16, 300))
+    assert activity.describe(24.0) == "step 1: 16 of 64 samples, 75 tokens/s, 12 s left"
+
+
+def test_an_activity_without_samples_is_its_name():
+    activity = Activity("step 3: updating the parameters", 0, now=0.0)
+    assert activity.describe(1.0) == "step 3: updating the parameters"
+    activity.set_compiling(True, now=1.0)
+    assert activity.describe(2.0) == "step 3: updating the parameters: compiling"
+
+
+def test_more_samples_than_expected_are_not_shown():
+    """Several processes may have unequal shares, and a group may be smaller than its maximum."""
+    activity = Activity("step 3", 64, now=0.0)
+    activity.advance(sampled(66, 100))
+    assert activity.describe(1.0) == "step 3: 64 of 64 samples, 100 tokens/s, 0 s left"
+    assert activity.share == 1.0
+
+
+def test_every_line_fits_into_80_columns():
+    activity = Activity("evaluating validation", 99_999, now=0.0)
+    for phase in ("prefilling", "sampling", "grading"):
+        activity.advance(SamplingProgress(phase, 11_111, 50_000, 50_000))
+        assert len(activity.describe(7.0)) <= 80
+    activity.set_compiling(True, now=8.0)
+    assert len(activity.describe(9.0)) <= 80
+
+
+def test_the_first_line_is_due_at_once_and_the_others_at_a_sensible_rate():
+    pacer, activity = LinePacer(), Activity("evaluating test", 100, now=0.0)
+    assert pacer.is_due(activity, 0.0)
+    pacer.record_line(0.0, activity)
+    activity.advance(sampled(4, 1))
+    assert not pacer.is_due(activity, MAX_SECS - 0.1)
+    assert pacer.is_due(activity, MAX_SECS)
+    activity.advance(sampled(1, 1))
+    assert not pacer.is_due(activity, MIN_SECS - 0.1)
+    assert pacer.is_due(activity, MIN_SECS)
+    pacer.record_line(MIN_SECS, activity)
+    assert not pacer.is_due(activity, 2 * MIN_SECS)  # less than 5 % since then
+    assert pacer.is_due(Activity("step 1", 64, now=0.0), 2 * MIN_SECS)
+
+
+def test_a_long_evaluation_prints_few_lines(capsys):
+    """A report every second for an hour: at first every 30 seconds, then one for every 5 %."""
+    clock = Clock()
+    console = Console(clock=clock)
+    console.begin("evaluating test", 3600)
+    for second in range(1, 3601):
+        clock.now = float(second)
+        console.advance(sampled(1, 50))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "evaluating test: 1 of 3,600 samples, 50 tokens/s, 60 min left"
+    assert len(lines) <= 3600 / MAX_SECS + 1
+    assert all(line.startswith("evaluating test: ") for line in lines)
+
+
+def test_step_lines_are_printed_for_every_5_percent_or_10_seconds(capsys):
+    clock = Clock()
+    console = Console(400, clock=clock)
+    for step in range(1, 401):
+        clock.now += 0.1 if step <= 200 else 20.0
+        console.begin(f"step {step}: updating the parameters")
+        console.step(step, VALUES | {"budget/progress": step / 400})
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line for line in lines if line.startswith("step") and "updating" not in line]
+    assert len(steps) == 10 + 200
+    assert steps[0] == (
+        "step 20/400  loss -0.052  reward 0.53  guided 0.21  length 1,234  38 s left"
+    )
+    assert all(len(line) <= 80 for line in lines)
+    # Every step of 20 seconds has a line, so that less than 5 % of the lines are about the activity.
+    assert len(lines) - len(steps) <= 201
+
+
+@pytest.mark.parametrize("num_steps", [1000, 99_999])
+def test_the_panel_has_all_metrics_and_the_activity_within_80_columns(
+    monkeypatch, capsys, num_steps
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with Console(num_steps) as console:
+        console.evaluated(5, "validation", EVALUATION)
+        console.begin(f"step {num_steps}", 64)
+        console.step(num_steps, VALUES | {"budget/progress": 1.0})
+        console.advance(sampled(12, 100))
+        lines = [str(line) for line in list(console._panel.get_renderables())[1:]]
+    assert lines[:2] == [
+        "loss -0.052  reward 0.53  guided 0.21  length 1,234  123,456 tokens/s",
+        "last evaluation: validation accuracy 0.33",
+    ]
+    assert lines[2].startswith(f"step {num_steps}: 12 of 64 samples")
+    assert all(len(line) <= 80 for line in lines)
+    assert f"{num_steps}/{num_steps}" in capsys.readouterr().out
+
+
+def test_a_quiet_console_prints_nothing(capsys):
+    console = Console(10, quiet=True)
+    console.begin("evaluating test", 10)
+    console.advance(sampled(1, 1))
+    console.step(10, VALUES | {"budget/progress": 1.0})
+    assert capsys.readouterr().out == ""
+
+
+def test_a_compilation_is_announced_before_it_ends(capsys):
+    """The events come from JAX. Programs that are compiled at the same time count once."""
+    changes = []
+    console = Console()
+    console.begin("evaluating test", 8)
+
+    def on_change(is_compiling):
+        changes.append(is_compiling)
+        console.set_compiling(is_compiling)
+
+    listener = CompilationListener(on_change)
+    jax.jit(lambda x: x * 3 + 1)(jnp.ones(3)).block_until_ready()
+    assert changes
+    assert changes == [True, False] * (len(changes) // 2)
+    assert capsys.readouterr().out == "evaluating test: compiling, 0 of 8 samples\n"
+    changes.clear()
+    for change, expected in ((1, [True]), (1, [True]), (-1, [True]), (-1, [True, False])):
+        listener._count(COMPILATION, change)
+        assert changes == expected
+    listener.close()
+    jax.jit(lambda x: x * 3 + 2)(jnp.ones(3)).block_until_ready()
+    assert changes == [True, False]
+
+
+def test_durations_have_at_most_three_digits():
+    assert [describe_secs(s) for s in (0.4, 119.4, 120, 7199, 7200)] == [
+        "0 s",
+        "119 s",
+        "2 min",
+        "120 min",
+        "2 h",
+    ]

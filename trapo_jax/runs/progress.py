@@ -1,0 +1,91 @@
+"""The progress of an evaluation or a step: what the program waits for, how far it is, its rate and the time left."""
+
+from trapo_jax.types import SamplingProgress
+
+# At least MIN_SECS pass between two lines of plain output, and MAX_SECS after less than MIN_SHARE of progress.
+MIN_SECS, MAX_SECS, MIN_SHARE = 10.0, 30.0, 0.05
+
+
+class Activity:
+    """Something that takes a while, such as an evaluation.
+
+    Args:
+      name: what is done, such as "evaluating test".
+      num_samples: number of completions to sample and grade; 0 for an activity without sampling.
+      now: the current time in seconds.
+    """
+
+    def __init__(self, name: str, num_samples: int, now: float):
+        self._name, self._num_samples = name, num_samples
+        self._phase = "starting" if num_samples else ""
+        self._num_graded = self._num_sampled_tokens = self._num_prefilled_tokens = 0
+        self._started = now
+        self._compiling_since: float | None = None
+        self._compile_secs = 0.0
+
+    def advance(self, progress: SamplingProgress) -> None:
+        """Adds what was sampled and graded since the last call."""
+        self._phase = progress.phase
+        self._num_graded += progress.num_graded
+        self._num_sampled_tokens += progress.num_sampled_tokens
+        self._num_prefilled_tokens += progress.num_prefilled_tokens
+
+    def set_compiling(self, is_compiling: bool, now: float) -> None:
+        """Records that the program starts or stops waiting for a compilation."""
+        if self._compiling_since is not None:
+            self._compile_secs += now - self._compiling_since
+        self._compiling_since = now if is_compiling else None
+
+    @property
+    def share(self) -> float:
+        """Share of the samples that have been graded."""
+        return min(1.0, self._num_graded / max(1, self._num_samples))
+
+    def describe(self, now: float) -> str:
+        """Returns one line. Rates and the time left do not include the time of compilations."""
+        phase = self._phase if self._compiling_since is None else "compiling"
+        details = [phase] if phase not in ("", "sampling") else []
+        if self._num_samples:
+            num_graded = min(self._num_graded, self._num_samples)
+            if phase == "prefilling":
+                details.append(f"{self._num_prefilled_tokens:,} tokens")
+            details.append(f"{num_graded:,} of {self._num_samples:,} samples")
+            secs = now - self._started - self._compile_secs
+            if phase == "sampling" and secs > 0:
+                details.append(f"{self._num_sampled_tokens / secs:,.0f} tokens/s")
+            if phase in ("sampling", "grading") and num_graded:
+                secs_left = secs / num_graded * (self._num_samples - num_graded)
+                details.append(f"{describe_secs(secs_left)} left")
+        return f"{self._name}: {', '.join(details)}" if details else self._name
+
+
+class LinePacer:
+    """Decides when a line of plain output about an activity is due: the first at once, then few enough for a log."""
+
+    def __init__(self):
+        self._last = float("-inf")
+        self._described: tuple[Activity | None, float] = (None, 0.0)
+
+    def is_due(self, activity: Activity, now: float) -> bool:
+        described, share = self._described
+        has_advanced = activity is not described or activity.share >= share + MIN_SHARE
+        return now - self._last >= (MIN_SECS if has_advanced else MAX_SECS)
+
+    def record_line(self, now: float, activity: Activity | None = None) -> None:
+        """Records that a line was printed, about this activity or about something else."""
+        self._last = now
+        if activity is not None:
+            self._described = (activity, activity.share)
+
+
+def describe_secs(secs: float) -> str:
+    """Returns a duration in a unit in which it has at most three digits.
+
+    >>> [describe_secs(s) for s in (95.4, 250, 30_000)]
+    ['95 s', '4 min', '8 h']
+    """
+    if secs < 120:
+        return f"{secs:.0f} s"
+    if secs < 120 * 60:
+        return f"{secs / 60:.0f} min"
+    return f"{secs / 3600:.0f} h"
