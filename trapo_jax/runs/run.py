@@ -391,9 +391,7 @@ class Run:
     def _describe_start(self) -> str:
         if not self.step:
             return f"{self._method.name}: {self._method.source}; run directory {self.folder}"
-        changed = "".join(
-            f", {name}={now} (was {was})" for name, (was, now) in self._changes.items()
-        )
+        changed = "".join(f", {x}={now} (was {was})" for x, (was, now) in self._changes.items())
         return f"resuming {self.folder} after step {self.step}{changed}"
 
     def _usage_metrics(self) -> dict[str, float]:
