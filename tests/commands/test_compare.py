@@ -15,7 +15,7 @@ from trapo_jax.types import UserError
 SMALL = ("data.num_validation=8", "data.num_test=8", "evaluation.num_samples=2", "log_samples=0")
 
 
-def test_a_grid_runs_and_reports(tmp_path):
+def test_a_grid_is_executed_and_reported(tmp_path):
     result = run_command(
         "trapo_jax.compare",
         *("--methods", "trapo,sft", "--seeds", 1, "--match", "problems", "--budget", 16),
@@ -51,7 +51,7 @@ def test_a_grid_runs_and_reports(tmp_path):
     assert "BUDGETS DO NOT MATCH" not in text
 
 
-def test_a_broken_train_step_ends_the_comparison(tmp_path, monkeypatch):
+def test_a_broken_train_step_stops_the_comparison(tmp_path, monkeypatch):
     grid = Grid(None, (), ("sft",), (), (), 1, 1, "steps", 2.0, tmp_path)
 
     def broken(*_, **__):
@@ -73,7 +73,7 @@ def test_a_broken_train_step_ends_the_comparison(tmp_path, monkeypatch):
         (["--methods", "trapo", "seed=1"], "seed: set by the comparison"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
+def test_mistakes_are_one_line_errors(arguments, message, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*arguments, "--budget", "10", "--out", str(out)]) == 2
     error = capsys.readouterr().err

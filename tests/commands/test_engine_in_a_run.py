@@ -1,4 +1,4 @@
-"""A user's rollout engine in whole runs."""
+"""Whole runs with a user-defined rollout engine."""
 
 import json
 import os
@@ -15,7 +15,7 @@ CALLS = Path(__file__).with_name("calls.json")
 
 
 class MyEngine:
-    '''Wraps the engine in JAX, and counts the calls of each member.'''
+    '''Wraps the JAX engine and counts the accesses to each member.'''
 
     def __init__(self, spec):
         self.engine, self.calls = JaxEngine(spec), {"model": spec.model_folder.name}
@@ -33,7 +33,7 @@ SHORT = (
 )
 
 
-def test_a_run_uses_the_engine_of_the_command_line(tmp_path):
+def test_a_run_uses_the_engine_from_the_command_line(tmp_path):
     (tmp_path / "my_engine.py").write_text(ENGINE)
     search_path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     result = run_command(
@@ -52,7 +52,7 @@ def test_a_run_uses_the_engine_of_the_command_line(tmp_path):
     assert "engine: my_engine:MyEngine" in (tmp_path / "run" / "config.yaml").read_text()
 
 
-def test_an_engine_that_cannot_be_imported_is_one_line(tmp_path):
+def test_an_engine_that_cannot_be_imported_is_a_one_line_error(tmp_path):
     result = run_command(
         "trapo_jax.train",
         f"output_dir={tmp_path / 'run'}",

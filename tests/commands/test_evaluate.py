@@ -1,4 +1,4 @@
-"""`python -m trapo_jax.evaluate`: complete, stopped and resumed, of a run, and with mistakes."""
+"""`python -m trapo_jax.evaluate`: complete evaluations, resumed evaluations, evaluations of runs, and mistakes."""
 
 import json
 
@@ -15,7 +15,7 @@ from trapo_jax.types import UserError
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Problems in verl's layout: chat messages, a ground truth, two sources."""
+    """Problems in verl's layout: chat messages, a ground truth, and two sources."""
     file = tmp_path_factory.mktemp("data") / "problems.jsonl"
     split = card_shuffles_splits(seed=3, num_train=1, num_validation=1, num_test=12)["test"]
     with open(file, "w") as lines:
@@ -54,7 +54,7 @@ def read_samples(out):
         }
 
 
-def test_scores_follow_from_the_samples(whole):
+def test_scores_are_those_of_the_samples(whole):
     out, result = whole
     samples = read_samples(out).values()
     scores = json.loads((out / "scores.json").read_text())
@@ -78,15 +78,15 @@ def test_samples_of_a_problem_differ(whole):
     assert max(len(texts) for texts in by_problem.values()) > 1
 
 
-def test_going_on_after_a_stop_gives_the_same(whole, data, tmp_path, capsys):
+def test_a_resumed_evaluation_gives_the_same_results(whole, data, tmp_path, capsys):
     out, _ = whole
     again = tmp_path / "again"
     again.mkdir()
     (again / "config.yaml").write_text((out / "config.yaml").read_text())
     lines = (out / "samples.jsonl").read_bytes().splitlines(keepends=True)
-    # Killed in the middle of a line.
+    # The evaluation was killed while it wrote a line.
     (again / "samples.jsonl").write_bytes(b"".join(lines[:20]) + lines[20][:30])
-    # Another number of slots draws the same.
+    # Samples do not depend on the number of slots.
     assert main(arguments(data, again, "sampling.num_slots=5")) == 0
     assert "resuming after 20 of 48" in capsys.readouterr().out
     ours, theirs = read_samples(again), read_samples(out)
@@ -105,11 +105,11 @@ def test_other_settings_in_the_same_folder_are_refused(whole, data, capsys):
 
 
 def test_other_weights_in_the_same_folder_are_refused(whole, data, monkeypatch, capsys):
-    """As of a run that has been trained further."""
-    known = evaluate.load_model
+    """For example, if the run has been trained further."""
+    original = evaluate.load_model
 
     def trained_further(config):
-        model, params = known(config)
+        model, params = original(config)
         return model, {**params, "final_norm": params["final_norm"] * 1.001}
 
     monkeypatch.setattr(evaluate, "load_model", trained_further)
@@ -136,7 +136,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("what", MISTAKES)
-def test_mistakes_are_one_line_and_leave_nothing(what, data, tmp_path, capsys):
+def test_mistakes_are_one_line_errors_and_create_no_files(what, data, tmp_path, capsys):
     change, message = MISTAKES[what]
     out = tmp_path / "out"
     assert main([*arguments(data, out), change]) == 2
@@ -146,14 +146,14 @@ def test_mistakes_are_one_line_and_leave_nothing(what, data, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_a_folder_that_is_no_run_and_no_model_is_refused(tmp_path):
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("{}\n")
     config = load_evaluate_config(None, [("model.path", str(tmp_path))])
     with pytest.raises(UserError, match="a run without a checkpoint yet"):
         load_model(config)
 
 
-def test_a_run_gives_the_defaults_of_data_and_grading(tmp_path):
+def test_data_and_grading_default_to_the_settings_of_the_run(tmp_path):
     run = {
         "data": {"num_test": 5, "template": "none", "max_prompt_length": 16, "num_train": 8},
         "rewards": {"timeout_secs": 9.0, "max_error_rate": 0.1},
@@ -170,7 +170,7 @@ def test_a_run_gives_the_defaults_of_data_and_grading(tmp_path):
 
 
 def test_files_do_not_inherit_the_grader_of_a_generated_task(tmp_path):
-    """All answers of the files would be judged by the rules of the run's task."""
+    """Otherwise, answers from the files would be graded by the rules of the run's task."""
     run = {
         "data": {"source": "card_shuffles", "max_prompt_length": 16, "prompt_suffix": "boxed"},
         "rewards": {"functions": ["card_shuffles"]},

@@ -1,4 +1,4 @@
-"""A method, a reward function, a template and an engine of the user's own, named by import path."""
+"""User-defined methods, reward functions, templates and engines, selected by import path."""
 
 import json
 
@@ -40,7 +40,7 @@ SHORT = (
 )
 
 
-def test_objects_in_a_file_of_one_s_own_are_used(tmp_path):
+def test_objects_in_a_user_file_are_used(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     result = run_command(
         "trapo_jax.train",
@@ -88,7 +88,9 @@ def test_objects_in_a_file_of_one_s_own_are_used(tmp_path):
         ("sampling.engine=math:pi", "sampling.engine=math:pi"),
     ],
 )
-def test_a_mistaken_name_or_path_is_one_line_and_leaves_nothing(change, message, tmp_path, capsys):
+def test_a_wrong_name_or_path_is_a_one_line_error_and_creates_no_files(
+    change, message, tmp_path, capsys
+):
     assert train([f"output_dir={tmp_path / 'run'}", *SHORT, change]) == 2
     error = capsys.readouterr().err
     assert message in error

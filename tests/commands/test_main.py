@@ -27,7 +27,7 @@ SHORT = (
 
 @pytest.fixture
 def trapo(tmp_path):
-    """Runs the console script of pyproject.toml as an installer writes it, outside of the repository."""
+    """Runs the console script from pyproject.toml outside of the repository, as if it had been installed."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     module, _, function = project["scripts"]["trapo"].partition(":")
     script = tmp_path / "bin" / "trapo"
@@ -48,7 +48,7 @@ def trapo(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_help_lists_every_command_with_a_sentence(arguments, capsys):
+def test_help_describes_every_command_in_one_sentence(arguments, capsys):
     assert dispatch(arguments) == 0
     listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:])
     assert set(listed) == set(COMMANDS)
@@ -60,14 +60,14 @@ def test_help_does_not_import_jax():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-def test_an_unknown_command_is_one_line_with_a_near_match(capsys):
+def test_an_unknown_command_is_a_one_line_error_with_a_suggestion(capsys):
     assert dispatch(["trian"]) == 2
     assert capsys.readouterr().err == "error: trian: no such command; did you mean train?\n"
     assert dispatch(["x"]) == 2
     assert capsys.readouterr().err.endswith(f"give one of {', '.join(COMMANDS)}\n")
 
 
-def test_the_console_script_and_the_modules_do_the_same(trapo, tmp_path):
+def test_the_console_script_and_the_modules_behave_the_same(trapo, tmp_path):
     arguments = ("export", "--checkpoint", tmp_path / "absent", "--out", tmp_path / "out")
     results = [
         trapo(*arguments),
@@ -79,7 +79,7 @@ def test_the_console_script_and_the_modules_do_the_same(trapo, tmp_path):
     assert "give a path of the form RUN/checkpoints/STEP" in results[0].stderr
 
 
-def test_the_console_script_imports_modules_of_the_working_directory(trapo, tmp_path):
+def test_the_console_script_imports_modules_in_the_working_directory(trapo, tmp_path):
     (tmp_path / "my_engine.py").write_text(ENGINE)
     result = trapo(
         "train", f"output_dir={tmp_path / 'run'}", "sampling.engine=my_engine:MyEngine", *SHORT

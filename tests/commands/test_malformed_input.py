@@ -1,4 +1,4 @@
-"""Malformed models, data and templates, each through the whole command: one line, exit code 2, nothing written."""
+"""Malformed models, data and templates: commands print a one-line error, exit with code 2, and write no files."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def test_malformed_data_file_is_reported_in_one_line(name, make, _, tmp_path, ca
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# (rows, more of the command line, case the line says)
+# Cases: (rows, additional arguments, part of the error message).
 ROWS = {
     "missing column": (
         [{"question": "?", "answer": "2"}],
@@ -111,7 +111,7 @@ def test_evaluate_reports_malformed_data_in_one_line(tmp_path, capsys):
     assert_one_line_error(capsys, code, tmp_path, file, "no row has the column 'answer'")
 
 
-def test_process_prints_no_traceback_for_a_broken_model(tmp_path):
+def test_no_traceback_is_printed_for_a_broken_model(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(TINY_MODEL, folder)
     weights = folder / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Whole runs in this process: a method of one's own, a budget, a method's state across a resume."""
+"""Whole runs in this process: a custom method, a budget, and the state of a method after a resume."""
 
 import inspect
 import json
@@ -38,7 +38,7 @@ def train_records(folder):
     ]
 
 
-def test_a_method_of_ones_own(tmp_path):
+def test_a_custom_method(tmp_path):
     def loss(x):
         return attenuated_cross_entropy_from_logprobs(
             x.logprobs, attenuation=probability_attenuation(), where=x.where
@@ -58,12 +58,12 @@ def test_a_method_of_ones_own(tmp_path):
     assert record["guidance/ratio_mean"] == pytest.approx(0.5 / 3)
 
 
-def test_that_takes_at_most_25_lines():
-    assert len(inspect.getsource(test_a_method_of_ones_own).splitlines()) <= 25
+def test_a_custom_method_takes_at_most_25_lines():
+    assert len(inspect.getsource(test_a_custom_method).splitlines()) <= 25
 
 
-def test_budget_ends_a_run_and_a_buffer_survives_a_resume(tmp_path):
-    """ReLIFT, with an optimiser state and a buffer of its own: bit for bit the same after a resume."""
+def test_a_budget_ends_a_run_and_the_buffer_is_restored_after_a_resume(tmp_path):
+    """ReLIFT, which has its own optimizer state and buffer, gives bitwise equal results after a resume."""
     folder = tmp_path / "relift"
     config = small_config(
         folder,
@@ -86,8 +86,9 @@ def test_budget_ends_a_run_and_a_buffer_survives_a_resume(tmp_path):
     assert rates[0] == rates[1] == pytest.approx(2e-4)
     assert rates[3] == pytest.approx(
         2e-4 * (0.1 + 0.9 * 0.5)
-    )  # three quarters of the run were over
-    # So that it shows: the buffer's optimiser was used before the checkpoint and after, and problems were waiting.
+    )  # three quarters of the run is complete
+    # The test is meaningful: the buffer's optimizer is used before and after the checkpoint, with problems in the
+    # buffer.
     assert ["buffer/loss/total" in r for r in expected] == [True] * 4
     host = json.loads((folder / "checkpoints" / "2" / "host" / "data.json").read_text())
     assert len(host["method_state"]["unsolved"]) == 1
@@ -104,7 +105,7 @@ def test_budget_ends_a_run_and_a_buffer_survives_a_resume(tmp_path):
     assert json.loads((folder / "summary.json").read_text())
 
 
-def test_progress_counts_the_steps_that_a_budget_leaves(capsys):
+def test_progress_shows_the_number_of_steps_that_the_budget_allows(capsys):
     terminal = Console(500, first_step=0)
     values = {
         "loss/total": 0.1,
@@ -121,7 +122,7 @@ def test_progress_counts_the_steps_that_a_budget_leaves(capsys):
     assert last.endswith("  0 s left")
 
 
-def test_print_method_prints_and_does_nothing_else(tmp_path, capsys):
+def test_print_method_only_prints(tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(["--print-method", f"output_dir={folder}", "method.name=hpt"]) == 0
     assert capsys.readouterr().out.startswith("hpt: HPT, arXiv 2509.04419, mix_trainer.py\n")

@@ -1,4 +1,4 @@
-"""The model folder that a run started from may be gone when the run is resumed, exported or evaluated."""
+"""Runs can be resumed, exported and evaluated after the model folder that they started from has been deleted."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ JOB = (
 
 @pytest.fixture(scope="module")
 def run_without_base(tmp_path_factory):
-    """A finished run whose model folder, which had several EOS ids, is deleted; and the options of the run."""
+    """A finished run whose model folder, with several EOS ids, has been deleted, and the options of the run."""
     root = tmp_path_factory.mktemp("missing_base")
     base = shutil.copytree(TINY_MODEL, root / "base")
     (base / "generation_config.json").write_text('{"eos_token_id": 7, "top_p": 0.9}')
@@ -33,7 +33,7 @@ def run_without_base(tmp_path_factory):
 
 
 def unfinished(run, folder, last_step):
-    """Copies a run as it was after a step."""
+    """Copies the state of a run after a step."""
     shutil.copytree(run, folder)
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "hf")
@@ -42,7 +42,7 @@ def unfinished(run, folder, last_step):
     return folder
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(run_without_base, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(run_without_base, tmp_path):
     run, options = run_without_base
     again = unfinished(run, tmp_path / "run", last_step=1)
     result = run_command("trapo_jax.train", f"output_dir={again}", *options)
@@ -64,7 +64,7 @@ def test_a_checkpoint_is_exported_with_all_eos_ids(run_without_base, tmp_path):
     assert len(content["eos_token_id"]) == 2
 
 
-def test_a_checkpoint_is_evaluated(run_without_base, tmp_path):
+def test_a_checkpoint_can_be_evaluated(run_without_base, tmp_path):
     run = unfinished(run_without_base[0], tmp_path / "run", last_step=2)
     result = run_command(
         "trapo_jax.evaluate",

@@ -1,4 +1,4 @@
-"""`trapo_jax.plan`: the programs of a run, compiled for devices that are not attached."""
+"""`trapo_jax.plan`: the programs of a run, compiled for devices that are not available."""
 
 import importlib.util
 import json
@@ -52,7 +52,7 @@ def test_host_devices(small_model):
     num_params = 3 * layer + 2 * 2048 * 512 + 512
     assert found["num_params"] == num_params
     step = found["programs"]["train step"]
-    # Parameters and two moments in float32, sharded over four devices except for the norms; and the batch.
+    # Parameters and two moments in float32, sharded over four devices except for the norms, and the batch.
     assert step["arguments"] == pytest.approx(12 * num_params / 4, rel=0.05)
     multiplied = num_params - 2048 * 512  # all but the input embedding
     tokens = 4 * 8 * 1024
@@ -61,7 +61,7 @@ def test_host_devices(small_model):
     # Full rematerialization adds a forward pass, and attention computes whole squares instead of triangles.
     assert 8 / 6 * 0.9 < step["flops"] / step["useful_flops"] < 8 / 6 * 1.6
     assert step["traffic"]["collectives"]["all-gather"] > 0
-    assert found["fits"] is None  # The memory of host devices is not known.
+    assert found["fits"] is None  # The memory size of host devices is unknown.
 
 
 @pytest.mark.skipif(
@@ -75,7 +75,7 @@ def test_a_tpu_topology(small_model):
     assert found["attention"] == "splash"
     step = found["programs"]["train step"]
     scores = 4 * 1024 * 1024 * 4  # the heads of one row, in float32
-    assert step["temporaries"] < 16 * scores + 2**25  # Three layers would keep 12 of them.
+    assert step["temporaries"] < 16 * scores + 2**25  # Three layers would store 12 of them.
     gathered = (
         2 * found["num_params"] * 8 * 3
     )  # bfloat16, in eight micro-batches of three passes each
@@ -91,7 +91,7 @@ def test_an_unknown_topology_is_refused(name):
         find_topology(name)
 
 
-def test_a_mesh_that_does_not_divide_the_devices_is_one_line(small_model):
+def test_a_mesh_that_does_not_divide_the_devices_is_a_one_line_error(small_model):
     result, _ = plan(small_model, "cpu:4", "mesh.tp=3")
     assert result.returncode == 2
     assert "mesh.tp=3" in result.stderr.splitlines()[-1]
@@ -110,7 +110,7 @@ def test_the_architectures_of_the_shipped_configs_can_be_read(tmp_path):
         assert read_config(folder).num_layers in (28, 36)
 
 
-def test_a_plan_that_the_compiler_cannot_fit_into_memory_does_not_fit(monkeypatch, capsys):
+def test_a_plan_does_not_fit_if_the_compiler_runs_out_of_memory(monkeypatch, capsys):
     message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, 53.42G exceeds 31.25G"
 
     def compile_program(*_, **__):

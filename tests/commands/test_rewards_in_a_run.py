@@ -1,4 +1,4 @@
-"""Verdicts in whole runs: counted, logged, and a grader that fails too often stops the run."""
+"""Grading in whole runs: failures are counted and logged, and a grader that fails too often stops the run."""
 
 import json
 
@@ -25,8 +25,8 @@ SHORT = (
 )
 
 
-def test_a_grader_that_always_raises_stops_the_run_at_once(tmp_path):
-    """No answer of card shuffles is a letter, which the multiple-choice grader takes for an error."""
+def test_a_grader_that_always_raises_stops_the_run_immediately(tmp_path):
+    """The multiple-choice grader raises an error because no reference answer of card shuffles is a letter."""
     folder = tmp_path / "run"
     result = run_command(
         "trapo_jax.train", f"output_dir={folder}", "rewards.functions=multiple_choice", *SHORT
@@ -44,7 +44,7 @@ def test_a_grader_that_always_raises_stops_the_run_at_once(tmp_path):
 
 
 def test_a_run_with_a_grader_in_processes(tmp_path):
-    """Mathematics finds no answer in card shuffles: every verdict is WRONG, none failed."""
+    """The math grader finds no answers in card shuffles, so that every verdict is WRONG and none is an error."""
     folder = tmp_path / "run"
     result = run_command(
         "trapo_jax.train",
@@ -81,7 +81,7 @@ def test_a_few_failures_do_not_stop_a_run():
         (11, 10, "11 x ValueError, 10 x timeout"),
     ],
 )
-def test_errors_and_timeouts_count_alike(errors, timeouts, reasons):
+def test_errors_and_timeouts_are_counted_together(errors, timeouts, reasons):
     with pytest.raises(
         TrainingFailed, match=f"step 7: .* test judged 79 of 100 rollouts \\({reasons}"
     ):
@@ -116,8 +116,8 @@ evaluation: {num_samples: 2}
 """
 
 
-def test_functions_beside_the_config_are_weighted_and_chosen_by_source(tmp_path):
-    """For `train` and for `evaluate`, which takes them from the run; a crash costs the rewards of its function only."""
+def test_functions_in_the_config_folder_are_weighted_and_selected_by_source(tmp_path):
+    """In `train`, and in `evaluate`, which uses those of the run. A crash affects only the rewards of its function."""
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "my_rewards.py").write_text(REWARDS)
     config = tmp_path / "conf" / "mine.yaml"
@@ -127,7 +127,7 @@ def test_functions_beside_the_config_are_weighted_and_chosen_by_source(tmp_path)
     assert result.returncode == 0, result.stderr
     samples = read_lines(run / "samples.jsonl")
     result = run_command(
-        *("trapo_jax.evaluate", "--config", conf_of_evaluation(tmp_path), f"model.path={run}"),
+        *("trapo_jax.evaluate", "--config", evaluation_config(tmp_path), f"model.path={run}"),
         *(f"output_dir={tmp_path / 'scores'}", "sampling.num_samples=2"),
     )
     assert result.returncode == 0, result.stderr
@@ -153,7 +153,7 @@ def test_functions_beside_the_config_are_weighted_and_chosen_by_source(tmp_path)
     assert all(record["reward/missing"] == 0 for record in train)
 
 
-def conf_of_evaluation(tmp_path):
+def evaluation_config(tmp_path):
     file = tmp_path / "conf" / "evaluation.yaml"
     file.write_text("rewards: {workers: 1}\n")
     return file

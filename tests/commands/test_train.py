@@ -1,5 +1,7 @@
-"""Whole runs in processes of their own: shown again, other methods, exported. That the same seed gives the
-same run, bit for bit, is seen in tests/faults/test_stopped_runs.py, where runs begin anew as well."""
+"""Whole runs in separate processes: output files, other methods and export.
+
+`tests/faults/test_stopped_runs.py` tests that runs with the same seed are equal bit for bit.
+"""
 
 import json
 
@@ -17,14 +19,14 @@ def train(folder, *arguments, **options):
 
 
 def untimed(folder):
-    """The metrics without what a clock measured."""
+    """Returns the metrics without measured times."""
     return [
         {k: v for k, v in record.items() if not k.startswith("time/")}
         for record in read_metrics(folder)
     ]
 
 
-def test_run_leaves_what_was_promised(finished_run):
+def test_a_run_writes_the_documented_files(finished_run):
     folder, output = finished_run
     names = {path.name for path in folder.iterdir()}
     assert names == {
@@ -48,7 +50,7 @@ def test_run_leaves_what_was_promised(finished_run):
         for r in read_metrics(folder)
         if r["kind"] == "eval" and r["split"] == "validation"
     }
-    best = max(scores, key=lambda step: (scores[step], -step))  # the first that was as good
+    best = max(scores, key=lambda step: (scores[step], -step))  # the first one in a tie
     saved = {3, 6, 9, 12} | {step for step in scores if scores[step] > scores.get(step - 5, -1)}
     kept = {best, *sorted(saved)[-2:]}
     assert {int(p.name) for p in (folder / "checkpoints").iterdir()} == kept
@@ -87,7 +89,7 @@ def test_metrics_have_the_names_that_scripts_rely_on(finished_run):
     assert max(r["policy/logprob_gap_max"] for r in train_records) < 1e-4
 
 
-def test_each_problem_s_results_give_the_scores(finished_run):
+def test_the_scores_are_those_of_the_results_of_each_problem(finished_run):
     folder, _ = finished_run
     assert {p.name for p in (folder / "evaluations").iterdir()} == {
         "test_0.json",
@@ -103,7 +105,7 @@ def test_each_problem_s_results_give_the_scores(finished_run):
     assert 0 < summary["eval/entropy"] < 3
 
 
-def test_samples_can_be_read(finished_run):
+def test_sampled_rollouts_are_consistent(finished_run):
     with open(finished_run[0] / "samples.jsonl") as file:
         samples = [json.loads(line) for line in file]
     assert len(samples) == 12 * 4 * 8
@@ -117,12 +119,12 @@ def test_samples_can_be_read(finished_run):
         assert len({len(tokens[name]) for name in tokens}) == 1
 
 
-def test_other_seed_other_metrics(finished_run, tmp_path):
+def test_another_seed_gives_other_metrics(finished_run, tmp_path):
     assert train(tmp_path / "other", "seed=1", "train.num_steps=3").returncode == 0
     assert untimed(tmp_path / "other")[1] != untimed(finished_run[0])[1]
 
 
-def test_complete_run_is_shown_again_not_overwritten(finished_run):
+def test_a_complete_run_is_shown_again_but_not_overwritten(finished_run):
     folder, _ = finished_run
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
     result = train(folder)
@@ -131,7 +133,7 @@ def test_complete_run_is_shown_again_not_overwritten(finished_run):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_other_config_in_the_same_folder_is_refused(finished_run):
+def test_another_config_in_the_same_folder_is_refused(finished_run):
     result = train(finished_run[0], "train.learning_rate=1e-3")
     assert result.returncode == 2
     assert "contains a run with train.learning_rate=0.0002, not 0.001" in result.stderr
@@ -139,7 +141,7 @@ def test_other_config_in_the_same_folder_is_refused(finished_run):
 
 
 @pytest.mark.parametrize("method", ["grpo", "sft"])
-def test_other_methods_run_in_the_same_step(tmp_path, method):
+def test_other_methods_use_the_same_train_step(tmp_path, method):
     result = train(tmp_path / method, f"method.name={method}", "train.num_steps=3")
     assert result.returncode == 0, result.stderr
     record = read_metrics(tmp_path / method)[1]
@@ -148,7 +150,7 @@ def test_other_methods_run_in_the_same_step(tmp_path, method):
     assert ("loss/policy_gradient" in record) == (method == "grpo")
 
 
-def test_several_updates_a_batch_move_the_policy_off_the_old_one(tmp_path):
+def test_several_updates_per_batch_change_the_policy_ratio(tmp_path):
     result = train(
         tmp_path / "r",
         "train.num_steps=2",
@@ -164,7 +166,7 @@ def test_several_updates_a_batch_move_the_policy_off_the_old_one(tmp_path):
     assert 0 < first["loss/kl"] < second["loss/kl"] < 0.1
 
 
-def test_next_step_s_problems_fill_idle_slots_if_staleness_is_allowed(tmp_path):
+def test_problems_of_the_next_step_fill_idle_slots_if_staleness_is_allowed(tmp_path):
     arguments = ("sampling.max_staleness=1", "train.num_steps=4", "sampling.segment_len=4")
     result = train(tmp_path / "r", *arguments)
     assert result.returncode == 0, result.stderr
@@ -175,7 +177,7 @@ def test_next_step_s_problems_fill_idle_slots_if_staleness_is_allowed(tmp_path):
     assert all(r["sampling/stale_tokens"] < 8 * 8 * 64 for r in records)
 
 
-def test_guidance_that_changes_with_the_step_allows_no_staleness(tmp_path):
+def test_staleness_is_refused_if_guidance_depends_on_the_step(tmp_path):
     result = train(tmp_path / "r", "sampling.max_staleness=1", "method.name=sft_then_grpo")
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
@@ -224,14 +226,14 @@ def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finis
         np.testing.assert_allclose(hidden @ unembedding(params), logits, atol=1e-4)
 
 
-def test_shipped_model_is_small_and_is_what_the_tool_describes():
+def test_the_embedded_model_has_the_documented_shape():
     assert (TINY_MODEL / "model.safetensors").stat().st_size < 2 * 2**20
     config = json.loads((TINY_MODEL / "config.json").read_text())
     assert (config["hidden_size"], config["num_hidden_layers"]) == (96, 3)
     assert (config["num_attention_heads"], config["intermediate_size"]) == (3, 256)
 
 
-def test_export_of_a_checkpoint_equals_the_run_s_own(finished_run, tmp_path):
+def test_an_exported_checkpoint_equals_the_model_of_the_run(finished_run, tmp_path):
     folder, _ = finished_run
     checkpoint = folder / "checkpoints" / "12"
     arguments = ("trapo_jax.export", "--checkpoint", checkpoint, "--out", tmp_path / "out")
@@ -251,7 +253,9 @@ def test_export_of_a_checkpoint_equals_the_run_s_own(finished_run, tmp_path):
         ("hf", "not a checkpoint of a run"),
     ],
 )
-def test_export_of_something_else_is_one_line(checkpoint, message, finished_run, tmp_path):
+def test_exporting_anything_but_a_checkpoint_is_a_one_line_error(
+    checkpoint, message, finished_run, tmp_path
+):
     from trapo_jax.runs.saved_model import load_checkpoint
     from trapo_jax.types import UserError
 
@@ -259,8 +263,8 @@ def test_export_of_something_else_is_one_line(checkpoint, message, finished_run,
         load_checkpoint(finished_run[0] / checkpoint)
 
 
-def test_trains_on_files(tmp_path, capsys):
-    """The embedded task written as JSONL in TRL's columns: the same problems, so the same first step."""
+def test_training_on_files(tmp_path, capsys):
+    """The embedded task, written as JSONL with TRL's columns, has the same problems and hence the same first step."""
     from trapo_jax.data import card_shuffles_splits
     from trapo_jax.train import main
 
@@ -285,7 +289,7 @@ def test_trains_on_files(tmp_path, capsys):
     data = json.loads((tmp_path / "b" / "data.json").read_text())
     assert data["template"]["kind"] == "none"
     assert [stage["num_kept"] for stage in data["splits"]["train"]] == [16, 16]
-    # Such a run does not go on with other data.
+    # The run cannot be continued with other data.
     (tmp_path / "b" / "summary.json").unlink()
     file = tmp_path / "train.jsonl"
     file.write_text(file.read_text().replace('"answer": "', '"answer": "1', 1))

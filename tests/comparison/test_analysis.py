@@ -1,4 +1,4 @@
-"""Differences, warnings and the report of results that are made up."""
+"""Differences, warnings and the report for synthetic results."""
 
 import csv
 from dataclasses import replace
@@ -50,14 +50,14 @@ def test_with_one_seed_nothing_is_significant(tmp_path):
     assert "**Warning: this is a smoke test, not a result: 1 seed per method instead of 5**" in text
 
 
-def test_only_complete_runs_count_as_seeds(tmp_path):
+def test_only_complete_runs_are_counted_as_seeds(tmp_path):
     whole = make_comparison(tmp_path, {"grpo": 0.1, "trapo": 0.9})
     assert find_warnings(whole) == []
     part = [r for r in whole.results if r.run.seed < 2 or r.run.trial.method == "grpo"]
     assert "2 seeds per method instead of 5" in find_warnings(replace(whole, results=part))[0]
 
 
-def test_budgets_that_do_not_match_are_warned_of(tmp_path):
+def test_budgets_that_do_not_match_cause_warnings(tmp_path):
     comparison = make_comparison(tmp_path, {"grpo": 0.5, "trapo": 0.5}, trapo={"overspent": 0.05})
     warnings = find_warnings(comparison)
     assert len(warnings) == 5
@@ -72,7 +72,7 @@ def test_methods_scored_on_different_problems_are_not_compared(tmp_path):
         )
 
 
-def test_trials_with_identical_results_are_warned_of(tmp_path):
+def test_trials_with_identical_results_cause_a_warning(tmp_path):
     grid = make_grid(tmp_path, LEARNING_RATES, methods=("grpo",), seeds=5)
     runs = grid.tuning_runs(grid.trials()["grpo"])
     for run in runs:
@@ -113,12 +113,12 @@ def test_all_report_files_have_the_same_numbers(tmp_path):
     assert best.sampled.low < best.sampled.mean < best.sampled.high
 
 
-def test_the_command_tunes_then_trains_with_new_seeds_and_reports_failures(
+def test_the_command_tunes_and_trains_with_different_seeds_and_reports_failures(
     tmp_path, monkeypatch, capsys
 ):
     grid = []
 
-    def do_fake_runs(runs, **_):
+    def execute_fake_runs(runs, **_):
         grid.append(runs)
         failed = [run for run in runs if (run.trial.method, run.seed) == ("grpo", 1)]
         for run in runs:
@@ -127,7 +127,7 @@ def test_the_command_tunes_then_trains_with_new_seeds_and_reports_failures(
         return [Failure(run, "error: no space") for run in failed]
 
     monkeypatch.setattr(experiment, "check_train_steps", lambda *_: "cpu")
-    monkeypatch.setattr(experiment, "execute_runs", do_fake_runs)
+    monkeypatch.setattr(experiment, "execute_runs", execute_fake_runs)
     arguments = ["--methods", "trapo,grpo", "--seeds", "2", "--match", "steps", "--budget", "20"]
     arguments += ["--sweep", LEARNING_RATES, "--out", str(tmp_path / "out")]
     assert compare.main([*arguments, f"evaluation.num_samples={NUM_SAMPLES}"]) == 1

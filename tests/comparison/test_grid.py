@@ -1,4 +1,4 @@
-"""The grid: which runs a comparison consists of, and mistakes in its options."""
+"""The grid: the runs of a comparison, and mistakes in its options."""
 
 from dataclasses import replace
 
@@ -75,7 +75,7 @@ def test_an_unfair_or_contradictory_grid_is_refused(sweeps, overrides, message):
     assert message in str(error.value)
 
 
-def test_a_variant_is_a_method_with_settings_under_another_name():
+def test_a_variant_is_a_method_with_custom_settings_and_its_own_name():
     grid = make_grid(
         "out",
         "late:learning_rate=1e-4,3e-4",
@@ -110,7 +110,7 @@ def test_a_variant_is_a_method_with_settings_under_another_name():
         ("late: method.name=trapo --config x.yaml", "--config applies to all runs"),
     ],
 )
-def test_a_malformed_variant_is_one_line(text, message):
+def test_a_malformed_variant_is_a_one_line_error(text, message):
     with pytest.raises(UserError) as error:
         parse_variant(text)
     assert message in str(error.value)
@@ -125,7 +125,7 @@ def test_a_variant_that_is_not_compared_is_refused():
 
 
 @pytest.mark.parametrize("text", ["learning_rate", "learning_rate=", "a b=1", "x=1,1"])
-def test_a_malformed_sweep_is_one_line(text):
+def test_a_malformed_sweep_is_a_one_line_error(text):
     with pytest.raises(UserError, match=r"^--sweep"):
         parse_sweep(text)
 

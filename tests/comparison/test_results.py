@@ -12,7 +12,7 @@ from trapo_jax.comparison.results import pick_trials, progress, read_result
 from trapo_jax.types import UserError
 
 
-def test_a_result_holds_what_the_run_directory_says(tmp_path):
+def test_a_result_contains_the_values_of_the_run_directory(tmp_path):
     (result,) = make_comparison(tmp_path, {"trapo": 0.6}, seeds=1).results
     assert result.spent["steps"] == 20
     assert result.spent["trained_tokens"] == 2_000
@@ -57,7 +57,7 @@ def test_a_run_of_another_version_is_reported_in_one_line(tmp_path):
         read_result(run)
 
 
-def test_curves_end_where_the_shortest_run_ends(tmp_path):
+def test_curves_end_at_the_end_of_the_shortest_run(tmp_path):
     results = make_comparison(tmp_path, {"trapo": 0.6}, seeds=2).results
     x, curves = common_grid(results, "flops")
     assert (x[0], x[-1]) == (0, 2_000)

@@ -1,4 +1,4 @@
-"""Executing runs, with a small program in place of `trapo_jax.train`."""
+"""Execution of runs, with a small program instead of `trapo_jax.train`."""
 
 import itertools
 import os
@@ -29,7 +29,7 @@ if seed == 7:
     signal.signal(signal.SIGINT, save)
     (folder / "ready").touch()
     time.sleep(60)
-if seed == 1 and not (folder / "mended").exists():
+if seed == 1 and not (folder / "repaired").exists():
     sys.exit("error: <b>train.learning_rate</b>")
 num_steps = re.search("num_steps: (.*)", text)[1]
 (folder / "metrics.jsonl").write_text('{"step": %s, "kind": "train", "budget/progress": 1}\\n' % num_steps)
@@ -40,7 +40,7 @@ num_steps = re.search("num_steps: (.*)", text)[1]
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    """Replaces `trapo_jax.train` by a program that fails for seed 1 and waits for seed 7; returns a folder for runs."""
+    """Replaces `trapo_jax.train` with a program that fails for seed 1 and waits for seed 7. Returns a folder."""
     package = tmp_path / "fake" / "trapo_jax"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -54,7 +54,7 @@ def started(runs):
     return [len((run.folder / "started").read_text()) for run in runs]
 
 
-def test_a_failed_run_is_reported_and_only_it_is_repeated(trainer):
+def test_only_a_failed_run_is_reported_and_repeated(trainer):
     runs = make_grid(trainer, methods=("trapo",)).final_runs([Trial("trapo")])
     lines = []
     (failure,) = execute_runs(runs, jobs=2, environment=os.environ, say=lines.append)
@@ -63,12 +63,12 @@ def test_a_failed_run_is_reported_and_only_it_is_repeated(trainer):
     assert "2 of 3 runs complete, 0 active, 0 pending; " in lines[-1]
     assert " runs per hour, " in lines[-1]
     assert any(line.startswith(f"trapo, seed 1 failed: {failure.reason}; ") for line in lines)
-    (runs[1].folder / "mended").touch()
+    (runs[1].folder / "repaired").touch()
     assert execute_runs(runs, jobs=2, environment=os.environ, say=lines.append) == []
     assert started(runs) == [1, 2, 1]
 
 
-def test_at_most_jobs_runs_are_active(trainer):
+def test_no_more_than_jobs_runs_are_active(trainer):
     runs = make_grid(trainer, methods=("trapo", "grpo", "sft"), seeds=1).final_runs(
         [Trial("trapo"), Trial("grpo"), Trial("sft")]
     )

@@ -1,4 +1,4 @@
-"""The cost of programs: matmuls counted by hand, loops, and the traffic of a program in HLO text."""
+"""The cost of programs: matmuls compared with hand-computed FLOPs, loops, and the traffic of a program in HLO text."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from trapo_jax.planning.program_cost import matmul_flops, traffic
 
 SQUARE = jnp.zeros((8, 8))
-ONE = 2 * 8**3  # FLOPs of the product of two such matrices
+ONE = 2 * 8**3  # FLOPs of one product
 
 
 def flops(function, *arguments, **options):
@@ -19,7 +19,7 @@ def test_matmuls_and_batched_matmuls_are_counted():
     assert flops(lambda a: jnp.einsum("bij,bjk->bik", a, a), jnp.zeros((3, 8, 8))) == 3 * ONE
 
 
-def test_the_body_of_a_loop_counts_once_per_iteration():
+def test_the_body_of_a_loop_is_counted_once_per_iteration():
     body = lambda carry, _: (carry @ carry, None)
     assert flops(lambda a: jax.lax.scan(body, a, length=5)[0], SQUARE) == 5 * ONE
     twice = lambda a: jax.lax.scan(lambda c, _: (body(body(c, 0)[0], 0)[0], None), a, length=5)[0]
@@ -31,7 +31,7 @@ def test_a_loop_of_unknown_length_has_the_given_number_of_iterations():
     assert flops(function, SQUARE, 3, unknown_trips=7) == 7 * ONE
 
 
-def test_the_most_expensive_branch_counts():
+def test_the_most_expensive_branch_is_counted():
     function = lambda a: jax.lax.cond(a[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, a)
     assert flops(function, SQUARE) == 2 * ONE
 
@@ -42,7 +42,7 @@ def test_gradients_and_recomputation_are_counted():
     assert flops(jax.grad(jax.checkpoint(loss)), SQUARE) == 7 * ONE
 
 
-# As the TPU compiler writes it: no trip counts, a counter that the unrolled body increments by 2, a split all-gather.
+# Output of the TPU compiler: no trip counts, a counter that the unrolled body increments by 2, and a split all-gather.
 PROGRAM = """HloModule jit_step
 
 %fused (p0: f32[4,16], p1: bf16[32], p2: bf16[512]) -> (f32[16], bf16[512]) {
@@ -92,7 +92,7 @@ def test_the_number_of_iterations_is_read_from_the_condition(limit, iterations):
     assert found.collectives == {"all-gather": 1024, "collective-permute": iterations * 64}
 
 
-def test_a_fusion_reads_slices_and_does_not_touch_values_that_it_passes_through():
+def test_a_fusion_reads_slices_and_passes_values_through_without_traffic():
     once, twice = (traffic(PROGRAM.replace("LIMIT", n)).memory for n in ("2", "4"))
     fusion, permute, counter, condition = 64 + 64, 64 + 64, 3 * 4, 4 + 4 + 1
     assert twice - once == fusion + permute + counter + condition

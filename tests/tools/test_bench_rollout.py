@@ -1,4 +1,4 @@
-"""tools/bench_rollout.py: every engine receives the same work, and ours does no more than that."""
+"""tools/bench_rollout.py: all engines get the same work, and the trapo_jax engine does no unnecessary work."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def test_batches_contain_every_row_once_and_fit_into_the_slots(job):
 
 
 def test_only_prompts_and_their_extensions_are_prefilled(job):
-    """For each problem the prompt and its longest prefix, without the last token, which decoding reads."""
+    """These are the prompt and the longest prefix of each problem, without the last token, which decoding reads."""
     longest = dict.fromkeys(range(len(job["problems"])), 0)
     for row in rows_of(job):
         longest[row["problem"]] = max(longest[row["problem"]], row["prefix_len"])
@@ -101,7 +101,7 @@ def test_the_command_compares_and_writes_json(tmp_path):
         assert r["compiles_after_warm_up"] == 0
 
 
-def test_a_profile_names_programs_and_operations():
+def test_a_profile_lists_programs_and_operations():
     options = ["--rows", "4", "--new-len", "20", "--operations", "12"]
     result = subprocess.run(
         [sys.executable, "tools/profile_sampling.py", "--model", TINY_MODEL, *options],

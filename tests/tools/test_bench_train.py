@@ -1,4 +1,4 @@
-"""tools/bench_train.py: every engine is given the same rows, and their losses are held against each other."""
+"""tools/bench_train.py: all engines get the same rows, and their losses are compared."""
 
 import json
 import subprocess
@@ -30,16 +30,16 @@ def test_packed_and_padded_rows_have_the_same_loss(job):
     assert sum(lens) <= packed["computed_tokens"] < unpacked["computed_tokens"]
 
 
-def test_padded_micro_batches_hold_every_token_once(job):
+def test_padded_micro_batches_contain_every_token_once(job):
     seen = [row for batch in padded_micro_batches(job) for row in zip(*batch, strict=True)]
     assert len(seen) == 7
-    found = {tuple(t for t, s in zip(ids, there, strict=True) if s) for ids, _, there in seen}
+    found = {tuple(t for t, v in zip(ids, valid, strict=True) if v) for ids, _, valid in seen}
     assert found == {tuple(row["prompt"] + row["response"]) for row in job["rows"]}
     trained = sum(sum(row) for _, row, _ in seen)
     assert trained == sum(len(row["response"]) for row in job["rows"])
 
 
-def test_engines_that_compute_something_else_are_refused():
+def test_engines_with_different_losses_are_refused():
     bench_train.check_losses({"ours": 2.0, "torch": 2.001}, "equal", 1e-3)
     with pytest.raises(SystemExit, match="equal: the engines' first losses differ"):
         bench_train.check_losses({"ours": 2.0, "torch": 2.01}, "equal", 1e-3)

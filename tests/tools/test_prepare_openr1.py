@@ -1,4 +1,4 @@
-"""tools/prepare_openr1.py, on small files in exactly the layouts of the two hub data sets."""
+"""tools/prepare_openr1.py, with small files in exactly the layouts of the two Hub datasets."""
 
 import importlib.util
 import json
@@ -70,22 +70,22 @@ def solution(thought, answer):
 FIRST = [
     first_row("What is 1 + 1?", "2", solution("one and one", "2")),
     first_row("What is 2 + 2?", "4", solution("wrong", "5")),  # the first solution is wrong
-    first_row("What is 3 + 3?", "6", solution("three and three", "6")),  # not in the second set
-    first_row("What is 4 + 4?", "8", solution("wrong", "9")),  # none is right
-    first_row("What is  1 + 1?", "2", solution("again", "2")),  # the same question
+    first_row("What is 3 + 3?", "6", solution("three and three", "6")),  # only in this dataset
+    first_row("What is 4 + 4?", "8", solution("wrong", "9")),  # no solution is correct
+    first_row("What is  1 + 1?", "2", solution("again", "2")),  # a duplicate question
     first_row("What is 5 + 5?", "", solution("five", "10")),
 ]
 SECOND = [
-    second_row("What is 9 + 9?", "18", [solution("nobody asks", "18")]),
+    second_row("What is 9 + 9?", "18", [solution("unused", "18")]),
     second_row(
         "What is 1 + 1?",
         "2",
         [
             solution("one and one", "2"),  # equal to the first
-            solution("cut", "2"),  # not complete
+            solution("truncated", "2"),  # incomplete
             solution("wrong", "3"),
             solution("another way", "2"),
-            solution("a third way", "2"),  # two are enough
+            solution("a third way", "2"),  # more than two correct solutions
         ],
         [True, False, True, True, True],
     ),
@@ -99,7 +99,7 @@ def write(path, rows):
     return str(path)
 
 
-def test_problems_keep_their_right_solutions(tool, tmp_path):
+def test_problems_keep_their_correct_solutions(tool, tmp_path):
     out = tmp_path / "out" / "set.parquet"
     first = write(tmp_path / "first.parquet", FIRST)
     second = write(tmp_path / "second.parquet", SECOND)
@@ -132,7 +132,7 @@ def test_problems_keep_their_right_solutions(tool, tmp_path):
     }
     assert json.loads((tmp_path / "out" / "set.json").read_text()) == report
     assert sorted(path.name for path in out.parent.iterdir()) == ["set.json", "set.parquet"]
-    # Training reads it as it is.
+    # Training can read the file.
     examples, _ = examples_from_rows(read_rows([str(out)]), COLUMN_PRESETS["verl"])
     assert examples[0].solutions == (
         "one and one, so \\boxed{2}",
@@ -153,7 +153,7 @@ def test_problems_keep_their_right_solutions(tool, tmp_path):
         ([FIRST[3]], [SECOND[3]], "no problem has a correct solution"),
     ],
 )
-def test_other_layouts_are_one_line(tool, tmp_path, first, second, message):
+def test_other_layouts_are_one_line_errors(tool, tmp_path, first, second, message):
     files = [write(tmp_path / f"{i}.parquet", rows) for i, rows in enumerate((first, second))]
     with pytest.raises(UserError, match=message) as error:
         tool.prepare(tmp_path / "out.parquet", *files, 1, 20.0)
@@ -166,7 +166,7 @@ def test_out_must_be_parquet(tool, tmp_path):
         tool.prepare(tmp_path / "out.json", "a", "b", 1, 20.0)
 
 
-# How thoughts end, and whether the answer 12 can be read from them.
+# The ends of thoughts, and whether the answer 12 can be extracted from them.
 ENDINGS = [
     ("so the answer is \\boxed{12}.", True),
     ("\\boxed{12}", True),
@@ -191,8 +191,8 @@ ENDINGS = [
 ]
 
 
-def test_what_the_tool_calls_right_training_calls_right(tool, tmp_path):
-    """The answer after the thought is always right; training sees the thought alone, and so must the tool."""
+def test_solutions_are_graded_as_in_training(tool, tmp_path):
+    """The answer after the thought is always correct, but the tool must grade only the thought, like training."""
     rows = [
         first_row(
             f"Case {i}?", "12", f"<think>\nWe think {i}.\n{end}\n</think>\nIt is \\boxed{{12}}."
