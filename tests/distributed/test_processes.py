@@ -13,18 +13,21 @@ import pytest
 import inject_faults
 from support.commands import CACHE_ENV, REPOSITORY, run_command
 from support.short_run import JOB
-from trapo_jax.distributed.processes import join_processes
+from trapo_jax.distributed.processes import SharedFlag, interrupt_together, join_processes
 from trapo_jax.runs.loggers import read_metrics
-from trapo_jax.types import UserError
+from trapo_jax.types import Interrupted, UserError
+
+SIGNAL_AT = str(REPOSITORY / "tests" / "support" / "signal_at.py")
 
 
-def start_two(folder, *arguments):
+def start_two(folder, *arguments, commands=(("-m", "trapo_jax.train"),) * 2):
+    """Starts two processes of the job with these arguments of Python."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "trapo_jax.train", f"output_dir={folder}", *JOB, *arguments],
+            [sys.executable, *command, f"output_dir={folder}", *JOB, *arguments],
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -37,7 +40,7 @@ def start_two(folder, *arguments):
                 "JAX_PROCESS_ID": str(process_id),
             },
         )
-        for process_id in range(2)
+        for process_id, command in enumerate(commands)
     ]
 
 
@@ -83,6 +86,43 @@ def test_two_processes_train_as_one_and_one_can_go_on(finished_run, tmp_path):
     assert max(record.get("policy/logprob_gap_max", 0) for record in records) < 1e-4
     assert (folder / "samples.jsonl").read_text().count("\n") == 12 * 4 * 8
     assert (folder / "hf" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("activity", "step", "stopped"),
+    [("evaluating test", "0", "before the first step"), ("step 3", "3", "after step 2")],
+)
+def test_a_signal_to_one_of_two_processes_stops_both_while_they_sample(
+    tmp_path, activity, step, stopped
+):
+    """Only process 1 receives it. Neither waits for the other in a collective operation that the other never reaches."""
+    folder = tmp_path / "run"
+    signalled = (SIGNAL_AT, activity, step, "1", str(int(signal.SIGTERM)))
+    main, _ = finish(start_two(folder, commands=(("-m", "trapo_jax.train"), signalled)))
+    assert f"stopped {stopped}; the same command resumes it" in main
+    records = [(r["kind"], r["step"]) for r in read_metrics(folder)]
+    assert records == [("eval", 0), ("train", 1), ("train", 2)][: 0 if step == "0" else None]
+
+
+def test_work_is_interrupted_together():
+    def interrupted():
+        raise Interrupted
+
+    assert interrupt_together(lambda: 3) == 3
+    with pytest.raises(Interrupted):
+        interrupt_together(interrupted)
+    with pytest.raises(ZeroDivisionError):
+        interrupt_together(lambda: 1 / 0)
+
+
+def test_a_shared_flag_of_one_process_needs_no_other():
+    flag = SharedFlag("test")
+    assert not flag.is_set
+    flag.set()
+    assert flag.is_set
+    flag.close()
+    assert not SharedFlag("test").is_set
 
 
 def test_half_a_description_of_the_job_is_refused():

@@ -19,6 +19,7 @@ from trapo_jax.types import (
     Completion,
     Expert,
     FinishReason,
+    Interrupted,
     MicroGroup,
     Problem,
     SamplingParams,
@@ -136,6 +137,34 @@ def test_idle_slots_begin_with_the_next_step_and_it_goes_on_under_its_own_weight
         assert (stale > 0) == bool(begun.groups)
     assert begun.groups == {}
     assert any(len(set(token_ids)) == 2 for token_ids in seen)  # drawn from two policies
+
+
+def test_the_number_of_graded_rollouts_is_reported_and_a_report_can_end_the_collection():
+    counts = []
+
+    def collect(on_graded):
+        return collect_groups(
+            ScriptedEngine(newest_first=False),
+            lambda _: Guidance(make_method("trapo").micro_groups, 64),
+            lambda c: at_once(grade_for(c.request.sample_index % 2)),
+            [problem(0), problem(1)],
+            step=1,
+            params=SamplingParams(),
+            on_graded=on_graded,
+        )
+
+    def interrupt(num_graded):
+        counts.append(num_graded)
+        if sum(counts) == 3:
+            raise Interrupted
+
+    collect(counts.append)
+    assert counts[0] == 0
+    assert 16 - 2 <= sum(counts) < 16  # The last ones end the collection.
+    counts.clear()
+    with pytest.raises(Interrupted):
+        collect(interrupt)
+    assert sum(counts) == 3
 
 
 def test_a_verdict_is_seen_while_others_are_decoded():
