@@ -13,18 +13,21 @@ import pytest
 import inject_faults
 from support.commands import CACHE_ENV, REPOSITORY, run_command
 from support.short_run import JOB
-from trapo_jax.distributed.processes import join_processes
+from trapo_jax.distributed.processes import SharedFlag, interrupt_together, join_processes
 from trapo_jax.runs.loggers import read_metrics
-from trapo_jax.types import UserError
+from trapo_jax.types import Interrupted, UserError
+
+SIGNAL_AT = str(REPOSITORY / "tests" / "support" / "signal_at.py")
 
 
-def start_two(folder, *arguments):
+def start_two(folder, *arguments, commands=(("-m", "trapo_jax.train"),) * 2):
+    """Starts two processes of the job with these arguments of Python."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "trapo_jax.train", f"output_dir={folder}", *JOB, *arguments],
+            [sys.executable, *command, f"output_dir={folder}", *JOB, *arguments],
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -37,7 +40,7 @@ def start_two(folder, *arguments):
                 "JAX_PROCESS_ID": str(process_id),
             },
         )
-        for process_id in range(2)
+        for process_id, command in enumerate(commands)
     ]
 
 

@@ -19,6 +19,7 @@ from trapo_jax.types import (
     Completion,
     Expert,
     FinishReason,
+    Interrupted,
     MicroGroup,
     Problem,
     SamplingParams,

@@ -200,7 +200,7 @@ class Interrupt:
         for number in self.NUMBERS:
             signal.signal(number, signal.SIG_DFL)
         print(
-            "stopping soon and saving a checkpoint if one is needed; press Ctrl-C again to stop immediately",
+            "stopping as soon as possible and saving a checkpoint if needed; press Ctrl-C again to stop immediately",
             file=sys.stderr,
         )
 

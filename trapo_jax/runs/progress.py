@@ -47,7 +47,7 @@ class Activity:
         details = [phase] if phase not in ("", "sampling") else []
         if self._num_samples:
             num_graded = min(self._num_graded, self._num_samples)
-            if phase == "prefilling":
+            if phase == "prefilling" and self._num_prefilled_tokens:
                 details.append(f"{self._num_prefilled_tokens:,} tokens")
             details.append(f"{num_graded:,} of {self._num_samples:,} samples")
             secs = now - self._started - self._compile_secs
