@@ -88,7 +88,44 @@ def test_two_processes_train_like_one_and_one_can_continue(finished_run, tmp_pat
     assert (folder / "hf" / "model.safetensors").is_file()
 
 
-def test_an_incomplete_description_of_the_job_is_refused():
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("activity", "step", "stopped"),
+    [("evaluating test", "0", "before the first step"), ("step 3", "3", "after step 2")],
+)
+def test_a_signal_to_one_of_two_processes_stops_both_while_they_sample(
+    tmp_path, activity, step, stopped
+):
+    """Only process 1 receives it. Neither waits for the other in a collective operation that the other never reaches."""
+    folder = tmp_path / "run"
+    signalled = (SIGNAL_AT, activity, step, "1", str(int(signal.SIGTERM)))
+    main, _ = finish(start_two(folder, commands=(("-m", "trapo_jax.train"), signalled)))
+    assert f"stopped {stopped}; the same command resumes it" in main
+    records = [(r["kind"], r["step"]) for r in read_metrics(folder)]
+    assert records == [("eval", 0), ("train", 1), ("train", 2)][: 0 if step == "0" else None]
+
+
+def test_work_is_interrupted_together():
+    def interrupted():
+        raise Interrupted
+
+    assert interrupt_together(lambda: 3) == 3
+    with pytest.raises(Interrupted):
+        interrupt_together(interrupted)
+    with pytest.raises(ZeroDivisionError):
+        interrupt_together(lambda: 1 / 0)
+
+
+def test_a_shared_flag_of_one_process_needs_no_other():
+    flag = SharedFlag("test")
+    assert not flag.is_set
+    flag.set()
+    assert flag.is_set
+    flag.close()
+    assert not SharedFlag("test").is_set
+
+
+def test_half_a_description_of_the_job_is_refused():
     with pytest.raises(UserError, match="PROCESS_ID set, but not JAX_COORDINATOR_ADDRESS;"):
         join_processes({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"})
 

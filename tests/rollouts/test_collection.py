@@ -139,9 +139,37 @@ def test_idle_slots_start_the_next_step_which_continues_with_its_own_weights():
     assert any(len(set(token_ids)) == 2 for token_ids in seen)  # sampled from two policies
 
 
-def test_a_grade_is_observed_while_other_rollouts_are_decoded():
-    """One problem waits for a grade while a rollout of another problem has a hundred tokens to decode."""
-    steps, submitted, first = 0, {}, Future()
+def test_the_number_of_graded_rollouts_is_reported_and_a_report_can_end_the_collection():
+    counts = []
+
+    def collect(on_graded):
+        return collect_groups(
+            ScriptedEngine(newest_first=False),
+            lambda _: Guidance(make_method("trapo").micro_groups, 64),
+            lambda c: at_once(grade_for(c.request.sample_index % 2)),
+            [problem(0), problem(1)],
+            step=1,
+            params=SamplingParams(),
+            on_graded=on_graded,
+        )
+
+    def interrupt(num_graded):
+        counts.append(num_graded)
+        if sum(counts) == 3:
+            raise Interrupted
+
+    collect(counts.append)
+    assert counts[0] == 0
+    assert 16 - 2 <= sum(counts) < 16  # The last ones end the collection.
+    counts.clear()
+    with pytest.raises(Interrupted):
+        collect(interrupt)
+    assert sum(counts) == 3
+
+
+def test_a_verdict_is_seen_while_others_are_decoded():
+    """One problem's rollouts wait for a verdict while another's has a hundred tokens to go."""
+    steps, asked, first = 0, {}, Future()
 
     class Engine(SlotEngine):
         def submit(self, requests, *, step, params):
