@@ -150,7 +150,7 @@ def evaluate(
         requests = [RolloutRequest(p, j) for p in my_share(problems) for j in range(count)]
         graded = sample(requests, SamplingParams(temperature))
         mine = [make_sample(completion, grade) for completion, grade in graded]
-        return [Sample(*fields) for of_process in gather(mine) for fields in of_process]
+        return [Sample(*fields) for share in gather(mine) for fields in share]
 
     greedy, sampled = sample_all(1, 0.0), sample_all(num_samples, 1.0)
     overall = score_samples(sampled)
