@@ -140,11 +140,11 @@ def read_checkpoint(
     context.checkpointables.registry = registry
     steps = [int(path.name) for path in (folder / CHECKPOINTS).iterdir()]
     path = str((folder / CHECKPOINTS / str(step or max(steps))).absolute())
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with context:
         shapes = ocp.checkpointables_metadata(path).metadata["state"]
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
         )
         loaded = ocp.load_checkpointables(path, {"state": abstract, "host": None})
     flat, _ = jax.tree_util.tree_flatten_with_path(loaded["state"])

@@ -135,9 +135,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("what", MISTAKES)
-def test_mistakes_are_one_line_errors_and_create_no_files(what, data, tmp_path, capsys):
-    change, message = MISTAKES[what]
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_line_errors_and_create_no_files(case, data, tmp_path, capsys):
+    change, message = MISTAKES[case]
     out = tmp_path / "out"
     assert main([*arguments(data, out), change]) == 2
     error = capsys.readouterr().err

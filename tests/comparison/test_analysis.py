@@ -106,9 +106,9 @@ def test_all_report_files_have_the_same_numbers(tmp_path):
     with open(tmp_path / "runs.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 10
-    of_trapo = [float(row["sampled"]) for row in rows if row["method"] == "trapo"]
+    trapo_scores = [float(row["sampled"]) for row in rows if row["method"] == "trapo"]
     best = score_methods(comparison)[0]
-    assert np.mean(of_trapo) == pytest.approx(best.sampled.mean)
+    assert np.mean(trapo_scores) == pytest.approx(best.sampled.mean)
     assert f"{best.sampled.mean:.3f} [{best.sampled.low:.3f}" in page
     assert best.sampled.low < best.sampled.mean < best.sampled.high
 

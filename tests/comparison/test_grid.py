@@ -23,7 +23,7 @@ def test_all_methods_have_the_same_number_of_trials():
 
 def test_runs_differ_only_in_method_seed_and_swept_fields():
     grid = make_grid("out", LEARNING_RATES, overrides=(("data.num_train", "64"),))
-    trials = [trial for of_method in grid.trials().values() for trial in of_method]
+    trials = [trial for method_trials in grid.trials().values() for trial in method_trials]
     tuning, final = grid.tuning_runs(trials), grid.final_runs([trials[1], trials[2]])
     assert len(tuning) == 4
     assert len(final) == 2 * 3

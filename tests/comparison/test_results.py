@@ -38,7 +38,7 @@ def test_progress_ignores_an_incomplete_line(tmp_path):
 
 def test_the_best_trial_on_validation_is_chosen(tmp_path):
     grid = make_grid(tmp_path, LEARNING_RATES, seeds=1)
-    trials = [trial for of_method in grid.trials().values() for trial in of_method]
+    trials = [trial for method_trials in grid.trials().values() for trial in method_trials]
     runs = grid.tuning_runs(trials)
     for run, accuracy in zip(runs[:3], (0.3, 0.7, 0.6), strict=True):
         write_run(run, accuracy)

@@ -63,18 +63,18 @@ def test_every_draw_leaves_one_item_out_and_all_items_are_equally_frequent():
 
 
 def test_if_only_seeds_differ_the_estimate_is_the_t_test_over_seeds():
-    of_seed = np.array([0.08, 0.15, 0.02, 0.11, 0.09])
-    found = estimate(np.repeat(of_seed[:, None], 40, axis=1))
+    by_seed = np.array([0.08, 0.15, 0.02, 0.11, 0.09])
+    found = estimate(np.repeat(by_seed[:, None], 40, axis=1))
     assert found.mean == pytest.approx(0.09)
-    expected = stats.ttest_1samp(of_seed, 0.0)
+    expected = stats.ttest_1samp(by_seed, 0.0)
     assert found.p_value == pytest.approx(expected.pvalue, rel=0.1)
     assert found[1:3] == pytest.approx(tuple(expected.confidence_interval(0.95)), abs=0.003)
 
 
 def test_if_only_problems_differ_the_standard_error_is_that_over_problems():
-    of_problem = np.random.default_rng(1).normal(0.1, 0.5, 200)
-    values = np.repeat(of_problem[None], 4, axis=0)
-    assert standard_error(values) == pytest.approx(stats.sem(of_problem), rel=0.05)
+    by_problem = np.random.default_rng(1).normal(0.1, 0.5, 200)
+    values = np.repeat(by_problem[None], 4, axis=0)
+    assert standard_error(values) == pytest.approx(stats.sem(by_problem), rel=0.05)
 
 
 def test_a_paired_difference_is_more_certain_than_the_difference_of_two_means():
@@ -90,12 +90,12 @@ def test_a_paired_difference_is_more_certain_than_the_difference_of_two_means():
 
 def test_a_noisy_difference_of_few_seeds_is_not_significant():
     """A plain percentile bootstrap would consider it significant, because four of five seeds are above zero."""
-    of_seed = np.array([0.30, 0.25, 0.20, 0.15, -0.02])
+    by_seed = np.array([0.30, 0.25, 0.20, 0.15, -0.02])
     resampled = np.array([0.30, 0.25, 0.20, 0.15, -0.02])[
         np.random.default_rng(0).integers(5, size=(4_000, 5))
     ].mean(axis=1)
     assert np.percentile(resampled, 0.5) > 0
-    found = estimate(np.repeat(of_seed[:, None], 50, axis=1))
+    found = estimate(np.repeat(by_seed[:, None], 50, axis=1))
     assert found.p_value > 0.01
 
 
@@ -115,9 +115,9 @@ def test_few_problems_limit_the_degrees_of_freedom_as_few_seeds_do():
 
 
 def test_with_one_seed_the_estimate_is_the_t_test_over_problems():
-    of_problem = np.random.default_rng(1).normal(0.1, 0.5, 50)
-    found = estimate(of_problem[None])
-    expected = stats.ttest_1samp(of_problem, 0.0)
+    by_problem = np.random.default_rng(1).normal(0.1, 0.5, 50)
+    found = estimate(by_problem[None])
+    expected = stats.ttest_1samp(by_problem, 0.0)
     assert found.p_value == pytest.approx(expected.pvalue, rel=0.1)
 
 

@@ -7,7 +7,7 @@ from support.commands import run_command
 from support.short_run import JOB, copy_unfinished
 from trapo_jax.runs.loggers import read_metrics
 
-SPOILED = """
+PATCHED_TRAIN = """
 import itertools, sys
 from trapo_jax import train
 from trapo_jax.rollouts import actor
@@ -16,12 +16,12 @@ from trapo_jax.rewards import Grader, WeightedFunction, card_shuffles_grader
 
 build_batch, batches = learner.build_batch, itertools.count()
 
-def spoil_the_first(rows, **options):
+def corrupt_first_batch(rows, **options):
     if next(batches) == 0:
         rows = [row._replace(advantage=float("nan")) for row in rows]
     return build_batch(rows, **options)
 
-def fail_once_in_a_hundred(names, *, eos_text, **_):
+def make_unreliable_grader(names, *, eos_text, **_):
     verify, answers = card_shuffles_grader(eos_text), itertools.count(1)
     def unreliable(text, problem):
         if next(answers) % 100 == 0:
@@ -30,19 +30,19 @@ def fail_once_in_a_hundred(names, *, eos_text, **_):
     function = WeightedFunction("unreliable", unreliable, is_inline=True, sees_special_tokens=True)
     return Grader([function])
 
-learner.build_batch, actor.make_grader = spoil_the_first, fail_once_in_a_hundred
+learner.build_batch, actor.make_grader = corrupt_first_batch, make_unreliable_grader
 sys.exit(train.main())
 """
 
 
 def test_an_update_with_a_non_finite_gradient_is_skipped_and_reported(finished_run, tmp_path):
     """Runs steps 11 and 12 after a resume, with a grader that fails once per hundred calls, which is counted."""
-    folder, script = tmp_path / "run", tmp_path / "spoiled.py"
+    folder, script = tmp_path / "run", tmp_path / "patched_train.py"
     before = copy_unfinished(finished_run[0], folder)
     assert before == 10
-    script.write_text(SPOILED)
+    script.write_text(PATCHED_TRAIN)
     job = (f"output_dir={folder}", *JOB, "checkpoint.every=1")
-    result = run_command("spoiled", *job, PYTHONPATH=str(tmp_path))
+    result = run_command("patched_train", *job, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     warnings = [line for line in result.stdout.splitlines() if line.startswith("warning")]
     assert warnings == [

@@ -169,7 +169,7 @@ def test_the_number_of_graded_rollouts_is_reported_and_a_report_can_end_the_coll
 
 def test_a_verdict_is_seen_while_others_are_decoded():
     """One problem's rollouts wait for a verdict while another's has a hundred tokens to go."""
-    steps, asked, first = 0, {}, Future()
+    steps, submitted, first = 0, {}, Future()
 
     class Engine(SlotEngine):
         def submit(self, requests, *, step, params):

@@ -81,7 +81,7 @@ def test_persistent_symptoms_are_reported_once(name, value, text):
     assert watch.observe(next(steps), bad) == []
     assert watch.observe(next(steps), GOOD) == []
     warnings = [watch.observe(next(steps), bad) for _ in range(WARN_AFTER_STEPS)]
-    assert [len(of_step) for of_step in warnings] == [0] * (WARN_AFTER_STEPS - 1) + [1]
+    assert [len(step_warnings) for step_warnings in warnings] == [0] * (WARN_AFTER_STEPS - 1) + [1]
 
 
 def test_steps_without_sampling_give_no_warnings(tmp_path):

@@ -64,7 +64,7 @@ def write_run(run, accuracy, *, entropy=0.5, overspent=0.0, problems="abc"):
     (run.folder / "summary.json").write_text("{}")
 
 
-def make_comparison(out, accuracies, *, seeds=5, failures=(), **spoiled):
+def make_comparison(out, accuracies, *, seeds=5, failures=(), **options):
     grid = make_grid(
         out,
         methods=tuple(accuracies),
@@ -73,7 +73,7 @@ def make_comparison(out, accuracies, *, seeds=5, failures=(), **spoiled):
     )
     runs = grid.final_runs([Trial(method) for method in accuracies])
     for run in runs:
-        write_run(run, accuracies[run.trial.method], **spoiled.get(run.trial.method, {}))
+        write_run(run, accuracies[run.trial.method], **options.get(run.trial.method, {}))
     results = [read_result(run) for run in runs]
     failed = [Failure(runs[i], "error: <script>") for i in failures]
     return Comparison(grid, "python -m ...", results, failed, [])

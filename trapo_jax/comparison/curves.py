@@ -23,8 +23,8 @@ def plot_curves(path: Path, results: Sequence[Result]) -> None:
         by_method.setdefault(result.run.trial.method, []).append(result)
     labels = {name: unit.label for name, unit in UNITS.items() if name != STEPS}
     for panel, (unit, label) in zip(panels, labels.items(), strict=False):
-        for i, (method, of_method) in enumerate(by_method.items()):
-            x, curves = common_grid(of_method, unit)
+        for i, (method, method_results) in enumerate(by_method.items()):
+            x, curves = common_grid(method_results, unit)
             color, style = f"C{i % 10}", LINE_STYLES[i % len(LINE_STYLES)]
             panel.plot(x, curves.mean(axis=0), style, color=color, label=method)
             panel.fill_between(

@@ -55,7 +55,9 @@ def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) 
     """
     trials = grid.trials()
     # Plan all runs first, so that an invalid config of a trial is reported before any run starts.
-    planned = grid.tuning_runs([trial for of_method in trials.values() for trial in of_method])
+    planned = grid.tuning_runs(
+        [trial for method_trials in trials.values() for trial in method_trials]
+    )
     examples = list({run.trial.method: run for run in planned}.values())
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -119,8 +121,8 @@ def tune(
 ) -> tuple[list[Trial], list[TrialScore], list[Failure]]:
     """Returns the best trial of each method, the scores of all trials, and the runs that failed."""
     if not grid.sweeps:
-        return [of_method[0] for of_method in trials.values()], [], []
-    runs = grid.tuning_runs([trial for of_method in trials.values() for trial in of_method])
+        return [method_trials[0] for method_trials in trials.values()], [], []
+    runs = grid.tuning_runs([trial for method_trials in trials.values() for trial in method_trials])
     resources.say(f"tuning: {len(runs)} runs, {resources.jobs} at a time")
     failures = execute_runs(
         runs, jobs=resources.jobs, environment=resources.environment, say=resources.say

@@ -42,9 +42,9 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
         Paragraph(
             f"The budget of each run is {c.grid.budget:,.12g} {unit}. The base model, the data and their order, the "
             "chat template, the grader and the evaluation are the same for all runs. The test split is evaluated once "
-            f"after training; accuracy is measured with {c.num_samples} samples per problem at temperature 1. Intervals "
-            "have a coverage of at least 95% and come from a bootstrap over seeds and problems with Student's t "
-            "distribution; with a single seed, they reflect only the choice of problems."
+            f"after training; accuracy is measured with {c.num_samples} samples per problem at temperature 1. "
+            "Intervals have a coverage of at least 95% and come from a bootstrap over seeds and problems with "
+            "Student's t distribution; with a single seed, they reflect only the choice of problems."
         ),
         *map(WarningBlock, find_warnings(c)),
         Heading("Scores on the test split"),
@@ -112,12 +112,12 @@ def score_table(c: Comparison) -> Table:
         base = estimate_scores(list(before.values()))
         rows.append([BASE_MODEL, "", str(len(before)), *map(_interval, base), "", "", "", ""])
     for row in score_methods(c):
-        of = f"{row.num_seeds} of {c.grid.num_seeds}"
+        seeds = f"{row.num_seeds} of {c.grid.num_seeds}"
         rows.append(
             [
                 row.method,
                 row.setting,
-                str(row.num_seeds) if row.num_seeds == c.grid.num_seeds else of,
+                str(row.num_seeds) if row.num_seeds == c.grid.num_seeds else seeds,
                 *map(_interval, (row.sampled, row.greedy, row.best_of)),
                 f"{row.entropy:.3f}",
                 f"{row.completion_len:.1f}",
@@ -168,8 +168,8 @@ def run_table(c: Comparison) -> Table:
         means = [r.after.sampled.mean(), r.after.greedy.mean(), r.after.best_of.mean()]
         numbers = [*means, r.entropy, r.after.completion_len, r.guidance, r.expert_share]
         numbers += [r.spent[unit] for unit in UNITS]
-        of = (r.run.trial.method, r.run.trial.setting, str(r.run.seed))
-        rows.append([*of, *(repr(float(x)) for x in numbers), str(r.run.folder)])
+        labels = (r.run.trial.method, r.run.trial.setting, str(r.run.seed))
+        rows.append([*labels, *(repr(float(x)) for x in numbers), str(r.run.folder)])
     return Table(header, rows)
 
 

@@ -169,11 +169,11 @@ def pick_trials(runs: Sequence[PlannedRun]) -> tuple[list[Trial], list[TrialScor
     for run in runs:
         by_trial.setdefault(run.trial, []).append(run)
     scores = []
-    for trial, of_trial in by_trial.items():
-        found = [read_result(run) for run in of_trial if is_complete(run)]
+    for trial, trial_runs in by_trial.items():
+        found = [read_result(run) for run in trial_runs if is_complete(run)]
         accuracies = tuple(result.curve[-1].accuracy for result in found)
         fingerprint = tuple((r.entropy, *(p.accuracy for p in r.curve)) for r in found)
-        num_failed = len(of_trial) - len(found)
+        num_failed = len(trial_runs) - len(found)
         scores.append(TrialScore(trial, accuracies, num_failed, fingerprint))
     methods = dict.fromkeys(s.trial.method for s in scores)
     best = [

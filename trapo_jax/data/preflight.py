@@ -206,7 +206,8 @@ def _warnings(data: LoadedData, config: Config, needs: MethodNeeds, judged: Judg
             f"{num_cut:,} of {len(experts):,} expert solutions are longer than "
             f"sampling.max_completion_length={limit} and are cut"
         )
-    if judged and not needs.rewards and (wrong := _complaint(judged, config, limit)):
+    are_needed = needs.rewards and needs.experts  # Then a wrong one is an error.
+    if judged and not are_needed and (wrong := _complaint(judged, config, limit)):
         warnings.append(wrong)
     asks = re.compile(r"boxed|####|answer is", re.IGNORECASE)
     shown = data.splits["train"][:100]
