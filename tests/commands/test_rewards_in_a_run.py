@@ -29,7 +29,8 @@ def test_a_grader_that_always_raises_stops_the_run_immediately(tmp_path):
     """The multiple-choice grader raises an error because no reference answer of card shuffles is a letter."""
     folder = tmp_path / "run"
     result = run_command(
-        "trapo_jax.train", f"output_dir={folder}", "rewards.functions=multiple_choice", *SHORT
+        *("trapo_jax.train", f"output_dir={folder}", "rewards.functions=multiple_choice"),
+        *("method.name=grpo", *SHORT),
     )
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
@@ -51,6 +52,7 @@ def test_a_run_with_a_grader_in_processes(tmp_path):
         f"output_dir={folder}",
         "rewards.functions=math",
         "rewards.timeout_secs=60",
+        "method.name=grpo",  # TRAPO would refuse expert solutions that are all judged wrong.
         *SHORT,
     )
     assert result.returncode == 0, result.stderr
@@ -104,6 +106,7 @@ def wrong(response, problem):
 """
 
 CONFIG = """
+method: {name: grpo}
 data: {num_train: 16, num_validation: 4, num_test: 4}
 train: {num_steps: 2, problems_per_step: 4}
 rewards:

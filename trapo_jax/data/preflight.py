@@ -120,13 +120,17 @@ def check_data(
         for what, count in (*stage.dropped.items(), *stage.notes.items())
         if "without an expert" not in what  # The table has them.
     ]
+    warnings, errors = _warnings(data, config, needs), _errors(data, config, needs)
+    if judged and (complaint := _complaint(judged, config, config.sampling.completion_len)):
+        # A method that learns from both would be taught two different things.
+        (errors if needs.experts and needs.rewards else warnings).append(complaint)
     return Preflight(
         counts,
         _source(data),
         decode(train[0].prompt_ids),
         notes,
-        _warnings(data, config, needs, judged),
-        _errors(data, config, needs, judged),
+        warnings,
+        errors,
     )
 
 
@@ -197,7 +201,7 @@ def _lengths(lens: Sequence[int]) -> str:
     return f"{median:.0f} / {high:.0f} / {max(lens)}"
 
 
-def _warnings(data: LoadedData, config: Config, needs: MethodNeeds, judged: Judged) -> list[str]:
+def _warnings(data: LoadedData, config: Config, needs: MethodNeeds) -> list[str]:
     warnings = []
     limit = config.sampling.completion_len
     experts = [len(e.token_ids) for p in data.splits["train"] for e in p.experts]
@@ -206,9 +210,6 @@ def _warnings(data: LoadedData, config: Config, needs: MethodNeeds, judged: Judg
             f"{num_cut:,} of {len(experts):,} expert solutions are longer than "
             f"sampling.max_completion_length={limit} and are cut"
         )
-    are_needed = needs.rewards and needs.experts  # Then a wrong one is an error.
-    if judged and not are_needed and (wrong := _complaint(judged, config, limit)):
-        warnings.append(wrong)
     asks = re.compile(r"boxed|####|answer is", re.IGNORECASE)
     shown = data.splits["train"][:100]
     is_asked = any(asks.search(problem.prompt_text) for problem in shown)
@@ -232,7 +233,7 @@ def _warnings(data: LoadedData, config: Config, needs: MethodNeeds, judged: Judg
     return warnings
 
 
-def _errors(data: LoadedData, config: Config, needs: MethodNeeds, judged: Judged) -> list[str]:
+def _errors(data: LoadedData, config: Config, needs: MethodNeeds) -> list[str]:
     errors = []
     train = data.splits["train"]
     if needs.experts and not any(problem.experts for problem in train):
@@ -240,12 +241,6 @@ def _errors(data: LoadedData, config: Config, needs: MethodNeeds, judged: Judged
             f"method.name={needs.name}: it learns from expert solutions, but no training problem has one; "
             f"{_solutions_hint(data.columns, needs)}"
         )
-    if (
-        needs.rewards
-        and judged
-        and (wrong := _complaint(judged, config, config.sampling.completion_len))
-    ):
-        errors.append(wrong)
     unknown = data.tokenizer.unk_token_id
     num_unknown = sum(unknown in problem.prompt_ids for problem in train)
     if unknown is not None and num_unknown > MAX_UNUSABLE * len(train):
