@@ -311,6 +311,7 @@ def test_objects_and_chats_stored_as_json_text_are_parsed():
         ("numina", {"problem": "q", "answer": "4", "solution": "It is 4."}, "q"),
         ("trl", {"prompt": "q", "answer": "4", "solution": "It is 4."}, "q"),
         ("gsm8k", {"question": "q", "answer": "It is 4.\n#### 4"}, "q"),
+        ("qa", {"question": "q", "answer": "4", "solution": "It is 4."}, "q"),
         ("verl", verl_row(), None),
     ],
 )

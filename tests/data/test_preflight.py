@@ -152,6 +152,11 @@ MISUSES = {
         ["data.template_arguments={enable_thinking: false}", "data.template=chat"],
         "data.template_arguments",
     ),
+    "answers that are no letters": (
+        changed(answer="Paris"),
+        ["rewards.functions=multiple_choice", "method.name=grpo"],
+        "16 of 16 answers are not one letter A-J, for example 'Paris'",
+    ),
     "another task": (ROWS, ["data.source=card_shuffles"], "data.train_files are not read"),
 }
 

@@ -114,14 +114,19 @@ def test_a_refusal_to_resume_names_every_field_that_differs(tmp_path):
     folder = tmp_path / "run"
     prepare_run_folder(folder, load_config(Config).to_yaml())
     changes = [("seed", "3"), ("train.learning_rate", "1e-3"), ("method.alpha", "0.2")]
+    changes += [("data.prompt_suffix", "boxed")]
     changed = load_config(Config, None, [*changes, ("mesh.tp", "2")]).to_yaml()
     with pytest.raises(UserError) as caught:
         check_run_folder(folder, changed)
     message = str(caught.value)
     assert (
-        "method.alpha=0.1, not 0.2, seed=0, not 3, train.learning_rate=0.0002, not 0.001" in message
+        "data.prompt_suffix=null, not boxed, method.alpha=0.1, not 0.2, seed=0, not 3, train.learning_rate=0.0002, not 0.001"
+        in message
     )
-    assert "set method.alpha=0.1 seed=0 train.learning_rate=0.0002 to resume" in message
+    assert (
+        "set data.prompt_suffix=null method.alpha=0.1 seed=0 train.learning_rate=0.0002 to resume"
+        in message
+    )
     assert "mesh" not in message
     assert "\n" not in message
 

@@ -26,7 +26,7 @@ NotNegativeFloat = Annotated[float, Field(ge=0.0, le=1e30, allow_inf_nan=False)]
 
 
 ColumnPreset = Literal[
-    "trl", "verl", "numina", "gsm8k", "prompt_completion", "messages", "sharegpt"
+    "trl", "verl", "numina", "gsm8k", "qa", "prompt_completion", "messages", "sharegpt"
 ]
 
 CONFIG_FILE = "config.yaml"  # in the directory of a run or an evaluation: its resolved config
@@ -80,7 +80,7 @@ class LoraConfig(Section):
 
 class ColumnsConfig(Section):
     preset: Literal["auto"] | ColumnPreset = "auto"
-    """Column layout of the dataset: trl (prompt, answer, solution), verl, numina (problem, answer, solution), gsm8k, prompt_completion, messages or sharegpt. auto selects the one that fits the first row. The fields below override parts of it."""
+    """Column layout of the dataset: trl (prompt, answer, solution), verl, numina (problem, answer, solution), gsm8k, qa (question, answer, solution), prompt_completion, messages or sharegpt. auto selects the one that fits the first row. The fields below override parts of it."""
     prompt: str | None = None
     """Path of the prompt, which is text or chat messages. A path is a column, or a nested field with dots in its name. A path that ends in ? may be missing from every row."""
     answer: str | None = None

@@ -57,6 +57,7 @@ COLUMN_PRESETS: Mapping[ColumnPreset, Columns] = {
     "trl": Columns("prompt", "answer", ("solution?",), "source?"),
     "numina": Columns("problem", "answer", ("solution?",), "source?"),
     "gsm8k": Columns("question", "answer", ("answer",), answer_marker="####"),
+    "qa": Columns("question", "answer", ("solution?",), "source?"),
     "prompt_completion": Columns("prompt", "answer?", ("completion",), "source?"),
     "messages": Columns("messages", "answer?", ("messages",), "source?"),
     "sharegpt": Columns("conversations", "answer?", ("conversations",), "source?"),

@@ -16,7 +16,7 @@ from trapo_jax.config import Config
 from trapo_jax.data.columns import Columns
 from trapo_jax.data.examples import DataReport
 from trapo_jax.data.splits import LoadedData
-from trapo_jax.rewards import Grader, is_text
+from trapo_jax.rewards import Grader, extract_choice, is_text
 from trapo_jax.types import Grade, Problem
 
 MAX_GRADED_EXPERTS = 200
@@ -121,6 +121,11 @@ def check_data(
         if "without an expert" not in what  # The table has them.
     ]
     warnings, errors = _warnings(data, config, needs), _errors(data, config, needs)
+    if not judged and (failed := grader.submit("", train[0]).result().missing):
+        reasons = ", ".join(f"{name} ({reason})" for name, reason in failed.items())
+        warnings.append(
+            f"rewards.functions: failed on an empty response to the first problem: {reasons}"
+        )
     if judged and (complaint := _complaint(judged, config, config.sampling.completion_len)):
         # A method that learns from both would be taught two different things.
         (errors if needs.experts and needs.rewards else warnings).append(complaint)
@@ -241,6 +246,13 @@ def _errors(data: LoadedData, config: Config, needs: MethodNeeds) -> list[str]:
             f"method.name={needs.name}: it learns from expert solutions, but no training problem has one; "
             f"{_solutions_hint(data.columns, needs)}"
         )
+    if config.rewards.functions[0] == "multiple_choice":
+        not_letters = [p.answer for p in train if p.answer and extract_choice(p.answer) is None]
+        if len(not_letters) > MAX_UNUSABLE * len(train):
+            errors.append(
+                f"rewards.functions=['multiple_choice']: {len(not_letters):,} of {len(train):,} answers are not one letter "
+                f"A-J, for example {not_letters[0][:60]!r}; set data.columns.answer, or choose another reward function"
+            )
     unknown = data.tokenizer.unk_token_id
     num_unknown = sum(unknown in problem.prompt_ids for problem in train)
     if unknown is not None and num_unknown > MAX_UNUSABLE * len(train):

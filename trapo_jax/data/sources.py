@@ -163,7 +163,9 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield from _json_list(path, whole)
                 return
             text = _text(path, number, line)
-            if text.strip():
+            if (
+                text := text.strip()
+            ):  # else a mistake at the end would be reported for the next line
                 yield number, _json_object(path, "line", number, _parse_json(path, number, text))
 
 

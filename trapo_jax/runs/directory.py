@@ -143,12 +143,19 @@ def _refusal(folder: Path, refused: Changes, reason: str) -> str:
             f"output_dir={folder}: contains a run of a different version (its config {listed}); choose a different "
             "output_dir"
         )
-    differences = ", ".join(f"{field}={old}, not {new}" for field, (old, new) in refused.items())
-    settings = " ".join(f"{field}={old}" for field, (old, _) in refused.items())
+    differences = ", ".join(
+        f"{field}={_as_yaml(old)}, not {_as_yaml(new)}" for field, (old, new) in refused.items()
+    )
+    settings = " ".join(f"{field}={_as_yaml(old)}" for field, (old, _) in refused.items())
     return (
         f"output_dir={folder}: contains a run with {differences}{reason}; choose a different output_dir, or set "
         f"{settings} to resume the run"
     )
+
+
+def _as_yaml(value: Any) -> str:
+    """Returns a value as the command line takes it: null, true and false rather than Python's names."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _length_dependency(config: dict[str, Any], depends_on_length: bool) -> str:
