@@ -483,6 +483,13 @@ def test_an_answer_is_extracted_in_linear_time(text):
     extract_math_answer(text)
 
 
+def test_a_short_word_is_no_product():
+    assert verdict(r"\boxed{no}", "no") is Verdict.CORRECT
+    assert verdict(r"\boxed{No}", "no") is Verdict.CORRECT
+    assert verdict("The answer is on.", "no") is Verdict.WRONG
+    assert verdict(r"\boxed{yx}", "xy") is Verdict.CORRECT
+
+
 def test_the_lenient_reward_falls_back_to_the_last_number():
     problem = Problem("", (), "42")
     assert grade_math_lenient("I think it is 42", problem)[0] is Verdict.CORRECT

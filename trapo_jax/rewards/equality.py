@@ -47,6 +47,8 @@ _NAME = re.compile(
 )
 _VARIABLE = re.compile(_SYMBOL)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z'.\s-]*")
+# Else they would be products of two variables, in either order.
+_SHORT_WORDS = {"no", "on", "up", "in", "or", "it", "he", "we", "go", "so", "to", "of"}
 _SET_BUILDER = re.compile(
     r"\\\{\s?[A-Za-z]\s?(?:\\in\s?\\mathbb\{R\}\s?)?[|:](?P<condition>.*)\\\}", re.DOTALL
 )
@@ -141,8 +143,9 @@ def _squeeze(text: str) -> str:
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text is prose: words without mathematics, at least one of three or more letters."""
-    return _WORDS.fullmatch(text) is not None and re.search(r"[A-Za-z]{3}", text) is not None
+    """Whether a text is prose: words without mathematics, one of them of three letters or more, or a word such as "no"."""
+    is_long = re.search(r"[A-Za-z]{3}", text) is not None
+    return _WORDS.fullmatch(text) is not None and (is_long or text.lower() in _SHORT_WORDS)
 
 
 def _simplified(text: str) -> str:
