@@ -51,6 +51,17 @@ def test_keeps_the_newest_and_removes_leftovers(tmp_path):
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["12", "9"]
 
 
+def test_a_checkpoint_before_the_first_step_counts(tmp_path):
+    store = CheckpointStore(tmp_path / "c")
+    store.save(0, STATE, HOST)
+    leave_an_interrupted_save(tmp_path / "c", 0)
+    assert store.steps() == [0]
+    assert store.unknown() == []
+    for step in (1, 2):
+        store.save(step, STATE, HOST)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["1", "2"]
+
+
 def leave_an_interrupted_save(directory, step):
     """What a process leaves that is killed while it saves."""
     (directory / ".saving").write_text(f"{step}.writing")

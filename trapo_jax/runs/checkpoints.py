@@ -35,7 +35,7 @@ DAMAGED = ".damaged"
 WRITING, EXPIRED = ".writing", ".expired"
 ASIDE = ".aside"  # suffix of a directory of someone else that stood where a checkpoint had to be written
 JOURNAL = ".saving"  # a file with the name of the directory of the save in progress
-_STEP = re.compile(r"[1-9][0-9]*")
+_STEP = re.compile(r"(?:0|[1-9][0-9]*)")
 _OURS = re.compile(rf"{_STEP.pattern}(\{EXPIRED}|\{DAMAGED}[0-9]*|\{WRITING}.*)?|\{JOURNAL}")
 
 
