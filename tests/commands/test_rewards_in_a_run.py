@@ -29,7 +29,7 @@ def test_a_grader_that_always_raises_stops_the_run_immediately(tmp_path):
     """The multiple-choice grader raises an error because no reference answer of card shuffles is a letter."""
     folder = tmp_path / "run"
     result = run_command(
-        *("trapo_jax.train", f"output_dir={folder}", "rewards.functions=multiple_choice"),
+        *("trapo_jax.train", f"output_dir={folder}", "rewards.by_source={k*: multiple_choice}"),
         *("method.name=grpo", *SHORT),
     )
     assert result.returncode == 1
