@@ -24,7 +24,7 @@ from trapo_jax.config import (
     load_evaluate_config,
     parse_command_line,
 )
-from trapo_jax.data.splits import load_test_data, longest_prompt
+from trapo_jax.data.splits import load_test_data
 from trapo_jax.evaluation.records import (
     count_shared_noise,
     key_of,
@@ -152,14 +152,13 @@ def weights_fingerprint(params: Params) -> str:
 def load_problems(
     config: EvaluateConfig, model: PretrainedModel, console: Console
 ) -> tuple[EvaluateConfig, list[Problem], str]:
-    """Returns the config with the prompt length of the problems, the problems, and the hash of the chat template."""
-    data = load_test_data(config.data, model.tokenizer)
-    problems = data.splits["test"]
+    """Returns the config with lengths for the problems, the problems, and the hash of the chat template."""
+    data, config = load_test_data(config, model.tokenizer, context_len=model.max_context_len)
     functions = ", ".join(config.rewards.functions)
     console.say(f"template {data.template.kind}; reward functions {functions}")
     for stage in data.reports["test"]:
         console.say(f"problems: {stage}")
-    return config.with_prompt_length(longest_prompt(problems)), problems, data.template.hash
+    return config, data.splits["test"], data.template.hash
 
 
 def sample_all(

@@ -117,18 +117,9 @@ def fetch_files(repo: HubRepo, patterns: Sequence[str], required: Sequence[str] 
     Raises:
       HubUnavailable: if a file is neither in the cache nor provided by the Hub.
     """
-    from huggingface_hub import snapshot_download
-
     try:
         latest_commit(repo)
-        folder = Path(
-            snapshot_download(
-                repo.name,
-                repo_type=repo.kind,
-                revision=repo.revision,
-                allow_patterns=list(patterns),
-            )
-        )
+        folder = _snapshot(repo, patterns)
     except HubUnavailable as error:
         return cached_files(repo, error, patterns, required)
     except Exception as error:  # see latest_commit
@@ -154,24 +145,27 @@ def cached_files(
     Raises:
       HubUnavailable: if a file is not in the cache, as far as its listing of the repository shows.
     """
-    from huggingface_hub import snapshot_download
-
     try:
-        folder = Path(
-            snapshot_download(
-                repo.name,
-                repo_type=repo.kind,
-                revision=repo.revision,
-                allow_patterns=list(patterns),
-                local_files_only=True,
-            )
-        )
+        folder = _snapshot(repo, patterns, local_files_only=True)
     except OSError as not_found:  # LocalEntryNotFoundError, or the cache cannot be read
         is_partial = getattr(not_found, "snapshot_path", None) is not None
         raise error.missing("a part of it" if is_partial else "it", repo) from error
     if absent := _absent(folder, required):
         raise error.missing(absent, repo) from error
     return folder
+
+
+def _snapshot(repo: HubRepo, patterns: Sequence[str], *, local_files_only: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(
+        repo.name,
+        repo_type=repo.kind,
+        revision=repo.revision,
+        allow_patterns=list(patterns),
+        local_files_only=local_files_only,
+    )
+    return Path(folder)
 
 
 def _absent(folder: Path, names: Sequence[str]) -> str | None:

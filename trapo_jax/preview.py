@@ -9,7 +9,7 @@ the first rows of each file, and the first problem in full. Only the model's con
 from collections.abc import Sequence
 
 from trapo_jax.config import Config, help_text, load_config, parse_command_line
-from trapo_jax.data.preflight import MethodNeeds, Preflight, check_data
+from trapo_jax.data.preflight import Preflight, check_data
 from trapo_jax.data.splits import LoadedData, load_data
 from trapo_jax.models import PretrainedModel, open_model
 from trapo_jax.rollouts.actor import grader_for
@@ -20,7 +20,7 @@ from trapo_jax.types import UserError
 ABOUT = (
     "Shows the problems of a run as training would see them; takes the fields of trapo_jax.train."
 )
-LIMIT = ("data.limit", "100")
+DEFAULTS = {"data": {"limit": 100}}
 
 
 def preview(config: Config) -> tuple[PretrainedModel, LoadedData, Preflight]:
@@ -34,16 +34,9 @@ def preview(config: Config) -> tuple[PretrainedModel, LoadedData, Preflight]:
     """
     method = config.method.make()
     model = open_model(config.model, config.lora)
-    data = load_data(
-        config.data,
-        model.tokenizer,
-        expert_part=method.expert_part,
-        needs_answer=method.needs_rewards,
-    )
-    config = data.fit(config, context_len=model.max_context_len)
-    needs = MethodNeeds(method.name, method.uses_experts, method.needs_rewards)
+    data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
     with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
-        return model, data, check_data(data, config, needs, grader)
+        return model, data, check_data(data, config, method, grader)
 
 
 @command
@@ -52,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         print(help_text(Config, "preview", ABOUT))
         return 0
     file, overrides = parse_command_line(arguments)
-    model, data, preflight = preview(load_config(Config, file, [LIMIT, *overrides]))
+    model, data, preflight = preview(load_config(Config, file, overrides, defaults=DEFAULTS))
     console = Console()
     preflight.show(console)
     first = data.splits["train"][0]

@@ -29,7 +29,7 @@ from typing import Any
 
 from trapo_jax.config import Config, help_text, load_config, parse_command_line
 from trapo_jax.data import draw_problems, problem_batches
-from trapo_jax.data.preflight import MethodNeeds, check_data
+from trapo_jax.data.preflight import check_data
 from trapo_jax.data.splits import LoadedData, load_data
 from trapo_jax.distributed.processes import fetch, from_main, gather, is_main, join_processes
 from trapo_jax.evaluation.scoring import evaluate
@@ -98,13 +98,7 @@ def train(
     files = saved_model_files(config.run_folder)  # None unless the run is resumed
     model = open_model(config.model, config.lora, files=files)
     check_same_model(model)
-    data = load_data(
-        config.data,
-        model.tokenizer,
-        expert_part=method.expert_part,
-        needs_answer=method.needs_rewards,
-    )
-    config = data.fit(config, context_len=model.max_context_len)
+    data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
     with Run.open(config, method, show_progress=show_progress) as run:
         if run.is_complete:
             summary = run.summary() if is_main() else None
@@ -160,8 +154,7 @@ def check_problems(
         return summary
     errors: list[str] = []
     if is_main():
-        needs = MethodNeeds(method.name, method.uses_experts, method.needs_rewards)
-        preflight = check_data(data, config, needs, grader)
+        preflight = check_data(data, config, method, grader)
         preflight.show(console)
         summary["preflight"] = preflight.summary()
         errors = preflight.errors

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from support.commands import run_command
+from support.text_model import make_text_model
 from trapo_jax import evaluate
 from trapo_jax.config import EvaluateConfig, load_evaluate_config
 from trapo_jax.data import card_shuffles_splits
@@ -185,6 +186,35 @@ def test_files_do_not_inherit_the_grader_of_a_generated_task(tmp_path):
     run["data"]["source"], run["rewards"]["functions"] = "files", ["multiple_choice"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
     assert load_evaluate_config(None, given).rewards.functions == ("multiple_choice",)
+
+
+def test_an_evaluation_holds_out_what_the_run_held_out(tmp_path):
+    """With other values, problems that the run was trained on would be evaluated."""
+    data = {"source": "files", "train_files": ["x.jsonl"], "limit": 50, "num_test": 5, "seed": 3}
+    run = {"data": data, "rewards": {"functions": ["math"]}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
+    model = ("model.path", str(tmp_path))
+    config = load_evaluate_config(None, [model, ("data.num_test", "5")])
+    assert (config.data.limit, config.data.num_test, config.data.seed) == (50, 5, 3)
+    for field in ("limit", "num_test", "num_validation", "seed"):
+        with pytest.raises(UserError, match=rf"data\.{field}=7: the run has .*; leave it out, or"):
+            load_evaluate_config(None, [model, (f"data.{field}", "7")])
+    config = load_evaluate_config(
+        None, [model, ("data.test_files", "y.jsonl"), ("data.limit", "7")]
+    )
+    assert config.data.limit == 7
+
+
+def test_the_context_of_the_model_limits_an_evaluation(tmp_path, data, capsys):
+    model = make_text_model(tmp_path / "model", max_position_embeddings=100)
+    fields = [f"model.path={model}", f"data.test_files={data}", "rewards.functions=math"]
+    fields += [f"output_dir={tmp_path / 'out'}", "data.limit=2"]
+    assert main([*fields, "sampling.max_completion_length=99"]) == 2
+    assert "exceeds the 100 positions of the model" in capsys.readouterr().err
+    assert main(fields) == 0
+    samples = read_samples(tmp_path / "out").values()
+    assert samples
+    assert all(len(sample["token_ids"]) < 100 for sample in samples)
 
 
 def test_help_lists_the_fields_of_an_evaluation(capsys):

@@ -5,21 +5,12 @@ import shutil
 
 from support.commands import TINY_MODEL, run_command
 from support.hub import COMMIT, add_to_cache, folder_files
+from support.short_run import TINY_JOB
 from trapo_jax import preview, train
 
 FILES = folder_files(TINY_MODEL)
 SMALL = {name: content for name, content in FILES.items() if not name.endswith(".safetensors")}
-JOB = (
-    "model.path=owner/tiny",
-    "train.num_steps=2",
-    "train.warmup_steps=0",
-    "checkpoint.every=1",
-    "evaluation.every=0",
-    "evaluation.num_samples=1",
-    "data.num_train=16",
-    "data.num_validation=4",
-    "data.num_test=4",
-)
+JOB = ("model.path=owner/tiny", *TINY_JOB)
 
 
 def test_a_run_states_its_commit_and_is_resumed_without_the_cache(tmp_path):

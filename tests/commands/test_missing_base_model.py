@@ -6,17 +6,7 @@ import shutil
 import pytest
 
 from support.commands import TINY_MODEL, run_command
-
-JOB = (
-    "train.num_steps=2",
-    "train.warmup_steps=0",
-    "checkpoint.every=1",
-    "evaluation.every=0",
-    "evaluation.num_samples=1",
-    "data.num_train=16",
-    "data.num_validation=4",
-    "data.num_test=4",
-)
+from support.short_run import TINY_JOB
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +15,7 @@ def run_without_base(tmp_path_factory):
     root = tmp_path_factory.mktemp("missing_base")
     base = shutil.copytree(TINY_MODEL, root / "base")
     (base / "generation_config.json").write_text('{"eos_token_id": 7, "top_p": 0.9}')
-    options = [*JOB, f"model.path={base}"]
+    options = [*TINY_JOB, f"model.path={base}"]
     result = run_command("trapo_jax.train", f"output_dir={root / 'run'}", *options)
     assert result.returncode == 0, result.stderr
     shutil.rmtree(base)

@@ -74,7 +74,7 @@ def test_lengths_that_are_given_are_kept():
     config = files_config(**{"data.max_prompt_length": 100})
     fitted = config.with_lengths(prompt=48, completion=256)
     assert (fitted.data.prompt_len, fitted.sampling.completion_len) == (100, 256)
-    with pytest.raises(UserError, match=r"train\.row_length=200: less than"):
+    with pytest.raises(UserError, match=r"^train\.row_length=200: less than"):
         files_config(**{"train.row_length": 200}).with_lengths(prompt=48, completion=256)
 
 
@@ -99,6 +99,12 @@ def test_the_run_directory_of_files_is_named_after_the_first():
     assert name.startswith("algebra_trapo-")
     fitted = files_config().with_lengths(prompt=48, completion=256)
     assert fitted.run_folder == files_config().run_folder
+
+
+def test_defaults_are_not_changed_by_overrides():
+    defaults = {"data": {"num_test": 5}}
+    load_config(Config, None, [("data.num_test", "7"), ("data.seed", "3")], defaults=defaults)
+    assert defaults == {"data": {"num_test": 5}}
 
 
 def test_load_config_is_public(tmp_path):

@@ -7,6 +7,8 @@ import pytest
 
 from support.text_model import make_text_model
 from trapo_jax import preview as preview_command
+from trapo_jax.config import DataConfig
+from trapo_jax.data.splits import read_splits
 from trapo_jax.preview import main
 from trapo_jax.rewards import make_grader
 
@@ -211,6 +213,36 @@ def test_problems_without_answers_are_fine_for_sft(preview):
                                   "data.columns.answer=answer?", "data.columns.solutions=solution")  # fmt: skip
     assert (code, error) == (0, "")
     assert "warning: test: no problem with an answer, so this split is not evaluated" in output
+    assert "rewards.functions: failed" not in output
+    assert "problems │ 20" in output  # Nothing is held out that could not be evaluated.
+
+
+def test_no_test_problems_are_no_warning_if_none_were_asked_for(preview):
+    code, output, _ = preview(ROWS, "data.num_test=0", "data.num_validation=0")
+    assert code == 0
+    assert "not evaluated" not in output
+
+
+def test_what_is_held_out_does_not_depend_on_rows_without_an_answer(tmp_path):
+    """Otherwise `evaluate` would take problems that SFT, which keeps those rows, was trained on."""
+    file = tmp_path / "rows.jsonl"
+    rows = [row | {"answer": ""} if i % 3 == 0 else row for i, row in enumerate(ROWS)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(source="files", train_files=(str(file),), num_test=4, num_validation=3)
+    kept, _, _ = read_splits(config, needs_answer=False)
+    dropped, _, _ = read_splits(config, needs_answer=True)
+    assert kept["test"] == dropped["test"]
+    assert kept["validation"] == dropped["validation"]
+    assert (len(kept["train"]), len(dropped["train"])) == (13, 6)
+    trained = {example.prompt for example in kept["train"]}
+    assert not trained & {example.prompt for example in kept["test"]}
+
+
+def test_a_limit_in_the_config_file_is_kept(preview, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("data: {limit: 12}\n")
+    _, output, _ = preview(ROWS, "--config", str(config))
+    assert "rows read │ 12" in output
 
 
 def test_lengths_follow_from_the_data(preview):

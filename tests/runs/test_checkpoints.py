@@ -12,6 +12,7 @@ from trapo_jax.distributed.sharding import abstract_like
 from trapo_jax.methods.advantages import group_advantages
 from trapo_jax.runs.checkpoints import (
     CheckpointStore,
+    DamagedCheckpoint,
     ForeignCheckpoint,
     Retention,
     _checksum_of,
@@ -139,6 +140,15 @@ def test_a_manifest_cannot_delete_files_elsewhere(tmp_path):
     store.save(2, STATE, HOST)
     assert not folder.exists()
     assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_manifest_of_another_version_is_no_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path / "c")
+    store.save(1, STATE, HOST)
+    (tmp_path / "c" / "1" / "manifest.json").unlink()
+    _write_manifest(tmp_path / "c" / "1", {"score": None})
+    with pytest.raises(DamagedCheckpoint, match="is of another version"):
+        store.verify(1)
 
 
 def test_a_renamed_swapped_or_copied_checkpoint_is_recognized(tmp_path):

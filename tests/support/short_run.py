@@ -14,6 +14,19 @@ JOB = (
 )
 
 
+# The shortest run that trains, evaluates, saves and exports.
+TINY_JOB = (
+    "train.num_steps=2",
+    "train.warmup_steps=0",
+    "checkpoint.every=1",
+    "evaluation.every=0",
+    "evaluation.num_samples=1",
+    "data.num_train=16",
+    "data.num_validation=4",
+    "data.num_test=4",
+)
+
+
 def checkpoint_steps(folder):
     """Returns the steps of the complete checkpoints of a run, in ascending order."""
     return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdecimal())

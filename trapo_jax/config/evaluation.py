@@ -23,6 +23,10 @@ from trapo_jax.config.schema import (
 )
 from trapo_jax.config.tasks import FILES
 from trapo_jax.config.training import TaskConfig, check_functions, check_model, check_weights
+from trapo_jax.types import UserError
+
+# Fields that decide which problems of the training files a run holds out.
+HELD_OUT_BY = ("limit", "num_test", "num_validation", "seed")
 
 
 class EvaluationSamplingConfig(EngineConfig):
@@ -34,8 +38,8 @@ class EvaluationSamplingConfig(EngineConfig):
     """Sample only from this many of the most likely tokens; 0 for all tokens."""
     num_samples: Rows = 1
     """Number of samples per problem."""
-    max_completion_length: Length = 2048  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Maximum completion length in tokens."""
+    max_completion_length: Length | None = None
+    """Maximum completion length in tokens. null for 2048, or what the context of the model leaves."""
 
 
 class EvaluationGradingConfig(GradingConfig):
@@ -86,13 +90,6 @@ class EvaluateConfig(TaskConfig):
             return Path(os.path.expanduser(self.output_dir))
         return Path("evaluations") / os.path.basename(os.path.abspath(self.model.path))
 
-    def with_prompt_length(self, length: int) -> Self:
-        """Returns the config with this maximum prompt length if it has none."""
-        if self.data.max_prompt_length is not None:
-            return self
-        data = self.data.model_copy(update={"max_prompt_length": length})
-        return self.model_copy(update={"data": data})
-
 
 def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]) -> EvaluateConfig:
     """Loads the configuration of an evaluation.
@@ -113,10 +110,8 @@ def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]
 
 
 def _defaults_of_run(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    data = given.get("data")
-    files = isinstance(data, dict) and (data.get("test_files") or data.get("train_files"))
     inherited = {
-        "data": DataConfig.model_fields.keys() - {"limit", "overlong_prompts"},
+        "data": DataConfig.model_fields.keys(),
         "rewards": EvaluationGradingConfig.model_fields.keys(),
         "sampling": {"max_completion_length"},
     }
@@ -124,8 +119,19 @@ def _defaults_of_run(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
         section: {name: value for name, value in run.get(section, {}).items() if name in names}
         for section, names in inherited.items()
     }
-    if files:  # Their prompts may be longer than those of the run.
-        defaults["data"].pop("max_prompt_length", None)
-        if defaults["data"].pop("source", FILES) != FILES:
+    of_run = defaults["data"]
+    own = given.get("data")
+    own = own if isinstance(own, dict) else {}
+    if own.get("test_files") or own.get("train_files"):
+        for name in ("max_prompt_length", "overlong_prompts", "limit"):  # not those of these files
+            of_run.pop(name, None)
+        if of_run.pop("source", FILES) != FILES:
             defaults["rewards"].pop("functions", None)
+    elif of_run.get("source") == FILES:
+        for name in HELD_OUT_BY:
+            if name in own and own[name] != of_run.get(name):
+                raise UserError(
+                    f"data.{name}={own[name]}: the run has {of_run.get(name)}, and with another value problems that it was "
+                    "trained on would be evaluated; leave it out, or give data.test_files"
+                )
     return defaults

@@ -183,13 +183,13 @@ def _parse_scalar(name: str, text: str) -> Any:
 
 
 def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `first` updated by `second`, section by section."""
-    merged = dict(first)
-    for name, value in second.items():
-        old = merged.get(name)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            value = _merge(old, value)
-        merged[name] = value
+    """Returns `first` updated by `second`, section by section, in new mappings."""
+    merged = {}
+    for name in {**first, **second}:
+        old, new = first.get(name), second.get(name, first.get(name))
+        if isinstance(new, Mapping):
+            new = _merge(old if isinstance(old, Mapping) else {}, new)
+        merged[name] = new
     return merged
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import pydantic
 import yaml
@@ -35,7 +35,11 @@ from trapo_jax.types import UserError
 
 
 class TaskConfig(Section):
-    """A configuration with a section `data`, whose source decides the defaults of other fields; see `TASKS`."""
+    """A configuration with the sections `data`, whose source decides defaults (see `TASKS`), and `sampling`."""
+
+    if TYPE_CHECKING:
+        data: DataConfig
+        sampling: Any  # an `EngineConfig`; every subclass has its own
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -59,6 +63,27 @@ class TaskConfig(Section):
     @classmethod
     def _default_source(cls, data: Mapping[str, Any]) -> str:
         return FILES if data.get("train_files") else "card_shuffles"
+
+    @property
+    def longest_rollout_len(self) -> int:
+        """Length of the longest possible rollout in tokens, prompt included.
+
+        Raises:
+          UserError: if a length is left to the data and has not been determined yet; see `with_lengths`.
+        """
+        return self.data.prompt_len + self.sampling.completion_len
+
+    def with_lengths(self, *, prompt: int, completion: int) -> Self:
+        """Returns the config with these lengths in place of null."""
+        data = self.model_dump(mode="json")
+        if data["data"]["max_prompt_length"] is None:
+            data["data"]["max_prompt_length"] = prompt
+        if data["sampling"]["max_completion_length"] is None:
+            data["sampling"]["max_completion_length"] = completion
+        try:
+            return type(self).model_validate(data)
+        except pydantic.ValidationError as error:
+            raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
 
 
 def _as_mapping(section: Any) -> dict[str, Any] | None:
@@ -152,27 +177,10 @@ class Config(TaskConfig):
         """Length of a training row in tokens."""
         return self.train.row_length or self.longest_rollout_len
 
-    @property
-    def longest_rollout_len(self) -> int:
-        """Length of the longest possible rollout in tokens, prompt included.
-
-        Raises:
-          UserError: if a length is left to the data and has not been determined yet; see `with_lengths`.
-        """
-        return self.data.prompt_len + self.sampling.completion_len
-
     def with_lengths(self, *, prompt: int, completion: int) -> Self:
-        """Returns the config with these lengths in place of null, and with its run directory spelled out."""
-        data = self.model_dump(mode="json")
-        data["output_dir"] = str(self.run_folder)
-        if data["data"]["max_prompt_length"] is None:
-            data["data"]["max_prompt_length"] = prompt
-        if data["sampling"]["max_completion_length"] is None:
-            data["sampling"]["max_completion_length"] = completion
-        try:
-            return type(self).model_validate(data)
-        except pydantic.ValidationError as error:
-            raise UserError(error.errors()[0]["msg"]) from error
+        """See `TaskConfig`. The run directory is spelled out, since its default depends on the lengths."""
+        named = self.model_copy(update={"output_dir": str(self.run_folder)})
+        return super(Config, named).with_lengths(prompt=prompt, completion=completion)
 
     def to_yaml(self) -> str:
         """Returns every field as YAML that `load_config` reads."""

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from trapo_jax.config import Config
 from trapo_jax.data.columns import Columns
 from trapo_jax.data.examples import DataReport
 from trapo_jax.data.splits import LoadedData
+from trapo_jax.methods import Method
 from trapo_jax.rewards import Grader, extract_choice, is_text
 from trapo_jax.types import Grade, Problem
 
@@ -31,20 +32,6 @@ class Terminal(Protocol):
     def say(self, text: str) -> None: ...
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None: ...
-
-
-class MethodNeeds(NamedTuple):
-    """What a method takes from the data.
-
-    Attributes:
-      name: of the method.
-      experts: whether it learns from expert solutions.
-      rewards: whether it learns from rewards.
-    """
-
-    name: str
-    experts: bool
-    rewards: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +70,7 @@ class Preflight:
         """Returns header and rows: a column per split."""
         names = dict.fromkeys(name for counts in self.counts.values() for name in counts)
         rows = [[name, *(c.get(name, "") for c in self.counts.values())] for name in names]
-        return ["", *self.counts], rows
+        return ["", *self.counts], [row for row in rows if any(row[1:])]
 
     def summary(self) -> dict[str, Any]:
         """Returns what is kept in data.json."""
@@ -93,7 +80,7 @@ class Preflight:
 def check_data(
     data: LoadedData,
     config: Config,
-    needs: MethodNeeds,
+    method: Method,
     grader: Grader,
 ) -> Preflight:
     """Looks at the problems of a run.
@@ -101,7 +88,7 @@ def check_data(
     Args:
       data: the problems.
       config: the config of the run, with its lengths.
-      needs: what the method takes from the data.
+      method: the method of the run.
       grader: judges the expert solutions as it will judge responses.
     """
     train, decode = data.splits["train"], data.tokenizer.decode
@@ -120,15 +107,19 @@ def check_data(
         for what, count in (*stage.dropped.items(), *stage.notes.items())
         if "without an expert" not in what  # The table has them.
     ]
-    warnings, errors = _warnings(data, config, needs), _errors(data, config, needs)
-    if not judged and (failed := grader.submit("", train[0]).result().missing):
+    warnings, errors = _warnings(data, config, method), _errors(data, config, method)
+    if (
+        method.needs_rewards
+        and not judged
+        and (failed := grader.submit("", train[0]).result().missing)
+    ):
         reasons = ", ".join(f"{name} ({reason})" for name, reason in failed.items())
         warnings.append(
             f"rewards.functions: failed on an empty response to the first problem: {reasons}"
         )
     if judged and (complaint := _complaint(judged, config, config.sampling.completion_len)):
         # A method that learns from both would be taught two different things.
-        (errors if needs.experts and needs.rewards else warnings).append(complaint)
+        (errors if method.uses_experts and method.needs_rewards else warnings).append(complaint)
     return Preflight(
         counts,
         _source(data),
@@ -206,7 +197,7 @@ def _lengths(lens: Sequence[int]) -> str:
     return f"{median:.0f} / {high:.0f} / {max(lens)}"
 
 
-def _warnings(data: LoadedData, config: Config, needs: MethodNeeds) -> list[str]:
+def _warnings(data: LoadedData, config: Config, method: Method) -> list[str]:
     warnings = []
     limit = config.sampling.completion_len
     experts = [len(e.token_ids) for p in data.splits["train"] for e in p.experts]
@@ -218,7 +209,7 @@ def _warnings(data: LoadedData, config: Config, needs: MethodNeeds) -> list[str]
     asks = re.compile(r"boxed|####|answer is", re.IGNORECASE)
     shown = data.splits["train"][:100]
     is_asked = any(asks.search(problem.prompt_text) for problem in shown)
-    if config.rewards.functions[0] == "math" and needs.rewards and not is_asked:
+    if config.rewards.functions[0] == "math" and method.needs_rewards and not is_asked:
         warnings.append(
             "no prompt asks for the answer format that the grader looks for; consider data.prompt_suffix=boxed"
         )
@@ -233,18 +224,18 @@ def _warnings(data: LoadedData, config: Config, needs: MethodNeeds) -> list[str]
     warnings += [
         f"{name}: no problem with an answer, so this split is not evaluated"
         for name, problems in data.splits.items()
-        if not problems
+        if not problems and getattr(config.data, f"num_{name}") != 0
     ]
     return warnings
 
 
-def _errors(data: LoadedData, config: Config, needs: MethodNeeds) -> list[str]:
+def _errors(data: LoadedData, config: Config, method: Method) -> list[str]:
     errors = []
     train = data.splits["train"]
-    if needs.experts and not any(problem.experts for problem in train):
+    if method.uses_experts and not any(problem.experts for problem in train):
         errors.append(
-            f"method.name={needs.name}: it learns from expert solutions, but no training problem has one; "
-            f"{_solutions_hint(data.columns, needs)}"
+            f"method.name={method.name}: it learns from expert solutions, but no training problem has one; "
+            f"{_solutions_hint(data.columns, method)}"
         )
     if config.rewards.functions[0] == "multiple_choice":
         not_letters = [p.answer for p in train if p.answer and extract_choice(p.answer) is None]
@@ -275,10 +266,10 @@ def _errors(data: LoadedData, config: Config, needs: MethodNeeds) -> list[str]:
     return errors
 
 
-def _solutions_hint(columns: Columns | None, needs: MethodNeeds) -> str:
+def _solutions_hint(columns: Columns | None, method: Method) -> str:
     where = f" (now {', '.join(columns.solutions) or 'none'})" if columns else ""
     hint = f"set data.columns.solutions to their column{where}"
-    return f"{hint}, or method.name=grpo to train without experts" if needs.rewards else hint
+    return f"{hint}, or method.name=grpo to train without experts" if method.needs_rewards else hint
 
 
 def _complaint(judged: Judged, config: Config, limit: int) -> str:

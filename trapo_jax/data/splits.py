@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from trapo_jax.config import Config, DataConfig
+from trapo_jax.config import Config, DataConfig, EvaluateConfig
 from trapo_jax.data import (
     COLUMN_PRESETS,
     Columns,
@@ -26,6 +26,8 @@ from trapo_jax.data import (
     read_rows,
 )
 from trapo_jax.data.instructions import instructed
+from trapo_jax.methods import Method
+from trapo_jax.rewards import special_tokens
 from trapo_jax.types import ExpertPart, Problem, UserError
 
 if TYPE_CHECKING:
@@ -33,15 +35,17 @@ if TYPE_CHECKING:
 
 Splits = dict[str, list[Example]]
 Reports = dict[str, list[DataReport]]
+C = TypeVar("C", Config, EvaluateConfig)
 
 # Limits on lengths that are left to the data.
 MAX_PROMPT_LENGTH = 1024
 MIN_COMPLETION_LENGTH, MAX_COMPLETION_LENGTH = 256, 4096
 COMPLETION_LENGTH_WITHOUT_EXPERTS = 1024
+EVALUATED_COMPLETION_LENGTH = 2048
 ROOM_BEYOND_EXPERT = 1.25
 LENGTH_MULTIPLE = 16
-# Share and maximum number of the problems that are held out of the training data.
-HELD_OUT_SHARE, MAX_HELD_OUT = 0.1, 128
+# One of so many problems is held out of the training data by default, and at most this number.
+HELD_OUT_DIVISOR, MAX_HELD_OUT = 10, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,26 +77,21 @@ class LoadedData:
             },
         }
 
-    def fit(self, config: Config, *, context_len: int | None) -> Config:
-        """Returns the config with lengths for this data in place of those that are null.
+    def fit(self, config: C, *, context_len: int | None, completion: int) -> C:
+        """Returns a config with lengths for this data in place of those that are null.
 
         Args:
-          config: the config of a run.
+          config: the config of a run or an evaluation.
           context_len: number of positions of the model; None if it is unlimited.
+          completion: maximum completion length if the config has none and the context leaves room for it.
 
         Raises:
           UserError: if prompt and completion together exceed the context.
         """
-        problems = [problem for split in self.splits.values() for problem in split]
-        prompt = longest_prompt(problems)
-        experts = [len(e.token_ids) for p in self.splits["train"] for e in p.experts]
-        completion = COMPLETION_LENGTH_WITHOUT_EXPERTS
-        if experts:
-            completion = _rounded(ROOM_BEYOND_EXPERT * max(experts))
-            completion = min(max(completion, MIN_COMPLETION_LENGTH), MAX_COMPLETION_LENGTH)
+        longest = max(len(p.prompt_ids) for split in self.splits.values() for p in split)
+        prompt = config.data.max_prompt_length or _rounded(longest)
         if context_len is not None:
-            left = context_len - (config.data.max_prompt_length or prompt)
-            completion = max(1, min(completion, left))
+            completion = max(1, min(completion, context_len - prompt))
         fitted = config.with_lengths(prompt=prompt, completion=completion)
         if context_len is not None and fitted.longest_rollout_len > context_len:
             raise UserError(
@@ -104,51 +103,66 @@ class LoadedData:
 
 
 def load_data(
-    config: DataConfig,
+    config: Config,
+    method: Method,
     tokenizer: "PreTrainedTokenizerFast",
     *,
-    expert_part: ExpertPart = "thought",
-    needs_answer: bool = True,
-) -> LoadedData:
-    """Loads the problems of all splits.
+    context_len: int | None,
+) -> tuple[LoadedData, Config]:
+    """Loads the problems of a run.
 
     Args:
-      config: the data section.
+      config: the config of the run.
+      method: its method, which decides what part of an expert's text is trained, and whether training problems need an
+        answer. Validation and test problems always do.
       tokenizer: the policy's tokenizer.
-      expert_part: which part of an expert's text is the expert solution.
-      needs_answer: whether a training problem needs an answer. Validation and test problems always do.
+      context_len: number of positions of the model; None if it is unlimited.
+
+    Returns:
+      The problems, and the config with its lengths; see `LoadedData.fit`.
 
     Raises:
       UserError: for data that cannot be read, or of which nothing is usable.
     """
-    examples, reports, columns = read_splits(config, expert_part, needs_answer=needs_answer)
-    template = template_for(config, examples["train"], tokenizer)
+    examples, reports, columns = read_splits(
+        config.data, method.expert_part, needs_answer=method.needs_rewards
+    )
+    template = template_for(config.data, examples["train"], tokenizer)
     splits = {}
     for name, split in examples.items():
         if name != "train":
             split = [example for example in split if example.answer]
-        splits[name], report = encode(config, split, tokenizer, template)
+        splits[name], report = encode(config.data, split, tokenizer, template)
         reports.setdefault(name, []).append(report)
-    return LoadedData(splits, template, reports, columns, tokenizer)
+    data = LoadedData(splits, template, reports, columns, tokenizer)
+    experts = [len(expert.token_ids) for p in splits["train"] for expert in p.experts]
+    completion = COMPLETION_LENGTH_WITHOUT_EXPERTS
+    if experts:
+        completion = _rounded(ROOM_BEYOND_EXPERT * max(experts))
+        completion = min(max(completion, MIN_COMPLETION_LENGTH), MAX_COMPLETION_LENGTH)
+    return data, data.fit(config, context_len=context_len, completion=completion)
 
 
-def load_test_data(config: DataConfig, tokenizer: "PreTrainedTokenizerFast") -> LoadedData:
-    """Loads the test problems: of `data.test_files`, or those that a training run would hold out.
+def load_test_data(
+    config: EvaluateConfig, tokenizer: "PreTrainedTokenizerFast", *, context_len: int | None
+) -> tuple[LoadedData, EvaluateConfig]:
+    """Loads the test problems: of `data.test_files`, or those that a training run holds out.
 
-    Raises:
-      UserError: for data that cannot be read, or of which nothing is usable.
+    The arguments, results and errors are those of `load_data`.
     """
-    if config.test_files:
-        examples, reports, columns = _read_test_files(config)
+    if config.data.test_files:
+        examples, reports, columns = _read_test_files(config.data)
     else:
-        splits, _, columns = read_splits(config)
+        splits, _, columns = read_splits(config.data)
         examples, reports = splits["test"], []
-    template = template_for(config, examples, tokenizer)
+    template = template_for(config.data, examples, tokenizer)
     without_solutions = [example._replace(solutions=()) for example in examples]
-    problems, report = encode(config, without_solutions, tokenizer, template)
-    report = dataclasses.replace(report, notes={})
-    reports = [*reports, report]
-    return LoadedData({"test": problems}, template, {"test": reports}, columns, tokenizer)
+    problems, report = encode(config.data, without_solutions, tokenizer, template)
+    if not problems:
+        raise UserError("data.num_test=0: there are no test problems; give data.test_files")
+    reports = [*reports, dataclasses.replace(report, notes={})]
+    data = LoadedData({"test": problems}, template, {"test": reports}, columns, tokenizer)
+    return data, data.fit(config, context_len=context_len, completion=EVALUATED_COMPLETION_LENGTH)
 
 
 def template_for(
@@ -192,8 +206,7 @@ def encode(
 
 def count_special_tokens(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast") -> int:
     """Returns the number of examples whose own text contains a special token, which the tokenizer would honor."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    tokens = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
+    tokens = sorted(filter(None, special_tokens(tokenizer)), key=len, reverse=True)
     if not tokens:
         return 0
     pattern = re.compile("|".join(map(re.escape, tokens)))
@@ -202,11 +215,6 @@ def count_special_tokens(examples: Sequence[Example], tokenizer: "PreTrainedToke
         for e in examples
     )
     return sum(any(pattern.search(text) for text in of) for of in texts)
-
-
-def longest_prompt(problems: Iterable[Problem]) -> int:
-    """Returns a maximum prompt length for problems: that of the longest one, rounded up."""
-    return _rounded(max(len(problem.prompt_ids) for problem in problems))
 
 
 def read_splits(
@@ -249,13 +257,29 @@ def _from_files(
             )
             reports[name] = [report]
     assert columns is not None
-    total = len(splits["train"])
+    num_answered = sum(bool(example.answer) for example in splits["train"])
     for name, size in (("validation", config.num_validation), ("test", config.num_test)):
         if name not in splits:
             if size is None:
-                size = min(max(1, int(HELD_OUT_SHARE * total)), MAX_HELD_OUT)
-            splits["train"], splits[name] = hold_out(splits["train"], size, seed=config.seed)
+                size = min(-(-num_answered // HELD_OUT_DIVISOR), MAX_HELD_OUT)
+            splits["train"], splits[name] = _hold_out(splits["train"], size, seed=config.seed)
     return splits, reports, columns
+
+
+def _hold_out(
+    examples: Sequence[Example], size: int, *, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Takes examples with an answer out at random; see `hold_out`.
+
+    Which ones does not depend on the examples without an answer, so that `evaluate` finds the same ones whether or not
+    training dropped the others.
+    """
+    answered = [example for example in examples if example.answer]
+    if size == 0 or not answered:
+        return list(examples), []
+    held_out = hold_out(answered, size, seed=seed)[1]
+    prompts = {example.prompt for example in held_out}
+    return [example for example in examples if example.prompt not in prompts], held_out
 
 
 def _read_test_files(config: DataConfig) -> tuple[list[Example], list[DataReport], Columns]:

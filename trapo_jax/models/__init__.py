@@ -40,7 +40,7 @@ from trapo_jax.models.pretrained import (
     with_weights,
 )
 from trapo_jax.models.rope import Rope
-from trapo_jax.models.tokenizer import load_tokenizer, special_tokens
+from trapo_jax.models.tokenizer import load_tokenizer
 
 __all__ = [
     "ARCHITECTURES",
@@ -74,7 +74,6 @@ __all__ = [
     "read_decoder",
     "read_eos_ids",
     "read_max_context_len",
-    "special_tokens",
     "split_trained",
     "token_cost",
     "unembedding",

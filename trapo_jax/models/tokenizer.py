@@ -69,11 +69,3 @@ def check_token_ids(folder: Path, tokenizer: "PreTrainedTokenizerFast", *, vocab
                 f"{path}: the added token {content!r} has the id {token_id}, but the tokenizers library assigns "
                 f"{assigned}"
             )
-
-
-def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
-    """Returns the tokenizer's special tokens as text, including those that the folder adds."""
-    added = tokenizer.added_tokens_decoder.values()
-    return list(
-        dict.fromkeys([*tokenizer.all_special_tokens, *(t.content for t in added if t.special)])
-    )

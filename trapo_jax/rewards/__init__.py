@@ -6,7 +6,13 @@ Functions that hostile responses can keep busy run in the processes of a `Grader
 """
 
 from trapo_jax.rewards.card_shuffles import card_shuffles_grader
-from trapo_jax.rewards.grader import REWARD_FUNCTIONS, Grader, WeightedFunction, make_grader
+from trapo_jax.rewards.grader import (
+    REWARD_FUNCTIONS,
+    Grader,
+    WeightedFunction,
+    make_grader,
+    special_tokens,
+)
 from trapo_jax.rewards.math import extract_math_answer, grade_math, grade_math_lenient, is_text
 from trapo_jax.rewards.multiple_choice import extract_choice, grade_multiple_choice
 from trapo_jax.rewards.pool import GraderPool
@@ -24,4 +30,5 @@ __all__ = [
     "grade_multiple_choice",
     "is_text",
     "make_grader",
+    "special_tokens",
 ]

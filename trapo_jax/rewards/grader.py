@@ -200,6 +200,14 @@ def make_grader(
     )
 
 
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Returns the tokenizer's special tokens as text, including those that the folder adds."""
+    added = tokenizer.added_tokens_decoder.values()
+    return list(
+        dict.fromkeys([*tokenizer.all_special_tokens, *(t.content for t in added if t.special)])
+    )
+
+
 def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFunction:
     """Returns the reward function with a given name or import path."""
     if name == "card_shuffles":

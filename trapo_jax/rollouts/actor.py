@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from trapo_jax.config import EngineConfig, GradingConfig
 from trapo_jax.distributed.processes import gather, interrupt_together, my_share
 from trapo_jax.methods import Method
-from trapo_jax.models import PretrainedModel, TokenCost, special_tokens, token_cost
-from trapo_jax.rewards import Grader, make_grader
+from trapo_jax.models import PretrainedModel, TokenCost, token_cost
+from trapo_jax.rewards import Grader, make_grader, special_tokens
 from trapo_jax.rollouts.collection import (
     GRADE_WAIT_SECS,
     PartialRollouts,

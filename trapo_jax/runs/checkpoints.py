@@ -343,6 +343,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         is_intact, content, expected = False, {}, ""
     if not is_intact or expected != _checksum_of(content):
         raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is damaged")
+    if content.keys() != {"step", "run", "score", "files"}:
+        raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is of another version")
     return content
 
 

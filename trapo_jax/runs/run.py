@@ -385,7 +385,7 @@ class Run:
         self.usage, self.method_state = Usage(**host["usage"]), host["method_state"]
         self._progress = self._budget.progress(self.usage, step)
         if not self.is_over:
-            self.pending_splits = host.get("pending_splits", ())
+            self.pending_splits = host["pending_splits"]
         return host["offsets"]
 
     def _describe_start(self) -> str:

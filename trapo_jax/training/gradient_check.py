@@ -50,8 +50,7 @@ def check_config(config: Config) -> float:
     """Checks the train step of a run with the run's model and problems; see `check_gradient`."""
     model = open_model(config.model, config.lora)
     method = config.method.make()
-    data = load_data(config.data, model.tokenizer, expert_part=method.expert_part)
-    config = data.fit(config, context_len=model.max_context_len)
+    data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
     return check_gradient(config, method, with_weights(model), data.splits["train"])
 
 
