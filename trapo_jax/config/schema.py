@@ -107,9 +107,9 @@ class DataConfig(Section):
     num_train: Positive | None = None
     """Number of training problems of a generated task."""
     num_validation: NotNegative | None = None
-    """Number of validation problems, which are evaluated during training. With files, the number held out if there are no validation_files, 0 for none; null for a tenth of the problems, at most 128."""
+    """Number of validation problems, which are evaluated during training. With files, the number held out if there are no validation_files, 0 for none; null for a tenth of those with an answer, at most 128."""
     num_test: NotNegative | None = None
-    """Number of test problems, which are evaluated before and after training. With files, the number held out if there are no test_files, 0 for none; null for a tenth of the problems, at most 128."""
+    """Number of test problems, which are evaluated before and after training. With files, the number held out if there are no test_files, 0 for none; null for a tenth of those with an answer, at most 128."""
     train_files: StringList = ()
     """Training data: Parquet, JSON Lines or Arrow files, globs, folders written by save_to_disk, or Hub datasets such as owner/name@revision:config#split, where each part after the name may be left out. The default split is train."""
     validation_files: StringList = ()
