@@ -30,6 +30,7 @@ from trapo_jax.types import (
     Moment,
     Problem,
     Rollout,
+    StagePosition,
     UserError,
 )
 
@@ -240,7 +241,7 @@ def reference_grpo(groups, rows, moment):
 
 
 def reference_sft_then_grpo(groups, rows, moment):
-    stage = reference_sft if moment.progress < 0.5 else reference_grpo
+    stage = reference_sft if moment.stage.index == 0 else reference_grpo
     return stage(groups, rows, moment)
 
 
@@ -383,8 +384,8 @@ def check(method, batch, update, reference, moment):
 @pytest.mark.parametrize("name", METHODS)
 def test_objective_equals_independent_float64(name):
     method = make_method(name)
-    moments = [NOW] if name != "sft_then_grpo" else [NOW, NOW._replace(progress=0.6)]
-    for moment in moments:
+    for index in range(len(method.stages)):
+        moment = NOW._replace(stage=StagePosition(index, 1, 0.0))
         sampled = sample(method, moment)
         ((update, batch),) = batches_of(method, sampled)
         reference = lambda rows, s=sampled, m=moment: REFERENCES[name](s.groups, rows, m)
@@ -456,7 +457,8 @@ GUIDANCE = {  # prefix lengths for an expert solution of 100 tokens, if all rewa
 @pytest.mark.parametrize("name", METHODS)
 def test_guidance_equals_the_table(name):
     method = make_method(name)
-    moment = Moment(step=60, progress=2 / 3, seed=3)
+    last_stage = StagePosition(len(method.stages) - 1, 1, 0.0)
+    moment = Moment(step=60, progress=2 / 3, seed=3, stage=last_stage)
     for reward, expected in zip("01", GUIDANCE[name], strict=True):
         guidance = Guidance(method.micro_groups_at(moment, LONG), 1000)
         state, lens = guidance.start(LONG), {}
@@ -489,8 +491,12 @@ def test_guidance_that_varies():
     at = lambda method, progress: [
         (g.size, g.ratio) for g in method.micro_groups_at(Moment(1, progress, 0), LONG)
     ]
-    assert at(stages, 0.24) == [(1, 1.0)]
-    assert at(stages, 0.25) == [(8, 0.0)]
+    in_stage = lambda index: [
+        (g.size, g.ratio)
+        for g in stages.micro_groups_at(Moment(9, 0.3, 0, StagePosition(index, 1, 0.0)), LONG)
+    ]
+    assert in_stage(0) == [(1, 1.0)]
+    assert in_stage(1) == [(8, 0.0)]
     assert at(prefix, 0.0) == [(7, 0.0), (1, 0.95)]
     assert at(prefix, 1.0) == [(7, 0.0), (1, pytest.approx(0.05))]
 
@@ -527,7 +533,7 @@ DEFAULTS = {  # DESIGN 2.4: the method's own constants; weights of the terms, in
     "sft": ({}, [1.0], (None, None)),
     "grpo": ({"num_rollouts": 8}, [1.0], (None, None)),
     "sft_then_grpo": (
-        {"num_rollouts": 8, "sft_share": 0.5, "sft_learning_rate_scale": 1.0},
+        {"num_rollouts": 8, "sft_share": 0.5, "sft_steps": None, "sft_learning_rate": None},
         [1.0, 1.0],
         (None, None),
     ),
@@ -626,6 +632,12 @@ def test_every_constant_has_an_effect_that_is_described(name):
         "normalizer": "sequence_mean",
         "clip_low": 0.1,
         "clip_high": 0.1,
+        "sft_steps": 7,
+        "sft_patience": 3,
+        "sft_learning_rate": 1e-5,
+        "sft_warmup_steps": 4,
+        "sft_decay_start": 0.7,
+        "sft_final_learning_rate_ratio": 0.2,
     }
     plain = make_method(name)
     for field in METHODS[name].model_fields:
@@ -717,7 +729,8 @@ def test_no_method_asks_for_what_its_groups_cannot_give():
     """The number of rows never exceeds `max_rows`, and that of rollouts never the group size."""
     for name in METHODS:
         method = make_method(name)
-        for moment in (Moment(1, 0.0, 0), NOW, Moment(301, 0.99, 0)):
+        late = StagePosition(len(method.stages) - 1, 1, 0.0)
+        for moment in (Moment(1, 0.0, 0), NOW, Moment(301, 0.99, 0, late)):
             sampled = sample(method, moment)
             for update in method.select(sampled).updates:
                 assert len(update.rows) <= method.max_rows(4)

@@ -18,6 +18,7 @@ from trapo_jax.methods.selection import Advantages
 
 Count = Annotated[int, Field(ge=1, le=2**16)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+LearningRate = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from trapo_jax.methods.guidance import ALWAYS, NEVER
-from trapo_jax.methods.method import Method, Normalizer, Schedule, Term
+from trapo_jax.methods.method import Method, Normalizer, Schedule, Stage, Term
 from trapo_jax.methods.micro_grouped import PRESETS
 from trapo_jax.types import MicroGroup, TokenKind
 
@@ -37,6 +37,9 @@ def describe(method: Method) -> str:
         lines.append(
             f"  {method.extra_rows_per_problem} additional expert rows per problem, from other problems"
         )
+    if len(method.stages) > 1:
+        lines += ["", "stages, each with its own optimizer state and learning-rate schedule"]
+        lines += [f"  {_describe_stage(stage)}" for stage in method.stages]
     if method.notes:
         lines += ["", *(f"note: {note}" for note in method.notes)]
     lines += ["", *_table("constants (method.NAME=VALUE)", method.constants)]
@@ -65,6 +68,17 @@ def _describe_group(group: MicroGroup) -> str:
     if group.threshold >= ALWAYS:
         return f"{rollouts} from {start}"
     return f"{rollouts} from {start} if the mean reward so far is below {group.threshold:g}"
+
+
+def _describe_stage(stage: Stage) -> str:
+    limits = []
+    if stage.share < 1:
+        limits.append(f"{stage.share:g} of the run")
+    if stage.num_steps is not None:
+        limits.append(f"{stage.num_steps} steps")
+    if stage.patience is not None:
+        limits.append(f"{stage.patience} validations without a lower loss on expert solutions")
+    return f"{stage.name}: until {' or '.join(limits) or 'the end'}"
 
 
 def _table(title: str, values: Mapping[str, Any]) -> list[str]:
@@ -113,6 +127,7 @@ def fingerprint(method: Method) -> dict[str, Any]:
             }
             for term in method.terms
         ],
+        "stages": [dataclasses.asdict(stage) for stage in method.stages],
         "optimizers": list(method.optimizers),
         "extra_rows_per_problem": method.extra_rows_per_problem,
         "needs_reference": method.needs_reference,

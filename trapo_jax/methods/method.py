@@ -65,6 +65,32 @@ class Term:
         return self.weight.at(moment) if isinstance(self.weight, Schedule) else self.weight
 
 
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of a run with its own optimizer state and learning-rate schedule.
+
+    A stage ends when the first of its limits is reached. The last stage has no limits; it ends with the run.
+
+    Attributes:
+      name: name that is shown to the user.
+      share: maximum fraction of the run that the stage lasts, in [0, 1], in the unit of the run's budget.
+      num_steps: maximum number of steps.
+      patience: the stage ends after this many validations in a row in which the cross-entropy of the validation
+        problems' expert solutions was not below its minimum so far.
+      learning_rate, warmup_steps, decay_start, final_learning_rate_ratio: see `train` in the config, whose value is
+        used for None. Shares of the run are shares of the stage here.
+    """
+
+    name: str
+    share: float = 1.0
+    num_steps: int | None = None
+    patience: int | None = None
+    learning_rate: float | None = None
+    warmup_steps: int | None = None
+    decay_start: float | None = None
+    final_learning_rate_ratio: float | None = None
+
+
 def unvaried(
     micro_groups: tuple[MicroGroup, ...], moment: Moment, problem: Problem
 ) -> tuple[MicroGroup, ...]:
@@ -86,6 +112,7 @@ class Method:
       prefix_boundary, second_expert_last: see `Guidance`.
       expert_part: which part of an expert's text is the expert solution.
       select: selects the updates from the rollouts of a step, and returns the method's state afterwards.
+      stages: the stages of a run, in order. Each begins with new optimizer states.
       optimizers: names of the optimizer states that `Update.optimizer` can refer to, the default first.
       extra_rows_per_problem: number of expert rows in addition to a problem's rollouts, from separately drawn problems.
       buffer_size: maximum number of rows of an update that does not train the problems of the step.
@@ -108,6 +135,7 @@ class Method:
     second_expert_last: bool = False
     expert_part: ExpertPart = "thought"
     select: Callable[[Sampled], Selection] = train_all
+    stages: tuple[Stage, ...] = (Stage("main"),)
     optimizers: tuple[str, ...] = ("main",)
     extra_rows_per_problem: int = 0
     buffer_size: int = 0
@@ -141,6 +169,11 @@ class Method:
     def guidance_varies(self) -> bool:
         """Whether the micro-groups depend on the moment or the problem."""
         return self.vary is not unvaried
+
+    @property
+    def needs_expert_loss(self) -> bool:
+        """Whether a stage ends depending on the validation problems' expert loss."""
+        return any(stage.patience is not None for stage in self.stages[:-1])
 
     def micro_groups_at(self, moment: Moment, problem: Problem) -> tuple[MicroGroup, ...]:
         return self.vary(self.micro_groups, moment, problem)

@@ -6,48 +6,72 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from trapo_jax.methods import selection, terms
-from trapo_jax.methods.constants import Count, MixedConstants, Share, Weight
+from trapo_jax.methods.constants import Count, LearningRate, MixedConstants, Share, Weight
 from trapo_jax.methods.guidance import (
     ALWAYS,
     BinomialHints,
     CosinePrefix,
-    ExpertFirst,
     cosine,
+    expert_in_first_stage,
     unguided,
 )
-from trapo_jax.methods.method import Method, Schedule, Term
+from trapo_jax.methods.method import Method, Schedule, Stage, Term
 from trapo_jax.types import MicroGroup, Moment
 
 
 class SftThenGrpo(MixedConstants):
-    """SFT for a share of the run's budget, then GRPO with the same optimizer state and data order."""
+    """SFT, then GRPO, as two stages with separate optimizer states and learning-rate schedules.
+
+    SFT ends when the first of `sft_share`, `sft_steps` and `sft_patience` is reached. GRPO uses the schedule of the
+    section `train` for the rest of the run. Switching when the validation loss stops falling follows arXiv 2512.11470.
+    """
 
     num_rollouts: Count = 8
     """Rollouts per problem in the second stage."""
     sft_share: Share = 0.5
-    """Share of the run that is spent on SFT."""
-    sft_learning_rate_scale: Weight = 1.0
-    """Multiplies the learning rate during SFT."""
+    """Maximum share of the run that is spent on SFT, in the unit of the run's budget."""
+    sft_steps: Count | None = None
+    """Maximum number of SFT steps; null for no limit."""
+    sft_patience: Count | None = None
+    """SFT ends after this many validations in a row without a lower loss on the validation experts; null for no limit."""
+    sft_learning_rate: LearningRate | None = None
+    """Peak learning rate of SFT; null for train.learning_rate."""
+    sft_warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Number of SFT steps over which the learning rate rises linearly from 0; null for train.warmup_steps."""
+    sft_decay_start: Share | None = None
+    """Share of SFT after which the learning rate decays linearly; null for train.decay_start."""
+    sft_final_learning_rate_ratio: Share | None = None
+    """Learning rate at the end of SFT as a share of its peak; null for train.final_learning_rate_ratio."""
 
     def make(self) -> Method:
         return Method(
             name="",
             micro_groups=unguided(self.num_rollouts),
-            vary=ExpertFirst(self.sft_share),
+            vary=expert_in_first_stage,
             select=partial(
-                selection.train_in_stages,
-                until=self.sft_share,
-                learning_rate_scale=self.sft_learning_rate_scale,
-                advantages=self.advantages(selection.advantages_over_group),
+                selection.train_all, advantages=self.advantages(selection.advantages_over_group)
             ),
             terms=(
                 *self.completion_terms(),
                 terms.cross_entropy(self.expert_weight, self.normalize_by("token_mean")),
             ),
+            stages=(
+                Stage(
+                    "sft",
+                    share=self.sft_share,
+                    num_steps=self.sft_steps,
+                    patience=self.sft_patience,
+                    learning_rate=self.sft_learning_rate,
+                    warmup_steps=self.sft_warmup_steps,
+                    decay_start=self.sft_decay_start,
+                    final_learning_rate_ratio=self.sft_final_learning_rate_ratio,
+                ),
+                Stage("rl"),
+            ),
             depends_on_length=True,
             source="SFT, then GRPO; a baseline of arXiv 2512.17636, Table 1",
             notes=(
-                "batches contain only expert solutions until sft_share of the run, and none afterwards",
+                "batches contain only expert solutions in the first stage, and none afterwards",
             ),
             **self.method_fields(),
         )

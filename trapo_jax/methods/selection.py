@@ -194,13 +194,3 @@ def signs_for_sampled(group: Group, *, advantages: Advantages) -> np.ndarray:
         if rollout.completion.token_ids:
             values[j] = 1.0 if rollout.reward == 1.0 else -1.0
     return values
-
-
-def train_in_stages(
-    sampled: Sampled, *, until: float, learning_rate_scale: float, advantages: Advantages
-) -> Selection:
-    """SFT, then RL: selects one update with every rollout; the learning rate is scaled during the first stage."""
-    update = train_all(sampled, advantages=advantages).updates[0]
-    if sampled.moment.progress < until:
-        update = update._replace(learning_rate_scale=learning_rate_scale)
-    return Selection([update], sampled.state)

@@ -4,7 +4,7 @@ A `Learner` owns the train state and everything that changes it. It is independe
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,9 @@ import optax
 from jax.sharding import Mesh
 
 from trapo_jax.config import Config
+from trapo_jax.config.schema import TrainConfig
 from trapo_jax.distributed.sharding import abstract_like, make_mesh, num_batch_shards
-from trapo_jax.methods import Method, Update
+from trapo_jax.methods import Method, Stage, Update, expert_row
 from trapo_jax.models import (
     DecoderConfig,
     PretrainedModel,
@@ -28,6 +29,7 @@ from trapo_jax.training.packing import batch_metrics, build_batch
 from trapo_jax.training.state import (
     TrainState,
     init_state,
+    make_optimizer_reset,
     new_state,
     state_shardings,
     swap_optimizer,
@@ -39,7 +41,15 @@ from trapo_jax.training.train_step import (
     make_train_step,
     place_batch,
 )
-from trapo_jax.types import Moment, TrainBatch, TrainRow, UpdateTrace, Usage
+from trapo_jax.types import (
+    Moment,
+    Problem,
+    StagePosition,
+    TrainBatch,
+    TrainRow,
+    UpdateTrace,
+    Usage,
+)
 
 
 class Learned(NamedTuple):
@@ -87,16 +97,11 @@ class Learner:
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
         )
-        self._learning_rate = make_learning_rate(
-            learning_rate=train.learning_rate,
-            warmup_steps=train.warmup_steps,
-            num_steps=train.num_steps,
-            decay_start=train.decay_start,
-            final_learning_rate_ratio=train.final_learning_rate_ratio,
-        )
+        self._learning_rates = [stage_learning_rate(stage, train) for stage in method.stages]
         self.shardings = state_shardings(
             abstract_params(decoder), self.optimizer, self.mesh, len(method.optimizers)
         )
+        self._reset = make_optimizer_reset(self.optimizer, self.shardings)
         scorer = TokenScorer(
             decoder,
             temperature=sampling.temperature,
@@ -144,6 +149,11 @@ class Learner:
         return self._config.train.per_device_rows * num_batch_shards(self.mesh)
 
     @property
+    def num_iterations(self) -> int:
+        """Number of optimizer steps of an update."""
+        return self._config.train.num_iterations
+
+    @property
     def max_rows(self) -> int:
         """Maximum number of rows of one update, which fixes the shape of the batches of all steps."""
         return self.method.max_rows(self._config.train.problems_per_step)
@@ -177,6 +187,10 @@ class Learner:
             leaf.delete()
         self._state = None
 
+    def reset_optimizer(self) -> None:
+        """Replaces the optimizer states with those of a new run."""
+        self._state = self._reset(self.state)
+
     def update(self, updates: Sequence[Update], moment: Moment) -> Learned:
         """Performs the updates of a step in order.
 
@@ -185,6 +199,8 @@ class Learner:
           moment: the current step; determines the weights of the loss terms and the learning rate.
         """
         started = time.perf_counter()
+        if moment.stage.index > 0 and moment.stage.step == 1:
+            self.reset_optimizer()
         metrics: dict[str, float] = {}
         usage, traces = Usage(), []
         for update in updates:
@@ -196,10 +212,25 @@ class Learner:
         metrics["time/train_secs"] = time.perf_counter() - started
         return Learned(metrics, usage, traces)
 
+    def expert_loss(self, problems: Sequence[Problem]) -> float:
+        """Returns the mean cross-entropy in nats of the expert solutions' tokens under the current policy.
+
+        Args:
+          problems: problems, of which those with an expert solution count; at least one.
+        """
+        max_len = self._config.sampling.completion_len
+        rows = [expert_row(problem, max_len) for problem in problems if problem.experts]
+        total, num_tokens = 0.0, 0
+        for start in range(0, len(rows), self.max_rows):
+            some = rows[start : start + self.max_rows]
+            batch = place_batch(self._build_batch(some), self.mesh)
+            total += float(self._batch_logprobs(self.params, batch).sum())
+            num_tokens += sum(row.num_expert_trained for row in some)
+        return -total / num_tokens
+
     def _update(self, update: Update, moment: Moment) -> tuple[dict[str, float], UpdateTrace]:
         """Takes `train.num_iterations` optimizer steps on the same rows."""
-        config, method = self._config, self.method
-        num_iterations = config.train.num_iterations
+        method, num_iterations = self.method, self.num_iterations
         host_batch = self._build_batch(update.rows)
         metrics = batch_metrics(host_batch, num_batch_shards(self.mesh))
         batch = place_batch(host_batch, self.mesh)
@@ -209,12 +240,11 @@ class Learner:
             batch = batch._replace(ref_logprobs=self._batch_logprobs(self._ref_params, batch))
         index = method.optimizers.index(update.optimizer)
         state = swap_optimizer(self.state, index)
-        device_metrics, learning_rate, trace = {}, 0.0, TokenTrace(None, None)
-        for i in range(num_iterations):
-            steps = moment.step - 1 + (i + 1) / num_iterations
-            position = max(steps, moment.progress * config.train.num_steps)
-            learning_rate = update.learning_rate_scale * self._learning_rate(steps, position)
-            coefficients = method.coefficients(moment, learning_rate=learning_rate)
+        learning_rate = self._learning_rates[moment.stage.index](moment.stage)
+        learning_rate *= update.learning_rate_scale
+        coefficients = method.coefficients(moment, learning_rate=learning_rate)
+        device_metrics, trace = {}, TokenTrace(None, None)
+        for _ in range(num_iterations):
             state, device_metrics, trace = self.train_step(state, batch, coefficients)
         self._state = swap_optimizer(state, index)
         metrics |= {name: float(value) for name, value in jax.device_get(device_metrics).items()}
@@ -231,11 +261,10 @@ class Learner:
         )
 
     def _usage_of(self, rows: Sequence[TrainRow]) -> Usage:
-        num_iterations = self._config.train.num_iterations
         return update_usage(
             rows,
-            num_iterations=num_iterations,
-            num_forward=(num_iterations > 1) + (self._ref_params is not None),
+            num_iterations=self.num_iterations,
+            num_forward=(self.num_iterations > 1) + (self._ref_params is not None),
             cost=self._token_cost,
         )
 
@@ -256,6 +285,15 @@ def make_learner(
     )
     learner.load(model, seed=config.seed, with_state=with_state)
     return learner
+
+
+def stage_learning_rate(stage: Stage, train: TrainConfig) -> Callable[[StagePosition], float]:
+    """Returns the learning-rate schedule of a stage, which takes from the config what the stage leaves open."""
+    fields = ("learning_rate", "warmup_steps", "decay_start", "final_learning_rate_ratio")
+    own = {name: getattr(stage, name) for name in fields}
+    return make_learning_rate(
+        **{name: getattr(train, name) if value is None else value for name, value in own.items()}
+    )
 
 
 def update_usage(
