@@ -12,14 +12,14 @@ from trapo_jax.config import Config, load_config
 from trapo_jax.methods import Stage, Update, make_method
 from trapo_jax.methods.selection import expert_row, rows_of_group
 from trapo_jax.models import apply_decoder, init_params, unembedding
-from trapo_jax.training.learner import Learner
+from trapo_jax.training.learner import Learner, merge_mini_batches, split_rows
 from trapo_jax.training.state import init_state
 from trapo_jax.types import Moment, StagePosition
 
 
 @pytest.fixture(scope="module")
-def learner():
-    config = load_config(
+def config():
+    return load_config(
         Config,
         None,
         [
@@ -30,6 +30,10 @@ def learner():
             ("train.learning_rate", "0.01"),
         ],
     )
+
+
+@pytest.fixture(scope="module")
+def learner(config):
     stages = (Stage("sft", share=0.5, learning_rate=0.1, warmup_steps=0), Stage("rl"))
     method = dataclasses.replace(make_method("trapo"), stages=stages)
     return Learner(config, method, CONFIG, one_device_mesh())
@@ -71,12 +75,49 @@ def test_a_stage_begins_like_a_run(learner):
     jax.tree.map(np.testing.assert_array_equal, runs["staged"], runs["new"])
 
 
+def test_mini_batches_are_separate_steps_with_a_common_old_policy(config):
+    """Like two updates with half of the rows each, except that the ratio refers to the policy before both."""
+    method = make_method("grpo", clip_low=0.2, clip_high=0.2)
+    two = config.model_copy(
+        update={"train": config.train.model_copy(update={"num_mini_batches": 2})}
+    )
+    split, whole = (Learner(c, method, CONFIG, one_device_mesh()) for c in (two, config))
+    assert split.max_rows == whole.max_rows // 2
+    params, update = init_params(CONFIG, seed=0), random_update(1)
+    halves = [Update(update.rows[i::2]) for i in range(2)]
+    for learner in (split, whole):
+        restart(learner, params)
+    learned = split.update([update], at(0, 5))
+    first = whole.update([halves[0]], at(0, 5))
+    assert len(learned.traces) == 2
+    assert learned.usage.tokens_trained == sum(row.num_trained for row in update.rows)
+    np.testing.assert_array_equal(learned.traces[0].trace.logprobs, first.traces[0].trace.logprobs)
+    whole.update([halves[1]], at(0, 5))
+    # Where no token is clipped, A * rho has the gradient of A * log p scaled by rho, which is close to 1.
+    close = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), split.params, whole.params)
+    assert 0 < max(jax.tree.leaves(close)) < 0.01
+
+
+def test_rows_are_dealt_out_to_mini_batches():
+    assert split_rows(list("abcdefg"), 3) == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
+    assert split_rows(list("ab"), 3) == [["a"], ["b"]]
+    assert split_rows([], 3) == [[]]
+
+
+def test_metrics_of_mini_batches_are_averaged_and_tokens_added():
+    metrics = [
+        {"loss/total": 1.0, "batch/pad_tokens": 4},
+        {"loss/total": 2.0, "batch/pad_tokens": 6},
+    ]
+    assert merge_mini_batches(metrics) == {"loss/total": 1.5, "batch/pad_tokens": 10}
+
+
 def test_a_stage_keeps_its_moments_between_steps(learner):
     params = init_params(CONFIG, seed=0)
     restart(learner, params)
     learner.update([random_update(1)], at(1, 1))
     learner.update([random_update(2)], at(1, 2))
-    assert learner.state.opt_state[1].count == 2
+    assert learner.state.opt_state[0].count == 2
 
 
 def test_a_stage_has_its_own_learning_rate(learner):

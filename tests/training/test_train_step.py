@@ -444,8 +444,24 @@ def test_learning_rate_scales_the_update(params):
     assert relative_difference(jax.tree.map(lambda x: 4 * x, quarter), whole) < 1e-5
 
 
+def test_gradient_is_clipped_to_its_maximum_norm(params):
+    groups, advantages = ragged_groups()
+    batch, method, mesh = build(groups, advantages), make_method("trapo"), one_device_mesh()
+    optimizer = optax.sgd(1.0)
+    whole, metrics, _ = sgd_step(method, batch, params)
+    step = make_step(method, params, mesh, optimizer)
+    for share in (0.25, 4.0):
+        bound = np.float32(share * metrics["optimizer/grad_norm"])
+        numbers = {**coefficients(method), "max_grad_norm": bound}
+        state, clipped, _ = step(init_state(params, optimizer, mesh), batch, numbers)
+        assert clipped["optimizer/grad_norm"] == metrics["optimizer/grad_norm"]  # before clipping
+        applied = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, state.params)
+        expected = jax.tree.map(lambda x: min(1.0, share) * x, whole)  # noqa: B023
+        assert relative_difference(applied, expected) < 1e-5
+
+
 def test_weight_decay_spares_norms(params):
-    decaying = make_optimizer(adam_b1=0.9, adam_b2=0.9, weight_decay=0.1, max_grad_norm=1.0)
+    decaying = make_optimizer(adam_b1=0.9, adam_b2=0.9, weight_decay=0.1)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = decaying.update(zeros, decaying.init(params), params)
     np.testing.assert_allclose(updates["embedding"], -0.1 * params["embedding"], rtol=1e-5)

@@ -33,6 +33,10 @@ def describe(method: Method) -> str:
         lines.append("  expert solution: the whole text, including the answer after the thought")
     if method.second_expert_last:
         lines.append("  the last micro-group uses the second expert solution if there is one")
+    if method.always_samples:
+        lines.append(
+            "  a completion is sampled even after the whole expert solution, without its EOS"
+        )
     if method.extra_rows_per_problem:
         lines.append(
             f"  {method.extra_rows_per_problem} additional expert rows per problem, from other problems"
@@ -54,7 +58,7 @@ def describe(method: Method) -> str:
 def _describe_term(term: Term) -> list[str]:
     weight = term.weight.formula if isinstance(term.weight, Schedule) else f"{term.weight:g}"
     return [
-        f"  {term.name}, on {TOKENS.get(term.kind, term.kind.name)}",
+        f"  {term.name}, on {' and '.join(TOKENS.get(kind, kind.name) for kind in term.kinds)}",
         f"    {term.formula}",
         f"    weight {weight}; divided by {DENOMINATORS[term.normalizer]} ({term.normalizer})",
     ]
@@ -114,12 +118,13 @@ def fingerprint(method: Method) -> dict[str, Any]:
         "vary": _qualified_name(method.vary),
         "prefix_boundary": method.prefix_boundary,
         "second_expert_last": method.second_expert_last,
+        "always_samples": method.always_samples,
         "expert_part": method.expert_part,
         "select": _qualified_name(method.select),
         "terms": [
             {
                 "name": term.name,
-                "kind": term.kind.name,
+                "kinds": [kind.name for kind in term.kinds],
                 "formula": term.formula,
                 "weight": getattr(term.weight, "formula", term.weight),
                 "normalizer": term.normalizer,

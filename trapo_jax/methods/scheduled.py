@@ -48,8 +48,10 @@ class SftThenGrpo(MixedConstants):
             name="",
             micro_groups=unguided(self.num_rollouts),
             vary=expert_in_first_stage,
-            select=partial(
-                selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+            select=self.selecting(
+                partial(
+                    selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+                )
             ),
             terms=(
                 *self.completion_terms(),
@@ -96,9 +98,11 @@ class ChordConstants(MixedConstants):
         return Method(
             name="",
             micro_groups=unguided(self.num_rollouts),
-            select=partial(
-                selection.train_all_beside_experts,
-                advantages=self.advantages(selection.advantages_over_group),
+            select=self.selecting(
+                partial(
+                    selection.train_all_beside_experts,
+                    advantages=self.advantages(selection.advantages_over_group),
+                )
             ),
             terms=(*self.completion_terms("token_mean", weight=weight), cross_entropy),
             extra_rows_per_problem=round(self.num_rollouts * self.expert_rows_per_rollout),
@@ -165,9 +169,9 @@ class Mu(NamedTuple):
 class Uft(MixedConstants):
     """UFT: all rollouts of a problem start from a hint that shortens during the run and is trained with a small weight.
 
-    As in `rl_dataset.py` and `run.py` of the released code, q decreases from 0.95 to 0.05 over 300 steps, and there are
-    no hints afterwards. Here, slices consist of tokens rather than sentences, and if the hint is the whole solution,
-    nothing is sampled.
+    As in `rl_dataset.py`, `dp_actor.py` and `run.py` of the released code, q decreases from 0.95 to 0.05 over 300 steps,
+    there are no hints afterwards, and a completion is sampled even after a hint that is the whole solution, which has
+    no EOS. Here, slices consist of tokens rather than sentences.
     """
 
     clip_low: Share | None = 0.2
@@ -195,16 +199,24 @@ class Uft(MixedConstants):
         return Method(
             name="",
             micro_groups=(MicroGroup(self.num_rollouts, 1.0, ALWAYS),),
+            always_samples=True,
             vary=BinomialHints(self.hint_slices, self.hint_high, self.hint_low, self.hint_steps),
-            select=partial(
-                selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+            select=self.selecting(
+                partial(
+                    selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+                )
             ),
             terms=(
                 *self.completion_terms("token_mean"),
                 terms.cross_entropy(self.expert_weight, self.normalize_by("token_mean")),
             ),
             source="UFT, arXiv 2505.16984, rl_dataset.py",
-            published={"train.problems_per_step": 256, "train.learning_rate": 1e-6},
+            published={
+                "train.problems_per_step": 256,
+                "train.learning_rate": 1e-6,
+                "train.num_mini_batches": 4,
+                "method.num_rollouts": 4,
+            },
             notes=(
                 "a hint has Binomial(hint_slices, q) slices; q follows a cosine over hint_steps and is 0 afterwards",
             ),
@@ -233,8 +245,10 @@ class PrefixRft(MixedConstants):
             name="",
             micro_groups=(*unguided(self.num_rollouts), MicroGroup(1, self.prefix_start, ALWAYS)),
             vary=CosinePrefix(self.prefix_start, self.prefix_end),
-            select=partial(
-                selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+            select=self.selecting(
+                partial(
+                    selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+                )
             ),
             terms=(
                 *self.completion_terms(),

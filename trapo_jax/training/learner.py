@@ -36,7 +36,6 @@ from trapo_jax.training.state import (
 )
 from trapo_jax.training.train_step import (
     TokenScorer,
-    TokenTrace,
     make_batch_logprobs,
     make_train_step,
     place_batch,
@@ -58,7 +57,7 @@ class Learned(NamedTuple):
     Attributes:
       metrics: by name; metrics of updates after the first are prefixed with the name of their optimizer.
       usage: tokens and FLOPs spent on training.
-      traces: one per update.
+      traces: one per optimizer batch.
     """
 
     metrics: dict[str, float]
@@ -95,7 +94,6 @@ class Learner:
             adam_b1=train.adam_b1,
             adam_b2=train.adam_b2,
             weight_decay=train.weight_decay,
-            max_grad_norm=train.max_grad_norm,
         )
         self._learning_rates = [stage_learning_rate(stage, train) for stage in method.stages]
         self.shardings = state_shardings(
@@ -150,13 +148,19 @@ class Learner:
 
     @property
     def num_iterations(self) -> int:
-        """Number of optimizer steps of an update."""
+        """Number of passes over the rows of an update."""
         return self._config.train.num_iterations
 
     @property
+    def _num_steps(self) -> int:
+        """Number of optimizer steps of an update of the step's rollouts."""
+        return self.num_iterations * self._config.train.num_mini_batches
+
+    @property
     def max_rows(self) -> int:
-        """Maximum number of rows of one update, which fixes the shape of the batches of all steps."""
-        return self.method.max_rows(self._config.train.problems_per_step)
+        """Maximum number of rows of an optimizer batch, which fixes the shape of all batches."""
+        train = self._config.train
+        return self.method.max_rows(train.problems_per_step, train.num_mini_batches)
 
     def load(self, model: PretrainedModel, *, seed: int, with_state: bool = True) -> None:
         """Loads the parameters of a model folder and initializes the optimizer.
@@ -204,10 +208,10 @@ class Learner:
         metrics: dict[str, float] = {}
         usage, traces = Usage(), []
         for update in updates:
-            new_metrics, trace = self._update(update, moment)
+            new_metrics, new_traces = self._update(update, moment)
             metrics = merge_metrics(metrics, new_metrics, update.optimizer)
             usage += self._usage_of(update.rows)
-            traces.append(trace)
+            traces += new_traces
         metrics["optimizer/skipped_in_a_row"] = int(self.state.num_skipped_in_a_row)
         metrics["time/train_secs"] = time.perf_counter() - started
         return Learned(metrics, usage, traces)
@@ -228,28 +232,46 @@ class Learner:
             num_tokens += sum(row.num_expert_trained for row in some)
         return -total / num_tokens
 
-    def _update(self, update: Update, moment: Moment) -> tuple[dict[str, float], UpdateTrace]:
-        """Takes `train.num_iterations` optimizer steps on the same rows."""
-        method, num_iterations = self.method, self.num_iterations
-        host_batch = self._build_batch(update.rows)
-        metrics = batch_metrics(host_batch, num_batch_shards(self.mesh))
+    def _update(self, update: Update, moment: Moment) -> tuple[dict[str, float], list[UpdateTrace]]:
+        """Takes `num_iterations` optimizer steps on each mini-batch of the rows."""
+        index = self.method.optimizers.index(update.optimizer)
+        learning_rate = self._learning_rates[moment.stage.index](moment.stage)
+        learning_rate *= update.learning_rate_scale
+        max_grad_norm = update.max_grad_norm
+        if max_grad_norm is None:
+            max_grad_norm = self._config.train.max_grad_norm
+        coefficients = self.method.coefficients(
+            moment, learning_rate=learning_rate, max_grad_norm=max_grad_norm
+        )
+        # Other updates train buffered problems rather than the rollouts of the step.
+        parts = split_rows(update.rows, self._config.train.num_mini_batches if index == 0 else 1)
+        host_batches = [self._build_batch(rows) for rows in parts]
+        batches = [self._place(batch, with_old=self._num_steps > 1) for batch in host_batches]
+        metrics, traces = [], []
+        state = swap_optimizer(self.state, index)
+        for iteration in range(self.num_iterations):
+            for i, batch in enumerate(batches):
+                state, device_metrics, trace = self.train_step(state, batch, coefficients)
+                if iteration == self.num_iterations - 1:
+                    metrics.append(jax.device_get(device_metrics))
+                    traces.append(UpdateTrace(parts[i], host_batches[i], trace))
+        self._state = swap_optimizer(state, index)
+        num_shards = num_batch_shards(self.mesh)
+        of_batches = [
+            {**batch_metrics(batch, num_shards), **{k: float(v) for k, v in values.items()}}
+            for batch, values in zip(host_batches, metrics, strict=True)
+        ]
+        merged = merge_mini_batches(of_batches)
+        return {**merged, "optimizer/learning_rate": learning_rate}, traces
+
+    def _place(self, host_batch: TrainBatch, *, with_old: bool) -> TrainBatch:
+        """Places a batch on the devices, with the log-probabilities that its update needs."""
         batch = place_batch(host_batch, self.mesh)
-        if num_iterations > 1:  # With one iteration, the old policy is the current one.
+        if with_old:  # With a single step, the old policy is the current one.
             batch = batch._replace(old_logprobs=self._batch_logprobs(self.params, batch))
         if self._ref_params is not None:
             batch = batch._replace(ref_logprobs=self._batch_logprobs(self._ref_params, batch))
-        index = method.optimizers.index(update.optimizer)
-        state = swap_optimizer(self.state, index)
-        learning_rate = self._learning_rates[moment.stage.index](moment.stage)
-        learning_rate *= update.learning_rate_scale
-        coefficients = method.coefficients(moment, learning_rate=learning_rate)
-        device_metrics, trace = {}, TokenTrace(None, None)
-        for _ in range(num_iterations):
-            state, device_metrics, trace = self.train_step(state, batch, coefficients)
-        self._state = swap_optimizer(state, index)
-        metrics |= {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-        metrics["optimizer/learning_rate"] = learning_rate
-        return metrics, UpdateTrace(update.rows, host_batch, trace)
+        return batch
 
     def _build_batch(self, rows: Sequence[TrainRow]) -> TrainBatch:
         return build_batch(
@@ -264,7 +286,7 @@ class Learner:
         return update_usage(
             rows,
             num_iterations=self.num_iterations,
-            num_forward=(self.num_iterations > 1) + (self._ref_params is not None),
+            num_forward=(self._num_steps > 1) + (self._ref_params is not None),
             cost=self._token_cost,
         )
 
@@ -320,6 +342,20 @@ def update_usage(
         flops=num_iterations * cost.update(num_tokens, num_pairs)
         + num_forward * cost.forward(num_tokens, num_pairs),
     )
+
+
+def split_rows(rows: Sequence[TrainRow], num_parts: int) -> list[list[TrainRow]]:
+    """Deals the rows out into at most `num_parts` parts, so that the rows of a problem are in different ones."""
+    return [list(rows[i::num_parts]) for i in range(max(1, min(num_parts, len(rows))))]
+
+
+def merge_mini_batches(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Merges the metrics of the mini-batches of an update: numbers of tokens are added, all others averaged."""
+    return {
+        name: sum(values[name] for values in metrics)
+        / (1 if name.endswith("_tokens") else len(metrics))
+        for name in metrics[0]
+    }
 
 
 def merge_metrics(

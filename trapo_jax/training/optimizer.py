@@ -41,9 +41,9 @@ def make_learning_rate(
 
 
 def make_optimizer(
-    *, adam_b1: float, adam_b2: float, weight_decay: float, max_grad_norm: float
+    *, adam_b1: float, adam_b2: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Builds AdamW with gradient clipping for a learning rate of 1; the train step scales its updates.
+    """Builds AdamW for a learning rate of 1; the train step clips gradients before it, and scales its updates.
 
     Weight decay does not apply to normalization scales and biases.
 
@@ -51,10 +51,8 @@ def make_optimizer(
       adam_b1: decay rate of the first moment, in [0, 1).
       adam_b2: decay rate of the second moment, in [0, 1).
       weight_decay: weight decay, >= 0.
-      max_grad_norm: the global norm of the gradient is clipped to this value, > 0.
     """
     return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
         optax.scale_by_adam(b1=adam_b1, b2=adam_b2),
         optax.scale(-1.0),
         optax.add_decayed_weights(-weight_decay, _is_decayed),
