@@ -18,7 +18,7 @@ from trapo_jax.runs.report import write_report
 from trapo_jax.types import UserError
 
 NUMBERS = {
-    "reward/mean": 0.5,
+    "reward/sampled_mean": 0.5,
     "tokens/trained": 10,
     "tokens/sampled": 10,
     "batch/expert_trained_tokens": 1,

@@ -35,7 +35,7 @@ SCRIPTS = ("uplot.min.js", "dom.js", "charts.js", "reader.js", "page.js")
 REWARD_PREFIX = "rewards/"  # followed by the name of a reward function, if a run has several
 LEVEL_PREFIX = "guidance/level_"  # followed by the index of a micro-group; their number varies
 PLOTTED = (
-    "reward/mean",
+    "reward/sampled_mean",
     "reward/unguided_mean",
     "policy/entropy",
     "completion/len_mean",
