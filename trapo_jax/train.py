@@ -43,7 +43,7 @@ from trapo_jax.models import (
 )
 from trapo_jax.rewards import Grader
 from trapo_jax.rollouts.actor import Actor, grader_for, make_actor
-from trapo_jax.rollouts.metrics import graded_groups
+from trapo_jax.rollouts.metrics import check_grades, graded_groups
 from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import EXPORT, METRICS, MODEL, SAMPLES
@@ -53,7 +53,7 @@ from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import Run
 from trapo_jax.runs.saved_model import saved_model_files
 from trapo_jax.training.learner import Learner, make_learner
-from trapo_jax.types import Interrupted, Problem, UserError
+from trapo_jax.types import Interrupted, Problem, Rollout, TrainingFailed, UserError
 
 ABOUT = "Trains a language model with TRAPO or another method, or resumes the run in output_dir."
 PRINT_METHOD = "--print-method"
@@ -121,7 +121,6 @@ def train(
                 method=method,
                 max_staleness=config.sampling.max_staleness,
                 temperature=config.sampling.temperature,
-                max_error_rate=config.rewards.max_error_rate,
                 on_progress=run.on_progress,
             )
             run.start(learner, data_summary, model.tokenizer.decode)
@@ -214,6 +213,7 @@ def train_loop(
         moment = run.moment
         run.begin(f"step {run.step}", num_samples=len(problems) * method.group_size)
         collected = actor.collect(problems, learner.params, moment, upcoming=upcoming)
+        check_rewards(collected.groups, config, run)
         num_extra = method.extra_rows_per_problem * config.train.problems_per_step
         selection = method.select(
             Sampled(
@@ -239,6 +239,19 @@ def train_loop(
             selection.state,
         )
         finish_step(splits, run, actor, learner)
+
+
+def check_rewards(groups: Sequence[Sequence[Rollout]], config: Config, run: Run) -> None:
+    """Checks that every reward function judged enough rollouts of a step; keeps samples of the step if it did not.
+
+    Raises:
+      TrainingFailed: see `check_grades`.
+    """
+    try:
+        check_grades(groups, run.step, max_error_rate=config.rewards.max_error_rate)
+    except TrainingFailed:
+        run.record_samples(groups)
+        raise
 
 
 def finish_step(splits: Splits, run: Run, actor: Actor, learner: Learner) -> None:

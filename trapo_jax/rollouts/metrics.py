@@ -1,10 +1,10 @@
 """Statistics of collected rollouts: metrics, usage, and a check that enough of them have rewards."""
 
-from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
 from trapo_jax.models import TokenCost, count_attention_pairs
+from trapo_jax.rewards import describe_reasons
 from trapo_jax.types import FinishReason, Judgment, Rollout, TrainingFailed, Usage, Verdict
 
 
@@ -141,9 +141,8 @@ def check_grades(groups: Sequence[Sequence[Rollout]], step: int, *, max_error_ra
         num_missing = sum(judgment.reward is None for judgment in judgments)
         if num_missing <= max_error_rate * len(judgments):
             continue
-        reasons = Counter(judgment.reason for judgment in judgments if judgment.reward is None)
+        reasons = describe_reasons(j.reason for j in judgments if j.reward is None)
         raise TrainingFailed(
             f"step {step}: the reward function {name} judged {len(judgments) - num_missing} of {len(judgments)} "
-            f"rollouts ({', '.join(f'{count} x {reason}' for reason, count in reasons.most_common(3))}); the share "
-            f"without a reward exceeds rewards.max_error_rate={max_error_rate}"
+            f"rollouts ({reasons}); the share without a reward exceeds rewards.max_error_rate={max_error_rate}"
         )

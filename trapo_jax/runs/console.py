@@ -14,6 +14,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from trapo_jax.printable import printable
 from trapo_jax.runs.progress import MIN_SECS, Activity, LinePacer, describe_secs
 from trapo_jax.types import SamplingProgress
 
@@ -192,21 +193,3 @@ class _Panel(Progress):
     def get_renderables(self) -> Iterator[rich.console.RenderableType]:
         yield self.make_tasks_table(self.tasks)
         yield from (Text(printable(line)) for line in self._lines.values() if line)
-
-
-def printable(text: str, *, keep: str = "") -> str:
-    """Replaces unprintable characters with Python escapes, because text may contain terminal control sequences.
-
-    Args:
-      text: any text.
-      keep: characters to leave unescaped.
-
-    >>> printable("\\x1b[31mred\\nstep 9: accuracy 1.000")
-    '\\\\x1b[31mred\\\\nstep 9: accuracy 1.000'
-    """
-    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    """Returns the Python escape of a character; lone surrogates are supported."""
-    return character.encode("unicode_escape").decode()

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from trapo_jax.config import default_settings, flatten
-from trapo_jax.runs.console import printable
+from trapo_jax.printable import printable
 from trapo_jax.runs.directory import CONFIG, METRICS, SAMPLES, write_atomically
 from trapo_jax.runs.loggers import EVAL, TRAIN, read_records
 from trapo_jax.types import UserError
