@@ -6,10 +6,10 @@ Every sample is appended to samples.jsonl as soon as it is graded; the same comm
 stopped.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,10 +60,9 @@ from trapo_jax.runs.directory import (
     prepare_run_folder,
     write_atomically,
 )
+from trapo_jax.runs.monitoring import CompilationListener
 from trapo_jax.runs.saved_model import load_checkpoint
 from trapo_jax.types import (
-    Completion,
-    Grade,
     Problem,
     RolloutRequest,
     SamplingParams,
@@ -180,9 +179,13 @@ def sample_all(
     requests = [request for key, request in wanted.items() if key not in done]
     if done:
         console.say(f"resuming after {len(done)} of {len(wanted)} samples in {path}")
-    with make_evaluation_actor(config, model, num_samples=len(wanted)) as actor:
+    listener = CompilationListener(console.set_compiling)
+    with (
+        contextlib.closing(listener),
+        make_evaluation_actor(config, model, console, num_samples=len(wanted)) as actor,
+    ):
         sampling_params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k)
-        progress = Progress(len(requests), console)
+        console.begin("evaluating test", num_samples=len(requests))
         with actor.sampler(params) as sample, open(path, "a", encoding="utf-8") as file:
             for completion, grade in sample(requests, sampling_params):
                 text = model.tokenizer.decode(completion.token_ids)
@@ -190,7 +193,6 @@ def sample_all(
                 records.append(record)
                 file.write(json.dumps(record) + "\n")
                 file.flush()
-                progress.advance(completion, grade)
         by_key = {key_of(record): record for record in records}
         samples = [sample_of(by_key[key]) for key in wanted]
         samples = merge_equal_answers(samples, actor.are_equal)
@@ -204,9 +206,9 @@ def sample_all(
 
 
 def make_evaluation_actor(
-    config: EvaluateConfig, model: PretrainedModel, *, num_samples: int
+    config: EvaluateConfig, model: PretrainedModel, console: Console, *, num_samples: int
 ) -> Actor:
-    """Builds the actor of an evaluation, with no more slots than there are samples."""
+    """Builds the actor of an evaluation, with no more slots than there are samples, which shows its progress."""
     sampling = config.sampling
     num_slots = min(sampling.num_slots, num_samples)
     return make_actor(
@@ -216,39 +218,8 @@ def make_evaluation_actor(
         max_prompt_length=config.data.prompt_len,
         seed=config.seed,
         with_truncation=sampling.top_p < 1 or sampling.top_k > 0,
+        on_progress=console.advance,
     )
-
-
-class Progress:
-    """Prints how far sampling is: a line every few percent or every 30 seconds.
-
-    Args:
-      total: number of samples to be drawn.
-      console: where to print.
-    """
-
-    def __init__(self, total: int, console: Console):
-        self._total, self._console = total, console
-        self._num_done = self._num_correct = self._num_tokens = 0
-        self._started = self._last = time.monotonic()
-
-    def advance(self, completion: Completion, grade: Grade) -> None:
-        """Counts a graded completion."""
-        self._num_done += 1
-        self._num_correct += grade.is_correct
-        self._num_tokens += len(completion.token_ids)
-        now = time.monotonic()
-        every = max(1, self._total // 20)
-        is_last = self._num_done == self._total
-        if self._num_done % every and not is_last and now - self._last < 30:
-            return
-        self._last = now
-        elapsed = now - self._started
-        left = elapsed / self._num_done * (self._total - self._num_done)
-        self._console.say(
-            f"sample {self._num_done}/{self._total}  correct {self._num_correct / self._num_done:.3f}  "
-            f"{self._num_tokens / elapsed:,.0f} tokens/s  {left:.0f} s left"
-        )
 
 
 @command

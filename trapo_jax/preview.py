@@ -9,7 +9,7 @@ the first rows of each file, and the first problem in full. Only the model's con
 from collections.abc import Sequence
 
 from trapo_jax.config import Config, help_text, load_config, parse_command_line
-from trapo_jax.data.preflight import Preflight, check_data
+from trapo_jax.data.preflight import Preflight, check_data, show_text
 from trapo_jax.data.splits import LoadedData, load_data
 from trapo_jax.models import PretrainedModel, open_model
 from trapo_jax.rollouts.actor import grader_for
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str]) -> int:
     preflight.show(console)
     first = data.splits["train"][0]
     for i, expert in enumerate(first.experts):
-        console.say(f"expert solution {i + 1}: {model.tokenizer.decode(expert.token_ids)!r}")
-    console.say(f"answer: {first.answer!r}")
+        show_text(f"expert solution {i + 1}", model.tokenizer.decode(expert.token_ids), console)
+    show_text("answer", first.answer, console)
     if preflight.errors:
         raise UserError("\n".join(preflight.errors))
     return 0

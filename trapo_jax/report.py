@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from trapo_jax.printable import printable
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, command, fail, run_and_exit
-from trapo_jax.runs.console import printable
 from trapo_jax.runs.report import REPORT, write_report
 
 

@@ -43,15 +43,17 @@ from trapo_jax.models import (
 )
 from trapo_jax.rewards import Grader
 from trapo_jax.rollouts.actor import Actor, grader_for, make_actor
-from trapo_jax.rollouts.metrics import graded_groups
+from trapo_jax.rollouts.metrics import check_grades, graded_groups
 from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import EXPORT, METRICS, MODEL, SAMPLES
+from trapo_jax.runs.loggers import read_metrics
+from trapo_jax.runs.monitoring import warnings_of_run
 from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import EXPERT_LOSS, VALIDATION, Run
 from trapo_jax.runs.saved_model import saved_model_files
 from trapo_jax.training.learner import Learner, make_learner
-from trapo_jax.types import Interrupted, Problem, UserError
+from trapo_jax.types import Interrupted, Problem, Rollout, TrainingFailed, UserError
 
 ABOUT = "Trains a language model with TRAPO or another method, or resumes the run in output_dir."
 PRINT_METHOD = "--print-method"
@@ -69,12 +71,14 @@ class TrainResult:
       step: number of completed steps; 0 if the run was already complete when it was opened.
       summary: for each evaluated split the scores before and after training; None if the run was interrupted, and in
         all processes but the first.
+      warnings: what was wrong with the rewards in all steps of a complete run.
       was_complete: whether the run was already complete, so that nothing was done.
     """
 
     folder: Path
     step: int
     summary: dict[str, Any] | None
+    warnings: Sequence[str] = ()
     was_complete: bool = False
 
 
@@ -101,8 +105,7 @@ def train(
     data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
     with Run.open(config, method, show_progress=show_progress) as run:
         if run.is_complete:
-            summary = run.summary() if is_main() else None
-            return TrainResult(run.folder, run.step, summary, was_complete=True)
+            return complete_result(run, was_complete=True)
         with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
             data_summary = check_problems(config, method, data, grader, run, console)
             if files is None or method.needs_reference:
@@ -118,7 +121,6 @@ def train(
                 method=method,
                 max_staleness=config.sampling.max_staleness,
                 temperature=config.sampling.temperature,
-                max_error_rate=config.rewards.max_error_rate,
                 on_progress=run.on_progress,
             )
             run.start(learner, data_summary, model.tokenizer.decode)
@@ -188,7 +190,15 @@ def train_to_the_end(
         source, destination = run.folder / MODEL, run.folder / EXPORT
         export_model(params, model.decoder, source=source, destination=destination)
         run.finish()
-    return TrainResult(run.folder, run.step, run.summary() if is_main() else None)
+    return complete_result(run)
+
+
+def complete_result(run: Run, *, was_complete: bool = False) -> TrainResult:
+    """Returns the result of a complete run."""
+    if not is_main():
+        return TrainResult(run.folder, run.step, None, was_complete=was_complete)
+    warnings = warnings_of_run(read_metrics(run.folder))
+    return TrainResult(run.folder, run.step, run.summary(), warnings, was_complete)
 
 
 def train_loop(
@@ -203,6 +213,7 @@ def train_loop(
         moment = run.moment
         run.begin(f"step {run.step}", num_samples=len(problems) * method.group_size)
         collected = actor.collect(problems, learner.params, moment, upcoming=upcoming)
+        check_rewards(collected.groups, config, run)
         num_extra = method.extra_rows_per_problem * config.train.problems_per_step
         selection = method.select(
             Sampled(
@@ -228,6 +239,19 @@ def train_loop(
             selection.state,
         )
         finish_step(splits, run, actor, learner)
+
+
+def check_rewards(groups: Sequence[Sequence[Rollout]], config: Config, run: Run) -> None:
+    """Checks that every reward function judged enough rollouts of a step; keeps samples of the step if it did not.
+
+    Raises:
+      TrainingFailed: see `check_grades`.
+    """
+    try:
+        check_grades(groups, run.step, max_error_rate=config.rewards.max_error_rate)
+    except TrainingFailed:
+        run.record_samples(groups)
+        raise
 
 
 def finish_step(splits: Splits, run: Run, actor: Actor, learner: Learner) -> None:
@@ -276,13 +300,15 @@ def show_result(result: TrainResult) -> None:
         rows = [
             [name.removeprefix("eval/"), f"{before[name]:.3f}", f"{after[name]:.3f}"]
             for name in sorted(after)
-            if "accuracy" in name or "pass@" in name
+            if "accuracy" in name or ("pass@" in name and name != "eval/pass@1")
         ]
         title = (
             f"{split} split, {after['eval/num_problems']} problems, {after['eval/num_samples']} samples each at "
             "temperature 1 (greedy: 1)"
         )
         console.table(title, ["", "before", "after"], rows)
+    for warning in result.warnings:
+        console.say(f"warning: {warning}")
     for name, description in (
         (EXPORT, "the model, for transformers and vLLM"),
         (REPORT, "curves and a reader for rollouts; open it in a browser"),

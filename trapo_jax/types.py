@@ -187,7 +187,8 @@ class Judgment(NamedTuple):
     Attributes:
       reward: the reward in [0, 1]; None if it is missing because the function failed or exceeded its time limit.
       answer: the answer that the function extracted from the response, if it extracts one.
-      reason: why the reward is missing: "timeout", or the name of an exception.
+      reason: why the reward is missing: "timeout", or the type of an exception, followed by ": " and the first line of
+        its message if it has one.
     """
 
     reward: float | None

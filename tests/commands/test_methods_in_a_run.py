@@ -109,7 +109,7 @@ def test_progress_shows_the_number_of_steps_that_the_budget_allows(capsys):
     terminal = Console(500, first_step=0)
     values = {
         "loss/total": 0.1,
-        "reward/mean": 0.5,
+        "reward/sampled_mean": 0.5,
         "guidance/ratio_mean": 0.0,
         "completion/len_mean": 20.0,
         "time/tokens_per_sec": 1.0,

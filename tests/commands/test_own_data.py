@@ -57,6 +57,8 @@ def test_the_run_names_itself_and_keeps_the_preflight(trained):
     run, output = trained
     assert run.name.startswith("sums_trapo-")
     assert f"run directory runs/{run.name}" in output
+    assert "accuracy_sampled" in output
+    assert "pass@1" not in output  # It would repeat the accuracy.
     data = json.loads((run / "data.json").read_text())
     assert data["preflight"]["counts"]["train"]["experts judged correct"] == "8 of 8"
     assert data["template"]["kind"] == "chat"
@@ -82,18 +84,21 @@ def test_evaluate_inherits_what_the_run_knows(trained):
     assert result.returncode == 0, result.stderr
     assert "template chat; reward functions math" in result.stdout
     assert "test split, 1 problems, 1 samples each at temperature 0.6" in result.stdout
+    assert "evaluating test: " in result.stdout
+    assert "avg@1" in result.stdout
+    assert "pass@1" not in result.stdout  # It would repeat the accuracy.
     (record,) = map(json.loads, (run.parents[1] / "scores" / "samples.jsonl").open())
     assert record["gold"].isdecimal()
 
 
-def test_sft_needs_no_answers_and_no_grader_that_fits(tmp_path):
+def test_sft_needs_no_answers_and_no_grader(tmp_path):
     model = make_text_model(tmp_path / "model")
     file = write_rows(tmp_path / "rows.jsonl", with_answers=False)
     columns = ("data.columns.prompt=prompt", "data.columns.answer=answer?")
-    columns += ("data.columns.solutions=solution", "rewards.functions=math", "method.name=sft")
+    columns += ("data.columns.solutions=solution", "method.name=sft")
     result = train(tmp_path, model, file, *columns, "output_dir=run")
     assert result.returncode == 0, result.stderr
-    assert "no problem with an answer, so this split is not evaluated" in result.stdout
+    assert "test: rewards.functions is not set, so this split is not evaluated" in result.stdout
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [record["kind"] for record in records] == ["train", "train"]
     assert records[-1]["batch/expert_trained_tokens"] > 0

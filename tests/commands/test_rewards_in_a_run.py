@@ -35,13 +35,18 @@ def test_a_grader_that_always_raises_stops_the_run_immediately(tmp_path):
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert (
-        "step 1: the reward function multiple_choice judged 0 of 64 rollouts (64 x ValueError)"
-        in last
+        "step 1: the reward function multiple_choice judged 0 of 64 rollouts (64 x ValueError: the problem's answer is "
+        "not a letter A-J); the share" in last
     )
     assert "rewards.max_error_rate=0.2" in last
     assert "Traceback" not in result.stderr
+    assert "WARNING" not in result.stderr
+    assert "warning: reward function multiple_choice: ValueError: the problem's" in result.stderr
     (evaluation,) = [r for r in read_metrics(folder) if r["kind"] == "eval"]
     assert evaluation["eval/error_rate"] == 1.0
+    samples = read_lines(folder / "samples.jsonl")  # of the step that stopped
+    assert {sample["step"] for sample in samples} == {1}
+    assert samples[0]["missing"]["multiple_choice"].startswith("ValueError: ")
 
 
 def test_a_run_with_a_grader_in_processes(tmp_path):
@@ -60,6 +65,7 @@ def test_a_run_with_a_grader_in_processes(tmp_path):
         prefix = "eval" if record["kind"] == "eval" else "reward"
         assert record[f"{prefix}/error_rate"] == record[f"{prefix}/timeout_rate"] == 0.0
         assert record.get("reward/mean", 0.0) == 0.0
+    assert "warning: in all 2 steps, no sampled rollout was right; check rewards" in result.stdout
 
 
 def groups(num_errors, num_timeouts):
@@ -79,7 +85,7 @@ def test_a_few_failures_do_not_stop_a_run():
     ("errors", "timeouts", "reasons"),
     [
         (21, 0, "21 x ValueError"),
-        (0, 21, "21 x timeout"),
+        (0, 21, r"21 x timeout \(rewards.timeout_secs\)"),
         (11, 10, "11 x ValueError, 10 x timeout"),
     ],
 )

@@ -50,7 +50,12 @@ def test_verl_preset_reads_parquet(tmp_path):
     examples, report = examples_from_rows(read_rows([str(file)]), COLUMN_PRESETS["verl"])
     prompt = (Message("system", "Think twice."), Message("user", "What is 1 + 1?"))
     assert examples == [Example(prompt, "2", ("One and one.", "1, 2"), "openr1")] * 3
-    assert (report.num_read, report.num_kept, report.dropped, report.notes) == (3, 3, {}, {})
+    assert (report.num_read, report.num_kept, report.dropped) == (3, 3, {})
+    ((note, count),) = report.notes.items()
+    assert note.startswith(
+        "with a list of solutions (each entry is one alternative expert solution"
+    )
+    assert count == 3
 
 
 def test_verl_preset_falls_back_to_target_and_then_to_no_expert():

@@ -8,9 +8,11 @@ import pytest
 from support.text_model import make_text_model
 from trapo_jax import preview as preview_command
 from trapo_jax.config import DataConfig
+from trapo_jax.data.preflight import show_text
 from trapo_jax.data.splits import read_splits
 from trapo_jax.preview import main
 from trapo_jax.rewards import make_grader
+from trapo_jax.runs.console import Console
 
 ROWS = [
     {
@@ -67,10 +69,9 @@ def test_good_data_are_shown(preview):
     assert (code, error) == (0, "")
     assert "experts judged correct │ 16 of 16" in output
     assert "template chat; columns: prompt prompt, answer answer, solutions solution?" in output
-    assert "first prompt: '<|im_start|>user\\nWhat is" in output
-    assert (
-        "put your final answer within \\\\boxed{}.<|im_end|>\\n<|im_start|>assistant\\n'" in output
-    )
+    assert "solution?, source source?, extra none" in output
+    assert "first prompt: <|im_start|>user What is" in output  # on lines of its own
+    assert "put your final answer within \\boxed{}.<|im_end|> <|im_start|>assistant" in output
     assert "warning" not in output
 
 
@@ -123,7 +124,7 @@ MISUSES = {
     "solutions that are cut": (
         [row | {"solution": "I think. " * 20 + row["solution"]} for row in ROWS],
         ["sampling.max_completion_length=64"],
-        "because most are cut at sampling.max_completion_length=64; raise it",
+        "because most others are cut at sampling.max_completion_length=64; raise it",
     ),
     "prompts too long": (ROWS, ["data.max_prompt_length=10"], "no problem is usable: 0 of 16 kept"),
     "most prompts too long": (
@@ -169,11 +170,22 @@ def test_misuse_ends_in_one_line(what, preview):
     code, _, error = preview(rows, *overrides)
     assert code == 2
     assert message in error
-    assert error.count("\n") == 1
+    lines = [line for line in error.splitlines() if not line.startswith("warning: reward function")]
+    assert len(lines) == 1
 
 
 WARNINGS = {
     "nothing asks for a box": (ROWS, [], "consider data.prompt_suffix=boxed"),
+    "some solutions are wrong": (
+        [row | {"solution": "One more."} if i % 4 == 0 else row for i, row in enumerate(ROWS)],
+        ["data.prompt_suffix=boxed"],
+        "expert solutions are judged correct; in the first wrong one, which ends",
+    ),
+    "lists of solutions": (
+        [row | {"solution": [row["solution"], f"\\boxed{{{row['answer']}}}"]} for row in ROWS],
+        ["data.prompt_suffix=boxed"],
+        "train: 20 with a list of solutions (each entry is one alternative expert solution",
+    ),
     "chat model without its template": (
         ROWS,
         ["data.template=none"],
@@ -200,6 +212,32 @@ def test_what_is_probably_a_mistake_is_said(what, preview):
     code, output, _ = preview(rows, *overrides)
     assert code == 0
     assert message in output
+
+
+@pytest.mark.parametrize(
+    "ask", ["End with '#### 7'.", "End with 'Answer: 7'.", "Put it in \\boxed{7}."]
+)
+def test_any_form_that_the_grader_reads_may_be_asked_for(ask, preview):
+    rows = [row | {"prompt": f"{row['prompt']} {ask}"} for row in ROWS]
+    code, output, _ = preview(rows)
+    assert code == 0
+    assert "asks for the answer format" not in output
+
+
+def test_texts_are_shown_with_their_line_breaks(capsys):
+    show_text("first prompt", "<|im_start|>user\nWhat is\r\x1b[31m 1?\n", Console())
+    assert capsys.readouterr().out == (
+        "first prompt:\n    <|im_start|>user\n    What is\\r\\x1b[31m 1?\n\n"
+    )
+    show_text("first prompt", "x\n" * 2000, Console())
+    assert capsys.readouterr().out.endswith("    x\n     ...\n")
+
+
+def test_sft_needs_no_reward_function_but_says_that_nothing_is_evaluated(preview):
+    code, output, error = preview(ROWS, "method.name=sft", "rewards.functions=[]")
+    assert (code, error) == (0, "")
+    assert "warning: test: rewards.functions is not set, so this split is not evaluated" in output
+    assert "problems │ 16" in output  # held out all the same, for a later evaluation
 
 
 def test_wrong_solutions_only_warn_a_method_without_rewards(preview):
@@ -255,7 +293,7 @@ def test_lengths_follow_from_the_data(preview):
 def test_a_plain_model_gets_plain_text(plain_model, preview):
     _, output, _ = preview(ROWS, f"model.path={plain_model}", "data.template=auto")
     assert "template none" in output
-    assert "first prompt: 'What is" in output
+    assert "first prompt: What is" in output
 
 
 def test_a_system_prompt_makes_a_chat(plain_model, preview):
@@ -263,4 +301,4 @@ def test_a_system_prompt_makes_a_chat(plain_model, preview):
         ROWS, f"model.path={plain_model}", "data.template=auto", "data.system_prompt=Be brief."
     )
     assert "template chatml" in output
-    assert "first prompt: '<|im_start|>system\\nBe brief.<|im_end|>\\n<|im_start|>user" in output
+    assert "first prompt: <|im_start|>system Be brief.<|im_end|> <|im_start|>user" in output

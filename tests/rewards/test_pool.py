@@ -66,13 +66,28 @@ def test_an_idle_worker_that_is_killed_is_replaced(patient):
         assert judge(patient, "42") is Verdict.CORRECT
 
 
-def test_a_failure_is_logged_once_without_the_text(caplog):
+def test_a_failure_is_logged_once_with_the_first_line_of_its_message(caplog):
     with GraderPool(hostile_graders.verify, **PATIENT) as pool:
-        for _ in range(3):
-            judge(pool, "raise")
-    assert caplog.text.count("ValueError") == 1
-    assert "\x1b" not in caplog.text
-    assert "such text" not in caplog.text
+        for text in ("raise", "raise again", "raise"):
+            judgment = pool.submit(text, problem()).result()
+            assert judgment.reason == f"ValueError: \\x1b[31mno {text}"
+    (line,) = caplog.messages
+    assert line == ("reward function support.hostile_graders:verify: ValueError: \\x1b[31mno raise")
+
+
+def test_a_long_message_is_cut_and_one_that_cannot_be_shown_is_left_out(patient):
+    reason = patient.submit("raise at length", problem()).result().reason
+    assert len(reason) == 200
+    assert reason.isprintable()
+    assert patient.submit("raise silently", problem()).result().reason == "SilentError"
+
+
+def test_a_timeout_names_the_field_that_sets_it(caplog):
+    with GraderPool(hostile_graders.verify, num_workers=1, timeout_secs=0.5) as pool:
+        assert pool.submit("hang", problem()).result().reason == Verdict.TIMEOUT
+    assert caplog.messages == [
+        "reward function support.hostile_graders:verify: timeout (rewards.timeout_secs)"
+    ]
 
 
 def test_hostile_texts_change_no_other_verdict(hasty):

@@ -352,10 +352,25 @@ def test_rollouts_without_a_reward_are_neither_counted_nor_trained():
     assert metrics["reward/groups_with_signal"] == 0
 
 
+def test_the_reward_of_sampled_rollouts_does_not_include_the_whole_expert_solution():
+    """The expert is right, and so is one rollout of problem 0 that was guided."""
+    right = {("0", 7), ("1", 7), ("2", 7), ("0", 6)}
+    groups, _ = collect(lambda r: float((r.problem.answer, r.sample_index) in right))
+    metrics = rollout_metrics(groups, num_micro_groups=4)
+    assert metrics["reward/mean"] == 4 / 24
+    assert metrics["reward/sampled_mean"] == metrics["reward/sampled_positive"] == 1 / 21
+    assert metrics["reward/unguided_mean"] == 0
+
+
 def test_sft_samples_nothing():
     groups, engine = collect(lambda _: 1.0, method="sft")
     assert engine.seen == []
     assert [[r.completion.token_ids for r in g] for g in groups] == [[()]] * 3
+    metrics = rollout_metrics(groups, num_micro_groups=1)
+    assert metrics["reward/mean"] == 1.0
+    assert not {"reward/sampled_mean", "reward/sampled_positive", "reward/unguided_mean"} & set(
+        metrics
+    )
 
 
 def test_duplicate_problems_are_refused():

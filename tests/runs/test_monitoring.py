@@ -7,7 +7,14 @@ import sys
 
 import pytest
 
-from trapo_jax.runs.monitoring import WARN_AFTER_STEPS, Health, TrainingFailed, check_space
+from trapo_jax.runs.monitoring import (
+    WARN_AFTER_FIRST_STEPS,
+    WARN_AFTER_STEPS,
+    Health,
+    TrainingFailed,
+    check_space,
+    warnings_of_run,
+)
 
 GOOD = {
     "loss/trsft": 1.0,
@@ -21,6 +28,7 @@ GOOD = {
     "batch/completion_tokens": 100,
     "completion/truncated": 0.5,
     "reward/groups_with_signal": 0.25,
+    "reward/sampled_positive": 0.5,
 }
 
 
@@ -67,16 +75,17 @@ def test_a_large_logprob_gap_stops_the_run():
     ("name", "value", "text"),
     [
         ("completion/truncated", 1.0, "sampling.max_completion_length"),
-        ("reward/groups_with_signal", 0.0, "the policy gradient is zero"),
+        ("reward/groups_with_signal", 0.0, "nothing is learned from them"),
+        ("reward/sampled_positive", 0.0, "no sampled rollout was right"),
     ],
 )
 def test_persistent_symptoms_are_reported_once(name, value, text):
     watch, bad = health(), {**GOOD, name: value}
     steps = iter(range(1, 1000))
-    for _ in range(WARN_AFTER_STEPS - 1):
+    for _ in range(WARN_AFTER_FIRST_STEPS - 1):
         assert watch.observe(next(steps), bad) == []
     (warning,) = watch.observe(next(steps), bad)
-    assert f"step {WARN_AFTER_STEPS}: for {WARN_AFTER_STEPS} steps, " in warning
+    assert f"step {WARN_AFTER_FIRST_STEPS}: for {WARN_AFTER_FIRST_STEPS} steps, " in warning
     assert text in warning
     assert watch.observe(next(steps), bad) == []
     assert watch.observe(next(steps), GOOD) == []
@@ -84,7 +93,7 @@ def test_persistent_symptoms_are_reported_once(name, value, text):
     assert [len(step_warnings) for step_warnings in warnings] == [0] * (WARN_AFTER_STEPS - 1) + [1]
 
 
-def test_steps_without_sampling_give_no_warnings(tmp_path):
+def test_steps_without_sampling_give_no_warnings():
     watch = health()
     sft = {
         **GOOD,
@@ -92,7 +101,34 @@ def test_steps_without_sampling_give_no_warnings(tmp_path):
         "completion/truncated": 0.0,
         "reward/groups_with_signal": 0.0,
     }
-    assert [watch.observe(step, sft) for step in range(5)] == [[]] * 5
+    del sft["reward/sampled_positive"]
+    num_steps = WARN_AFTER_FIRST_STEPS + 1
+    assert [watch.observe(step, sft) for step in range(num_steps)] == [[]] * num_steps
+    assert warnings_of_run([sft] * num_steps) == []
+
+
+def test_one_cause_has_one_warning():
+    """Without guidance, rewards that are all 0 are also all equal."""
+    watch, steps = health(), range(1, WARN_AFTER_FIRST_STEPS + 2)
+    zero = {**GOOD, "reward/sampled_positive": 0.0, "reward/groups_with_signal": 0.0}
+    (warning,) = [warning for step in steps for warning in watch.observe(step, zero)]
+    assert "no sampled rollout was right" in warning
+
+
+@pytest.mark.parametrize(
+    ("positive", "with_signal", "text"),
+    [
+        ([0.0, 0.0], [1.0, 1.0], "in all 2 steps, no sampled rollout was right"),
+        ([0.0, 0.0], [0.0, 0.0], "in all 2 steps, no sampled rollout was right"),
+        ([0.0, 1.0], [0.0, 0.0], "in all 2 steps, the rewards of every problem were all equal"),
+        ([0.0, 0.1], [0.0, 0.1], None),
+    ],
+)
+def test_a_run_ends_with_what_was_wrong_in_all_its_steps(positive, with_signal, text):
+    names = ("reward/sampled_positive", "reward/groups_with_signal")
+    records = [dict(zip(names, values, strict=True)) for values in zip(positive, with_signal, strict=True)]  # fmt: skip
+    warnings = warnings_of_run([{"kind": "eval"}, *records])
+    assert [warning.startswith(text) for warning in warnings] == [True] * (text is not None)
 
 
 def test_insufficient_disk_space_is_reported(tmp_path):

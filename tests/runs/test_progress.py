@@ -11,7 +11,8 @@ from trapo_jax.types import SamplingProgress
 
 VALUES = {
     "loss/total": -0.05216,
-    "reward/mean": 0.5312,
+    "reward/sampled_mean": 0.5312,
+    "reward/unguided_mean": 0.4,
     "guidance/ratio_mean": 0.21,
     "completion/len_mean": 1234.5,
     "time/tokens_per_sec": 123_456.0,
@@ -130,9 +131,8 @@ def test_step_lines_are_printed_for_every_5_percent_or_10_seconds(capsys):
     steps = [line for line in lines if line.startswith("step") and "updating" not in line]
     assert len(steps) == 10 + 200
     assert steps[0] == (
-        "step 20/400  loss -0.052  reward 0.53  guided 0.21  length 1,234  38 s left"
+        "step 20/400  loss -0.052  reward 0.53 (unguided 0.40)  guided 0.21  length 1,234  38 s left"
     )
-    assert all(len(line) <= 80 for line in lines)
     # Every step of 20 seconds has a line, so that less than 5 % of the lines are about the activity.
     assert len(lines) - len(steps) <= 201
 
@@ -150,12 +150,31 @@ def test_the_panel_has_all_metrics_and_the_activity_within_80_columns(
         console.advance(sampled(12, 100))
         lines = [str(line) for line in list(console._panel.get_renderables())[1:]]
     assert lines[:2] == [
-        "loss -0.052  reward 0.53  guided 0.21  length 1,234  123,456 tokens/s",
-        "last evaluation: validation accuracy 0.33",
+        "loss -0.052  reward 0.53 (unguided 0.40)  guided 0.21  length 1,234",
+        "after step 5: validation accuracy 0.33",
     ]
     assert lines[2].startswith(f"step {num_steps}: 12 of 64 samples")
     assert all(len(line) <= 80 for line in lines)
-    assert f"{num_steps}/{num_steps}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"{num_steps}/{num_steps}" in output
+    assert "left  123,456 tokens/s" in output
+
+
+def test_a_step_without_sampled_or_guided_rollouts_has_no_such_numbers(capsys):
+    done = {"budget/progress": 1.0, "guidance/ratio_mean": 0.0}
+    Console(2).step(2, VALUES | done)
+    sft = VALUES | done | {"guidance/ratio_mean": 1.0, "completion/len_mean": 0.0}
+    del sft["reward/sampled_mean"], sft["reward/unguided_mean"]
+    Console(2).step(2, sft)
+    grpo, sft = capsys.readouterr().out.splitlines()
+    assert grpo.startswith("step 2/2  loss -0.052  reward 0.53  guided 0.00  length 1,234")
+    assert sft.startswith("step 2/2  loss -0.052  guided 1.00")
+    assert "length" not in sft
+
+
+def test_pass_at_1_does_not_repeat_the_accuracy(capsys):
+    Console().evaluated(5, "test", EVALUATION | {"eval/num_samples": 1, "eval/pass@1": 0.333})
+    assert capsys.readouterr().out.endswith("sampled 0.333 (1 samples each)\n")
 
 
 def test_a_quiet_console_prints_nothing(capsys):

@@ -15,14 +15,21 @@ from trapo_jax.types import UserError
 
 
 def step_record(step, **values):
-    return {"step": step, "batch/expert_trained_tokens": 1, "reward/mean": step / 1000, **values}
+    return {
+        "step": step,
+        "batch/expert_trained_tokens": 1,
+        "reward/sampled_mean": step / 1000,
+        **values,
+    }
 
 
 def test_few_steps_are_not_averaged():
-    steps_per_point, columns = downsample([step_record(1), step_record(2, **{"reward/mean": None})])
+    steps_per_point, columns = downsample(
+        [step_record(1), step_record(2, **{"reward/sampled_mean": None})]
+    )
     assert steps_per_point == 1
     assert columns["step"] == [1, 2]
-    assert columns["reward/mean"] == [0.001, None]
+    assert columns["reward/sampled_mean"] == [0.001, None]
 
 
 def test_many_steps_are_averaged_and_the_last_step_is_kept():
@@ -30,7 +37,7 @@ def test_many_steps_are_averaged_and_the_last_step_is_kept():
     assert steps_per_point == 3
     assert len(columns["step"]) == 334
     assert columns["step"][:2] == [3, 6]
-    assert columns["reward/mean"][:2] == [0.002, 0.005]
+    assert columns["reward/sampled_mean"][:2] == [0.002, 0.005]
     assert columns["step"][-1] == 1001
 
 

@@ -11,14 +11,15 @@ from tensorboardX.proto.event_pb2 import Event
 from support.browser import opened
 from support.injection_corpus import CORPUS
 from trapo_jax.config import Config, load_config
+from trapo_jax.printable import printable
 from trapo_jax.runs.command_line import fail
-from trapo_jax.runs.console import Console, printable
+from trapo_jax.runs.console import Console
 from trapo_jax.runs.loggers import EVAL, TRAIN, RunLog
 from trapo_jax.runs.report import write_report
 from trapo_jax.types import UserError
 
 NUMBERS = {
-    "reward/mean": 0.5,
+    "reward/sampled_mean": 0.5,
     "tokens/trained": 10,
     "tokens/sampled": 10,
     "batch/expert_trained_tokens": 1,

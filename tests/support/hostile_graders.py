@@ -8,6 +8,11 @@ import time
 from trapo_jax.types import Problem, Verdict
 
 
+class SilentError(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
 def verify(response_text: str, problem: Problem) -> Verdict:
     """Misbehaves as the text specifies, or compares it with the answer."""
     match response_text:
@@ -18,8 +23,12 @@ def verify(response_text: str, problem: Problem) -> Verdict:
         case "ignore signals":
             signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
             time.sleep(1e6)
-        case "raise":
-            raise ValueError("\x1b[31mno\nsuch text")
+        case "raise" | "raise again":
+            raise ValueError(f"\x1b[31mno {response_text}\nsuch text")
+        case "raise at length":
+            raise ValueError("\x00\u202e" * 10_000)
+        case "raise silently":
+            raise SilentError
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "exit":

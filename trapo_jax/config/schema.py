@@ -221,12 +221,12 @@ class GradingConfig(Section):
         """Returns `by_source`, or its default for these reward functions."""
         if self.by_source is not None:
             return self.by_source
-        return MULTIPLE_CHOICE if functions[0] == "math" else {}
+        return MULTIPLE_CHOICE if list(functions[:1]) == ["math"] else {}
 
 
 class RewardsConfig(GradingConfig):
     functions: StringList = ()
-    """Reward functions: card_shuffles, math, math_lenient (the reward of the TRAPO authors), multiple_choice, or import paths `package.module:name` of functions of your own. The first decides whether a response is correct."""
+    """Reward functions: card_shuffles, math, math_lenient (the reward of the TRAPO authors), multiple_choice, or import paths `package.module:name` of functions of your own. The first decides whether a response is correct. Methods that do not sample (sft) need none; without any, nothing is evaluated."""
     max_error_rate: Fraction = 0.2
     """Maximum share of the rollouts of a step on which a reward function may fail or time out; the run stops above it."""
 
@@ -252,8 +252,8 @@ class TrainConfig(Section):
     """Number of rows per device and micro-batch. It affects memory and speed, not the result."""
     learning_rate: PositiveFloat = 5e-6
     """Peak learning rate of AdamW. LoRA usually needs ten times as much."""
-    warmup_steps: NotNegative = 10
-    """Number of steps over which the learning rate rises linearly from 0."""
+    warmup_steps: NotNegative = 0
+    """Number of steps over which the learning rate rises linearly from 0. 0 for none, as in the paper."""
     decay_start: Fraction = 1.0
     """Share of the run, by steps or by train.budget, after which the learning rate decays linearly. 1 for no decay."""
     final_learning_rate_ratio: Fraction = 0.1

@@ -21,6 +21,7 @@ TASKS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "train": {
             "num_steps": 375,
             "learning_rate": 2e-4,
+            "warmup_steps": 10,
             "decay_start": 0.5,
             "adam_b2": 0.98,
         },

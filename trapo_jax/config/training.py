@@ -128,7 +128,8 @@ class Config(TaskConfig):
                 f"data.source={data.source}: data.train_files are not read; give data.source=files"
             )
         check_model(self.model)
-        check_functions(self.rewards.functions, data.source)
+        if self.rewards.by_source or self.method.make().needs_rewards:
+            check_functions(self.rewards.functions, data.source)
         if data.source != FILES and train.problems_per_step > (data.num_train or 0):
             raise ValueError(
                 f"train.problems_per_step={train.problems_per_step}: larger than "

@@ -68,6 +68,9 @@ _THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?", re.ASCII)
 _ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 _ABSENT = object()
 _NO_ANSWER = "with an empty answer"
+_ALTERNATIVES = (
+    "with a list of solutions (each entry is one alternative expert solution, not a step)"
+)
 
 
 class _UnusableRow(Exception):
@@ -106,7 +109,7 @@ def examples_from_rows(
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     presence = _Presence(columns)
-    num_read = 0
+    num_read = num_with_list = 0
     for row in rows:
         num_read += 1
         presence.observe(row)
@@ -114,9 +117,12 @@ def examples_from_rows(
             examples.append(_example(row, columns, default_source, expert_part, needs_answer))
         except _UnusableRow as reason:
             dropped[str(reason)] += 1
+        else:
+            num_with_list += _has_alternatives(row, columns)
     presence.check()
     num_without = sum(not example.solutions for example in examples)
-    notes = {"without an expert solution": num_without} if num_without else {}
+    notes = {"without an expert solution": num_without, _ALTERNATIVES: num_with_list}
+    notes = {what: count for what, count in notes.items() if count}
     report = DataReport(num_read, len(examples), dict(dropped), notes)
     if not examples:
         hint = ""
@@ -282,6 +288,10 @@ def _solutions(row: Row, path: str) -> list[str]:
     if messages is None:
         raise _wrong_type(row, path, value, "text, a list of texts or chat messages")
     return [message.content for message in messages if message.role == "assistant"][-1:]
+
+
+def _has_alternatives(row: Row, columns: Columns) -> bool:
+    return any(len(_solutions(row, path)) > 1 for path in columns.solutions)
 
 
 def _messages(value: Any) -> tuple[Message, ...] | None:

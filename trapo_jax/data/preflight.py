@@ -5,8 +5,6 @@ to learn from.
 """
 
 import dataclasses
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,7 +15,14 @@ from trapo_jax.data.columns import Columns
 from trapo_jax.data.examples import DataReport
 from trapo_jax.data.splits import LoadedData
 from trapo_jax.methods import Method
-from trapo_jax.rewards import Grader, extract_choice, is_text
+from trapo_jax.rewards import (
+    Grader,
+    asks_for_answer,
+    describe_reason,
+    describe_reasons,
+    extract_choice,
+    is_text,
+)
 from trapo_jax.types import Grade, Problem
 
 MAX_GRADED_EXPERTS = 200
@@ -61,8 +66,7 @@ class Preflight:
         for note in self.notes:
             terminal.say(note)
         terminal.say(self.source)
-        more = " ..." if len(self.prompt) > MAX_SHOWN_CHARS else ""
-        terminal.say(f"first prompt: {self.prompt[:MAX_SHOWN_CHARS]!r}{more}")
+        show_text("first prompt", self.prompt, terminal)
         for warning in self.warnings:
             terminal.say(f"warning: {warning}")
 
@@ -75,6 +79,14 @@ class Preflight:
     def summary(self) -> dict[str, Any]:
         """Returns what is kept in data.json."""
         return {"counts": self.counts, "notes": self.notes, "warnings": self.warnings}
+
+
+def show_text(title: str, text: str, terminal: Terminal) -> None:
+    """Prints a title and a text, indented, with its line breaks."""
+    more = " ..." if len(text) > MAX_SHOWN_CHARS else ""
+    terminal.say(f"{title}:")
+    for line in f"{text[:MAX_SHOWN_CHARS]}{more}".split("\n"):
+        terminal.say(f"    {line}".rstrip())
 
 
 def check_data(
@@ -92,7 +104,9 @@ def check_data(
       grader: judges the expert solutions as it will judge responses.
     """
     train, decode = data.splits["train"], data.tokenizer.decode
-    judged = grade_experts(train, grader, decode, max_len=config.sampling.completion_len)
+    judged: Judged = []
+    if config.rewards.functions:
+        judged = grade_experts(train, grader, decode, max_len=config.sampling.completion_len)
     counts = {
         name: _counts(data.splits[name], data.reports.get(name, []), config)
         for name in ("train", "validation", "test")
@@ -113,13 +127,15 @@ def check_data(
         and not judged
         and (failed := grader.submit("", train[0]).result().missing)
     ):
-        reasons = ", ".join(f"{name} ({reason})" for name, reason in failed.items())
+        reasons = ", ".join(f"{name} ({describe_reason(r)})" for name, r in failed.items())
         warnings.append(
             f"rewards.functions: failed on an empty response to the first problem: {reasons}"
         )
-    if judged and (complaint := _complaint(judged, config, config.sampling.completion_len)):
+    complaint, is_serious = _complaint(judged, config, config.sampling.completion_len)
+    if complaint:
         # A method that learns from both would be taught two different things.
-        (errors if method.uses_experts and method.needs_rewards else warnings).append(complaint)
+        stops = is_serious and method.uses_experts and method.needs_rewards
+        (errors if stops else warnings).append(complaint)
     return Preflight(
         counts,
         _source(data),
@@ -134,8 +150,15 @@ def _source(data: LoadedData) -> str:
     columns = data.columns
     if columns is None:
         return f"template {data.template.kind}"
-    solutions = ", ".join(columns.solutions) or "none"
-    return f"template {data.template.kind}; columns: prompt {columns.prompt}, answer {columns.answer}, solutions {solutions}"
+    used = {
+        "prompt": columns.prompt,
+        "answer": columns.answer,
+        "solutions": ", ".join(columns.solutions),
+        "source": columns.source,
+        "extra": ", ".join(columns.extra),
+    }
+    named = ", ".join(f"{name} {path or 'none'}" for name, path in used.items())
+    return f"template {data.template.kind}; columns: {named}"
 
 
 Judged = list[tuple[Problem, str, Grade]]
@@ -184,7 +207,7 @@ def _counts(
             f"expert tokens (<= {limit})": _lengths(experts),
             "without expert": f"{sum(not p.experts for p in problems):,}",
         }
-    if config.rewards.functions[0] == "math":
+    if config.rewards.functions[:1] == ("math",):
         num_text = sum(is_text(p.answer) for p in problems if p.answer)
         counts["answers matched as text"] = f"{num_text:,}"
     return counts
@@ -206,10 +229,8 @@ def _warnings(data: LoadedData, config: Config, method: Method) -> list[str]:
             f"{num_cut:,} of {len(experts):,} expert solutions are longer than "
             f"sampling.max_completion_length={limit} and are cut"
         )
-    asks = re.compile(r"boxed|####|answer is", re.IGNORECASE)
-    shown = data.splits["train"][:100]
-    is_asked = any(asks.search(problem.prompt_text) for problem in shown)
-    if config.rewards.functions[0] == "math" and method.needs_rewards and not is_asked:
+    is_asked = any(asks_for_answer(problem.prompt_text) for problem in data.splits["train"][:100])
+    if config.rewards.functions[:1] == ("math",) and method.needs_rewards and not is_asked:
         warnings.append(
             "no prompt asks for the answer format that the grader looks for; consider data.prompt_suffix=boxed"
         )
@@ -221,8 +242,11 @@ def _warnings(data: LoadedData, config: Config, method: Method) -> list[str]:
         warnings.append(
             "data.template=none: the tokenizer has a chat template, which is not used; consider data.template=chat"
         )
+    reason = "no problem with an answer"
+    if not config.rewards.functions:
+        reason = "rewards.functions is not set"
     warnings += [
-        f"{name}: no problem with an answer, so this split is not evaluated"
+        f"{name}: {reason}, so this split is not evaluated"
         for name, problems in data.splits.items()
         if not problems and getattr(config.data, f"num_{name}") != 0
     ]
@@ -248,7 +272,7 @@ def _errors(data: LoadedData, config: Config, method: Method) -> list[str]:
                 f"method.name={method.name}: it ends a stage by the loss on expert solutions of the validation split, "
                 "which has none"
             )
-    if config.rewards.functions[0] == "multiple_choice":
+    if config.rewards.functions[:1] == ("multiple_choice",):
         not_letters = [p.answer for p in train if p.answer and extract_choice(p.answer) is None]
         if len(not_letters) > MAX_UNUSABLE * len(train):
             errors.append(
@@ -283,34 +307,40 @@ def _solutions_hint(columns: Columns | None, method: Method) -> str:
     return f"{hint}, or method.name=grpo to train without experts" if method.needs_rewards else hint
 
 
-def _complaint(judged: Judged, config: Config, limit: int) -> str:
-    """Says what is wrong if too few expert solutions are judged correct; empty otherwise."""
+def _complaint(judged: Judged, config: Config, limit: int) -> tuple[str, bool]:
+    """Says what is wrong with expert solutions that are not judged correct; and whether those are too many.
+
+    The text is empty if all are judged correct.
+    """
+    functions, num = f"rewards.functions={list(config.rewards.functions)}", len(judged)
+    max_wrong = (1 - MIN_ACCEPTED) * num
     missing = [grade for _, _, grade in judged if grade.reward is None]
-    if len(missing) > (1 - MIN_ACCEPTED) * len(judged):
-        reasons = Counter(reason for grade in missing for reason in grade.missing.values())
-        ((reason, _),) = reasons.most_common(1)
-        return (
-            f"rewards.functions={list(config.rewards.functions)}: failed on {len(missing)} of {len(judged)} expert "
-            f"solutions ({reason}); test the function on a few of your rows"
-        )
     wrong = [(p, text, grade) for p, text, grade in judged if not grade.is_correct]
-    if len(judged) - len(wrong) >= MIN_ACCEPTED * len(judged):
-        return ""
-    problem, text, grade = wrong[0]
-    start = (
-        f"rewards.functions={list(config.rewards.functions)}: only {len(judged) - len(wrong)} of {len(judged)} expert "
-        f"solutions are judged correct"
-    )
+    if missing and (len(missing) > max_wrong or len(missing) == len(wrong)):
+        reasons = describe_reasons(reason for grade in missing for reason in grade.missing.values())
+        return (
+            f"{functions}: failed on {len(missing)} of {num} expert solutions ({reasons}); test the function on a few of "
+            "your rows"
+        ), len(missing) > max_wrong
+    if not wrong:
+        return "", False
+    start = f"{functions}: only {num - len(wrong)} of {num} expert solutions are judged correct"
+    return start + _why_wrong(wrong, limit), len(wrong) > max_wrong
+
+
+def _why_wrong(wrong: Judged, limit: int) -> str:
+    """Says why expert solutions are not judged correct, and what to change."""
     num_cut = sum(len(e.token_ids) > limit for p, _, _ in wrong for e in p.experts)
     if num_cut > len(wrong) / 2:
-        return f"{start}, because most are cut at sampling.max_completion_length={limit}; raise it"
+        return f", because most others are cut at sampling.max_completion_length={limit}; raise it"
+    problem, text, grade = next((w for w in wrong if w[2].reward is not None), wrong[0])
     if grade.answer is None:
         ending = text.strip()[-60:]
         return (
-            f"{start}; in the first wrong one, which ends {ending!r}, no answer was found (the problem's answer is "
+            f"; in the first wrong one, which ends {ending!r}, no answer was found (the problem's answer is "
             f"{problem.answer[:60]!r}); end solutions with the answer in \\boxed{{}}, or choose another reward function"
         )
     return (
-        f"{start}; in the first wrong one the answer {grade.answer[:60]!r} was found, but the problem's answer is "
+        f"; in the first wrong one the answer {grade.answer[:60]!r} was found, but the problem's answer is "
         f"{problem.answer[:60]!r}; check data.columns.answer and data.columns.solutions"
     )

@@ -53,7 +53,8 @@ class LoadedData:
     """The problems of a run.
 
     Attributes:
-      splits: the problems of each split. Validation and test may be empty if no problem has an answer.
+      splits: the problems of each split. Validation and test may be empty if no problem has an answer, or there is no
+        reward function.
       template: how prompts were rendered.
       reports: what was read, dropped and noted, by split and stage.
       columns: where the rows of files hold what; None for generated problems.
@@ -114,7 +115,7 @@ def load_data(
     Args:
       config: the config of the run.
       method: its method, which decides what part of an expert's text is trained, and whether training problems need an
-        answer. Validation and test problems always do.
+        answer. Validation and test problems always do, and a reward function.
       tokenizer: the policy's tokenizer.
       context_len: number of positions of the model; None if it is unlimited.
 
@@ -130,8 +131,11 @@ def load_data(
     template = template_for(config.data, examples["train"], tokenizer)
     splits = {}
     for name, split in examples.items():
-        if name != "train":
-            split = [example for example in split if example.answer]
+        if (
+            name != "train"
+        ):  # An example that cannot be graded is held out all the same; see `_hold_out`.
+            can_grade = bool(config.rewards.functions)
+            split = [example for example in split if example.answer and can_grade]
         splits[name], report = encode(config.data, split, tokenizer, template)
         reports.setdefault(name, []).append(report)
     data = LoadedData(splits, template, reports, columns, tokenizer)

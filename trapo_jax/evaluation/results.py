@@ -29,24 +29,17 @@ def plot_pass_at_k(path: Path, overall: Scores, by_source: Mapping[str, Scores])
 def table_of(overall: Scores, by_source: Mapping[str, Scores]) -> tuple[list[str], list[list[str]]]:
     """Returns the header and the rows of the score table: one row per source, and one for all problems."""
     n = overall.num_samples
-    header = [
-        "",
-        "problems",
-        f"avg@{n}",
-        "95% CI",
-        f"pass@{n}",
-        f"maj@{n}",
-        "trunc",
-        "failed",
-    ]
+    has_several = n > 1  # Otherwise, pass@1 and maj@1 are the accuracy.
+    header = ["", "problems", f"avg@{n}", "95% CI"]
+    header += [f"pass@{n}", f"maj@{n}"] if has_several else []
+    header += ["trunc", "failed"]
     rows = [
         [
             name,
             f"{s.num_problems:,}",
             f"{s.accuracy:.3f}",
             f"{s.interval[0]:.3f}-{s.interval[1]:.3f}",
-            f"{s.pass_at_k[-1]:.3f}",
-            f"{s.majority:.3f}",
+            *([f"{s.pass_at_k[-1]:.3f}", f"{s.majority:.3f}"] if has_several else []),
             f"{s.truncated:.3f}",
             f"{s.error_rate + s.timeout_rate:.3f}",
         ]

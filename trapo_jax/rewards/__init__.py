@@ -13,7 +13,14 @@ from trapo_jax.rewards.grader import (
     make_grader,
     special_tokens,
 )
-from trapo_jax.rewards.math import extract_math_answer, grade_math, grade_math_lenient, is_text
+from trapo_jax.rewards.judgments import describe_reason, describe_reasons
+from trapo_jax.rewards.math import (
+    asks_for_answer,
+    extract_math_answer,
+    grade_math,
+    grade_math_lenient,
+    is_text,
+)
 from trapo_jax.rewards.multiple_choice import extract_choice, grade_multiple_choice
 from trapo_jax.rewards.pool import GraderPool
 
@@ -22,7 +29,10 @@ __all__ = [
     "Grader",
     "GraderPool",
     "WeightedFunction",
+    "asks_for_answer",
     "card_shuffles_grader",
+    "describe_reason",
+    "describe_reasons",
     "extract_choice",
     "extract_math_answer",
     "grade_math",

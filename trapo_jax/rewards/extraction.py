@@ -6,7 +6,8 @@ Every function takes time linear in the length of the text, for any text.
 import re
 
 # A doubled backslash before `boxed` is a typo rather than a line break. Escaped braces do not open or close groups.
-_BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\(?!\\boxed)[{}\\]|[{}]")
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)")
+_BOX_OR_BRACE = re.compile(rf"{BOX.pattern}\s*\{{|\\(?!\\boxed)[{{}}\\]|[{{}}]")
 # `\boxed 7`: TeX would box a single token, but the whole number or name is meant.
 _BARE_BOX = re.compile(
     r"\\boxed\s{0,3}([+-]?\d[\d.,/]*|(?<=\s)[A-Za-z]\w*|\\[dt]?frac\s?\{[^{}]*\}\{[^{}]*\})"

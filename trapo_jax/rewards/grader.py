@@ -2,7 +2,6 @@
 
 import difflib
 import fnmatch
-import logging
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -11,17 +10,21 @@ from typing import Any, NamedTuple, Self
 
 from trapo_jax.import_path import import_object
 from trapo_jax.rewards.card_shuffles import card_shuffles_grader
-from trapo_jax.rewards.judgments import call
+from trapo_jax.rewards.judgments import call, reason_of
 from trapo_jax.rewards.math import grade_math, grade_math_lenient
 from trapo_jax.rewards.multiple_choice import grade_multiple_choice
-from trapo_jax.rewards.pool import MAX_RESPONSE_CHARS, GraderPool, RewardFunction, path_of
+from trapo_jax.rewards.pool import (
+    MAX_RESPONSE_CHARS,
+    GraderPool,
+    RewardFunction,
+    path_of,
+    report_failure,
+)
 from trapo_jax.types import Grade, Judgment, Problem, UserError
 
 # The names a config may use. Functions that a hostile response can keep busy run in workers, which can be killed.
 IN_WORKERS: dict[str, RewardFunction] = {"math": grade_math, "math_lenient": grade_math_lenient}
 REWARD_FUNCTIONS = ("card_shuffles", "multiple_choice", *IN_WORKERS)
-
-logger = logging.getLogger(__name__)
 
 
 class WeightedFunction(NamedTuple):
@@ -49,7 +52,8 @@ class Grader:
     function decides whether a response is correct; if its reward is missing, the reward of the response is missing.
 
     Args:
-      functions: the reward functions; the first decides whether a response is correct.
+      functions: the reward functions; the first decides whether a response is correct. Without any, every reward is
+        missing.
       by_source: maps `fnmatch` patterns of problem sources to functions that replace the first function; matching is
         case-insensitive, and the first match is used.
       special_tokens: special tokens, as text, that are removed from responses.
@@ -71,7 +75,7 @@ class Grader:
         in_pool = [f.function for f in (*functions, *self._by_source.values()) if not f.is_inline]
         unique = {path_of(function): function for function in in_pool}
         self._pool = GraderPool(*unique.values(), **pool_options) if unique else None
-        self._reasons: set[tuple[str, str]] = set()
+        self._reported: set[tuple[str, str]] = set()
 
     def submit(self, response: str, problem: Problem) -> Future[Grade]:
         """Grades a response asynchronously. Failures of reward functions are recorded in the grade and do not raise.
@@ -85,6 +89,10 @@ class Grader:
         """
         plain = self._special_token.sub(" ", response) if self._special_token else response
         functions = self._functions_for(problem.source)
+        if not functions:
+            ungraded: Future[Grade] = Future()
+            ungraded.set_result(Grade(None, {}))
+            return ungraded
         futures = [
             self._judge(f, response if f.sees_special_tokens else plain, problem) for f in functions
         ]
@@ -117,13 +125,8 @@ class Grader:
         try:
             future.set_result(call(function.function, response, problem))
         except Exception as error:
-            reason = type(error).__name__
-            is_new = (function.name, reason) not in self._reasons
-            logger.log(
-                logging.WARNING if is_new else logging.DEBUG,
-                f"reward function {function.name}: {reason}",
-            )
-            self._reasons.add((function.name, reason))
+            reason = reason_of(error)
+            report_failure(function.name, reason, self._reported)
             future.set_result(Judgment(None, reason=reason))
         return future
 

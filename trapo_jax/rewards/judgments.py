@@ -2,12 +2,15 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from trapo_jax.printable import first_line
 from trapo_jax.types import Judgment, Problem, Verdict
 
-MAX_ANSWER_CHARS = 500  # maximum length of an answer that is shown to the user
+# Maximum lengths of what is shown to the user: an answer, and why a reward is missing.
+MAX_ANSWER_CHARS, MAX_REASON_CHARS = 500, 200
 
 
 def call(function: Callable[..., Any], response: str, problem: Problem) -> Judgment:
@@ -38,13 +41,13 @@ def as_judgment(value: Any) -> Judgment:
     """
     value, answer = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
     answer = None if answer is None else str(answer)[:MAX_ANSWER_CHARS]
-    if isinstance(value, str):
+    if isinstance(value, str) and value in tuple(Verdict):
         verdict = Verdict(value)
         if verdict in (Verdict.ERROR, Verdict.TIMEOUT):
             return Judgment(None, answer, str(verdict))
         return Judgment(float(verdict is Verdict.CORRECT), answer)
     try:
-        reward = float(value)
+        reward = -1.0 if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         reward = -1.0
     if not 0.0 <= reward <= 1.0:
@@ -52,6 +55,46 @@ def as_judgment(value: Any) -> Judgment:
             f"a reward function returned {value!r:.60}, which is neither a number in [0, 1] nor a verdict"
         )
     return Judgment(reward, answer)
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns why a reward is missing if a reward function raised this exception; see `Judgment.reason`."""
+    try:
+        message = str(error)
+    except Exception:  # raised by a `__str__` of the user's
+        message = ""
+    name = type(error).__name__
+    return first_line(f"{name}: {message.strip()}" if message.strip() else name, MAX_REASON_CHARS)
+
+
+def kind_of(reason: str) -> str:
+    """Returns a reason without the message of the exception, which may differ from response to response."""
+    return reason.partition(": ")[0]
+
+
+def describe_reason(reason: str) -> str:
+    """Returns why a reward is missing for the user, with the field that limits the time.
+
+    >>> describe_reason("timeout")
+    'timeout (rewards.timeout_secs)'
+    """
+    return f"{reason} (rewards.timeout_secs)" if reason == Verdict.TIMEOUT else reason
+
+
+def describe_reasons(reasons: Iterable[str]) -> str:
+    """Returns the three most frequent kinds of reasons and their numbers, each with the first message.
+
+    >>> describe_reasons(["KeyError: 'a'", "timeout", "KeyError: 'b'"])
+    "2 x KeyError: 'a', 1 x timeout (rewards.timeout_secs)"
+    """
+    firsts: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for reason in reasons:
+        firsts.setdefault(kind_of(reason), reason)
+        counts[kind_of(reason)] += 1
+    return ", ".join(
+        f"{count} x {describe_reason(firsts[kind])}" for kind, count in counts.most_common(3)
+    )
 
 
 def _accepted(function: Callable[..., Any], problem: Problem) -> dict[str, Any]:

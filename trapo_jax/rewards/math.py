@@ -16,13 +16,14 @@ from typing import Any
 
 from trapo_jax.rewards.equality import equivalent as _equivalent
 from trapo_jax.rewards.equality import is_prose
-from trapo_jax.rewards.extraction import final_part, last_boxed
+from trapo_jax.rewards.extraction import BOX, final_part, last_boxed
 from trapo_jax.rewards.notation import EMPHASIS, read_answer
 from trapo_jax.types import Problem, Verdict
 
 MAX_ANSWER_CHARS = 2_000
 # Repetitions are bounded to keep the running time linear in the text.
-ANSWER_LINE = re.compile(r"^[ \t]{0,8}####[ \t]{0,8}(\S.*)$", re.MULTILINE)
+ANSWER_MARK = re.compile("####")
+ANSWER_LINE = re.compile(rf"^[ \t]{{0,8}}{ANSWER_MARK.pattern}[ \t]{{0,8}}(\S.*)$", re.MULTILINE)
 ANSWER_PHRASE = re.compile(
     r"\banswer(?:\s{1,3}(?:is|would be|will be|equals|=)\s{0,3}:?|\s{0,3}(?:\*\*|__)?\s{0,3}[:=])\s{0,3}(?:\*\*|__)?\s{0,3}(?=\S)",
     re.IGNORECASE,
@@ -141,6 +142,15 @@ def extract_math_answer(response: str) -> str | None:
     return _of_clause(
         next((rest for rest in reversed(rests) if MATHEMATICAL.match(rest)), rests[-1])
     )
+
+
+def asks_for_answer(prompt: str) -> bool:
+    r"""Whether a prompt mentions a form in which `extract_math_answer` finds an answer, in time linear in the text.
+
+    >>> asks_for_answer(r"Put it within \boxed{}."), asks_for_answer("End with 'Answer: N'."), asks_for_answer("2 + 2?")
+    (True, True, False)
+    """
+    return any(form.search(prompt) for form in (BOX, ANSWER_MARK, ANSWER_PHRASE))
 
 
 def _of_clause(rest: str) -> str:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
+from trapo_jax.printable import first_line
+from trapo_jax.rewards.judgments import MAX_REASON_CHARS, describe_reason, kind_of
 from trapo_jax.sandbox import child_environment
 from trapo_jax.types import Judgment, Problem, Verdict
 
@@ -64,7 +66,7 @@ class GraderPool:
         self._max_response_chars = max_response_chars
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._closed = False
-        self._reasons: set[str] = set()
+        self._reported: set[tuple[str, str]] = set()
         start = lambda: _Worker(self._paths, timeout_secs, memory_bytes, environment)
         self._threads = [
             threading.Thread(target=_serve, args=(self._jobs, start, self._report), daemon=True)
@@ -120,16 +122,29 @@ class GraderPool:
         for thread in self._threads:
             thread.join()
 
-    def _report(self, reason: str) -> None:
+    def _report(self, function: str, reason: str) -> None:
         """Logs a warning for the first failure of each kind; the rates in the metrics count all failures."""
-        logger.log(logging.DEBUG if reason in self._reasons else logging.WARNING, reason)
-        self._reasons.add(reason)
+        report_failure(function, reason, self._reported)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def report_failure(function: str, reason: str, reported: set[tuple[str, str]]) -> None:
+    """Logs why a reward is missing, as a warning if it is the first reason of its kind.
+
+    Args:
+      function: name of the reward function.
+      reason: see `Judgment.reason`.
+      reported: functions and kinds of reasons that were logged before; changed.
+    """
+    key = (function, kind_of(reason))
+    level = logging.DEBUG if key in reported else logging.WARNING
+    logger.log(level, f"reward function {function}: {describe_reason(reason)}")
+    reported.add(key)
 
 
 def path_of(function: RewardFunction) -> str:
@@ -146,7 +161,7 @@ def path_of(function: RewardFunction) -> str:
 def _serve(
     jobs: "queue.SimpleQueue[Job | None]",
     start: Callable[[], "_Worker"],
-    report: Callable[[str], None],
+    report: Callable[[str, str], None],
 ) -> None:
     """Processes jobs with one worker at a time until a job is None."""
     worker: _Worker | None = None
@@ -160,7 +175,7 @@ def _serve(
                 worker = _start(start)
             judgment = worker.ask(request) if worker else Judgment(None, reason="no process")
             if judgment.reason:
-                report(f"reward function {request['function']}: {judgment.reason}")
+                report(request["function"], judgment.reason)
             future.set_result(judgment)
             if worker is not None and not worker.alive:
                 worker = _start(start)  # its imports overlap with waiting for the next job
@@ -215,6 +230,9 @@ class _Worker:
             self._socket.settimeout(self._timeout_secs)
             self._socket.sendall(json.dumps(request).encode() + b"\n")
             judgment = Judgment(**self._receive(deadline))
+            # The process ran code that a hostile response may have taken over.
+            reason = first_line(str(judgment.reason), MAX_REASON_CHARS)
+            judgment = judgment._replace(reason=reason)
             if judgment.reason == "MemoryError":
                 self.kill()
             return judgment

@@ -16,11 +16,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trapo_jax.rewards.judgments import call
+from trapo_jax.rewards.judgments import call, reason_of
 from trapo_jax.sandbox import limit_memory
 from trapo_jax.types import Judgment, Problem
-
-MAX_REASON_CHARS = 200
 
 
 def main(functions: str, timeout_secs: str, memory_bytes: str) -> None:
@@ -52,13 +50,13 @@ def _find(path: str) -> Callable[..., Any]:
         function = getattr(module, name)
         getattr(module, "warm_up", lambda: None)()
     except (Exception, SystemExit) as error:
-        reason = f"{path} cannot be imported in a grading process: {type(error).__name__}: {error}"
-        return functools.partial(_raise, reason[:MAX_REASON_CHARS])
+        reason = f"{path} cannot be imported in a grading process: {reason_of(error)}"
+        return functools.partial(_raise, reason)
     return function
 
 
 class _CannotImportError(Exception):
-    """A reward function cannot be imported. Unlike that of other exceptions, its message is shown to the user."""
+    """A reward function cannot be imported. The user sees the message without the type of this exception."""
 
 
 def _raise(reason: str, *_: Any, **__: Any) -> None:
@@ -92,7 +90,7 @@ def _answer(
     except _CannotImportError as error:
         reply(**Judgment(None, reason=str(error))._asdict())
     except (Exception, SystemExit) as error:
-        reply(**Judgment(None, reason=type(error).__name__)._asdict())
+        reply(**Judgment(None, reason=reason_of(error))._asdict())
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
     return True

@@ -23,7 +23,7 @@ from trapo_jax.rollouts.collection import (
     share_groups,
 )
 from trapo_jax.rollouts.guidance import Guidance
-from trapo_jax.rollouts.metrics import check_grades, rollout_metrics, rollout_usage
+from trapo_jax.rollouts.metrics import rollout_metrics, rollout_usage
 from trapo_jax.sampling.engine import EngineSpec, RolloutEngine, make_engine
 from trapo_jax.types import (
     Completion,
@@ -71,7 +71,6 @@ class Actor:
       max_completion_length: maximum number of tokens of prefix + completion.
       max_staleness: 1 to start rollouts of the next step in idle slots; 0 otherwise.
       temperature: sampling temperature of training rollouts, > 0.
-      max_error_rate: maximum share of a step's rollouts, in [0, 1], for which a reward function may fail.
       token_cost: FLOPs per token of the model.
       on_progress: called before each step of the engine. Sampling ends if it raises an exception.
     """
@@ -86,7 +85,6 @@ class Actor:
         max_completion_length: int,
         max_staleness: int,
         temperature: float,
-        max_error_rate: float,
         token_cost: TokenCost,
         on_progress: OnProgress = lambda _: None,
     ):
@@ -102,7 +100,6 @@ class Actor:
         self._max_completion_length = max_completion_length
         self._max_staleness = max_staleness
         self._temperature = temperature
-        self._max_error_rate = max_error_rate
         self._token_cost = token_cost
         self._on_progress = on_progress
         self._partial = PartialRollouts()
@@ -124,7 +121,6 @@ class Actor:
           upcoming: problems of the next step, started in slots that would otherwise be idle if `max_staleness` allows.
 
         Raises:
-          TrainingFailed: if too many rewards are missing.
           Interrupted: if `on_progress` raises it in any process.
         """
         assert self._method, "an actor without a method can only evaluate"
@@ -147,7 +143,6 @@ class Actor:
         )
         self._partial = collected.partial._replace(unfinished=self.engine.release())
         groups = share_groups(collected.groups, problems)
-        check_grades(groups, moment.step, max_error_rate=self._max_error_rate)
         stats = self.engine.stats() - stats_before
         counts = gather([num_stale, stats.prefilled_tokens])
         num_stale, num_prefilled = (sum(column) for column in zip(*counts, strict=True))
@@ -290,7 +285,6 @@ def make_actor(
     method: Method | None = None,
     max_staleness: int = 0,
     temperature: float = 1.0,
-    max_error_rate: float = 1.0,
     on_progress: OnProgress = lambda _: None,
 ) -> Actor:
     """Builds an actor for training or evaluation.
@@ -303,7 +297,7 @@ def make_actor(
       seed: random seed for sampling.
       mesh: the mesh to sample on; a single device if None.
       with_truncation: whether requests may use top-p and top-k.
-      method, max_staleness, temperature, max_error_rate, on_progress: see `Actor`.
+      method, max_staleness, temperature, on_progress: see `Actor`.
     """
     spec = EngineSpec(
         decoder=model.decoder,
@@ -327,7 +321,6 @@ def make_actor(
         max_completion_length=sampling.completion_len,
         max_staleness=max_staleness,
         temperature=temperature,
-        max_error_rate=max_error_rate,
         token_cost=token_cost(model.decoder),
         on_progress=on_progress,
     )

@@ -1,11 +1,11 @@
 """Statistics of collected rollouts: metrics, usage, and a check that enough of them have rewards."""
 
-from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
 from trapo_jax.models import TokenCost, count_attention_pairs
-from trapo_jax.types import Judgment, Rollout, TrainingFailed, Usage, Verdict
+from trapo_jax.rewards import describe_reasons
+from trapo_jax.types import FinishReason, Judgment, Rollout, TrainingFailed, Usage, Verdict
 
 
 def rollout_metrics(
@@ -14,7 +14,9 @@ def rollout_metrics(
     """Returns metrics of rewards, guidance and completions.
 
     `guidance/level_i` is the share of problems whose last guided micro-group is i; at level 0, no micro-group is
-    guided.
+    guided. `reward/mean` includes rollouts that are a whole expert solution. `reward/sampled_mean` and
+    `reward/sampled_positive`, the share of rollouts to which the first reward function gave more than 0, do not. They
+    and `reward/unguided_mean` are absent if there are no such rollouts with a reward.
 
     Args:
       groups: the rollouts of each problem.
@@ -23,6 +25,7 @@ def rollout_metrics(
     rollouts = [rollout for group in groups for rollout in group]
     graded = [[r for r in group if r.grade.reward is not None] for group in groups]
     unguided = [r.reward for group in graded for r in group if r.request.prefix_len == 0]
+    sampled = [r for group in graded for r in group if _is_sampled(r)]
     levels = [
         max((r.request.micro_group for r in group if r.request.prefix_len), default=0)
         for group in groups
@@ -31,7 +34,8 @@ def rollout_metrics(
     finish_reasons = [rollout.completion.finish_reason for rollout in rollouts]
     return {
         "reward/mean": _mean([r.reward for group in graded for r in group]),
-        "reward/unguided_mean": _mean(unguided),
+        **_sampled_rewards(sampled),
+        **({"reward/unguided_mean": fmean(unguided)} if unguided else {}),
         "reward/groups_with_signal": fmean(len({r.reward for r in group}) > 1 for group in graded),
         "reward/missing": fmean(r.grade.reward is None for r in rollouts),
         **failure_rates(rollouts),
@@ -43,6 +47,20 @@ def rollout_metrics(
         },
         "completion/len_mean": _mean(lens),
         "completion/truncated": fmean(reason == "length" for reason in finish_reasons),
+    }
+
+
+def _is_sampled(rollout: Rollout) -> bool:
+    return rollout.completion.finish_reason is not FinishReason.NOT_SAMPLED
+
+
+def _sampled_rewards(sampled: Sequence[Rollout]) -> dict[str, float]:
+    if not sampled:
+        return {}
+    firsts = [next(iter(r.grade.judgments.values())).reward for r in sampled]
+    return {
+        "reward/sampled_mean": fmean(r.reward for r in sampled),
+        "reward/sampled_positive": fmean(bool(reward) for reward in firsts),
     }
 
 
@@ -123,9 +141,8 @@ def check_grades(groups: Sequence[Sequence[Rollout]], step: int, *, max_error_ra
         num_missing = sum(judgment.reward is None for judgment in judgments)
         if num_missing <= max_error_rate * len(judgments):
             continue
-        reasons = Counter(judgment.reason for judgment in judgments if judgment.reward is None)
+        reasons = describe_reasons(j.reason for j in judgments if j.reward is None)
         raise TrainingFailed(
             f"step {step}: the reward function {name} judged {len(judgments) - num_missing} of {len(judgments)} "
-            f"rollouts ({', '.join(f'{count} x {reason}' for reason, count in reasons.most_common(3))}); the share "
-            f"without a reward exceeds rewards.max_error_rate={max_error_rate}"
+            f"rollouts ({reasons}); the share without a reward exceeds rewards.max_error_rate={max_error_rate}"
         )

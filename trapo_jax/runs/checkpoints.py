@@ -22,7 +22,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from orbax.checkpoint import v1 as ocp
 
@@ -37,6 +37,16 @@ ASIDE = ".aside"  # suffix of a directory of someone else that stood where a che
 JOURNAL = ".saving"  # a file with the name of the directory of the save in progress
 _STEP = re.compile(r"(?:0|[1-9][0-9]*)")
 _OURS = re.compile(rf"{_STEP.pattern}(\{EXPIRED}|\{DAMAGED}[0-9]*|\{WRITING}.*)?|\{JOURNAL}")
+
+
+class Trainable(Protocol):
+    """The part of a learner that a run saves and restores."""
+
+    state: Any
+
+    def abstract_state(self) -> Any: ...
+
+    def free(self) -> None: ...
 
 
 class DamagedCheckpoint(Exception):

@@ -1,13 +1,15 @@
 """Exit codes and error lines of the commands, and their handling of Ctrl-C and closed pipes."""
 
+import contextlib
 import errno
 import functools
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from trapo_jax.runs.console import printable
+from trapo_jax.printable import printable
 from trapo_jax.types import TrainingFailed, UserError
 
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
@@ -18,13 +20,16 @@ EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE,
 def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
     """Decorates the main function of a command to turn errors into a line on standard error and an exit code.
 
+    Warnings of the package become lines as well.
+
     The decorated function takes the command-line arguments; they default to those of the process.
     """
 
     @functools.wraps(main)
     def run(arguments: Sequence[str] | None = None) -> int:
         try:
-            return main(sys.argv[1:] if arguments is None else arguments)
+            with _warnings_as_lines():
+                return main(sys.argv[1:] if arguments is None else arguments)
         except UserError as error:
             return fail(str(error), EXIT_USER_ERROR)
         except TrainingFailed as error:
@@ -39,6 +44,26 @@ def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
             )
 
     return run
+
+
+class _LineHandler(logging.Handler):
+    """Prints a log record on one line, without the name of the logger."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {printable(record.getMessage())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Prints what the package logs, which other handlers, such as those of imported libraries, do not print again."""
+    logger, handler = logging.getLogger("trapo_jax"), _LineHandler(logging.WARNING)
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
 
 
 def run_and_exit(main: Callable[[], int]) -> NoReturn:

@@ -14,6 +14,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from trapo_jax.printable import printable
 from trapo_jax.runs.progress import MIN_SECS, Activity, LinePacer, describe_secs
 from trapo_jax.types import SamplingProgress
 
@@ -48,13 +49,13 @@ class Console:
         if self._rich.is_terminal and num_steps:
             self._panel = _Panel(
                 TextColumn("training"),
-                BarColumn(bar_width=32),
+                BarColumn(bar_width=20),
                 TextColumn("{task.completed:.0f}/{task.total:.0f} "),
                 TimeRemainingColumn(),
-                TextColumn("left"),
+                TextColumn("left  {task.fields[rate]}"),
                 console=self._rich,
             )
-            self._task = self._panel.add_task("", total=num_steps, completed=first_step)
+            self._task = self._panel.add_task("", total=num_steps, completed=first_step, rate="")
 
     def __enter__(self) -> "Console":
         if self._panel:
@@ -112,11 +113,12 @@ class Console:
         """
         accuracy, num_samples = metrics["eval/accuracy_sampled"], metrics["eval/num_samples"]
         if self._panel:
-            self._panel.show(evaluation=f"last evaluation: {split} accuracy {accuracy:.2f}")
+            self._panel.show(evaluation=f"after step {step}: {split} accuracy {accuracy:.2f}")
+        pass_at_n = f", pass@{num_samples} {metrics[f'eval/pass@{num_samples}']:.3f}"
         self.say(
             f"step {step}: {split} split, {metrics['eval/num_problems']} problems: greedy accuracy "
-            f"{metrics['eval/accuracy_greedy']:.3f} (1 sample each), sampled {accuracy:.3f}, "
-            f"pass@{num_samples} {metrics[f'eval/pass@{num_samples}']:.3f} ({num_samples} samples each)"
+            f"{metrics['eval/accuracy_greedy']:.3f} (1 sample each), sampled {accuracy:.3f}"
+            f"{pass_at_n if num_samples > 1 else ''} ({num_samples} samples each)"
         )
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
@@ -126,18 +128,14 @@ class Console:
           step: number of the step, starting at 1.
           values: metrics of the step.
         """
-        status = (
-            f"loss {values['loss/total']:.3f}  reward {values['reward/mean']:.2f}  "
-            f"guided {values['guidance/ratio_mean']:.2f}  "
-            f"length {values['completion/len_mean']:,.0f}"
-        )
+        status = _describe_step(values)
         # This is an estimate, because a budget may end the run before num_steps.
         total = max(step, round(step / values["budget/progress"]))
         now = self._clock()
         if self._panel:
             rate = f"{values['time/tokens_per_sec']:,.0f} tokens/s"
-            self._panel.update(self._task, completed=step, total=total)
-            self._panel.show(status=f"{status}  {rate}")
+            self._panel.update(self._task, completed=step, total=total, rate=rate)
+            self._panel.show(status=status)
         elif (
             step % max(1, total // NUM_PLAIN_LINES) == 0
             or step == total
@@ -167,6 +165,20 @@ class Console:
         self._rich.print(table)
 
 
+def _describe_step(values: Mapping[str, float]) -> str:
+    """Returns the loss of a step, and the mean reward of its sampled rollouts, of which some may be guided."""
+    parts = [f"loss {values['loss/total']:.3f}"]
+    if "reward/sampled_mean" in values:
+        reward = f"reward {values['reward/sampled_mean']:.2f}"
+        if values["guidance/ratio_mean"] > 0 and "reward/unguided_mean" in values:
+            reward += f" (unguided {values['reward/unguided_mean']:.2f})"
+        parts.append(reward)
+    parts.append(f"guided {values['guidance/ratio_mean']:.2f}")
+    if values["completion/len_mean"]:
+        parts.append(f"length {values['completion/len_mean']:,.0f}")
+    return "  ".join(parts)
+
+
 class _Panel(Progress):
     """A progress bar with lines of text below it, so that it fits into 80 columns."""
 
@@ -181,21 +193,3 @@ class _Panel(Progress):
     def get_renderables(self) -> Iterator[rich.console.RenderableType]:
         yield self.make_tasks_table(self.tasks)
         yield from (Text(printable(line)) for line in self._lines.values() if line)
-
-
-def printable(text: str, *, keep: str = "") -> str:
-    """Replaces unprintable characters with Python escapes, because text may contain terminal control sequences.
-
-    Args:
-      text: any text.
-      keep: characters to leave unescaped.
-
-    >>> printable("\\x1b[31mred\\nstep 9: accuracy 1.000")
-    '\\\\x1b[31mred\\\\nstep 9: accuracy 1.000'
-    """
-    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    """Returns the Python escape of a character; lone surrogates are supported."""
-    return character.encode("unicode_escape").decode()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trapo_jax.runs.console import printable
+from trapo_jax.printable import printable
 from trapo_jax.runs.directory import METRICS, SAMPLES, SUMMARY, evaluation_file, write_atomically
 from trapo_jax.runs.tensorboard import TensorBoard, event_files
 from trapo_jax.types import UserError

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,16 @@ from trapo_jax.types import TrainingFailed
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.monitoring`
 EXIT_TRAINING_FAILED = 1
-WARN_AFTER_STEPS = (
-    20  # consecutive steps without a training signal or with every completion truncated
+# Number of consecutive steps with a symptom, such as every completion truncated, after which there is a warning. Fewer
+# if no step was without it, because a mistake in the config shows at once.
+WARN_AFTER_STEPS, WARN_AFTER_FIRST_STEPS = 20, 5
+NEVER_RIGHT = (
+    "no sampled rollout was right; check rewards.functions, data.template and sampling.max_completion_length: "
+    "`trapo preview` shows a prompt and how the expert solutions are graded, samples.jsonl what the grader read"
+)
+NO_SIGNAL = (
+    "the rewards of every problem were all equal, so that nothing is learned from them; check rewards.functions (`trapo "
+    "preview`, samples.jsonl), or choose problems that are neither too easy nor too hard"
 )
 
 
@@ -35,7 +43,8 @@ class Health:
     def __init__(self, *, max_logprob_gap: float, max_skipped_steps: int):
         self._max_logprob_gap = max_logprob_gap
         self._max_skipped_steps = max_skipped_steps
-        self._streaks = {"truncated": 0, "no signal": 0}
+        self._streaks = {"truncated": 0, "never right": 0, "no signal": 0}
+        self._absent_before: set[str] = set()  # symptoms without which there was a step
 
     def observe(self, step: int, values: Mapping[str, float]) -> list[str]:
         """Returns warnings about a step, one line each.
@@ -70,20 +79,40 @@ class Health:
                 values["completion/truncated"] == 1,
                 "every completion was truncated at sampling.max_completion_length",
             )
-            warnings += self._check_streak(
-                step,
-                "no signal",
-                values["reward/groups_with_signal"] == 0,
-                "the rewards of every problem were all equal, so the policy gradient is zero",
-            )
+        if "reward/sampled_positive" in values:
+            is_never_right, has_no_signal = _reward_symptoms(values)
+            never_right = self._check_streak(step, "never right", is_never_right, NEVER_RIGHT)
+            no_signal = self._check_streak(step, "no signal", has_no_signal, NO_SIGNAL)
+            warnings += never_right or no_signal
         return warnings
 
     def _check_streak(self, step: int, name: str, is_bad: bool, text: str) -> list[str]:
-        """Returns a warning if the step is the last of `WARN_AFTER_STEPS` consecutive bad steps."""
+        """Returns a warning if the step is the last of `WARN_AFTER_STEPS` or `WARN_AFTER_FIRST_STEPS` bad steps."""
         self._streaks[name] = self._streaks[name] + 1 if is_bad else 0
-        if self._streaks[name] != WARN_AFTER_STEPS:
-            return []
-        return [f"step {step}: for {WARN_AFTER_STEPS} steps, {text}"]
+        if not is_bad:
+            self._absent_before.add(name)
+        limit = WARN_AFTER_STEPS if name in self._absent_before else WARN_AFTER_FIRST_STEPS
+        return [f"step {step}: for {limit} steps, {text}"] if self._streaks[name] == limit else []
+
+
+def _reward_symptoms(values: Mapping[str, float]) -> tuple[bool, bool]:
+    """Returns whether no sampled rollout was right, and whether the rewards of every problem were all equal."""
+    return values["reward/sampled_positive"] == 0, values["reward/groups_with_signal"] == 0
+
+
+def warnings_of_run(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns what was wrong with the rewards in all steps of a run, in at most one line.
+
+    Args:
+      records: the records of metrics.jsonl.
+    """
+    symptoms = [_reward_symptoms(r) for r in records if "reward/sampled_positive" in r]
+    found = [
+        f"in all {len(symptoms)} steps, {text}"
+        for text, is_bad in zip((NEVER_RIGHT, NO_SIGNAL), zip(*symptoms, strict=True), strict=False)
+        if all(is_bad)
+    ]
+    return found[:1]
 
 
 def _skip_reason(values: Mapping[str, float]) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from trapo_jax.config import default_settings, flatten
-from trapo_jax.runs.console import printable
+from trapo_jax.printable import printable
 from trapo_jax.runs.directory import CONFIG, METRICS, SAMPLES, write_atomically
 from trapo_jax.runs.loggers import EVAL, TRAIN, read_records
 from trapo_jax.types import UserError
@@ -35,7 +35,7 @@ SCRIPTS = ("uplot.min.js", "dom.js", "charts.js", "reader.js", "page.js")
 REWARD_PREFIX = "rewards/"  # followed by the name of a reward function, if a run has several
 LEVEL_PREFIX = "guidance/level_"  # followed by the index of a micro-group; their number varies
 PLOTTED = (
-    "reward/mean",
+    "reward/sampled_mean",
     "reward/unguided_mean",
     "policy/entropy",
     "completion/len_mean",

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -17,7 +17,7 @@ from trapo_jax.config import Config
 from trapo_jax.distributed.processes import from_main, gather, is_main, wait_for_all
 from trapo_jax.methods import Method, fingerprint
 from trapo_jax.runs.budget import USAGE_METRICS, Budget, is_due
-from trapo_jax.runs.checkpoints import CheckpointStore, Retention
+from trapo_jax.runs.checkpoints import CheckpointStore, Retention, Trainable
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import (
     CHECKPOINTS,
@@ -56,16 +56,6 @@ from trapo_jax.types import (
 VALIDATION = "validation"  # the split that is evaluated during training
 EXPERT_LOSS = "eval/expert_loss"  # mean cross-entropy of expert tokens in nats
 LOG_BYTES = 4 * 2**20  # generous upper bound on the size of the records of one step
-
-
-class Trainable(Protocol):
-    """The part of a learner that a run saves and restores."""
-
-    state: Any
-
-    def abstract_state(self) -> Any: ...
-
-    def free(self) -> None: ...
 
 
 class Run:
@@ -289,8 +279,7 @@ class Run:
             "time/tokens_per_sec": usage.tokens_trained / seconds,
         }
         self._log.metrics(TRAIN, self.step, values)
-        logged = [rollout for group in groups[: self._config.log_samples] for rollout in group]
-        self._log.samples(sample_records(logged, traces, decode=self._decode, step=self.step))
+        self.record_samples(groups, traces)
         self._budget.check_spent(self.usage, self._method.name)
         self.console.step(self.step, values)
         for warning in self._health.observe(self.step, values):
@@ -298,6 +287,13 @@ class Run:
         self._num_completed = self.step
         self.pending_splits = self._due_splits()
         self._score, self._is_saved = None, False
+
+    def record_samples(
+        self, groups: Sequence[Sequence[Rollout]], traces: Sequence[UpdateTrace] = ()
+    ) -> None:
+        """Writes rollouts of the current step to samples.jsonl; `record` does so for a step that succeeds."""
+        logged = [rollout for group in groups[: self._config.log_samples] for rollout in group]
+        self._log.samples(sample_records(logged, traces, decode=self._decode, step=self.step))
 
     def _due_splits(self) -> Sequence[str]:
         evaluation = self._config.evaluation

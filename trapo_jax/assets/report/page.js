@@ -64,7 +64,7 @@ function curves() {
       + ". Bold line: moving average. Drag over a chart to zoom in; double-click to reset."),
     DATA.runs.length > 1 ? runToggles() : null,
     make("div", { class: "charts" }, ...[
-      lineChart({ title: "Reward", about: "mean over all rollouts, guided ones included", metric: "reward/mean", scales: SHARE }),
+      lineChart({ title: "Reward", about: "mean over the sampled rollouts, guided ones included", metric: "reward/sampled_mean", scales: SHARE }),
       lineChart({ title: "Reward without guidance", about: "mean over the rollouts without an expert prefix", metric: "reward/unguided_mean", scales: SHARE }),
       ...rewardFunctions().map((name) => lineChart({ title: `Reward: ${name}`, about: "mean of this reward function over all rollouts", metric: REWARD_PREFIX + name, scales: SHARE })),
       accuracyChart({ title: "Accuracy, sampled", about: "line: validation split; large points: test split", field: "sampled" }),
