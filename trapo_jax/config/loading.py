@@ -283,9 +283,7 @@ def _explain(
     """Returns one line with the place, the field, its value, what is wrong and how to fix it."""
     name = ".".join(str(part) for part in error["loc"]).replace("\n", "\\n")
     fields, text = [name], ""
-    if (
-        error["type"] == "value_error"
-    ):  # of a section or the whole config; the text names the fields
+    if error["type"] == "value_error":  # raised by a check of a section, or of several fields
         text = str(error["ctx"]["error"])
         fields = _fields_in(text, config_class) or fields
     elif error["type"] == "extra_forbidden":
