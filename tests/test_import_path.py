@@ -46,7 +46,8 @@ def test_an_object_is_found_in_a_module_and_in_a_package(folder):
 )
 def test_other_forms_are_refused(folder, path):
     expected = f"sampling.engine={path}: expected an import path of the form package.module:name"
-    assert error_line(path) == expected
+    hints = {"a.b.c": "; did you mean a.b:c?", "a/b.py:c": "; did you mean a.b:c?"}
+    assert error_line(path) == expected + hints.get(path, "")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,11 @@ def test_a_missing_attribute_is_named_with_its_file(folder):
     line = error_line("user_module:OTHER")
     assert str(folder / "user_module.py") in line
     assert line.endswith("does not define 'OTHER'")
+    assert error_line("user_module:ANWSER").endswith("'ANWSER'; did you mean ANSWER?")
+
+
+def test_a_misspelled_module_is_answered_with_the_file(folder):
+    assert error_line("user_modul:ANSWER").endswith("packages; did you mean user_module.py?")
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,10 @@ from trapo_jax.config import (
     EvaluateConfig,
     ModelConfig,
     help_text,
+    is_training_config,
     load_evaluate_config,
     parse_command_line,
+    read_yaml,
 )
 from trapo_jax.data.splits import load_test_data
 from trapo_jax.evaluation.records import (
@@ -229,7 +231,13 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     folder = None
     try:
-        config = load_evaluate_config(*parse_command_line(arguments))
+        file, overrides = parse_command_line(arguments)
+        config = load_evaluate_config(file, overrides)
+        if file and is_training_config(read_yaml(file)):
+            Console().say(
+                f"{file}: a config of a training run, of which an evaluation uses model, data, rewards and "
+                "sampling.max_completion_length"
+            )
         folder = config.folder
         result = evaluate(config, show_progress=True)
     except KeyboardInterrupt:

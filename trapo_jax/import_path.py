@@ -1,5 +1,6 @@
 """Importing objects by an import path from the user, `package.module:name`."""
 
+import difflib
 import importlib
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trapo_jax.paths import did_you_mean
 from trapo_jax.types import UserError
 
 IDENTIFIER = r"[^\W\d]\w*"
@@ -38,34 +40,65 @@ def import_object(path: str, field: str) -> Any:
     """
     match = IMPORT_PATH.fullmatch(path)
     if match is None:
-        raise UserError(f"{field}={path}: expected an import path of the form package.module:name")
+        meant = did_you_mean_import(path)
+        raise UserError(
+            f"{field}={path}: expected an import path of the form package.module:name"
+            + (f"; {meant}" if meant else "")
+        )
     module = _import_module(match[1], f"{field}={path}")
     try:
         return getattr(module, match[2])
     except AttributeError as error:
         location = getattr(module, "__file__", None) or "built in"
+        close = difflib.get_close_matches(match[2], vars(module), n=1)
         raise UserError(
             f"{field}={path}: module {match[1]} ({location}) does not define {match[2]!r}"
+            + (f"; did you mean {close[0]}?" if close else "")
         ) from error
 
 
+def did_you_mean_import(name: str) -> str:
+    """Returns a hint for a name that may be a misspelled import path; empty if it does not resemble one.
+
+    >>> did_you_mean_import("rewards.exact")
+    'did you mean rewards:exact?'
+    >>> did_you_mean_import("my/rewards.py:exact")
+    'did you mean my.rewards:exact?'
+    >>> did_you_mean_import("rewards.py")
+    'did you mean rewards:NAME?'
+    """
+    module, colon, attribute = name.rpartition(":")
+    if name.endswith(".py"):
+        module, attribute = name, "NAME"
+    elif not colon:
+        module, _, attribute = name.rpartition(".")
+    meant = f"{module.removesuffix('.py').replace('/', '.')}:{attribute}"
+    return f"did you mean {meant}?" if IMPORT_PATH.fullmatch(meant) else ""
+
+
 def search_beside(file: Path | None) -> None:
-    """Adds the folder of a config file to the end of the import path, for `import_object`."""
+    """Adds the working directory and the folder of a config file to the end of the import path, for `import_object`."""
+    _search_working_directory()
     if file is not None and (folder := str(file.parent.resolve())) not in sys.path:
         sys.path.append(folder)
 
 
+def _search_working_directory() -> str:
+    folder = os.getcwd()
+    if not {"", folder} & set(sys.path):
+        sys.path.append(folder)  # last: must not shadow installed packages
+    return folder
+
+
 def _import_module(name: str, setting: str) -> ModuleType:
-    working_directory = os.getcwd()
-    if not {"", working_directory} & set(sys.path):
-        sys.path.append(working_directory)  # last: must not shadow installed packages
+    working_directory = _search_working_directory()
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and _is_or_contains(error.name, name):
             raise UserError(
                 f"{setting}: no module {error.name!r} in {working_directory}, beside the config, or among the installed "
-                "packages"
+                f"packages{did_you_mean(f'{error.name}.py')}"
             ) from error
         raise UserError(f"{setting}: importing {name} failed: {_describe(error)}") from error
 

@@ -132,7 +132,11 @@ MISTAKES = {
     "no row": ("data.limit=-1", "data.limit=-1: input should be"),
     "no probability": ("sampling.top_p=0", "sampling.top_p=0: input should be"),
     "no token": ("sampling.top_k=-1", "sampling.top_k=-1: input should be"),
-    "nothing to evaluate": ("data={source: files}", "data.test_files=[]: data.source=files needs"),
+    "nothing to evaluate": ("data={source: files}", "data.test_files: not set; give files or"),
+    "files and another source": (
+        "data.source=card_shuffles",
+        "data.source=card_shuffles: data.test_files are not read; give data.source=files",
+    ),
 }
 
 
@@ -147,16 +151,79 @@ def test_mistakes_are_one_line_errors_and_create_no_files(case, data, tmp_path, 
     assert not out.exists()
 
 
+def test_another_model_than_the_embedded_one_is_not_silently_given_the_embedded_task(capsys):
+    assert main(["model.path=a/model"]) == 2
+    error = capsys.readouterr().err
+    assert "data.test_files: not set; give files or Hub datasets, or data.source=" in error
+    for model, more in (
+        ("card_shuffles_tiny", []),
+        ("a/model", [("data.source", "card_shuffles")]),
+    ):
+        config = load_evaluate_config(None, [("model.path", model), *more])
+        assert config.data.source == "card_shuffles"
+        assert config.rewards.functions == ("card_shuffles",)
+
+
+TRAINING = {
+    "output_dir": "runs/mine",
+    "seed": 7,
+    "model": {"path": "a/model", "dtype": "bfloat16", "remat": "full"},
+    "data": {"train_files": "x.jsonl", "prompt_suffix": "boxed"},
+    "method": {"name": "grpo"},
+    "sampling": {"max_completion_length": 99, "temperature": 0.9, "num_slots": 3},
+    "rewards": {"functions": "math", "max_error_rate": 0.5},
+}
+
+
+def test_a_training_config_gives_model_data_and_rewards(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(TRAINING))
+    config = load_evaluate_config(file, [("sampling.num_slots", "5")])
+    assert (config.model.path, config.model.dtype) == ("a/model", "bfloat16")
+    assert (config.data.train_files, config.data.prompt_suffix) == (("x.jsonl",), "boxed")
+    assert config.rewards.functions == ("math",)
+    assert config.sampling.max_completion_length == 99
+    # These are of training rollouts and of the run.
+    defaults = EvaluateConfig()
+    assert config.sampling.temperature == defaults.sampling.temperature
+    assert (config.output_dir, config.seed) == (None, 0)
+    assert config.sampling.num_slots == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"trian_files": "x.jsonl"}}, "data.trian_files: unknown field; did you mean"),
+        ({"data": 3}, "data=3: input should be an object"),
+        ({"rewads": {}}, "rewads: unknown field; did you mean rewards?"),
+        ({"rewards": {"functions": 3}}, "rewards.functions=3: input should be"),
+    ],
+)
+def test_a_mistake_in_a_training_config_is_reported(change, message, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(TRAINING | change))
+    with pytest.raises(UserError) as caught:
+        load_evaluate_config(file, [])
+    assert str(caught.value).startswith(f"{file}: {message}")
+
+
+def test_a_mistake_in_the_config_of_a_run_is_reported_there(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(TRAINING | {"data": {"template": 3}}))
+    with pytest.raises(UserError, match=rf"^{tmp_path}/config\.yaml: data\.template=3: "):
+        load_evaluate_config(None, [("model.path", str(tmp_path)), ("seed", "3")])
+
+
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
-    (tmp_path / "config.yaml").write_text("{}\n")
+    (tmp_path / "config.yaml").write_text("data: {source: card_shuffles}\n")
     config = load_evaluate_config(None, [("model.path", str(tmp_path))])
     with pytest.raises(UserError, match="a run without a checkpoint yet"):
         load_model(config)
 
 
 def test_data_and_grading_default_to_the_settings_of_the_run(tmp_path):
+    data = {"source": "card_shuffles", "num_test": 5, "template": "none", "num_train": 8}
     run = {
-        "data": {"num_test": 5, "template": "none", "max_prompt_length": 16, "num_train": 8},
+        "data": data | {"max_prompt_length": 16},
         "rewards": {"timeout_secs": 9.0, "max_error_rate": 0.1},
         "sampling": {"max_completion_length": 64, "temperature": 1.0},
     }

@@ -11,6 +11,7 @@ from support.data_files import MALFORMED
 from trapo_jax.evaluate import main as evaluate
 from trapo_jax.train import main as train
 
+CARDS = "data.source=card_shuffles"
 GOOD_ROW = {"prompt": "?r:12345=", "answer": "54321", "solution": "r54321;#54321"}
 FILES = ("data.source=files", "model.path=card_shuffles_tiny", "rewards.functions=card_shuffles")
 GOOD_ROWS = [{**GOOD_ROW, "prompt": f"?{op}:12345="} for op in "rlt"]
@@ -32,7 +33,7 @@ def test_broken_model_folder_is_reported_in_one_line(case, tmp_path, capsys):
     shutil.copytree(TINY_MODEL, folder)
     BREAKAGES[case][0](folder)
     before = sorted(tmp_path.rglob("*"))
-    code = train([f"model.path={folder}", f"output_dir={tmp_path / 'out'}"])
+    code = train([f"model.path={folder}", CARDS, f"output_dir={tmp_path / 'out'}"])
     assert_one_line_error(capsys, code, tmp_path, folder)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -116,7 +117,9 @@ def test_no_traceback_is_printed_for_a_broken_model(tmp_path):
     shutil.copytree(TINY_MODEL, folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    result = run_command("trapo_jax.train", f"model.path={folder}", f"output_dir={tmp_path}/out")
+    result = run_command(
+        "trapo_jax.train", f"model.path={folder}", CARDS, f"output_dir={tmp_path}/out"
+    )
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert str(weights) in result.stderr

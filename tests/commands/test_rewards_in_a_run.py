@@ -136,10 +136,11 @@ def test_functions_in_the_config_folder_are_weighted_and_selected_by_source(tmp_
     assert result.returncode == 0, result.stderr
     samples = read_lines(run / "samples.jsonl")
     result = run_command(
-        *("trapo_jax.evaluate", "--config", evaluation_config(tmp_path), f"model.path={run}"),
+        *("trapo_jax.evaluate", "--config", config, f"model.path={run}"),
         *(f"output_dir={tmp_path / 'scores'}", "sampling.num_samples=2"),
     )
     assert result.returncode == 0, result.stderr
+    assert f"{config}: a config of a training run, of which an evaluation uses" in result.stdout
     samples += read_lines(tmp_path / "scores" / "samples.jsonl")
     num_crashed = 0
     for sample in samples:
@@ -160,12 +161,6 @@ def test_functions_in_the_config_folder_are_weighted_and_selected_by_source(tmp_
     train = [record for record in read_metrics(run) if record["kind"] == "train"]
     assert all(0.9 < record["rewards/brevity"] < 1 for record in train)
     assert all(record["reward/missing"] == 0 for record in train)
-
-
-def evaluation_config(tmp_path):
-    file = tmp_path / "conf" / "evaluation.yaml"
-    file.write_text("rewards: {workers: 1}\n")
-    return file
 
 
 def read_lines(file):

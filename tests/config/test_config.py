@@ -69,6 +69,8 @@ def test_help_lists_every_field_with_type_default_and_sentence():
         assert sentence.endswith("."), name
 
 
+CARDS = "data.source=card_shuffles"
+
 # What a user might type, and what the one line says.
 COMMAND_LINES = [
     (["train.num_step=3"], "train.num_step: unknown field; did you mean train.num_steps?"),
@@ -122,15 +124,18 @@ COMMAND_LINES = [
     (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
     (["seed=" + "9" * 5000], "9999: not a YAML value"),
     (["seed=" + "[" * 1000], "[[[[: not a YAML value"),
-    (["seed=&a [*a]"], "command line: not plain fields and values (Circular reference"),
+    (["seed=&a [*a]"], "command line: seed: not plain fields and values (Circular reference"),
     (["data.template=2026-02-31"], "data.template='2026-02-31': not a YAML value"),
     (["output_dir=3"], "output_dir=3: input should be a valid string"),
     (["train=3"], "train=3: "),
     (["train="], "train=null: "),
     (["train.num_steps.x=3"], "train.num_steps={"),
-    (["train=3", "train.num_steps=3"], "train.num_steps: 'train' is not a section"),
+    (
+        ["train=3", "train.num_steps=3"],
+        "command line: train=3: not a section, but the command line sets train.num_steps",
+    ),
     (["data.num_train=4"], "larger than data.num_train=4"),
-    (["data.source=files"], "data.train_files=[]: data.source=files needs at least one file"),
+    (["data.source=files"], "data.train_files: not set; give files or Hub datasets, or"),
     (["mesh.fsdp=0"], "mesh.fsdp=0: give a number of devices, or -1 for all that mesh.tp leaves"),
     (["evaluation.every=1.5"], "evaluation.every=1.5: give a number of steps, or a share"),
     (["train.row_length=8"], "train.row_length=8: less than data.max_prompt_length"),
@@ -145,13 +150,20 @@ COMMAND_LINES = [
     (["train.num_steps", "3"], "'train.num_steps' is not FIELD=VALUE"),
     (["configs/smoke_cpu.yaml"], "did you mean --config configs/smoke_cpu.yaml?"),
     (["--config", "missing.yaml"], "missing.yaml: cannot be read (No such file or directory)"),
+    (["--config", "configs/own_dta.yaml"], "directory); did you mean configs/own_data.yaml?"),
     (["--config", "configs"], "configs: cannot be read (Is a directory)"),
     (["--config", "a.yaml", "--config=b.yaml"], "--config twice, a.yaml and b.yaml; give one file"),
     (["=3"], "names no field"),
     (["seed=[1"], "seed='[1': not a YAML value"),
-    (["model.path=/nowhere"], "model.path='/nowhere': no such folder"),
+    (["model.path=/nowhere", CARDS], "model.path='/nowhere': no such folder; pass a"),
+    (["model.path=docs/../README.md", CARDS], "README.md': a file; pass the folder that contains"),
+    (["model.path=./confgis", CARDS], f"no such folder in {REPOSITORY}; did you mean configs?"),
     (
-        ["model.path=Qwen/Qwen2.5-0.5B"],
+        ["model.path=a/model"],
+        "data.train_files: not set; give files or Hub datasets, or data.source",
+    ),
+    (
+        ["model.path=Qwen/Qwen2.5-0.5B", CARDS],
         "model.path='Qwen/Qwen2.5-0.5B': no such folder, and it is not in the cache of the Hugging Face Hub "
         "(HF_HUB_OFFLINE is set); with network access, run `hf download Qwen/Qwen2.5-0.5B`",
     ),
@@ -168,7 +180,7 @@ COMMAND_LINES = [
     ),
     (
         ["data.train_files=no.parquet", "model.path=card_shuffles_tiny", "rewards.functions=math"],
-        "no.parquet: no such file",
+        f"data.train_files: no.parquet: no such file or folder in {REPOSITORY}",
     ),
 ]
 
@@ -220,6 +232,61 @@ def test_mistake_in_a_file_is_reported_in_one_line_that_names_it(text, message, 
     with pytest.raises(UserError) as caught:
         load("--config", str(file))
     assert str(caught.value).startswith(str(file))
+
+
+@pytest.mark.parametrize(
+    ("of_file", "argument", "field", "is_of_file"),
+    [
+        ("seed: -1", "log_samples=3", "seed=-1", True),
+        ("seed: 1", "seed=-1", "seed=-1", False),
+        ("train: {num_steps: 3}", "train.num_step=3", "train.num_step: unknown", False),
+        ("train: {num_step: 3}", "train.num_steps=3", "train.num_step: unknown", True),
+        ("train: 3", "log_samples=3", "train=3", True),
+        ("train: 3", "train.num_steps=3", "train=3: not a section, but the", True),
+        # Checks of a section, and of several fields together.
+        ("method: {alpha: 7}", "method.name=trapo", "method.alpha=7", True),
+        ("method: {name: trapo}", "method.alpha=7", "method.alpha=7", False),
+        ("method: {name: trapo}", "method.alhpa=1", "method.alhpa=1", False),
+        ("rewards: {weights: [1, 2]}", "seed=3", "rewards.weights=[1.0, 2.0]", True),
+        ("seed: 3", "rewards.weights=[1,2]", "rewards.weights=[1.0, 2.0]", False),
+        ("mesh: {fsdp: 0}", "mesh.tp=1", "mesh.fsdp=0", True),
+        ("mesh: {tp: 1}", "mesh.fsdp=0", "mesh.fsdp=0", False),
+        ("train: {budget_unit: flops}", "train.num_steps=3", "train.budget=null", True),
+        ("train: {num_steps: 3}", "train.budget_unit=flops", "train.budget=null", False),
+    ],
+)
+def test_a_mistake_is_reported_where_it_was_made(of_file, argument, field, is_of_file, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(of_file + "\n")
+    with pytest.raises(UserError) as caught:
+        load("--config", str(file), argument)
+    assert str(caught.value).startswith(f"{file if is_of_file else 'command line'}: {field}")
+
+
+def test_relative_paths_are_looked_up_in_the_working_directory_then_beside_the_file(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "configs" / "base").mkdir(parents=True)
+    for name in ("configs/a.jsonl", "configs/b.jsonl", "configs/c1.parquet", "b.jsonl"):
+        (tmp_path / name).write_text("")
+    sections = {
+        "model": {"path": "base"},
+        "data": {"train_files": ["a.jsonl", "b.jsonl", "c*.parquet", "base#dev", "owner/name"]},
+        "rewards": {"functions": "math"},
+    }
+    file = tmp_path / "configs" / "c.yaml"
+    file.write_text(yaml.safe_dump(sections))
+    monkeypatch.chdir(tmp_path)
+    for given in ("configs/c.yaml", str(file)):
+        folder = given.removesuffix("/c.yaml")
+        config = load("--config", given)
+        assert config.model.path == f"{folder}/base"
+        assert config.data.train_files == (
+            *(f"{folder}/a.jsonl", "b.jsonl", f"{folder}/c*.parquet", f"{folder}/base#dev"),
+            "owner/name",
+        )
+    absolute = load("--config", "configs/c.yaml", f"data.train_files={tmp_path}/configs/a.jsonl")
+    assert absolute.data.train_files == (f"{tmp_path}/configs/a.jsonl",)
 
 
 def test_each_mistake_is_reported_in_its_own_line():

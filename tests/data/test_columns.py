@@ -2,6 +2,7 @@
 
 import decimal
 import json
+import re
 from collections import Counter
 
 import pyarrow as pa
@@ -10,7 +11,8 @@ import pytest
 
 from support.commands import REPOSITORY
 from trapo_jax.data import COLUMN_PRESETS, Columns, Example, Message, examples_from_rows, read_rows
-from trapo_jax.data.columns import expert_text, find_preset
+from trapo_jax.data.columns import expert_text
+from trapo_jax.data.layouts import find_preset
 from trapo_jax.data.sources import Row
 from trapo_jax.types import UserError
 
@@ -108,9 +110,10 @@ def test_answers_are_text_or_numbers(value, answer):
 
 def test_rows_without_a_source_get_the_default_source():
     columns = Columns("q", "a", source="kind?")
-    rows = rows_of({"q": "Q", "a": "1"}, {"q": "Q", "a": "1", "kind": "k"})
+    row = {"q": "Q", "a": "1"}
+    rows = rows_of(row, row | {"kind": "k"}, row | {"kind": None}, row | {"kind": " "})
     examples, _ = examples_from_rows(rows, columns, default_source="mine")
-    assert [example.source for example in examples] == ["mine", "k"]
+    assert [example.source for example in examples] == ["mine", "k", "mine", "mine"]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,7 @@ def test_rows_without_the_answer_marker_are_counted():
 def test_no_usable_row_raises_with_counts():
     rows = rows_of({"q": "", "a": "1", "s": ""}, {"q": "Q", "a": "", "s": ""})
     with pytest.raises(
-        UserError, match="no row is usable: 0 of 2 kept; dropped: 1 with an empty ans"
+        UserError, match=r"^f\.jsonl: no row is usable: 0 of 2 kept; dropped: 1 with an empty ans"
     ):
         examples_from_rows(rows, COLUMNS)
 
@@ -201,27 +204,28 @@ def test_malformed_row_error_names_file_row_and_column(value, columns, message):
         examples_from_rows(rows_of(GOOD | {"kind": "k"}, value), columns)
     row = 1 if columns not in (COLUMNS, Columns("q", "a", ("s?",))) else 2
     assert str(caught.value).startswith(f"f.jsonl, row {row}, column ")
-    assert "data.columns" in str(caught.value)
+    assert re.search(r"; set data\.columns\.(prompt|answer|solutions|source) to", str(caught.value))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("columns", "path"),
+    ("columns", "path", "option"),
     [
-        (Columns("question", "a"), "question"),
-        (Columns("q", "answer"), "answer"),
-        (Columns("q", "a", ("solution",)), "solution"),
-        (Columns("q", "a", source="kind"), "kind"),
-        (Columns("q", "a", extra=("level",)), "level"),
-        (Columns("deep.y", "a"), "deep.y"),
+        (Columns("question", "a"), "question", "prompt"),
+        (Columns("q", "answer"), "answer", "answer"),
+        (Columns("q", "a", ("solution",)), "solution", "solutions"),
+        (Columns("q", "a", source="kind"), "kind", "source"),
+        (Columns("q", "a", extra=("level",)), "level", "extra"),
+        (Columns("deep.y", "a"), "deep.y", "prompt, perhaps to deep.x"),
+        (Columns("deepx", "a", ("deepx",)), "deepx", "prompt, perhaps to deep.x"),
+        (Columns("q", "A"), "A", "answer, perhaps to a"),
     ],
 )
-def test_a_column_that_no_row_has_is_refused(columns, path):
+def test_a_column_that_no_row_has_is_refused(columns, path, option):
     with pytest.raises(UserError) as caught:
         examples_from_rows(rows_of(GOOD, GOOD), columns)
     assert str(caught.value) == (
-        f"f.jsonl: no row has the column {path!r}; the first row has q, a, s, deep.x; set data.columns to the columns "
-        "of the file"
+        f"f.jsonl: no row has the column {path!r}; the first row has q, a, s, deep.x; set data.columns.{option}"
     )
 
 
@@ -328,11 +332,52 @@ def test_the_preset_is_found_from_a_row(preset, value, prompt):
         assert examples[0].solutions[0].startswith("It is 4.")
 
 
-def test_columns_that_fit_no_preset_are_refused_by_name():
-    with pytest.raises(
-        UserError, match=r"the columns are input, meta\.x, which fits no preset; set"
+@pytest.mark.parametrize(
+    ("value", "given", "preset"),
+    [
+        ({"q": "q", "a": "1", "solution": "s"}, {"prompt", "answer"}, "trl"),
+        ({"prompt": "q", "a": "1"}, {"answer"}, "trl"),
+        ({"question": "q", "a": "1"}, {"answer"}, "qa"),
+        ({"q": "q", "answer": "1"}, {"prompt"}, "trl"),
+        ({"question": "q", "answer": "#### 1"}, {"solutions"}, "gsm8k"),
+        (verl_row(), {"solutions"}, "verl"),
+    ],
+)
+def test_columns_that_are_given_need_not_be_in_the_preset(value, given, preset):
+    assert find_preset(rows_of(value)[0], given) == preset
+
+
+def test_a_preset_is_found_without_its_answer_where_none_is_needed():
+    for value, preset in (
+        ({"prompt": "q", "solution": "s"}, "trl"),
+        ({"question": "q", "solution": "s"}, "qa"),
+        ({"prompt": "q", "completion": "s"}, "prompt_completion"),
     ):
-        find_preset(rows_of({"input": "q", "meta": {"x": 1}})[0])
+        assert find_preset(rows_of(value)[0], needs_answer=False) == preset
+    with pytest.raises(UserError, match=r"fits no preset; set .*data\.columns\.answer"):
+        find_preset(rows_of({"prompt": "q", "solution": "s"})[0])
+
+
+@pytest.mark.parametrize(
+    ("value", "given", "message"),
+    [
+        (
+            {"input": "q", "meta": {"x": 1}},
+            (),
+            "input, meta.x, which fits no preset; set data.columns.prompt, data.columns.answer, data.columns.solutions",
+        ),
+        (
+            {"Question": "q", "Answers": "1"},
+            (),
+            "set data.columns.prompt (perhaps to Question), data.columns.answer (perhaps to Answers), data.columns.sol",
+        ),
+        ({"q": "q", "final": "1"}, {"prompt"}, "preset; set data.columns.answer, data.columns.sol"),
+    ],
+)
+def test_columns_that_fit_no_preset_are_refused_by_name(value, given, message):
+    with pytest.raises(UserError) as caught:
+        find_preset(rows_of(value)[0], given)
+    assert message in str(caught.value)
 
 
 def test_reads_the_released_math_500_file():

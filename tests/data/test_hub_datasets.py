@@ -139,7 +139,7 @@ def test_a_config_or_split_that_does_not_exist_is_named(entry, message, home):
 @pytest.mark.parametrize("entry", ["./owner/x", "owner/x/y", "owner/x@", "owner/x:", "owner/x@a@b"])
 def test_a_path_is_not_taken_for_a_hub_id(entry, home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert error_of(entry) == f"{entry}: no such file or folder"
+    assert error_of(entry) == f"{entry}: no such file or folder in {tmp_path}"
 
 
 def test_a_local_file_or_folder_of_the_same_name_wins(home, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from support.data_files import (
     ROWS,
     write_arrow_file,
     write_arrow_stream,
+    write_csv,
     write_json,
     write_jsonl,
     write_parquet,
@@ -26,6 +27,7 @@ from trapo_jax.types import UserError
         ("a.parquet", write_parquet),
         ("a.jsonl", write_jsonl),
         ("a.JSON", write_json),
+        ("a.csv", write_csv),
         ("stream.arrow", write_arrow_stream),
         ("file.arrow", write_arrow_file),
     ],
@@ -35,7 +37,8 @@ def test_every_format_yields_the_rows_and_leaves_no_files_behind(tmp_path, name,
     write(file)
     rows = list(read_rows([str(file)]))
     assert [row.values for row in rows] == ROWS
-    assert [row.number for row in rows] == list(range(1, 601))
+    first = 2 if name.endswith(".csv") else 1  # after the names of the columns
+    assert [row.number for row in rows] == list(range(first, first + 600))
     assert {row.file for row in rows} == {str(file)}
     assert list(tmp_path.iterdir()) == [file]
 
@@ -73,6 +76,21 @@ def test_blank_lines_are_counted_as_lines_but_not_as_rows(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"a": 1}\n\n{"a": 2}\n')
     assert [(row.number, row.values["a"]) for row in read_rows([str(file)])] == [(1, 1), (3, 2)]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_values_of_csv_files_are_texts(tmp_path, delimiter):
+    lines = ['"q", "a"', '"x, y; z\tw ""w""\nsecond line", "007"', "", '"é",']
+    file = tmp_path / "a.csv"
+    file.write_text(
+        "\ufeff"
+        + "\r\n".join(lines).replace('", ', f'"{delimiter}').replace('é",', f'é"{delimiter}')
+    )
+    rows = [(row.number, row.values) for row in read_rows([str(file)])]
+    assert rows == [
+        (3, {"q": 'x, y; z\tw "w"\nsecond line', "a": "007"}),
+        (5, {"q": "é", "a": ""}),
+    ]
 
 
 def test_existing_file_name_with_brackets_is_not_a_glob(tmp_path):
@@ -138,8 +156,21 @@ def test_unreadable_file_raises(tmp_path, name, request):
 
 def test_mistyped_file_name_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^data/train\.parquet: no such file or folder$"):
+    with pytest.raises(UserError) as caught:
         list(read_rows(["data/train.parquet"]))
+    assert str(caught.value) == f"data/train.parquet: no such file or folder in {tmp_path}"
+
+
+def test_a_name_that_resembles_a_file_is_answered_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "train.jsonl")
+    for entry in ("data/trian.jsonl", "data/train.json", "dta/train.jsonl", "data/train"):
+        with pytest.raises(UserError, match=r"; did you mean data/train\.jsonl\?$") as caught:
+            list(read_rows([entry]))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=rf"; did you mean {tmp_path}/data/train\.jsonl\?$"):
+        list(read_rows([f"{tmp_path}/data/trian.jsonl"]))
 
 
 def test_importing_the_package_imports_no_large_library():

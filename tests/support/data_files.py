@@ -17,6 +17,11 @@ def write_jsonl(path):
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
 
+def write_csv(path):
+    lines = ["prompt,answer", *(f'"{row["prompt"]}",{row["answer"]}' for row in ROWS)]
+    path.write_text("\n".join(lines))
+
+
 def write_json(path):
     path.write_text("\ufeff" + json.dumps(ROWS, indent=1))  # with a byte order mark, as on Windows
 
@@ -78,7 +83,12 @@ MALFORMED = [
     ("longint.jsonl", bytes_of(b'{"a": ' + b"1" * 5000 + b"}"), r", line 1: not JSON"),
     ("number.jsonl", bytes_of(b'{"a": 1}\n7\n'), r", line 2: a JSON int, not an object"),
     ("numbers.json", bytes_of(b"[1, 2]"), r", row 1: a JSON int, not an object"),
-    ("data.csv", bytes_of(b"a,b\n"), r"format '.csv' unknown; have .parquet, .jsonl"),
+    ("data.xlsx", bytes_of(b"a,b\n"), r"format '.xlsx' unknown; have .parquet, .jsonl"),
+    ("norows.csv", bytes_of(b"a,b\n"), r"holds no rows"),
+    ("uneven.csv", bytes_of(b"a,b\n1,2\n1,2,3\n"), r", line 3: 3 values for the 2 columns of the"),
+    ("twice.csv", bytes_of(b"a,b,a\n1,2,3\n"), r", line 1: two columns are named 'a'"),
+    ("quote.csv", bytes_of(b'a,b\n1,"2\n'), r", line 2: not CSV \(unexpected end of data\)"),
+    ("latin1.csv", bytes_of(b"a,b\n1,\xe9\n"), r", line 2: not UTF-8 \(byte 3"),
     ("data", bytes_of(b"a,b\n"), r"format 'without suffix' unknown"),
     ("folder", lambda path: path.mkdir(), r"not one made by save_to_disk; give its files"),
     ("*.parquet", lambda path: None, r"no file here matches"),

@@ -16,6 +16,7 @@ JOB = (
 
 # The shortest run that trains, evaluates, saves and exports.
 TINY_JOB = (
+    "data.source=card_shuffles",
     "train.num_steps=2",
     "train.warmup_steps=0",
     "checkpoint.every=1",

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from support.commands import REPOSITORY
-from trapo_jax.data.columns import COLUMN_PRESETS, examples_from_rows
+from trapo_jax.data import COLUMN_PRESETS, examples_from_rows
 from trapo_jax.data.sources import read_rows
 from trapo_jax.rewards import make_grader
 from trapo_jax.types import Problem, UserError

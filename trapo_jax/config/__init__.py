@@ -1,7 +1,11 @@
 """Configurations of the commands, and how they are read from YAML files and the command line."""
 
 from trapo_jax.config.changes import flatten, is_changeable
-from trapo_jax.config.evaluation import EvaluateConfig, load_evaluate_config
+from trapo_jax.config.evaluation import (
+    EvaluateConfig,
+    is_training_config,
+    load_evaluate_config,
+)
 from trapo_jax.config.help import help_text, list_fields
 from trapo_jax.config.loading import load_config, load_train_config, parse_command_line, read_yaml
 from trapo_jax.config.schema import (
@@ -33,6 +37,7 @@ __all__ = [
     "flatten",
     "help_text",
     "is_changeable",
+    "is_training_config",
     "list_fields",
     "load_config",
     "load_evaluate_config",

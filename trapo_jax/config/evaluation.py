@@ -1,14 +1,16 @@
 """The configuration of `trapo_jax.evaluate`, built from the same sections as that of a training run."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import pydantic
 from pydantic import Field
 
-from trapo_jax.config.loading import load_config, merge_config, read_yaml
+from trapo_jax.config.changes import flatten
+from trapo_jax.config.help import list_fields
+from trapo_jax.config.loading import Layer, load_layers, merge_layers, read_yaml
 from trapo_jax.config.schema import (
     CONFIG_FILE,
     DataConfig,
@@ -22,7 +24,15 @@ from trapo_jax.config.schema import (
     StringList,
 )
 from trapo_jax.config.tasks import FILES
-from trapo_jax.config.training import TaskConfig, check_functions, check_model, check_weights
+from trapo_jax.config.training import (
+    Config,
+    TaskConfig,
+    check_files,
+    check_functions,
+    check_model,
+    check_weights,
+)
+from trapo_jax.paths import look_up
 from trapo_jax.types import UserError
 
 # Fields that decide which problems of the training files a run holds out.
@@ -47,6 +57,14 @@ class EvaluationGradingConfig(GradingConfig):
     """Reward functions, as in training. The first decides whether a response is correct."""
 
 
+# What an evaluation takes from the config of a training run, by section.
+INHERITED: Mapping[str, Collection[str]] = {
+    "data": DataConfig.model_fields.keys(),
+    "rewards": EvaluationGradingConfig.model_fields.keys(),
+    "sampling": {"max_completion_length"},
+}
+
+
 class EvaluateConfig(TaskConfig):
     """Everything that an evaluation depends on."""
 
@@ -68,20 +86,15 @@ class EvaluateConfig(TaskConfig):
                 "time; give sampling.num_samples=1"
             )
         data = self.data
+        check_files(data, "test_files", "train_files")
         check_model(self.model)
         check_functions(self.rewards.functions, data.source)
         check_weights(self.rewards, self.rewards.functions)
-        if data.source == FILES and not (data.test_files or data.train_files):
-            raise ValueError("data.test_files=[]: data.source=files needs files to evaluate on")
-        if data.source != FILES and data.test_files:
-            raise ValueError(
-                f"data.source={data.source}: data.test_files are not read; give data.source=files"
-            )
         return self
 
     @classmethod
-    def _default_source(cls, data: Mapping[str, Any]) -> str:
-        return FILES if data.get("test_files") else super()._default_source(data)
+    def _default_source(cls, data: Mapping[str, Any], model: Mapping[str, Any] | None) -> str:
+        return FILES if data.get("test_files") else super()._default_source(data, model)
 
     @property
     def folder(self) -> Path:
@@ -96,28 +109,58 @@ def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]
 
     If `model.path` is a training run, its config gives the defaults of the sections `data` and `rewards` and of
     `sampling.max_completion_length`, so that the run's own test problems are evaluated unless others are given. If the
-    run's problems were generated and files are given, the task's defaults do not apply to them.
+    run's problems were generated and files are given, the task's defaults do not apply to them. If the file is the
+    config of a training run, only these fields and those of the model are used.
 
     Raises:
       UserError: with one line per mistake.
     """
-    given = merge_config(file, overrides)
+    layers = [Layer(str(file), _without_training(read_yaml(file)))] if file else []
+    given = merge_layers(layers, overrides)
     model = given.get("model")
     path = model.get("path") if isinstance(model, dict) else None
-    saved = Path(path).expanduser() / CONFIG_FILE if isinstance(path, str) else None
-    defaults = _defaults_of_run(read_yaml(saved), given) if saved and saved.is_file() else None
-    return load_config(EvaluateConfig, file, overrides, defaults=defaults)
+    if isinstance(path, str):
+        saved = Path(look_up(path, file.parent) if file else path).expanduser() / CONFIG_FILE
+        if saved.is_file():
+            layers = [Layer(str(saved), _defaults_of_run(read_yaml(saved), given)), *layers]
+    return load_layers(EvaluateConfig, layers, overrides, file=file)
+
+
+def is_training_config(data: Mapping[str, Any]) -> bool:
+    """Returns whether a config, as plain data, has fields that training has and an evaluation does not."""
+    return bool(
+        data.keys() & (Config.model_fields.keys() - EvaluateConfig.model_fields.keys())
+        or flatten(dict(data)).keys() & (_names(Config) - _names(EvaluateConfig))
+    )
+
+
+def _without_training(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a config without what does not concern evaluations, if it is one of a training run."""
+    if not is_training_config(data):
+        return data
+    inherited = {**INHERITED, "model": PretrainedConfig.model_fields.keys()}
+    # Unknown fields are kept, so that validation reports them.
+    kept = {name: x for name, x in data.items() if name not in Config.model_fields}
+    for section in inherited.keys() & data.keys():
+        fields, known = data[section], type(Config.model_fields[section].default).model_fields
+        if isinstance(fields, Mapping):
+            fields = {
+                name: x
+                for name, x in fields.items()
+                if name in inherited[section] or name not in known
+            }
+        kept[section] = fields
+    return kept
+
+
+def _names(config_class: type[TaskConfig]) -> set[str]:
+    return {field.name for field in list_fields(config_class)}
 
 
 def _defaults_of_run(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    inherited = {
-        "data": DataConfig.model_fields.keys(),
-        "rewards": EvaluationGradingConfig.model_fields.keys(),
-        "sampling": {"max_completion_length"},
-    }
     defaults = {
         section: {name: value for name, value in run.get(section, {}).items() if name in names}
-        for section, names in inherited.items()
+        for section, names in INHERITED.items()
     }
     of_run = defaults["data"]
     own = given.get("data")

@@ -9,19 +9,34 @@ import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pydantic
 import yaml
 
+from trapo_jax.config.changes import flatten
 from trapo_jax.config.help import list_fields
-from trapo_jax.config.schema import MethodConfig, Section
-from trapo_jax.config.training import Config
+from trapo_jax.config.schema import DATA_FILES, MethodConfig, Section
+from trapo_jax.config.training import Config, TaskConfig
 from trapo_jax.import_path import search_beside
 from trapo_jax.methods import constant_names
+from trapo_jax.paths import did_you_mean, look_up
 from trapo_jax.types import UserError
 
-C = TypeVar("C", bound=Section)
+C = TypeVar("C", bound=TaskConfig)
+COMMAND_LINE = "command line"
+
+
+class Layer(NamedTuple):
+    """A part of a configuration as plain data.
+
+    Attributes:
+      where: where it comes from, for error messages.
+      data: values by field.
+    """
+
+    where: str
+    data: Mapping[str, Any]
 
 
 def load_config(
@@ -33,29 +48,64 @@ def load_config(
 ) -> C:
     """Merges a file and overrides and validates the result.
 
+    Relative paths of models and data, and modules in import paths, are looked up in the working directory and then in
+    the folder of the file.
+
     Args:
       config_class: the class of the configuration.
-      file: a YAML file, or None. Import paths in the config may name modules in its folder.
+      file: a YAML file, or None.
       overrides: dotted names and YAML scalars, such as `("train.num_steps", "10")`; they win over the file.
       defaults: plain data that the file is merged into, section by section.
 
     Raises:
       UserError: with one line per mistake.
     """
+    layers = [Layer("defaults", defaults or {})]
+    layers += [Layer(str(file), read_yaml(file))] if file else []
+    return load_layers(config_class, layers, overrides, file=file)
+
+
+def load_layers(
+    config_class: type[C],
+    layers: Sequence[Layer],
+    overrides: Sequence[tuple[str, str]],
+    *,
+    file: Path | None,
+) -> C:
+    """Merges layers, each of which wins over those before it, and overrides, and validates the result.
+
+    Args:
+      config_class, overrides: see `load_config`.
+      layers: plain data, as from `read_yaml`.
+      file: the config file, beside which paths and modules are looked up.
+
+    Raises:
+      UserError: with one line per mistake.
+    """
     search_beside(file)
-    data = merge_config(file, overrides, defaults=defaults)
-    try:
-        text = json.dumps(data, default=str)
-    except (TypeError, ValueError, RecursionError) as error:  # a date as a key, a list in itself
-        where = file or "command line"
-        raise UserError(f"{where}: not plain fields and values ({error})") from error
+    text = json.dumps(merge_layers(layers, overrides), default=str)
     try:
         # Strict JSON mode accepts neither "3" for 3 nor true for 1, but lists and mappings as YAML gives them.
-        return config_class.model_validate_json(text, strict=True)
+        config = config_class.model_validate_json(text, strict=True)
     except pydantic.ValidationError as error:
-        given = {name for name, _ in overrides}
-        lines = [_explain(e, config_class, file=file, overrides=given) for e in error.errors()]
+        given = [*layers, Layer(COMMAND_LINE, dict(overrides))]
+        where = str(file or COMMAND_LINE)  # for what is not set anywhere
+        lines = [_explain(e, config_class, given, otherwise=where) for e in error.errors()]
         raise UserError("\n".join(lines)) from error
+    return _look_up_paths(config, file.parent) if file else config
+
+
+def _look_up_paths(config: C, folder: Path) -> C:
+    model = {"path": look_up(config.model.path, folder)}
+    data = {
+        name: tuple(look_up(entry, folder) for entry in getattr(config.data, name))
+        for name in DATA_FILES
+    }
+    sections = {
+        "model": config.model.model_copy(update=model),
+        "data": config.data.model_copy(update=data),
+    }
+    return config.model_copy(update=sections)
 
 
 def load_train_config(
@@ -77,18 +127,15 @@ def load_train_config(
     return load_config(Config, Path(path) if path is not None else None, texts)
 
 
-def merge_config(
-    file: Path | None,
-    overrides: Sequence[tuple[str, str]],
-    *,
-    defaults: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Merges defaults, a file and overrides, in this order, as plain data that is not validated; see `load_config`."""
-    data = _merge(defaults or {}, read_yaml(file) if file else {})
+def merge_layers(layers: Sequence[Layer], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Merges layers and overrides as plain data that is not validated; see `load_layers`."""
+    data: dict[str, Any] = {}
+    for layer in layers:
+        data = _merge(data, layer.data)
     values = [(name, _parse_scalar(name, text)) for name, text in overrides]
     _drop_constants_of_another_method(data, dict(values).get("method.name"))
     for name, value in values:
-        _set_field(data, name, value)
+        _set_field(data, name, value, layers)
     return data
 
 
@@ -101,7 +148,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        hint = did_you_mean(file) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"{file}: cannot be read ({error.strerror}){hint}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
     try:
@@ -115,7 +163,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not valid YAML ({error})") from error
     if not isinstance(data, dict):
         raise UserError(f"{file}: expected fields such as 'seed: 0', found {_shorten(data)}")
+    _check_plain(data, str(file))
     return data
+
+
+def _check_plain(value: Any, where: str) -> None:
+    try:
+        json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # a date as a key, a list in itself
+        raise UserError(f"{where}: not plain fields and values ({error})") from error
 
 
 def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]:
@@ -177,9 +233,11 @@ _Loader.add_implicit_resolver(
 
 def _parse_scalar(name: str, text: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"command line: {name}={text!r:.200}: not a YAML value") from error
+        raise UserError(f"{COMMAND_LINE}: {name}={text!r:.200}: not a YAML value") from error
+    _check_plain(value, f"{COMMAND_LINE}: {name}")
+    return value
 
 
 def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,34 +261,40 @@ def _drop_constants_of_another_method(data: dict[str, Any], name: Any) -> None:
     data["method"] = {field: value for field, value in section.items() if field not in dropped}
 
 
-def _set_field(data: dict[str, Any], name: str, value: Any) -> None:
+def _set_field(data: dict[str, Any], name: str, value: Any, layers: Sequence[Layer]) -> None:
     *sections, leaf = name.split(".")
-    for section in sections:
+    for i, section in enumerate(sections, start=1):
         inner = data.setdefault(section, {})
         if inner is None:
             inner = data[section] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"command line: {name}: {section!r} is not a section")
+            field = ".".join(sections[:i])
+            raise UserError(
+                f"{_origin(layers, [field]) or COMMAND_LINE}: {field}={_shorten(inner)}: not a section, but the command line "
+                f"sets {name}"
+            )
         data = inner
     data[leaf] = value
 
 
 def _explain(
-    error: Any, config_class: type[Section], *, file: Path | None, overrides: set[str]
+    error: Any, config_class: type[TaskConfig], layers: Sequence[Layer], *, otherwise: str
 ) -> str:
     """Returns one line with the place, the field, its value, what is wrong and how to fix it."""
     name = ".".join(str(part) for part in error["loc"]).replace("\n", "\\n")
-    from_command_line = any(name == o or name.startswith(o + ".") for o in overrides)
-    where = "command line" if from_command_line or file is None else str(file)
-    if error["type"] == "extra_forbidden":
-        return f"{where}: {name}: unknown field{_did_you_mean(config_class, name)}"
-    if error["type"] == "value_error":
-        return f"{where}: {error['ctx']['error']}"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{where}: {name}={_shorten(error['input'])}: {message}"
+    fields, text = [name], ""
+    if error["type"] == "value_error":  # raised by a check of a section, or of several fields
+        text = str(error["ctx"]["error"])
+        fields = _fields_in(text, config_class) or fields
+    elif error["type"] == "extra_forbidden":
+        text = f"{name}: unknown field{_known_field(config_class, name)}"
+    else:
+        message = error["msg"][0].lower() + error["msg"][1:]
+        text = f"{name}={_shorten(error['input'])}: {message}"
+    return f"{_origin(layers, fields) or otherwise}: {text}"
 
 
-def _did_you_mean(config_class: type[Section], name: str) -> str:
+def _known_field(config_class: type[Section], name: str) -> str:
     names = [field.name for field in list_fields(config_class)]
     sections = sorted({n.rsplit(".", 1)[0] for n in names if "." in n})
     matches = difflib.get_close_matches(name, names + sections, n=1, cutoff=0.6)
@@ -240,6 +304,20 @@ def _did_you_mean(config_class: type[Section], name: str) -> str:
         close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
         matches = [leaves[m] for m in close]
     return f"; did you mean {matches[0]}?" if matches else "; --help lists all fields"
+
+
+def _fields_in(text: str, config_class: type[TaskConfig]) -> list[str]:
+    """Returns the fields of which a message names the values."""
+    return re.findall(rf"\b(?:{'|'.join(config_class.model_fields)})(?:\.\w+)*(?==)", text)
+
+
+def _origin(layers: Sequence[Layer], fields: Sequence[str]) -> str | None:
+    """Returns where the last layer that sets one of some fields, or a part of one, comes from; None if none does."""
+    for layer in reversed(layers):
+        for given in flatten(dict(layer.data)):
+            if any(f"{given}.".startswith(f"{x}.") or x.startswith(f"{given}.") for x in fields):
+                return layer.where
+    return None
 
 
 def _shorten(value: Any) -> str:

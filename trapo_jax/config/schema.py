@@ -95,9 +95,12 @@ class ColumnsConfig(Section):
     """Marker in the answer column; the answer is the text after its last occurrence (#### in GSM8K)."""
 
 
+DATA_FILES = ("train_files", "validation_files", "test_files")  # fields of `DataConfig`
+
+
 class DataConfig(Section):
     source: Literal["card_shuffles", "gsm_symbolic", "files"] = "card_shuffles"
-    """Source of the problems: the embedded task, gsm_symbolic of reasoning-gym (requires the extra `tasks`), or files, which is the default if data.train_files are given."""
+    """Source of the problems: the embedded task, gsm_symbolic of reasoning-gym (requires the extra `tasks`), or files, which is the default if data.train_files are given or the model is not the embedded one."""
     seed: NotNegative = 0
     """Random seed of generated problems and held-out splits. It is independent of the seed of the run, so that runs with different seeds can be compared."""
     difficulty: Literal["late", "early"] = "late"
@@ -107,9 +110,9 @@ class DataConfig(Section):
     num_train: Positive | None = None
     """Number of training problems of a generated task."""
     num_validation: NotNegative | None = None
-    """Number of validation problems, which are evaluated during training. With files, the number held out if there are no validation_files, 0 for none; null for a tenth of those with an answer, at most 128."""
+    """Number of validation problems, which are evaluated during training. With files, the number of different prompts held out if there are no validation_files, 0 for none; null for a tenth of those with an answer, at most 128."""
     num_test: NotNegative | None = None
-    """Number of test problems, which are evaluated before and after training. With files, the number held out if there are no test_files, 0 for none; null for a tenth of those with an answer, at most 128."""
+    """Number of test problems, which are evaluated before and after training. With files, the number of different prompts held out if there are no test_files, 0 for none; null for a tenth of those with an answer, at most 128."""
     train_files: StringList = ()
     """Training data: Parquet, JSON Lines or Arrow files, globs, folders written by save_to_disk, or Hub datasets such as owner/name@revision:config#split, where each part after the name may be left out. The default split is train."""
     validation_files: StringList = ()

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 FILES = "files"
+EMBEDDED_MODEL = "card_shuffles_tiny"
 
 # By `data.source`: section, field, default.
 TASKS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "card_shuffles": {
-        "model": {"path": "card_shuffles_tiny"},
+        "model": {"path": EMBEDDED_MODEL},
         "data": {
             "num_train": 128,
             "num_validation": 256,

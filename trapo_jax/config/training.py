@@ -14,6 +14,7 @@ from pydantic import Field
 
 from trapo_jax.config.changes import flatten, is_changeable
 from trapo_jax.config.schema import (
+    DATA_FILES,
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
@@ -30,16 +31,18 @@ from trapo_jax.config.schema import (
     Section,
     TrainConfig,
 )
-from trapo_jax.config.tasks import FILES, TASKS
+from trapo_jax.config.tasks import EMBEDDED_MODEL, FILES, TASKS
 from trapo_jax.types import UserError
 
 
 class TaskConfig(Section):
-    """A configuration with the sections `data`, whose source decides defaults (see `TASKS`), and `sampling`."""
+    """A configuration with the sections `data`, whose source decides defaults (see `TASKS`), `model` and `sampling`."""
 
     if TYPE_CHECKING:
         data: DataConfig
-        sampling: Any  # an `EngineConfig`; every subclass has its own
+        # A `PretrainedConfig` and an `EngineConfig`; every subclass has its own.
+        model: Any
+        sampling: Any
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -50,7 +53,7 @@ class TaskConfig(Section):
         given = _as_mapping(data.get("data", {}))
         if given is None:
             return data  # Validation of the fields says what is wrong.
-        source = given.get("source", cls._default_source(given))
+        source = given.get("source", cls._default_source(given, _as_mapping(data.get("model", {}))))
         data["data"] = {**given, "source": source}
         for section, fields in TASKS.get(source, {}).items() if isinstance(source, str) else ():
             of_section = _as_mapping(data.get(section, {}))
@@ -61,8 +64,10 @@ class TaskConfig(Section):
         return data
 
     @classmethod
-    def _default_source(cls, data: Mapping[str, Any]) -> str:
-        return FILES if data.get("train_files") else "card_shuffles"
+    def _default_source(cls, data: Mapping[str, Any], model: Mapping[str, Any] | None) -> str:
+        """Returns the default of `data.source`. The embedded task is only for the embedded model."""
+        is_embedded = (model or {}).get("path") in (None, "", EMBEDDED_MODEL)
+        return FILES if data.get("train_files") or not is_embedded else "card_shuffles"
 
     @property
     def longest_rollout_len(self) -> int:
@@ -121,12 +126,7 @@ class Config(TaskConfig):
             raise ValueError(
                 f"train.budget=null: train.budget_unit={train.budget_unit} needs an amount; give a number"
             )
-        if data.source == FILES and not data.train_files:
-            raise ValueError("data.train_files=[]: data.source=files needs at least one file")
-        if data.source != FILES and data.train_files:
-            raise ValueError(
-                f"data.source={data.source}: data.train_files are not read; give data.source=files"
-            )
+        check_files(data, "train_files")
         check_model(self.model)
         if self.rewards.by_source or self.method.make().needs_rewards:
             check_functions(self.rewards.functions, data.source)
@@ -200,6 +200,28 @@ def default_settings(source: str, method: str) -> dict[str, Any]:
             value = type(value).model_validate(given.get(name, {})).model_dump(mode="json")
         defaults[name] = value
     return flatten(defaults)
+
+
+def check_files(data: DataConfig, *needed: str) -> None:
+    """Checks that there are files if they are the source of the problems, and only then.
+
+    Args:
+      data: the section of the data.
+      needed: fields of which one must be set; errors name the first.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    if data.source == FILES and not any(getattr(data, field) for field in needed):
+        raise ValueError(
+            f"data.{needed[0]}: not set; give files or Hub datasets, or data.source=card_shuffles or gsm_symbolic for "
+            "generated problems"
+        )
+    unread = [field for field in DATA_FILES if data.source != FILES and getattr(data, field)]
+    if unread:
+        raise ValueError(
+            f"data.source={data.source}: data.{unread[0]} are not read; give data.source=files"
+        )
 
 
 def check_model(model: PretrainedConfig) -> None:

@@ -1,15 +1,16 @@
 """From files, the hub or a procedure to batches of problems, in an order that a step number alone determines.
 
 rows = read_rows(["train.parquet"])                               # sources.py
-examples, report = examples_from_rows(rows, COLUMN_PRESETS["verl"])     # columns.py
+examples, report = examples_from_rows(rows, COLUMN_PRESETS["verl"])     # layouts.py, columns.py
 template = make_template("qwen_math", tokenizer)                  # templates.py
 problems, report = encode_examples(examples, tokenizer, template=template, max_prompt_length=1024)
 """
 
 from trapo_jax.data.card_shuffles import card_shuffles_splits
-from trapo_jax.data.columns import COLUMN_PRESETS, Columns, examples_from_rows, find_preset
+from trapo_jax.data.columns import examples_from_rows
 from trapo_jax.data.examples import DataReport, Example, Message
 from trapo_jax.data.gsm_symbolic import gsm_symbolic_splits
+from trapo_jax.data.layouts import COLUMN_PRESETS, Columns, find_preset
 from trapo_jax.data.problems import (
     draw_problems,
     encode_examples,

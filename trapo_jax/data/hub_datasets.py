@@ -16,6 +16,7 @@ from trapo_jax.hub import (
     latest_commit,
     parse_hub_id,
 )
+from trapo_jax.paths import did_you_mean
 from trapo_jax.types import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def read_hub_rows(dataset: HubDataset, split: str) -> Iterator[dict[str, Any]]:
         builder.download_and_prepare()
         rows = builder.as_dataset(split=split)
     except HubUnavailable as error:
-        raise UserError(f"{dataset}: no such file, and {error}") from error
+        hint = did_you_mean(dataset.repo.name)
+        raise UserError(f"{dataset}: no such file, and {error}{hint}") from error
     except UserError:
         raise
     except Exception as error:  # of `datasets`, its readers of files, or the transport

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from trapo_jax.config import Config
-from trapo_jax.data.columns import Columns
 from trapo_jax.data.examples import DataReport
+from trapo_jax.data.layouts import Columns
 from trapo_jax.data.splits import LoadedData
 from trapo_jax.methods import Method
 from trapo_jax.rewards import (

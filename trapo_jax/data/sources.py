@@ -1,18 +1,22 @@
 """Rows from local files and from the Hugging Face Hub.
 
-Local files are read in place, a piece at a time, and leave no cache behind: Parquet and Arrow by pyarrow, JSON by
-line, so that a mistake has a line number. Folders made by `save_to_disk` and Hub datasets go through `datasets`
+Local files are read in place, a piece at a time, and leave no cache behind: Parquet and Arrow by pyarrow, JSON and CSV
+by line, so that a mistake has a line number. All values of CSV files are texts. Folders made by `save_to_disk` and Hub datasets go through `datasets`
 (Hub files into its usual cache; see `hub_datasets`).
 """
 
+import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trapo_jax.data.hub_datasets import HubDataset, parse_hub_dataset, read_hub_rows
+from trapo_jax.paths import did_you_mean, working_directory
 from trapo_jax.types import UserError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -26,7 +30,7 @@ class Row(NamedTuple):
 
     Attributes:
       file: the file or Hub id it comes from.
-      number: 1 for its first row; in a JSONL file the line.
+      number: 1 for its first row; in a JSONL or CSV file the line.
       values: by column.
     """
 
@@ -39,7 +43,7 @@ def read_rows(data: Sequence[str], *, split: str = "train") -> Iterator[Row]:
     """Yields the rows of all of `data`, in order; `itertools.islice` takes the first few.
 
     Args:
-      data: files (`.parquet`, `.jsonl`, `.json`, `.arrow`), globs of such files, folders written by `save_to_disk`,
+      data: files (`.parquet`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.arrow`), globs of such files, folders written by `save_to_disk`,
         and Hub ids (`owner/name@revision:config`, where the revision and the config are optional). A folder or Hub id
         may end with `#split`. An entry that exists as a path is a path.
       split: the split of folders and Hub ids that do not name one; files have no splits.
@@ -80,7 +84,8 @@ def _locate(entry: str, split: str) -> list[tuple[Path | HubDataset, str]]:
         entry, split = name, named_split
     if path.suffix.lower() not in _READERS and (dataset := parse_hub_dataset(entry)):
         return [(dataset, split)]
-    raise UserError(f"{entry}: no such file or folder")
+    where = working_directory(path)
+    raise UserError(f"{entry}: no such file or folder{where}{did_you_mean(path)}")
 
 
 def _exists(path: Path, entry: str) -> bool:
@@ -169,6 +174,31 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, _json_object(path, "line", number, _parse_json(path, number, text))
 
 
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Values separated by commas, semicolons or tabs; the first line names the columns."""
+    with path.open("rb") as file:
+        lines = (_text(path, number, line) for number, line in enumerate(file, start=1))
+        first = next(lines)
+        delimiter = max(",;\t", key=first.count)
+        # A value in quotation marks may have several lines.
+        reader = csv.reader(
+            chain([first], lines), delimiter=delimiter, skipinitialspace=True, strict=True
+        )
+        try:
+            header = next(reader)
+            if repeated := [name for name, count in Counter(header).items() if count > 1]:
+                raise UserError(f"{path}, line 1: two columns are named {repeated[0]!r}")
+            for values in filter(None, reader):
+                if len(values) != len(header):
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: {len(values)} values for the {len(header)} columns of the first "
+                        f"line; put values that contain {delimiter!r} in quotation marks"
+                    )
+                yield reader.line_num, dict(zip(header, values, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+
+
 def _json_list(path: Path, whole: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         text = whole.decode("utf-8-sig")
@@ -234,5 +264,7 @@ _READERS = {
     ".parquet": _parquet_rows,
     ".jsonl": _json_rows,
     ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
     ".arrow": _arrow_rows,
 }

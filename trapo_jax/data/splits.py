@@ -255,19 +255,35 @@ def _from_files(
     ):
         if files:
             rows = _read(config, files, name)
-            columns, rows = _columns_of(config, rows)
+            columns, rows = _columns_of(config, rows, needs_answer=needs_answer)
             splits[name], report = examples_from_rows(
                 rows, columns, expert_part=expert_part, needs_answer=needs_answer
             )
             reports[name] = [report]
     assert columns is not None
-    num_answered = sum(bool(example.answer) for example in splits["train"])
-    for name, size in (("validation", config.num_validation), ("test", config.num_test)):
-        if name not in splits:
-            if size is None:
-                size = min(-(-num_answered // HELD_OUT_DIVISOR), MAX_HELD_OUT)
-            splits["train"], splits[name] = _hold_out(splits["train"], size, seed=config.seed)
+    for name, size in _held_out_sizes(config, splits).items():
+        splits["train"], splits[name] = _hold_out(splits["train"], size, seed=config.seed)
     return splits, reports, columns
+
+
+def _held_out_sizes(config: DataConfig, splits: Splits) -> dict[str, int]:
+    """Returns how many prompts are held out of the training data for each split without files of its own.
+
+    Raises:
+      UserError: if no prompt with an answer would be left for training.
+    """
+    answered = [example.prompt for example in splits["train"] if example.answer]
+    num_prompts = len(set(answered))
+    default = min(-(-num_prompts // HELD_OUT_DIVISOR), MAX_HELD_OUT)
+    sizes = {"validation": config.num_validation, "test": config.num_test}
+    sizes = {name: default if n is None else n for name, n in sizes.items() if name not in splits}
+    if answered and sum(sizes.values()) >= num_prompts:
+        wanted = " and ".join(f"data.num_{name}={size}" for name, size in sizes.items() if size)
+        raise UserError(
+            f"data.train_files: {num_prompts} different prompts with an answer, in {len(answered)} rows, are too few to "
+            f"hold out {wanted}; give files of their own, or lower these numbers (0 for none)"
+        )
+    return sizes
 
 
 def _hold_out(
@@ -302,19 +318,23 @@ def _read_test_files(config: DataConfig) -> tuple[list[Example], list[DataReport
 
 def _read(config: DataConfig, files: Sequence[str], split: str) -> Iterator[Row]:
     for entry in files:
-        yield from islice(read_rows([entry], split=split), config.limit)
+        try:
+            yield from islice(read_rows([entry], split=split), config.limit)
+        except UserError as error:
+            raise UserError(f"data.{split}_files: {error}") from error
 
 
-def _columns_of(config: DataConfig, rows: Iterator[Row]) -> tuple[Columns, Iterable[Row]]:
+def _columns_of(
+    config: DataConfig, rows: Iterator[Row], *, needs_answer: bool = True
+) -> tuple[Columns, Iterable[Row]]:
     """Returns the columns of some rows, and the rows."""
-    given = config.columns
-    replaced = given.model_dump(exclude={"preset"}, exclude_none=True)
-    preset = given.preset
+    given = config.columns.model_dump(exclude={"preset"}, exclude_none=True)
+    preset = config.columns.preset
     if preset == "auto":
         first = next(rows)  # `read_rows` refuses a file without rows.
         rows = chain([first], rows)
-        preset = "trl" if given.prompt and given.answer else find_preset(first)
-    return dataclasses.replace(COLUMN_PRESETS[preset], **replaced), rows
+        preset = find_preset(first, given, needs_answer=needs_answer)
+    return dataclasses.replace(COLUMN_PRESETS[preset], **given), rows
 
 
 def _rounded(length: float) -> int:

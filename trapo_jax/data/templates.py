@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from trapo_jax.data.examples import Message, Prompt
-from trapo_jax.import_path import import_object
+from trapo_jax.import_path import did_you_mean_import, import_object
 from trapo_jax.sandbox import child_environment
 from trapo_jax.types import UserError
 
@@ -200,7 +200,8 @@ def make_template(
         return Template(kind, function=cast(Any, function))
     if kind not in TEMPLATES:
         close = difflib.get_close_matches(kind, TEMPLATES, n=1)
-        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(TEMPLATES)}"
+        known = f"did you mean {close[0]}?" if close else did_you_mean_import(kind)
+        known = known or f"there are {', '.join(TEMPLATES)}"
         raise UserError(f"data.template={kind!r}: no such template; {known}")
     return Template(kind)
 

@@ -25,6 +25,7 @@ from trapo_jax.types import (
 
 # Equal samples with a lower log-probability are no coincidence, but used the same random key.
 MIN_COINCIDENCE_LOGPROB = -20.0
+NO_SOURCE = "no_source"  # the name of the group of problems without a source
 
 Sampler = Callable[[Sequence[RolloutRequest], SamplingParams], Iterator[tuple[Completion, Grade]]]
 
@@ -261,9 +262,9 @@ def _timeout_rate(samples: Sequence[Sample]) -> float:
 
 
 def scores_by_source(samples: Sequence[Sample]) -> dict[str, Scores]:
-    """Returns the scores of each source's problems, by name of the source."""
+    """Returns the scores of each source's problems, by name of the source; `NO_SOURCE` for those without one."""
     return {
-        source: score_samples([s for s in samples if s.source == source])
+        source or NO_SOURCE: score_samples([s for s in samples if s.source == source])
         for source in sorted({s.source for s in samples})
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from trapo_jax.hub import HubRepo, HubUnavailable, fetch_files, parse_hub_id
 from trapo_jax.models.side_files import CONFIG, SIDE_FILES
 from trapo_jax.models.tensor_files import INDEX, weight_files
+from trapo_jax.paths import did_you_mean, working_directory
 from trapo_jax.types import UserError
 
 TOKENIZER = "tokenizer.json"
@@ -43,12 +44,14 @@ def locate_model(path: str, *, must_exist: bool = True) -> tuple[Path, HubRepo |
     folder = Path(path).expanduser()
     if folder.is_dir() or not must_exist:
         return folder, None
-    if not folder.exists() and (repo := parse_hub_id(path, "model")):
+    if folder.is_file():
+        raise UserError(f"model.path={path!r}: a file; pass the folder that contains config.json")
+    if repo := parse_hub_id(path, "model"):
         return folder, repo
-    raise UserError(
-        f"model.path={path!r}: no such folder; pass a Hugging Face model folder, a Hub id such as owner/name, or "
-        "card_shuffles_tiny"
+    way_out = did_you_mean(folder) or (
+        "; pass a Hugging Face model folder, a Hub id such as owner/name, or card_shuffles_tiny"
     )
+    raise UserError(f"model.path={path!r}: no such folder{working_directory(folder)}{way_out}")
 
 
 def fetch_small_files(repo: HubRepo) -> tuple[Path, HubRepo]:
@@ -78,4 +81,5 @@ def _fetch(repo: HubRepo, patterns: Sequence[str], required: Sequence[str] = (CO
     try:
         return fetch_files(repo, patterns, required)
     except HubUnavailable as error:
-        raise UserError(f"model.path={str(repo)!r}: no such folder, and {error}") from error
+        hint = did_you_mean(repo.name)
+        raise UserError(f"model.path={str(repo)!r}: no such folder, and {error}{hint}") from error

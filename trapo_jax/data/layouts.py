@@ -1,0 +1,251 @@
+"""Where rows hold what: columns, the layouts of known datasets, and paths into rows.
+
+A path is the name of a column, which may contain dots, or a column and fields inside it, separated by dots
+(`reward_model.ground_truth`). Objects and chats that a column stores as JSON text are parsed. A field that is absent
+from a row counts as null. A path that ends in `?` may be absent from every row of a file; others must be in some row.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from trapo_jax.config import ColumnPreset
+from trapo_jax.data.examples import Message
+from trapo_jax.data.sources import Row
+from trapo_jax.types import UserError
+
+_ABSENT = object()
+REQUIRED = ("prompt", "answer", "solutions")  # fields of `Columns` by which a preset is found
+FIELDS = (*REQUIRED, "source", "extra")  # those that hold paths
+_ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Where a row holds what.
+
+    Attributes:
+      prompt: text, or a list of chat messages (`role` and `content`, or `from` and `value` as in ShareGPT) that ends
+        with the user's. If `solutions` names the same path, the assistant's last message is the solution.
+      answer: text or a number.
+      solutions: paths, in order of preference; each holds one solution as text or as chat messages, or a
+        list of texts. Without any, the problems are never guided.
+      source: text under which results are grouped; empty for none.
+      answer_marker: where not empty, the answer is what follows its last occurrence.
+      extra: further columns, for reward functions; the last part of a path is the column's name there.
+    """
+
+    prompt: str
+    answer: str
+    solutions: tuple[str, ...] = ()
+    source: str = ""
+    answer_marker: str = ""
+    extra: tuple[str, ...] = ()
+
+
+COLUMN_PRESETS: Mapping[ColumnPreset, Columns] = {
+    # `answer_list` first: its order is what the released code calls first and second expert.
+    "verl": Columns(
+        "prompt",
+        "reward_model.ground_truth",
+        ("extra_info.answer_list?", "target?"),
+        "data_source?",
+    ),
+    "trl": Columns("prompt", "answer", ("solution?",), "source?"),
+    "numina": Columns("problem", "answer", ("solution?",), "source?"),
+    "gsm8k": Columns("question", "answer", ("answer",), answer_marker="####"),
+    "qa": Columns("question", "answer", ("solution?",), "source?"),
+    "prompt_completion": Columns("prompt", "answer?", ("completion",), "source?"),
+    "messages": Columns("messages", "answer?", ("messages",), "source?"),
+    "sharegpt": Columns("conversations", "answer?", ("conversations",), "source?"),
+}
+
+
+class WrongValue(Exception):
+    """What is wrong with the value at a path, as a clause; caught and explained."""
+
+    def __init__(self, path: str, mistake: str):
+        super().__init__(path, mistake)
+        self._path, self._mistake = path, mistake
+
+    def explained(self, row: Row, columns: Columns) -> UserError:
+        """Returns the error with the row, and the option that names the column."""
+        option = next(x for x in FIELDS if self._path in _paths_of(columns, x))
+        return UserError(
+            f"{row.file}, row {row.number}, column {self._path.removesuffix('?')!r}: {self._mistake}; set "
+            f"data.columns.{option} to another column, or correct the row"
+        )
+
+
+def find_preset(
+    row: Row, given: Collection[str] = (), *, needs_answer: bool = True
+) -> ColumnPreset:
+    """Returns the preset whose prompt, answer and solutions are in a row.
+
+    Args:
+      row: the first row of the data.
+      given: fields of `Columns` that the config names itself; they are not looked for. With a prompt or an answer of its
+        own, a row is taken to be in the simplest layout, `trl`, if it can be.
+      needs_answer: whether an answer is needed; if not, and no preset fits, one without its answer does.
+
+    Raises:
+      UserError: naming the columns of the row, if none fits.
+    """
+    if {"prompt", "answer"} & {*given} and _fits(row, COLUMN_PRESETS["trl"], given):
+        return "trl"
+    for name, preset in COLUMN_PRESETS.items():
+        if _fits(row, preset, given):
+            return name
+    for name, preset in COLUMN_PRESETS.items() if not needs_answer else ():
+        has_solution = any(_is_present(row, path) for path in preset.solutions)
+        if has_solution and _fits(row, preset, {*given, "answer"}):
+            return name
+    options = ", ".join(_option(row, field) for field in REQUIRED if field not in given)
+    raise UserError(
+        f"{row.file}: the columns are {_listed(row)}, which fits no preset; set {options}"
+    )
+
+
+def _option(row: Row, field: str) -> str:
+    """Returns the option of a field, with the column that it may be."""
+    usual = [path for preset in COLUMN_PRESETS.values() for path in _paths_of(preset, field)]
+    close = _closest(row, usual)
+    return f"data.columns.{field}" + (f" (perhaps to {close})" if close else "")
+
+
+def _fits(row: Row, preset: Columns, given: Collection[str]) -> bool:
+    with contextlib.suppress(WrongValue):  # a text where the preset has an object
+        return all(
+            path.endswith("?") or _is_present(row, path)
+            for field in REQUIRED
+            if field not in given
+            for path in _paths_of(preset, field)
+        ) and ("answer" in given or preset.answer_marker in str(look_up(row, preset.answer)))
+    return False
+
+
+class Presence:
+    """Checks that every path is in some row of each file, so that a misspelled column is no row without a value."""
+
+    def __init__(self, columns: Columns):
+        self._paths: dict[str, str] = {}  # each with the first field that names it
+        for field in FIELDS:
+            for path in _paths_of(columns, field):
+                if path and not path.endswith("?"):
+                    self._paths.setdefault(path, field)
+        self._absent: dict[str, list[str]] = {}
+        self._first: dict[str, Row] = {}
+
+    def observe(self, row: Row) -> None:
+        if row.file not in self._first:
+            self._first[row.file] = row
+            self._absent[row.file] = list(self._paths)
+        absent = self._absent[row.file]
+        if absent:
+            self._absent[row.file] = [path for path in absent if not _is_present(row, path)]
+
+    def check(self) -> None:
+        for file, absent in self._absent.items():
+            for path in absent:
+                row = self._first[file]
+                close = _closest(row, [path])
+                raise UserError(
+                    f"{file}: no row has the column {path!r}; the first row has {_listed(row)}; set "
+                    f"data.columns.{self._paths[path]}" + (f", perhaps to {close}" if close else "")
+                )
+
+    @property
+    def files(self) -> list[str]:
+        """The files of the rows."""
+        return list(self._first)
+
+
+def _paths_of(columns: Columns, field: str) -> tuple[str, ...]:
+    value = getattr(columns, field)
+    return (value,) if isinstance(value, str) else value
+
+
+def _closest(row: Row, names: Sequence[str]) -> str | None:
+    """Returns the column of a row whose name most resembles one of some names; None if none does."""
+    columns = {path.lower(): path for path in _paths(row.values)}
+    for name in names:
+        close = difflib.get_close_matches(name.removesuffix("?").lower(), columns, n=1)
+        if close:
+            return columns[close[0]]
+    return None
+
+
+def _listed(row: Row) -> str:
+    return ", ".join(_paths(row.values)) or "none"
+
+
+def parsed(value: Any, opening: str) -> Any:
+    """Returns what a JSON text holds that is an object (`{`) or a chat (`[`); any other value as it is."""
+    if not (isinstance(value, str) and value.lstrip().startswith(opening)):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    is_meant = isinstance(found, dict) if opening == "{" else messages_in(found) is not None
+    return found if is_meant else value
+
+
+def look_up(row: Row, path: str) -> Any:
+    """The value at a path; None if it is null or absent."""
+    value = _find(row.values, path.removesuffix("?"), path)
+    return None if value is _ABSENT else value
+
+
+def _is_present(row: Row, path: str) -> bool:
+    """Whether a path is in a row, be it null; nothing is absent from a field that is null itself."""
+    return _find(row.values, path.removesuffix("?"), path) is not _ABSENT
+
+
+def _find(values: Any, name: str, path: str) -> Any:
+    """The value of a field of an object, whose name may itself contain dots; `_ABSENT` if there is none."""
+    if values is None:
+        return None
+    values = parsed(values, "{")
+    if not isinstance(values, dict):
+        raise wrong_type(path, values, f"an object with a field {name!r}")
+    if name in values:
+        return values[name]
+    for i in range(len(name) - 1, 0, -1):
+        if name[i] == "." and name[:i] in values:
+            return _find(values[name[:i]], name[i + 1 :], path)
+    return _ABSENT
+
+
+def wrong_type(path: str, value: Any, wanted: str) -> WrongValue:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:60] + "..."
+    return WrongValue(path, f"is {type(value).__name__} ({shown}), not {wanted}")
+
+
+def _paths(values: Mapping[str, Any]) -> list[str]:
+    """The columns, those inside objects with their dots."""
+    found = []
+    for name, value in values.items():
+        inside = _paths(value) if isinstance(value, dict) else []
+        found += [f"{name}.{path}" for path in inside] or [name]
+    return found
+
+
+def messages_in(value: Any) -> tuple[Message, ...] | None:
+    """The chat messages, or None if the value is something else."""
+    if not isinstance(value, list) or not value:
+        return None
+    messages = []
+    for message in value:
+        if not isinstance(message, dict):
+            return None
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if not (isinstance(role, str) and isinstance(content, str)):
+            return None
+        messages.append(Message(_ROLES.get(role, role), content))
+    return tuple(messages)
