@@ -25,6 +25,7 @@ from trapo_jax.config import (
     load_evaluate_config,
     parse_command_line,
     read_yaml,
+    user_code,
 )
 from trapo_jax.data.splits import load_test_data
 from trapo_jax.evaluation.records import (
@@ -107,9 +108,10 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = False) -> Evaluati
     settings = config.model_dump(mode="json") | {"weights": weights_fingerprint(params)}
     settings.pop("output_dir")
     text = yaml.safe_dump(settings, sort_keys=True)
-    check_run_folder(config.folder, text)
+    code = user_code(config)
+    check_run_folder(config.folder, text, code=code)
     config, problems, template = load_problems(config, model, console)
-    prepare_run_folder(config.folder, text)
+    prepare_run_folder(config.folder, text, code=code)
     samples = sample_all(config, model, params, problems, console)
     result = EvaluationResult(config.folder, score_samples(samples), scores_by_source(samples))
     data = {

@@ -142,6 +142,8 @@ def test_functions_in_the_config_folder_are_weighted_and_selected_by_source(tmp_
     assert result.returncode == 0, result.stderr
     assert f"{config}: a config of a training run, of which an evaluation uses" in result.stdout
     samples += read_lines(tmp_path / "scores" / "samples.jsonl")
+    for folder in (run, tmp_path / "scores"):
+        assert list(json.loads((folder / "user_code.json").read_text())) == ["my_rewards"]
     num_crashed = 0
     for sample in samples:
         first, *others = sample["rewards"]

@@ -10,7 +10,7 @@ import pytest
 
 from support.commands import run_command
 from support.short_run import JOB
-from trapo_jax.config import Config, list_fields, load_config
+from trapo_jax.config import Config, EvaluateConfig, list_fields, load_config, user_code
 from trapo_jax.config.changes import CHANGEABLE_FIELDS
 from trapo_jax.methods import fingerprint, make_method
 from trapo_jax.runs.checkpoints import _read_manifest, _write_manifest
@@ -108,6 +108,73 @@ def test_a_run_without_a_readable_method_is_a_one_line_error(tmp_path, content):
     with pytest.raises(UserError, match=r"method\.json: missing or damaged") as error:
         check_run_folder(folder, text(), method=trapo)
     assert "\n" not in str(error.value)
+
+
+def module_of(tmp_path, monkeypatch, name):
+    """Writes a module of a user's with a reward function and a method, and returns its file."""
+    file = tmp_path / f"{name}.py"
+    file.write_text(
+        "from trapo_jax.methods import Constants, make_method\n"
+        "def exact(response, problem): return response == problem.answer\n"
+        "class Half(Constants):\n"
+        "    def make(self): return make_method('grpo')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rewards.functions", "{}:exact"),
+        ("rewards.by_source", "{{x: {}:exact}}"),
+        ("method.name", "{}:Half"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_code_of_the_user(tmp_path, monkeypatch, field, value):
+    name = f"code_of_{field.replace('.', '_')}"
+    file = module_of(tmp_path, monkeypatch, name)
+    config = load_config(Config, None, [(field, value.format(name))])
+    folder, content = tmp_path / "run", file.read_text()
+    written = {"method": fingerprint(make_method("grpo")), "code": user_code(config)}
+    prepare_run_folder(folder, config.to_yaml(), **written)
+
+    def check():
+        check_run_folder(folder, config.to_yaml(), **{**written, "code": user_code(config)})
+
+    file.write_text(content + "# edited\n")
+    check()  # There is no checkpoint: the run starts from the beginning.
+    (folder / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(UserError, match="changed since the run started") as caught:
+        check()
+    message = str(caught.value)
+    assert str(file) in message
+    assert f"delete {folder / 'user_code.json'} to continue" in message
+    assert "\n" not in message
+    file.write_text(content)
+    check()
+    file.write_text(content + "# edited\n")
+    (folder / "user_code.json").unlink()
+    check()
+
+
+def test_the_code_of_the_user_includes_the_module_that_defines_a_function(tmp_path, monkeypatch):
+    module_of(tmp_path, monkeypatch, "defines_exact")
+    (tmp_path / "offers_exact.py").write_text("from defines_exact import exact\n")
+    functions = ["offers_exact:exact", "trapo_jax.rewards:grade_math", "builtins:len"]
+    config = load_config(Config, None, [("rewards.functions", json.dumps(functions))])
+    assert [source.module for source in user_code(config)] == ["offers_exact", "defines_exact"]
+    assert user_code(load_config(Config)) == []
+
+
+def test_an_evaluation_is_not_resumed_with_another_reward_function(tmp_path, monkeypatch):
+    file = module_of(tmp_path, monkeypatch, "code_of_an_evaluation")
+    fields = [("model.path", "card_shuffles_tiny"), ("rewards.functions", f"{file.stem}:exact")]
+    config = load_config(EvaluateConfig, None, fields)
+    prepare_run_folder(tmp_path / "scores", "{}\n", code=user_code(config))
+    file.write_text(file.read_text() + "# edited\n")
+    with pytest.raises(UserError, match="changed since the run started"):
+        check_run_folder(tmp_path / "scores", "{}\n", code=user_code(config))
 
 
 def test_a_refusal_to_resume_names_every_field_that_differs(tmp_path):

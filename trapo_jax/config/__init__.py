@@ -20,6 +20,7 @@ from trapo_jax.config.schema import (
     PretrainedConfig,
 )
 from trapo_jax.config.training import Config, default_settings
+from trapo_jax.config.user_code import SourceFile, user_code
 
 __all__ = [
     "CONFIG_FILE",
@@ -33,6 +34,7 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "PretrainedConfig",
+    "SourceFile",
     "default_settings",
     "flatten",
     "help_text",
@@ -44,4 +46,5 @@ __all__ = [
     "load_train_config",
     "parse_command_line",
     "read_yaml",
+    "user_code",
 ]

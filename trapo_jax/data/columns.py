@@ -82,9 +82,8 @@ def examples_from_rows(
             num_with_list += _has_alternatives(row, columns)
     presence.check()
     num_without = sum(not example.solutions for example in examples)
-    notes = {"without an expert solution": num_without, _ALTERNATIVES: num_with_list}
-    notes = {what: count for what, count in notes.items() if count}
-    report = DataReport(num_read, len(examples), dict(dropped), notes)
+    notes = Counter({"without an expert solution": num_without, _ALTERNATIVES: num_with_list})
+    report = DataReport(num_read, len(examples), dict(dropped), dict(+notes))  # +: without zeros
     if not examples:
         hint = ""
         if dropped[_NO_ANSWER] == num_read and columns.answer.endswith("?"):

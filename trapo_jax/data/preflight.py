@@ -114,13 +114,6 @@ def check_data(
     if judged:
         accepted = sum(grade.is_correct for _, _, grade in judged)
         counts["train"]["experts judged correct"] = f"{accepted} of {len(judged)}"
-    notes = [
-        f"{name}: {count:,} {what}"
-        for name, stages in data.reports.items()
-        for stage in stages
-        for what, count in (*stage.dropped.items(), *stage.notes.items())
-        if "without an expert" not in what  # The table has them.
-    ]
     warnings, errors = _warnings(data, config, method), _errors(data, config, method)
     if (
         method.needs_rewards
@@ -140,10 +133,21 @@ def check_data(
         counts,
         _source(data),
         decode(train[0].prompt_ids),
-        notes,
+        _notes(data),
         warnings,
         errors,
     )
+
+
+def _notes(data: LoadedData) -> list[str]:
+    """Says why rows and experts were left out, and what else was noted about them."""
+    return [
+        f"{name}: {count:,} {what}"
+        for name, stages in data.reports.items()
+        for stage in stages
+        for what, count in (*stage.dropped.items(), *stage.notes.items())
+        if "without an expert" not in what  # The table has them.
+    ]
 
 
 def _source(data: LoadedData) -> str:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import yaml
 from filelock import FileLock, Timeout
 
 from trapo_jax.config import CONFIG_FILE as CONFIG
-from trapo_jax.config import DataConfig, flatten, is_changeable
+from trapo_jax.config import DataConfig, SourceFile, flatten, is_changeable
 from trapo_jax.types import UserError
 
 LOCK = ".lock"
 METHOD, CHANGES = "method.json", "changes.jsonl"
+USER_CODE = "user_code.json"  # hashes of the user's modules that the config names, if there are any
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 IDENTITY = "run.json"  # a random id, by which checkpoints of other runs are recognized
 DATA = "data.json"  # fingerprint of the training data, chat template, dropped problems
@@ -39,6 +40,7 @@ def check_run_folder(
     *,
     method: dict[str, Any] | None = None,
     depends_on_length: bool = False,
+    code: Sequence[SourceFile] = (),
 ) -> Changes:
     """Checks that a run can be started or resumed in a folder, without writing to it.
 
@@ -47,6 +49,7 @@ def check_run_folder(
       config_text: the resolved config as YAML.
       method: the fingerprint of the method; None to skip the comparison of methods.
       depends_on_length: whether the method depends on the length of the run.
+      code: the user's modules; empty to skip their comparison.
 
     Returns:
       The fields that differ from those of the run in the folder, except for `output_dir`. They are all in
@@ -66,6 +69,7 @@ def check_run_folder(
             current = flatten(yaml.safe_load(config_text))
             changes = _changes(folder, _read_config(saved), current, depends_on_length)
             _check_method(folder, method)
+            _check_code(folder, code)
         elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
             raise UserError(
                 f"output_dir={folder}: neither empty nor a run directory; choose a different output_dir"
@@ -104,6 +108,27 @@ def _check_method(folder: Path, method: dict[str, Any] | None) -> None:
         f"output_dir={folder}: contains a run of a different version of the method {method['name']} ({different}); "
         "choose a different output_dir"
     )
+
+
+def _check_code(folder: Path, code: Sequence[SourceFile]) -> None:
+    """Checks that the user's modules are those with which the results in a folder were made, if it has their hashes.
+
+    A run without a checkpoint has no results, since it starts from the beginning.
+    """
+    file = folder / USER_CODE
+    is_run = (folder / IDENTITY).exists()
+    if not file.is_file() or (is_run and not any((folder / CHECKPOINTS).glob("[0-9]*"))):
+        return
+    try:
+        saved = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
+        saved = {}
+    if changed := [source.path for source in code if saved.get(source.module) != source.sha256]:
+        names = " and ".join(map(str, changed))
+        raise UserError(
+            f"output_dir={folder}: {names} changed since the run started; undo that or choose a different output_dir, or "
+            f"delete {file} to continue with the changed code"
+        )
 
 
 def _changes(
@@ -179,14 +204,16 @@ def prepare_run_folder(
     *,
     method: dict[str, Any] | None = None,
     data_summary: Mapping[str, Any] | None = None,
+    code: Sequence[SourceFile] = (),
 ) -> None:
-    """Creates the folder and writes those of its files that do not exist yet.
+    """Creates the folder and writes those of its files that do not exist yet, and the hashes of the user's modules.
 
     Args:
       folder: the run directory.
       config_text: the resolved config as YAML.
       method: the fingerprint of the method, if there is one.
       data_summary: the contents of data.json, if it is wanted.
+      code: the user's modules.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -197,6 +224,9 @@ def prepare_run_folder(
             write_atomically(folder / CONFIG, config_text)
         if data_summary is not None and not (folder / DATA).exists():
             write_atomically(folder / DATA, json.dumps(data_summary, indent=2) + "\n")
+        if code:
+            hashes = {source.module: source.sha256 for source in code}
+            write_atomically(folder / USER_CODE, json.dumps(hashes, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"output_dir={folder}: {error.strerror}") from error
 

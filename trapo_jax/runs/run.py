@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from trapo_jax.config import Config
+from trapo_jax.config import Config, user_code
 from trapo_jax.distributed.processes import from_main, gather, is_main, wait_for_all
 from trapo_jax.methods import Method, fingerprint
 from trapo_jax.runs.budget import USAGE_METRICS, Budget, is_due
@@ -124,6 +124,7 @@ class Run:
                 config.to_yaml(),
                 method=fingerprint(method),
                 depends_on_length=method.depends_on_length,
+                code=user_code(config),
             )
             folder = config.run_folder
             is_complete = (folder / SUMMARY).exists() and NUM_STEPS not in changes
@@ -167,7 +168,10 @@ class Run:
         if is_main():
             self._stack.enter_context(lock_run_folder(self.folder))
             text, method = self._config.to_yaml(), fingerprint(self._method)
-            prepare_run_folder(self.folder, text, method=method, data_summary=data_summary)
+            code = user_code(self._config)
+            prepare_run_folder(
+                self.folder, text, method=method, data_summary=data_summary, code=code
+            )
         wait_for_all("run directory prepared")
         identity = run_identity(self.folder, self._config.to_yaml())
         self._store = CheckpointStore(self.folder / CHECKPOINTS, self._retention, identity=identity)
