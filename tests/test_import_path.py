@@ -42,11 +42,26 @@ def test_an_object_is_found_in_a_module_and_in_a_package(folder):
 
 @pytest.mark.parametrize(
     "path",
-    ["", "jaxx", "user_module", "user_module:", ":ANSWER", "a.b.c", "a:b:c", "a/b.py:c", "a..b:c"],
+    [
+        "user_module.py:ANSWER",
+        "",
+        "jaxx",
+        "user_module",
+        "user_module:",
+        ":ANSWER",
+        "a.b.c",
+        "a:b:c",
+        "a/b.py:c",
+        "a..b:c",
+    ],
 )
 def test_other_forms_are_refused(folder, path):
     expected = f"sampling.engine={path}: expected an import path of the form package.module:name"
-    hints = {"a.b.c": "; did you mean a.b:c?", "a/b.py:c": "; did you mean a.b:c?"}
+    hints = {
+        "user_module.py:ANSWER": "; did you mean user_module:ANSWER?",
+        "a.b.c": "; did you mean a.b:c?",
+        "a/b.py:c": "; did you mean a.b:c?",
+    }
     assert error_line(path) == expected + hints.get(path, "")
 
 

@@ -39,7 +39,7 @@ def import_object(path: str, field: str) -> Any:
     5.0
     """
     match = IMPORT_PATH.fullmatch(path)
-    if match is None:
+    if match is None or match[1].endswith(".py"):
         meant = did_you_mean_import(path)
         raise UserError(
             f"{field}={path}: expected an import path of the form package.module:name"
@@ -97,7 +97,7 @@ def _import_module(name: str, setting: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and _is_or_contains(error.name, name):
             raise UserError(
-                f"{setting}: no module {error.name!r} in {working_directory}, beside the config, or among the installed "
+                f"{setting}: no module {error.name!r} in {working_directory}, beside the file of --config, or among the installed "
                 f"packages{did_you_mean(f'{error.name}.py')}"
             ) from error
         raise UserError(f"{setting}: importing {name} failed: {_describe(error)}") from error

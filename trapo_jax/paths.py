@@ -2,8 +2,13 @@
 
 import difflib
 import os
+import re
 from glob import glob
 from pathlib import Path
+
+HUB_PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+USE_LFS = "a Git-LFS pointer, not the file itself; run `git lfs pull` in its folder"
 
 
 def look_up(path: str, folder: Path) -> str:
@@ -19,21 +24,41 @@ def look_up(path: str, folder: Path) -> str:
     return beside if not _exists(path) and _exists(beside) else path
 
 
-def did_you_mean(path: str | Path) -> str:
-    """Returns a hint, `"; did you mean data/train.jsonl?"`, if a path that does not exist resembles one that does."""
-    missing = Path(path)
+def did_you_mean(path: str) -> str:
+    """Returns a hint for a path that does not exist, such as `"; did you mean data/train.jsonl?"`.
+
+    The hint is a path that exists and resembles it, the Hub id for the address of a page of the Hub, or a list for several
+    paths that exist; the text is empty if there is none of these.
+    """
+    if page := HUB_PAGE.match(path):
+        return f"; did you mean {page[1]}?"
+    parts = path.split(",")
+    if len(parts) > 1 and all(map(_exists, parts)):
+        return f"; did you mean [{', '.join(parts)}]?"
+    whole = missing = Path(path).expanduser()
     try:
         # The first part that does not exist is the misspelled one.
         while not missing.parent.exists():
             missing = missing.parent
-        close = difflib.get_close_matches(missing.name, os.listdir(missing.parent), n=1)
+        names = sorted(os.listdir(missing.parent))
+        close = [name for name in names if Path(name).stem == missing.stem]
+        close += difflib.get_close_matches(missing.name, names, n=1, cutoff=0.75)
     except (OSError, ValueError):  # not readable, or not a valid name
         return ""
     if not close:
         return ""
     found = missing.with_name(close[0])
-    whole = found / Path(path).relative_to(missing)
-    return f"; did you mean {whole if whole.exists() else found}?"
+    rest = found / whole.relative_to(missing)
+    return f"; did you mean {rest if rest.exists() else found}?"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Returns whether a file is a pointer of Git LFS, which stands for a file that was not downloaded."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
 
 
 def working_directory(path: Path) -> str:

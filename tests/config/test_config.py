@@ -46,6 +46,12 @@ def test_overrides_take_precedence_over_the_file(tmp_path):
     assert (config.seed, config.train.num_steps, config.train.warmup_steps) == (3, 9, 1)
 
 
+@pytest.mark.parametrize("text", ["####", "End with #### answer", "'#'", "x#y", "~"])
+def test_values_of_overrides_have_no_comments(text):
+    suffix = load(f"data.prompt_suffix={text}").data.prompt_suffix
+    assert suffix == {"'#'": "#", "~": None}.get(text, text)
+
+
 def test_scientific_notation_is_parsed_as_a_number(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("train:\n  learning_rate: 1e-6\n")
@@ -75,6 +81,11 @@ CARDS = "data.source=card_shuffles"
 COMMAND_LINES = [
     (["train.num_step=3"], "train.num_step: unknown field; did you mean train.num_steps?"),
     (["trian.num_steps=3"], "trian: unknown field; did you mean train"),
+    (["train.size=1"], "train.size: unknown field; did you mean train.num_steps?"),
+    (
+        ["data.columns.preset=alpaca"],
+        "data.columns.preset=\"alpaca\": input should be 'auto', 'trl'",
+    ),
     (["learning_rate=1"], "did you mean train.learning_rate?"),
     (["zzz=1"], "zzz: unknown field; --help lists all fields"),
     (["train..num_steps=3"], "train.: unknown field; did you mean train?"),

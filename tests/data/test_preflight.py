@@ -57,6 +57,7 @@ def preview(model, tmp_path, capsys, grader, monkeypatch):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         fields = [f"model.path={model}", f"data.train_files={file}", "rewards.functions=math"]
         fields.append("data.template=chatml")  # starts no process
+        overrides = [override.replace("{file}", str(file)) for override in overrides]
         code = main([*fields, "data.num_validation=2", "data.num_test=2", *overrides])
         output = capsys.readouterr()
         return code, " ".join(output.out.split()), output.err
@@ -143,6 +144,27 @@ MISUSES = {
         ["method.name=sft"],
         "method.name=sft: it learns from expert solutions, but no training problem has one",
     ),
+    "solutions that are left out": (
+        ROWS,
+        ["data.max_expert_length=5"],
+        "has one; those of the data are longer than data.max_expert_length=5; raise it, or",
+    ),
+    "solutions as lists of steps": (
+        [row | {"solution": ["One more.", "So:", f"\\boxed{{{row['answer']}}}"]} for row in ROWS],
+        [],
+        "a list of solutions holds complete alternatives, so join a list of steps into one text",
+    ),
+    "repeated prompts": (
+        ROWS[:3] * 5,
+        [],
+        "data.train_files: the 15 rows with an answer have 3 different prompts, too few to hold out "
+        "data.num_validation=2 and data.num_test=2; give files of their own, or lower these",
+    ),
+    "no room for a completion": (
+        ROWS,
+        ["data.max_prompt_length=3000"],
+        "data.max_prompt_length=3000: leaves no room for a completion in the 2048 positions",
+    ),
     "too few problems": (ROWS[:5], [], "train.problems_per_step=8: more than the"),
     "beyond the context": (
         ROWS,
@@ -196,6 +218,11 @@ WARNINGS = {
         ["sampling.max_completion_length=256", "data.num_test=1", "data.num_validation=1"],
         "longer than sampling.max_completion_length=256 and are cut",
     ),
+    "tested on training problems": (
+        ROWS,
+        ["data.test_files={file}", "data.num_validation=0"],
+        "warning: test: 20 of 20 problems have the prompt of a training problem",
+    ),
     "special tokens": (
         changed(prompt="Say <|im_end|> now."),
         ["train.problems_per_step=1", "data.num_test=1"],
@@ -247,12 +274,24 @@ def test_wrong_solutions_only_warn_a_method_without_rewards(preview):
 
 
 def test_problems_without_answers_are_fine_for_sft(preview):
-    code, output, error = preview(without("answer"), "method.name=sft", "data.columns.prompt=prompt",
-                                  "data.columns.answer=answer?", "data.columns.solutions=solution")  # fmt: skip
+    code, output, error = preview(without("answer"), "method.name=sft")
     assert (code, error) == (0, "")
     assert "warning: test: no problem with an answer, so this split is not evaluated" in output
     assert "rewards.functions: failed" not in output
     assert "problems │ 20" in output  # Nothing is held out that could not be evaluated.
+
+
+def test_held_out_by_default_is_a_tenth_of_the_different_prompts(tmp_path):
+    """Rows may be several solutions of one problem."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 5))
+    splits, _, _ = read_splits(DataConfig(source="files", train_files=(str(file),)))
+    prompts = {name: {example.prompt for example in split} for name, split in splits.items()}
+    assert {name: len(of) for name, of in prompts.items()} == {
+        "train": 16,
+        "validation": 2,
+        "test": 2,
+    }
 
 
 def test_no_test_problems_are_no_warning_if_none_were_asked_for(preview):

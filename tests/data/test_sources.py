@@ -169,6 +169,11 @@ def test_a_name_that_resembles_a_file_is_answered_with_it(tmp_path, monkeypatch)
         with pytest.raises(UserError, match=r"; did you mean data/train\.jsonl\?$") as caught:
             list(read_rows([entry]))
         assert "\n" not in str(caught.value)
+    write_jsonl(tmp_path / "test.jsonl")
+    with pytest.raises(UserError, match=r"; did you mean \[data/train\.jsonl, test\.jsonl\]\?$"):
+        list(read_rows(["data/train.jsonl,test.jsonl"]))
+    with pytest.raises(UserError, match=r"; did you mean openai/gsm8k\?$"):
+        list(read_rows(["https://huggingface.co/datasets/openai/gsm8k"]))
     with pytest.raises(UserError, match=rf"; did you mean {tmp_path}/data/train\.jsonl\?$"):
         list(read_rows([f"{tmp_path}/data/trian.jsonl"]))
 

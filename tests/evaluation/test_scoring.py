@@ -56,6 +56,11 @@ def test_sources_are_scored_separately():
     samples = [*group("a", RIGHT, source="x"), *group("b", WRONG, source="y")]
     scores = scores_by_source(samples)
     assert {name: s.accuracy for name, s in scores.items()} == {"x": 1.0, "y": 0.0}
+    assert list(scores_by_source([*samples, *group("c", RIGHT, source="")])) == [
+        "no_source",
+        "x",
+        "y",
+    ]
 
 
 def test_different_numbers_of_samples_are_refused():

@@ -92,6 +92,26 @@ def test_a_path_is_not_taken_for_a_hub_id(path, hub_home, tmp_path, monkeypatch)
     assert f"model.path={path!r}: no such folder{where}; pass a" in error_of(path)
 
 
+def test_a_folder_without_a_config_is_answered_with_one_inside(tmp_path):
+    (tmp_path / "run" / "hf").mkdir(parents=True)
+    path = f"{tmp_path}/run"
+    assert f"{path!r}: the folder contains no config.json; pass a" in error_of(path)
+    (tmp_path / "run" / "hf" / "config.json").write_text("{}")
+    assert f"{path!r}: the folder contains no config.json; did you mean {path}/hf?" in error_of(
+        path
+    )
+
+
+@pytest.mark.parametrize("path", [".", "..", "report"])
+def test_only_models_of_the_package_are_packaged_models(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"model.path={path!r}: " in error_of(path)
+
+
+def test_the_address_of_a_page_is_answered_with_the_hub_id():
+    assert error_of(f"https://huggingface.co/{NAME}").endswith(f"; did you mean {NAME}?")
+
+
 @pytest.mark.parametrize("path", [NAME, f"{NAME}@v1"])
 def test_a_local_folder_of_the_same_name_wins(path, hub_home, tmp_path, monkeypatch):
     add_to_cache(hub_home, NAME, FILES)

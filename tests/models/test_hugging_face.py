@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from support.broken_models import BREAKAGES, GQA, break_config
+from support.broken_models import BREAKAGES, GQA, LFS_POINTER, break_config
 from support.commands import TINY_MODEL
 from trapo_jax.models import (
     export_model,
@@ -199,7 +199,11 @@ def test_damaged_folders_are_refused_by_name(what, folder):
     ("content", "message"),
     [
         (None, r"cannot load the tokenizer \(no tokenizer.json\)"),
-        ("{", "cannot load the tokenizer"),
+        ("{", "tokenizer.json: not valid JSON"),
+        (
+            LFS_POINTER,
+            r"tokenizer.json: a Git-LFS pointer, not the file itself; run `git lfs pull`",
+        ),
         ('{"version": "1.0"}', "cannot load the tokenizer"),
     ],
 )

@@ -403,6 +403,10 @@ def test_evaluate_computes_metrics_by_source():
     assert metrics["eval/pass@4"] == 0.5
     assert metrics["eval/accuracy_sampled/K=0"] == 0.5
     assert metrics["eval/accuracy_greedy/K=1"] == 0.0
+    one_source = evaluate(
+        sampler(ScriptedEngine(newest_first=True), score), problems[::2], num_samples=1
+    ).metrics
+    assert not [name for name in one_source if name.startswith("eval/accuracy_greedy/")]
     assert metrics["eval/completion_len_mean"] == 2
     assert metrics["eval/truncated"] == 0
     assert metrics["eval/error_rate"] == metrics["eval/timeout_rate"] == 0

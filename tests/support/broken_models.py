@@ -24,6 +24,9 @@ GQA = {
 }
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+
+
 def break_config(folder, **changes):
     data = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**data, **changes}))
@@ -106,10 +109,13 @@ BREAKAGES = {
         "layer_types must be a list of 2 entries among",
     ),
     "activation": (lambda f: break_config(f, hidden_act="gelu"), "hidden_act 'gelu'"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "not a readable safetensors"),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        r"model\.safetensors: no such file; weights are only read from safetensors",
+    ),
     "LFS pointer": (
-        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com"),
-        "not a readable safetensors",
+        lambda f: (f / "model.safetensors").write_text(LFS_POINTER),
+        r"model\.safetensors: a Git-LFS pointer, not the file itself; run `git lfs pull`",
     ),
     "truncated": (
         lambda f: (f / "model.safetensors").write_bytes(
@@ -139,7 +145,7 @@ BREAKAGES = {
     ),
     "index with a missing file": (
         lambda f: write_index(f, {"model.norm.weight": "model-2.safetensors"}),
-        r"model-2.safetensors: not a readable safetensors file",
+        r"model-2.safetensors: no such file",
     ),
     "index without a tensor": (
         lambda f: write_index(f, {"model.norm.weight": None}),

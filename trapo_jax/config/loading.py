@@ -148,7 +148,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        hint = did_you_mean(file) if isinstance(error, FileNotFoundError) else ""
+        hint = did_you_mean(str(file)) if isinstance(error, FileNotFoundError) else ""
         raise UserError(f"{file}: cannot be read ({error.strerror}){hint}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
@@ -237,7 +237,10 @@ def _parse_scalar(name: str, text: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{COMMAND_LINE}: {name}={text!r:.200}: not a YAML value") from error
     _check_plain(value, f"{COMMAND_LINE}: {name}")
-    return value
+    is_plain = (value is None or isinstance(value, str)) and not text.lstrip().startswith(
+        ("'", '"')
+    )
+    return text.strip() if is_plain and "#" in text else value  # There are no comments here.
 
 
 def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,11 +298,14 @@ def _explain(
 
 
 def _known_field(config_class: type[Section], name: str) -> str:
+    """Returns a hint for an unknown field: the one that it resembles, or else where they are listed."""
     names = [field.name for field in list_fields(config_class)]
-    sections = sorted({n.rsplit(".", 1)[0] for n in names if "." in n})
+    parent, _, leaf = name.rpartition(".")
+    sections = sorted(
+        {n.rsplit(".", 1)[0] for n in names if "." in n} - ({parent} if leaf else set())
+    )
     matches = difflib.get_close_matches(name, names + sections, n=1, cutoff=0.6)
     if not matches:  # perhaps the right name in the wrong section
-        leaf = name.rsplit(".", 1)[-1]
         leaves = {n.rsplit(".", 1)[-1]: n for n in names}
         close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
         matches = [leaves[m] for m in close]

@@ -79,7 +79,7 @@ class LoraConfig(Section):
 
 
 class ColumnsConfig(Section):
-    preset: Literal["auto"] | ColumnPreset = "auto"
+    preset: Literal["auto", ColumnPreset] = "auto"
     """Column layout of the dataset: trl (prompt, answer, solution), verl, numina (problem, answer, solution), gsm8k, qa (question, answer, solution), prompt_completion, messages or sharegpt. auto selects the one that fits the first row. The fields below override parts of it."""
     prompt: str | None = None
     """Path of the prompt, which is text or chat messages. A path is a column, or a nested field with dots in its name. A path that ends in ? may be missing from every row."""
@@ -114,7 +114,7 @@ class DataConfig(Section):
     num_test: NotNegative | None = None
     """Number of test problems, which are evaluated before and after training. With files, the number of different prompts held out if there are no test_files, 0 for none; null for a tenth of those with an answer, at most 128."""
     train_files: StringList = ()
-    """Training data: Parquet, JSON Lines or Arrow files, globs, folders written by save_to_disk, or Hub datasets such as owner/name@revision:config#split, where each part after the name may be left out. The default split is train."""
+    """Training data: JSON Lines, CSV, Parquet or Arrow files, globs, folders written by save_to_disk, or Hub datasets such as owner/name@revision:config#split, where each part after the name may be left out. The default split is train."""
     validation_files: StringList = ()
     """Validation data, in the same formats. The default split is validation. If empty, problems are held out of the training data."""
     test_files: StringList = ()

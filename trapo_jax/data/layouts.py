@@ -103,16 +103,31 @@ def find_preset(
         has_solution = any(_is_present(row, path) for path in preset.solutions)
         if has_solution and _fits(row, preset, {*given, "answer"}):
             return name
-    options = ", ".join(_option(row, field) for field in REQUIRED if field not in given)
+    missing = [field for field in REQUIRED if field not in given and not _is_usual(row, field)]
+    options = ", ".join(_option(row, field) for field in missing or REQUIRED)
     raise UserError(
         f"{row.file}: the columns are {_listed(row)}, which fits no preset; set {options}"
     )
 
 
+def _usual_paths(field: str) -> set[str]:
+    """Returns the paths that presets have for a field, without those that are answers and solutions at once."""
+    paths = {
+        path.removesuffix("?")
+        for preset in COLUMN_PRESETS.values()
+        for path in _paths_of(preset, field)
+    }
+    return paths - _usual_paths("answer") if field == "solutions" else paths
+
+
+def _is_usual(row: Row, field: str) -> bool:
+    """Whether a row has a column that some preset has for a field."""
+    return bool(_usual_paths(field) & {*_paths(row.values)})
+
+
 def _option(row: Row, field: str) -> str:
     """Returns the option of a field, with the column that it may be."""
-    usual = [path for preset in COLUMN_PRESETS.values() for path in _paths_of(preset, field)]
-    close = _closest(row, usual)
+    close = _closest(row, sorted(_usual_paths(field)))
     return f"data.columns.{field}" + (f" (perhaps to {close})" if close else "")
 
 
@@ -169,10 +184,10 @@ def _paths_of(columns: Columns, field: str) -> tuple[str, ...]:
 
 
 def _closest(row: Row, names: Sequence[str]) -> str | None:
-    """Returns the column of a row whose name most resembles one of some names; None if none does."""
+    """Returns the column of a row whose name resembles the first possible one of some names; None if none does."""
     columns = {path.lower(): path for path in _paths(row.values)}
     for name in names:
-        close = difflib.get_close_matches(name.removesuffix("?").lower(), columns, n=1)
+        close = difflib.get_close_matches(name.lower(), columns, n=1, cutoff=0.75)
         if close:
             return columns[close[0]]
     return None

@@ -12,7 +12,7 @@ import numpy as np
 
 from trapo_jax.config import Config
 from trapo_jax.data.examples import DataReport
-from trapo_jax.data.layouts import Columns
+from trapo_jax.data.problems import EXPERTS_TOO_LONG
 from trapo_jax.data.splits import LoadedData
 from trapo_jax.methods import Method
 from trapo_jax.rewards import (
@@ -246,14 +246,23 @@ def _warnings(data: LoadedData, config: Config, method: Method) -> list[str]:
         warnings.append(
             "data.template=none: the tokenizer has a chat template, which is not used; consider data.template=chat"
         )
+    return warnings + _warnings_of_splits(data, config)
+
+
+def _warnings_of_splits(data: LoadedData, config: Config) -> list[str]:
+    warnings = []
+    trained = {problem.prompt_text for problem in data.splits["train"]}
     reason = "no problem with an answer"
     if not config.rewards.functions:
         reason = "rewards.functions is not set"
-    warnings += [
-        f"{name}: {reason}, so this split is not evaluated"
-        for name, problems in data.splits.items()
-        if not problems and getattr(config.data, f"num_{name}") != 0
-    ]
+    for name in ("validation", "test"):
+        problems = data.splits[name]
+        if not problems and getattr(config.data, f"num_{name}") != 0:
+            warnings.append(f"{name}: {reason}, so this split is not evaluated")
+        if repeated := sum(problem.prompt_text in trained for problem in problems):
+            warnings.append(
+                f"{name}: {repeated:,} of {len(problems):,} problems have the prompt of a training problem"
+            )
     return warnings
 
 
@@ -263,7 +272,7 @@ def _errors(data: LoadedData, config: Config, method: Method) -> list[str]:
     if method.uses_experts and not any(problem.experts for problem in train):
         errors.append(
             f"method.name={method.name}: it learns from expert solutions, but no training problem has one; "
-            f"{_solutions_hint(data.columns, method)}"
+            f"{_solutions_hint(data, config, method)}"
         )
     if method.needs_expert_loss:
         if not config.evaluation.every:
@@ -299,15 +308,22 @@ def _errors(data: LoadedData, config: Config, method: Method) -> list[str]:
         )
     if len(train) < config.train.problems_per_step:
         errors.append(
-            f"train.problems_per_step={config.train.problems_per_step}: more than the {len(train)} training problems; "
-            "a batch would repeat problems"
+            f"train.problems_per_step={config.train.problems_per_step}: more than the {len(train)} training problems, so "
+            "that a batch would repeat problems; lower it"
         )
     return errors
 
 
-def _solutions_hint(columns: Columns | None, method: Method) -> str:
-    where = f" (now {', '.join(columns.solutions) or 'none'})" if columns else ""
-    hint = f"set data.columns.solutions to their column{where}"
+def _solutions_hint(data: LoadedData, config: Config, method: Method) -> str:
+    if any(
+        EXPERTS_TOO_LONG in what for stage in data.reports.get("train", []) for what in stage.notes
+    ):
+        limit = config.data.max_expert_length
+        hint = f"those of the data are longer than data.max_expert_length={limit}; raise it"
+    else:
+        columns = data.columns
+        where = f" (now {', '.join(columns.solutions) or 'none'})" if columns else ""
+        hint = f"set data.columns.solutions to their column{where}"
     return f"{hint}, or method.name=grpo to train without experts" if method.needs_rewards else hint
 
 
@@ -329,22 +345,38 @@ def _complaint(judged: Judged, config: Config, limit: int) -> tuple[str, bool]:
     if not wrong:
         return "", False
     start = f"{functions}: only {num - len(wrong)} of {num} expert solutions are judged correct"
-    return start + _why_wrong(wrong, limit), len(wrong) > max_wrong
+    return f"{start}{_why_wrong(wrong, config, limit)}", len(wrong) > max_wrong
 
 
-def _why_wrong(wrong: Judged, limit: int) -> str:
+def _why_wrong(wrong: Judged, config: Config, limit: int) -> str:
     """Says why expert solutions are not judged correct, and what to change."""
     num_cut = sum(len(e.token_ids) > limit for p, _, _ in wrong for e in p.experts)
     if num_cut > len(wrong) / 2:
-        return f", because most others are cut at sampling.max_completion_length={limit}; raise it"
-    problem, text, grade = next((w for w in wrong if w[2].reward is not None), wrong[0])
-    if grade.answer is None:
-        ending = text.strip()[-60:]
         return (
-            f"; in the first wrong one, which ends {ending!r}, no answer was found (the problem's answer is "
-            f"{problem.answer[:60]!r}); end solutions with the answer in \\boxed{{}}, or choose another reward function"
+            f", because most others are cut at sampling.max_completion_length={limit}; raise it, or leave them out with "
+            f"data.max_expert_length={limit}"
         )
+    problem, text, grade = next((w for w in wrong if w[2].reward is not None), wrong[0])
+    return f"; {_explain_wrong(problem, text, grade, config.rewards.functions[0])}"
+
+
+def _explain_wrong(problem: Problem, text: str, grade: Grade, function: str) -> str:
+    """Says why an expert solution was judged wrong, and what to do."""
+    answer = f"the problem's answer is {problem.answer[:60]!r}"
+    if grade.answer is not None:
+        return (
+            f"in the first wrong one the answer {grade.answer[:60]!r} was found, but {answer}; check data.columns.answer and "
+            "data.columns.solutions"
+        )
+    ending = text.strip()[-60:]
+    if len(problem.experts) > 1:
+        way_out = (
+            "a list of solutions holds complete alternatives, so join a list of steps into one text"
+        )
+    elif ":" in function:
+        way_out = "check data.columns.answer and data.columns.solutions, and test the function on a few of your rows"
+    else:
+        way_out = "end solutions with the answer in \\boxed{}, or choose another reward function"
     return (
-        f"; in the first wrong one the answer {grade.answer[:60]!r} was found, but the problem's answer is "
-        f"{problem.answer[:60]!r}; check data.columns.answer and data.columns.solutions"
+        f"in the first wrong one, which ends {ending!r}, no answer was found ({answer}); {way_out}"
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PLAIN_TEXT = Template()  # the text as it stands
 EXTRA_PROBLEMS_STREAM = 1  # a stream of random numbers of its own, beside the order of the batches
+EXPERTS_TOO_LONG = "experts left out: over"  # the start of a note of a report
 _CHUNK_SIZE = 256  # at once; the tokenizer runs them on all cores
 
 
@@ -30,6 +31,7 @@ def encode_examples(
     max_prompt_length: int,
     overlong_prompts: Literal["drop", "truncate", "error"] = "drop",
     max_expert_length: int | None = None,
+    name: str = "data",
 ) -> tuple[list[Problem], DataReport]:
     """Renders and tokenises examples; each expert solution gets EOS.
 
@@ -45,6 +47,7 @@ def encode_examples(
       overlong_prompts: "drop" the example, "truncate" to the last tokens (BOS is kept), or "error".
       max_expert_length: longest expert solution in tokens, EOS included; a longer one is dropped, its problem
         stays. None for no limit.
+      name: the option that selects the examples, for errors.
 
     Returns:
       The problems in the order of the examples, and the counts.
@@ -59,6 +62,7 @@ def encode_examples(
     if num_read > len(merged):
         dropped["joined to an equal problem"] = num_read - len(merged)
     problems: list[Problem] = []
+    longest = 0
     rendered = template.render_all([example.prompt for example in merged])
     for start in range(0, len(merged), _CHUNK_SIZE):
         chunk = merged[start : start + _CHUNK_SIZE]
@@ -69,6 +73,7 @@ def encode_examples(
         solutions = iter(encoder.encode([s for example in chunk for s in example.solutions]))
         for example, text, prompt_ids in zip(chunk, texts, prompts, strict=True):
             solution_ids = [next(solutions) for _ in example.solutions]
+            longest = max(longest, len(prompt_ids))
             if len(prompt_ids) > max_prompt_length:
                 if overlong_prompts == "error":
                     raise _overlong_prompt(text, len(prompt_ids), max_prompt_length)
@@ -97,8 +102,10 @@ def encode_examples(
         notes["problems without an expert"] = num_without
     report = DataReport(num_read, len(problems), dict(dropped), dict(notes))
     if not problems:
-        hint = "; raise data.max_prompt_length" if any("prompt over" in x for x in dropped) else ""
-        raise UserError(f"data: no problem is usable: {report}{hint}")
+        hint = ""
+        if longest > max_prompt_length:
+            hint = f"; raise data.max_prompt_length, since the longest prompt has {longest} tokens"
+        raise UserError(f"{name}: no problem is usable: {report}{hint}")
     return problems, report
 
 
@@ -138,8 +145,8 @@ def problem_batches(problems: Sequence[Problem], *, batch_size: int, seed: int) 
     """
     if len(problems) < batch_size:
         raise UserError(
-            f"train.problems_per_step={batch_size}: more than the {len(problems)} training problems; "
-            "a batch would repeat problems"
+            f"train.problems_per_step={batch_size}: more than the {len(problems)} training problems, so that a batch would "
+            "repeat problems; lower it"
         )
     dataset = grain.MapDataset.source(list(problems)).seed(seed).shuffle()
     return dataset.batch(batch_size, drop_remainder=True, batch_fn=list).repeat()
@@ -231,7 +238,7 @@ class _Encoder:
             return None
         ids = (*ids, self._eos_id)
         if max_length is not None and len(ids) > max_length:
-            notes[f"experts left out: over {max_length} tokens"] += 1
+            notes[f"{EXPERTS_TOO_LONG} {max_length} tokens"] += 1
             return None
         return Expert(ids, self._paragraph_ends(ids))
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trapo_jax.data.hub_datasets import HubDataset, parse_hub_dataset, read_hub_rows
-from trapo_jax.paths import did_you_mean, working_directory
+from trapo_jax.paths import USE_LFS, did_you_mean, is_lfs_pointer, working_directory
 from trapo_jax.types import UserError
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _READ_ROWS = 256
 # What pyarrow and datasets raise on a damaged or absent file; ArrowInvalid is a ValueError.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
@@ -85,7 +84,7 @@ def _locate(entry: str, split: str) -> list[tuple[Path | HubDataset, str]]:
     if path.suffix.lower() not in _READERS and (dataset := parse_hub_dataset(entry)):
         return [(dataset, split)]
     where = working_directory(path)
-    raise UserError(f"{entry}: no such file or folder{where}{did_you_mean(path)}")
+    raise UserError(f"{entry}: no such file or folder{where}{did_you_mean(entry)}")
 
 
 def _exists(path: Path, entry: str) -> bool:
@@ -116,14 +115,10 @@ def _file_reader(path: Path):
     if reader is None:
         known = ", ".join(_READERS)
         raise UserError(f"{path}: format {path.suffix or 'without suffix'!r} unknown; have {known}")
-    with path.open("rb") as file:
-        head = file.read(len(LFS_POINTER))
-    if not head:
+    if not path.stat().st_size:
         raise UserError(f"{path}: empty file")
-    if head == LFS_POINTER:
-        raise UserError(
-            f"{path}: a Git-LFS pointer, not the data; run `git lfs pull` where it lies"
-        )
+    if is_lfs_pointer(path):
+        raise UserError(f"{path}: {USE_LFS}")
     return reader
 
 

@@ -92,7 +92,12 @@ class LoadedData:
         longest = max(len(p.prompt_ids) for split in self.splits.values() for p in split)
         prompt = config.data.max_prompt_length or _rounded(longest)
         if context_len is not None:
-            completion = max(1, min(completion, context_len - prompt))
+            if prompt >= context_len:
+                raise UserError(
+                    f"data.max_prompt_length={prompt}: leaves no room for a completion in the {context_len} positions of the "
+                    "model (max_position_embeddings); lower it"
+                )
+            completion = min(completion, context_len - prompt)
         fitted = config.with_lengths(prompt=prompt, completion=completion)
         if context_len is not None and fitted.longest_rollout_len > context_len:
             raise UserError(
@@ -131,12 +136,11 @@ def load_data(
     template = template_for(config.data, examples["train"], tokenizer)
     splits = {}
     for name, split in examples.items():
-        if (
-            name != "train"
-        ):  # An example that cannot be graded is held out all the same; see `_hold_out`.
+        if name != "train":
+            # An example that cannot be graded is held out all the same; see `_hold_out`.
             can_grade = bool(config.rewards.functions)
             split = [example for example in split if example.answer and can_grade]
-        splits[name], report = encode(config.data, split, tokenizer, template)
+        splits[name], report = encode(config.data, name, split, tokenizer, template)
         reports.setdefault(name, []).append(report)
     data = LoadedData(splits, template, reports, columns, tokenizer)
     experts = [len(expert.token_ids) for p in splits["train"] for expert in p.experts]
@@ -161,7 +165,7 @@ def load_test_data(
         examples, reports = splits["test"], []
     template = template_for(config.data, examples, tokenizer)
     without_solutions = [example._replace(solutions=()) for example in examples]
-    problems, report = encode(config.data, without_solutions, tokenizer, template)
+    problems, report = encode(config.data, "test", without_solutions, tokenizer, template)
     if not problems:
         raise UserError("data.num_test=0: there are no test problems; give data.test_files")
     reports = [*reports, dataclasses.replace(report, notes={})]
@@ -183,6 +187,7 @@ def template_for(
 
 def encode(
     config: DataConfig,
+    split: str,
     examples: Sequence[Example],
     tokenizer: "PreTrainedTokenizerFast",
     template: Template,
@@ -201,11 +206,20 @@ def encode(
         max_prompt_length=config.max_prompt_length or MAX_PROMPT_LENGTH,
         overlong_prompts=config.overlong_prompts,
         max_expert_length=config.max_expert_length,
+        name=_option_of(config, split),
     )
     if num := count_special_tokens(examples, tokenizer):
         notes = {**report.notes, "prompts that spell a special token of the tokenizer": num}
         report = dataclasses.replace(report, notes=notes)
     return problems, report
+
+
+def _option_of(config: DataConfig, split: str) -> str:
+    """Returns the option that selects the problems of a split."""
+    if config.source != "files":
+        return f"data.source={config.source}"
+    own = f"{split}_files"
+    return f"data.{own if getattr(config, own) else 'train_files'}"
 
 
 def count_special_tokens(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast") -> int:
@@ -280,7 +294,7 @@ def _held_out_sizes(config: DataConfig, splits: Splits) -> dict[str, int]:
     if answered and sum(sizes.values()) >= num_prompts:
         wanted = " and ".join(f"data.num_{name}={size}" for name, size in sizes.items() if size)
         raise UserError(
-            f"data.train_files: {num_prompts} different prompts with an answer, in {len(answered)} rows, are too few to "
+            f"data.train_files: the {len(answered)} rows with an answer have {num_prompts} different prompts, too few to "
             f"hold out {wanted}; give files of their own, or lower these numbers (0 for none)"
         )
     return sizes

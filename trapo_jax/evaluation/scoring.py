@@ -168,7 +168,8 @@ def evaluate(
         / max(1, sum(s.completion_len for s in sampled)),
     }
     for kind, samples in (("greedy", greedy), ("sampled", sampled)):
-        for source, scores in scores_by_source(samples).items():
+        by_source = scores_by_source(samples)
+        for source, scores in by_source.items() if len(by_source) > 1 else ():
             metrics[f"eval/accuracy_{kind}/{source}"] = scores.accuracy
     everything = greedy + sampled
     metrics["eval/truncated"] = fmean(s.truncated for s in everything)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trapo_jax.paths import USE_LFS, is_lfs_pointer
 from trapo_jax.types import UserError
 
 
@@ -18,6 +19,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
+        if is_lfs_pointer(path):
+            raise UserError(f"{path}: {USE_LFS}") from error
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object")

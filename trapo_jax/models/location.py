@@ -39,19 +39,28 @@ def locate_model(path: str, *, must_exist: bool = True) -> tuple[Path, HubRepo |
       must_exist: whether to check that there is a folder, or that the path is a Hub id.
     """
     packaged = Path(str(resources.files("trapo_jax"))) / "assets" / path
-    if "/" not in path and packaged.is_dir():
+    if "/" not in path and (packaged / CONFIG).is_file():
         return packaged, None
     folder = Path(path).expanduser()
+    if folder.is_dir() and must_exist:
+        _check_model_folder(folder, path)
     if folder.is_dir() or not must_exist:
         return folder, None
     if folder.is_file():
         raise UserError(f"model.path={path!r}: a file; pass the folder that contains config.json")
     if repo := parse_hub_id(path, "model"):
         return folder, repo
-    way_out = did_you_mean(folder) or (
+    way_out = did_you_mean(path) or (
         "; pass a Hugging Face model folder, a Hub id such as owner/name, or card_shuffles_tiny"
     )
     raise UserError(f"model.path={path!r}: no such folder{working_directory(folder)}{way_out}")
+
+
+def _check_model_folder(folder: Path, path: str) -> None:
+    if not (folder / CONFIG).is_file():
+        inside = sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))  # hf/ in a run
+        hint = f"; did you mean {inside[0]}?" if inside else "; pass a Hugging Face model folder"
+        raise UserError(f"model.path={path!r}: the folder contains no {CONFIG}{hint}")
 
 
 def fetch_small_files(repo: HubRepo) -> tuple[Path, HubRepo]:

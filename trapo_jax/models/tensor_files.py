@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from trapo_jax.models.json_file import read_json_object
+from trapo_jax.paths import USE_LFS, is_lfs_pointer
 from trapo_jax.types import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -192,5 +193,8 @@ def _listed(what: str, names: list[str]) -> str:
 def _open_safetensors(path: Path):
     try:
         return safe_open(path, framework="numpy")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; weights are only read from safetensors") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+        what = USE_LFS if is_lfs_pointer(path) else f"not a readable safetensors file ({error})"
+        raise UserError(f"{path}: {what}") from error

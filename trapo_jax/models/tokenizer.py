@@ -32,6 +32,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             folder, local_files_only=True
         )
     except Exception as error:  # the Rust library raises plain Exception for a damaged file
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                read_json_object(folder / name)  # Its error names the file.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: cannot load the tokenizer ({reason})") from error
     if tokenizer.eos_token_id is None:
