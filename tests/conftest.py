@@ -16,6 +16,9 @@ FAST_COMPILATION = (
 if FAST_COMPILATION not in (flags := os.environ.get("XLA_FLAGS", "")):  # set by the parent process
     os.environ["XLA_FLAGS"] = f"{flags} {FAST_COMPILATION}"
 
+# Several processes share the cores, so more threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Test processes and the processes that they start compile the same programs, so they share one
 # cache, which persists after the session. Its keys cover programs, flags, devices and versions.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".pytest_cache" / "jax")

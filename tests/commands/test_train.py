@@ -155,6 +155,7 @@ def test_several_updates_per_batch_change_the_policy_ratio(tmp_path):
         tmp_path / "r",
         "train.num_steps=2",
         "train.num_iterations=3",
+        "train.learning_rate=1e-3",
         "method.clip_low=0.2",
         "method.clip_high=0.2",
         "method.kl_weight=0.1",
