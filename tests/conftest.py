@@ -4,13 +4,26 @@ import os
 import tempfile
 from pathlib import Path
 
-from support.commands import CACHE_SETTINGS, TINY_MODEL, USER_XLA_FLAGS, run_command
+from support.commands import REPOSITORY, TINY_MODEL, run_command
 from support.short_run import JOB
 
-# Test programs are small and run only a few times, so LLVM's optimizations take more time than they
-# save.
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{USER_XLA_FLAGS} {FAST_COMPILATION}"
+# Test programs are small and run only a few times, so most optimizations take more time than they
+# save. Without any, however, programs run several times as long.
+FAST_COMPILATION = (
+    "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+if FAST_COMPILATION not in (flags := os.environ.get("XLA_FLAGS", "")):  # set by the parent process
+    os.environ["XLA_FLAGS"] = f"{flags} {FAST_COMPILATION}"
+
+# Several processes share the cores, so more threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# Test processes and the processes that they start compile the same programs, so they share one
+# cache, which persists after the session. Its keys cover programs, flags, devices and versions.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".pytest_cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 # No test uses the Hugging Face Hub or the caches of the user.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,9 +34,6 @@ import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
 from trapo_jax.planning.topology import LIBTPU_ENVIRONMENT  # noqa: E402
-
-for name, value in CACHE_SETTINGS.items():
-    jax.config.update(name, value)
 
 # On a machine without a TPU, libtpu would print warnings to standard error, here and in subprocesses.
 if not any(Path("/dev").glob("accel*")) and not any(Path("/dev").glob("vfio/*")):

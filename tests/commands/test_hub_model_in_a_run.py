@@ -13,10 +13,10 @@ SMALL = {name: content for name, content in FILES.items() if not name.endswith("
 JOB = ("model.path=owner/tiny", *TINY_JOB)
 
 
-def test_a_run_states_its_commit_and_is_resumed_without_the_cache(tmp_path):
-    home, run = tmp_path / "home", tmp_path / "run"
-    add_to_cache(home, "owner/tiny", FILES)
-    result = run_command("trapo_jax.train", f"output_dir={run}", *JOB, HF_HOME=str(home))
+def test_a_run_states_its_commit_and_is_resumed_without_the_cache(hub_home, tmp_path):
+    run = tmp_path / "run"
+    add_to_cache(hub_home, "owner/tiny", FILES)
+    result = run_command("trapo_jax.train", f"output_dir={run}", *JOB)
     assert result.returncode == 0, result.stderr
     assert json.loads((run / "model" / "hub.json").read_text()) == {
         "name": "owner/tiny",
@@ -24,7 +24,7 @@ def test_a_run_states_its_commit_and_is_resumed_without_the_cache(tmp_path):
     }
     exported = folder_files(run / "hf")
     assert "hub.json" not in exported
-    shutil.rmtree(home)
+    shutil.rmtree(hub_home)
     shutil.rmtree(run / "hf")
     shutil.rmtree(run / "checkpoints" / "2")
     (run / "summary.json").unlink()

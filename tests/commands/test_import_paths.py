@@ -4,12 +4,15 @@ import json
 
 import pytest
 
-from support.commands import run_command
+from support.console_script import run_console_script
 from trapo_jax.runs.loggers import read_metrics
 from trapo_jax.train import main as train
 
 MINE = """
-from trapo_jax.methods import Constants, Method, make_method
+import json
+from pathlib import Path
+
+from trapo_jax.methods import Constants, make_method
 from trapo_jax.sampling.jax_engine import JaxEngine
 
 class Half(Constants):
@@ -25,13 +28,20 @@ def ends_well(response, problem):
 def plain(messages):
     return messages[-1].content
 
-def engine(spec):
-    print("my engine:", spec.num_slots, "slots")
-    return JaxEngine(spec)
+class CountingEngine:
+    \"\"\"Wraps the JAX engine and counts the accesses to each member.\"\"\"
+
+    def __init__(self, spec):
+        self.engine, self.calls = JaxEngine(spec), {"model": spec.model_folder.name}
+
+    def __getattr__(self, name):
+        self.calls[name] = self.calls.get(name, 0) + 1
+        Path(__file__).with_name("calls.json").write_text(json.dumps(self.calls))
+        return getattr(self.engine, name)
 """
 
 SHORT = (
-    "train.num_steps=1",
+    "train.num_steps=2",
     "train.problems_per_step=2",
     "data.num_train=4",
     "data.num_validation=1",
@@ -40,27 +50,32 @@ SHORT = (
 )
 
 
+@pytest.mark.slow
 def test_objects_in_a_user_file_are_used(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
-    result = run_command(
-        "trapo_jax.train",
+    result = run_console_script(
+        tmp_path,
+        "train",
         "output_dir=run",
         "method.name=mine:Half",
         "method.num_rollouts=3",
         "rewards.functions=mine:ends_well",
         "rewards.timeout_secs=60",
         "data.template=mine:plain",
-        "sampling.engine=mine:engine",
+        "sampling.engine=mine:CountingEngine",
         *SHORT,
-        cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
-    assert "my engine: 32 slots" in result.stdout
+    calls = json.loads((tmp_path / "calls.json").read_text())
+    assert calls.pop("model") == "card_shuffles_tiny"
+    assert calls["update_weights"] > 2
+    assert calls["step"] > 2
+    assert "engine: mine:CountingEngine" in (tmp_path / "run" / "config.yaml").read_text()
     records = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "train"]
-    assert records[0]["reward/error_rate"] == 0
+    assert [record["reward/error_rate"] for record in records] == [0, 0]
     with open(tmp_path / "run" / "samples.jsonl") as lines:
         samples = [json.loads(line) for line in lines]
-    assert len(samples) == 2 * 3
+    assert len(samples) == 2 * 2 * 3
     for sample in samples:
         ends = sample["completion"].removesuffix("<eos>").endswith(sample["gold"])
         assert sample["is_correct"] == ends
@@ -96,6 +111,7 @@ def test_objects_in_a_user_file_are_used(tmp_path):
         ),
         ("method.name=math:pi", "method.name=math:pi"),
         ("sampling.engine=math:pi", "sampling.engine=math:pi"),
+        ("sampling.engine=no_module:E", "sampling.engine=no_module:E: no module 'no_module'"),
     ],
 )
 def test_a_wrong_name_or_path_is_a_one_line_error_and_creates_no_files(

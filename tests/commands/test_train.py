@@ -1,4 +1,4 @@
-"""Whole runs in separate processes: output files, other methods and export.
+"""Whole runs: output files, other methods and export.
 
 `tests/faults/test_stopped_runs.py` tests that runs with the same seed are equal bit for bit.
 """
@@ -14,8 +14,8 @@ from support.short_run import JOB
 from trapo_jax.runs.loggers import read_metrics
 
 
-def train(folder, *arguments, **options):
-    return run_command("trapo_jax.train", f"output_dir={folder}", *JOB, *arguments, **options)
+def train(folder, *arguments):
+    return run_command("trapo_jax.train", f"output_dir={folder}", *JOB, *arguments)
 
 
 def untimed(folder):
@@ -156,6 +156,7 @@ def test_several_updates_per_batch_change_the_policy_ratio(tmp_path):
         tmp_path / "r",
         "train.num_steps=2",
         "train.num_iterations=3",
+        "train.learning_rate=1e-3",
         "method.clip_low=0.2",
         "method.clip_high=0.2",
         "method.kl_weight=0.1",
@@ -175,7 +176,7 @@ def test_problems_of_the_next_step_fill_idle_slots_if_staleness_is_allowed(tmp_p
     assert [r["sampling/stale_tokens"] > 0 for r in records] == [False, True, True, True]
     assert records[0]["policy/ratio_max"] < 1.001
     assert max(r["policy/ratio_max"] for r in records) > 1.001
-    assert all(r["sampling/stale_tokens"] < 8 * 8 * 64 for r in records)
+    assert all(r["sampling/stale_tokens"] < 4 * 8 * 64 for r in records)
 
 
 def test_staleness_is_refused_if_guidance_depends_on_the_step(tmp_path):

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import inject_faults
-from support.commands import CACHE_ENV, REPOSITORY, run_command
+from support.commands import REPOSITORY, run_command
 from support.short_run import JOB
 from trapo_jax.distributed.processes import SharedFlag, interrupt_together, join_processes
 from trapo_jax.runs.loggers import read_metrics
@@ -34,7 +34,6 @@ def start_two(folder, *arguments, commands=(("-m", "trapo_jax.train"),) * 2):
             text=True,
             env={
                 **os.environ,
-                **CACHE_ENV,
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(process_id),
@@ -57,52 +56,48 @@ def wait_for(processes, path, text=""):
         time.sleep(0.05)
 
 
-def test_two_processes_train_like_one_and_one_can_continue(finished_run, tmp_path):
-    """Two processes run the default job until one is terminated, then until one hangs; one process finishes it."""
+def stop_one(folder, activity, step):
+    """Sends SIGTERM to process 1, while both sample, and returns the output of process 0."""
+    signalled = (SIGNAL_AT, activity, step, "1", str(int(signal.SIGTERM)))
+    main, other = finish(start_two(folder, commands=(("-m", "trapo_jax.train"), signalled)))
+    assert "stopped" not in other  # only process 0 prints this
+    return main
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_train_like_one_and_one_can_continue(finished_run, tmp_path):
+    """Process 1 is terminated twice, and then hangs; a single process finishes the run.
+
+    Neither process waits for the other in a collective operation that the other never reaches.
+    """
     folder = tmp_path / "run"
-    processes = start_two(folder)
-    wait_for(processes, folder / "metrics.jsonl", '"step": 1, "kind": "train"')
-    processes[1].send_signal(signal.SIGTERM)
-    main, other = finish(processes)
-    first = int(re.search(r"stopped after step (\d+); the same command resumes it", main)[1])
-    assert "stopped after step" not in other  # only process 0 prints this
+    output = stop_one(folder, "evaluating test", "0")
+    assert "stopped before the first step; the same command resumes it" in output
+    assert read_metrics(folder) == []
+    output = stop_one(folder, "step 3", "3")
+    assert "stopped after step 2; the same command resumes it" in output
+    records = [(r["kind"], r["step"]) for r in read_metrics(folder)]
+    assert records == [("eval", 0), ("train", 1), ("train", 2)]
 
     processes = start_two(folder, "checkpoint.every=1", "limits.stuck_after_secs=25")
-    wait_for(processes, folder / "checkpoints" / str(first + 2))
+    wait_for(processes, folder / "checkpoints" / "4")
     processes[1].send_signal(signal.SIGSTOP)
     output = processes[0].communicate()[0]
     processes[1].kill()
     processes[1].wait()
     assert processes[0].returncode == 1
-    assert f"resuming {folder} after step {first}, checkpoint.every=1 (was 3)" in output
+    assert f"resuming {folder} after step 2, checkpoint.every=1 (was 3)" in output
     assert "no progress for limits.stuck_after_secs=25 seconds while" in output
     assert "another process may have died" in output
 
     result = run_command("trapo_jax.train", f"output_dir={folder}", *JOB)
-    assert re.search("resuming .* after step [2-9],", result.stdout), result.stderr
+    assert re.search("resuming .* after step [4-9],", result.stdout), result.stderr
     tolerance = inject_faults.TOLERANCE_ON_ANOTHER_MESH
     assert inject_faults.differences(folder, finished_run[0], tolerance=tolerance) == []
     records = read_metrics(folder)
     assert max(record.get("policy/logprob_gap_max", 0) for record in records) < 1e-4
     assert (folder / "samples.jsonl").read_text().count("\n") == 12 * 4 * 8
     assert (folder / "hf" / "model.safetensors").is_file()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("activity", "step", "stopped"),
-    [("evaluating test", "0", "before the first step"), ("step 3", "3", "after step 2")],
-)
-def test_a_signal_to_one_of_two_processes_stops_both_while_they_sample(
-    tmp_path, activity, step, stopped
-):
-    """Only process 1 receives it. Neither waits for the other in a collective operation that the other never reaches."""
-    folder = tmp_path / "run"
-    signalled = (SIGNAL_AT, activity, step, "1", str(int(signal.SIGTERM)))
-    main, _ = finish(start_two(folder, commands=(("-m", "trapo_jax.train"), signalled)))
-    assert f"stopped {stopped}; the same command resumes it" in main
-    records = [(r["kind"], r["step"]) for r in read_metrics(folder)]
-    assert records == [("eval", 0), ("train", 1), ("train", 2)][: 0 if step == "0" else None]
 
 
 def test_work_is_interrupted_together():

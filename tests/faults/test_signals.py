@@ -9,12 +9,11 @@ from typing import NamedTuple
 import pytest
 
 import inject_faults
-from support.commands import CACHE_ENV, REPOSITORY, run_python
+from support.commands import run_command
 from support.short_run import JOB, checkpoint_steps
+from support.signal_at import signal_at
 from trapo_jax.runs.checkpoints import MANIFEST
 from trapo_jax.runs.loggers import read_metrics
-
-SIGNAL_AT = REPOSITORY / "tests" / "support" / "signal_at.py"
 
 
 class Moment(NamedTuple):
@@ -43,13 +42,22 @@ SAMPLING = Moment("step 8", 8, 3, 7, 7, ("train", 7))
 # Step 9 has a checkpoint, so that nothing has to be saved.
 SAMPLING_AFTER_CHECKPOINT = Moment("step 10", 10, 1, 9, 9, ("train", 9))
 FINAL_EVALUATION = Moment("evaluating test", 12, 2, 12, 12, ("train", 12))
+SIGNALS = (
+    (FIRST_EVALUATION, signal.SIGINT),
+    (FIRST_SAMPLING, signal.SIGTERM),
+    (UPDATE, signal.SIGTERM),
+    (EVALUATION, signal.SIGINT),
+    (SAMPLING, signal.SIGTERM),
+    (SAMPLING_AFTER_CHECKPOINT, signal.SIGINT),
+    (FINAL_EVALUATION, signal.SIGTERM),
+)
 
 
-def interrupt(folder, moment, number):
+def interrupt(folder, moment, number, monkeypatch):
     """Runs the job until the moment and returns its output."""
-    activity, step, report = moment[:3]
-    job = (f"output_dir={folder}", *JOB)
-    result = run_python(SIGNAL_AT, activity, step, report, int(number), *job)
+    with monkeypatch.context() as patch:
+        signal_at(patch.setattr, *moment[:3], number)
+        result = run_command("trapo_jax.train", f"output_dir={folder}", *JOB)
     assert result.returncode == 0, result.stderr
     assert "press Ctrl-C again to stop immediately" in result.stderr
     return result.stdout
@@ -86,19 +94,10 @@ def assert_equal_to(folder, uninterrupted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("moments", "number"),
-    [
-        ((FIRST_EVALUATION, FIRST_SAMPLING, EVALUATION, FINAL_EVALUATION), signal.SIGINT),
-        ((UPDATE, EVALUATION, SAMPLING, SAMPLING_AFTER_CHECKPOINT), signal.SIGTERM),
-    ],
-    ids=["SIGINT", "SIGTERM"],
-)
-def test_a_run_that_is_stopped_repeats_what_was_interrupted(
-    finished_run, tmp_path, moments, number
-):
+def test_a_run_that_is_stopped_repeats_what_was_interrupted(finished_run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    for moment in moments:
-        assert_stopped_at(folder, moment, interrupt(folder, moment, number))
-    inject_faults.complete(folder, JOB, **CACHE_ENV)
+    for moment, number in SIGNALS:
+        assert_stopped_at(folder, moment, interrupt(folder, moment, number, monkeypatch))
+    result = run_command("trapo_jax.train", f"output_dir={folder}", *JOB)
+    assert result.returncode == 0, result.stderr
     assert_equal_to(folder, finished_run[0])

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import inject_faults
-from support.commands import CACHE_ENV
 from support.event_files import scalars
 from support.short_run import JOB, checkpoint_steps, copy_unfinished
 from trapo_jax.train import main as train
@@ -26,12 +25,11 @@ SECRETS = {
 
 
 def start(folder, *more, **environment):
-    """Starts the job of `finished_run` with the same compilation settings."""
-    return inject_faults.start(folder, (*JOB, *more), **{**CACHE_ENV, **environment})
+    return inject_faults.start(folder, (*JOB, *more), **environment)
 
 
 def complete(folder, **environment):
-    return inject_faults.complete(folder, JOB, **{**CACHE_ENV, **environment})
+    return inject_faults.complete(folder, JOB, **environment)
 
 
 def wait_for_step(process, folder, step):

@@ -1,8 +1,11 @@
 """TensorBoard is a copy of metrics.jsonl: a run survives its failure, whatever fails."""
 
 import errno
+import math
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from support.event_files import scalars
@@ -15,8 +18,14 @@ def test_scalars_are_read_by_tensorboard(tmp_path):
     board = TensorBoard(tmp_path / "tb")
     for step in (1, 2):
         board.scalar("loss/total", 0.5 * step, step)
+    for step in (0, 127, 128, 2**40):
+        board.scalar("ä" * 200, np.float32(-step), step)
+    for value in (math.inf, 1e300):
+        board.scalar("large", value, 1)
     board.close()
     assert scalars(tmp_path, "loss/total") == [(1, 0.5), (2, 1.0)]
+    assert scalars(tmp_path, "ä" * 200) == [(n, -n) for n in (0, 127, 128, 2**40)]
+    assert scalars(tmp_path, "large") == [(1, math.inf)] * 2
 
 
 def test_a_clock_that_is_set_back_does_not_matter(tmp_path, monkeypatch):
@@ -37,7 +46,7 @@ def test_a_failing_disk_costs_one_warning(tmp_path, monkeypatch, capsys):
     def fail(event):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(log._tensorboard._writer, "write_event", fail)
+    monkeypatch.setattr(log._tensorboard, "_file", SimpleNamespace(write=fail))
     for step in (2, 3):
         log.metrics("train", step, {"a": 1.0, "b": 2.0})
     offsets = log.offsets()

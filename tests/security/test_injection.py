@@ -1,14 +1,13 @@
 """Hostile texts in every output: logs remain parseable, and texts have no effect on the terminal or the page."""
 
 import json
-import struct
 from html.parser import HTMLParser
 
 import pytest
 import yaml
-from tensorboardX.proto.event_pb2 import Event
 
 from support.browser import opened
+from support.event_files import all_scalars
 from support.injection_corpus import CORPUS
 from trapo_jax.config import Config, load_config
 from trapo_jax.printable import printable
@@ -87,13 +86,7 @@ def test_every_jsonl_line_is_a_valid_object_with_the_original_texts(run):
 
 
 def test_tensorboard_tags_are_printable_and_the_file_is_complete(run):
-    (file,) = (run / "tb").iterdir()
-    data, tags, at = file.read_bytes(), [], 0
-    while at < len(data):
-        (length,) = struct.unpack_from("<Q", data, at)
-        event = Event.FromString(data[at + 12 : at + 12 + length])
-        tags += [value.tag for value in event.summary.value]
-        at += length + 16
+    tags = [tag for tag, *_ in all_scalars(run)]
     assert len(tags) == 2 * len(CORPUS) + 3 + len(NUMBERS)
     assert all(tag.isprintable() for tag in tags)
 

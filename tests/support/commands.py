@@ -1,29 +1,42 @@
-"""Running commands as users do, each in a separate process."""
+"""Running commands as users do, in this process or in one of its own."""
 
+import contextlib
+import importlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from trapo_jax.runs.command_line import run_and_exit
+
 REPOSITORY = Path(__file__).parents[2]
 TINY_MODEL = REPOSITORY / "trapo_jax" / "assets" / "card_shuffles_tiny"
 
-# Test processes and the processes that they start compile the same programs, so they share one
-# cache, which persists after the session. Its keys cover programs, flags, devices and versions.
-CACHE_SETTINGS = {
-    "jax_compilation_cache_dir": str(REPOSITORY / ".pytest_cache" / "jax"),
-    "jax_persistent_cache_min_compile_time_secs": 0.2,
-    "jax_persistent_cache_min_entry_size_bytes": 0,
-}
-USER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
-# Environment of commands, which are compiled with the flags of users, unlike the test process.
-CACHE_ENV = {
-    **{name.upper(): str(value) for name, value in CACHE_SETTINGS.items()},
-    "XLA_FLAGS": USER_XLA_FLAGS,
-}
+
+def run_command(module, *arguments, cwd=REPOSITORY):
+    """Does what `python -m MODULE ARGUMENTS` does in this process, which has already imported and
+    compiled most of what the command needs. Returns the exit code and the output like a completed
+    process.
+    """
+    main = importlib.import_module(module).main
+    out, err, search_path = io.StringIO(), io.StringIO(), list(sys.path)
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as exit_,
+    ):
+        run_and_exit(lambda: main(list(map(str, arguments))))
+    sys.path[:] = search_path
+    return subprocess.CompletedProcess(
+        [module, *arguments], exit_.value.code, out.getvalue(), err.getvalue()
+    )
 
 
-def run_command(module, *arguments, cwd=REPOSITORY, **environment):
+def run_process(module, *arguments, cwd=REPOSITORY, **environment):
     """Runs `python -m MODULE ARGUMENTS` and returns the completed process with its output as text.
 
     Processes have no time limit of their own, because a loaded machine may need many times longer
@@ -39,5 +52,5 @@ def run_python(*arguments, cwd=REPOSITORY, **environment):
         cwd=cwd,
         capture_output=True,
         text=True,
-        env={**os.environ, **CACHE_ENV, **environment},
+        env={**os.environ, **environment},
     )

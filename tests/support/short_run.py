@@ -4,6 +4,7 @@ import shutil
 
 JOB = (
     "train.num_steps=12",
+    "train.problems_per_step=4",
     "train.warmup_steps=2",
     "checkpoint.every=3",
     "checkpoint.keep_best=1",
@@ -14,10 +15,11 @@ JOB = (
 )
 
 
-# The shortest run that trains, evaluates, saves and exports.
+# The shortest run that trains, evaluates, saves and exports. Its programs are those of `JOB`.
 TINY_JOB = (
     "data.source=card_shuffles",
     "train.num_steps=2",
+    "train.problems_per_step=4",
     "train.warmup_steps=0",
     "checkpoint.every=1",
     "evaluation.every=0",

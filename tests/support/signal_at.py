@@ -1,41 +1,49 @@
-"""Trains like `python -m trapo_jax.train`, and sends itself a signal at a named moment.
+"""Sends a signal to the own process at a named moment of a run.
 
     python signal_at.py ACTIVITY STEP REPORT SIGNAL [FIELD=VALUE ...]
 
-The signal is sent before the report with this number, starting at 1, of an activity such as "evaluating test", while
-the run is at this step; report 0 is the begin of the activity. Afterwards, only the reports that follow are printed.
+does this in a run of `python -m trapo_jax.train`.
 """
 
 import os
 import sys
 
 from trapo_jax.runs.run import Run
-from trapo_jax.train import main
-
-activity, step, report, number, *arguments = sys.argv[1:]
-begin, on_progress = Run.begin, Run.on_progress
-num_reports = 0
 
 
-def count_report(run, name):
-    global num_reports
-    if (run.step, name) == (int(step), activity):
-        if num_reports == int(report):
-            os.kill(os.getpid(), int(number))
-        if num_reports > int(report):
-            print(f"report {num_reports} after the signal", flush=True)
-        num_reports += 1
+def signal_at(set_attribute, activity, step, report, number):
+    """Makes runs send a signal before a report of an activity such as "evaluating test", while they are at this step.
+
+    Reports are numbered from 1; report 0 is the begin of the activity. Afterwards, only the reports that follow are
+    printed. Methods of `Run` are replaced by means of `set_attribute`.
+    """
+    begin, on_progress = Run.begin, Run.on_progress
+    num_reports = 0
+
+    def count_report(run, name):
+        nonlocal num_reports
+        if (run.step, name) == (step, activity):
+            if num_reports == report:
+                os.kill(os.getpid(), number)
+            if num_reports > report:
+                print(f"report {num_reports} after the signal", flush=True)
+            num_reports += 1
+
+    def begin_and_count(run, name, num_samples=0):
+        begin(run, name, num_samples)
+        count_report(run, name)
+
+    def report_and_count(run, progress):
+        count_report(run, run._activity)
+        on_progress(run, progress)
+
+    set_attribute(Run, "begin", begin_and_count)
+    set_attribute(Run, "on_progress", report_and_count)
 
 
-def begin_and_count(run, name, num_samples=0):
-    begin(run, name, num_samples)
-    count_report(run, name)
+if __name__ == "__main__":
+    from trapo_jax.train import main
 
-
-def report_and_count(run, progress):
-    count_report(run, run._activity)
-    on_progress(run, progress)
-
-
-Run.begin, Run.on_progress = begin_and_count, report_and_count
-sys.exit(main(arguments))
+    activity, step, report, number, *arguments = sys.argv[1:]
+    signal_at(setattr, activity, int(step), int(report), int(number))
+    sys.exit(main(arguments))

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 NUM_PAIRED_RESAMPLES = 5_000
 LEVEL = 0.05  # family-wise significance level
@@ -62,7 +61,7 @@ def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
     coin = mean * (1 - mean)
     ratio = min(1.0, float(data.var(ddof=1)) / coin) if num > 1 and coin > 0 else 1.0
     size = num * (num + 1) / (num * ratio + 1)
-    square = float(stats.t.ppf(0.975, max(num - 1, 1))) ** 2
+    square = _t_quantile(0.975, max(num - 1, 1)) ** 2
     center = (mean + square / (2 * size)) / (1 + square / size)
     half = math.sqrt(square * (coin / size + square / (4 * size**2))) / (1 + square / size)
     return max(0.0, center - half), min(1.0, center + half)
@@ -83,9 +82,23 @@ def estimate(values: np.ndarray) -> Estimate:
     num_seeds, num_problems = values.shape
     mean, error = float(values.mean()), standard_error(values)
     degrees = max(1, min((n for n in (num_seeds, num_problems) if n > 1), default=2) - 1)
-    half = float(stats.t.ppf(0.975, degrees)) * error
-    p_value = 2 * float(stats.t.sf(abs(mean) / error, degrees)) if error > 0 else 1.0
+    half = _t_quantile(0.975, degrees) * error
+    p_value = 2 * _t_probability(-abs(mean) / error, degrees) if error > 0 else 1.0
     return Estimate(mean, mean - half, mean + half, p_value)
+
+
+def _t_quantile(probability: float, degrees: int) -> float:
+    """Returns the quantile of Student's t distribution."""
+    from scipy.special import stdtrit  # takes half a second to import
+
+    return float(stdtrit(degrees, probability))
+
+
+def _t_probability(value: float, degrees: int) -> float:
+    """Returns the probability of a value that is at most this large in Student's t distribution."""
+    from scipy.special import stdtr
+
+    return float(stdtr(degrees, value))
 
 
 def standard_error(values: np.ndarray) -> float:

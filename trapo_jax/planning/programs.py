@@ -120,7 +120,7 @@ def compile_sampling(config: Config, decoder: DecoderConfig, mesh: Mesh) -> tupl
         replica,
         layout,
         segment_len=sampling.segment_len,
-        eos_ids=[0],
+        eos_ids=(0,),
         with_truncation=False,
     )
     shapes = jax.eval_shape(

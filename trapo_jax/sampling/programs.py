@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,16 +55,19 @@ class Programs(NamedTuple):
     read_slots: Any  # (slots, rows) -> tokens, logprobs
 
 
+@functools.lru_cache(maxsize=4)
 def make_programs(
     config: DecoderConfig,
     mesh: Mesh,
     layout: StorageLayout,
     *,
     segment_len: int,
-    eos_ids: Sequence[int],
+    eos_ids: tuple[int, ...],
     with_truncation: bool,
 ) -> Programs:
     """Returns the programs of a replica. They are compiled when called, for the shapes of their arguments.
+
+    Engines of the same process share them, so that a second engine for the same model compiles nothing.
 
     Args:
       config: the decoder, with the layout `Stacked`, in which contexts are prefilled.
@@ -100,7 +102,7 @@ def make_programs(
         else None,
         decode_segment=jax.jit(
             functools.partial(
-                decode_segment, decoding, segment_len, tuple(eos_ids), with_truncation
+                decode_segment, decoding, segment_len, eos_ids, with_truncation
             ),
             static_argnames=("num_slots", "view_len"),
             donate_argnums=1,

@@ -94,7 +94,7 @@ class Replica:
             mesh,
             layout,
             segment_len=spec.segment_len,
-            eos_ids=spec.eos_ids,
+            eos_ids=tuple(spec.eos_ids),
             with_truncation=spec.with_truncation,
         )
 
