@@ -101,9 +101,7 @@ def make_programs(
         if layout.needs_resize
         else None,
         decode_segment=jax.jit(
-            functools.partial(
-                decode_segment, decoding, segment_len, eos_ids, with_truncation
-            ),
+            functools.partial(decode_segment, decoding, segment_len, eos_ids, with_truncation),
             static_argnames=("num_slots", "view_len"),
             donate_argnums=1,
             out_shardings=(for_slots, replicated, replicated),
