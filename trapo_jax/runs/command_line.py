@@ -4,9 +4,11 @@ import errno
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from trapo_jax.distributed.failures import exit_failed
 from trapo_jax.runs.console import printable
 from trapo_jax.types import TrainingFailed, UserError
 
@@ -55,6 +57,11 @@ def run_and_exit(main: Callable[[], int]) -> NoReturn:
         # Python flushes standard output at exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_BROKEN_PIPE
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAILED
+    if isinstance(code, int) and code:
+        exit_failed(code)
     sys.exit(code)
 
 

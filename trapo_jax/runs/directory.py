@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from trapo_jax.config import CONFIG_FILE as CONFIG
 from trapo_jax.config import DataConfig, flatten, is_changeable
+from trapo_jax.distributed.processes import gather
 from trapo_jax.types import UserError
 
 LOCK = ".lock"
@@ -28,6 +30,7 @@ EXPORT = "hf"  # the trained model in Hugging Face format
 SUMMARY = "summary.json"  # written last; marks a run as complete
 
 ABSENT = "absent"  # in place of the value of a field that a config lacks
+SHARED_AFTER_SECS = 60  # maximum time until all hosts see a new file on shared storage
 NUM_STEPS, DECAY_START, METHOD_NAME = "train.num_steps", "train.decay_start", "method.name"
 
 Changes = dict[str, tuple[Any, Any]]  # old and new value by field
@@ -221,6 +224,29 @@ def run_identity(folder: Path, config_text: str) -> dict[str, str]:
     }
     digest = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode())
     return {"id": str(name), "config": digest.hexdigest()[:16]}
+
+
+def check_shared(folder: Path, run_id: str) -> None:
+    """Checks that all processes of the job see the run directory that process 0 has prepared. All must call it.
+
+    Raises:
+      UserError: in all processes, if one does not.
+    """
+    # Network file systems cache for a while that a file does not exist.
+    deadline = time.monotonic() + SHARED_AFTER_SECS
+    while not (is_same := _is_run(folder, run_id)) and time.monotonic() < deadline:
+        time.sleep(1)
+    if not all(gather(is_same)):
+        raise UserError(
+            f"output_dir={folder}: not the same directory in all processes; choose one on storage that all hosts share"
+        )
+
+
+def _is_run(folder: Path, run_id: str) -> bool:
+    try:
+        return json.loads((folder / IDENTITY).read_text())["id"] == run_id
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def record_changes(folder: Path, config_text: str, changes: Changes, *, after_step: int) -> None:
