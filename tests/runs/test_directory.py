@@ -16,10 +16,11 @@ from trapo_jax.methods import fingerprint, make_method
 from trapo_jax.runs.checkpoints import _read_manifest, _write_manifest
 from trapo_jax.runs.directory import (
     check_run_folder,
-    lock_run_folder,
+    lock_folder,
     prepare_run_folder,
     record_changes,
     run_identity,
+    write_atomically,
 )
 from trapo_jax.types import UserError
 
@@ -211,7 +212,7 @@ def test_a_folder_that_is_not_writable_is_refused(read_only_folder):
 
 
 def test_a_run_that_was_killed_before_it_wrote_anything_can_be_restarted(tmp_path):
-    with lock_run_folder(tmp_path / "a" / "run"):
+    with lock_folder(tmp_path / "a" / "run"):
         pass
     assert check_run_folder(tmp_path / "a" / "run", text()) == {}
 
@@ -219,8 +220,8 @@ def test_a_run_that_was_killed_before_it_wrote_anything_can_be_restarted(tmp_pat
 HOLDER = """
 import sys, time
 from pathlib import Path
-from trapo_jax.runs.directory import lock_run_folder
-with lock_run_folder(Path(sys.argv[1])):
+from trapo_jax.runs.directory import lock_folder
+with lock_folder(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(600)
 """
@@ -232,16 +233,39 @@ def test_a_second_process_is_refused_until_the_first_exits_or_is_killed(tmp_path
     )
     assert holder.stdout.readline() == "locked\n"
     with (
-        pytest.raises(UserError, match="another process is training there"),
-        lock_run_folder(tmp_path),
+        pytest.raises(UserError, match="another process is writing there"),
+        lock_folder(tmp_path),
     ):
         raise AssertionError("two processes in one folder")
     holder.kill()
     holder.wait()
     for _ in range(2):  # twice in the same process, although `error` keeps the frame alive
-        with pytest.raises(KeyError) as error, lock_run_folder(tmp_path):
+        with pytest.raises(KeyError) as error, lock_folder(tmp_path):
             raise KeyError
         assert error.tb
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from trapo_jax.runs.directory import write_atomically
+print("started", flush=True)
+for _ in range(300):
+    write_atomically(Path(sys.argv[1]), "other" * 10_000)
+"""
+
+
+def test_two_processes_may_write_the_same_file(tmp_path):
+    """For example, the report of a run that ends while the report command writes it."""
+    file = tmp_path / "report.html"
+    command = [sys.executable, "-c", WRITER, str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "started\n"
+        while other.poll() is None:
+            write_atomically(file, "this" * 10_000)
+            assert file.read_text() in ("this" * 10_000, "other" * 10_000)
+    assert other.returncode == 0
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_complete_run_continues_if_it_is_made_longer(finished_run, tmp_path):

@@ -11,7 +11,7 @@ NOTHING = "4"  # above the level of fatal errors, which is 3
 PROCESS_COUNTS = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 HOST_LISTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 
-if any(os.environ.get(name, "1") != "1" for name in PROCESS_COUNTS) or any(
-    "," in os.environ.get(name, "") for name in HOST_LISTS
-):
-    os.environ.setdefault(LEVEL, NOTHING)
+_has_peers = any(os.environ.get(name, "1") != "1" for name in PROCESS_COUNTS)
+_has_peers |= any("," in os.environ.get(name, "") for name in HOST_LISTS)
+if _has_peers and os.environ.get(LEVEL) != "0":  # Another level may be the one that JAX sets.
+    os.environ[LEVEL] = NOTHING

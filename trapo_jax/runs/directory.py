@@ -14,8 +14,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from trapo_jax.config import CONFIG_FILE as CONFIG
-from trapo_jax.config import DataConfig, flatten, is_changeable
+from trapo_jax.config import Config, DataConfig, flatten, is_changeable
 from trapo_jax.distributed.processes import gather
+from trapo_jax.methods import Method, fingerprint
 from trapo_jax.types import UserError
 
 LOCK = ".lock"
@@ -81,6 +82,16 @@ def check_run_folder(
     if not os.access(parent, os.W_OK):
         raise UserError(f"output_dir={folder}: {parent} is not writable")
     return changes
+
+
+def check_run(config: Config, method: Method) -> Changes:
+    """Checks that a run with this config and method can be started or resumed in its folder; see `check_run_folder`."""
+    return check_run_folder(
+        config.run_folder,
+        config.to_yaml(),
+        method=fingerprint(method),
+        depends_on_length=method.depends_on_length,
+    )
 
 
 def _check_method(folder: Path, method: dict[str, Any] | None) -> None:
@@ -280,8 +291,14 @@ def check_problems(folder: Path, data: DataConfig, *, saved: str, current: str) 
 
 
 @contextlib.contextmanager
-def lock_run_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, option: str = "output_dir") -> Iterator[None]:
     """Creates the folder and locks it for this process. The lock is released even if the process is killed.
+
+    Every command that writes to a folder over some time holds its lock.
+
+    Args:
+      folder: the folder.
+      option: the field or option of the command with which it was chosen, for errors.
 
     Raises:
       UserError: if another process holds the lock.
@@ -292,11 +309,10 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise UserError(
-            f"output_dir={folder}: another process is training there; wait until it ends or choose a different "
-            "output_dir"
+            f"{option}={folder}: another process is writing there; wait until it ends or choose a different {option}"
         ) from error
     except OSError as error:
-        raise UserError(f"output_dir={folder}: {error.strerror}") from error
+        raise UserError(f"{option}={folder}: {error.strerror}") from error
     try:
         yield
     finally:
@@ -309,13 +325,20 @@ def evaluation_file(folder: Path, split: str, step: int) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file such that readers see either the old or the new content, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """Writes a text file such that readers see either the old or the new content, never a part.
+
+    If several processes write the file at the same time, the last one wins.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # Otherwise the new name may be lost in a crash of the machine.

@@ -26,9 +26,9 @@ from trapo_jax.runs.directory import (
     SUMMARY,
     Changes,
     check_problems,
-    check_run_folder,
+    check_run,
     check_shared,
-    lock_run_folder,
+    lock_folder,
     prepare_run_folder,
     record_changes,
     run_identity,
@@ -127,13 +127,7 @@ class Run:
         """
 
         def check() -> tuple[Changes, bool, bool]:
-            changes = check_run_folder(
-                config.run_folder,
-                config.to_yaml(),
-                method=fingerprint(method),
-                depends_on_length=method.depends_on_length,
-            )
-            folder = config.run_folder
+            changes, folder = check_run(config, method), config.run_folder
             is_complete = (folder / SUMMARY).exists() and NUM_STEPS not in changes
             return changes, is_complete, not (folder / CONFIG).exists()
 
@@ -173,7 +167,8 @@ class Run:
         self._decode = decode
         self._data_fingerprint = data_summary["fingerprint"]
         if is_main():
-            self._stack.enter_context(lock_run_folder(self.folder))
+            self._stack.enter_context(lock_folder(self.folder))
+            check_run(self._config, self._method)  # Another process may have written to it.
             text, method = self._config.to_yaml(), fingerprint(self._method)
             prepare_run_folder(self.folder, text, method=method, data_summary=data_summary)
         identity = from_main(lambda: run_identity(self.folder, self._config.to_yaml()))
