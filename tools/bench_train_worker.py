@@ -27,9 +27,7 @@ class Ours:
         self.packed = packed
         self.config = read_config(Path(folder), dtype=dtype, remat="dots")
         self.mesh = make_mesh(fsdp=-1, tp=1)
-        self.optimizer = make_optimizer(
-            adam_b1=B1, adam_b2=B2, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_NORM
-        )
+        self.optimizer = make_optimizer(adam_b1=B1, adam_b2=B2, weight_decay=WEIGHT_DECAY)
         params = load_params(Path(folder), self.config)
         self.shardings = state_shardings(params, self.optimizer, self.mesh)
         self.state = init_state(params, self.optimizer, self.mesh)
@@ -60,7 +58,9 @@ class Ours:
             micro_batch_rows=job["micro_batch_rows"],
             packed=self.packed,
         )
-        coefficients = self.method.coefficients(Moment(1, 0.0, 0), learning_rate=LEARNING_RATE)
+        coefficients = self.method.coefficients(
+            Moment(1, 0.0, 0), learning_rate=LEARNING_RATE, max_grad_norm=MAX_NORM
+        )
         self.state, metrics, _ = self.step(self.state, place_batch(batch, self.mesh), coefficients)
         loss = float(jax.device_get(metrics)["loss/total"])
         seconds = time.perf_counter() - started

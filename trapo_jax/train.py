@@ -53,7 +53,7 @@ from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import EXPORT, METRICS, MODEL, SAMPLES
 from trapo_jax.runs.report import REPORT
-from trapo_jax.runs.run import Run
+from trapo_jax.runs.run import EXPERT_LOSS, VALIDATION, Run
 from trapo_jax.runs.saved_model import saved_model_files
 from trapo_jax.runs.started_with import started_with
 from trapo_jax.training.learner import Learner, make_learner
@@ -284,8 +284,11 @@ def evaluate_pending(splits: Splits, run: Run, actor: Actor, learner: Learner) -
         run.begin(f"evaluating {name}", num_samples=len(splits[name]) * (1 + num_samples))
         with actor.sampler(learner.params) as sample:
             result = evaluate(sample, splits[name], num_samples=num_samples)
+        metrics = result.metrics
+        if name == VALIDATION and learner.method.needs_expert_loss:
+            metrics = metrics | {EXPERT_LOSS: learner.expert_loss(splits[name])}
         seconds = time.perf_counter() - started
-        run.record_evaluation(name, result.metrics, result.problems, seconds)
+        run.record_evaluation(name, metrics, result.problems, seconds)
 
 
 def describe_memory(actor: Actor, learner: Learner) -> str:

@@ -267,6 +267,21 @@ class Rollout:
         return self.grade.reward
 
 
+@dataclasses.dataclass(frozen=True)
+class StagePosition:
+    """The position of a step within a stage of the run.
+
+    Attributes:
+      index: number of the stage, starting at 0.
+      step: number of the step within the stage, starting at 1.
+      progress: fraction of the stage that was completed before the step, in [0, 1].
+    """
+
+    index: int
+    step: int
+    progress: float
+
+
 class Moment(NamedTuple):
     """The position of a step within a run.
 
@@ -274,11 +289,13 @@ class Moment(NamedTuple):
       step: number of the step, starting at 1.
       progress: fraction of the run that was completed before the step, in [0, 1).
       seed: seed of the run.
+      stage: position within the method's current stage; most methods have a single one.
     """
 
     step: int
     progress: float
     seed: int
+    stage: StagePosition = StagePosition(0, 1, 0.0)
 
 
 class TrainRow(NamedTuple):

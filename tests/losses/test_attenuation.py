@@ -22,7 +22,7 @@ from trapo_jax.losses import (
 ATTENUATIONS = {
     "clip_0.1": (clip_attenuation(0.1), lambda p: min(1.0, p / 0.1)),
     "clip_1": (clip_attenuation(1.0), lambda p: p),
-    "shifted": (shifted_clip_attenuation(0.1, 0.05), lambda p: p / (max(p, 0.1) + 0.05)),
+    "shifted": (shifted_clip_attenuation(0.1, 0.5), lambda p: min(1.0, p / 0.1) - 0.5 * p),
     "unit": (unit_attenuation(), lambda _: 1.0),
     "probability": (probability_attenuation(), lambda p: p),
     "variance": (variance_attenuation(), lambda p: p * (1 - p)),
@@ -99,18 +99,25 @@ def test_losses_are_zero_at_certainty(attenuation_and_weight):
 
 def test_shift_changes_the_value_as_its_formula_says():
     loss = attenuated_cross_entropy_from_logprobs(
-        jnp.log(jnp.array([0.5, 0.02])), attenuation=shifted_clip_attenuation(0.1, 0.05)
+        jnp.log(jnp.array([0.5, 0.02])), attenuation=shifted_clip_attenuation(0.1, 0.5)
     )
-    above = np.log(1.05 / 0.55)
-    below = np.log(1.05 / 0.15) + 0.08 / 0.15
+    above = -np.log(0.5) - 0.5 * 0.5
+    below = 1 - np.log(0.1) - 0.02 / 0.1 - 0.5 * 0.98
     np.testing.assert_allclose(loss, [above, below], rtol=1e-6)
 
 
-def test_a_shift_of_one_is_no_shift_of_zero():
-    value = attenuated_cross_entropy_from_logprobs(
-        jnp.log(jnp.array([0.5])), attenuation=shifted_clip_attenuation(0.1, 1.0)
+def test_shifted_gradient_is_that_of_the_released_code():
+    """`clip_low_and_shift` minimizes -p (1 / max(sg p, 0.1) - 0.5), whose gradient is that factor times -grad p."""
+    probs = jnp.array([0.9, 0.5, 0.1, 0.05, 0.001])
+    released = lambda p: -p * (1 / jnp.maximum(jax.lax.stop_gradient(p), 0.1) - 0.5)
+    ours = lambda p: attenuated_cross_entropy_from_logprobs(
+        jnp.log(p), attenuation=shifted_clip_attenuation(0.1, 0.5)
     )
-    np.testing.assert_allclose(value, [np.log(2 / 1.5)], rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(lambda p: ours(p).sum())(probs),
+        jax.grad(lambda p: released(p).sum())(probs),
+        rtol=1e-5,
+    )
 
 
 def test_clip_is_the_shift_of_zero():
@@ -168,9 +175,10 @@ def test_alpha_outside_names_itself(alpha):
         trsft_loss(jnp.zeros((1, 2)), jnp.array([0]), alpha=alpha)
 
 
-def test_negative_shift_names_itself():
-    with pytest.raises(ValueError, match="shift must be >= 0, got -1"):
-        shifted_clip_attenuation(0.1, -1)
+@pytest.mark.parametrize("shift", [-1, 1.5, float("nan")])
+def test_shift_outside_names_itself(shift):
+    with pytest.raises(ValueError, match=r"shift must be in \[0, 1\], got"):
+        shifted_clip_attenuation(0.1, shift)
 
 
 def test_alpha_may_be_traced():

@@ -171,7 +171,7 @@ def test_gradient_is_the_weight_exactly_at_alpha(shift):
     loss = lambda x: losses.attenuated_cross_entropy_from_logprobs(x, attenuation=attenuation)
     value, gradient = jax.value_and_grad(loss)(0.0)
     np.testing.assert_allclose(value, 0.0, atol=1e-7)
-    np.testing.assert_allclose(gradient, -1 / (1 + shift), rtol=1e-6)
+    np.testing.assert_allclose(gradient, -(1 - shift), rtol=1e-6)
 
 
 def test_cross_entropy_ends_exactly_at_alpha():

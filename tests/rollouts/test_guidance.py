@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trapo_jax.methods import ALWAYS, NEVER, make_method
-from trapo_jax.rollouts.guidance import Guidance, is_guided
+from trapo_jax.rollouts.guidance import Guidance, is_complete, is_guided
 from trapo_jax.types import Expert, MicroGroup, Problem
 
 EXPERT = Expert(tuple(range(100, 110)))  # 10 tokens, the last one EOS
@@ -96,16 +96,33 @@ def test_reference_gives_the_second_expert_to_the_last_micro_group():
     problem = Problem("2" * 16, (1,), "x", (EXPERT, second))
     plans = guidance(scheduler(preset="reference"), [0.0] * 8, problem)
     assert plans[4:] == [(0, 2), (0, 2), (0, 5), (1, 20)]
-    assert guidance(scheduler(), [0.0] * 8, problem)[7] == (0, 10)
+    assert guidance(scheduler(), [0.0] * 8, problem)[7] == (1, 20)
+    assert guidance(scheduler(second_expert_last=False), [0.0] * 8, problem)[7] == (0, 10)
+
+
+def test_a_completion_follows_even_the_whole_expert_solution():
+    """If every prefix is followed by a completion, its ratio refers to the tokens before EOS."""
+    ratios = [(MicroGroup(1, ratio, 2.0),) for ratio in (0.2, 0.6, 1.0)]
+    for always, lens in ((True, [1, 5, 9]), (False, [2, 6, 10])):
+        plans = [Guidance(groups, 20, always_samples=always) for groups in ratios]
+        requests = [plan.ready(plan.start(PROBLEM))[0] for plan in plans]
+        assert [request.prefix_len for request in requests] == lens
+        assert is_complete(requests[-1], 20) != always
+    short = Guidance(ratios[-1], 4, always_samples=True)
+    (request,) = short.ready(short.start(PROBLEM))
+    assert request.prefix_len == 3
+    assert not is_complete(request, 4)
 
 
 @pytest.mark.parametrize(
     ("paragraph_ends", "prefix_len"),
     [
-        ((4,), 4),  # after the cut at 2, before 0.55 * 10
-        ((2, 4), 4),  # a paragraph end at the cut is not after it
-        ((6,), 2),  # not before (ratio + 0.3) * 10
-        ((3, 5), 3),  # the first of several
+        # The last token of the paragraph must have an index greater than 2 (the cut) and less than 5.5.
+        ((4,), 4),
+        ((2, 3, 5), 5),
+        ((6,), 6),
+        ((7,), 2),
+        ((4, 5), 4),  # the first of several
         ((), 2),
     ],
 )

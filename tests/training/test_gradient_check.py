@@ -13,6 +13,7 @@ from trapo_jax.training.gradient_check import (
     compare_gradients,
     pick_test_problems,
 )
+from trapo_jax.training.learner import Learner
 from trapo_jax.types import Expert, Problem, UserError
 
 fori_loop = jax.lax.fori_loop
@@ -59,6 +60,27 @@ def test_a_mean_of_micro_batch_means_is_found(monkeypatch):
         BrokenTrainStep, match="sft: the gradient of a batch split into micro-batches"
     ):
         check_config(short("sft"))
+
+
+def test_a_stage_that_inherits_the_moments_of_another_is_found(monkeypatch):
+    assert 0 < check_config(short("sft_then_grpo")) < 1e-5
+    reset, inside = Learner.reset_optimizer, []
+    monkeypatch.setattr(
+        Learner, "reset_optimizer", lambda learner: None if inside else reset(learner)
+    )
+    update = Learner.update
+
+    def update_without_reset(learner, updates, moment):
+        inside.append(True)
+        learned = update(learner, updates, moment)
+        inside.pop()
+        return learned
+
+    monkeypatch.setattr(Learner, "update", update_without_reset)
+    with pytest.raises(
+        BrokenTrainStep, match="stage rl begins with the optimizer state of the stage before it"
+    ):
+        check_config(short("sft_then_grpo"))
 
 
 def test_the_difference_is_relative_to_the_norm_of_the_gradient():

@@ -33,9 +33,7 @@ from trapo_jax.models import apply_decoder, init_params, unembedding
 from trapo_jax.training.optimizer import make_learning_rate, make_optimizer
 from trapo_jax.training.state import TrainState, init_state, state_shardings, swap_optimizer
 from trapo_jax.training.train_step import TokenScorer, make_batch_logprobs
-from trapo_jax.types import (
-    TokenKind,
-)
+from trapo_jax.types import StagePosition, TokenKind
 
 
 @pytest.fixture(scope="module")
@@ -416,19 +414,22 @@ def test_nan_in_masked_slots_changes_nothing(params):
 
 def test_learning_rate_warms_up_and_decays():
     rate = make_learning_rate(
-        learning_rate=1.0,
-        warmup_steps=2,
-        num_steps=10,
-        decay_start=0.5,
-        final_learning_rate_ratio=0.1,
+        learning_rate=2.0, warmup_steps=2, decay_start=0.5, final_learning_rate_ratio=0.1
     )
-    rates = [rate(step, step) for step in range(1, 11)]
-    expected = [0.5, 1.0, 1.0, 1.0, 1.0, 0.82, 0.64, 0.46, 0.28, 0.1]
-    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    rates = [rate(StagePosition(0, step, (step - 1) / 10)) for step in range(1, 11)]
+    expected = [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.64, 1.28, 0.92, 0.56]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    assert rate(StagePosition(0, 11, 1.0)) == pytest.approx(0.2)
     # If a budget ends the run after five steps, warm-up is unchanged, and the decay is twice as fast.
-    np.testing.assert_allclose(
-        [rate(step, 2 * step) for step in range(1, 6)], [0.5, 1.0, 0.82, 0.46, 0.1], rtol=1e-5
+    rates = [rate(StagePosition(0, step, (step - 1) / 5)) for step in range(1, 6)]
+    np.testing.assert_allclose(rates, [1.0, 2.0, 2.0, 1.64, 0.92], rtol=1e-6)
+
+
+def test_learning_rate_without_warmup_and_decay_is_constant():
+    rate = make_learning_rate(
+        learning_rate=0.3, warmup_steps=0, decay_start=1.0, final_learning_rate_ratio=0.1
     )
+    assert {rate(StagePosition(0, step, (step - 1) / 4)) for step in range(1, 5)} == {0.3}
 
 
 def test_learning_rate_scales_the_update(params):
@@ -443,8 +444,24 @@ def test_learning_rate_scales_the_update(params):
     assert relative_difference(jax.tree.map(lambda x: 4 * x, quarter), whole) < 1e-5
 
 
+def test_gradient_is_clipped_to_its_maximum_norm(params):
+    groups, advantages = ragged_groups()
+    batch, method, mesh = build(groups, advantages), make_method("trapo"), one_device_mesh()
+    optimizer = optax.sgd(1.0)
+    whole, metrics, _ = sgd_step(method, batch, params)
+    step = make_step(method, params, mesh, optimizer)
+    for share in (0.25, 4.0):
+        bound = np.float32(share * metrics["optimizer/grad_norm"])
+        numbers = {**coefficients(method), "max_grad_norm": bound}
+        state, clipped, _ = step(init_state(params, optimizer, mesh), batch, numbers)
+        assert clipped["optimizer/grad_norm"] == metrics["optimizer/grad_norm"]  # before clipping
+        applied = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, state.params)
+        expected = jax.tree.map(lambda x: min(1.0, share) * x, whole)  # noqa: B023
+        assert relative_difference(applied, expected) < 1e-5
+
+
 def test_weight_decay_spares_norms(params):
-    decaying = make_optimizer(adam_b1=0.9, adam_b2=0.9, weight_decay=0.1, max_grad_norm=1.0)
+    decaying = make_optimizer(adam_b1=0.9, adam_b2=0.9, weight_decay=0.1)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = decaying.update(zeros, decaying.init(params), params)
     np.testing.assert_allclose(updates["embedding"], -0.1 * params["embedding"], rtol=1e-5)

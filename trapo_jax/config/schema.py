@@ -242,8 +242,10 @@ class TrainConfig(Section):
     """The run ends after the step in which this amount is reached. null limits the run by train.num_steps alone."""
     problems_per_step: Rows = 8
     """Number of problems per step; a group of rollouts is sampled for each."""
+    num_mini_batches: Rows = 1
+    """Number of optimizer batches into which the rollouts of a step are divided. With more than one, set method.clip_low and method.clip_high."""
     num_iterations: Positive = 1
-    """Number of optimizer updates per batch. With more than one, set method.clip_low and method.clip_high."""
+    """Number of passes over the rollouts of a step. With more than one, set method.clip_low and method.clip_high."""
     row_length: Length | None = None
     """Length of a training row in tokens; rollouts are packed into rows. null for data.max_prompt_length + sampling.max_completion_length."""
     per_device_rows: Rows = 4

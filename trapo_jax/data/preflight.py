@@ -237,6 +237,17 @@ def _errors(data: LoadedData, config: Config, method: Method) -> list[str]:
             f"method.name={method.name}: it learns from expert solutions, but no training problem has one; "
             f"{_solutions_hint(data.columns, method)}"
         )
+    if method.needs_expert_loss:
+        if not config.evaluation.every:
+            errors.append(
+                f"evaluation.every=0: method.name={method.name} ends a stage by the validation loss, which is never "
+                "computed; give an interval"
+            )
+        if not any(problem.experts for problem in data.splits["validation"]):
+            errors.append(
+                f"method.name={method.name}: it ends a stage by the loss on expert solutions of the validation split, "
+                "which has none"
+            )
     if config.rewards.functions[0] == "multiple_choice":
         not_letters = [p.answer for p in train if p.answer and extract_choice(p.answer) is None]
         if len(not_letters) > MAX_UNUSABLE * len(train):

@@ -31,6 +31,12 @@ def check_unit_interval(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be in (0, 1], got {value}")
 
 
+def check_fraction(name: str, value: Any) -> None:
+    """Raises ValueError unless 0 <= value <= 1. Traced values are not checked."""
+    if _is_known(value) and not (value >= 0 and value <= 1):
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
 def check_not_negative(name: str, value: Any) -> None:
     """Raises ValueError unless value >= 0. Traced values are not checked."""
     if _is_known(value) and not value >= 0:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from trapo_jax.losses._common import (
     Array,
     ArrayLike,
-    check_not_negative,
+    check_fraction,
     check_unit_interval,
     float32_where,
     zero_where_masked,
@@ -37,35 +37,41 @@ class Attenuation:
 
 
 def clip_attenuation(alpha: ArrayLike) -> Attenuation:
-    """Returns `min(1, p / alpha)`, the attenuation of TrSFT (TRAPO, arXiv 2512.17636, Eq. 3); `alpha` in (0, 1]."""
-    return shifted_clip_attenuation(alpha, 0.0)
+    """Returns `min(1, p / alpha)`, the attenuation of TrSFT (TRAPO, arXiv 2512.17636, Eq. 3); `alpha` in (0, 1].
+
+    The loss is `-log p` for p >= alpha, and its tangent at alpha for smaller p.
+
+    Raises:
+      ValueError: if `alpha` is out of range.
+    """
+    check_unit_interval("alpha", alpha)
+
+    def weight(probs):
+        return probs / jnp.maximum(probs, alpha)
+
+    def loss(logprobs):
+        probs = jnp.exp(logprobs)
+        tangent = -jnp.log(alpha) + (alpha - probs) / alpha
+        return jnp.where(probs >= alpha, -logprobs, tangent)
+
+    return Attenuation(weight, loss)
 
 
 def shifted_clip_attenuation(alpha: ArrayLike, shift: ArrayLike) -> Attenuation:
-    """Returns `p / (max(p, alpha) + shift)`; `alpha` in (0, 1], `shift` >= 0.
+    """Returns `min(1, p / alpha) - shift * p`; `alpha` in (0, 1], `shift` in [0, 1].
 
-    `shift = 0` gives TrSFT; an `alpha` below every p gives LUFFY's `p / (p + shift)`. The loss is
-    `log((1 + shift) / (p + shift))` for p >= alpha, and its tangent at alpha for smaller p.
+    Tokens with a high probability have a smaller gradient than in TrSFT, which has shift 0. The released code of TRAPO
+    offers it with shift 0.5 as `clip_low_and_shift`. The loss is that of `clip_attenuation` minus `shift * (1 - p)`.
 
     Raises:
       ValueError: if `alpha` or `shift` is out of range.
     """
-    check_unit_interval("alpha", alpha)
-    check_not_negative("shift", shift)
-
-    def weight(probs):
-        return probs / (jnp.maximum(probs, alpha) + shift)
-
-    def loss(logprobs):
-        probs = jnp.exp(logprobs)
-        # For shift = 0, the logarithm is log p itself, which is exact even where p underflows to 0.
-        unshifted = isinstance(shift, (int, float)) and shift == 0
-        inside = jnp.where(probs >= alpha, probs, alpha)  # log(0) would give a NaN gradient
-        above = -logprobs if unshifted else jnp.log1p(shift) - jnp.log(inside + shift)
-        tangent = jnp.log((1 + shift) / (alpha + shift)) + (alpha - probs) / (alpha + shift)
-        return jnp.where(probs >= alpha, above, tangent)
-
-    return Attenuation(weight, loss)
+    check_fraction("shift", shift)
+    clip = clip_attenuation(alpha)
+    return Attenuation(
+        lambda probs: clip.weight(probs) - shift * probs,
+        lambda logprobs: clip.loss(logprobs) - shift * (1.0 - jnp.exp(logprobs)),
+    )
 
 
 def unit_attenuation() -> Attenuation:

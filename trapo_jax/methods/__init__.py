@@ -15,9 +15,9 @@ from trapo_jax.methods.make import (
     make_method,
     read_constants,
 )
-from trapo_jax.methods.method import Method, Normalizer, Schedule, Term, TokenInputs
+from trapo_jax.methods.method import Method, Normalizer, Schedule, Stage, Term, TokenInputs
 from trapo_jax.methods.micro_grouped import PRESETS, Preset
-from trapo_jax.methods.selection import Sampled, Selection, Update, train_all
+from trapo_jax.methods.selection import Sampled, Selection, Update, expert_row, train_all
 
 __all__ = [
     "ALWAYS",
@@ -31,11 +31,13 @@ __all__ = [
     "Sampled",
     "Schedule",
     "Selection",
+    "Stage",
     "Term",
     "TokenInputs",
     "Update",
     "constant_names",
     "describe",
+    "expert_row",
     "find_method",
     "fingerprint",
     "list_constants",

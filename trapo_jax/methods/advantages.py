@@ -10,14 +10,14 @@ def group_advantages(rewards: np.ndarray, *, scale_by_std: bool = False) -> np.n
 
     Args:
       rewards: `[G]` in [0, 1], rewards of the group's rollouts, both guided and unguided.
-      scale_by_std: whether to divide by the standard deviation, as in the original GRPO but not in
-        TRAPO; advantages are 0 if all rewards are equal.
+      scale_by_std: whether to divide by the sample standard deviation (with `G - 1`), as in GRPO but
+        not in TRAPO; advantages are 0 if all rewards are equal.
 
     Returns:
       float32 `[G]`, computed in float64.
     """
     rewards = np.asarray(rewards, np.float64)
     advantages = rewards - rewards.mean()
-    if scale_by_std:
-        advantages /= rewards.std() + STD_FLOOR
+    if scale_by_std and len(rewards) > 1:
+        advantages /= rewards.std(ddof=1) + STD_FLOOR
     return advantages.astype(np.float32)

@@ -6,7 +6,7 @@ are the single source of truth for the names, defaults, ranges and help sentence
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pydantic
@@ -14,10 +14,13 @@ from pydantic import Field
 
 from trapo_jax.methods import terms
 from trapo_jax.methods.method import Method, Normalizer, Term
-from trapo_jax.methods.selection import Advantages
+from trapo_jax.methods.selection import Advantages, Sampled, Selection, train_signal
+from trapo_jax.types import TokenKind
 
 Count = Annotated[int, Field(ge=1, le=2**16)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]
+LearningRate = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
 
 
@@ -70,11 +73,22 @@ class PolicyGradientConstants(NormalizedConstants):
     scale_advantages_by_std: bool = False
     """Divide a group's advantages by their standard deviation."""
     entropy_weight: Weight = 0.0
-    """Weight of the entropy bonus on completion tokens."""
+    """Weight of the entropy bonus, the mean entropy at the trained tokens of completions and expert solutions."""
+    skip_zero_advantages: bool = False
+    """Exclude rollouts without an advantage and without a trained prefix, also from the denominators of the losses."""
+
+    entropy_kinds: ClassVar[tuple[TokenKind, ...]] = (
+        TokenKind.COMPLETION,
+        TokenKind.EXPERT_TRAINED,
+    )
 
     def advantages(self, over: Callable[..., np.ndarray]) -> Advantages:
         """Returns the function that computes a group's advantages."""
         return partial(over, scale_by_std=self.scale_advantages_by_std)
+
+    def selecting(self, select: Callable[[Sampled], Selection]) -> Callable[[Sampled], Selection]:
+        """Returns the method's selection, without rollouts that have no gradient if the constants say so."""
+        return partial(train_signal, select=select) if self.skip_zero_advantages else select
 
     def completion_terms(
         self, normalizer: Normalizer = "constant_mean", *, weight: terms.Weight = 1.0
@@ -94,7 +108,7 @@ class PolicyGradientConstants(NormalizedConstants):
         if self.kl_weight:
             regularizers.append(terms.divergence(self.kl_weight, self.normalize_by(normalizer)))
         if self.entropy_weight:
-            regularizers.append(terms.entropy_bonus(self.entropy_weight, terms.COMPLETION))
+            regularizers.append(terms.entropy_bonus(self.entropy_weight, self.entropy_kinds))
         return tuple(regularizers)
 
     def method_fields(self) -> dict[str, Any]:
@@ -108,3 +122,24 @@ class PolicyGradientConstants(NormalizedConstants):
 
 class MixedConstants(PolicyGradientConstants, ExpertConstants):
     """Constants of methods that learn from both completions and expert tokens."""
+
+
+class MicroBatchedSftConstants(MixedConstants):
+    """Constants of methods whose released code adds the mean SFT loss of every micro-batch.
+
+    That code does not divide the policy gradient by the number of rows: for each micro-batch it adds
+    `sum(-A * rho) / L + mean(-log p)`, and the sum over micro-batches is the loss. Divided by the number of rows, as
+    here, the weight of the SFT loss is 1 over the number of rows of a micro-batch. This number depends on the lengths,
+    since micro-batches are filled up to 32,768 tokens: with rows of 1,536 tokens on average, it is 64 / 3.
+    """
+
+    micro_batch_rows: Annotated[float, Field(ge=1.0, le=1e6)] = 64 / 3
+    """Rows per micro-batch in the released code, whose SFT loss counts once per micro-batch; divides its weight."""
+
+    @property
+    def sft_weight(self) -> float:
+        """Weight of the token mean of the SFT loss."""
+        return self.expert_weight / self.micro_batch_rows
+
+
+MICRO_BATCH_NOTE = "the SFT loss is the mean over the expert tokens of the batch; the released code averages in every micro-batch"

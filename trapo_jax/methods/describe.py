@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from trapo_jax.methods.guidance import ALWAYS, NEVER
-from trapo_jax.methods.method import Method, Normalizer, Schedule, Term
+from trapo_jax.methods.method import Method, Normalizer, Schedule, Stage, Term
 from trapo_jax.methods.micro_grouped import PRESETS
 from trapo_jax.types import MicroGroup, TokenKind
 
@@ -33,10 +33,17 @@ def describe(method: Method) -> str:
         lines.append("  expert solution: the whole text, including the answer after the thought")
     if method.second_expert_last:
         lines.append("  the last micro-group uses the second expert solution if there is one")
+    if method.always_samples:
+        lines.append(
+            "  a completion is sampled even after the whole expert solution, without its EOS"
+        )
     if method.extra_rows_per_problem:
         lines.append(
             f"  {method.extra_rows_per_problem} additional expert rows per problem, from other problems"
         )
+    if len(method.stages) > 1:
+        lines += ["", "stages, each with its own optimizer state and learning-rate schedule"]
+        lines += [f"  {_describe_stage(stage)}" for stage in method.stages]
     if method.notes:
         lines += ["", *(f"note: {note}" for note in method.notes)]
     lines += ["", *_table("constants (method.NAME=VALUE)", method.constants)]
@@ -51,7 +58,7 @@ def describe(method: Method) -> str:
 def _describe_term(term: Term) -> list[str]:
     weight = term.weight.formula if isinstance(term.weight, Schedule) else f"{term.weight:g}"
     return [
-        f"  {term.name}, on {TOKENS.get(term.kind, term.kind.name)}",
+        f"  {term.name}, on {' and '.join(TOKENS.get(kind, kind.name) for kind in term.kinds)}",
         f"    {term.formula}",
         f"    weight {weight}; divided by {DENOMINATORS[term.normalizer]} ({term.normalizer})",
     ]
@@ -65,6 +72,17 @@ def _describe_group(group: MicroGroup) -> str:
     if group.threshold >= ALWAYS:
         return f"{rollouts} from {start}"
     return f"{rollouts} from {start} if the mean reward so far is below {group.threshold:g}"
+
+
+def _describe_stage(stage: Stage) -> str:
+    limits = []
+    if stage.share < 1:
+        limits.append(f"{stage.share:g} of the run")
+    if stage.num_steps is not None:
+        limits.append(f"{stage.num_steps} steps")
+    if stage.patience is not None:
+        limits.append(f"{stage.patience} validations without a lower loss on expert solutions")
+    return f"{stage.name}: until {' or '.join(limits) or 'the end'}"
 
 
 def _table(title: str, values: Mapping[str, Any]) -> list[str]:
@@ -100,12 +118,13 @@ def fingerprint(method: Method) -> dict[str, Any]:
         "vary": _qualified_name(method.vary),
         "prefix_boundary": method.prefix_boundary,
         "second_expert_last": method.second_expert_last,
+        "always_samples": method.always_samples,
         "expert_part": method.expert_part,
         "select": _qualified_name(method.select),
         "terms": [
             {
                 "name": term.name,
-                "kind": term.kind.name,
+                "kinds": [kind.name for kind in term.kinds],
                 "formula": term.formula,
                 "weight": getattr(term.weight, "formula", term.weight),
                 "normalizer": term.normalizer,
@@ -113,6 +132,7 @@ def fingerprint(method: Method) -> dict[str, Any]:
             }
             for term in method.terms
         ],
+        "stages": [dataclasses.asdict(stage) for stage in method.stages],
         "optimizers": list(method.optimizers),
         "extra_rows_per_problem": method.extra_rows_per_problem,
         "needs_reference": method.needs_reference,

@@ -64,8 +64,10 @@ class Grpo(PolicyGradientConstants):
             micro_groups=unguided(self.num_rollouts),
             terms=self.completion_terms(),
             source="GRPO as in TRAPO's comparison, arXiv 2512.17636, Table 1",
-            select=partial(
-                selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+            select=self.selecting(
+                partial(
+                    selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+                )
             ),
             **self.method_fields(),
         )

@@ -78,12 +78,7 @@ class CosinePrefix:
         return (*groups[:-1], dataclasses.replace(groups[-1], ratio=ratio))
 
 
-@dataclasses.dataclass(frozen=True)
-class ExpertFirst:
-    """SFT, then RL: the whole expert solution while progress is below `until`, the given micro-groups afterwards."""
-
-    until: float
-
-    def __call__(self, groups: MicroGroups, moment: Moment, problem: Problem) -> MicroGroups:
-        del problem
-        return whole_expert() if moment.progress < self.until else groups
+def expert_in_first_stage(groups: MicroGroups, moment: Moment, problem: Problem) -> MicroGroups:
+    """SFT, then RL: the whole expert solution in the first stage, the given micro-groups afterwards."""
+    del problem
+    return whole_expert() if moment.stage.index == 0 else groups

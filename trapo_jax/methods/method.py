@@ -27,7 +27,7 @@ class TokenInputs(NamedTuple):
     old_logprobs: jax.Array  # float32, before the batch's first update; see `ratio_to`
     ref_logprobs: Any  # float32, of the initial model; None unless `Method.needs_reference`
     advantages: jax.Array  # float32
-    where: jax.Array  # bool, tokens of the term's kind
+    where: jax.Array  # bool, tokens of the term's kinds
     entropies: (
         jax.Array
     )  # float32, entropy of the policy's distribution at the token, differentiable
@@ -52,10 +52,10 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One term of the objective: `weight * sum(values where kind) / denominator`."""
+    """One term of the objective: `weight * sum(values on tokens of these kinds) / denominator`."""
 
     name: str
-    kind: TokenKind
+    kinds: tuple[TokenKind, ...]
     loss: TokenLoss
     weight: float | Schedule
     normalizer: Normalizer
@@ -63,6 +63,32 @@ class Term:
 
     def weight_at(self, moment: Moment) -> float:
         return self.weight.at(moment) if isinstance(self.weight, Schedule) else self.weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of a run with its own optimizer state and learning-rate schedule.
+
+    A stage ends when the first of its limits is reached. The last stage has no limits; it ends with the run.
+
+    Attributes:
+      name: name that is shown to the user.
+      share: maximum fraction of the run that the stage lasts, in [0, 1], in the unit of the run's budget.
+      num_steps: maximum number of steps.
+      patience: the stage ends after this many validations in a row in which the cross-entropy of the validation
+        problems' expert solutions was not below its minimum so far.
+      learning_rate, warmup_steps, decay_start, final_learning_rate_ratio: see `train` in the config, whose value is
+        used for None. Shares of the run are shares of the stage here.
+    """
+
+    name: str
+    share: float = 1.0
+    num_steps: int | None = None
+    patience: int | None = None
+    learning_rate: float | None = None
+    warmup_steps: int | None = None
+    decay_start: float | None = None
+    final_learning_rate_ratio: float | None = None
 
 
 def unvaried(
@@ -83,9 +109,10 @@ class Method:
       terms: the terms of the objective.
       source: where the method comes from.
       vary: returns the micro-groups for a moment and a problem.
-      prefix_boundary, second_expert_last: see `Guidance`.
+      prefix_boundary, second_expert_last, always_samples: see `Guidance`.
       expert_part: which part of an expert's text is the expert solution.
       select: selects the updates from the rollouts of a step, and returns the method's state afterwards.
+      stages: the stages of a run, in order. Each begins with new optimizer states.
       optimizers: names of the optimizer states that `Update.optimizer` can refer to, the default first.
       extra_rows_per_problem: number of expert rows in addition to a problem's rollouts, from separately drawn problems.
       buffer_size: maximum number of rows of an update that does not train the problems of the step.
@@ -106,8 +133,10 @@ class Method:
     vary: Vary = unvaried
     prefix_boundary: PrefixBoundary = "exact"
     second_expert_last: bool = False
+    always_samples: bool = False
     expert_part: ExpertPart = "thought"
     select: Callable[[Sampled], Selection] = train_all
+    stages: tuple[Stage, ...] = (Stage("main"),)
     optimizers: tuple[str, ...] = ("main",)
     extra_rows_per_problem: int = 0
     buffer_size: int = 0
@@ -135,22 +164,30 @@ class Method:
     def uses_experts(self) -> bool:
         """Whether expert solutions matter: as prefixes, or as tokens that are trained."""
         is_guided = self.guidance_varies or any(group.ratio > 0 for group in self.micro_groups)
-        return is_guided or any(term.kind is TokenKind.EXPERT_TRAINED for term in self.terms)
+        return is_guided or any(term.kinds == (TokenKind.EXPERT_TRAINED,) for term in self.terms)
 
     @property
     def guidance_varies(self) -> bool:
         """Whether the micro-groups depend on the moment or the problem."""
         return self.vary is not unvaried
 
+    @property
+    def needs_expert_loss(self) -> bool:
+        """Whether a stage ends depending on the validation problems' expert loss."""
+        return any(stage.patience is not None for stage in self.stages[:-1])
+
     def micro_groups_at(self, moment: Moment, problem: Problem) -> tuple[MicroGroup, ...]:
         return self.vary(self.micro_groups, moment, problem)
 
-    def max_rows(self, problems_per_step: int) -> int:
-        """Returns the maximum number of rows of one update, which fixes the shape of the batches of all steps."""
+    def max_rows(self, problems_per_step: int, num_mini_batches: int = 1) -> int:
+        """Returns the maximum number of rows of an optimizer batch, which fixes the shape of all batches."""
         rows_per_problem = self.group_size + self.extra_rows_per_problem
-        return max(problems_per_step * rows_per_problem, self.buffer_size)
+        return max(-(-problems_per_step * rows_per_problem // num_mini_batches), self.buffer_size)
 
-    def coefficients(self, moment: Moment, *, learning_rate: float) -> dict[str, np.float32]:
+    def coefficients(
+        self, moment: Moment, *, learning_rate: float, max_grad_norm: float = math.inf
+    ) -> dict[str, np.float32]:
         """Returns the scheduled scalars of an update. They are traced inputs, so changing them never recompiles."""
         weights = {term.name: np.float32(term.weight_at(moment)) for term in self.terms}
-        return {**weights, "learning_rate": np.float32(learning_rate)}
+        rates = {"learning_rate": learning_rate, "max_grad_norm": max_grad_norm}
+        return {**weights, **{name: np.float32(value) for name, value in rates.items()}}

@@ -37,7 +37,7 @@ PRESETS: dict[Preset, PresetValues] = {
     "paper": PresetValues(
         ((4, 0.0, NEVER), (2, 0.2, 0.5), (1, 0.5, 0.7), (1, 1.0, 0.9)),
         "exact",
-        False,
+        True,
         {"train.problems_per_step": 128, "train.learning_rate": 5e-6},
     ),
     "reference": PresetValues(
@@ -85,7 +85,9 @@ class MicroGrouped(PolicyGradientConstants):
             micro_groups=tuple(MicroGroup(*row) for row in constants["micro_groups"]),
             prefix_boundary=constants["prefix_boundary"],
             second_expert_last=constants["second_expert_last"],
-            select=partial(selection.train_all, advantages=advantages, carriers=carriers),
+            select=self.selecting(
+                partial(selection.train_all, advantages=advantages, carriers=carriers)
+            ),
             terms=(*self.completion_terms(), *expert_terms),
             source=self.source,
             published=PRESETS[self.preset].published,
@@ -142,10 +144,12 @@ class TrapoPlus(PolicyGradientConstants, ExpertConstants):
     """A variant of TRAPO that uses either the whole expert solution or none of it, and skips rows without a gradient.
 
     A group has `num_rollouts` unguided rollouts. If their mean reward is below `threshold`, the whole expert solution
-    is added. Rollouts with neither an advantage nor an expert prefix are excluded, also from the denominator of the
-    mean over rollouts. Therefore, a step on solved problems uses no trained tokens, and a run with a budget of trained
-    tokens takes more steps.
+    is added. With `skip_zero_advantages`, a step on solved problems uses no trained tokens, and a run with a budget of
+    trained tokens takes more steps.
     """
+
+    skip_zero_advantages: bool = True
+    """Exclude rollouts without an advantage and without a trained prefix, also from the denominators of the losses."""
 
     num_rollouts: Count = 7
     """Unguided rollouts per problem."""
@@ -161,10 +165,10 @@ class TrapoPlus(PolicyGradientConstants, ExpertConstants):
                 MicroGroup(self.num_rollouts, 0.0, NEVER),
                 MicroGroup(1, 1.0, self.threshold),
             ),
-            select=partial(
-                selection.train_signal,
-                advantages=self.advantages(selection.advantages_over_group),
-                carriers=selection.first_of_each_prefix,
+            select=self.selecting(
+                partial(
+                    selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+                )
             ),
             terms=(
                 *self.completion_terms(),

@@ -3,7 +3,14 @@
 from functools import partial
 
 from trapo_jax.methods import selection, terms
-from trapo_jax.methods.constants import Count, MixedConstants, Weight
+from trapo_jax.methods.constants import (
+    MICRO_BATCH_NOTE,
+    Count,
+    MicroBatchedSftConstants,
+    MixedConstants,
+    Positive,
+    Weight,
+)
 from trapo_jax.methods.guidance import (
     rollouts_and_expert,
     unguided,
@@ -28,8 +35,10 @@ class Luffy(MixedConstants):
         return Method(
             name="",
             micro_groups=rollouts_and_expert(self.num_rollouts),
-            select=partial(
-                selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+            select=self.selecting(
+                partial(
+                    selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+                )
             ),
             terms=(
                 *self.completion_terms(),
@@ -42,7 +51,7 @@ class Luffy(MixedConstants):
         )
 
 
-class RlPlusSft(MixedConstants):
+class RlPlusSft(MicroBatchedSftConstants):
     """RL with an SFT loss, a baseline of the LUFFY paper. The mean reward excludes the expert solution."""
 
     num_rollouts: Count = 7
@@ -52,14 +61,18 @@ class RlPlusSft(MixedConstants):
         return Method(
             name="",
             micro_groups=rollouts_and_expert(self.num_rollouts),
-            select=partial(
-                selection.train_all, advantages=self.advantages(selection.advantages_over_sampled)
+            select=self.selecting(
+                partial(
+                    selection.train_all,
+                    advantages=self.advantages(selection.advantages_over_sampled),
+                )
             ),
             terms=(
                 *self.completion_terms(),
-                terms.cross_entropy(self.expert_weight, self.normalize_by("token_mean")),
+                terms.cross_entropy(self.sft_weight, self.normalize_by("token_mean")),
             ),
-            source="RL with an SFT loss, a baseline of LUFFY, arXiv 2504.14945",
+            source="RL with an SFT loss, a baseline of LUFFY, arXiv 2504.14945, mix_src/mix_actor.py",
+            notes=(MICRO_BATCH_NOTE,),
             published={"train.problems_per_step": 128, "train.learning_rate": 1e-6},
             expert_part="whole",
             **self.method_fields(),
@@ -69,7 +82,7 @@ class RlPlusSft(MixedConstants):
 class Relift(MixedConstants):
     """ReLIFT: RL, with SFT updates on buffered problems that no rollout solved.
 
-    As in `relift/trainer.py` of the released code, the SFT update follows the RL update of the step, trains the oldest
+    As in `relift/trainer.py` of the released code, the SFT update follows the RL update of the step, trains the newest
     problems, and has a separate AdamW state. Scripts published later buffer 64 problems and have no entropy bonus.
     """
 
@@ -81,21 +94,28 @@ class Relift(MixedConstants):
     """Weight of the entropy bonus on expert tokens."""
     sft_learning_rate_scale: Weight = 1.0
     """Multiplies the learning rate of SFT updates."""
+    rl_max_grad_norm: Positive | None = 0.7
+    """Maximum global norm of the gradient of RL updates; null for train.max_grad_norm, which SFT updates use."""
+
+    entropy_kinds = (terms.COMPLETION,)  # Expert tokens have a bonus of their own.
 
     def make(self) -> Method:
         return Method(
             name="",
             micro_groups=unguided(self.num_rollouts),
-            select=partial(
-                selection.buffer_unsolved,
-                buffer_size=self.buffer_size,
-                learning_rate_scale=self.sft_learning_rate_scale,
-                advantages=self.advantages(selection.advantages_over_group),
+            select=self.selecting(
+                partial(
+                    selection.buffer_unsolved,
+                    buffer_size=self.buffer_size,
+                    learning_rate_scale=self.sft_learning_rate_scale,
+                    max_grad_norm=self.rl_max_grad_norm,
+                    advantages=self.advantages(selection.advantages_over_group),
+                )
             ),
             terms=(
                 *self.completion_terms(),
                 terms.cross_entropy(self.expert_weight, self.normalize_by("token_mean")),
-                terms.entropy_bonus(self.expert_entropy_weight, terms.EXPERT),
+                terms.entropy_bonus(self.expert_entropy_weight, (terms.EXPERT,), "expert_entropy"),
             ),
             optimizers=("main", "buffer"),
             buffer_size=self.buffer_size,
@@ -109,7 +129,7 @@ class Relift(MixedConstants):
         )
 
 
-class Hpt(MixedConstants):
+class Hpt(MicroBatchedSftConstants):
     """HPT: problems that the policy cannot solve are trained on their expert solutions, all others by RL.
 
     In `mix_trainer.py` of the released code (`select_on_off_ada_balance`, `unify_strategy=switch`), the gate is 0 for
@@ -120,34 +140,37 @@ class Hpt(MixedConstants):
     """Rollouts per problem."""
     gate: Weight = 0.0
     """A problem solved at most this many times is trained on its expert solution instead of its rollouts."""
-    max_applied_grad_norm: Weight = 80.0
-    """Updates with a larger gradient norm are skipped."""
+    max_applied_grad_norm: Weight = 1.25
+    """Updates with a larger gradient norm are skipped. It is 80 in the released code, whose gradients are sums over 64 rows."""
 
     def make(self) -> Method:
         return Method(
             name="",
             micro_groups=unguided(self.num_rollouts),
-            select=partial(
-                selection.expert_instead_of_unsolved,
-                gate=self.gate,
-                advantages=self.advantages(selection.advantages_over_group),
+            select=self.selecting(
+                partial(
+                    selection.expert_instead_of_unsolved,
+                    gate=self.gate,
+                    advantages=self.advantages(selection.advantages_over_group),
+                )
             ),
             terms=(
                 *self.completion_terms(),
-                terms.cross_entropy(self.expert_weight, self.normalize_by("token_mean")),
+                terms.cross_entropy(self.sft_weight, self.normalize_by("token_mean")),
             ),
             max_applied_grad_norm=self.max_applied_grad_norm,
             source="HPT, arXiv 2509.04419, mix_trainer.py",
             published={"train.learning_rate": 5e-6},
             notes=(
                 "a problem solved at most `gate` times is trained on one expert solution instead of its rollouts",
+                MICRO_BATCH_NOTE,
             ),
             expert_part="whole",
             **self.method_fields(),
         )
 
 
-class Srft(MixedConstants):
+class Srft(MicroBatchedSftConstants):
     """SRFT: SFT and RL in one step, each weighted by the policy's mean entropy over the row, as ported by HPT.
 
     Follows `mix_core_algos.py` (`compute_token_on_off_policy_srft_loss`, `srft_type="paper"`), except that
@@ -169,21 +192,24 @@ class Srft(MixedConstants):
         return Method(
             name="",
             micro_groups=rollouts_and_expert(self.num_rollouts),
-            select=partial(
-                selection.train_all,
-                advantages=partial(selection.signs_for_sampled, advantages=advantages),
+            select=self.selecting(
+                partial(
+                    selection.train_all,
+                    advantages=partial(selection.signs_for_sampled, advantages=advantages),
+                )
             ),
             terms=(
                 terms.own_successes(self.success_weight, normalizer),
                 terms.own_failures(1.0, normalizer),
                 *self.regularizers(),
-                terms.confident_cross_entropy(self.expert_weight, self.normalize_by("token_mean")),
+                terms.confident_cross_entropy(self.sft_weight, self.normalize_by("token_mean")),
                 terms.shaped_policy_gradient(self.gamma, 1.0, normalizer),
             ),
             source="SRFT, arXiv 2506.19767, as ported by HPT (srft_type=paper)",
             notes=(
                 "the advantage of a rollout is +1 for full reward and -1 otherwise; that of the expert solution is "
                 "relative to the mean over all rows",
+                MICRO_BATCH_NOTE,
             ),
             expert_part="whole",
             **self.method_fields(),

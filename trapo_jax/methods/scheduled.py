@@ -6,48 +6,74 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from trapo_jax.methods import selection, terms
-from trapo_jax.methods.constants import Count, MixedConstants, Share, Weight
+from trapo_jax.methods.constants import Count, LearningRate, MixedConstants, Share, Weight
 from trapo_jax.methods.guidance import (
     ALWAYS,
     BinomialHints,
     CosinePrefix,
-    ExpertFirst,
     cosine,
+    expert_in_first_stage,
     unguided,
 )
-from trapo_jax.methods.method import Method, Schedule, Term
+from trapo_jax.methods.method import Method, Schedule, Stage, Term
 from trapo_jax.types import MicroGroup, Moment
 
 
 class SftThenGrpo(MixedConstants):
-    """SFT for a share of the run's budget, then GRPO with the same optimizer state and data order."""
+    """SFT, then GRPO, as two stages with separate optimizer states and learning-rate schedules.
+
+    SFT ends when the first of `sft_share`, `sft_steps` and `sft_patience` is reached. GRPO uses the schedule of the
+    section `train` for the rest of the run. Switching when the validation loss stops falling follows arXiv 2512.11470.
+    """
 
     num_rollouts: Count = 8
     """Rollouts per problem in the second stage."""
     sft_share: Share = 0.5
-    """Share of the run that is spent on SFT."""
-    sft_learning_rate_scale: Weight = 1.0
-    """Multiplies the learning rate during SFT."""
+    """Maximum share of the run that is spent on SFT, in the unit of the run's budget."""
+    sft_steps: Count | None = None
+    """Maximum number of SFT steps; null for no limit."""
+    sft_patience: Count | None = None
+    """SFT ends after this many validations in a row without a lower loss on the validation experts; null for no limit."""
+    sft_learning_rate: LearningRate | None = None
+    """Peak learning rate of SFT; null for train.learning_rate."""
+    sft_warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Number of SFT steps over which the learning rate rises linearly from 0; null for train.warmup_steps."""
+    sft_decay_start: Share | None = None
+    """Share of SFT after which the learning rate decays linearly; null for train.decay_start."""
+    sft_final_learning_rate_ratio: Share | None = None
+    """Learning rate at the end of SFT as a share of its peak; null for train.final_learning_rate_ratio."""
 
     def make(self) -> Method:
         return Method(
             name="",
             micro_groups=unguided(self.num_rollouts),
-            vary=ExpertFirst(self.sft_share),
-            select=partial(
-                selection.train_in_stages,
-                until=self.sft_share,
-                learning_rate_scale=self.sft_learning_rate_scale,
-                advantages=self.advantages(selection.advantages_over_group),
+            vary=expert_in_first_stage,
+            select=self.selecting(
+                partial(
+                    selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+                )
             ),
             terms=(
                 *self.completion_terms(),
                 terms.cross_entropy(self.expert_weight, self.normalize_by("token_mean")),
             ),
+            stages=(
+                Stage(
+                    "sft",
+                    share=self.sft_share,
+                    num_steps=self.sft_steps,
+                    patience=self.sft_patience,
+                    learning_rate=self.sft_learning_rate,
+                    warmup_steps=self.sft_warmup_steps,
+                    decay_start=self.sft_decay_start,
+                    final_learning_rate_ratio=self.sft_final_learning_rate_ratio,
+                ),
+                Stage("rl"),
+            ),
             depends_on_length=True,
             source="SFT, then GRPO; a baseline of arXiv 2512.17636, Table 1",
             notes=(
-                "batches contain only expert solutions until sft_share of the run, and none afterwards",
+                "batches contain only expert solutions in the first stage, and none afterwards",
             ),
             **self.method_fields(),
         )
@@ -72,9 +98,11 @@ class ChordConstants(MixedConstants):
         return Method(
             name="",
             micro_groups=unguided(self.num_rollouts),
-            select=partial(
-                selection.train_all_beside_experts,
-                advantages=self.advantages(selection.advantages_over_group),
+            select=self.selecting(
+                partial(
+                    selection.train_all_beside_experts,
+                    advantages=self.advantages(selection.advantages_over_group),
+                )
             ),
             terms=(*self.completion_terms("token_mean", weight=weight), cross_entropy),
             extra_rows_per_problem=round(self.num_rollouts * self.expert_rows_per_rollout),
@@ -141,9 +169,9 @@ class Mu(NamedTuple):
 class Uft(MixedConstants):
     """UFT: all rollouts of a problem start from a hint that shortens during the run and is trained with a small weight.
 
-    As in `rl_dataset.py` and `run.py` of the released code, q decreases from 0.95 to 0.05 over 300 steps, and there are
-    no hints afterwards. Here, slices consist of tokens rather than sentences, and if the hint is the whole solution,
-    nothing is sampled.
+    As in `rl_dataset.py`, `dp_actor.py` and `run.py` of the released code, q decreases from 0.95 to 0.05 over 300 steps,
+    there are no hints afterwards, and a completion is sampled even after a hint that is the whole solution, which has
+    no EOS. Here, slices consist of tokens rather than sentences.
     """
 
     clip_low: Share | None = 0.2
@@ -171,16 +199,24 @@ class Uft(MixedConstants):
         return Method(
             name="",
             micro_groups=(MicroGroup(self.num_rollouts, 1.0, ALWAYS),),
+            always_samples=True,
             vary=BinomialHints(self.hint_slices, self.hint_high, self.hint_low, self.hint_steps),
-            select=partial(
-                selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+            select=self.selecting(
+                partial(
+                    selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+                )
             ),
             terms=(
                 *self.completion_terms("token_mean"),
                 terms.cross_entropy(self.expert_weight, self.normalize_by("token_mean")),
             ),
             source="UFT, arXiv 2505.16984, rl_dataset.py",
-            published={"train.problems_per_step": 256, "train.learning_rate": 1e-6},
+            published={
+                "train.problems_per_step": 256,
+                "train.learning_rate": 1e-6,
+                "train.num_mini_batches": 4,
+                "method.num_rollouts": 4,
+            },
             notes=(
                 "a hint has Binomial(hint_slices, q) slices; q follows a cosine over hint_steps and is 0 afterwards",
             ),
@@ -209,8 +245,10 @@ class PrefixRft(MixedConstants):
             name="",
             micro_groups=(*unguided(self.num_rollouts), MicroGroup(1, self.prefix_start, ALWAYS)),
             vary=CosinePrefix(self.prefix_start, self.prefix_end),
-            select=partial(
-                selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+            select=self.selecting(
+                partial(
+                    selection.train_all, advantages=self.advantages(selection.advantages_over_group)
+                )
             ),
             terms=(
                 *self.completion_terms(),

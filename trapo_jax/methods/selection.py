@@ -51,11 +51,13 @@ class Update(NamedTuple):
       rows: the rows to train.
       optimizer: the optimizer whose state is used, one of `Method.optimizers`.
       learning_rate_scale: factor by which the run's learning rate is multiplied.
+      max_grad_norm: bound on the gradient's global norm; None for that of the run.
     """
 
     rows: list[TrainRow]
     optimizer: str = "main"
     learning_rate_scale: float = 1.0
+    max_grad_norm: float | None = None
 
 
 class Selection(NamedTuple):
@@ -136,11 +138,18 @@ def train_all(
     return Selection([Update(rows)], sampled.state)
 
 
-def train_signal(sampled: Sampled, *, advantages: Advantages, carriers: Carriers) -> Selection:
-    """Selects one update with the rollouts that have a nonzero advantage or a prefix to train."""
-    rows = train_all(sampled, advantages=advantages, carriers=carriers).updates[0].rows
+def train_signal(sampled: Sampled, *, select: Callable[[Sampled], Selection]) -> Selection:
+    """Selects the same updates as `select`, without the rollouts that have neither an advantage nor a trained prefix.
+
+    These rollouts have no policy gradient. They are also excluded from the denominators of the losses.
+    """
+    updates, state = select(sampled)
     return Selection(
-        [Update([row for row in rows if row.advantage or row.trains_expert])], sampled.state
+        [
+            update._replace(rows=[row for row in update.rows if row.advantage or row.trains_expert])
+            for update in updates
+        ],
+        state,
     )
 
 
@@ -166,22 +175,30 @@ def expert_instead_of_unsolved(
 
 
 def buffer_unsolved(
-    sampled: Sampled, *, buffer_size: int, learning_rate_scale: float, advantages: Advantages
+    sampled: Sampled,
+    *,
+    buffer_size: int,
+    learning_rate_scale: float,
+    max_grad_norm: float | None,
+    advantages: Advantages,
 ) -> Selection:
     """ReLIFT: selects an update with every rollout, and buffers the problems that no rollout solved.
 
     Once `buffer_size` problems are buffered, a second update with a separate optimizer state trains the expert
-    solutions of the oldest `buffer_size` problems. The method's state is `{"unsolved": problem ids, oldest first}`.
+    solutions of the newest `buffer_size` problems. The method's state is `{"unsolved": problem ids}`, in which those of
+    a step stand before those of earlier steps.
     """
-    updates, _ = train_all(sampled, advantages=advantages, carriers=no_prefix)
-    unsolved = list(sampled.state.get("unsolved", []))
-    for group in sampled.groups:
-        problem = group[0].request.problem
-        if problem.experts and not any(rollout.reward for rollout in group):
-            unsolved.append(problem.id)
+    (update,), _ = train_all(sampled, advantages=advantages, carriers=no_prefix)
+    updates = [update._replace(max_grad_norm=max_grad_norm)]
+    new = [
+        group[0].request.problem.id
+        for group in sampled.groups
+        if group[0].request.problem.experts and not any(rollout.reward for rollout in group)
+    ]
+    unsolved = [*new, *sampled.state.get("unsolved", [])]
     if len(unsolved) >= buffer_size:
-        oldest = [sampled.problems[id_] for id_ in unsolved[:buffer_size]]
-        rows = [expert_row(problem, sampled.max_completion_length) for problem in oldest]
+        newest = [sampled.problems[id_] for id_ in unsolved[:buffer_size]]
+        rows = [expert_row(problem, sampled.max_completion_length) for problem in newest]
         updates.append(Update(rows, "buffer", learning_rate_scale))
         unsolved = unsolved[buffer_size:]
     return Selection(updates, {"unsolved": unsolved})
@@ -194,13 +211,3 @@ def signs_for_sampled(group: Group, *, advantages: Advantages) -> np.ndarray:
         if rollout.completion.token_ids:
             values[j] = 1.0 if rollout.reward == 1.0 else -1.0
     return values
-
-
-def train_in_stages(
-    sampled: Sampled, *, until: float, learning_rate_scale: float, advantages: Advantages
-) -> Selection:
-    """SFT, then RL: selects one update with every rollout; the learning rate is scaled during the first stage."""
-    update = train_all(sampled, advantages=advantages).updates[0]
-    if sampled.moment.progress < until:
-        update = update._replace(learning_rate_scale=learning_rate_scale)
-    return Selection([update], sampled.state)

@@ -36,7 +36,7 @@ def policy_gradient(
     clipped = clip_low is not None or clip_high is not None
     return Term(
         name="policy_gradient",
-        kind=COMPLETION,
+        kinds=(COMPLETION,),
         loss=lambda x: policy_gradient_loss(
             x.logprobs,
             x.old_logprobs,
@@ -57,7 +57,7 @@ def divergence(weight: float, normalizer: Normalizer) -> Term:
     """The k3 estimate of KL(policy || initial model) on completion tokens."""
     return Term(
         name="kl",
-        kind=COMPLETION,
+        kinds=(COMPLETION,),
         loss=lambda x: kl_penalty(x.logprobs, x.ref_logprobs, estimator="k3", where=x.where),
         weight=weight,
         normalizer=normalizer,
@@ -65,11 +65,11 @@ def divergence(weight: float, normalizer: Normalizer) -> Term:
     )
 
 
-def entropy_bonus(weight: float, kind: TokenKind) -> Term:
-    """The negative mean entropy on tokens of one kind."""
+def entropy_bonus(weight: float, kinds: tuple[TokenKind, ...], name: str = "entropy") -> Term:
+    """The negative mean entropy on trained tokens."""
     return Term(
-        name="entropy" if kind == COMPLETION else "expert_entropy",
-        kind=kind,
+        name=name,
+        kinds=kinds,
         loss=lambda x: jnp.where(x.where, -x.entropies, 0.0),
         weight=weight,
         normalizer="token_mean",
@@ -81,7 +81,7 @@ def trsft(alpha: float, weight: Weight, normalizer: Normalizer) -> Term:
     """TRAPO: cross-entropy with a reduced gradient outside the trust region."""
     return Term(
         name="trsft",
-        kind=EXPERT,
+        kinds=(EXPERT,),
         loss=lambda x: trsft_loss_from_logprobs(x.logprobs, alpha=alpha, where=x.where),
         weight=weight,
         normalizer=normalizer,
@@ -93,7 +93,7 @@ def cross_entropy(weight: Weight, normalizer: Normalizer) -> Term:
     """Supervised fine-tuning on the expert's tokens."""
     return Term(
         name="cross_entropy",
-        kind=EXPERT,
+        kinds=(EXPERT,),
         loss=lambda x: attenuated_cross_entropy_from_logprobs(
             x.logprobs, attenuation=unit_attenuation(), where=x.where
         ),
@@ -107,7 +107,7 @@ def variance_weighted_cross_entropy(weight: Weight, normalizer: Normalizer) -> T
     """CHORD-phi: cross-entropy whose gradient is scaled by p (1 - p)."""
     return Term(
         name="phi_cross_entropy",
-        kind=EXPERT,
+        kinds=(EXPERT,),
         loss=lambda x: attenuated_cross_entropy_from_logprobs(
             x.logprobs, attenuation=variance_attenuation().weight, where=x.where
         ),
@@ -121,7 +121,7 @@ def shaped_policy_gradient(gamma: float, weight: Weight, normalizer: Normalizer)
     """LUFFY: the policy gradient on expert tokens, shaped to favor unlikely tokens."""
     return Term(
         name="shaped_policy_gradient",
-        kind=EXPERT,
+        kinds=(EXPERT,),
         loss=lambda x: shaped_policy_gradient_loss(
             x.logprobs, x.advantages, gamma=gamma, where=x.where
         ),
@@ -132,7 +132,7 @@ def shaped_policy_gradient(gamma: float, weight: Weight, normalizer: Normalizer)
 
 
 def _mean_entropy(x: TokenInputs) -> jax.Array:
-    """Returns, for each token, the mean entropy of its rollout's tokens of the term's kind."""
+    """Returns, for each token, the mean entropy of its rollout's tokens of the term's kinds."""
     return segment_mean(x.entropies, x.segment_ids, num_segments=x.num_segments, where=x.where)
 
 
@@ -140,7 +140,7 @@ def confident_cross_entropy(weight: Weight, normalizer: Normalizer) -> Term:
     """SRFT: cross-entropy on expert solutions, with less weight if the policy is uncertain about the solution."""
     return Term(
         name="confident_cross_entropy",
-        kind=EXPERT,
+        kinds=(EXPERT,),
         loss=lambda x: entropy_weighted_cross_entropy(
             x.logprobs, _mean_entropy(x), sign=-1.0, where=x.where
         ),
@@ -159,7 +159,7 @@ def own_successes(weight: Weight, normalizer: Normalizer) -> Term:
 
     return Term(
         name="own_successes",
-        kind=COMPLETION,
+        kinds=(COMPLETION,),
         loss=loss,
         weight=weight,
         normalizer=normalizer,
@@ -171,7 +171,7 @@ def own_failures(weight: Weight, normalizer: Normalizer) -> Term:
     """SRFT: reduces the likelihood of completions without full reward."""
     return Term(
         name="own_failures",
-        kind=COMPLETION,
+        kinds=(COMPLETION,),
         loss=lambda x: jnp.where(x.where & (x.advantages < 0), x.logprobs, 0.0),
         weight=weight,
         normalizer=normalizer,
@@ -192,7 +192,7 @@ def uncertain_prefix_policy_gradient(
 
     return Term(
         name="prefix_policy_gradient",
-        kind=EXPERT,
+        kinds=(EXPERT,),
         loss=loss,
         weight=weight,
         normalizer=normalizer,

@@ -254,6 +254,7 @@ def guidance_at(
         max_completion_length,
         method.prefix_boundary,
         method.second_expert_last,
+        method.always_samples,
     )
 
 

@@ -61,15 +61,19 @@ class Guidance:
     Attributes:
       micro_groups: sizes, ratios L in [0, 1] and thresholds t of the micro-groups, in order.
       max_completion_length: maximum number of tokens of prefix + completion; longer prefixes are truncated.
-      prefix_boundary: "exact" cuts the prefix at floor(L * length). "paragraph" cuts it at the first paragraph
-        break after that index and before (L + 0.3) * length, inclusive, or at floor(L * length) if there is none.
+      prefix_boundary: "exact" cuts the prefix at floor(L * length). "paragraph" cuts it behind the first token that
+        ends a paragraph and whose index is greater than floor(L * length) and less than (L + 0.3) * length, or at
+        floor(L * length) if there is none.
       second_expert_last: whether the last micro-group uses the second expert solution of problems that have one.
+      always_samples: whether a completion is sampled after every prefix. The last token of an expert solution, which is
+        EOS unless the solution was truncated, is then never part of a prefix.
     """
 
     micro_groups: tuple[MicroGroup, ...]
     max_completion_length: int
     prefix_boundary: PrefixBoundary = "exact"
     second_expert_last: bool = False
+    always_samples: bool = False
 
     @property
     def group_size(self) -> int:
@@ -133,12 +137,12 @@ class Guidance:
         use_second = self.second_expert_last and index == len(self.micro_groups) - 1
         expert_index = 1 if use_second and len(problem.experts) > 1 else 0
         expert = problem.experts[expert_index]
-        length = len(expert.token_ids)
+        length = len(expert.token_ids) - self.always_samples
         prefix_len = cut = math.floor(group.ratio * length)
         if self.prefix_boundary == "paragraph":
             limit = (group.ratio + PARAGRAPH_REACH) * length
-            prefix_len = next((end for end in expert.paragraph_ends if cut < end < limit), cut)
-        prefix_len = min(prefix_len, self.max_completion_length)
+            prefix_len = next((end for end in expert.paragraph_ends if cut < end - 1 < limit), cut)
+        prefix_len = min(prefix_len, self.max_completion_length - self.always_samples)
         if prefix_len == 0:
             return RolloutRequest(problem, sample_index, index)
         return RolloutRequest(problem, sample_index, index, expert_index, prefix_len, group.ratio)

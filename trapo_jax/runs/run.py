@@ -43,6 +43,7 @@ from trapo_jax.runs.monitoring import (
 )
 from trapo_jax.runs.report import write_report_of_run
 from trapo_jax.runs.samples import sample_records
+from trapo_jax.runs.stages import StageTracker
 from trapo_jax.types import (
     Interrupted,
     Moment,
@@ -54,6 +55,7 @@ from trapo_jax.types import (
 )
 
 VALIDATION = "validation"  # the split that is evaluated during training
+EXPERT_LOSS = "eval/expert_loss"  # mean cross-entropy of expert tokens in nats
 LOG_BYTES = 4 * 2**20  # generous upper bound on the size of the records of one step
 
 
@@ -97,6 +99,7 @@ class Run:
         self.step = self._num_completed = 0
         self.usage = Usage()
         self.method_state: Mapping[str, Any] = {}
+        self._stages = StageTracker(method.stages)
         self._config, self._method, self._changes = config, method, changes
         self._quiet = not (show_progress and is_main())
         train, keep = config.train, config.checkpoint
@@ -219,7 +222,8 @@ class Run:
     @property
     def moment(self) -> Moment:
         """The current step as methods see it."""
-        return Moment(self.step, self._progress_before, self._config.seed)
+        stage = self._stages.position(self.step, self._progress_before)
+        return Moment(self.step, self._progress_before, self._config.seed, stage)
 
     @property
     def is_over(self) -> bool:
@@ -240,6 +244,8 @@ class Run:
         while not self.is_over:
             if any(gather(self._interrupt.received)):
                 raise Interrupted
+            if self._stages.advance(self.step, self._progress) and self.step:
+                self.console.say(f"stage {self._stages.stage.name} begins after step {self.step}")
             self.step += 1
             self._progress_before = self._progress
             from_main(lambda: check_space(self.folder, LOG_BYTES, "the log of a step"))
@@ -275,6 +281,7 @@ class Run:
         values = {
             **metrics,
             **self._usage_metrics(),
+            "budget/stage": self.moment.stage.index,
             "time/tokens_per_sec": usage.tokens_trained / seconds,
         }
         self._log.metrics(TRAIN, self.step, values)
@@ -317,6 +324,8 @@ class Run:
         self._is_saved = False
         if self.step and not self.is_over:  # a validation during training
             self._score = metrics["eval/accuracy_sampled"]
+            if EXPERT_LOSS in metrics:
+                self._stages.observe(metrics[EXPERT_LOSS])
 
     def save_if_due(self, learner: Trainable) -> None:
         """Saves a checkpoint of the learner if one is due after the current step."""
@@ -343,6 +352,7 @@ class Run:
         host = {
             "usage": dataclasses.asdict(self.usage),
             "method_state": self.method_state,
+            "stage": self._stages.state,
             "offsets": self._log.offsets(),
             "data_fingerprint": self._data_fingerprint,
             # A longer run, to which `train.num_steps` is raised later, has no evaluation here.
@@ -381,6 +391,7 @@ class Run:
         learner.state = state
         self.step = self._num_completed = step
         self.usage, self.method_state = Usage(**host["usage"]), host["method_state"]
+        self._stages.state = host["stage"]
         self._progress = self._budget.progress(self.usage, step)
         if not self.is_over:
             self.pending_splits = host["pending_splits"]

@@ -1,10 +1,12 @@
-"""Checks that the gradient of a batch does not depend on how the batch is split into micro-batches.
+"""Checks that the gradient of a batch does not depend on how the batch is split, nor on an earlier stage of the run.
 
 Published baselines were handicapped by train steps that dropped the gradients of all micro-batches but one, or that
-averaged the means of micro-batches (arXiv 2604.23747).
+averaged the means of micro-batches (arXiv 2604.23747). Two-stage baselines are handicapped if the second stage begins
+with the moments that the optimizer accumulated in the first.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,21 +31,20 @@ from trapo_jax.types import (
     Problem,
     Rollout,
     RolloutRequest,
+    StagePosition,
     TrainBatch,
     TrainingFailed,
     UserError,
 )
 
 ROW_LEN_MULTIPLE = 128  # required by some attention kernels
-STAGES = (
-    0.0,
-    0.99,
-)  # progress of the run; a method may change its objective between the start and the end
+# Progress of the run; a method may change its objective between the start and the end.
+START, END = 0.0, 0.99
 TOLERANCE = 1e-4  # relative to the norm of the gradient; float32 rounding is well below it
 
 
 class BrokenTrainStep(TrainingFailed):
-    """The gradient of a batch depends on how the batch is split into micro-batches."""
+    """The gradient of a batch depends on how the batch is split into micro-batches, or on an earlier stage."""
 
 
 def check_config(config: Config) -> float:
@@ -69,8 +70,8 @@ def check_gradient(
       The largest relative difference between the two gradients.
 
     Raises:
-      BrokenTrainStep: if the difference exceeds rounding error, or if a gradient is zero, so that the comparison would
-        be meaningless.
+      BrokenTrainStep: if the difference exceeds rounding error, if a gradient is zero, so that the comparison would be
+        meaningless, or if a stage of the method inherits the optimizer state of the stage before it.
       UserError: if there are not enough expert solutions.
     """
     axes = config.mesh
@@ -79,18 +80,22 @@ def check_gradient(
         method,
         dataclasses.replace(model.decoder, dtype="float32"),
         make_mesh(fsdp=axes.fsdp, tp=axes.tp),
-        optimizer=optax.chain(optax.trace(decay=0.0), optax.scale(0.0)),  # stores the gradient
+        optimizer=optax.chain(optax.trace(decay=0.5), optax.scale(0.0)),  # sums up gradients
     )
     learner.load(model, seed=config.seed)
     max_completion_len = config.sampling.completion_len
     chosen = pick_test_problems(problems, max_completion_len)
     largest = 0.0
+    previous: tuple[Moment, Update] | None = None
     for moment, update in synthetic_updates(method, chosen, config.seed, max_completion_len):
         gradients = []
         for num_rows in (len(update.rows), 1):
             batch = cut_batch(update, num_rows, learner, max_row_len=config.row_len)
             gradients.append(_gradient(learner, batch, moment))
         largest = max(largest, compare_gradients(gradients[0], gradients[1], method.name))
+        if previous and previous[0].stage.index < moment.stage.index:
+            check_new_stage(learner, previous, (moment, update), gradients[0])
+        previous = moment, update
     return largest
 
 
@@ -161,16 +166,43 @@ def compare_gradients(whole: Any, cut: Any, name: str) -> float:
     return difference
 
 
+def check_new_stage(
+    learner: Learner, last: tuple[Moment, Update], first: tuple[Moment, Update], gradient: Any
+) -> None:
+    """Checks that the first update of a stage does not depend on the last update of the stage before.
+
+    Args:
+      learner: the learner, whose optimizer sums up gradients.
+      last: the update before the stage.
+      first: the first update of the stage.
+      gradient: the gradient of the first update.
+
+    Raises:
+      BrokenTrainStep: if the sum of the gradients contains more than that of the first update.
+    """
+    for moment, update in (last, first):
+        learner.update([update._replace(max_grad_norm=np.inf)], moment)
+    num_iterations = learner.num_iterations
+    weight = sum(0.5**i for i in range(num_iterations))
+    expected = jax.tree.map(lambda x: weight * x, gradient)
+    difference = _norm(jax.tree.map(np.subtract, _sum_of_gradients(learner), expected))
+    if not difference <= TOLERANCE * _norm(expected):
+        raise BrokenTrainStep(
+            f"{learner.method.name}: stage {learner.method.stages[first[0].stage.index].name} begins with the "
+            "optimizer state of the stage before it; a comparison with this train step would be meaningless"
+        )
+
+
 def synthetic_updates(
     method: Method, problems: Sequence[Problem], seed: int, max_completion_len: int
 ) -> Iterator[tuple[Moment, Update]]:
-    """Yields the method's updates early and late in a run, for rollouts in which all micro-groups are guided.
+    """Yields the method's updates early and late in each stage, for rollouts in which all micro-groups are guided.
 
     All rollouts of the first problem are wrong. For every other problem, every second rollout is correct.
     """
     rng = np.random.default_rng(0)
-    for stage in STAGES:
-        moment = Moment(1, stage, seed)
+    for index, progress in itertools.product(range(len(method.stages)), (START, END)):
+        moment = Moment(1, progress, seed, StagePosition(index, 1, progress))
         groups = []
         for i, problem in enumerate(problems):
             micro_groups = method.micro_groups_at(moment, problem)
@@ -194,8 +226,13 @@ def synthetic_updates(
 
 
 def _gradient(learner: Learner, batch: TrainBatch, moment: Moment) -> Any:
+    learner.reset_optimizer()
     coefficients = learner.method.coefficients(moment, learning_rate=1.0)
     learner.state, *_ = learner.train_step(learner.state, batch, coefficients)
+    return _sum_of_gradients(learner)
+
+
+def _sum_of_gradients(learner: Learner) -> Any:
     return jax.device_get(learner.state.opt_state[0].trace)
 
 

@@ -4,7 +4,7 @@ A `Learner` owns the train state and everything that changes it. It is independe
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,9 @@ import optax
 from jax.sharding import Mesh
 
 from trapo_jax.config import Config
+from trapo_jax.config.schema import TrainConfig
 from trapo_jax.distributed.sharding import abstract_like, make_mesh, num_batch_shards
-from trapo_jax.methods import Method, Update
+from trapo_jax.methods import Method, Stage, Update, expert_row
 from trapo_jax.models import (
     DecoderConfig,
     PretrainedModel,
@@ -28,18 +29,26 @@ from trapo_jax.training.packing import batch_metrics, build_batch
 from trapo_jax.training.state import (
     TrainState,
     init_state,
+    make_optimizer_reset,
     new_state,
     state_shardings,
     swap_optimizer,
 )
 from trapo_jax.training.train_step import (
     TokenScorer,
-    TokenTrace,
     make_batch_logprobs,
     make_train_step,
     place_batch,
 )
-from trapo_jax.types import Moment, TrainBatch, TrainRow, UpdateTrace, Usage
+from trapo_jax.types import (
+    Moment,
+    Problem,
+    StagePosition,
+    TrainBatch,
+    TrainRow,
+    UpdateTrace,
+    Usage,
+)
 
 
 class Learned(NamedTuple):
@@ -48,7 +57,7 @@ class Learned(NamedTuple):
     Attributes:
       metrics: by name; metrics of updates after the first are prefixed with the name of their optimizer.
       usage: tokens and FLOPs spent on training.
-      traces: one per update.
+      traces: one per optimizer batch.
     """
 
     metrics: dict[str, float]
@@ -85,18 +94,12 @@ class Learner:
             adam_b1=train.adam_b1,
             adam_b2=train.adam_b2,
             weight_decay=train.weight_decay,
-            max_grad_norm=train.max_grad_norm,
         )
-        self._learning_rate = make_learning_rate(
-            learning_rate=train.learning_rate,
-            warmup_steps=train.warmup_steps,
-            num_steps=train.num_steps,
-            decay_start=train.decay_start,
-            final_learning_rate_ratio=train.final_learning_rate_ratio,
-        )
+        self._learning_rates = [stage_learning_rate(stage, train) for stage in method.stages]
         self.shardings = state_shardings(
             abstract_params(decoder), self.optimizer, self.mesh, len(method.optimizers)
         )
+        self._reset = make_optimizer_reset(self.optimizer, self.shardings)
         scorer = TokenScorer(
             decoder,
             temperature=sampling.temperature,
@@ -144,9 +147,20 @@ class Learner:
         return self._config.train.per_device_rows * num_batch_shards(self.mesh)
 
     @property
+    def num_iterations(self) -> int:
+        """Number of passes over the rows of an update."""
+        return self._config.train.num_iterations
+
+    @property
+    def _num_steps(self) -> int:
+        """Number of optimizer steps of an update of the step's rollouts."""
+        return self.num_iterations * self._config.train.num_mini_batches
+
+    @property
     def max_rows(self) -> int:
-        """Maximum number of rows of one update, which fixes the shape of the batches of all steps."""
-        return self.method.max_rows(self._config.train.problems_per_step)
+        """Maximum number of rows of an optimizer batch, which fixes the shape of all batches."""
+        train = self._config.train
+        return self.method.max_rows(train.problems_per_step, train.num_mini_batches)
 
     def load(self, model: PretrainedModel, *, seed: int, with_state: bool = True) -> None:
         """Loads the parameters of a model folder and initializes the optimizer.
@@ -177,6 +191,10 @@ class Learner:
             leaf.delete()
         self._state = None
 
+    def reset_optimizer(self) -> None:
+        """Replaces the optimizer states with those of a new run."""
+        self._state = self._reset(self.state)
+
     def update(self, updates: Sequence[Update], moment: Moment) -> Learned:
         """Performs the updates of a step in order.
 
@@ -185,41 +203,75 @@ class Learner:
           moment: the current step; determines the weights of the loss terms and the learning rate.
         """
         started = time.perf_counter()
+        if moment.stage.index > 0 and moment.stage.step == 1:
+            self.reset_optimizer()
         metrics: dict[str, float] = {}
         usage, traces = Usage(), []
         for update in updates:
-            new_metrics, trace = self._update(update, moment)
+            new_metrics, new_traces = self._update(update, moment)
             metrics = merge_metrics(metrics, new_metrics, update.optimizer)
             usage += self._usage_of(update.rows)
-            traces.append(trace)
+            traces += new_traces
         metrics["optimizer/skipped_in_a_row"] = int(self.state.num_skipped_in_a_row)
         metrics["time/train_secs"] = time.perf_counter() - started
         return Learned(metrics, usage, traces)
 
-    def _update(self, update: Update, moment: Moment) -> tuple[dict[str, float], UpdateTrace]:
-        """Takes `train.num_iterations` optimizer steps on the same rows."""
-        config, method = self._config, self.method
-        num_iterations = config.train.num_iterations
-        host_batch = self._build_batch(update.rows)
-        metrics = batch_metrics(host_batch, num_batch_shards(self.mesh))
+    def expert_loss(self, problems: Sequence[Problem]) -> float:
+        """Returns the mean cross-entropy in nats of the expert solutions' tokens under the current policy.
+
+        Args:
+          problems: problems, of which those with an expert solution count; at least one.
+        """
+        max_len = self._config.sampling.completion_len
+        rows = [expert_row(problem, max_len) for problem in problems if problem.experts]
+        total, num_tokens = 0.0, 0
+        for start in range(0, len(rows), self.max_rows):
+            some = rows[start : start + self.max_rows]
+            batch = place_batch(self._build_batch(some), self.mesh)
+            total += float(self._batch_logprobs(self.params, batch).sum())
+            num_tokens += sum(row.num_expert_trained for row in some)
+        return -total / num_tokens
+
+    def _update(self, update: Update, moment: Moment) -> tuple[dict[str, float], list[UpdateTrace]]:
+        """Takes `num_iterations` optimizer steps on each mini-batch of the rows."""
+        index = self.method.optimizers.index(update.optimizer)
+        learning_rate = self._learning_rates[moment.stage.index](moment.stage)
+        learning_rate *= update.learning_rate_scale
+        max_grad_norm = update.max_grad_norm
+        if max_grad_norm is None:
+            max_grad_norm = self._config.train.max_grad_norm
+        coefficients = self.method.coefficients(
+            moment, learning_rate=learning_rate, max_grad_norm=max_grad_norm
+        )
+        # Other updates train buffered problems rather than the rollouts of the step.
+        parts = split_rows(update.rows, self._config.train.num_mini_batches if index == 0 else 1)
+        host_batches = [self._build_batch(rows) for rows in parts]
+        batches = [self._place(batch, with_old=self._num_steps > 1) for batch in host_batches]
+        metrics, traces = [], []
+        state = swap_optimizer(self.state, index)
+        for iteration in range(self.num_iterations):
+            for i, batch in enumerate(batches):
+                state, device_metrics, trace = self.train_step(state, batch, coefficients)
+                if iteration == self.num_iterations - 1:
+                    metrics.append(jax.device_get(device_metrics))
+                    traces.append(UpdateTrace(parts[i], host_batches[i], trace))
+        self._state = swap_optimizer(state, index)
+        num_shards = num_batch_shards(self.mesh)
+        of_batches = [
+            {**batch_metrics(batch, num_shards), **{k: float(v) for k, v in values.items()}}
+            for batch, values in zip(host_batches, metrics, strict=True)
+        ]
+        merged = merge_mini_batches(of_batches)
+        return {**merged, "optimizer/learning_rate": learning_rate}, traces
+
+    def _place(self, host_batch: TrainBatch, *, with_old: bool) -> TrainBatch:
+        """Places a batch on the devices, with the log-probabilities that its update needs."""
         batch = place_batch(host_batch, self.mesh)
-        if num_iterations > 1:  # With one iteration, the old policy is the current one.
+        if with_old:  # With a single step, the old policy is the current one.
             batch = batch._replace(old_logprobs=self._batch_logprobs(self.params, batch))
         if self._ref_params is not None:
             batch = batch._replace(ref_logprobs=self._batch_logprobs(self._ref_params, batch))
-        index = method.optimizers.index(update.optimizer)
-        state = swap_optimizer(self.state, index)
-        device_metrics, learning_rate, trace = {}, 0.0, TokenTrace(None, None)
-        for i in range(num_iterations):
-            steps = moment.step - 1 + (i + 1) / num_iterations
-            position = max(steps, moment.progress * config.train.num_steps)
-            learning_rate = update.learning_rate_scale * self._learning_rate(steps, position)
-            coefficients = method.coefficients(moment, learning_rate=learning_rate)
-            state, device_metrics, trace = self.train_step(state, batch, coefficients)
-        self._state = swap_optimizer(state, index)
-        metrics |= {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-        metrics["optimizer/learning_rate"] = learning_rate
-        return metrics, UpdateTrace(update.rows, host_batch, trace)
+        return batch
 
     def _build_batch(self, rows: Sequence[TrainRow]) -> TrainBatch:
         return build_batch(
@@ -231,11 +283,10 @@ class Learner:
         )
 
     def _usage_of(self, rows: Sequence[TrainRow]) -> Usage:
-        num_iterations = self._config.train.num_iterations
         return update_usage(
             rows,
-            num_iterations=num_iterations,
-            num_forward=(num_iterations > 1) + (self._ref_params is not None),
+            num_iterations=self.num_iterations,
+            num_forward=(self._num_steps > 1) + (self._ref_params is not None),
             cost=self._token_cost,
         )
 
@@ -256,6 +307,15 @@ def make_learner(
     )
     learner.load(model, seed=config.seed, with_state=with_state)
     return learner
+
+
+def stage_learning_rate(stage: Stage, train: TrainConfig) -> Callable[[StagePosition], float]:
+    """Returns the learning-rate schedule of a stage, which takes from the config what the stage leaves open."""
+    fields = ("learning_rate", "warmup_steps", "decay_start", "final_learning_rate_ratio")
+    own = {name: getattr(stage, name) for name in fields}
+    return make_learning_rate(
+        **{name: getattr(train, name) if value is None else value for name, value in own.items()}
+    )
 
 
 def update_usage(
@@ -282,6 +342,20 @@ def update_usage(
         flops=num_iterations * cost.update(num_tokens, num_pairs)
         + num_forward * cost.forward(num_tokens, num_pairs),
     )
+
+
+def split_rows(rows: Sequence[TrainRow], num_parts: int) -> list[list[TrainRow]]:
+    """Deals the rows out into at most `num_parts` parts, so that the rows of a problem are in different ones."""
+    return [list(rows[i::num_parts]) for i in range(max(1, min(num_parts, len(rows))))]
+
+
+def merge_mini_batches(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Merges the metrics of the mini-batches of an update: numbers of tokens are added, all others averaged."""
+    return {
+        name: sum(values[name] for values in metrics)
+        / (1 if name.endswith("_tokens") else len(metrics))
+        for name in metrics[0]
+    }
 
 
 def merge_metrics(

@@ -1,5 +1,6 @@
 """The train state: parameters, optimizer states and counters of skipped steps, with their shardings."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +50,23 @@ def state_shardings(
     everywhere = replicated(mesh)
     others = (for_optimizer,) * (num_optimizers - 1)
     return TrainState(for_params, for_optimizer, everywhere, everywhere, others)
+
+
+def make_optimizer_reset(
+    optimizer: optax.GradientTransformation, shardings: TrainState
+) -> Callable[[TrainState], TrainState]:
+    """Builds a jitted function that replaces all optimizer states with initial ones; its argument is donated.
+
+    Args:
+      optimizer: the optimizer.
+      shardings: shardings of the state, from `state_shardings`.
+    """
+
+    def reset(state: TrainState) -> TrainState:
+        new = optimizer.init(split_trained(state.params)[0])
+        return state._replace(opt_state=new, other_opt_states=(new,) * len(state.other_opt_states))
+
+    return jax.jit(reset, in_shardings=(shardings,), out_shardings=shardings, donate_argnums=0)
 
 
 def swap_optimizer(state: TrainState, index: int) -> TrainState:

@@ -1,7 +1,7 @@
 """One optimizer step: `(TrainState, TrainBatch, coefficients) -> (TrainState, metrics, trace)`, jitted and sharded.
 
-Scheduled scalars (the learning rate and the weights of the loss terms) are traced inputs; changing them never
-recompiles. See `Method.coefficients`. The denominator of every loss term is taken over the whole batch before the
+Scheduled scalars (the learning rate, the bound on the gradient norm, and the weights of the loss terms) are traced
+inputs; changing them never recompiles. See `Method.coefficients`. The denominator of every loss term is taken over the whole batch before the
 first micro-batch runs, and the gradients of micro-batches are summed. Therefore, the update does not depend on how the
 batch is split into micro-batches.
 """
@@ -42,7 +42,8 @@ from trapo_jax.training.diagnostics import (
 from trapo_jax.training.state import TrainState
 from trapo_jax.types import TokenKind, TrainBatch
 
-Coefficients = Mapping[str, Any]  # float32 [] each: term name -> weight, and "learning_rate"
+# float32 [] each: the weight of each term by its name, "learning_rate" and "max_grad_norm"
+Coefficients = Mapping[str, Any]
 TrainStep = Callable[
     [TrainState, TrainBatch, Coefficients], tuple[TrainState, Metrics, "TokenTrace"]
 ]
@@ -121,6 +122,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         applied = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss/total"])
         applied &= grad_norm <= method.max_applied_grad_norm
+        grads = clip_by_norm(grads, grad_norm, coefficients["max_grad_norm"])
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         updates = jax.tree.map(lambda x: coefficients["learning_rate"] * x, updates)
         keep = lambda new, old: jnp.where(applied, new, old)
@@ -140,6 +142,12 @@ def make_train_step(
         out_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
         donate_argnums=0,
     )
+
+
+def clip_by_norm(grads: Any, norm: jax.Array, max_norm: jax.Array) -> Any:
+    """Scales gradients of the given global norm down to `max_norm` if it is larger."""
+    scale = jnp.where(norm > max_norm, max_norm / norm, 1.0)
+    return jax.tree.map(lambda x: x * scale, grads)
 
 
 def make_batch_logprobs(
@@ -211,7 +219,7 @@ def _objective(
     def term_losses(logprobs):
         losses: Metrics = {}
         for term in method.terms:
-            term_inputs = inputs._replace(logprobs=logprobs, where=kinds == term.kind)
+            term_inputs = inputs._replace(logprobs=logprobs, where=_is_any(kinds, term.kinds))
             values = coefficients[term.name] * term.loss(term_inputs) * weights[term.name]
             losses[term.name] = jnp.sum(values)
         return losses
@@ -294,8 +302,13 @@ def term_weights(
             mask, length=max_completion_length, num_sequences=batch.num_rollouts
         )
 
-    by_term = {term.name: weights(term.normalizer, kinds == term.kind) for term in terms}
+    by_term = {term.name: weights(term.normalizer, _is_any(kinds, term.kinds)) for term in terms}
     return {**by_term, "entropy": token_mean_weights(kinds == TokenKind.COMPLETION)}
+
+
+def _is_any(kinds: jax.Array, wanted: Sequence[TokenKind]) -> jax.Array:
+    """Returns a mask of the tokens of any of the kinds."""
+    return jnp.isin(kinds, jnp.array(wanted))
 
 
 def _num_segments(batch: TrainBatch) -> int:

@@ -1,0 +1,173 @@
+"""The weight of every token, against numbers derived by hand from the formulas of the methods' released code.
+
+The released code adds up micro-batches without dividing by their rows, where this package divides by the number of rows
+of the whole batch. Everything here is multiplied by that number, so that both have the same scale. The batch is one
+micro-batch in the released code, unless `micro_batch_rows` says otherwise.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from support.grades import grade_of
+from trapo_jax.methods import Sampled, TokenInputs, make_method
+from trapo_jax.training.packing import build_batch
+from trapo_jax.training.train_step import term_weights
+from trapo_jax.types import (
+    Completion,
+    Expert,
+    FinishReason,
+    Moment,
+    Problem,
+    Rollout,
+    RolloutRequest,
+    TokenKind,
+)
+
+LENGTH = 10  # maximum response length L
+P, H = 0.3, 0.7  # probability and entropy of every token
+COMPLETION_LEN, EXPERT_LEN = 4, 5
+MOMENT = Moment(step=100, progress=0.5, seed=0)
+
+
+def group(name, rewards, *, prefix_len=0, with_expert=False):
+    """Rollouts of one problem with the given rewards, and the expert solution as the last one if asked for."""
+    problem = Problem(name * 16, (1, 2), "", (Expert(tuple(range(3, 3 + EXPERT_LEN))),))
+    rollouts = []
+    for j, reward in enumerate(rewards):
+        is_expert = with_expert and j == len(rewards) - 1
+        num_prefix, count = (EXPERT_LEN, 0) if is_expert else (prefix_len, COMPLETION_LEN)
+        request = RolloutRequest(problem, j, 0, 0 if num_prefix else -1, num_prefix)
+        reason = FinishReason.NOT_SAMPLED if is_expert else FinishReason.STOP
+        completion = Completion(request, (9,) * count, (np.log(P),) * count, reason)
+        rollouts.append(Rollout(completion, grade_of(float(reward))))
+    return rollouts
+
+
+def token_weights(method, groups, extra=()):
+    """The derivative of the objective times the number of rows: (completion, expert) of each row; 0 for no tokens."""
+    problems = {g[0].request.problem.id: g[0].request.problem for g in groups}
+    sampled = Sampled(groups, MOMENT, {}, extra, problems, LENGTH)
+    weights = []
+    for update in method.select(sampled).updates:
+        rows = update.rows
+        batch = build_batch(rows, row_len=12, micro_batch_rows=len(rows), packed=False)
+        logprobs = jnp.full(batch.kinds[0, :, 1:].shape, np.log(P), jnp.float32)
+        by_token = len(rows) * gradient(method, batch, logprobs)
+        kinds, segments = batch.kinds[0, :, 1:], batch.segment_ids[0, :, 1:]
+        for i in range(len(rows)):
+            row = []
+            for kind in (TokenKind.COMPLETION, TokenKind.EXPERT_TRAINED):
+                values = by_token[(segments == 1 + i) & (kinds == kind)]
+                row.append(float(values[0]) if len(values) else 0.0)
+                np.testing.assert_allclose(values, row[-1])
+            weights.append(tuple(row))
+        assert not by_token[kinds <= TokenKind.EXPERT].any()
+    return weights
+
+
+def gradient(method, batch, logprobs):
+    scales = term_weights(batch, method.terms, LENGTH)
+    coefficients = method.coefficients(MOMENT, learning_rate=1.0)
+
+    def total(logprobs):
+        value = 0.0
+        for term in method.terms:
+            where = np.isin(batch.kinds[0, :, 1:], term.kinds)
+            inputs = TokenInputs(
+                logprobs,
+                jax.lax.stop_gradient(logprobs),
+                jax.lax.stop_gradient(logprobs),
+                batch.advantages[0, :, 1:],
+                where,
+                jnp.full(logprobs.shape, H),
+                batch.segment_ids[0, :, 1:],
+                1 + len(batch.kinds[0]),
+            )
+            value += coefficients[term.name] * jnp.sum(term.loss(inputs) * scales[term.name][0])
+        return value
+
+    return np.asarray(jax.grad(total)(logprobs))
+
+
+def check(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_luffy():
+    """`mix_core_alg.py`: sum(-A rho) / L on completions, sum(-A p / (p + 0.1)) / L on the expert, one baseline."""
+    method = make_method("luffy", num_rollouts=3)
+    # Baseline 2 / 4. The derivative of p / (p + 0.1) by log p is 0.1 p / (p + 0.1)^2 = 0.1875 at p = 0.3.
+    expected = [(-0.05, 0), (0.05, 0), (0.05, 0), (0, -0.5 * 0.1875 / 10)]
+    check(token_weights(method, [group("1", [1, 0, 0, 1], with_expert=True)]), expected)
+
+
+def test_rl_plus_sft():
+    """`mix_actor.py`: in each micro-batch sum(-A rho) / L + mean(-log p); the baseline excludes the expert."""
+    groups = [
+        group("1", [1, 0, 0, 1], with_expert=True),
+        group("2", [1, 1, 0, 1], with_expert=True),
+    ]
+    # Baselines 1 / 3 and 2 / 3. Two micro-batches of four rows, each with one expert solution of five tokens.
+    method = make_method("rl_plus_sft", num_rollouts=3, micro_batch_rows=4)
+    first = [(-2 / 30, 0), (1 / 30, 0), (1 / 30, 0), (0, -1 / 5)]
+    second = [(-1 / 30, 0), (-1 / 30, 0), (2 / 30, 0), (0, -1 / 5)]
+    check(token_weights(method, groups), [*first, *second])
+    # In one micro-batch of eight rows, the mean is over ten expert tokens.
+    method = make_method("rl_plus_sft", num_rollouts=3, micro_batch_rows=8)
+    check(token_weights(method, groups)[3], (0, -1 / 10))
+
+
+def test_hpt():
+    """`mix_trainer.py`: an unsolved problem contributes its expert solution alone, weighted as in RL + SFT."""
+    groups = [group("1", [0, 0, 0, 0]), group("2", [1, 0, 0, 0])]
+    method = make_method("hpt", num_rollouts=4, micro_batch_rows=5)
+    expected = [(0, -1 / 5), (-0.75 / 10, 0), *[(0.25 / 10, 0)] * 3]
+    check(token_weights(method, groups), expected)
+
+
+def test_srft():
+    """`mix_core_alg.py`, `srft_type=paper`: -0.1 e^H log p for r = 1, else log p; 0.5 e^-H SFT and LUFFY's term."""
+    method = make_method("srft", num_rollouts=3, micro_batch_rows=4)
+    success = -0.1 * np.exp(0.7) / 10
+    expert = -0.5 * np.exp(-0.7) / 5 - 0.5 * 0.1875 / 10  # the expert's advantage is 1 - 2 / 4
+    expected = [(success, 0), (0.1, 0), (0.1, 0), (0, expert)]
+    check(token_weights(method, [group("1", [1, 0, 0, 1], with_expert=True)]), expected)
+
+
+def test_relift():
+    """`actor.py`: sum(-A rho) / L on all rollouts; then the mean over the tokens of the buffered expert solutions."""
+    groups = [group("1", [0, 0]), group("2", [1, 0])]
+    method = make_method("relift", num_rollouts=2, buffer_size=1)
+    own = [(0, 0), (0, 0), (-0.05, 0), (0.05, 0)]
+    check(token_weights(method, groups), [*own, (0, -1 / 5)])
+
+
+def test_uft():
+    """`dp_actor.py`: PPO's token mean with A / std (n - 1), and 0.001 times the token mean over hints."""
+    method = make_method("uft", num_rollouts=4)
+    # Mean 1 / 4, standard deviation sqrt((9 + 3 * 1) / 16 / 3) = 0.5; 16 completion tokens, 4 rows.
+    expected = [(-1.5 * 4 / 16, -0.001 * 4 / 4), *[(0.5 * 4 / 16, 0)] * 3]
+    check(token_weights(method, [group("1", [1, 0, 0, 0], prefix_len=4)]), expected)
+
+
+def test_chord():
+    """`chord_policy_loss.py`: (1 - mu) times PPO's token mean, and mu times the token mean over the expert batch."""
+    method = make_method("chord", num_rollouts=2, expert_rows_per_rollout=1.0, mu_decay_steps=200)
+    mu = (0.9 + 0.05) / 2  # at step 100 of 200
+    extra = [g[0].request.problem for g in (group("3", [0]), group("4", [0]))]
+    # A = +-0.5 / sqrt(0.5); 8 completion and 10 expert tokens, 4 rows.
+    own = (1 - mu) * np.sqrt(0.5) * 4 / 8
+    expected = [(-own, 0), (own, 0), *[(0, -mu * 4 / 10)] * 2]
+    check(token_weights(method, [group("1", [1, 0])], extra), expected)
+
+
+@pytest.mark.parametrize(("p", "weight"), [(0.3, 1.0), (0.05, 0.5)])
+def test_trapo(monkeypatch, p, weight):
+    """`mix_core_alg.py`, `clip_low`: -p / max(sg p, 0.1) on prefixes, sum(-A rho) / L, one baseline for all rows."""
+    monkeypatch.setitem(globals(), "P", p)
+    rollouts = [*group("1", [1, 0]), *group("1", [1, 0], prefix_len=2)]
+    # The second rollout with the same prefix does not train it again.
+    expected = [(-0.05, 0), (0.05, 0), (-0.05, -weight / 10), (0.05, 0)]
+    check(token_weights(make_method("trapo"), [rollouts]), expected)
