@@ -13,9 +13,11 @@ from support.short_run import JOB
 from trapo_jax.config import Config, list_fields, load_config
 from trapo_jax.config.changes import CHANGEABLE_FIELDS
 from trapo_jax.methods import fingerprint, make_method
+from trapo_jax.runs import directory
 from trapo_jax.runs.checkpoints import _read_manifest, _write_manifest
 from trapo_jax.runs.directory import (
     check_run_folder,
+    check_shared,
     lock_folder,
     prepare_run_folder,
     record_changes,
@@ -266,6 +268,17 @@ def test_two_processes_may_write_the_same_file(tmp_path):
             assert file.read_text() in ("this" * 10_000, "other" * 10_000)
     assert other.returncode == 0
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_directory_that_another_host_does_not_see_is_refused(tmp_path, monkeypatch):
+    """The other host has no directory there, or one of another run, for example because the path is relative."""
+    monkeypatch.setattr(directory, "SHARED_AFTER_SECS", 0)
+    prepare_run_folder(tmp_path / "run", text(), method=fingerprint(make_method("trapo")))
+    run_id = run_identity(tmp_path / "run", text())["id"]
+    check_shared(tmp_path / "run", run_id)
+    for folder, name in ((tmp_path / "run", "another id"), (tmp_path / "absent", run_id)):
+        with pytest.raises(UserError, match=f"output_dir={folder}: not the same directory"):
+            check_shared(folder, name)
 
 
 def test_a_complete_run_continues_if_it_is_made_longer(finished_run, tmp_path):

@@ -21,6 +21,12 @@ from trapo_jax.distributed.log_level import HOST_LISTS
 from trapo_jax.types import UserError
 
 ADDRESS, COUNT, ID = BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# The variables of launchers that JAX reads.
+DETECTED_FROM = (
+    *("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    *("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    *(*HOST_LISTS, "TPU_WORKER_ID", "JAX_COORDINATOR_PORT"),
+)
 LOCAL_DEVICES = "JAX_LOCAL_DEVICE_IDS"
 JOIN_SECS = 300  # maximum time between the start of the first and the last process
 EXCHANGE_SECS = (
@@ -71,7 +77,8 @@ def _initialize(dead_after_secs: float) -> None:
     if num_processes is None and _detected_count() == 1:
         _check_alone()
         return
-    where = address or "the coordinator that JAX detects"
+    described = ", ".join(f"{x}={os.environ[x]}" for x in DETECTED_FROM if x in os.environ)
+    where = address or f"the coordinator that JAX detects ({described or 'TPU metadata'})"
     report_abort(
         f"not all processes of the job have connected to {where} within {JOIN_SECS} s, or two have the same number; "
         "start every process once, and see the output of the others"
