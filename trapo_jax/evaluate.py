@@ -10,8 +10,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,6 +61,7 @@ from trapo_jax.runs.directory import (
     EXPORT,
     SAMPLES,
     check_run_folder,
+    lock_folder,
     prepare_run_folder,
     write_atomically,
 )
@@ -111,18 +113,25 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = False) -> Evaluati
     code = user_code(config)
     check_run_folder(config.folder, text, code=code)
     config, problems, template = load_problems(config, model, console)
-    prepare_run_folder(config.folder, text, code=code)
-    samples = sample_all(config, model, params, problems, console)
-    result = EvaluationResult(config.folder, score_samples(samples), scores_by_source(samples))
+    with lock_folder(config.folder):
+        check_run_folder(config.folder, text, code=code)  # Another process may have written to it.
+        prepare_run_folder(config.folder, text, code=code)
+        samples = sample_all(config, model, params, problems, console)
+        result = EvaluationResult(config.folder, score_samples(samples), scores_by_source(samples))
+        write_result(result, settings | {"template": template})
+    return result
+
+
+def write_result(result: EvaluationResult, settings: Mapping[str, Any]) -> None:
+    """Writes the scores and the plot of an evaluation."""
     data = {
-        "settings": settings | {"template": template},
+        "settings": settings,
         "overall": dataclasses.asdict(result.overall),
         "by_source": {name: dataclasses.asdict(s) for name, s in result.by_source.items()},
         "devices": str(jax.devices()[0].device_kind),
     }
-    write_atomically(config.folder / SCORES, json.dumps(data, indent=2) + "\n")
-    plot_pass_at_k(config.folder / PLOT, result.overall, result.by_source)
-    return result
+    write_atomically(result.folder / SCORES, json.dumps(data, indent=2) + "\n")
+    plot_pass_at_k(result.folder / PLOT, result.overall, result.by_source)
 
 
 def load_model(config: EvaluateConfig) -> tuple[PretrainedModel, Params]:

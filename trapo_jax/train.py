@@ -21,6 +21,9 @@ and the learner updates the parameters. The run decides when to stop and writes 
     distributed/  the mesh and its axes; which axis of parameters and batches is sharded over which
 """
 
+import trapo_jax.distributed.log_level  # noqa: F401  must be imported before jax
+
+# isort: split
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -28,10 +31,12 @@ from pathlib import Path
 from typing import Any
 
 from trapo_jax.config import Config, help_text, load_config, parse_command_line
-from trapo_jax.data import draw_problems, problem_batches
+from trapo_jax.data import draw_problems, fingerprint, problem_batches
 from trapo_jax.data.preflight import check_data
 from trapo_jax.data.splits import LoadedData, load_data
-from trapo_jax.distributed.processes import fetch, from_main, gather, is_main, join_processes
+from trapo_jax.distributed.failures import fail_together
+from trapo_jax.distributed.launch import check_equal, join_processes
+from trapo_jax.distributed.processes import fetch, from_main, gather, is_main, wait_for_all
 from trapo_jax.evaluation.scoring import evaluate
 from trapo_jax.methods import Method, Sampled, describe
 from trapo_jax.models import (
@@ -52,6 +57,7 @@ from trapo_jax.runs.monitoring import warnings_of_run
 from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import EXPERT_LOSS, VALIDATION, Run
 from trapo_jax.runs.saved_model import saved_model_files
+from trapo_jax.runs.started_with import started_with
 from trapo_jax.training.learner import Learner, make_learner
 from trapo_jax.types import Interrupted, Problem, Rollout, TrainingFailed, UserError
 
@@ -97,12 +103,20 @@ def train(
       TrainingFailed: if training cannot continue; a later call resumes from the last checkpoint.
     """
     method = method or config.method.make()
-    join_processes()
+    dead_after_secs = config.limits.dead_after_secs
+    join_processes(started_with(config, method), dead_after_secs=dead_after_secs)
+    with fail_together(dead_after_secs):
+        return train_in_this_process(config, method, show_progress=show_progress)
+
+
+def train_in_this_process(config: Config, method: Method, *, show_progress: bool) -> TrainResult:
+    """Does the part of this process; see `train`."""
     console = Console(quiet=not (show_progress and is_main()))
-    files = saved_model_files(config.run_folder)  # None unless the run is resumed
+    files = find_saved_model_files(config.run_folder)  # None unless the run is resumed
     model = open_model(config.model, config.lora, files=files)
     check_same_model(model)
     data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
+    check_same_problems(data)
     with Run.open(config, method, show_progress=show_progress) as run:
         if run.is_complete:
             return complete_result(run, was_complete=True)
@@ -129,6 +143,17 @@ def train(
             return train_to_the_end(config, method, model, data.splits, run, actor, learner)
 
 
+def find_saved_model_files(run_folder: Path) -> Path | None:
+    """Returns the run's copy of the small files of its model, if process 0 finds one."""
+
+    def find() -> str | None:
+        files = saved_model_files(run_folder)
+        return str(files) if files else None
+
+    found = from_main(find)
+    return Path(found) if found else None
+
+
 def check_same_model(model: PretrainedModel) -> None:
     """Checks that all processes have opened the same commit of a Hub model.
 
@@ -140,6 +165,17 @@ def check_same_model(model: PretrainedModel) -> None:
             "model.path: the hosts have different commits of this model in their caches; name one, as in "
             f"owner/name@{model.repo.revision if model.repo else 'COMMIT'}"
         )
+
+
+def check_same_problems(data: LoadedData) -> None:
+    """Checks that all processes have read the same problems.
+
+    Raises:
+      UserError: if the files of the hosts differ.
+    """
+    prints = {f"the {name} problems": fingerprint(x) for name, x in data.splits.items()}
+    prints["the chat template"] = data.template.hash
+    check_equal(gather(prints), "give every host the same files")
 
 
 def check_problems(
@@ -160,7 +196,7 @@ def check_problems(
         preflight.show(console)
         summary["preflight"] = preflight.summary()
         errors = preflight.errors
-    if errors := from_main(errors):
+    if errors := from_main(lambda: errors):
         raise UserError("\n".join(errors))
     return summary
 
@@ -190,6 +226,7 @@ def train_to_the_end(
         source, destination = run.folder / MODEL, run.folder / EXPORT
         export_model(params, model.decoder, source=source, destination=destination)
         run.finish()
+    wait_for_all("run finished")  # JAX would end a process that waits for long at its exit.
     return complete_result(run)
 
 

@@ -10,6 +10,7 @@ from support.commands import run_command
 from trapo_jax.compare import main
 from trapo_jax.comparison import Grid, Trial
 from trapo_jax.comparison.experiment import check_train_steps
+from trapo_jax.runs.directory import lock_folder
 from trapo_jax.types import UserError
 
 SMALL = ("data.num_validation=8", "data.num_test=8", "evaluation.num_samples=2", "log_samples=0")
@@ -80,6 +81,16 @@ def test_mistakes_are_one_line_errors(arguments, message, tmp_path, capsys):
     assert message in error
     assert len(error.splitlines()) == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize("locked", ["--out", "--runs"])
+def test_a_second_comparison_in_the_same_folder_is_refused(locked, tmp_path, capsys):
+    folders = {"--out": tmp_path / "out", "--runs": tmp_path / "runs"}
+    arguments = [text for option, folder in folders.items() for text in (option, str(folder))]
+    with lock_folder(folders[locked]):
+        assert main(["--methods", "sft", "--budget", "10", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {locked}={folders[locked]}: another process is writing there" in error
 
 
 @pytest.mark.parametrize("budget", ["0", "many", "inf"])

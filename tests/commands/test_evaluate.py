@@ -11,6 +11,7 @@ from trapo_jax import evaluate
 from trapo_jax.config import EvaluateConfig, load_evaluate_config
 from trapo_jax.data import card_shuffles_splits
 from trapo_jax.evaluate import load_model, main
+from trapo_jax.runs.directory import lock_folder
 from trapo_jax.types import UserError
 
 
@@ -103,6 +104,15 @@ def test_a_resumed_evaluation_gives_the_same_results(whole, data, tmp_path, caps
 def test_other_settings_in_the_same_folder_are_refused(whole, data, capsys):
     assert main(arguments(data, whole[0], "seed=1")) == 2
     assert "seed=0, not 1" in capsys.readouterr().err
+
+
+def test_a_second_evaluation_in_the_same_folder_is_refused(whole, data, capsys):
+    """Otherwise, both would append their samples to one file."""
+    samples = (whole[0] / "samples.jsonl").read_bytes()
+    with lock_folder(whole[0]):
+        assert main(arguments(data, whole[0])) == 2
+    assert f"output_dir={whole[0]}: another process is writing there" in capsys.readouterr().err
+    assert (whole[0] / "samples.jsonl").read_bytes() == samples
 
 
 def test_other_weights_in_the_same_folder_are_refused(whole, data, monkeypatch, capsys):

@@ -56,7 +56,7 @@ def test_a_run_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run
         if step == 1:
             process.send_signal(signal.SIGSTOP)  # the process still holds the lock
             assert train([f"output_dir={folder}", *JOB]) == 2
-            assert "another process is training there" in capsys.readouterr().err
+            assert "another process is writing there" in capsys.readouterr().err
         process.kill()
         process.communicate()
         print(f"seed {SEED}: {delay:.2f} s after step {step}: {inject_faults.progress(folder)}")

@@ -13,13 +13,16 @@ from support.short_run import JOB
 from trapo_jax.config import Config, EvaluateConfig, list_fields, load_config, user_code
 from trapo_jax.config.changes import CHANGEABLE_FIELDS
 from trapo_jax.methods import fingerprint, make_method
+from trapo_jax.runs import directory
 from trapo_jax.runs.checkpoints import _read_manifest, _write_manifest
 from trapo_jax.runs.directory import (
     check_run_folder,
-    lock_run_folder,
+    check_shared,
+    lock_folder,
     prepare_run_folder,
     record_changes,
     run_identity,
+    write_atomically,
 )
 from trapo_jax.types import UserError
 
@@ -278,7 +281,7 @@ def test_a_folder_that_is_not_writable_is_refused(read_only_folder):
 
 
 def test_a_run_that_was_killed_before_it_wrote_anything_can_be_restarted(tmp_path):
-    with lock_run_folder(tmp_path / "a" / "run"):
+    with lock_folder(tmp_path / "a" / "run"):
         pass
     assert check_run_folder(tmp_path / "a" / "run", text()) == {}
 
@@ -286,8 +289,8 @@ def test_a_run_that_was_killed_before_it_wrote_anything_can_be_restarted(tmp_pat
 HOLDER = """
 import sys, time
 from pathlib import Path
-from trapo_jax.runs.directory import lock_run_folder
-with lock_run_folder(Path(sys.argv[1])):
+from trapo_jax.runs.directory import lock_folder
+with lock_folder(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(600)
 """
@@ -299,16 +302,50 @@ def test_a_second_process_is_refused_until_the_first_exits_or_is_killed(tmp_path
     )
     assert holder.stdout.readline() == "locked\n"
     with (
-        pytest.raises(UserError, match="another process is training there"),
-        lock_run_folder(tmp_path),
+        pytest.raises(UserError, match="another process is writing there"),
+        lock_folder(tmp_path),
     ):
         raise AssertionError("two processes in one folder")
     holder.kill()
     holder.wait()
     for _ in range(2):  # twice in the same process, although `error` keeps the frame alive
-        with pytest.raises(KeyError) as error, lock_run_folder(tmp_path):
+        with pytest.raises(KeyError) as error, lock_folder(tmp_path):
             raise KeyError
         assert error.tb
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from trapo_jax.runs.directory import write_atomically
+print("started", flush=True)
+for _ in range(300):
+    write_atomically(Path(sys.argv[1]), "other" * 10_000)
+"""
+
+
+def test_two_processes_may_write_the_same_file(tmp_path):
+    """For example, the report of a run that ends while the report command writes it."""
+    file = tmp_path / "report.html"
+    command = [sys.executable, "-c", WRITER, str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "started\n"
+        while other.poll() is None:
+            write_atomically(file, "this" * 10_000)
+            assert file.read_text() in ("this" * 10_000, "other" * 10_000)
+    assert other.returncode == 0
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_directory_that_another_host_does_not_see_is_refused(tmp_path, monkeypatch):
+    """The other host has no directory there, or one of another run, for example because the path is relative."""
+    monkeypatch.setattr(directory, "SHARED_AFTER_SECS", 0)
+    prepare_run_folder(tmp_path / "run", text(), method=fingerprint(make_method("trapo")))
+    run_id = run_identity(tmp_path / "run", text())["id"]
+    check_shared(tmp_path / "run", run_id)
+    for folder, name in ((tmp_path / "run", "another id"), (tmp_path / "absent", run_id)):
+        with pytest.raises(UserError, match=f"output_dir={folder}: not the same directory"):
+            check_shared(folder, name)
 
 
 def test_a_complete_run_continues_if_it_is_made_longer(finished_run, tmp_path):

@@ -1,5 +1,6 @@
 """Comparison of methods at equal budgets: train step checks, tuning, execution of the runs, and the report."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ from trapo_jax.comparison.grid import Grid, PlannedRun, Trial
 from trapo_jax.comparison.report import make_report
 from trapo_jax.comparison.results import TrialScore, is_complete, pick_trials, read_result
 from trapo_jax.comparison.run_pool import Failure, Say, execute_runs
-from trapo_jax.runs.directory import write_atomically
+from trapo_jax.runs.directory import lock_folder, write_atomically
 from trapo_jax.types import UserError
 
 CURVES, MARKDOWN, HTML = "curves.png", "comparison.md", "comparison.html"
@@ -59,11 +60,23 @@ def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) 
         [trial for method_trials in trials.values() for trial in method_trials]
     )
     examples = list({run.trial.method: run for run in planned}.values())
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        grid.runs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}, --runs {grid.runs}: {error.strerror}") from error
+    folders = {grid.runs.absolute(): "--runs", out.absolute(): "--out"}  # may be the same
+    with contextlib.ExitStack() as stack:
+        for folder, option in folders.items():
+            stack.enter_context(lock_folder(folder, option))
+        return execute(grid, trials, examples, command=command, jobs=jobs, say=say)
+
+
+def execute(
+    grid: Grid,
+    trials: Mapping[str, Sequence[Trial]],
+    examples: Sequence[PlannedRun],
+    *,
+    command: str,
+    jobs: int | None,
+    say: Say,
+) -> Comparison:
+    """Checks one run of each method, tunes the methods, and executes the final runs; see `compare`."""
     # The runs of a method compile the same programs and share a cache.
     cache = str(grid.runs.absolute() / "compiled")
     # Let the runs find modules in the folder of the comparison's config file.
@@ -139,14 +152,14 @@ def write_report(comparison: Comparison, out: Path) -> tuple[str, list[str]]:
     Returns:
       The report as Markdown, and the names of the files.
     """
-    curves = None
-    if comparison.results:
-        curves = Image(out / CURVES, CURVES_TEXT)
-        plot_curves(curves.path, comparison.results)
-    document, tables = make_report(comparison, curves)
-    markdown = to_markdown(document)
-    write_atomically(out / MARKDOWN, markdown)
-    write_atomically(out / HTML, to_html(document))
-    for name, table in tables.items():
-        write_csv(out / name, table)
+    curves = Image(out / CURVES, CURVES_TEXT) if comparison.results else None
+    with lock_folder(out, "--out"):
+        if curves:
+            plot_curves(curves.path, comparison.results)
+        document, tables = make_report(comparison, curves)
+        markdown = to_markdown(document)
+        write_atomically(out / MARKDOWN, markdown)
+        write_atomically(out / HTML, to_html(document))
+        for name, table in tables.items():
+            write_csv(out / name, table)
     return markdown, [MARKDOWN, HTML, *([CURVES] if curves else []), *tables]

@@ -320,6 +320,11 @@ class LimitsConfig(Section):
     stuck_after_secs: PositiveFloat = 3600.0
     """The process prints a stack trace and exits if it makes no progress for this many seconds."""
 
+    @property
+    def dead_after_secs(self) -> float:
+        """Time after which a process of the job that does not respond counts as dead, in seconds."""
+        return min(60.0, self.stuck_after_secs / 2)
+
 
 class MeshConfig(Section):
     fsdp: Annotated[int, Field(ge=-1)] = 1

@@ -1,4 +1,4 @@
-"""Initialization of multi-process jobs, with one process per host, and communication between the processes.
+"""Communication between the processes of a job, one per host; see `launch` for how they find each other.
 
 Every process runs the same program with the same config. Each process samples and grades its share of a step's
 problems. Then the rollouts are gathered on all processes, which train on one global batch. Only process 0 writes logs.
@@ -7,7 +7,7 @@ problems. Then the rollouts are gathered on all processes, which train on one gl
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -15,51 +15,13 @@ import numpy as np
 from jax._src import distributed  # JAX has no public access to its key-value store.
 from jax.experimental import multihost_utils
 
-from trapo_jax.types import Interrupted, UserError
+from trapo_jax.types import Interrupted
 
 T = TypeVar("T")
 
 # Messages are padded to this size times a power of 2, since a program is compiled for each size.
 MIN_MESSAGE_BYTES = 1024
 POLL_SECS = 1.0
-COORDINATOR_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-
-
-def join_processes(environment: Mapping[str, str] = os.environ) -> None:
-    """Initializes `jax.distributed` if the job has several processes. Must be called before JAX devices are used.
-
-    Uses `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` if they are set. On TPU pods and under
-    SLURM or MPI, JAX detects the processes automatically. A job with one process opens no port.
-
-    Raises:
-      UserError: if only some of the three variables are set, or JAX finds no device.
-    """
-    given = {name: environment[name] for name in COORDINATOR_VARIABLES if name in environment}
-    if given and len(given) < len(COORDINATOR_VARIABLES):
-        missing = ", ".join(name for name in COORDINATOR_VARIABLES if name not in given)
-        raise UserError(f"{', '.join(given)} set, but not {missing}; set all three or none")
-    if given:
-        address, num_processes, process_id = given.values()
-        jax.distributed.initialize(address, int(num_processes), int(process_id))
-    elif _num_processes(environment) > 1:
-        jax.distributed.initialize()
-    try:
-        jax.devices()
-    # JAX raises AssertionError if the platform's plugin is not installed.
-    except (RuntimeError, AssertionError) as error:
-        platforms = environment.get("JAX_PLATFORMS") or "any"
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"JAX finds no device, JAX_PLATFORMS={platforms}{reason and f' ({reason})'}; unset it to "
-            "use the available devices"
-        ) from error
-
-
-def _num_processes(environment: Mapping[str, str]) -> int:
-    """Returns the number of processes in the job, according to the launcher's environment variables."""
-    tpu_hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    slurm = int(environment.get("SLURM_NTASKS", 1)) if "SLURM_PROCID" in environment else 1
-    return max(len(tpu_hosts), slurm, int(environment.get("OMPI_COMM_WORLD_SIZE", 1)))
 
 
 def is_main() -> bool:
@@ -93,9 +55,12 @@ def gather_shares(mine: list[Any]) -> list[Any]:
     return whole
 
 
-def from_main(value: Any) -> Any:
-    """Broadcasts the value of process 0 to all processes."""
-    return gather(value)[0]
+def from_main(decide: Callable[[], T]) -> T:
+    """Lets process 0 decide, and returns what it has decided on all processes; it must be JSON-serializable.
+
+    All processes must call it. If process 0 raises an error, it ends the others; see `failures.fail_together`.
+    """
+    return gather(decide() if is_main() else None)[0]
 
 
 def interrupt_together(work: Callable[[], T]) -> T:

@@ -6,9 +6,11 @@ import functools
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
+from trapo_jax.distributed.failures import exit_failed
 from trapo_jax.printable import printable
 from trapo_jax.types import TrainingFailed, UserError
 
@@ -80,6 +82,11 @@ def run_and_exit(main: Callable[[], int]) -> NoReturn:
         # Python flushes standard output at exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_BROKEN_PIPE
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAILED
+    if isinstance(code, int) and code:
+        exit_failed(code)
     sys.exit(code)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,16 @@ import yaml
 from filelock import FileLock, Timeout
 
 from trapo_jax.config import CONFIG_FILE as CONFIG
-from trapo_jax.config import DataConfig, SourceFile, flatten, is_changeable
+from trapo_jax.config import (
+    Config,
+    DataConfig,
+    SourceFile,
+    flatten,
+    is_changeable,
+    user_code,
+)
+from trapo_jax.distributed.processes import gather
+from trapo_jax.methods import Method, fingerprint
 from trapo_jax.types import UserError
 
 LOCK = ".lock"
@@ -29,6 +39,7 @@ EXPORT = "hf"  # the trained model in Hugging Face format
 SUMMARY = "summary.json"  # written last; marks a run as complete
 
 ABSENT = "absent"  # in place of the value of a field that a config lacks
+SHARED_AFTER_SECS = 60  # maximum time until all hosts see a new file on shared storage
 NUM_STEPS, DECAY_START, METHOD_NAME = "train.num_steps", "train.decay_start", "method.name"
 
 Changes = dict[str, tuple[Any, Any]]  # old and new value by field
@@ -82,6 +93,17 @@ def check_run_folder(
     if not os.access(parent, os.W_OK):
         raise UserError(f"output_dir={folder}: {parent} is not writable")
     return changes
+
+
+def check_run(config: Config, method: Method) -> Changes:
+    """Checks that a run with this config and method can be started or resumed in its folder; see `check_run_folder`."""
+    return check_run_folder(
+        config.run_folder,
+        config.to_yaml(),
+        method=fingerprint(method),
+        depends_on_length=method.depends_on_length,
+        code=user_code(config),
+    )
 
 
 def _check_method(folder: Path, method: dict[str, Any] | None) -> None:
@@ -253,6 +275,29 @@ def run_identity(folder: Path, config_text: str) -> dict[str, str]:
     return {"id": str(name), "config": digest.hexdigest()[:16]}
 
 
+def check_shared(folder: Path, run_id: str) -> None:
+    """Checks that all processes of the job see the run directory that process 0 has prepared. All must call it.
+
+    Raises:
+      UserError: in all processes, if one does not.
+    """
+    # Network file systems cache for a while that a file does not exist.
+    deadline = time.monotonic() + SHARED_AFTER_SECS
+    while not (is_same := _is_run(folder, run_id)) and time.monotonic() < deadline:
+        time.sleep(1)
+    if not all(gather(is_same)):
+        raise UserError(
+            f"output_dir={folder}: not the same directory in all processes; choose one on storage that all hosts share"
+        )
+
+
+def _is_run(folder: Path, run_id: str) -> bool:
+    try:
+        return json.loads((folder / IDENTITY).read_text())["id"] == run_id
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def record_changes(folder: Path, config_text: str, changes: Changes, *, after_step: int) -> None:
     """Replaces the saved config and appends the changes to `changes.jsonl`."""
     record = {name: {"was": was, "is": now} for name, (was, now) in changes.items()}
@@ -284,8 +329,14 @@ def check_problems(folder: Path, data: DataConfig, *, saved: str, current: str) 
 
 
 @contextlib.contextmanager
-def lock_run_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, option: str = "output_dir") -> Iterator[None]:
     """Creates the folder and locks it for this process. The lock is released even if the process is killed.
+
+    Every command that writes to a folder over some time holds its lock.
+
+    Args:
+      folder: the folder.
+      option: the field or option of the command with which it was chosen, for errors.
 
     Raises:
       UserError: if another process holds the lock.
@@ -296,11 +347,10 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise UserError(
-            f"output_dir={folder}: another process is training there; wait until it ends or choose a different "
-            "output_dir"
+            f"{option}={folder}: another process is writing there; wait until it ends or choose a different {option}"
         ) from error
     except OSError as error:
-        raise UserError(f"output_dir={folder}: {error.strerror}") from error
+        raise UserError(f"{option}={folder}: {error.strerror}") from error
     try:
         yield
     finally:
@@ -313,13 +363,20 @@ def evaluation_file(folder: Path, split: str, step: int) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file such that readers see either the old or the new content, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """Writes a text file such that readers see either the old or the new content, never a part.
+
+    If several processes write the file at the same time, the last one wins.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # Otherwise the new name may be lost in a crash of the machine.

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from trapo_jax.config import Config, user_code
-from trapo_jax.distributed.processes import from_main, gather, is_main, wait_for_all
+from trapo_jax.distributed.processes import from_main, gather, is_main
 from trapo_jax.methods import Method, fingerprint
 from trapo_jax.runs.budget import USAGE_METRICS, Budget, is_due
 from trapo_jax.runs.checkpoints import CheckpointStore, Retention, Trainable
@@ -26,8 +26,9 @@ from trapo_jax.runs.directory import (
     SUMMARY,
     Changes,
     check_problems,
-    check_run_folder,
-    lock_run_folder,
+    check_run,
+    check_shared,
+    lock_folder,
     prepare_run_folder,
     record_changes,
     run_identity,
@@ -119,18 +120,11 @@ class Run:
         """
 
         def check() -> tuple[Changes, bool, bool]:
-            changes = check_run_folder(
-                config.run_folder,
-                config.to_yaml(),
-                method=fingerprint(method),
-                depends_on_length=method.depends_on_length,
-                code=user_code(config),
-            )
-            folder = config.run_folder
+            changes, folder = check_run(config, method), config.run_folder
             is_complete = (folder / SUMMARY).exists() and NUM_STEPS not in changes
             return changes, is_complete, not (folder / CONFIG).exists()
 
-        changes, is_complete, is_new = from_main(check() if is_main() else None)
+        changes, is_complete, is_new = from_main(check)
         return cls(
             config,
             method,
@@ -166,14 +160,15 @@ class Run:
         self._decode = decode
         self._data_fingerprint = data_summary["fingerprint"]
         if is_main():
-            self._stack.enter_context(lock_run_folder(self.folder))
+            self._stack.enter_context(lock_folder(self.folder))
+            check_run(self._config, self._method)  # Another process may have written to it.
             text, method = self._config.to_yaml(), fingerprint(self._method)
             code = user_code(self._config)
             prepare_run_folder(
                 self.folder, text, method=method, data_summary=data_summary, code=code
             )
-        wait_for_all("run directory prepared")
-        identity = run_identity(self.folder, self._config.to_yaml())
+        identity = from_main(lambda: run_identity(self.folder, self._config.to_yaml()))
+        check_shared(self.folder, identity["id"])
         self._store = CheckpointStore(self.folder / CHECKPOINTS, self._retention, identity=identity)
         watchdog = Watchdog(self._config.limits.stuck_after_secs)
         self._watchdog = self._stack.enter_context(contextlib.closing(watchdog))
@@ -191,7 +186,7 @@ class Run:
         self._stack.enter_context(contextlib.closing(listener))
         self._state_bytes = sum(x.nbytes for x in jax.tree.leaves(learner.state))
         self.console.say(self._describe_start())
-        if unknown := self._store.unknown():
+        if unknown := from_main(self._store.unknown):
             self.console.say(f"{self.folder / CHECKPOINTS}: left alone: {', '.join(unknown)}")
 
     def begin(self, activity: str, num_samples: int = 0) -> None:
@@ -246,7 +241,7 @@ class Run:
                 self.console.say(f"stage {self._stages.stage.name} begins after step {self.step}")
             self.step += 1
             self._progress_before = self._progress
-            check_space(self.folder, LOG_BYTES, "the log of a step")
+            from_main(lambda: check_space(self.folder, LOG_BYTES, "the log of a step"))
             self._step_started = time.perf_counter()
             is_last = self.step >= self._config.train.num_steps
             yield batches[self.step - 1], () if is_last else batches[self.step]
@@ -272,7 +267,7 @@ class Run:
           TrainingFailed: if the metrics show that training should not continue.
           UserError: if the method does not spend the unit of the budget.
         """
-        seconds = from_main(time.perf_counter() - self._step_started)
+        seconds = from_main(lambda: time.perf_counter() - self._step_started)
         self.usage += usage + Usage(seconds=seconds)
         self.method_state = method_state
         self._progress = self._budget.progress(self.usage, self.step)
@@ -352,7 +347,7 @@ class Run:
 
     def _save(self, learner: Trainable, *, score: float | None) -> None:
         self.begin(f"step {self.step}: saving a checkpoint")
-        check_space(self.folder, self._state_bytes + LOG_BYTES, "a checkpoint")
+        from_main(lambda: check_space(self.folder, self._state_bytes + LOG_BYTES, "a checkpoint"))
         host = {
             "usage": dataclasses.asdict(self.usage),
             "method_state": self.method_state,
@@ -366,15 +361,17 @@ class Run:
         self._is_saved = True
 
     def _is_best(self) -> bool:
-        best = self._store.best_score() if self._score is not None else None
-        return self._score is not None and (best is None or self._score > best)
+        if self._score is None:
+            return False
+        best = from_main(self._store.best_score)
+        return best is None or self._score > best
 
-    def finish(self) -> dict[str, Any]:
-        """Writes the report and the summary, which marks the run as complete, and returns the summary."""
+    def finish(self) -> None:
+        """Writes the report and the summary, which marks the run as complete."""
         self._log.offsets()  # Flushes the logs.
         if warning := write_report_of_run(self.folder):
             self.console.say(warning)
-        return write_summary(self.folder, self._config.evaluation.splits)
+        write_summary(self.folder, self._config.evaluation.splits)
 
     def summary(self) -> dict[str, Any]:
         """Returns the scores of a complete run before and after training, by split."""
@@ -382,7 +379,7 @@ class Run:
 
     def _restore(self, learner: Trainable) -> dict[str, int] | None:
         """Restores the newest intact checkpoint and returns the log offsets saved in it; None if there is none."""
-        step = from_main(self._store.newest_intact() if is_main() else None)
+        step = from_main(self._store.newest_intact)
         if step is None:
             return None
         abstract = learner.abstract_state()

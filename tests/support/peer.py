@@ -1,0 +1,41 @@
+"""One of several processes: joins the others, then fails or dies if it is the given one, or else waits for it.
+
+    python peer.py NUMBER fail|die
+
+It accepts the metadata server of a TPU VM, which JAX asks only if the machine has TPUs.
+"""
+
+import trapo_jax.distributed.log_level  # noqa: F401
+
+# isort: split
+import os
+import signal
+
+import jax
+
+from trapo_jax.distributed.failures import fail_together
+from trapo_jax.distributed.launch import join_processes
+from trapo_jax.distributed.processes import gather
+from trapo_jax.runs.command_line import command, run_and_exit
+from trapo_jax.types import UserError
+
+DEAD_AFTER_SECS = 20
+
+
+@command
+def main(arguments):
+    if "GCE_METADATA_IP" in os.environ:
+        del os.environ["TPU_SKIP_MDS_QUERY"]
+    join_processes({"seed": 0}, dead_after_secs=DEAD_AFTER_SECS)
+    with fail_together(DEAD_AFTER_SECS):
+        print("processes:", gather(jax.process_index()))
+        number, action = arguments
+        if jax.process_index() == int(number):
+            if action == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise UserError("train.parquet: no such file")
+        gather(None)
+    return 0
+
+
+run_and_exit(main)

@@ -1,0 +1,233 @@
+"""Start of a job: its processes, one per host, find each other and compare what they were started with.
+
+JAX finds the processes of a TPU slice, also on GKE, and those that `srun` or `mpirun` has started. Otherwise they are
+described by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax._src import (  # JAX has no public access to the detected cluster and the key-value store.
+    clusters,
+    distributed,
+)
+
+from trapo_jax.distributed.failures import report_abort
+from trapo_jax.distributed.log_level import HOST_LISTS
+from trapo_jax.types import UserError
+
+ADDRESS, COUNT, ID = BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# The variables of launchers that JAX reads.
+DETECTED_FROM = (
+    *("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    *("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    *(*HOST_LISTS, "TPU_WORKER_ID", "JAX_COORDINATOR_PORT"),
+)
+LOCAL_DEVICES = "JAX_LOCAL_DEVICE_IDS"
+JOIN_SECS = 300  # maximum time between the start of the first and the last process
+EXCHANGE_SECS = (
+    60  # maximum time between the arrival of the first and the last process that have joined
+)
+MAX_NAMED = 3  # fields in the message about processes that were started differently
+MAX_VALUE_CHARS = 60
+SETTINGS = "trapo_jax/settings"
+
+
+def join_processes(settings: Mapping[str, Any], *, dead_after_secs: float) -> None:
+    """Initializes `jax.distributed` if the job has several processes. Must be called before JAX devices are used.
+
+    A job with one process opens no port. If `jax.distributed` has been initialized already, only the settings are
+    compared.
+
+    Args:
+      settings: JSON-serializable values by name, which must be the same in all processes.
+      dead_after_secs: time after which a process that does not respond counts as dead, and all others end.
+
+    Raises:
+      UserError: if the settings differ; if a launcher has started several processes, but they do not find each other;
+        if its environment variables are malformed; or if JAX finds no device.
+    """
+    if not jax.distributed.is_initialized():
+        _initialize(dead_after_secs)
+    if jax.distributed.is_initialized():
+        check_equal(_exchange(settings), "start the same command with the same files on every host")
+    try:
+        num_processes = jax.process_count()
+    # JAX raises AssertionError if the platform's plugin is not installed.
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS") or "any"
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"JAX finds no device, JAX_PLATFORMS={platforms}{reason and f' ({reason})'}; unset it to "
+            "use the available devices"
+        ) from error
+    if num_processes > 1 and not jax.distributed.is_initialized():
+        raise UserError(
+            f"this process is one of {num_processes}, but JAX does not find their coordinator; set {', '.join(BY_HAND)}"
+        )
+
+
+def _initialize(dead_after_secs: float) -> None:
+    """Initializes `jax.distributed` if this process is one of several."""
+    address, num_processes, process_id = _described_by_hand()
+    if num_processes is None and _detected_count() == 1:
+        _check_alone()
+        return
+    described = ", ".join(f"{x}={os.environ[x]}" for x in DETECTED_FROM if x in os.environ)
+    where = address or f"the coordinator that JAX detects ({described or 'TPU metadata'})"
+    report_abort(
+        f"not all processes of the job have connected to {where} within {JOIN_SECS} s, or two have the same number; "
+        "start every process once, and see the output of the others"
+    )
+    try:
+        jax.distributed.initialize(
+            address,
+            num_processes,
+            process_id,
+            local_device_ids=_local_device_ids(),
+            initialization_timeout=JOIN_SECS,
+            heartbeat_timeout_seconds=max(1, round(dead_after_secs)),
+        )
+    except (RuntimeError, ValueError, LookupError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"cannot join the other processes at {where}: {reason}") from error
+    report_abort(
+        "another process of the job has died or cannot be reached; see its output, then start all processes again to "
+        "resume from the newest checkpoint (with TF_CPP_MIN_LOG_LEVEL=0, JAX logs why it has ended this process)"
+    )
+
+
+def _described_by_hand() -> tuple[str | None, int | None, int | None]:
+    """Returns the coordinator's address, the number of processes, and the number of this one, if they are set."""
+    given = [name for name in BY_HAND if name in os.environ]
+    if not given:
+        return None, None, None
+    if missing := [name for name in BY_HAND if name not in given]:
+        raise UserError(
+            f"{', '.join(given)} set, but not {', '.join(missing)}; set all three or none"
+        )
+    address, count, index = os.environ[ADDRESS], _integer(COUNT), _integer(ID)
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"{ADDRESS}={address}: give HOST:PORT of process 0")
+    if not 0 <= index < count:
+        raise UserError(f"{ID}={index}: with {COUNT}={count}, give a number from 0 to {count - 1}")
+    return address, count, index
+
+
+def _detected_count() -> int:
+    """Returns the number of processes of the job that JAX detects; 1 if it detects none."""
+    kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in a Kubernetes pod without Kubernetes' client
+        try:
+            return next((x.get_process_count() for x in kinds if x.is_env_present()), 1)
+        except (
+            Exception
+        ):  # Detection asks servers of the cloud, whose clients raise errors of their own.
+            return 1
+
+
+def _check_alone() -> None:
+    """Checks that no launcher has started other processes, which JAX would not find."""
+    for variable, num_processes, remedy in _launched():
+        if num_processes > 1:
+            raise UserError(
+                f"{variable}={os.environ[variable]}: this process is one of {num_processes}, but JAX does not find the "
+                f"others; {remedy}, or set {', '.join(BY_HAND)}"
+            )
+
+
+def _launched() -> Iterator[tuple[str, int, str]]:
+    """Yields the environment variables of launchers, the number of processes, and what to do if they are not found."""
+    name = "SLURM_NTASKS"
+    if name in os.environ and "SLURM_PROCID" in os.environ:  # otherwise, a shell in an allocation
+        yield name, _integer(name), "start it with srun, or unset the variable if it is alone"
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if name in os.environ:
+            yield name, _integer(name), "start one process if it is alone"
+    for name in HOST_LISTS:
+        if name in os.environ:
+            hosts = os.environ[name].split(",")
+            yield name, len(hosts), "install trapo_jax[tpu] on a host with a TPU"
+
+
+def _local_device_ids() -> list[int] | None:
+    """Returns [], that is, all devices, if this is the only process on its host; None for JAX's default.
+
+    The default for processes that were started by srun or mpirun is one device, also if there is one process per host.
+    """
+    if LOCAL_DEVICES in os.environ:
+        return None
+    tasks, nodes, local = "SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE"
+    if tasks in os.environ and nodes in os.environ:
+        return [] if _integer(tasks) == _integer(nodes) else None
+    return [] if local in os.environ and _integer(local) == 1 else None
+
+
+def _integer(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError as error:
+        raise UserError(f"{name}={os.environ[name]!r:.100}: not a whole number") from error
+
+
+def _exchange(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the settings of all processes. It uses only the coordinator, because the devices may differ as well.
+
+    Raises:
+      UserError: if a process does not send its settings.
+    """
+    state = distributed.global_state
+    client: Any = state.client
+    text = json.dumps(settings, default=str)
+    try:
+        client.key_value_set(f"{SETTINGS}/{state.process_id}", text, allow_overwrite=True)
+        client.wait_at_barrier(f"{SETTINGS}/sent", 1000 * EXCHANGE_SECS)
+        received = dict(client.key_value_dir_get(SETTINGS))
+        # No process ends, and the coordinator with it, before all have received the settings.
+        client.wait_at_barrier(f"{SETTINGS}/received", 1000 * EXCHANGE_SECS)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"the other processes of the job have not sent their settings within {EXCHANGE_SECS} s; start the same command "
+            "with the same version of trapo_jax on every host"
+        ) from error
+    return [json.loads(received[f"{SETTINGS}/{process}"]) for process in range(state.num_processes)]
+
+
+def check_equal(by_process: Sequence[Mapping[str, Any]], remedy: str) -> None:
+    """Checks that the values of all processes are equal.
+
+    Args:
+      by_process: values by name, for every process.
+      remedy: what to do if they differ, for the error.
+
+    Raises:
+      UserError: with the names of what differs and the values of the processes.
+    """
+    names = dict.fromkeys(name for values in by_process for name in values)
+    lines = []
+    for name in names:
+        processes: dict[str, list[int]] = {}
+        for process, values in enumerate(by_process):
+            text = json.dumps(values[name], ensure_ascii=False) if name in values else "absent"
+            processes.setdefault(text, []).append(process)
+        if len(processes) > 1:
+            lines.append(f"{name}={', '.join(map(_describe, processes.items()))}")
+    if lines:
+        rest = f" and {len(lines) - MAX_NAMED} more" if len(lines) > MAX_NAMED else ""
+        raise UserError(
+            f"the processes of the job differ in {'; '.join(lines[:MAX_NAMED])}{rest}; {remedy}"
+        )
+
+
+def _describe(item: tuple[str, Sequence[int]]) -> str:
+    text, processes = item
+    if len(text) > MAX_VALUE_CHARS:
+        text = text[: MAX_VALUE_CHARS - 3] + "..."
+    others = f" and {len(processes) - 1} others" if len(processes) > 1 else ""
+    return f"{text} on process {processes[0]}{others}"
