@@ -66,7 +66,7 @@ def examples_from_rows(
     if not needs_answer and not columns.answer.endswith("?"):
         columns = dataclasses.replace(columns, answer=columns.answer + "?")
     examples: list[Example] = []
-    dropped: Counter[str] = Counter()
+    dropped = Counter[str]()
     presence = Presence(columns)
     num_read = num_with_list = 0
     for row in rows:
@@ -86,7 +86,7 @@ def examples_from_rows(
     report = DataReport(num_read, len(examples), dict(dropped), dict(+notes))  # +: without zeros
     if not examples:
         hint = ""
-        if dropped[_NO_ANSWER] == num_read and columns.answer.endswith("?"):
+        if dropped[_NO_ANSWER] == num_read:
             hint = f"; set data.columns.answer to the column of the answers (now {columns.answer})"
         raise UserError(f"{', '.join(presence.files)}: no row is usable: {report}{hint}")
     return examples, report

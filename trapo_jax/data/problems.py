@@ -102,10 +102,7 @@ def encode_examples(
         notes["problems without an expert"] = num_without
     report = DataReport(num_read, len(problems), dict(dropped), dict(notes))
     if not problems:
-        hint = ""
-        if longest > max_prompt_length:
-            hint = f"; raise data.max_prompt_length, since the longest prompt has {longest} tokens"
-        raise UserError(f"{name}: no problem is usable: {report}{hint}")
+        raise _nothing_usable(name, report, longest, max_prompt_length)
     return problems, report
 
 
@@ -263,6 +260,13 @@ def _merge_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]:
             solutions = tuple(dict.fromkeys(first.solutions + example.solutions))
             merged[_content_id(example)] = first._replace(solutions=solutions)
     return list(merged.values()), num_read
+
+
+def _nothing_usable(name: str, report: DataReport, longest: int, limit: int) -> UserError:
+    hint = ""
+    if longest > limit:
+        hint = f"; raise data.max_prompt_length, since the longest prompt has {longest} tokens"
+    return UserError(f"{name}: no problem is usable: {report}{hint}")
 
 
 def _overlong_prompt(text: str, length: int, limit: int) -> UserError:
