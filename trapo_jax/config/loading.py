@@ -14,14 +14,23 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
+from trapo_jax.config.changes import flatten
 from trapo_jax.config.help import list_fields
 from trapo_jax.config.schema import MethodConfig, Section
 from trapo_jax.config.training import Config
+from trapo_jax.files import read_text, reason_of, shown
 from trapo_jax.import_path import search_beside
 from trapo_jax.methods import constant_names
 from trapo_jax.types import UserError
 
 C = TypeVar("C", bound=Section)
+
+# A resolved config has about 4,000 characters.
+MAX_CONFIG_BYTES = MAX_CONFIG_SIZE = 2**18
+MAX_DEPTH = 50
+MAX_NUMBER_CHARS = 400
+MAX_MISTAKES, MAX_NAME_CHARS = 20, 100  # that are shown
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 def load_config(
@@ -44,17 +53,18 @@ def load_config(
     """
     search_beside(file)
     data = merge_config(file, overrides, defaults=defaults)
-    try:
-        text = json.dumps(data, default=str)
-    except (TypeError, ValueError, RecursionError) as error:  # a date as a key, a list in itself
-        where = file or "command line"
-        raise UserError(f"{where}: not plain fields and values ({error})") from error
+    text = _to_json(data, file)
     try:
         # Strict JSON mode accepts neither "3" for 3 nor true for 1, but lists and mappings as YAML gives them.
         return config_class.model_validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         given = {name for name, _ in overrides}
-        lines = [_explain(e, config_class, file=file, overrides=given) for e in error.errors()]
+        mistakes = error.errors()
+        lines = [
+            _explain(e, config_class, file=file, overrides=given) for e in mistakes[:MAX_MISTAKES]
+        ]
+        if num_more := len(mistakes) - len(lines):
+            lines.append(f"{num_more} more mistakes like these")
         raise UserError("\n".join(lines)) from error
 
 
@@ -98,21 +108,12 @@ def read_yaml(file: Path) -> dict[str, Any]:
     Raises:
       UserError: naming the file and the line of a syntax error.
     """
+    text = read_text(file, max_bytes=MAX_CONFIG_BYTES)
     try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
-    try:
-        data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{file}{line}: not valid YAML ({problem})") from error
-    except (ValueError, RecursionError) as error:  # 5,000 digits, February 31
-        raise UserError(f"{file}: not valid YAML ({error})") from error
+        data = _parse_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{file}{line}: not valid YAML ({error.problem})") from error
     if not isinstance(data, dict):
         raise UserError(f"{file}: expected fields such as 'seed: 0', found {_shorten(data)}")
     return data
@@ -149,23 +150,77 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
     return file, overrides
 
 
+def _to_json(data: dict[str, Any], file: Path | None) -> bytes:
+    """Returns merged data as JSON, in which what JSON lacks, such as dates, is text."""
+    where = file or "command line"
+    try:
+        return json.dumps(data, default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        fields = (name for name, value in flatten(data).items() if not _is_unicode(name, value))
+        raise UserError(f"{where}: {shown(next(fields))}: not Unicode text") from error
+    except (TypeError, ValueError) as error:  # a date as a key
+        raise UserError(f"{where}: not plain fields and values ({error})") from error
+
+
+def _is_unicode(name: str, value: Any) -> bool:
+    try:
+        json.dumps([name, value], default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class _Loader(yaml.SafeLoader):
-    """Reads floats as YAML 1.2 does (`1e-6` is a number) and refuses duplicate keys."""
+    """Reads floats as YAML 1.2 does (`1e-6` is a number), refuses duplicate keys, and limits what a text expands to.
+
+    An alias counts as much as what it repeats, since a few nested ones would otherwise fill any memory.
+    """
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self._depth = 0
+        self._size = 0  # of everything so far, in characters and nodes
+        self._sizes: dict[int, int] = {}  # by id of the node
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        before = self._size
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _error("nested too deeply", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                raise _error("an alias inside of what it repeats", event)
+            self._size += self._sizes[id(node)]
+        else:
+            self._size += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
+            self._sizes[id(node)] = self._size - before
+        if self._size > MAX_CONFIG_SIZE:
+            raise _error(f"it expands to more than {MAX_CONFIG_SIZE:,} characters", event)
+        return node
+
+    def construct_scalar(self, node):
+        if node.tag in _NUMBERS and len(node.value) > MAX_NUMBER_CHARS:
+            # Reading a long number in base 60 takes minutes.
+            raise _error(f"a number of {len(node.value)} characters", node)
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{_shorten(key)} cannot be a field", problem_mark=key_node.start_mark
-                )
+                raise _error(f"{_shorten(key)} cannot be a field", key_node)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"duplicate key {key!r}", problem_mark=key_node.start_mark
-                )
+                raise _error(f"duplicate key {shown(key)}", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _error(problem: str, where: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
 
 
 _Loader.add_implicit_resolver(
@@ -175,11 +230,26 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse_scalar(name: str, text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
+    """Parses a text; raises `yaml.MarkedYAMLError` for every text that is not valid."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"command line: {name}={text!r:.200}: not a YAML value") from error
+    except yaml.MarkedYAMLError:
+        raise
+    except yaml.YAMLError as error:  # a control character
+        raise yaml.MarkedYAMLError(problem=str(error).splitlines()[0]) from error
+    # 5,000 digits, February 31, tags that do not fit their values
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise yaml.MarkedYAMLError(problem=reason_of(error)) from error
+
+
+def _parse_scalar(name: str, text: str) -> Any:
+    try:
+        return _parse_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        raise UserError(
+            f"command line: {name[:MAX_NAME_CHARS]}={text!r:.200}: not a YAML value"
+        ) from error
 
 
 def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,13 +274,15 @@ def _drop_constants_of_another_method(data: dict[str, Any], name: Any) -> None:
 
 
 def _set_field(data: dict[str, Any], name: str, value: Any) -> None:
-    *sections, leaf = name.split(".")
+    *sections, leaf = name.split(".", maxsplit=MAX_DEPTH)
     for section in sections:
         inner = data.setdefault(section, {})
         if inner is None:
             inner = data[section] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"command line: {name}: {section!r} is not a section")
+            raise UserError(
+                f"command line: {name[:MAX_NAME_CHARS]}: {shown(section)} is not a section"
+            )
         data = inner
     data[leaf] = value
 
@@ -219,7 +291,7 @@ def _explain(
     error: Any, config_class: type[Section], *, file: Path | None, overrides: set[str]
 ) -> str:
     """Returns one line with the place, the field, its value, what is wrong and how to fix it."""
-    name = ".".join(str(part) for part in error["loc"]).replace("\n", "\\n")
+    name = ".".join(str(part) for part in error["loc"]).replace("\n", "\\n")[:MAX_NAME_CHARS]
     from_command_line = any(name == o or name.startswith(o + ".") for o in overrides)
     where = "command line" if from_command_line or file is None else str(file)
     if error["type"] == "extra_forbidden":

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from trapo_jax.files import read_json_object
 from trapo_jax.models.attention import Implementation
 from trapo_jax.models.decoder import DecoderConfig, Remat
-from trapo_jax.models.json_file import read_json_object
 from trapo_jax.models.lora import Lora
 from trapo_jax.models.rope import Rope
 from trapo_jax.models.tensor_files import has_own_head

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from trapo_jax.config import LoraConfig, ModelConfig
+from trapo_jax.files import read_json_object
 from trapo_jax.hub import HubRepo, parse_hub_id
 from trapo_jax.models.decoder import DecoderConfig
 from trapo_jax.models.generation_config import read_eos_ids
 from trapo_jax.models.hugging_face_config import read_config, read_max_context_len
-from trapo_jax.models.json_file import read_json_object
 from trapo_jax.models.location import fetch_small_files, fetch_weights, locate_model
 from trapo_jax.models.lora import Lora
 from trapo_jax.models.side_files import replaced_folder, write_side_files

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trapo_jax.models.json_file import read_json_object
+from trapo_jax.files import read_json_object
 from trapo_jax.types import UserError
 
 if TYPE_CHECKING:
