@@ -47,6 +47,7 @@ from trapo_jax.rollouts.metrics import graded_groups
 from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import EXPORT, METRICS, MODEL, SAMPLES
+from trapo_jax.runs.monitoring import check_learned
 from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import EXPERT_LOSS, VALIDATION, Run
 from trapo_jax.runs.saved_model import saved_model_files
@@ -178,6 +179,7 @@ def train_to_the_end(
     try:
         finish_step(splits, run, actor, learner)  # if it was interrupted, or before the first one
         train_loop(config, method, splits, run, actor, learner)
+        check_learned(run.folder, run.step, run.usage.tokens_trained, learner.state)
         evaluate_pending(splits, run, actor, learner)
     except Interrupted:
         run.stop(learner)

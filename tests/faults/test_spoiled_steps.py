@@ -4,8 +4,10 @@ import numpy as np
 
 import inject_faults
 from support.commands import run_command
-from support.short_run import JOB, copy_unfinished
+from support.short_run import JOB, TINY_JOB, copy_unfinished
 from trapo_jax.runs.loggers import read_metrics
+from trapo_jax.train import main as train
+from trapo_jax.training import learner
 
 PATCHED_TRAIN = """
 import itertools, sys
@@ -62,3 +64,21 @@ def test_an_update_with_a_non_finite_gradient_is_skipped_and_reported(finished_r
             np.testing.assert_array_equal(states[11][name], value)
     moved = [n for n, x in states[12].items() if "params" in n and (x != states[11][n]).any()]
     assert len(moved) == sum("params" in name for name in states[12])
+
+
+def test_a_run_that_applied_no_update_fails(tmp_path, monkeypatch, capsys):
+    """It fails in the same way when it is resumed, and exports nothing."""
+    build_batch = learner.build_batch
+
+    def corrupt(rows, **options):
+        return build_batch([row._replace(advantage=float("inf")) for row in rows], **options)
+
+    monkeypatch.setattr(learner, "build_batch", corrupt)
+    for _ in range(2):
+        assert train([f"output_dir={tmp_path / 'run'}", *TINY_JOB]) == 1
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith(
+            "error: step 2: every update was skipped, the last one because loss/policy_gradient was not finite"
+        )
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "hf").exists()

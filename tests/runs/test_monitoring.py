@@ -7,7 +7,13 @@ import sys
 
 import pytest
 
-from trapo_jax.runs.monitoring import WARN_AFTER_STEPS, Health, TrainingFailed, check_space
+from trapo_jax.runs.monitoring import (
+    WARN_AFTER_STEPS,
+    Health,
+    TrainingFailed,
+    check_learned,
+    check_space,
+)
 
 GOOD = {
     "loss/trsft": 1.0,
@@ -52,6 +58,11 @@ def test_a_skipped_update_is_reported_with_its_cause():
         TrainingFailed, match=r"step 9: train.max_skipped_steps=3 .*loss/trsft was not finite"
     ):
         health().observe(9, {**values, "optimizer/skipped_in_a_row": 3})
+
+
+def test_a_run_without_a_trained_token_fails(tmp_path):
+    with pytest.raises(TrainingFailed, match=r"step 9: no token has been trained, .*data\.json"):
+        check_learned(tmp_path, 9, 0, state=None)
 
 
 def test_a_large_logprob_gap_stops_the_run():

@@ -137,6 +137,28 @@ BREAKAGES = {
         ),
         "'model.norm.weight' is I32; supported are F32, BF16, F16",
     ),
+    **{
+        f"{value} in the weights": (
+            lambda f, value=value: break_tensors(
+                f,
+                lambda t: t.update({"model.norm.weight": np.array([1.0] * 23 + [value], "f4")}),
+            ),
+            r"model.safetensors: tensor 'model.norm.weight' has values that are not finite",
+        )
+        for value in (np.nan, np.inf)
+    },
+    **{
+        f"{field} {value:.0g}": (
+            lambda f, change={field: value}: break_config(f, **change),
+            f"config.json: field '{field}' must be a number > 0 .*, found",
+        )
+        for field in ("rms_norm_eps", "rope_theta")
+        for value in (np.nan, np.inf, 10**300, 1e-300)
+    },
+    "rope factor NaN": (
+        lambda f: break_config(f, rope_scaling={"rope_type": "linear", "factor": np.nan}),
+        "rope type 'linear' needs a number 'factor' > 0 .*, found nan",
+    ),
     "index with a missing file": (
         lambda f: write_index(f, {"model.norm.weight": "model-2.safetensors"}),
         r"model-2.safetensors: not a readable safetensors file",

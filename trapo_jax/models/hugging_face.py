@@ -38,8 +38,8 @@ def load_params(
       seed: random seed for the adapters of `config.lora`.
 
     Raises:
-      UserError: if a tensor is missing, unexpected, has the wrong shape, or cannot be read. The error names tensor and
-        file. All checks except readability run before any tensor is read.
+      UserError: if a tensor is missing, unexpected, has the wrong shape, cannot be read, or is not finite. The error
+        names tensor and file. All checks of names, shapes and dtypes run before any tensor is read.
     """
     tensor_map = _tensor_map(config)
     shapes = {part.name: part.shape for parts in tensor_map.values() for part in parts}
@@ -56,6 +56,8 @@ def load_params(
             ours = host[part.index]
             theirs = tensors.read(part.name)
             ours[...] = (theirs.T if part.is_linear else theirs).reshape(ours.shape)
+            if not _all_finite(ours):
+                raise tensors.error(part.name, "has values that are not finite (NaN or infinity)")
         if sharding is None:
             return jax.device_put(host)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
@@ -134,6 +136,12 @@ def _write_tensors(
     if len(files) > 1:
         index_data = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index_data, indent=2) + "\n")
+
+
+def _all_finite(x: np.ndarray) -> bool:
+    """Whether no value is NaN or infinity. A sum shows it without a temporary array, unless finite values overflow."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(x.sum()) or np.isfinite(x).all())
 
 
 def _on_host(x: jax.Array) -> np.ndarray:

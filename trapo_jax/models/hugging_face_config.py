@@ -1,7 +1,9 @@
 """Converts a Hugging Face `config.json` to a `DecoderConfig`, or rejects it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
+
+import numpy as np
 
 from trapo_jax.files import read_json_object
 from trapo_jax.models.attention import Implementation
@@ -14,6 +16,7 @@ from trapo_jax.types import UserError
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3")
 DEFAULT_THETA = 10_000.0
+MIN_FLOAT32, MAX_FLOAT32 = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 ORIGINAL_LEN = "original_max_position_embeddings"
 # Any of these fields would change the result, and the decoder supports none of them.
 UNSUPPORTED = (
@@ -182,8 +185,10 @@ def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
 
     def number(name: str) -> float:
         value = data.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise fields.error(f"rope type {kind!r} needs a number {name!r} > 0, found {value!r}")
+        if not _is_positive(value):
+            raise fields.error(
+                f"rope type {kind!r} needs a number {name!r} > 0 of float32, found {value!r}"
+            )
         return float(value)
 
     theta = number("rope_theta") if "rope_theta" in data else theta
@@ -199,6 +204,12 @@ def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
         high_freq_factor=number("high_freq_factor"),
         original_len=int(number(ORIGINAL_LEN)),
     )
+
+
+def _is_positive(value: Any) -> TypeGuard[float]:
+    """Whether a JSON value is a number > 0 that float32 can represent. NaN and infinity, which Python reads, are not."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and MIN_FLOAT32 <= value <= MAX_FLOAT32
 
 
 class _Fields:
@@ -223,8 +234,8 @@ class _Fields:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._required(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise self.error(f"field {name!r} must be a number > 0, found {value!r}")
+        if not _is_positive(value):
+            raise self.error(f"field {name!r} must be a number > 0 of float32, found {value!r}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:

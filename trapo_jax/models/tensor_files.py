@@ -89,6 +89,11 @@ class TensorReader:
             except SafetensorError as error:
                 raise UserError(f"{path}: tensor {stored!r}: {error}") from error
 
+    def error(self, name: str, problem: str) -> UserError:
+        """Returns an error that names a tensor as it is stored, and its file."""
+        stored, path = self._stored[name]
+        return UserError(f"{path}: tensor {stored!r} {problem}")
+
     def are_equal(self, first: str, second: str) -> bool:
         """Returns whether two matrices are of supported dtypes and equal; neither is read as a whole."""
         (a, a_path), (b, b_path) = self._stored[first], self._stored[second]

@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 
-from trapo_jax.distributed.processes import SharedFlag
+from trapo_jax.distributed.processes import SharedFlag, from_main, is_main
+from trapo_jax.runs.directory import DATA
+from trapo_jax.runs.loggers import TRAIN, read_metrics
 from trapo_jax.types import TrainingFailed
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.monitoring`
@@ -86,7 +88,35 @@ class Health:
         return [f"step {step}: for {WARN_AFTER_STEPS} steps, {text}"]
 
 
-def _skip_reason(values: Mapping[str, float]) -> str:
+def check_learned(folder: Path, step: int, tokens_trained: int, state: Any) -> None:
+    """Checks, after the last step of a run, that it has changed the parameters.
+
+    Args:
+      folder: the run directory.
+      step: the last step.
+      tokens_trained: number of tokens that the run has trained.
+      state: the train state.
+
+    Raises:
+      TrainingFailed: if no token was trained, or every update was skipped.
+    """
+    if not tokens_trained:
+        raise TrainingFailed(
+            f"step {step}: no token has been trained, so the model is unchanged; {DATA} in {folder} says how many "
+            "expert solutions there are"
+        )
+    if int(state.num_skipped_in_a_row) < int(state.step):
+        return
+    records = from_main(read_metrics(folder) if is_main() else None)
+    last = [record for record in records if record["kind"] == TRAIN][-1]
+    values = {name: math.nan if value is None else value for name, value in last.items()}
+    raise TrainingFailed(
+        f"step {step}: every update was skipped, the last one because {_skip_reason(values)}; the model is unchanged, so "
+        "check the weights and config.json of model.path, or lower train.learning_rate"
+    )
+
+
+def _skip_reason(values: Mapping[str, Any]) -> str:
     """Names the loss terms that were not finite, else the gradient, which was not finite or too large."""
     names = [name for name in values if name.startswith("loss/") and name != "loss/total"]
     if terms := [name for name in names if not math.isfinite(values[name])]:
