@@ -7,7 +7,7 @@ import json
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trapo_jax.types import UserError
 
@@ -72,25 +72,44 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any
 
 
 def read_lines(path: Path, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int, bytes]]:
-    """Yields the number and the bytes of each line, including its line break, which the last one may lack.
+    """Yields the number and the bytes of each line of a regular file; see `split_lines`.
 
     Raises:
       UserError: if the file is not a regular file, or a line is longer than `max_bytes`.
       OSError: if the file cannot be read.
     """
     check_regular(path)
-    number = 0
     with path.open("rb") as file:
-        while line := file.readline(max_bytes + 1):
-            number += 1
-            if len(line) > max_bytes:
-                raise UserError(f"{path}, line {number}: longer than {max_bytes:,} bytes")
-            yield number, line
+        yield from split_lines(file, f"{path}, line", max_bytes=max_bytes)
+
+
+def split_lines(
+    file: BinaryIO, unit: str, *, max_bytes: int = MAX_BYTES
+) -> Iterator[tuple[int, bytes]]:
+    """Yields the number and the bytes of each line, including its line break, which the last one may lack.
+
+    Args:
+      file: what to read from.
+      unit: what the lines are, for the error message, such as "rows.jsonl, line".
+      max_bytes: maximum length of a line.
+
+    Raises:
+      UserError: if a line is longer.
+    """
+    number = 0
+    while line := file.readline(max_bytes + 1):
+        number += 1
+        if len(line) > max_bytes:
+            raise UserError(f"{unit} {number}: longer than {max_bytes:,} bytes")
+        yield number, line
 
 
 def shown(value: object, *, max_chars: int = 60) -> str:
     """Returns the start of a value's `repr`, for an error message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested deeply, or an integer of more than 4,300 digits
+        return f"a {type(value).__name__}"
     return text if len(text) <= max_chars else text[:max_chars] + "..."
 
 

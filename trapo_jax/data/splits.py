@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -298,7 +298,7 @@ def _read_test_files(config: DataConfig) -> tuple[list[Example], list[DataReport
 
 def _read(config: DataConfig, files: Sequence[str], split: str) -> Iterator[Row]:
     for entry in files:
-        yield from islice(read_rows([entry], split=split), config.limit)
+        yield from read_rows([entry], split=split, limit=config.limit)
 
 
 def _columns_of(config: DataConfig, rows: Iterator[Row]) -> tuple[Columns, Iterable[Row]]:
