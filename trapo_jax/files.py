@@ -7,7 +7,7 @@ import json
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from trapo_jax.types import UserError
 
@@ -84,7 +84,7 @@ def read_lines(path: Path, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int,
 
 
 def split_lines(
-    file: BinaryIO, unit: str, *, max_bytes: int = MAX_BYTES
+    file: IO[bytes], unit: str, *, max_bytes: int = MAX_BYTES
 ) -> Iterator[tuple[int, bytes]]:
     """Yields the number and the bytes of each line, including its line break, which the last one may lack.
 
@@ -106,6 +106,8 @@ def split_lines(
 
 def shown(value: object, *, max_chars: int = 60) -> str:
     """Returns the start of a value's `repr`, for an error message."""
+    if isinstance(value, str) and len(value) > max_chars:
+        return repr(value[:max_chars]) + "..."
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested deeply, or an integer of more than 4,300 digits

@@ -163,7 +163,7 @@ def test_rows_without_the_answer_marker_are_counted():
 def test_no_usable_row_raises_with_counts():
     rows = rows_of({"q": "", "a": "1", "s": ""}, {"q": "Q", "a": "", "s": ""})
     with pytest.raises(
-        UserError, match="no row is usable: 0 of 2 kept; dropped: 1 with an empty ans"
+        UserError, match=r"no row of f\.jsonl is usable: 0 of 2 kept; dropped: 1 with an empty ans"
     ):
         examples_from_rows(rows, COLUMNS)
 

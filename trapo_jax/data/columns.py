@@ -12,7 +12,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from trapo_jax.config import ColumnPreset
 from trapo_jax.data.examples import DataReport, Example, Message, Prompt
 from trapo_jax.data.sources import Row
+from trapo_jax.files import shown
 from trapo_jax.types import ExpertPart, UserError
 
 
@@ -63,11 +65,15 @@ COLUMN_PRESETS: Mapping[ColumnPreset, Columns] = {
     "sharegpt": Columns("conversations", "answer?", ("conversations",), "source?"),
 }
 
-_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+MAX_ROW_CHARS = (
+    1_000_000  # of all texts that are used of a row; far beyond the context of any model
+)
+MAX_LISTED = 20  # columns in an error message
 _THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?", re.ASCII)
 _ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 _ABSENT = object()
 _NO_ANSWER = "with an empty answer"
+_TOO_LONG = f"with more than {MAX_ROW_CHARS:,} characters"
 
 
 class _UnusableRow(Exception):
@@ -84,8 +90,8 @@ def examples_from_rows(
 ) -> tuple[list[Example], DataReport]:
     """Maps rows to examples.
 
-    A row whose prompt is empty, null or absent, or whose text is not Unicode, is dropped and counted, and so is a row
-    without an answer if answers are needed.
+    A row whose prompt is empty, null or absent, or whose text is not Unicode or longer than `MAX_ROW_CHARS`, is dropped
+    and counted, and so is a row without an answer if answers are needed.
 
     Args:
       rows: from `read_rows`.
@@ -122,7 +128,7 @@ def examples_from_rows(
         hint = ""
         if dropped[_NO_ANSWER] == num_read and columns.answer.endswith("?"):
             hint = f"; set data.columns.answer to the column of the answers (now {columns.answer})"
-        raise UserError(f"data: no row is usable: {report}{hint}")
+        raise UserError(f"data: no row of {presence.files()} is usable: {report}{hint}")
     return examples, report
 
 
@@ -139,7 +145,7 @@ def find_preset(row: Row) -> ColumnPreset:
             if is_complete and preset.answer_marker in str(_look_up(row, preset.answer)):
                 return name
     raise UserError(
-        f"{row.file}: the columns are {', '.join(_paths(row.values)) or 'none'}, which fits no preset; set "
+        f"{row.file}: the columns are {_list_paths(row)}, which fits no preset; set "
         "data.columns.prompt, data.columns.answer and data.columns.solutions"
     )
 
@@ -164,12 +170,16 @@ class _Presence:
     def check(self) -> None:
         for file, absent in self._absent.items():
             for path in absent:
-                row = self._first[file]
-                there = ", ".join(_paths(row.values)) or "no columns"
+                there = _list_paths(self._first[file])
                 raise UserError(
                     f"{file}: no row has the column {path!r}; the first row has {there}; set data.columns to the "
                     "columns of the file"
                 )
+
+    def files(self) -> str:
+        """Returns the names of the files, for an error message."""
+        first, *others = self._absent or ["no file"]
+        return first + (f" and {len(others)} more" if others else "")
 
 
 def expert_text(solution: str, part: ExpertPart = "thought") -> str:
@@ -185,10 +195,11 @@ def expert_text(solution: str, part: ExpertPart = "thought") -> str:
     >>> expert_text("<think>\\n\\n</think>The answer is 2.")
     'The answer is 2.'
     """
-    thought = _THINK.search(solution)
-    if thought is None or part == "whole":
+    before, opening, rest = solution.partition("<think>")
+    thought, closing, after = rest.partition("</think>")
+    if not (opening and closing) or part == "whole":
         return solution.strip()
-    return thought[1].strip() or _THINK.sub("", solution, count=1).strip()
+    return thought.strip() or (before + after).strip()
 
 
 def _example(
@@ -201,17 +212,18 @@ def _example(
     if source is not None and not isinstance(source, str):
         raise _wrong_type(row, columns.source, source, "text")
     solutions = [text for path in columns.solutions for text in _solutions(row, path)]
+    extra = {
+        path.removesuffix("?").split(".")[-1]: _plain(_parsed(_look_up(row, path), "{"))
+        for path in columns.extra
+    }
     example = Example(
         _prompt(row, columns),
         answer,
         tuple(dict.fromkeys(text for s in solutions if (text := expert_text(s, expert_part)))),
         source or default_source,
-        {
-            path.removesuffix("?").split(".")[-1]: _plain(_parsed(_look_up(row, path), "{"))
-            for path in columns.extra
-        },
+        extra,
     )
-    _check_unicode(example)
+    _check_texts(example)
     return example
 
 
@@ -228,7 +240,7 @@ def _prompt(row: Row, columns: Columns) -> Prompt:
     if path in columns.solutions and messages[-1].role == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1].role != "user":
-        role = repr(messages[-1].role) if messages else "nothing"
+        role = shown(messages[-1].role) if messages else "nothing"
         raise _error(row, path, f"ends with the role {role}, not with the user's")
     if not messages[-1].content.strip():
         raise _UnusableRow("with an empty prompt")
@@ -267,7 +279,10 @@ def _trimmed(number: str) -> str:
 
 def _plain(value: Any) -> Any:
     """Returns a value as JSON can hold it."""
-    return json.loads(json.dumps(value, default=str))
+    text = json.dumps(value, default=str)
+    if len(text) > MAX_ROW_CHARS:
+        raise _UnusableRow(_TOO_LONG)
+    return json.loads(text)
 
 
 def _solutions(row: Row, path: str) -> list[str]:
@@ -304,6 +319,8 @@ def _parsed(value: Any, opening: str) -> Any:
     """Returns what a JSON text holds that is an object (`{`) or a chat (`[`); any other value as it is."""
     if not (isinstance(value, str) and value.lstrip().startswith(opening)):
         return value
+    if len(value) > MAX_ROW_CHARS:  # Parsing it could take much more memory than the text.
+        return value
     try:
         parsed = json.loads(value)
     except (ValueError, RecursionError):
@@ -338,21 +355,24 @@ def _find(row: Row, values: Any, name: str, path: str) -> Any:
     return _ABSENT
 
 
-def _check_unicode(example: Example) -> None:
-    """JSON can spell half a surrogate pair, which no tokenizer and no file takes."""
+def _check_texts(example: Example) -> None:
+    """Refuses half surrogate pairs, which JSON can spell but no tokenizer and no file takes, and overlong rows."""
     prompt = example.prompt
-    texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
+    texts = (
+        [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message]
+    )
+    texts += [example.answer, *example.solutions, example.source]
+    if sum(map(len, texts)) > MAX_ROW_CHARS:
+        raise _UnusableRow(_TOO_LONG)
     try:
-        for text in (*texts, example.answer, *example.solutions, example.source):
+        for text in texts:
             text.encode()
     except UnicodeEncodeError:
         raise _UnusableRow("with text that is not Unicode") from None
 
 
 def _wrong_type(row: Row, path: str, value: Any, wanted: str) -> UserError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:60] + "..."
-    return _error(row, path, f"is {type(value).__name__} ({shown}), not {wanted}")
+    return _error(row, path, f"is {type(value).__name__} ({shown(value)}), not {wanted}")
 
 
 def _error(row: Row, path: str, mistake: str) -> UserError:
@@ -362,10 +382,17 @@ def _error(row: Row, path: str, mistake: str) -> UserError:
     )
 
 
-def _paths(values: Mapping[str, Any]) -> list[str]:
-    """The columns, those inside objects with their dots."""
-    found = []
+def _list_paths(row: Row) -> str:
+    """Returns the first columns of a row, those inside objects with their dots, for an error message."""
+    paths = list(islice(_paths(row.values, max_depth=5), MAX_LISTED + 1))
+    return ", ".join(path[:100] for path in paths[:MAX_LISTED]) + (
+        ", ..." if len(paths) > MAX_LISTED else "" if paths else "no columns"
+    )
+
+
+def _paths(values: Mapping[str, Any], *, max_depth: int) -> Iterator[str]:
     for name, value in values.items():
-        inside = _paths(value) if isinstance(value, dict) else []
-        found += [f"{name}.{path}" for path in inside] or [name]
-    return found
+        if isinstance(value, dict) and value and max_depth:
+            yield from (f"{name}.{path}" for path in _paths(value, max_depth=max_depth - 1))
+        else:
+            yield name

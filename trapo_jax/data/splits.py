@@ -25,6 +25,7 @@ from trapo_jax.data import (
     make_template,
     read_rows,
 )
+from trapo_jax.data.encoding import Encoder
 from trapo_jax.data.instructions import instructed
 from trapo_jax.methods import Method
 from trapo_jax.rewards import special_tokens
@@ -129,11 +130,12 @@ def load_data(
     )
     template = template_for(config.data, examples["train"], tokenizer)
     splits = {}
-    for name, split in examples.items():
-        if name != "train":
-            split = [example for example in split if example.answer]
-        splits[name], report = encode(config.data, split, tokenizer, template)
-        reports.setdefault(name, []).append(report)
+    with Encoder(tokenizer) as encoder:
+        for name, split in examples.items():
+            if name != "train":
+                split = [example for example in split if example.answer]
+            splits[name], report = encode(config.data, split, encoder, template)
+            reports.setdefault(name, []).append(report)
     data = LoadedData(splits, template, reports, columns, tokenizer)
     experts = [len(expert.token_ids) for p in splits["train"] for expert in p.experts]
     completion = COMPLETION_LENGTH_WITHOUT_EXPERTS
@@ -157,7 +159,8 @@ def load_test_data(
         examples, reports = splits["test"], []
     template = template_for(config.data, examples, tokenizer)
     without_solutions = [example._replace(solutions=()) for example in examples]
-    problems, report = encode(config.data, without_solutions, tokenizer, template)
+    with Encoder(tokenizer) as encoder:
+        problems, report = encode(config.data, without_solutions, encoder, template)
     if not problems:
         raise UserError("data.num_test=0: there are no test problems; give data.test_files")
     reports = [*reports, dataclasses.replace(report, notes={})]
@@ -180,7 +183,7 @@ def template_for(
 def encode(
     config: DataConfig,
     examples: Sequence[Example],
-    tokenizer: "PreTrainedTokenizerFast",
+    encoder: Encoder,
     template: Template,
 ) -> tuple[list[Problem], DataReport]:
     """Renders and encodes the examples of a split, which may be empty."""
@@ -192,13 +195,13 @@ def encode(
     ]
     problems, report = encode_examples(
         asked,
-        tokenizer,
+        encoder,
         template=template,
         max_prompt_length=config.max_prompt_length or MAX_PROMPT_LENGTH,
         overlong_prompts=config.overlong_prompts,
         max_expert_length=config.max_expert_length,
     )
-    if num := count_special_tokens(examples, tokenizer):
+    if num := count_special_tokens(examples, encoder.tokenizer):
         notes = {**report.notes, "prompts that spell a special token of the tokenizer": num}
         report = dataclasses.replace(report, notes=notes)
     return problems, report

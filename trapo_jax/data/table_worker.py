@@ -57,13 +57,15 @@ def _write(
         if isinstance(batch, int):
             num_rows += batch
             if max_rows and num_rows > max_rows:
-                return _put(num_rows)
+                _put(num_rows)
+                return
             continue
         for start in range(0, batch.num_rows, BATCH_ROWS):
             for values in batch.slice(start, BATCH_ROWS).to_pylist():
                 num_bytes += _put(values)
                 if num_bytes > limit:
-                    return _put(f"its rows take more than {limit:,} bytes, far more than the file")
+                    _put(f"its rows take more than {limit:,} bytes, far more than the file")
+                    return
             signal.setitimer(signal.ITIMER_PROF, secs)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from trapo_jax.files import read_json_object
+from trapo_jax.files import check_regular, read_json_object
 from trapo_jax.types import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -111,7 +111,7 @@ def weight_files(folder: Path) -> list[str]:
       UserError: if the index cannot be read, or lists other files than those of safetensors.
     """
     index = folder / INDEX
-    if not index.is_file():
+    if not index.exists():
         return [WEIGHTS]
     files = sorted(set(_read_weight_map(index).values()))
     for file in files:
@@ -157,7 +157,7 @@ def _full_name(stored: str, known: Collection[str]) -> str:
 def _list_tensors(folder: Path) -> tuple[Path, dict[str, Path]]:
     """Returns the file that lists the tensors, and for each tensor the file that contains it."""
     index = folder / INDEX
-    if not index.is_file():
+    if not index.exists():
         path = folder / WEIGHTS
         with _open_safetensors(path) as file:
             return path, dict.fromkeys(file.keys(), path)
@@ -195,6 +195,7 @@ def _listed(what: str, names: list[str]) -> str:
 
 
 def _open_safetensors(path: Path):
+    check_regular(path)
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
