@@ -65,7 +65,7 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any
     try:
         data = json.loads(read_text(path, max_bytes=max_bytes))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+        raise UserError(f"{path}: not valid JSON ({reason_of(error)})") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object")
     return data
@@ -117,5 +117,7 @@ def shown(value: object, *, max_chars: int = 60) -> str:
 
 def reason_of(error: BaseException) -> str:
     """Returns the first line of an error's message, without the name of the file that an `OSError` contains."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return text.splitlines()[0]

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         console.say(f"expert solution {i + 1}: {model.tokenizer.decode(expert.token_ids)!r}")
     console.say(f"answer: {first.answer!r}")
     if preflight.errors:
-        raise UserError("\n".join(preflight.errors))
+        raise UserError(*preflight.errors)
     return 0
 
 

@@ -160,7 +160,7 @@ def check_problems(
         summary["preflight"] = preflight.summary()
         errors = preflight.errors
     if errors := from_main(errors):
-        raise UserError("\n".join(errors))
+        raise UserError(*errors)
     return summary
 
 

@@ -61,11 +61,13 @@ def load_config(
         given = {name for name, _ in overrides}
         mistakes = error.errors()
         lines = [
-            _explain(e, config_class, file=file, overrides=given) for e in mistakes[:MAX_MISTAKES]
+            line
+            for mistake in mistakes[:MAX_MISTAKES]
+            for line in _explain(mistake, config_class, file=file, overrides=given)
         ]
-        if num_more := len(mistakes) - len(lines):
+        if num_more := len(mistakes[MAX_MISTAKES:]):
             lines.append(f"{num_more} more mistakes like these")
-        raise UserError("\n".join(lines)) from error
+        raise UserError(*lines) from error
 
 
 def load_train_config(
@@ -157,7 +159,8 @@ def _to_json(data: dict[str, Any], file: Path | None) -> bytes:
         return json.dumps(data, default=str, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         fields = (name for name, value in flatten(data).items() if not _is_unicode(name, value))
-        raise UserError(f"{where}: {shown(next(fields))}: not Unicode text") from error
+        name = next(fields, "a section")
+        raise UserError(f"{where}: {shown(name)}: not Unicode text") from error
     except (TypeError, ValueError) as error:  # a date as a key
         raise UserError(f"{where}: not plain fields and values ({error})") from error
 
@@ -289,17 +292,20 @@ def _set_field(data: dict[str, Any], name: str, value: Any) -> None:
 
 def _explain(
     error: Any, config_class: type[Section], *, file: Path | None, overrides: set[str]
-) -> str:
-    """Returns one line with the place, the field, its value, what is wrong and how to fix it."""
-    name = ".".join(str(part) for part in error["loc"]).replace("\n", "\\n")[:MAX_NAME_CHARS]
+) -> list[str]:
+    """Returns lines with the place, the field, its value, what is wrong and how to fix it; usually a single one."""
+    name = ".".join(str(part) for part in error["loc"])[:MAX_NAME_CHARS]
     from_command_line = any(name == o or name.startswith(o + ".") for o in overrides)
     where = "command line" if from_command_line or file is None else str(file)
     if error["type"] == "extra_forbidden":
-        return f"{where}: {name}: unknown field{_did_you_mean(config_class, name)}"
+        return [f"{where}: {name}: unknown field{_did_you_mean(config_class, name)}"]
     if error["type"] == "value_error":
-        return f"{where}: {error['ctx']['error']}"
+        problem = error["ctx"]["error"]
+        cause = problem.__cause__
+        lines = cause.lines if isinstance(cause, UserError) else [str(problem)]
+        return [f"{where}: {line}" for line in lines]
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{where}: {name}={_shorten(error['input'])}: {message}"
+    return [f"{where}: {name}={_shorten(error['input'])}: {message}"]
 
 
 def _did_you_mean(config_class: type[Section], name: str) -> str:

@@ -386,7 +386,7 @@ def _list_paths(row: Row) -> str:
     """Returns the first columns of a row, those inside objects with their dots, for an error message."""
     paths = list(islice(_paths(row.values, max_depth=5), MAX_LISTED + 1))
     return ", ".join(path[:100] for path in paths[:MAX_LISTED]) + (
-        ", ..." if len(paths) > MAX_LISTED else "" if paths else "no columns"
+        ", ..." if len(paths) > MAX_LISTED else "" if paths else "none"
     )
 
 

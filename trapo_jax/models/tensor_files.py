@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from trapo_jax.files import check_regular, read_json_object
+from trapo_jax.files import check_regular, read_json_object, shown
 from trapo_jax.types import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -172,7 +172,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise UserError(
-                f"{index}: the file of tensor {name!r} must be a file name, found {file!r}"
+                f"{index}: the file of tensor {name!r} must be a file name, found {shown(file)}"
             )
     return weight_map
 

@@ -78,7 +78,7 @@ def _check_growth(path: Path, content: Mapping[str, Any]) -> None:
     for name in ("normalizer", "decoder"):
         try:
             growth = _growth(content.get(name), MAX_NESTING)
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: {name} is not one of a tokenizer ({reason_of(error)})"
             ) from error
