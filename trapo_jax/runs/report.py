@@ -31,6 +31,11 @@ MAX_TOKENS = 1_500  # tokens per response; the middle of longer ones is omitted
 MAX_CHARACTERS = 20_000  # characters per text; the end of longer ones is omitted
 STYLES = ("uplot.min.css", "report.css")
 SCRIPTS = ("uplot.min.js", "dom.js", "charts.js", "reader.js", "page.js")
+# Raised by data that a run does not write.
+DAMAGED = (
+    *(ArithmeticError, AttributeError, LookupError),
+    *(OSError, RecursionError, TypeError, ValueError),
+)
 REWARD_PREFIX = "rewards/"  # followed by the name of a reward function, if a run has several
 LEVEL_PREFIX = "guidance/level_"  # followed by the index of a micro-group; their number varies
 PLOTTED = (
@@ -158,8 +163,10 @@ def read_run(folder: Path, name: str, *, max_bytes: int) -> dict[str, Any]:
       UserError: if the folder is not a run directory, or a line of its logs is damaged.
     """
     try:
-        return _read_run(folder, name, max_bytes)
-    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        run = _read_run(folder, name, max_bytes)
+        embedded_json(run)  # Numbers that are not finite and deep nesting cannot be embedded.
+        return run
+    except DAMAGED as error:
         raise UserError(
             f"{folder}: not a run directory of this version: config.yaml, metrics.jsonl or samples.jsonl is missing or "
             f"damaged ({shown(error)})"
