@@ -11,7 +11,8 @@ from typing import IO, Any
 
 from trapo_jax.types import UserError
 
-MAX_BYTES = 16 * 2**20  # of a text file and of a line; parsed JSON takes up to 24 times as much
+MAX_BYTES = 16 * 2**20  # of a text file and of a line
+MAX_CONTAINERS = 2_000_000  # of a JSON file: an empty list takes 3 bytes there, and 64 in memory
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -62,8 +63,11 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
 
 def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """Reads a JSON object; see `read_bytes`."""
+    text = read_text(path, max_bytes=max_bytes)
+    if text.count("[") + text.count("{") > MAX_CONTAINERS:
+        raise UserError(f"{path}: more than {MAX_CONTAINERS:,} lists and objects")
     try:
-        data = json.loads(read_text(path, max_bytes=max_bytes))
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({reason_of(error)})") from error
     if not isinstance(data, dict):

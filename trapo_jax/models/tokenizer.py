@@ -54,6 +54,12 @@ def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> "PreTraine
         raise UserError(f"{folder}: cannot load the tokenizer ({reason_of(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder / TOKENIZER_CONFIG}: no eos_token; completions would never end")
+    templates = tokenizer.chat_template or {}
+    texts = [*templates, *templates.values()] if isinstance(templates, dict) else [templates]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"{folder / TOKENIZER_CONFIG}: chat_template is neither a text nor texts by name"
+        )
     if vocab_size is not None:
         _check_ids(path, content, tokenizer.get_vocab(), template_ids, vocab_size=vocab_size)
     return tokenizer
