@@ -61,6 +61,7 @@ from trapo_jax.runs.directory import (
     write_atomically,
 )
 from trapo_jax.runs.saved_model import load_checkpoint
+from trapo_jax.runs.system_errors import named_in_errors
 from trapo_jax.types import (
     Completion,
     Grade,
@@ -109,7 +110,8 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = False) -> Evaluati
     check_run_folder(config.folder, text)
     config, problems, template = load_problems(config, model, console)
     prepare_run_folder(config.folder, text)
-    samples = sample_all(config, model, params, problems, console)
+    with named_in_errors(config.folder):
+        samples = sample_all(config, model, params, problems, console)
     result = EvaluationResult(config.folder, score_samples(samples), scores_by_source(samples))
     data = {
         "settings": settings | {"template": template},

@@ -85,7 +85,7 @@ class GraderPool:
 
         Returns:
           A future of the judgment. The reward is missing if the function raises or exceeds its time limit, or if its
-          process dies.
+          process dies. The future raises `OSError` if the system cannot start a process.
 
         Raises:
           RuntimeError: if the pool has been closed.
@@ -157,8 +157,13 @@ def _serve(
             if not future.set_running_or_notify_cancel():
                 continue
             if worker is None or not worker.alive:
-                worker = _start(start)
-            judgment = worker.ask(request) if worker else Judgment(None, reason="no process")
+                try:
+                    worker = start()
+                except OSError as error:
+                    message = error.strerror
+                    future.set_exception(OSError(error.errno, message, "a grading process"))
+                    continue
+            judgment = worker.ask(request)
             if judgment.reason:
                 report(f"reward function {request['function']}: {judgment.reason}")
             future.set_result(judgment)
@@ -170,10 +175,10 @@ def _serve(
 
 
 def _start(start: Callable[[], "_Worker"]) -> "_Worker | None":
+    """Starts a worker; None if the system cannot. It is then started when there is a job, which reports the error."""
     try:
         return start()
-    except OSError as error:  # out of memory or file descriptors
-        logger.warning("cannot start a grading process: %s", error)
+    except OSError:
         return None
 
 

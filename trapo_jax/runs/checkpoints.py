@@ -12,14 +12,16 @@ Saves are synchronous. The next step overwrites the arrays, which are donated to
 asynchronous save would still be reading them.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -238,9 +240,7 @@ class CheckpointStore:
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Returns only the parameters, sharded like `abstract_params`."""
-        context = self._context()
-        context.pytree.loading.partial_load = True
-        with context:
+        with self._context(partial_load=True):
             loaded = ocp.load_checkpointables(
                 str(self._path(step)), {STATE: {"params": abstract_params}}
             )
@@ -270,10 +270,19 @@ class CheckpointStore:
             kept |= set(sorted(scores, key=lambda step: (scores[step], step))[-keep.best :])
         return kept
 
-    def _context(self) -> ocp.Context:
+    @contextlib.contextmanager
+    def _context(self, *, partial_load: bool = False) -> Iterator[None]:
+        """Configures Orbax. Its threads log the errors that it also raises, with their tracebacks: logs are off."""
         context = ocp.Context()
         context.checkpointables.registry = self._registry
-        return context
+        context.pytree.loading.partial_load = partial_load
+        logger = logging.getLogger("absl")
+        was_disabled, logger.disabled = logger.disabled, True
+        try:
+            with context:
+                yield
+        finally:
+            logger.disabled = was_disabled
 
 
 def _unused(path: Path, suffix: str) -> Path:

@@ -1,7 +1,11 @@
 """Terminal output of the commands: progress, messages and tables."""
 
+import errno
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TextIO
 
 import rich.console
 from rich.progress import (
@@ -17,6 +21,7 @@ from rich.text import Text
 from trapo_jax.runs.progress import MIN_SECS, Activity, LinePacer, describe_secs
 from trapo_jax.types import SamplingProgress
 
+OUTPUT = "standard output"  # its name in errors
 NUM_PLAIN_LINES = 20  # approximate number of progress lines if the output is not a terminal
 
 
@@ -63,11 +68,21 @@ class Console:
 
     def __exit__(self, *_) -> None:
         if self._panel:
-            self._panel.stop()
+            self._write(self._panel.stop)
 
     def say(self, text: str) -> None:
         """Prints a message above the progress bar, without interpreting markup or control characters."""
-        self._rich.print(Text(printable(text)))
+        self._write(lambda: self._rich.print(Text(printable(text))))
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Calls a function that writes to standard output. Without its terminal, the program continues silently."""
+        try:
+            write()
+        except OSError as error:
+            error.filename = OUTPUT
+            if error.errno != errno.EIO:
+                raise
+            leave_lost_terminal()
 
     def begin(self, name: str, num_samples: int = 0) -> None:
         """Shows what the program does next.
@@ -164,7 +179,7 @@ class Console:
             table.add_column(Text(printable(name)), justify="left" if i == 0 else "right")
         for row in rows:
             table.add_row(*(Text(printable(cell)) for cell in row))
-        self._rich.print(table)
+        self._write(lambda: self._rich.print(table))
 
 
 class _Panel(Progress):
@@ -181,6 +196,22 @@ class _Panel(Progress):
     def get_renderables(self) -> Iterator[rich.console.RenderableType]:
         yield self.make_tasks_table(self.tasks)
         yield from (Text(printable(line)) for line in self._lines.values() if line)
+
+
+def leave_lost_terminal() -> None:
+    """Discards standard output and standard error from now on if their terminal has been closed."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            os.write(stream.fileno(), b"")
+        except OSError:
+            discard(stream)
+
+
+def discard(stream: TextIO) -> None:
+    """Redirects a stream to the null device. Otherwise, Python would fail when it flushes the stream at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def printable(text: str, *, keep: str = "") -> str:

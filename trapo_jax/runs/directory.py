@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from trapo_jax.config import CONFIG_FILE as CONFIG
 from trapo_jax.config import DataConfig, flatten, is_changeable
+from trapo_jax.runs.system_errors import named_in_errors
 from trapo_jax.types import UserError
 
 LOCK = ".lock"
@@ -285,13 +286,14 @@ def evaluation_file(folder: Path, split: str, step: int) -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file such that readers see either the old or the new content, never a part."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # Otherwise the new name may be lost in a crash of the machine.
-    finally:
-        os.close(descriptor)
+    with named_in_errors(path):
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # Otherwise the new name may be lost in a crash of the machine.
+        finally:
+            os.close(descriptor)

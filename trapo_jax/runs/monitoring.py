@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from trapo_jax.distributed.processes import SharedFlag, from_main, is_main
+from trapo_jax.distributed.processes import SharedFlag
 from trapo_jax.runs.directory import DATA
 from trapo_jax.runs.loggers import TRAIN, read_metrics
 from trapo_jax.types import TrainingFailed
@@ -107,8 +107,7 @@ def check_learned(folder: Path, step: int, tokens_trained: int, state: Any) -> N
         )
     if int(state.num_skipped_in_a_row) < int(state.step):
         return
-    records = from_main(read_metrics(folder) if is_main() else None)
-    last = [record for record in records if record["kind"] == TRAIN][-1]
+    last = [record for record in read_metrics(folder) if record["kind"] == TRAIN][-1]
     values = {name: math.nan if value is None else value for name, value in last.items()}
     raise TrainingFailed(
         f"step {step}: every update was skipped, the last one because {_skip_reason(values)}; the model is unchanged, so "

@@ -33,16 +33,11 @@ from trapo_jax.runs.directory import (
     run_identity,
 )
 from trapo_jax.runs.loggers import TRAIN, NoLog, RunLog, write_summary
-from trapo_jax.runs.monitoring import (
-    CompilationListener,
-    Health,
-    Interrupt,
-    Watchdog,
-    check_space,
-)
+from trapo_jax.runs.monitoring import CompilationListener, Health, Interrupt, Watchdog, check_space
 from trapo_jax.runs.report import write_report_of_run
 from trapo_jax.runs.samples import sample_records
 from trapo_jax.runs.stages import StageTracker
+from trapo_jax.runs.system_errors import named_in_errors
 from trapo_jax.types import (
     Interrupted,
     Moment,
@@ -150,6 +145,7 @@ class Run:
         )
 
     def __enter__(self) -> "Run":
+        self._stack.enter_context(named_in_errors(self.folder))
         return self
 
     def __exit__(self, *exception: Any) -> None:
