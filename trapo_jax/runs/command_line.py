@@ -16,7 +16,7 @@ from trapo_jax.runs.system_errors import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
     check_threads,
-    describe,
+    explain,
     remedy_of_exhaustion,
     report,
 )
@@ -43,9 +43,9 @@ def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
         except BrokenPipeError:
             raise
         except Exception as error:
-            if (message := describe(error)) is None:
+            if (explained := explain(error)) is None:
                 raise
-            return fail(message, EXIT_FAILED)
+            return fail(*explained)
 
     return run
 

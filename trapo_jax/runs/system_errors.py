@@ -17,6 +17,8 @@ from types import TracebackType
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as in shells
 
+PLATFORMS = "JAX_PLATFORMS"
+
 _AGAIN = "run the same command again"
 _SPACE = f"free some disk space (and inodes, see df -i), then {_AGAIN}"
 _FILES = f"raise the limit on open files (ulimit -n), then {_AGAIN}"
@@ -39,23 +41,27 @@ _OTHER = {
 _CODE = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")
 _PATH = re.compile(r'"(/[^"]+)"')
 _JAX_VARIABLE = re.compile(r"(?:JAX flag |environment ')(\w+)")
+_NO_BACKEND = "Unable to initialize backend"
 _NO_THREAD = "can't start new thread"
 _NO_DEVICE_MEMORY = "RESOURCE_EXHAUSTED"
 
 
-def describe(error: BaseException) -> str | None:
-    """Returns one line about a failure of the operating system; None if the exception is anything else."""
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """Returns one line about a failure of the system or the environment, and the exit code; None for other exceptions."""
+    if line := _wrong_variable(error):
+        return line, EXIT_USER_ERROR
     if found := system_error(error):
         where = f"{found.filename}: " if found.filename else ""
         remedy = remedy_of_exhaustion(error) or _OTHER.get(found.errno or 0, _AGAIN)
-        return f"{where}{found.strerror or _first_line(found)}; {remedy}"
+        return f"{where}{found.strerror or _first_line(found)}; {remedy}", EXIT_FAILED
     if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
-        return f"no more threads can be started; {_PROCESSES}"
+        return f"no more threads can be started; {_PROCESSES}", EXIT_FAILED
     if isinstance(error, MemoryError) or _NO_DEVICE_MEMORY in str(error):
         reason = _first_line(error)
         return (
             f"out of memory{reason and f' ({reason})'}; choose a smaller model, or lower sampling.num_slots and, in "
-            "training, train.per_device_rows"
+            "training, train.per_device_rows",
+            EXIT_FAILED,
         )
     return None
 
@@ -113,22 +119,22 @@ def report_import_error(
 
 
 def report(error: BaseException) -> int:
-    """Prints an uncaught exception, on one line if the system or the environment caused it; returns the exit code."""
-    if isinstance(error, KeyboardInterrupt):
-        print("error: stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    if line := _malformed_variable(error):
-        print(f"error: {line}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    if line := describe(error):
-        print(f"error: {line}", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
+    """Prints an uncaught exception, on one line if `explain` knows it, and returns the exit code."""
+    stopped = ("stopped", EXIT_INTERRUPTED) if isinstance(error, KeyboardInterrupt) else None
+    if explained := stopped or explain(error):
+        print("error:", explained[0], file=sys.stderr)
+        return explained[1]
+    traceback.print_exception(error)
     return EXIT_FAILED
 
 
-def _malformed_variable(error: BaseException) -> str | None:
-    """Says which variable JAX could not read, which happens when it is imported; None for other errors."""
+def _wrong_variable(error: BaseException) -> str | None:
+    """Says which environment variable JAX rejects: most when it is imported, the platform at the first operation."""
+    if isinstance(error, RuntimeError) and _NO_BACKEND in str(error):
+        platforms = os.environ.get(PLATFORMS) or "any"
+        return (
+            f"{PLATFORMS}={platforms}: {_first_line(error)}; unset it to use the available devices"
+        )
     found = _JAX_VARIABLE.search(str(error)) if isinstance(error, ValueError) else None
     name = found[1].upper() if found else ""
     if name not in os.environ:
