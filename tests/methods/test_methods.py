@@ -4,25 +4,22 @@ import dataclasses
 import json
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from support.grades import WRONG, grade_of
+from support.objective import objective
 from trapo_jax.methods import (
     METHODS,
     NEVER,
     Sampled,
     Schedule,
-    TokenInputs,
     describe,
     fingerprint,
     make_method,
 )
 from trapo_jax.rollouts.guidance import Guidance, is_complete
 from trapo_jax.training.packing import build_batch
-from trapo_jax.training.train_step import term_weights
 from trapo_jax.types import (
     Completion,
     Expert,
@@ -79,9 +76,6 @@ def sample(method, moment=NOW, state=None):
     return Sampled(groups, moment, state or {}, extra, by_id, MAX_LENGTH)
 
 
-# ---- the library's objective, as a function of log-probabilities and entropies ----
-
-
 def batches_of(method, sampled):
     return [
         (update, build_batch(update.rows, row_len=40, micro_batch_rows=6))
@@ -96,37 +90,6 @@ def scores_of(batch, seed=0):
     now = np.log(rng.uniform(0.01, 0.99, shape))
     old, ref = (now + rng.normal(0, 0.3, shape) for _ in range(2))
     return [np.float32(x) for x in (now, old, ref, rng.uniform(0.1, 2.0, shape))]
-
-
-def objective(method, batch, scores, moment):
-    """Computes the objective like the train step: a sum over micro-batches with weights of the whole batch."""
-    weights = term_weights(batch, method.terms, MAX_LENGTH)
-    coefficients = method.coefficients(moment, learning_rate=1.0)
-    num_segments = 1 + batch.kinds.shape[0] * batch.kinds.shape[1]
-    now, old, ref, entropies = (x[..., 1:] for x in scores)
-
-    def total(now, entropies):
-        value = 0.0
-        for term in method.terms:
-            for m in range(int(batch.num_micro_batches)):
-                inputs = TokenInputs(
-                    now[m],
-                    old[m],
-                    ref[m],
-                    batch.advantages[m, :, 1:],
-                    np.isin(batch.kinds[m, :, 1:], term.kinds),
-                    entropies[m],
-                    batch.segment_ids[m, :, 1:],
-                    num_segments,
-                )
-                values = term.loss(inputs) * weights[term.name][m]
-                value += coefficients[term.name] * jnp.sum(values)
-        return value
-
-    value, gradients = jax.value_and_grad(total, argnums=(0, 1))(
-        jnp.asarray(now), jnp.asarray(entropies)
-    )
-    return float(value), gradients
 
 
 # ---- an independent implementation in float64; a complex step of 1e-30 i gives the derivative ----
@@ -367,7 +330,7 @@ REFERENCES = {
 def check(method, batch, update, reference, moment):
     """Checks the value, and the derivative along a random direction of log-probabilities and entropies."""
     scores = scores_of(batch)
-    value, (by_logprobs, by_entropies) = objective(method, batch, scores, moment)
+    value, (by_logprobs, by_entropies) = objective(method, batch, scores, moment, MAX_LENGTH)
     rng = np.random.default_rng(1)
     along = [np.float32(rng.normal(size=batch.kinds.shape)) for _ in range(2)]
     exact = [x.astype(complex) for x in scores]

@@ -5,15 +5,13 @@ of the whole batch. Everything here is multiplied by that number, so that both h
 micro-batch in the released code, unless `micro_batch_rows` says otherwise.
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from support.grades import grade_of
-from trapo_jax.methods import Sampled, TokenInputs, make_method
+from support.objective import objective
+from trapo_jax.methods import Sampled, make_method
 from trapo_jax.training.packing import build_batch
-from trapo_jax.training.train_step import term_weights
 from trapo_jax.types import (
     Completion,
     Expert,
@@ -53,8 +51,9 @@ def token_weights(method, groups, extra=()):
     for update in method.select(sampled).updates:
         rows = update.rows
         batch = build_batch(rows, row_len=12, micro_batch_rows=len(rows), packed=False)
-        logprobs = jnp.full(batch.kinds[0, :, 1:].shape, np.log(P), jnp.float32)
-        by_token = len(rows) * gradient(method, batch, logprobs)
+        now, entropies = (np.full(batch.kinds.shape, x, np.float32) for x in (np.log(P), H))
+        _, (gradient, _) = objective(method, batch, (now, now, now, entropies), MOMENT, LENGTH)
+        by_token = len(rows) * np.asarray(gradient[0])
         kinds, segments = batch.kinds[0, :, 1:], batch.segment_ids[0, :, 1:]
         for i in range(len(rows)):
             row = []
@@ -65,30 +64,6 @@ def token_weights(method, groups, extra=()):
             weights.append(tuple(row))
         assert not by_token[kinds <= TokenKind.EXPERT].any()
     return weights
-
-
-def gradient(method, batch, logprobs):
-    scales = term_weights(batch, method.terms, LENGTH)
-    coefficients = method.coefficients(MOMENT, learning_rate=1.0)
-
-    def total(logprobs):
-        value = 0.0
-        for term in method.terms:
-            where = np.isin(batch.kinds[0, :, 1:], term.kinds)
-            inputs = TokenInputs(
-                logprobs,
-                jax.lax.stop_gradient(logprobs),
-                jax.lax.stop_gradient(logprobs),
-                batch.advantages[0, :, 1:],
-                where,
-                jnp.full(logprobs.shape, H),
-                batch.segment_ids[0, :, 1:],
-                1 + len(batch.kinds[0]),
-            )
-            value += coefficients[term.name] * jnp.sum(term.loss(inputs) * scales[term.name][0])
-        return value
-
-    return np.asarray(jax.grad(total)(logprobs))
 
 
 def check(found, expected):

@@ -3,7 +3,6 @@
 import errno
 import math
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,7 +45,7 @@ def test_a_failing_disk_costs_one_warning(tmp_path, monkeypatch, capsys):
     def fail(event):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(log._tensorboard, "_file", SimpleNamespace(write=fail))
+    monkeypatch.setattr(log._tensorboard._writer, "write_event", fail)
     for step in (2, 3):
         log.metrics("train", step, {"a": 1.0, "b": 2.0})
     offsets = log.offsets()

@@ -39,9 +39,8 @@ def user_code(config: Config | EvaluateConfig) -> list[SourceFile]:
     for field, path in _import_paths(config):
         found = import_object(path, field)
         names[path.partition(":")[0]] = None
-        if hasattr(
-            found, "__qualname__"
-        ):  # A function or class may be imported from another module.
+        # A function or class may be imported from another module.
+        if hasattr(found, "__qualname__"):
             names[found.__module__] = None
     files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
     return [

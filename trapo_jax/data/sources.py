@@ -1,8 +1,8 @@
 """Rows from local files and from the Hugging Face Hub.
 
 Local files are read in place, a piece at a time, and leave no cache behind: Parquet and Arrow by pyarrow, JSON and CSV
-by line, so that a mistake has a line number. All values of CSV files are texts. Folders made by `save_to_disk` and Hub datasets go through `datasets`
-(Hub files into its usual cache; see `hub_datasets`).
+by line, so that a mistake has a line number. All values of CSV files are texts. Folders made by `save_to_disk` and Hub
+datasets go through `datasets` (Hub files into its usual cache; see `hub_datasets`).
 """
 
 import csv
@@ -42,9 +42,9 @@ def read_rows(data: Sequence[str], *, split: str = "train") -> Iterator[Row]:
     """Yields the rows of all of `data`, in order; `itertools.islice` takes the first few.
 
     Args:
-      data: files (`.parquet`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.arrow`), globs of such files, folders written by `save_to_disk`,
-        and Hub ids (`owner/name@revision:config`, where the revision and the config are optional). A folder or Hub id
-        may end with `#split`. An entry that exists as a path is a path.
+      data: files (`.parquet`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.arrow`), globs of such files, folders written by
+        `save_to_disk`, and Hub ids (`owner/name@revision:config`, where the revision and the config are optional). A
+        folder or Hub id may end with `#split`. An entry that exists as a path is a path.
       split: the split of folders and Hub ids that do not name one; files have no splits.
 
     Raises:

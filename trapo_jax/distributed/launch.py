@@ -29,9 +29,8 @@ DETECTED_FROM = (
 )
 LOCAL_DEVICES = "JAX_LOCAL_DEVICE_IDS"
 JOIN_SECS = 300  # maximum time between the start of the first and the last process
-EXCHANGE_SECS = (
-    60  # maximum time between the arrival of the first and the last process that have joined
-)
+# Maximum time between the arrival of the first and the last process that have joined.
+EXCHANGE_SECS = 60
 MAX_NAMED = 3  # fields in the message about processes that were started differently
 MAX_VALUE_CHARS = 60
 SETTINGS = "trapo_jax/settings"
@@ -124,11 +123,10 @@ def _detected_count() -> int:
     kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # in a Kubernetes pod without Kubernetes' client
+        # Detection asks servers of the cloud, whose clients raise errors of their own.
         try:
             return next((x.get_process_count() for x in kinds if x.is_env_present()), 1)
-        except (
-            Exception
-        ):  # Detection asks servers of the cloud, whose clients raise errors of their own.
+        except Exception:
             return 1
 
 

@@ -10,11 +10,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from trapo_jax.distributed.failures import exit_failed
+from trapo_jax.distributed.failures import EXIT_FAILED, exit_failed
 from trapo_jax.printable import printable
 from trapo_jax.types import TrainingFailed, UserError
 
-EXIT_FAILED, EXIT_USER_ERROR = 1, 2
+EXIT_USER_ERROR = 2
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as in shells
 

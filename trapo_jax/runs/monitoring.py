@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 
+from trapo_jax.distributed.failures import EXIT_FAILED
 from trapo_jax.distributed.processes import SharedFlag, from_main
 from trapo_jax.runs.directory import DATA
 from trapo_jax.runs.loggers import TRAIN, read_metrics
 from trapo_jax.types import TrainingFailed
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.monitoring`
-EXIT_TRAINING_FAILED = 1
 # Number of consecutive steps with a symptom, such as every completion truncated, after which there is a warning. Fewer
 # if no step was without it, because a mistake in the config shows at once.
 WARN_AFTER_STEPS, WARN_AFTER_FIRST_STEPS = 20, 5
@@ -189,7 +189,7 @@ class Watchdog:
                 )
                 faulthandler.dump_traceback(sys.stderr)
                 sys.stderr.flush()
-                os._exit(EXIT_TRAINING_FAILED)
+                os._exit(EXIT_FAILED)
 
 
 class CompilationListener:
