@@ -22,8 +22,11 @@ class UserError(Exception):
     """An error that the user can fix. Commands print it on one line, without a traceback, and exit with code 2."""
 
 
+EXIT_FAILED = 1  # exit code of a process that raised `TrainingFailed`, or was ended because another one failed
+
+
 class TrainingFailed(Exception):
-    """Training cannot continue. Committed checkpoints are kept. Commands exit with code 1."""
+    """Training cannot continue. Committed checkpoints are kept. Commands exit with code `EXIT_FAILED`."""
 
 
 class Interrupted(Exception):

@@ -49,7 +49,7 @@ def test_a_custom_method(tmp_path):
         micro_groups=(MicroGroup(2, 0.0, NEVER), MicroGroup(1, 0.5, ALWAYS)),
         terms=(
             *make_method("grpo").terms,
-            Term("dft", TokenKind.EXPERT_TRAINED, loss, 1.0, "token_mean", "1 - p"),
+            Term("dft", (TokenKind.EXPERT_TRAINED,), loss, 1.0, "token_mean", "1 - p"),
         ),
     )
     assert train(small_config(tmp_path / "toy", **{"train.num_steps": "1"}), toy).step == 1

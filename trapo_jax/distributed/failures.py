@@ -17,9 +17,8 @@ from typing import Any
 import jax
 from jax._src import distributed  # JAX has no public access to its key-value store.
 
-from trapo_jax.types import TrainingFailed, UserError
+from trapo_jax.types import EXIT_FAILED, TrainingFailed, UserError
 
-EXIT_FAILED = 1
 POLL_SECS = 1.0
 # A process that fails for the same reason as another one has this time to print its own error.
 GRACE_SECS = 3.0

@@ -10,9 +10,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from trapo_jax.distributed.failures import EXIT_FAILED, exit_failed
 from trapo_jax.printable import printable
-from trapo_jax.types import TrainingFailed, UserError
+from trapo_jax.types import EXIT_FAILED, TrainingFailed, UserError
 
 EXIT_USER_ERROR = 2
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -85,7 +84,9 @@ def run_and_exit(main: Callable[[], int]) -> NoReturn:
     except Exception:
         traceback.print_exc()
         code = EXIT_FAILED
-    if isinstance(code, int) and code:
+    if isinstance(code, int) and code and "jax" in sys.modules:
+        from trapo_jax.distributed.failures import exit_failed  # imports jax, which takes a second
+
         exit_failed(code)
     sys.exit(code)
 

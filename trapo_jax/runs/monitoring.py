@@ -14,11 +14,10 @@ from typing import Any
 
 import jax
 
-from trapo_jax.distributed.failures import EXIT_FAILED
 from trapo_jax.distributed.processes import SharedFlag, from_main
 from trapo_jax.runs.directory import DATA
 from trapo_jax.runs.loggers import TRAIN, read_metrics
-from trapo_jax.types import TrainingFailed
+from trapo_jax.types import EXIT_FAILED, TrainingFailed
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.monitoring`
 # Number of consecutive steps with a symptom, such as every completion truncated, after which there is a warning. Fewer
