@@ -33,7 +33,7 @@ from trapo_jax.models import apply_decoder, init_params, unembedding
 from trapo_jax.training.optimizer import make_learning_rate, make_optimizer
 from trapo_jax.training.state import TrainState, init_state, state_shardings, swap_optimizer
 from trapo_jax.training.train_step import TokenScorer, make_batch_logprobs
-from trapo_jax.types import StagePosition, TokenKind
+from trapo_jax.types import TokenKind
 
 
 @pytest.fixture(scope="module")
@@ -416,12 +416,13 @@ def test_learning_rate_warms_up_and_decays():
     rate = make_learning_rate(
         learning_rate=2.0, warmup_steps=2, decay_start=0.5, final_learning_rate_ratio=0.1
     )
-    rates = [rate(StagePosition(0, step, (step - 1) / 10)) for step in range(1, 11)]
+    rates = [rate(step, (step - 1) / 10) for step in range(1, 11)]
     expected = [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.64, 1.28, 0.92, 0.56]
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
-    assert rate(StagePosition(0, 11, 1.0)) == pytest.approx(0.2)
+    assert rate(11, 1.0) == pytest.approx(0.2)
+    assert rate(0.5, 0.0) == 0.5  # after the first of two updates of the first step
     # If a budget ends the run after five steps, warm-up is unchanged, and the decay is twice as fast.
-    rates = [rate(StagePosition(0, step, (step - 1) / 5)) for step in range(1, 6)]
+    rates = [rate(step, (step - 1) / 5) for step in range(1, 6)]
     np.testing.assert_allclose(rates, [1.0, 2.0, 2.0, 1.64, 0.92], rtol=1e-6)
 
 
@@ -429,7 +430,7 @@ def test_learning_rate_without_warmup_and_decay_is_constant():
     rate = make_learning_rate(
         learning_rate=0.3, warmup_steps=0, decay_start=1.0, final_learning_rate_ratio=0.1
     )
-    assert {rate(StagePosition(0, step, (step - 1) / 4)) for step in range(1, 5)} == {0.3}
+    assert {rate(step, (step - 1) / 4) for step in range(1, 5)} == {0.3}
 
 
 def test_learning_rate_scales_the_update(params):

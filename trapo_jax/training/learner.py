@@ -43,7 +43,6 @@ from trapo_jax.training.train_step import (
 from trapo_jax.types import (
     Moment,
     Problem,
-    StagePosition,
     TrainBatch,
     TrainRow,
     UpdateTrace,
@@ -235,34 +234,44 @@ class Learner:
     def _update(self, update: Update, moment: Moment) -> tuple[dict[str, float], list[UpdateTrace]]:
         """Takes `num_iterations` optimizer steps on each mini-batch of the rows."""
         index = self.method.optimizers.index(update.optimizer)
-        learning_rate = self._learning_rates[moment.stage.index](moment.stage)
-        learning_rate *= update.learning_rate_scale
-        max_grad_norm = update.max_grad_norm
-        if max_grad_norm is None:
-            max_grad_norm = self._config.train.max_grad_norm
-        coefficients = self.method.coefficients(
-            moment, learning_rate=learning_rate, max_grad_norm=max_grad_norm
-        )
         # Other updates train buffered problems rather than the rollouts of the step.
         parts = split_rows(update.rows, self._config.train.num_mini_batches if index == 0 else 1)
         host_batches = [self._build_batch(rows) for rows in parts]
         batches = [self._place(batch, with_old=self._num_steps > 1) for batch in host_batches]
         metrics, traces = [], []
         state = swap_optimizer(self.state, index)
-        for iteration in range(self.num_iterations):
-            for i, batch in enumerate(batches):
-                state, device_metrics, trace = self.train_step(state, batch, coefficients)
-                if iteration == self.num_iterations - 1:
-                    metrics.append(jax.device_get(device_metrics))
-                    traces.append(UpdateTrace(parts[i], host_batches[i], trace))
+        num_steps = self.num_iterations * len(batches)
+        for i in range(num_steps):
+            k = i % len(batches)
+            coefficients = self._coefficients(update, moment, (i + 1) / num_steps)
+            state, device_metrics, trace = self.train_step(state, batches[k], coefficients)
+            if i >= num_steps - len(batches):  # the last pass
+                metrics.append(jax.device_get(device_metrics))
+                traces.append(UpdateTrace(parts[k], host_batches[k], trace))
         self._state = swap_optimizer(state, index)
         num_shards = num_batch_shards(self.mesh)
         of_batches = [
             {**batch_metrics(batch, num_shards), **{k: float(v) for k, v in values.items()}}
             for batch, values in zip(host_batches, metrics, strict=True)
         ]
-        merged = merge_mini_batches(of_batches)
-        return {**merged, "optimizer/learning_rate": learning_rate}, traces
+        learning_rate = self._learning_rate(update, moment, 1.0)
+        return {**merge_mini_batches(of_batches), "optimizer/learning_rate": learning_rate}, traces
+
+    def _coefficients(self, update: Update, moment: Moment, share: float) -> Mapping[str, Any]:
+        max_grad_norm = update.max_grad_norm
+        if max_grad_norm is None:
+            max_grad_norm = self._config.train.max_grad_norm
+        return self.method.coefficients(
+            moment,
+            learning_rate=self._learning_rate(update, moment, share),
+            max_grad_norm=max_grad_norm,
+        )
+
+    def _learning_rate(self, update: Update, moment: Moment, share: float) -> float:
+        """Returns the learning rate of an optimizer step, after which this share of the update is complete."""
+        stage = moment.stage
+        rate = self._learning_rates[stage.index](stage.step - 1 + share, stage.progress)
+        return update.learning_rate_scale * rate
 
     def _place(self, host_batch: TrainBatch, *, with_old: bool) -> TrainBatch:
         """Places a batch on the devices, with the log-probabilities that its update needs."""
@@ -309,7 +318,7 @@ def make_learner(
     return learner
 
 
-def stage_learning_rate(stage: Stage, train: TrainConfig) -> Callable[[StagePosition], float]:
+def stage_learning_rate(stage: Stage, train: TrainConfig) -> Callable[[float, float], float]:
     """Returns the learning-rate schedule of a stage, which takes from the config what the stage leaves open."""
     fields = ("learning_rate", "warmup_steps", "decay_start", "final_learning_rate_ratio")
     own = {name: getattr(stage, name) for name in fields}

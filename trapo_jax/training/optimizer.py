@@ -6,8 +6,6 @@ from typing import Any
 import jax
 import optax
 
-from trapo_jax.types import StagePosition
-
 
 def make_learning_rate(
     *,
@@ -15,7 +13,7 @@ def make_learning_rate(
     warmup_steps: int,
     decay_start: float,
     final_learning_rate_ratio: float,
-) -> Callable[[StagePosition], float]:
+) -> Callable[[float, float], float]:
     """Builds a schedule with linear warm-up, a constant phase and linear decay.
 
     The learning rate is the product of the peak, `min(1, step / warmup_steps)`, and a factor that is 1 until
@@ -28,13 +26,14 @@ def make_learning_rate(
       final_learning_rate_ratio: learning rate at the end as a fraction of the peak.
 
     Returns:
-      A function of a step's position within its stage.
+      A function of `(step, progress)` within a stage. `step` is the number of steps at the end of the update; it is not
+      an integer between the updates of a step. `progress` is the fraction of the stage that was complete before the step.
     """
 
-    def rate(position: StagePosition) -> float:
-        warmup = min(1.0, position.step / warmup_steps) if warmup_steps else 1.0
+    def rate(step: float, progress: float) -> float:
+        warmup = min(1.0, step / warmup_steps) if warmup_steps else 1.0
         remaining = 1.0 - decay_start
-        decayed = max(0.0, position.progress - decay_start) / remaining if remaining else 0.0
+        decayed = max(0.0, progress - decay_start) / remaining if remaining else 0.0
         return learning_rate * warmup * (1.0 - (1.0 - final_learning_rate_ratio) * decayed)
 
     return rate
