@@ -62,7 +62,7 @@ def test_a_copy_opens_without_the_folder(source, tmp_path):
     assert copy.decoder == model.decoder
     assert copy.eos_ids == model.eos_ids
     assert copy.tokenizer.get_vocab() == model.tokenizer.get_vocab()
-    with pytest.raises(UserError, match=r"source/model\.safetensors: not a readable"):
+    with pytest.raises(UserError, match=r"source/model\.safetensors: no such file"):
         load_params(copy.folder, copy.decoder)
 
 

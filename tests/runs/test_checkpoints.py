@@ -235,4 +235,7 @@ def test_advantages_equal_hand_computed_values():
     )
     np.testing.assert_array_equal(group_advantages(np.ones(3), scale_by_std=True), 0.0)
     scaled = group_advantages(np.array([1.0, 0.0]), scale_by_std=True)
-    np.testing.assert_allclose(scaled, [1.0, -1.0], rtol=1e-5)
+    half = np.sqrt(0.5)  # the sample standard deviation, with n - 1, is sqrt(0.5)
+    np.testing.assert_allclose(scaled, [half, -half], rtol=1e-5)
+    alone = group_advantages(np.array([1.0]), scale_by_std=True)
+    np.testing.assert_array_equal(alone, 0.0)

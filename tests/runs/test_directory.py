@@ -209,7 +209,7 @@ def test_a_run_of_another_method_is_refused_by_name(tmp_path):
     mine = dataclasses.replace(make_method("trapo"), name="mine")
     with pytest.raises(UserError, match="a run of the method trapo, not mine; choose a different"):
         check_run_folder(folder, text(), method=fingerprint(mine))
-    changed = dataclasses.replace(make_method("trapo"), second_expert_last=True)
+    changed = dataclasses.replace(make_method("trapo"), second_expert_last=False)
     with pytest.raises(
         UserError, match=r"a different version of the method trapo \(second_expert_last"
     ):

@@ -122,7 +122,7 @@ def objective_by_logits(logits, batch, method):
     logprobs = token_logprobs(logits[:, :-1], batch.token_ids[0][:, 1:])
     total = 0.0
     for term in method.terms:
-        mask = batch.kinds[0][:, 1:] == term.kind
+        mask = np.isin(batch.kinds[0][:, 1:], term.kinds)
         old = jax.lax.stop_gradient(logprobs)
         values = term.loss(
             TokenInputs(
