@@ -7,7 +7,7 @@ import shutil
 import jax
 import pytest
 
-from support.commands import REPOSITORY, run_command
+from support.commands import REPOSITORY, run_process
 from trapo_jax.plan import main
 from trapo_jax.planning.topology import find_topology
 from trapo_jax.types import UserError
@@ -33,7 +33,8 @@ def small_model(tmp_path_factory):
 
 
 def plan(model, topology, *arguments):
-    result = run_command(
+    # In a process of its own, since the number of host devices of a process is fixed.
+    result = run_process(
         "trapo_jax.plan",
         *("--config", REPOSITORY / "configs" / "qwen2_5_math_7b_openr1.yaml", "--json"),
         *("--topology", topology, f"model.path={model}"),

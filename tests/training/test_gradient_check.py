@@ -62,6 +62,7 @@ def test_a_mean_of_micro_batch_means_is_found(monkeypatch):
         check_config(short("sft"))
 
 
+@pytest.mark.slow
 def test_a_stage_that_inherits_the_moments_of_another_is_found(monkeypatch):
     assert 0 < check_config(short("sft_then_grpo")) < 1e-5
     reset, inside = Learner.reset_optimizer, []

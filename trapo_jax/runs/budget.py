@@ -82,6 +82,11 @@ class Budget:
             )
 
 
+def usage_metrics(usage: Usage) -> dict[str, float]:
+    """Returns the amounts spent since the start of the run, by name of the metric."""
+    return {metric: getattr(usage, field) for field, metric in USAGE_METRICS.items()}
+
+
 def is_due(step: int, progress_before: float, progress: float, every: float) -> bool:
     """Returns whether a recurring event is due after a step.
 

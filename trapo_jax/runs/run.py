@@ -16,7 +16,7 @@ import jax
 from trapo_jax.config import Config, user_code
 from trapo_jax.distributed.processes import from_main, gather, is_main
 from trapo_jax.methods import Method, fingerprint
-from trapo_jax.runs.budget import USAGE_METRICS, Budget, is_due
+from trapo_jax.runs.budget import Budget, is_due, usage_metrics
 from trapo_jax.runs.checkpoints import CheckpointStore, Retention, Trainable
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import (
@@ -162,11 +162,9 @@ class Run:
         if is_main():
             self._stack.enter_context(lock_folder(self.folder))
             check_run(self._config, self._method)  # Another process may have written to it.
-            text, method = self._config.to_yaml(), fingerprint(self._method)
-            code = user_code(self._config)
-            prepare_run_folder(
-                self.folder, text, method=method, data_summary=data_summary, code=code
-            )
+            text, code = self._config.to_yaml(), user_code(self._config)
+            contents = {"method": fingerprint(self._method), "data_summary": data_summary}
+            prepare_run_folder(self.folder, text, **contents, code=code)
         identity = from_main(lambda: run_identity(self.folder, self._config.to_yaml()))
         check_shared(self.folder, identity["id"])
         self._store = CheckpointStore(self.folder / CHECKPOINTS, self._retention, identity=identity)
@@ -273,7 +271,8 @@ class Run:
         self._progress = self._budget.progress(self.usage, self.step)
         values = {
             **metrics,
-            **self._usage_metrics(),
+            **usage_metrics(self.usage),
+            "budget/progress": self._progress,
             "budget/stage": self.moment.stage.index,
             "time/tokens_per_sec": usage.tokens_trained / seconds,
         }
@@ -361,10 +360,8 @@ class Run:
         self._is_saved = True
 
     def _is_best(self) -> bool:
-        if self._score is None:
-            return False
-        best = from_main(self._store.best_score)
-        return best is None or self._score > best
+        best = None if self._score is None else from_main(self._store.best_score)
+        return self._score is not None and (best is None or self._score > best)
 
     def finish(self) -> None:
         """Writes the report and the summary, which marks the run as complete."""
@@ -401,7 +398,3 @@ class Run:
             return f"{self._method.name}: {self._method.source}; run directory {self.folder}"
         changed = "".join(f", {x}={now} (was {was})" for x, (was, now) in self._changes.items())
         return f"resuming {self.folder} after step {self.step}{changed}"
-
-    def _usage_metrics(self) -> dict[str, float]:
-        spent = {metric: getattr(self.usage, field) for field, metric in USAGE_METRICS.items()}
-        return {**spent, "budget/progress": self._progress}
