@@ -29,11 +29,19 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "no_hugging_face_caches")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
 from trapo_jax.planning.topology import LIBTPU_ENVIRONMENT  # noqa: E402
+
+# The same examples in every session, and no time limit, since the machine may be slow. `HYPOTHESIS_PROFILE=random` draws
+# many others.
+PROPERTIES = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, **PROPERTIES)
+hypothesis.settings.register_profile("random", max_examples=2000, **PROPERTIES)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 # On a machine without a TPU, libtpu would print warnings to standard error, here and in subprocesses.
 if not any(Path("/dev").glob("accel*")) and not any(Path("/dev").glob("vfio/*")):

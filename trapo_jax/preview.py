@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         show_text(f"expert solution {i + 1}", model.tokenizer.decode(expert.token_ids), console)
     show_text("answer", first.answer, console)
     if preflight.errors:
-        raise UserError("\n".join(preflight.errors))
+        raise UserError(*preflight.errors)
     return 0
 
 

@@ -14,7 +14,7 @@ def child_environment(extra: Iterable[str] = ()) -> dict[str, str]:
     """Returns the environment of a restricted process.
 
     It contains the allowed variables and the import path, limits OpenBLAS and OpenMP to one thread, and fixes the hash
-    seed, on which the order of terms in SymPy depends.
+    seed, on which the order of terms in SymPy depends. Every thread would otherwise reserve address space, which is limited.
 
     Args:
       extra: names of further variables to pass on.
@@ -26,6 +26,10 @@ def child_environment(extra: Iterable[str] = ()) -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
+        "RAYON_NUM_THREADS": str(min(8, os.cpu_count() or 1)),
+        "RUST_BACKTRACE": "0",
+        "MALLOC_ARENA_MAX": "2",
+        "ARROW_DEFAULT_MEMORY_POOL": "system",
     }
 
 

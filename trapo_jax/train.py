@@ -51,10 +51,9 @@ from trapo_jax.rollouts.actor import Actor, grader_for, make_actor
 from trapo_jax.rollouts.metrics import check_grades, graded_groups
 from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.runs.console import Console
-from trapo_jax.runs.directory import EXPORT, METRICS, MODEL, SAMPLES
-from trapo_jax.runs.loggers import read_metrics
+from trapo_jax.runs.directory import EXPORT, METRICS, MODEL, REPORT, SAMPLES
+from trapo_jax.runs.loggers import is_shown, read_metrics
 from trapo_jax.runs.monitoring import check_learned, warnings_of_run
-from trapo_jax.runs.report import REPORT
 from trapo_jax.runs.run import EXPERT_LOSS, VALIDATION, Run
 from trapo_jax.runs.saved_model import saved_model_files
 from trapo_jax.runs.started_with import started_with
@@ -197,7 +196,7 @@ def check_problems(
         summary["preflight"] = preflight.summary()
         errors = preflight.errors
     if errors := from_main(lambda: errors):
-        raise UserError("\n".join(errors))
+        raise UserError(*errors)
     return summary
 
 
@@ -338,7 +337,7 @@ def show_result(result: TrainResult) -> None:
         rows = [
             [name.removeprefix("eval/"), f"{before[name]:.3f}", f"{after[name]:.3f}"]
             for name in sorted(after)
-            if "accuracy" in name or ("pass@" in name and name != "eval/pass@1")
+            if is_shown(name) and name != "eval/pass@1"
         ]
         title = (
             f"{split} split, {after['eval/num_problems']} problems, {after['eval/num_samples']} samples each at "

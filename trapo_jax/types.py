@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes over which the rows of a batch are sharded
+MAX_ERROR_CHARS = 2000  # of a line
 TENSOR_AXIS = "tp"  # mesh axis over which heads, MLPs and the vocabulary are sharded
 
 
@@ -19,7 +20,18 @@ ExpertPart = Literal["thought", "whole"]
 
 
 class UserError(Exception):
-    """An error that the user can fix. Commands print it on one line, without a traceback, and exit with code 2."""
+    """An error that the user can fix. Commands print it without a traceback, and exit with code 2.
+
+    Args:
+      lines: one line for each mistake, usually a single one. They may quote data: line breaks in them are escaped, and
+        the middle of a very long line is left out.
+    """
+
+    def __init__(self, *lines: str):
+        half = MAX_ERROR_CHARS // 2
+        short = (x if len(x) <= 2 * half else f"{x[:half]} ... {x[-half:]}" for x in lines)
+        self.lines = [line.replace("\n", "\\n") for line in short]
+        super().__init__("\n".join(self.lines))
 
 
 EXIT_FAILED = 1  # exit code of a process that raised `TrainingFailed`, or was ended because another one failed

@@ -135,7 +135,9 @@ COMMAND_LINES = [
     (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
     (["seed=" + "9" * 5000], "9999: not a YAML value"),
     (["seed=" + "[" * 1000], "[[[[: not a YAML value"),
-    (["seed=&a [*a]"], "command line: seed: not plain fields and values (Circular reference"),
+    (["seed=&a [*a]"], "command line: seed='&a [*a]': not a YAML value"),
+    (["a." * 10_000 + "b=1"], ": a name of 20001 characters"),
+    (['data.system_prompt="\\ud800"'], "command line: data.system_prompt: not Unicode text"),
     (["data.template=2026-02-31"], "data.template='2026-02-31': not a YAML value"),
     (["output_dir=3"], "output_dir=3: input should be a valid string"),
     (["train=3"], "train=3: "),
@@ -162,7 +164,7 @@ COMMAND_LINES = [
     (["configs/smoke_cpu.yaml"], "did you mean --config configs/smoke_cpu.yaml?"),
     (["--config", "missing.yaml"], "missing.yaml: cannot be read (No such file or directory)"),
     (["--config", "configs/own_dta.yaml"], "directory); did you mean configs/own_data.yaml?"),
-    (["--config", "configs"], "configs: cannot be read (Is a directory)"),
+    (["--config", "configs"], "configs: a folder, not a regular file"),
     (["--config", "a.yaml", "--config=b.yaml"], "--config twice, a.yaml and b.yaml; give one file"),
     (["=3"], "names no field"),
     (["seed=[1"], "seed='[1': not a YAML value"),
@@ -195,6 +197,13 @@ COMMAND_LINES = [
     ),
 ]
 
+
+def nested_aliases(opening, closing, comma=", "):
+    """YAML in which every line repeats the line before twice."""
+    lines = [f"a{i}: &a{i} {opening}*a{i - 1}{comma}*a{i - 1}{closing}" for i in range(1, 40)]
+    return "\n".join(["a0: &a0 x", *lines])
+
+
 FILES = [
     ("seed: 1\ntrain: [3\n", "line 3: not valid YAML"),
     ("seed: 1\ntrain:\n\tnum_steps: 3\n", "line 3: not valid YAML (found character '\\t'"),
@@ -204,7 +213,17 @@ FILES = [
     ("2026-11-24: 3\n", "not plain fields and values (keys must be str"),
     ("seed: 1\n---\nseed: 2\n", "not valid YAML (but found another document)"),
     ("seed: !!python/object/apply:os.system ['true']\n", "not valid YAML (could not determine"),
-    ("seed: " + "9" * 5000, "not valid YAML (Exceeds the limit"),
+    ("seed: " + "9" * 5000, "line 1: not valid YAML (a number of 5000 characters)"),
+    ("seed: 1" + ":1" * 10_000, "line 1: not valid YAML (a number of 20001 characters)"),
+    ("seed: !!timestamp 3", "not valid YAML ('NoneType' object has no attribute"),
+    ("seed: &a [*a]\n", "line 1: not valid YAML (an alias inside of what it repeats)"),
+    ("seed: " + "[" * 1000, "line 1: not valid YAML (nested too deeply)"),
+    ("seed:" * 1000, "not valid YAML"),
+    (nested_aliases("[", "]"), "not valid YAML (it expands to more than 262,144 characters)"),
+    (nested_aliases("{a: ", "}", ", b: "), "not valid YAML (it expands to more than 262,144"),
+    ("a: &a " + "x" * 2000 + "\nb: [" + "*a," * 1000 + "]", "line 2: not valid YAML (it expands"),
+    ("seed: [" + "1, " * 100_000 + "]", "larger than 262,144 bytes"),
+    ('data: {system_prompt: "\\ud800"}', "'data.system_prompt': not Unicode text"),
     ("- 1\n", "expected fields such as 'seed: 0', found [1]"),
     ("", "expected fields such as 'seed: 0', found null"),
     ("\0", "not valid YAML"),

@@ -1,5 +1,6 @@
 """Rows of the known shapes become examples; what does not fit is one line or counted."""
 
+import dataclasses
 import decimal
 import json
 import re
@@ -166,6 +167,28 @@ def test_rows_without_the_answer_marker_are_counted():
     rows = rows_of({"question": "Q", "answer": "#### 1"}, {"question": "Q", "answer": "1"})
     _, report = examples_from_rows(rows, COLUMN_PRESETS["gsm8k"])
     assert report.dropped == {"without #### in the answer": 1}
+
+
+@pytest.mark.parametrize("change", [{"q": "Q" * 10**6}, {"s": "S" * 10**6}, {"deep": "x" * 10**6}])
+def test_rows_with_too_many_characters_are_dropped_and_counted(change):
+    columns = dataclasses.replace(COLUMNS, extra=("deep",))
+    examples, report = examples_from_rows(rows_of(GOOD, GOOD | change), columns)
+    assert len(examples) == 1
+    assert report.dropped == {"with more than 1,000,000 characters": 1}
+
+
+def test_a_role_that_is_not_unicode_is_counted():
+    chat = [{"role": "\ud800", "content": "S"}, {"role": "user", "content": "Q"}]
+    _, report = examples_from_rows(rows_of(GOOD, GOOD | {"q": chat}), COLUMNS)
+    assert report.dropped == {"with text that is not Unicode": 1}
+
+
+def test_error_about_a_wide_or_deep_row_is_short():
+    deep = json.loads('{"a":' * 500 + "1" + "}" * 500)
+    for values in ({f"column{i}": 1 for i in range(10**4)}, {"x": deep}):
+        with pytest.raises(UserError, match="fits no preset") as caught:
+            find_preset(rows_of(values)[0])
+        assert len(str(caught.value)) < 500
 
 
 def test_no_usable_row_raises_with_counts():

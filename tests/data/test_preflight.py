@@ -92,7 +92,7 @@ MISUSES = {
     "wrong solution column": (ROWS, ["data.columns.solutions=cot"], "no row has the column 'cot'"),
     "unknown columns": ([{"x": "q", "y": "1"}], [], "the columns are x, y, which fits no preset"),
     "wrong preset": (ROWS, ["data.columns.preset=gsm8k"], "no row has the column 'question'"),
-    "no answers": (changed(answer=""), [], "no row is usable: 0 of 20 kept; dropped: 20 with an"),
+    "no answers": (changed(answer=""), [], "is usable: 0 of 20 kept; dropped: 20 with an"),
     "no answer column": (without("answer"), [], "the columns are prompt, solution, which fits no"),
     "a chat without answers": (
         [

@@ -6,7 +6,16 @@ import random
 import sys
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from trapo_jax.data import (
@@ -21,6 +30,8 @@ from trapo_jax.data import (
     make_template,
     problem_batches,
 )
+from trapo_jax.data.encoding import Encoder
+from trapo_jax.data.problems import MAX_TOKEN_CHARS
 from trapo_jax.data.templates import MATH_INSTRUCTION
 from trapo_jax.types import UserError
 
@@ -130,6 +141,51 @@ def test_truncated_prompts_keep_bos_and_their_end():
         assert problems[0].prompt_text == tokenizer.decode(expected)
         assert problems[1].prompt_text == SHORT
         assert report.notes["prompts cut to 10 tokens"] == 1
+
+
+@pytest.fixture
+def encoded_lens(monkeypatch):
+    """Returns the list of the lengths of all texts that are encoded."""
+    lens = []
+    encode = Encoder.encode
+    monkeypatch.setattr(
+        Encoder, "encode", lambda self, texts: lens.extend(map(len, texts)) or encode(self, texts)
+    )
+    return lens
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_text_with_far_too_many_characters_is_not_encoded(adds_bos, encoded_lens):
+    """Encoding takes time and memory, even if the text is dropped afterwards."""
+    tokenizer = train_tokenizer(adds_bos=adds_bos)
+    text = "x y z " * 10_000 + "!"
+    options = {"max_prompt_length": 10, "max_expert_length": 10}
+    problems, report = encode([example(text), example(SHORT, "2", text)], tokenizer, **options)
+    assert [problem.prompt_text for problem in problems] == [SHORT]
+    assert report.dropped == {"with a prompt over 10 tokens": 1}
+    assert report.notes["experts left out: over 10 tokens"] == 1
+    with pytest.raises(
+        UserError, match=r"the prompt 'x y z .*'\.\.\. has 60,001 characters; raise"
+    ):
+        encode([example(text)], tokenizer, overlong_prompts="error", **options)
+    (problem,), _ = encode([example(text)], tokenizer, overlong_prompts="truncate", **options)
+    whole = tuple(tokenizer.encode(text[-100:]))
+    assert problem.prompt_ids == ((0, *whole[-9:]) if adds_bos else whole[-10:])
+    assert max(encoded_lens) <= 10 * MAX_TOKEN_CHARS
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "text", "message"),
+    [
+        (normalizers.Replace(Regex("(a+)+$"), "y"), "a" * 99 + "c", "fails .*retry-limit"),
+        (normalizers.Replace("a", "aa" * 50), "a" * 300_000, "takes more than 1.25 GiB of memory"),
+    ],
+)
+def test_a_tokenizer_that_runs_away_is_stopped(normalizer, text, message, byte_tokenizer):
+    byte_tokenizer.backend_tokenizer.normalizer = normalizer
+    with pytest.raises(UserError, match=f"the tokenizer {message}") as caught:
+        encode([example("Q", "2", text)], byte_tokenizer)
+    assert "\n" not in str(caught.value)
 
 
 def test_overlong_prompt_raises_under_error(bpe):

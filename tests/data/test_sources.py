@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from support.data_files import (
@@ -17,7 +19,7 @@ from support.data_files import (
     write_jsonl,
     write_parquet,
 )
-from trapo_jax.data import read_rows
+from trapo_jax.data import read_rows, sources
 from trapo_jax.types import UserError
 
 
@@ -107,6 +109,45 @@ def test_malformed_file_error_is_one_line_that_names_the_file(tmp_path, name, ma
         list(read_rows([str(path)]))
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_the_limit_is_that_of_an_entry_and_lifts_the_maximum_number_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_ROWS", 700)
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.jsonl")
+    write_parquet(tmp_path / "a.parquet")
+    entries = [f"{tmp_path}/*.jsonl", f"{tmp_path}/a.parquet"]
+    rows = list(read_rows(entries, limit=900))
+    assert [row.number for row in rows] == [*range(1, 601), *range(1, 301), *range(1, 601)]
+    with pytest.raises(UserError, match=r"b\.jsonl: .* more than 700; set data\.limit"):
+        list(read_rows(entries))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_table_that_expands_to_gigabytes_is_refused(tmp_path, suffix):
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), ["x" * 10**7])
+    table, file = pa.table({"prompt": text}), tmp_path / f"bomb.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, file, compression="zstd")
+    else:
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_file(file, table.schema, options=options) as writer:
+            writer.write_table(table)
+    assert file.stat().st_size < 20_000
+    with pytest.raises(UserError, match=r"bomb.* \(it takes more than 1\.25 GiB of memory\)"):
+        list(read_rows([str(file)]))
+
+
+def test_pipes_in_a_saved_folder_are_refused(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    data = next((tmp_path / "saved").glob("*.arrow"))
+    data.unlink()
+    os.mkfifo(data)
+    with pytest.raises(UserError, match="a named pipe, not a regular file"):
+        list(read_rows([str(tmp_path / "saved")]))
 
 
 def test_truncated_saved_folder_raises(tmp_path):

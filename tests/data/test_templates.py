@@ -77,7 +77,7 @@ def test_none_leaves_the_text_unchanged():
 
 def test_chat_renders_the_tokenizer_template_with_a_fixed_date():
     template = make_template("chat", make_tokenizer(DATED + CHAT))
-    prompts = ["Hi", (Message("user", "Hi"),), "\ud800\x1b\u2028\n"]
+    prompts = ["Hi", (Message("user", "Hi"),), "\x1b\u2028\n🎉"]
     first, second, third = template.render_all(prompts)
     assert first == second == "26 Jul 2024<s>[user] Hi [assistant]"
     assert third == f"26 Jul 2024<s>[user] {prompts[2]} [assistant]"
@@ -124,9 +124,11 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 @pytest.mark.parametrize(
     ("hostile", "message"),
     [
-        (LOOP, "takes more than 1 s for one prompt; choose another template"),
-        ("{{ 9 ** (9 ** 9) }}", "takes more than 1 s for one prompt"),  # within one C function
+        (LOOP, "takes more than 1 s; choose another template"),
+        ("{{ 9 ** (9 ** 9) }}", "takes more than 1 s"),  # within one C function
         ("{{ 'x' * 10 ** 11 }}", r"refuses the messages user \(MemoryError\)"),
+        ("{{ 'x' * 10 ** 6 }}", r"refuses the messages user \(it prints 1,000,000 characters\)"),
+        ("{{ '\\ud800' }}", r"refuses the messages user \(it prints text that is not Unicode\)"),
     ],
 )
 def test_hostile_template_is_stopped(hostile, message, monkeypatch):
@@ -327,7 +329,7 @@ def test_argument_without_effect_is_refused(kind, source, arguments, message):
     ("source", "message"),
     [
         ("{% for %}", "data.template=chat: the tokenizer's chat template cannot be read"),
-        ("{{ x }}{{ 9 ** (9 ** 9) }}", "takes more than 1 s for one prompt"),
+        ("{{ x }}{{ 9 ** (9 ** 9) }}", "takes more than 1 s"),
     ],
 )
 def test_hostile_template_is_stopped_while_its_arguments_are_checked(source, message, monkeypatch):

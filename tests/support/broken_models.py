@@ -96,7 +96,7 @@ BREAKAGES = {
     ),
     "text for a number": (
         lambda f: break_config(f, hidden_size="24"),
-        "field 'hidden_size' must be an integer >= 1, found '24'",
+        "field 'hidden_size' must be an integer >= 1 and <= 1048576, found '24'",
     ),
     "heads": (
         lambda f: break_config(f, num_key_value_heads=4),
@@ -107,6 +107,37 @@ BREAKAGES = {
             f, model_type="mistral", sliding_window=4, layer_types=["linear_attention"] * 2
         ),
         "layer_types must be a list of 2 entries among",
+    ),
+    "layer types that are lists": (
+        lambda f: break_config(f, model_type="mistral", sliding_window=4, layer_types=[[], {}]),
+        "layer_types must be a list of 2 entries among",
+    ),
+    "a million layers": (
+        lambda f: break_config(f, num_hidden_layers=10**6),
+        "field 'num_hidden_layers' must be an integer >= 1 and <= 4096, found 1000000",
+    ),
+    "odd head_dim": (lambda f: break_config(f, head_dim=9), "head_dim 9 is odd"),
+    "rope parameters of layers that are no objects": (
+        lambda f: break_config(
+            f,
+            model_type="gemma3_text",
+            hidden_activation="gelu_pytorch_tanh",
+            rope_parameters={"full_attention": [1]},
+        ),
+        r"field 'full_attention' must be an object, found \[1\]",
+    ),
+    "rope type llama3 with equal factors": (
+        lambda f: break_config(
+            f,
+            rope_scaling={
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+        "rope type 'llama3' needs low_freq_factor < high_freq_factor",
     ),
     "activation": (lambda f: break_config(f, hidden_act="gelu"), "hidden_act 'gelu'"),
     "no weights": (

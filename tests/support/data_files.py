@@ -1,7 +1,9 @@
 """Data files in every format, and malformed files, each with the expected error message."""
 
 import json
+import os
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -61,6 +63,16 @@ def bytes_of(data):
     return lambda path: path.write_bytes(data)
 
 
+def repeated_parquet(path):
+    """3 million rows in a few kilobytes."""
+    zeros = pa.array(np.zeros(3_000_000, np.int8))
+    pq.write_table(pa.table({"prompt": pa.DictionaryArray.from_arrays(zeros, ["Q"])}), path)
+
+
+def long_line(path):
+    path.write_bytes(b'{"a": 1}\n{"a": "' + b" " * 2**24 + b'"}\n')
+
+
 MALFORMED = [
     ("absent.parquet", lambda path: None, r"no such file"),
     ("empty.parquet", bytes_of(b""), r"empty file"),
@@ -92,5 +104,12 @@ MALFORMED = [
     ("data", bytes_of(b"a,b\n"), r"format 'without suffix' unknown"),
     ("folder", lambda path: path.mkdir(), r"not one made by save_to_disk; give its files"),
     ("*.parquet", lambda path: None, r"no file here matches"),
+    ("pipe.jsonl", os.mkfifo, r"a named pipe, not a regular file"),
+    ("pipe.parquet", os.mkfifo, r"a named pipe, not a regular file"),
+    ("device.json", lambda path: path.symlink_to("/dev/zero"), r"a device, not a regular file"),
+    ("long.jsonl", long_line, r", line 2: longer than 16,777,216 bytes"),
+    ("comma.json", bytes_of(b'[{"a": 1}\n{"a": 2}]'), r", line 2: not JSON \(Expecting '\]'\)"),
+    ("end.json", bytes_of(b'[{"a": 1}]\n\n]'), r", line 3: not JSON \(Extra data\)"),
+    ("repeated.parquet", repeated_parquet, r"3,000,000 rows, more than 2,000,000; set data.limit"),
     ("a\0b.parquet", lambda path: None, r"cannot be read"),
 ]

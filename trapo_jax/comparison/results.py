@@ -12,6 +12,7 @@ import numpy as np
 
 from trapo_jax.comparison.grid import TEST, VALIDATION, PlannedRun, Trial
 from trapo_jax.evaluation.statistics import pass_at_k
+from trapo_jax.files import read_json_object
 from trapo_jax.runs.budget import UNITS
 from trapo_jax.runs.directory import METRICS, SUMMARY, evaluation_file
 from trapo_jax.runs.loggers import EVAL, TRAIN, read_metrics
@@ -98,7 +99,7 @@ def read_result(run: PlannedRun) -> Result:
     """
     try:
         return _read_result(run)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, UserError, ValueError) as error:
         raise UserError(
             f"{run.folder}: not a complete run of this version ({error!r}); delete it to repeat the run"
         ) from error
@@ -138,7 +139,7 @@ def _number(value: float | None) -> float:
 
 
 def _scores(folder: Path, split: str, step: int, num_samples: int) -> Scores:
-    columns = json.loads(evaluation_file(folder, split, step).read_text())
+    columns = read_json_object(evaluation_file(folder, split, step))
     correct = columns["correct"]
     return Scores(
         ids=tuple(columns["id"]),

@@ -18,12 +18,20 @@ from trapo_jax.config.changes import flatten
 from trapo_jax.config.help import list_fields
 from trapo_jax.config.schema import DATA_FILES, MethodConfig, Section
 from trapo_jax.config.training import Config, TaskConfig
+from trapo_jax.files import read_text, reason_of, shown
 from trapo_jax.import_path import search_beside
 from trapo_jax.methods import constant_names
 from trapo_jax.paths import did_you_mean, look_up
 from trapo_jax.types import UserError
 
 C = TypeVar("C", bound=TaskConfig)
+
+# A resolved config has about 4,000 characters.
+MAX_CONFIG_BYTES = MAX_CONFIG_SIZE = 2**18
+MAX_DEPTH = 50
+MAX_NUMBER_CHARS = 400
+MAX_MISTAKES, MAX_NAME_CHARS = 20, 200  # that are shown
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 COMMAND_LINE = "command line"
 
 
@@ -90,8 +98,15 @@ def load_layers(
     except pydantic.ValidationError as error:
         given = [*layers, Layer(COMMAND_LINE, dict(overrides))]
         where = str(file or COMMAND_LINE)  # for what is not set anywhere
-        lines = [_explain(e, config_class, given, otherwise=where) for e in error.errors()]
-        raise UserError("\n".join(lines)) from error
+        mistakes = error.errors()
+        lines = [
+            line
+            for mistake in mistakes[:MAX_MISTAKES]
+            for line in _explain(mistake, config_class, given, otherwise=where)
+        ]
+        if num_more := len(mistakes[MAX_MISTAKES:]):
+            lines.append(f"{num_more} more mistakes like these")
+        raise UserError(*lines) from error
     return _look_up_paths(config, file.parent) if file else config
 
 
@@ -146,21 +161,16 @@ def read_yaml(file: Path) -> dict[str, Any]:
       UserError: naming the file and the line of a syntax error.
     """
     try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        hint = did_you_mean(str(file)) if isinstance(error, FileNotFoundError) else ""
-        raise UserError(f"{file}: cannot be read ({error.strerror}){hint}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
+        text = read_text(file, max_bytes=MAX_CONFIG_BYTES)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise UserError(f"{error}{did_you_mean(str(file))}") from error
+        raise
     try:
-        data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{file}{line}: not valid YAML ({problem})") from error
-    except (ValueError, RecursionError) as error:  # 5,000 digits, February 31
-        raise UserError(f"{file}: not valid YAML ({error})") from error
+        data = _parse_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{file}{line}: not valid YAML ({error.problem})") from error
     if not isinstance(data, dict):
         raise UserError(f"{file}: expected fields such as 'seed: 0', found {_shorten(data)}")
     _check_plain(data, str(file))
@@ -168,10 +178,23 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _check_plain(value: Any, where: str) -> None:
+    """Checks that a value can be written as JSON in UTF-8, except for values such as dates, which become text."""
     try:
-        json.dumps(value, default=str)
-    except (TypeError, ValueError, RecursionError) as error:  # a date as a key, a list in itself
+        json.dumps(value, default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        fields = flatten(value) if isinstance(value, dict) else {}
+        name = next((shown(x) for x, inner in fields.items() if not _is_unicode(x, inner)), "")
+        raise UserError(f"{where}: {name + ': ' if name else ''}not Unicode text") from error
+    except (TypeError, ValueError) as error:  # a date as a key
         raise UserError(f"{where}: not plain fields and values ({error})") from error
+
+
+def _is_unicode(name: str, value: Any) -> bool:
+    try:
+        json.dumps([name, value], default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]:
@@ -206,22 +229,56 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads floats as YAML 1.2 does (`1e-6` is a number) and refuses duplicate keys."""
+    """Reads floats as YAML 1.2 does (`1e-6` is a number), refuses duplicate keys, and limits what a text expands to.
+
+    An alias counts as much as what it repeats, since a few nested ones would otherwise fill any memory.
+    """
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self._depth = 0
+        self._size = 0  # of everything so far, in characters and nodes
+        self._sizes: dict[int, int] = {}  # by id of the node
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        before = self._size
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _error("nested too deeply", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                raise _error("an alias inside of what it repeats", event)
+            self._size += self._sizes[id(node)]
+        else:
+            self._size += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
+            self._sizes[id(node)] = self._size - before
+        if self._size > MAX_CONFIG_SIZE:
+            raise _error(f"it expands to more than {MAX_CONFIG_SIZE:,} characters", event)
+        return node
+
+    def construct_scalar(self, node):
+        if node.tag in _NUMBERS and len(node.value) > MAX_NUMBER_CHARS:
+            # Reading a long number in base 60 takes minutes.
+            raise _error(f"a number of {len(node.value)} characters", node)
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{_shorten(key)} cannot be a field", problem_mark=key_node.start_mark
-                )
+                raise _error(f"{_shorten(key)} cannot be a field", key_node)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"duplicate key {key!r}", problem_mark=key_node.start_mark
-                )
+                raise _error(f"duplicate key {shown(key)}", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _error(problem: str, where: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
 
 
 _Loader.add_implicit_resolver(
@@ -231,10 +288,26 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse_scalar(name: str, text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
+    """Parses a text; raises `yaml.MarkedYAMLError` for every text that is not valid."""
     try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError:
+        raise
+    except yaml.YAMLError as error:  # a control character
+        raise yaml.MarkedYAMLError(problem=str(error).splitlines()[0]) from error
+    # 5,000 digits, February 31, tags that do not fit their values
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise yaml.MarkedYAMLError(problem=reason_of(error)) from error
+
+
+def _parse_scalar(name: str, text: str) -> Any:
+    if len(name) > MAX_NAME_CHARS:
+        raise UserError(f"{COMMAND_LINE}: {shown(name)}: a name of {len(name)} characters")
+    _check_plain(name, f"{COMMAND_LINE}: {shown(name)}")
+    try:
+        value = _parse_yaml(text)
+    except yaml.MarkedYAMLError as error:
         raise UserError(f"{COMMAND_LINE}: {name}={text!r:.200}: not a YAML value") from error
     _check_plain(value, f"{COMMAND_LINE}: {name}")
     is_plain = (value is None or isinstance(value, str)) and not text.lstrip().startswith(
@@ -282,19 +355,23 @@ def _set_field(data: dict[str, Any], name: str, value: Any, layers: Sequence[Lay
 
 def _explain(
     error: Any, config_class: type[TaskConfig], layers: Sequence[Layer], *, otherwise: str
-) -> str:
-    """Returns one line with the place, the field, its value, what is wrong and how to fix it."""
-    name = ".".join(str(part) for part in error["loc"]).replace("\n", "\\n")
-    fields, text = [name], ""
+) -> list[str]:
+    """Returns lines with the place, the field, its value, what is wrong and how to fix it; usually a single one."""
+    name = ".".join(str(part) for part in error["loc"])[:MAX_NAME_CHARS]
+    fields = [name]
     if error["type"] == "value_error":  # raised by a check of a section, or of several fields
-        text = str(error["ctx"]["error"])
-        fields = _fields_in(text, config_class) or fields
-    elif error["type"] == "extra_forbidden":
+        problem = error["ctx"]["error"]
+        cause = problem.__cause__
+        lines = cause.lines if isinstance(cause, UserError) else [str(problem)]
+        fields = _fields_in(" ".join(lines), config_class) or fields
+        where = _origin(layers, fields) or otherwise
+        return [f"{where}: {line}" for line in lines]
+    if error["type"] == "extra_forbidden":
         text = f"{name}: unknown field{_known_field(config_class, name)}"
     else:
         message = error["msg"][0].lower() + error["msg"][1:]
         text = f"{name}={_shorten(error['input'])}: {message}"
-    return f"{_origin(layers, fields) or otherwise}: {text}"
+    return [f"{_origin(layers, fields) or otherwise}: {text}"]
 
 
 def _known_field(config_class: type[Section], name: str) -> str:

@@ -121,7 +121,7 @@ class DataConfig(Section):
     """Test data, in the same formats. The default split is test. If empty, problems are held out of the training data."""
     columns: ColumnsConfig = ColumnsConfig()
     limit: Positive | None = None
-    """Number of rows read from each file; null for all."""
+    """Number of rows read from each entry of the files; null for all, at most 2 million."""
     template: str = "auto"
     """Chat template of prompts: chat (the tokenizer's own; chat/NAME for a named one), chatml, qwen_math, none, or the import path `package.module:name` of a function of your own. auto is chat if the tokenizer has a template, else chatml for chat messages and none for text."""
     template_arguments: dict[str, Any] = {}

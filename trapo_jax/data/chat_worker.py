@@ -1,6 +1,6 @@
 """A chat template at work, in a process of its own: it comes with a model, and may loop for ever or fill memory.
 
-    python -P chat_worker.py SECS MEMORY_BYTES
+    python -P chat_worker.py SECS MEMORY_BYTES MAX_CHARS
 
 Started by `templates.py`, as a file: the package around it takes seconds to import. JSON lines come in: first
 `{"template": ..., "variables": ..., "date": "26 Jul 2024"}`, then requests, each of which is answered by one line:
@@ -13,8 +13,11 @@ Started by `templates.py`, as a file: the package around it takes seconds to imp
 
 The template runs in transformers' own environment, with all that `apply_chat_template` offers: trimmed blocks, loop
 controls, `{% generation %}`, `tojson`, `raise_exception`, `strftime_now`, `dict` and `namespace`. Its sandbox keeps
-the template from everything but its variables. The kernel ends the process when one request takes more than SECS,
-even within a C function that never looks up.
+the template from everything but its variables. What it prints besides what it is given has at most
+MAX_CHARS characters.
+
+The kernel ends the process when its CPU time is up, even within a C function that never looks up. There are SECS to
+begin with; a request adds SECS_PER_REQUEST to what is left, up to SECS again, so that many slow ones take no hours.
 """
 
 import json
@@ -27,26 +30,44 @@ from transformers.utils import chat_template_utils
 
 from trapo_jax.sandbox import limit_memory
 
+SECS_PER_REQUEST = 0.02
+MAX_REASON_CHARS = 300
+MAX_REPEATS = 4
 
-def main(secs: str, memory_bytes: str) -> None:
+
+def main(secs: str, memory_bytes: str, most_chars: str) -> None:
     setting = json.loads(sys.stdin.readline())
     limit_memory(int(memory_bytes))
+    # A template may print what it is given a few times.
+    max_chars = int(most_chars) + MAX_REPEATS * len(json.dumps(setting["variables"]))
+    left = float(secs)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, float(secs))
-        print(json.dumps(_reply(json.loads(line), **setting)), flush=True)
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.setitimer(signal.ITIMER_PROF, left)
+        reply = _reply(json.loads(line), max_chars + MAX_REPEATS * len(line), **setting)
+        print(json.dumps(reply), flush=True)
+        left, _ = signal.setitimer(signal.ITIMER_PROF, 0.0)
+        left = min(left + SECS_PER_REQUEST, float(secs))
 
 
-def _reply(messages: list | None, template: str, variables: dict, date: str) -> dict[str, object]:
+def _reply(
+    messages: list | None, max_chars: int, template: str, variables: dict, date: str
+) -> dict[str, object]:
     try:
         compiled = _compile(template, date)
         if messages is None:
             syntax = compiled.environment.parse(template)
             return {"variables": sorted(meta.find_undeclared_variables(syntax))}
-        return {"text": _render(compiled, messages, variables)}
+        text = _render(compiled, messages, variables)
+        if len(text) > max_chars:
+            return {"refusal": f"it prints {len(text):,} characters"}
+        text.encode()
+        return {"text": text}
+    except UnicodeEncodeError:
+        return {"refusal": "it prints text that is not Unicode"}
     # The template's own refusal, what the sandbox forbids, no memory, ...
     except Exception as error:
-        return {"refusal": (str(error).strip() or type(error).__name__).splitlines()[0]}
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return {"refusal": reason[:MAX_REASON_CHARS]}
 
 
 def _compile(template: str, date: str) -> Template:
@@ -63,5 +84,5 @@ def _render(compiled: Template, messages: list, variables: dict) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     main(*sys.argv[1:])

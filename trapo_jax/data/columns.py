@@ -13,6 +13,7 @@ import numpy as np
 
 from trapo_jax.data.examples import DataReport, Example, Prompt
 from trapo_jax.data.layouts import (
+    MAX_ROW_CHARS,
     Columns,
     Presence,
     WrongValue,
@@ -22,11 +23,12 @@ from trapo_jax.data.layouts import (
     wrong_type,
 )
 from trapo_jax.data.sources import Row
+from trapo_jax.files import shown
 from trapo_jax.types import ExpertPart, UserError
 
-_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?", re.ASCII)
 _NO_ANSWER = "with an empty answer"
+_TOO_LONG = f"with more than {MAX_ROW_CHARS:,} characters"
 _ALTERNATIVES = (
     "with a list of solutions (each entry is one alternative expert solution, not a step)"
 )
@@ -46,8 +48,8 @@ def examples_from_rows(
 ) -> tuple[list[Example], DataReport]:
     """Maps rows to examples.
 
-    A row whose prompt is empty, null or absent, or whose text is not Unicode, is dropped and counted, and so is a row
-    without an answer if answers are needed.
+    A row whose prompt is empty, null or absent, or whose text is not Unicode or longer than `MAX_ROW_CHARS`, is dropped
+    and counted, and so is a row without an answer if answers are needed.
 
     Args:
       rows: from `read_rows`.
@@ -105,10 +107,11 @@ def expert_text(solution: str, part: ExpertPart = "thought") -> str:
     >>> expert_text("<think>\\n\\n</think>The answer is 2.")
     'The answer is 2.'
     """
-    thought = _THINK.search(solution)
-    if thought is None or part == "whole":
+    before, opening, rest = solution.partition("<think>")
+    thought, closing, after = rest.partition("</think>")
+    if not (opening and closing) or part == "whole":
         return solution.strip()
-    return thought[1].strip() or _THINK.sub("", solution, count=1).strip()
+    return thought.strip() or (before + after).strip()
 
 
 def _example(
@@ -121,17 +124,18 @@ def _example(
     if source is not None and not isinstance(source, str):
         raise wrong_type(columns.source, source, "text")
     solutions = [text for path in columns.solutions for text in _solutions(row, path)]
+    extra = {
+        path.removesuffix("?").split(".")[-1]: _plain(parsed(look_up(row, path), "{"))
+        for path in columns.extra
+    }
     example = Example(
         _prompt(row, columns),
         answer,
         tuple(dict.fromkeys(text for s in solutions if (text := expert_text(s, expert_part)))),
         (source or "").strip() or default_source,
-        {
-            path.removesuffix("?").split(".")[-1]: _plain(parsed(look_up(row, path), "{"))
-            for path in columns.extra
-        },
+        extra,
     )
-    _check_unicode(example)
+    _check_texts(example)
     return example
 
 
@@ -148,7 +152,7 @@ def _prompt(row: Row, columns: Columns) -> Prompt:
     if path in columns.solutions and messages[-1].role == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1].role != "user":
-        role = repr(messages[-1].role) if messages else "nothing"
+        role = shown(messages[-1].role) if messages else "nothing"
         raise WrongValue(path, f"ends with the role {role}, not with the user's")
     if not messages[-1].content.strip():
         raise _UnusableRow("with an empty prompt")
@@ -187,7 +191,10 @@ def _trimmed(number: str) -> str:
 
 def _plain(value: Any) -> Any:
     """Returns a value as JSON can hold it."""
-    return json.loads(json.dumps(value, default=str))
+    text = json.dumps(value, default=str)
+    if len(text) > MAX_ROW_CHARS:
+        raise _UnusableRow(_TOO_LONG)
+    return json.loads(text)
 
 
 def _solutions(row: Row, path: str) -> list[str]:
@@ -208,12 +215,17 @@ def _has_alternatives(row: Row, columns: Columns) -> bool:
     return any(len(_solutions(row, path)) > 1 for path in columns.solutions)
 
 
-def _check_unicode(example: Example) -> None:
-    """JSON can spell half a surrogate pair, which no tokenizer and no file takes."""
+def _check_texts(example: Example) -> None:
+    """Refuses half surrogate pairs, which JSON can spell but no tokenizer and no file takes, and overlong rows."""
     prompt = example.prompt
-    texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
+    texts = (
+        [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message]
+    )
+    texts += [example.answer, *example.solutions, example.source]
+    if sum(map(len, texts)) > MAX_ROW_CHARS:
+        raise _UnusableRow(_TOO_LONG)
     try:
-        for text in (*texts, example.answer, *example.solutions, example.source):
+        for text in texts:
             text.encode()
     except UnicodeEncodeError:
         raise _UnusableRow("with text that is not Unicode") from None

@@ -9,14 +9,19 @@ import contextlib
 import dataclasses
 import difflib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from trapo_jax.config import ColumnPreset
 from trapo_jax.data.examples import Message
 from trapo_jax.data.sources import Row
+from trapo_jax.files import shown
 from trapo_jax.types import UserError
 
+MAX_ROW_CHARS = 1_000_000  # of the texts that are used of a row; far beyond the context of a model
+MAX_PATHS, MAX_DEPTH = 1000, 5  # in which a column is looked for that was not found
+MAX_LISTED, MAX_PATH_CHARS = 20, 100  # in an error message
 _ABSENT = object()
 REQUIRED = ("prompt", "answer", "solutions")  # fields of `Columns` by which a preset is found
 FIELDS = (*REQUIRED, "source", "extra")  # those that hold paths
@@ -194,12 +199,15 @@ def _closest(row: Row, names: Sequence[str]) -> str | None:
 
 
 def _listed(row: Row) -> str:
-    return ", ".join(_paths(row.values)) or "none"
+    paths = [path[:MAX_PATH_CHARS] for path in _paths(row.values)]
+    return ", ".join(paths[:MAX_LISTED] + ["..."] * (len(paths) > MAX_LISTED)) or "none"
 
 
 def parsed(value: Any, opening: str) -> Any:
     """Returns what a JSON text holds that is an object (`{`) or a chat (`[`); any other value as it is."""
     if not (isinstance(value, str) and value.lstrip().startswith(opening)):
+        return value
+    if len(value) > MAX_ROW_CHARS:  # Parsing it could take much more memory than the text.
         return value
     try:
         found = json.loads(value)
@@ -236,18 +244,20 @@ def _find(values: Any, name: str, path: str) -> Any:
 
 
 def wrong_type(path: str, value: Any, wanted: str) -> WrongValue:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:60] + "..."
-    return WrongValue(path, f"is {type(value).__name__} ({shown}), not {wanted}")
+    return WrongValue(path, f"is {type(value).__name__} ({shown(value)}), not {wanted}")
 
 
 def _paths(values: Mapping[str, Any]) -> list[str]:
-    """The columns, those inside objects with their dots."""
-    found = []
+    """The first columns, those inside objects with their dots."""
+    return list(islice(_all_paths(values, MAX_DEPTH), MAX_PATHS))
+
+
+def _all_paths(values: Mapping[str, Any], max_depth: int) -> Iterator[str]:
     for name, value in values.items():
-        inside = _paths(value) if isinstance(value, dict) else []
-        found += [f"{name}.{path}" for path in inside] or [name]
-    return found
+        if isinstance(value, dict) and value and max_depth:
+            yield from (f"{name}.{path}" for path in _all_paths(value, max_depth - 1))
+        else:
+            yield name
 
 
 def messages_in(value: Any) -> tuple[Message, ...] | None:

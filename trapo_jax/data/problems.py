@@ -2,16 +2,20 @@
 
 import hashlib
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal
 
 import grain
 import numpy as np
 
+from trapo_jax.data.encoding import Encoder, as_encoder
 from trapo_jax.data.examples import DataReport, Example
 from trapo_jax.data.templates import Template
+from trapo_jax.files import shown
 from trapo_jax.types import Expert, Problem, UserError
 
 if TYPE_CHECKING:
@@ -20,12 +24,13 @@ if TYPE_CHECKING:
 PLAIN_TEXT = Template()  # the text as it stands
 EXTRA_PROBLEMS_STREAM = 1  # a stream of random numbers of its own, beside the order of the batches
 EXPERTS_TOO_LONG = "experts left out: over"  # the start of a note of a report
+MAX_TOKEN_CHARS = 64  # Texts have 3 to 5 characters per token.
 _CHUNK_SIZE = 256  # at once; the tokenizer runs them on all cores
 
 
 def encode_examples(
     examples: Iterable[Example],
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: "PreTrainedTokenizerFast | Encoder",
     *,
     template: Template = PLAIN_TEXT,
     max_prompt_length: int,
@@ -37,11 +42,12 @@ def encode_examples(
 
     Examples with the same prompt and answer become one problem with the experts of all. BOS comes first where
     the tokenizer puts it and the text does not have it. A tokenizer's own chat template decides this itself, as in
-    `apply_chat_template`.
+    `apply_chat_template`. A text with more than `MAX_TOKEN_CHARS` characters for each token that it may have is too
+    long, whatever its tokens are.
 
     Args:
       examples: raw examples.
-      tokenizer: the policy's, with an EOS token.
+      tokenizer: the policy's, with an EOS token; an `Encoder` if several data sets are encoded.
       template: from `make_template`; the text as it stands unless given.
       max_prompt_length: longest prompt, in tokens, template included.
       overlong_prompts: "drop" the example, "truncate" to the last tokens (BOS is kept), or "error".
@@ -53,56 +59,62 @@ def encode_examples(
       The problems in the order of the examples, and the counts.
 
     Raises:
-      UserError: for a prompt that is too long under "error" or that the template refuses; with the
-        counts, if no problem is left.
+      UserError: for a prompt that is too long under "error" or that the template refuses; if the tokenizer fails; with
+        the counts, if no problem is left.
     """
-    encoder = _Encoder(tokenizer)
     merged, num_read = _merge_duplicates(examples)
     dropped, notes = Counter[str](), Counter[str]()
     if num_read > len(merged):
         dropped["joined to an equal problem"] = num_read - len(merged)
     problems: list[Problem] = []
-    longest = 0
+    longest = num_chars = (
+        0  # of prompts, in tokens; of those that have too many characters to be encoded
+    )
     rendered = template.render_all([example.prompt for example in merged])
-    for start in range(0, len(merged), _CHUNK_SIZE):
-        chunk = merged[start : start + _CHUNK_SIZE]
-        texts = rendered[start : start + _CHUNK_SIZE]
-        prompts = encoder.encode(texts)
-        if not template.is_chat:
-            prompts = [encoder.with_bos(ids) for ids in prompts]
-        solutions = iter(encoder.encode([s for example in chunk for s in example.solutions]))
-        for example, text, prompt_ids in zip(chunk, texts, prompts, strict=True):
-            solution_ids = [next(solutions) for _ in example.solutions]
-            longest = max(longest, len(prompt_ids))
-            if len(prompt_ids) > max_prompt_length:
-                if overlong_prompts == "error":
-                    raise _overlong_prompt(text, len(prompt_ids), max_prompt_length)
-                if overlong_prompts == "drop":
-                    dropped[f"with a prompt over {max_prompt_length} tokens"] += 1
+    with as_encoder(tokenizer) as encoder:
+        for start in range(0, len(merged), _CHUNK_SIZE):
+            chunk = merged[start : start + _CHUNK_SIZE]
+            texts = rendered[start : start + _CHUNK_SIZE]
+            prompts = _encode_prompts(texts, encoder, template, max_prompt_length)
+            solutions = _encode_solutions(chunk, encoder, max_expert_length)
+            for example, text, ids, of_example in zip(
+                chunk, texts, prompts, solutions, strict=True
+            ):
+                longest = max(longest, len(ids or ()))
+                if ids is None or len(ids) > max_prompt_length:
+                    num_chars = max(num_chars, len(text) if ids is None else 0)
+                    if overlong_prompts == "error":
+                        raise _overlong_prompt(text, ids, max_prompt_length)
+                    if overlong_prompts == "drop":
+                        dropped[f"with a prompt over {max_prompt_length} tokens"] += 1
+                        continue
+                    notes[f"prompts cut to {max_prompt_length} tokens"] += 1
+                    ids = _encode_end(text, encoder, template, max_prompt_length)
+                    text = encoder.decode(ids)
+                if not ids:
+                    dropped["with a prompt without tokens"] += 1
                     continue
-                notes[f"prompts cut to {max_prompt_length} tokens"] += 1
-                prompt_ids = encoder.last_tokens(prompt_ids, max_prompt_length)
-                text = encoder.decode(prompt_ids)
-            if not prompt_ids:
-                dropped["with a prompt without tokens"] += 1
-                continue
-            experts = [encoder.encode_expert(ids, max_expert_length, notes) for ids in solution_ids]
-            problems.append(
-                Problem(
-                    id=_content_id(example),
-                    prompt_ids=prompt_ids,
-                    answer=example.answer,
-                    experts=tuple(expert for expert in experts if expert is not None),
-                    prompt_text=text,
-                    source=example.source,
-                    columns=example.columns,
+                experts = [_make_expert(i, encoder, max_expert_length, notes) for i in of_example]
+                problems.append(
+                    Problem(
+                        id=_content_id(example),
+                        prompt_ids=ids,
+                        answer=example.answer,
+                        experts=tuple(expert for expert in experts if expert is not None),
+                        prompt_text=text,
+                        source=example.source,
+                        columns=example.columns,
+                    )
                 )
-            )
     if num_without := sum(not problem.experts for problem in problems):
         notes["problems without an expert"] = num_without
     report = DataReport(num_read, len(problems), dict(dropped), dict(notes))
     if not problems:
-        raise _nothing_usable(name, report, longest, max_prompt_length)
+        hint = ""
+        if num_chars or longest > max_prompt_length:
+            length = f"{num_chars:,} characters" if num_chars else f"{longest} tokens"
+            hint = f"; raise data.max_prompt_length, since the longest prompt has {length}"
+        raise UserError(f"{name}: no problem is usable: {report}{hint}")
     return problems, report
 
 
@@ -183,70 +195,57 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     return digest.hexdigest()
 
 
-class _Encoder:
-    """A tokenizer, and what is looked up in its vocabulary once."""
+def _encode_prompts(
+    texts: Sequence[str], encoder: Encoder, template: Template, max_length: int
+) -> list[tuple[int, ...] | None]:
+    """Returns the token ids of prompts; None for one with too many characters to have at most `max_length` tokens."""
+    is_short = [len(text) <= MAX_TOKEN_CHARS * max_length for text in texts]
+    encoded = iter(encoder.encode(list(compress(texts, is_short))))
+    prompts = [next(encoded) if short else None for short in is_short]
+    if template.is_chat:
+        return prompts
+    return [None if ids is None else encoder.with_bos(ids) for ids in prompts]
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
-        self._tokenizer = tokenizer
-        num_ids = max(tokenizer.get_vocab().values()) + 1
-        # One int object for each id: a data set of 4e8 tokens is 3 GB of references, not 13 GB of ints.
-        self._ids = list(range(num_ids))
-        texts = tokenizer.batch_decode([[i] for i in range(num_ids)])
-        self._blank_line = {i for i, text in enumerate(texts) if "\n\n" in text}
-        self._newline_first = {i for i, text in enumerate(texts) if text.startswith("\n")}
-        self._newline_last = {i for i, text in enumerate(texts) if text.endswith("\n")}
-        assert isinstance(tokenizer.eos_token_id, int)
-        self._eos_id = tokenizer.eos_token_id
-        bos_id = tokenizer.bos_token_id
-        self._bos_id = bos_id if isinstance(bos_id, int) else None
-        self._adds_bos = self._bos_id is not None and self._bos_id in tokenizer.encode("")
 
-    def encode(self, texts: list[str]) -> list[tuple[int, ...]]:
-        if not texts:
-            return []
-        encoded = self._tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        return [tuple(map(self._ids.__getitem__, ids)) for ids in encoded["input_ids"]]
+def _encode_end(
+    text: str, encoder: Encoder, template: Template, max_length: int
+) -> tuple[int, ...]:
+    """Returns the last tokens of a prompt that is too long."""
+    end = encoder.end_of(text, MAX_TOKEN_CHARS * max_length)
+    ids = encoder.encode([end])[0]
+    if not template.is_chat:
+        ids = encoder.with_bos(ids)
+    return encoder.last_tokens(ids, max_length) if len(ids) > max_length else ids
 
-    def decode(self, ids: tuple[int, ...]) -> str:
-        text = self._tokenizer.decode(list(ids))
-        assert isinstance(text, str)
-        return text
 
-    def with_bos(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        if self._bos_id is not None and self._adds_bos and ids[:1] != (self._bos_id,):
-            return (self._bos_id, *ids)
-        return ids
+def _encode_solutions(
+    examples: Sequence[Example], encoder: Encoder, max_length: int | None
+) -> list[list[tuple[int, ...] | None]]:
+    """Returns the token ids of each example's solutions; None for one with too many characters."""
+    max_chars = math.inf if max_length is None else MAX_TOKEN_CHARS * max_length
+    short = [text for example in examples for text in example.solutions if len(text) <= max_chars]
+    encoded = iter(encoder.encode(short))
+    return [
+        [next(encoded) if len(text) <= max_chars else None for text in example.solutions]
+        for example in examples
+    ]
 
-    def last_tokens(self, ids: tuple[int, ...], length: int) -> tuple[int, ...]:
-        """The end of a prompt, where the assistant begins, after its BOS if it has one."""
-        num_kept_first = int(ids[0] == self._bos_id)
-        return ids[:num_kept_first] + ids[len(ids) - length + num_kept_first :]
 
-    def encode_expert(
-        self, ids: tuple[int, ...], max_length: int | None, notes: Counter[str]
-    ) -> Expert | None:
-        """The expert solution, or None if it is left out; notes what was done."""
-        while ids and ids[-1] == self._eos_id:  # spelled out in the data
+def _make_expert(
+    ids: tuple[int, ...] | None, encoder: Encoder, max_length: int | None, notes: Counter[str]
+) -> Expert | None:
+    """Returns an expert solution, or None if it is left out; notes what was done."""
+    if ids is not None:
+        while ids and ids[-1] == encoder.eos_id:  # spelled out in the data
             ids = ids[:-1]
-        if not ids or self._eos_id in ids:
+        if not ids or encoder.eos_id in ids:
             notes["experts left out: nothing, or EOS inside"] += 1
             return None
-        ids = (*ids, self._eos_id)
-        if max_length is not None and len(ids) > max_length:
-            notes[f"{EXPERTS_TOO_LONG} {max_length} tokens"] += 1
-            return None
-        return Expert(ids, self._paragraph_ends(ids))
-
-    def _paragraph_ends(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Where a token contains a blank line, or completes one: some vocabularies have no such token."""
-        return tuple(
-            i + 1
-            for i, token in enumerate(ids)
-            if token in self._blank_line
-            or (token in self._newline_first and i > 0 and ids[i - 1] in self._newline_last)
-        )
+        ids = (*ids, encoder.eos_id)
+    if ids is None or (max_length is not None and len(ids) > max_length):
+        notes[f"{EXPERTS_TOO_LONG} {max_length} tokens"] += 1
+        return None
+    return Expert(ids, encoder.paragraph_ends(ids))
 
 
 def _merge_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]:
@@ -262,18 +261,10 @@ def _merge_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]:
     return list(merged.values()), num_read
 
 
-def _nothing_usable(name: str, report: DataReport, longest: int, limit: int) -> UserError:
-    hint = ""
-    if longest > limit:
-        hint = f"; raise data.max_prompt_length, since the longest prompt has {longest} tokens"
-    return UserError(f"{name}: no problem is usable: {report}{hint}")
-
-
-def _overlong_prompt(text: str, length: int, limit: int) -> UserError:
-    shown = repr(text) if len(text) <= 60 else repr(text[:60]) + "..."
+def _overlong_prompt(text: str, ids: tuple[int, ...] | None, limit: int) -> UserError:
+    length = f"{len(text):,} characters" if ids is None else f"{len(ids)} tokens"
     return UserError(
-        f"data.max_prompt_length={limit}: the prompt {shown} has {length} tokens; "
-        "raise data.max_prompt_length"
+        f"data.max_prompt_length={limit}: the prompt {shown(text)} has {length}; raise data.max_prompt_length"
     )
 
 

@@ -1,25 +1,39 @@
 """Rows from local files and from the Hugging Face Hub.
 
-Local files are read in place, a piece at a time, and leave no cache behind: Parquet and Arrow by pyarrow, JSON and CSV
-by line, so that a mistake has a line number. All values of CSV files are texts. Folders made by `save_to_disk` and Hub
-datasets go through `datasets` (Hub files into its usual cache; see `hub_datasets`).
+Local files are read in place, a piece at a time, and leave no cache behind: Parquet and Arrow by pyarrow, in a process
+of its own, and JSON and CSV by line, so that a mistake has a line number. All values of CSV files are texts. Folders
+made by `save_to_disk` and Hub datasets go through `datasets` (Hub files into its usual cache; see `hub_datasets`).
 """
 
-import csv
 import json
 import os
-from collections import Counter
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from glob import glob
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trapo_jax.data.hub_datasets import HubDataset, parse_hub_dataset, read_hub_rows
+from trapo_jax.data.text_rows import read_csv_rows, read_json_rows
+from trapo_jax.files import check_regular, reason_of, split_lines
 from trapo_jax.paths import USE_LFS, did_you_mean, is_lfs_pointer, working_directory
+from trapo_jax.sandbox import child_environment
 from trapo_jax.types import UserError
 
-_READ_ROWS = 256
+MAX_ROWS = 2_000_000  # of an entry, unless the number is given
+TEXT_READERS = {
+    ".jsonl": read_json_rows,
+    ".json": read_json_rows,
+    ".csv": read_csv_rows,
+    ".tsv": read_csv_rows,
+}
+FORMATS = (".parquet", *TEXT_READERS, ".arrow")
+TABLE_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("table_worker.py")))
+TABLE_SECS = 60  # of CPU for a few hundred rows
+TABLE_MEMORY_BYTES = 5 * 2**28
 # What pyarrow and datasets raise on a damaged or absent file; ArrowInvalid is a ValueError.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 
@@ -38,14 +52,17 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
-def read_rows(data: Sequence[str], *, split: str = "train") -> Iterator[Row]:
-    """Yields the rows of all of `data`, in order; `itertools.islice` takes the first few.
+def read_rows(
+    data: Sequence[str], *, split: str = "train", limit: int | None = None
+) -> Iterator[Row]:
+    """Yields the rows of all of `data`, in order.
 
     Args:
       data: files (`.parquet`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.arrow`), globs of such files, folders written by
         `save_to_disk`, and Hub ids (`owner/name@revision:config`, where the revision and the config are optional). A
         folder or Hub id may end with `#split`. An entry that exists as a path is a path.
       split: the split of folders and Hub ids that do not name one; files have no splits.
+      limit: number of rows to read of each entry; None for all, which must not be more than `MAX_ROWS`.
 
     Raises:
       UserError: naming the file, and the line where there is one: nothing there, no permission, empty,
@@ -53,10 +70,22 @@ def read_rows(data: Sequence[str], *, split: str = "train") -> Iterator[Row]:
     """
     if not data:
         raise UserError("no data: give files, folders or Hub ids")
-    locations = [location for entry in data for location in _locate(entry, split)]
-    for location, split_of_location in locations:
+    located = [_locate(entry, split) for entry in data]
+    for locations in located:
+        yield from islice(_rows(locations, MAX_ROWS if limit is None else None), limit)
+
+
+def _rows(
+    locations: Sequence[tuple[Path | HubDataset, str]], max_rows: int | None
+) -> Iterator[Row]:
+    """Yields the rows of an entry."""
+    num_rows = 0
+    for location, split in locations:
         number = 0
-        for number, values in _read(location, split_of_location):
+        for number, values in _read(location, split, max_rows):
+            num_rows += 1
+            if max_rows is not None and num_rows > max_rows:
+                raise _too_many_rows(location, "the number of rows is ")
             yield Row(str(location), number, values)
         if number == 0:
             raise UserError(f"{location}: holds no rows")
@@ -81,7 +110,7 @@ def _locate(entry: str, split: str) -> list[tuple[Path | HubDataset, str]]:
                 f"{entry}: {name} is a file, which has no splits; leave out #{named_split}"
             )
         entry, split = name, named_split
-    if path.suffix.lower() not in _READERS and (dataset := parse_hub_dataset(entry)):
+    if path.suffix.lower() not in FORMATS and (dataset := parse_hub_dataset(entry)):
         return [(dataset, split)]
     where = working_directory(path)
     raise UserError(f"{entry}: no such file or folder{where}{did_you_mean(entry)}")
@@ -94,152 +123,84 @@ def _exists(path: Path, entry: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:
-        raise UserError(f"{entry}: cannot be read ({_reason(error)})") from error
+        raise UserError(f"{entry}: cannot be read ({reason_of(error)})") from error
 
 
-def _read(location: Path | HubDataset, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read(
+    location: Path | HubDataset, split: str, max_rows: int | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         if isinstance(location, HubDataset):
             yield from enumerate(read_hub_rows(location, split), start=1)
         elif location.is_dir():
-            yield from enumerate(_folder_rows(location, split), start=1)
+            yield from enumerate(_folder_rows(location, split, max_rows), start=1)
+        elif read := TEXT_READERS.get(_suffix(location)):
+            yield from read(location)
         else:
-            yield from _file_reader(location)(location)
+            yield from _table_rows(location, max_rows)
     except _READ_ERRORS as error:
-        raise UserError(f"{location}: damaged or not readable ({_reason(error)})") from error
+        raise UserError(f"{location}: damaged or not readable ({reason_of(error)})") from error
 
 
-def _file_reader(path: Path):
-    """Who reads the file, by its name; what is plainly wrong with it is said first."""
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        known = ", ".join(_READERS)
+def _suffix(path: Path) -> str:
+    """Returns the suffix of a file in a known format; says first what is plainly wrong with the file."""
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        known = ", ".join(FORMATS)
         raise UserError(f"{path}: format {path.suffix or 'without suffix'!r} unknown; have {known}")
+    check_regular(path)
     if not path.stat().st_size:
         raise UserError(f"{path}: empty file")
     if is_lfs_pointer(path):
         raise UserError(f"{path}: {USE_LFS}")
-    return reader
+    return suffix
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        number = 0
-        for batch in file.iter_batches(batch_size=_READ_ROWS):
-            for values in batch.to_pylist():
-                number += 1
-                yield number, values
-
-
-def _arrow_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Both Arrow IPC formats: files, and streams as `datasets` writes them."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as file:
-        is_file = file.read(6) == b"ARROW1"
-        file.seek(0)
-        if is_file:
-            reader = pa.ipc.open_file(file)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            batches = iter(pa.ipc.open_stream(file))
-        number = 0
-        for batch in batches:
-            for start in range(0, batch.num_rows, _READ_ROWS):
-                for values in batch.slice(start, _READ_ROWS).to_pylist():
-                    number += 1
-                    yield number, values
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """One object a line, or one list of objects."""
-    with path.open("rb") as file:
-        lines = enumerate(file, start=1)
-        for number, line in lines:
-            if number == 1 and _text(path, number, line).lstrip().startswith("["):
-                whole = line + file.read()
-                yield from _json_list(path, whole)
-                return
-            text = _text(path, number, line)
-            if (
-                text := text.strip()
-            ):  # else a mistake at the end would be reported for the next line
-                yield number, _json_object(path, "line", number, _parse_json(path, number, text))
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Values separated by commas, semicolons or tabs; the first line names the columns."""
-    with path.open("rb") as file:
-        lines = (_text(path, number, line) for number, line in enumerate(file, start=1))
-        first = next(lines)
-        delimiter = max(",;\t", key=first.count)
-        # A value in quotation marks may have several lines.
-        reader = csv.reader(
-            chain([first], lines), delimiter=delimiter, skipinitialspace=True, strict=True
-        )
-        try:
-            header = next(reader)
-            if repeated := [name for name, count in Counter(header).items() if count > 1]:
-                raise UserError(f"{path}, line 1: two columns are named {repeated[0]!r}")
-            for values in filter(None, reader):
-                if len(values) != len(header):
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: {len(values)} values for the {len(header)} columns of the first "
-                        f"line; put values that contain {delimiter!r} in quotation marks"
-                    )
-                yield reader.line_num, dict(zip(header, values, strict=True))
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
-
-
-def _json_list(path: Path, whole: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+def _table_rows(path: Path, max_rows: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Reads a Parquet or Arrow file in a process with limits; see `table_worker.py`."""
+    worker = subprocess.Popen(
+        [
+            *TABLE_WORKER,
+            path.absolute(),
+            str(max_rows or 0),
+            str(TABLE_SECS),
+            str(TABLE_MEMORY_BYTES),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=child_environment(),
+    )
+    assert worker.stdout is not None
     try:
-        text = whole.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = whole.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
-    for number, value in enumerate(_parse_json(path, 1, text), start=1):
-        yield number, _json_object(path, "row", number, value)
+        for number, line in split_lines(worker.stdout, f"{path}, row"):
+            values = json.loads(line)
+            if isinstance(values, str):  # why it cannot read on
+                raise OSError(values)
+            if isinstance(values, int):
+                raise _too_many_rows(path, f"{values:,} rows, ")
+            yield number, values
+        code = worker.wait()
+        if code == -signal.SIGPROF:
+            raise OSError(f"a few hundred rows take more than {TABLE_SECS} s")
+        if code:
+            raise OSError(f"its reader ended with exit code {code}")
+    finally:
+        worker.kill()
+        worker.stdout.close()
+        worker.wait()
 
 
-def _text(path: Path, number: int, line: bytes) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}, line {number}: not UTF-8 (byte {error.start + 1}, {error.reason}); "
-            "convert the file, for example with iconv"
-        ) from error
-
-
-def _parse_json(path: Path, number: int, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = number + error.lineno - 1
-        raise UserError(
-            f"{path}, line {line}: not JSON ({error.msg} at column {error.colno}); one object a line, "
-            "or one list of objects"
-        ) from error
-    except (RecursionError, ValueError) as error:  # nested too deep, an integer too long
-        raise UserError(f"{path}, line {number}: not JSON ({_reason(error)})") from error
-
-
-def _json_object(path: Path, unit: str, number: int, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{path}, {unit} {number}: a JSON {type(value).__name__}, not an object")
-    return value
-
-
-def _folder_rows(folder: Path, split: str) -> Iterator[Any]:
+def _folder_rows(folder: Path, split: str, max_rows: int | None) -> Iterator[Any]:
     names = os.listdir(folder)
     if "dataset_dict.json" not in names and "state.json" not in names:
         raise UserError(
             f"{folder}: a folder, but not one made by save_to_disk; give its files, for example "
             f"{folder}/*.parquet"
         )
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if not path.is_dir():
+            check_regular(path)
     import datasets
 
     data = datasets.load_from_disk(str(folder))
@@ -247,19 +208,12 @@ def _folder_rows(folder: Path, split: str) -> Iterator[Any]:
         if split not in data:
             raise UserError(f"{folder}: no split {split!r}; it has {', '.join(map(str, data))}")
         data = data[split]
+    if max_rows is not None and len(data) > max_rows:
+        raise _too_many_rows(folder, f"{len(data):,} rows, ")
     yield from data
 
 
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.strip().splitlines()[0]
-
-
-_READERS = {
-    ".parquet": _parquet_rows,
-    ".jsonl": _json_rows,
-    ".json": _json_rows,
-    ".csv": _csv_rows,
-    ".tsv": _csv_rows,
-    ".arrow": _arrow_rows,
-}
+def _too_many_rows(location: Path | HubDataset, number: str) -> UserError:
+    return UserError(
+        f"{location}: {number}more than {MAX_ROWS:,}; set data.limit to the number of rows to read"
+    )

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +25,7 @@ from trapo_jax.data import (
     make_template,
     read_rows,
 )
+from trapo_jax.data.encoding import Encoder
 from trapo_jax.data.instructions import instructed
 from trapo_jax.methods import Method
 from trapo_jax.rewards import special_tokens
@@ -135,13 +136,14 @@ def load_data(
     )
     template = template_for(config.data, examples["train"], tokenizer)
     splits = {}
-    for name, split in examples.items():
-        if name != "train":
-            # An example that cannot be graded is held out all the same; see `_hold_out`.
-            can_grade = bool(config.rewards.functions)
-            split = [example for example in split if example.answer and can_grade]
-        splits[name], report = encode(config.data, name, split, tokenizer, template)
-        reports.setdefault(name, []).append(report)
+    with Encoder(tokenizer) as encoder:
+        for name, split in examples.items():
+            if name != "train":
+                # An example that cannot be graded is held out all the same; see `_hold_out`.
+                can_grade = bool(config.rewards.functions)
+                split = [example for example in split if example.answer and can_grade]
+            splits[name], report = encode(config.data, name, split, encoder, template)
+            reports.setdefault(name, []).append(report)
     data = LoadedData(splits, template, reports, columns, tokenizer)
     experts = [len(expert.token_ids) for p in splits["train"] for expert in p.experts]
     completion = COMPLETION_LENGTH_WITHOUT_EXPERTS
@@ -165,7 +167,8 @@ def load_test_data(
         examples, reports = splits["test"], []
     template = template_for(config.data, examples, tokenizer)
     without_solutions = [example._replace(solutions=()) for example in examples]
-    problems, report = encode(config.data, "test", without_solutions, tokenizer, template)
+    with Encoder(tokenizer) as encoder:
+        problems, report = encode(config.data, "test", without_solutions, encoder, template)
     if not problems:
         raise UserError("data.num_test=0: there are no test problems; give data.test_files")
     reports = [*reports, dataclasses.replace(report, notes={})]
@@ -189,7 +192,7 @@ def encode(
     config: DataConfig,
     split: str,
     examples: Sequence[Example],
-    tokenizer: "PreTrainedTokenizerFast",
+    encoder: Encoder,
     template: Template,
 ) -> tuple[list[Problem], DataReport]:
     """Renders and encodes the examples of a split, which may be empty."""
@@ -201,14 +204,14 @@ def encode(
     ]
     problems, report = encode_examples(
         asked,
-        tokenizer,
+        encoder,
         template=template,
         max_prompt_length=config.max_prompt_length or MAX_PROMPT_LENGTH,
         overlong_prompts=config.overlong_prompts,
         max_expert_length=config.max_expert_length,
         name=_option_of(config, split),
     )
-    if num := count_special_tokens(examples, tokenizer):
+    if num := count_special_tokens(examples, encoder.tokenizer):
         notes = {**report.notes, "prompts that spell a special token of the tokenizer": num}
         report = dataclasses.replace(report, notes=notes)
     return problems, report
@@ -333,7 +336,7 @@ def _read_test_files(config: DataConfig) -> tuple[list[Example], list[DataReport
 def _read(config: DataConfig, files: Sequence[str], split: str) -> Iterator[Row]:
     for entry in files:
         try:
-            yield from islice(read_rows([entry], split=split), config.limit)
+            yield from read_rows([entry], split=split, limit=config.limit)
         except UserError as error:
             raise UserError(f"data.{split}_files: {error}") from error
 

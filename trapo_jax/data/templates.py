@@ -35,9 +35,13 @@ MATH_SYSTEM = "You are a helpful assistant."
 MATH_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 DATE = "26 Jul 2024"  # of `strftime_now`; the date that Llama 3's templates fall back on themselves
 _TURN = "<|im_start|>"
+MAX_ROLES_CHARS = 100  # in an error message
 CHAT_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py")))
-CHAT_TIMEOUT_SECS = 10.0  # for one prompt, of which a template makes thousands a second
-CHAT_MEMORY_BYTES = 2 * 2**30
+CHAT_TIMEOUT_SECS = (
+    5.0  # of CPU, for one prompt or several slow ones; a template makes thousands a second
+)
+CHAT_MEMORY_BYTES = 2**30
+CHAT_MAX_CHARS = 20_000  # besides the messages and the arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +149,7 @@ class Template:
             "date": DATE,
         }
         worker = subprocess.run(
-            [*CHAT_WORKER, str(CHAT_TIMEOUT_SECS), str(CHAT_MEMORY_BYTES)],
+            [*CHAT_WORKER, *map(str, (CHAT_TIMEOUT_SECS, CHAT_MEMORY_BYTES, CHAT_MAX_CHARS))],
             input="".join(json.dumps(request) + "\n" for request in (setting, *requests)),
             capture_output=True,
             text=True,
@@ -154,8 +158,8 @@ class Template:
         replies = [json.loads(line) for line in worker.stdout.splitlines()]
         if any("refusal" in reply for reply in replies):
             return replies
-        if worker.returncode == -signal.SIGALRM:
-            raise self._error(f"takes more than {CHAT_TIMEOUT_SECS:g} s for one prompt")
+        if worker.returncode == -signal.SIGPROF:
+            raise self._error(f"takes more than {CHAT_TIMEOUT_SECS:g} s")
         if worker.returncode or len(replies) < len(requests):
             reason = worker.stderr.strip().splitlines()[-1:] or [f"exit code {worker.returncode}"]
             raise self._error(f"cannot be run ({reason[0]})")
@@ -273,4 +277,5 @@ def _chatml(messages: tuple[Message, ...]) -> str:
 
 
 def _roles(messages: tuple[Message, ...]) -> str:
-    return ", ".join(message.role for message in messages)
+    roles = ", ".join(message.role for message in messages[:MAX_ROLES_CHARS])
+    return roles if len(roles) <= MAX_ROLES_CHARS else roles[:MAX_ROLES_CHARS] + "..."

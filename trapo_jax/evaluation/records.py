@@ -1,11 +1,13 @@
 """Records of an evaluation: one line of samples.jsonl per graded sample."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trapo_jax.evaluation.scoring import Sample, make_sample, shares_noise
+from trapo_jax.files import read_lines
 from trapo_jax.types import Completion, Grade, UserError
 
 
@@ -46,17 +48,36 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     Raises:
       UserError: if the file does not contain the samples of an evaluation.
     """
-    if not path.is_file():
-        return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path}: not the samples of an evaluation ({error})") from error
+    records: list[dict[str, Any]] = []
+    num_bytes = 0
+    for number, line in read_lines(path) if path.exists() else ():
+        if not line.endswith(b"\n"):
+            os.truncate(path, num_bytes)
+            break
+        num_bytes += len(line)
+        try:
+            records.append(_parse(line))
+        except (
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            StopIteration,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise UserError(
+                f"{path}, line {number}: not a sample of an evaluation; give another output_dir"
+            ) from error
+    return records
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    record = json.loads(line)
+    sample = sample_of(record)
+    types = [type(value) for value in (sample.problem_id, sample.source, sample.is_correct)]
+    if types != [str, str, bool] or not isinstance(record["sample_index"], int):
+        raise TypeError(line)
+    return record
 
 
 def count_shared_noise(records: Sequence[Mapping[str, Any]]) -> tuple[int, int]:

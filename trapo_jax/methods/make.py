@@ -58,7 +58,7 @@ def read_constants(name: str, given: dict[str, Any]) -> Constants | None:
         # One mistake can cause several errors in the same field.
         first = {e["loc"][0]: e for e in reversed(error.errors())}
         lines = [_explain(name, names, e) for e in reversed(first.values())]
-        raise UserError("\n".join(lines)) from error
+        raise UserError(*lines) from error
 
 
 def constant_names(name: Any) -> list[str]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from trapo_jax.models.json_file import read_json_object
+from trapo_jax.files import read_json_object, shown
 from trapo_jax.types import UserError
 
 GENERATION_CONFIG = "generation_config.json"
@@ -33,7 +33,7 @@ def read_eos_ids(folder: Path, tokenizer_eos_id: int, *, vocab_size: int) -> lis
 def write_eos_ids(folder: Path, eos_ids: Sequence[int]) -> None:
     """Sets the EOS ids in `generation_config.json`, which is created if it does not exist."""
     path = folder / GENERATION_CONFIG
-    if path.is_file():
+    if path.exists():
         content = read_json_object(path)
     else:
         # Without the file, transformers would take these two from the config.
@@ -44,11 +44,11 @@ def write_eos_ids(folder: Path, eos_ids: Sequence[int]) -> None:
 
 
 def _eos_ids_in(path: Path, vocab_size: int) -> list[int]:
-    given = read_json_object(path).get(EOS) if path.is_file() else None
+    given = read_json_object(path).get(EOS) if path.exists() else None
     ids = given if isinstance(given, list) else [] if given is None else [given]
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size:
             raise UserError(
-                f"{path}: field {EOS!r} must be an id or a list of ids >= 0 and < vocab_size {vocab_size}, found {i!r}"
+                f"{path}: field {EOS!r} must be an id or a list of ids >= 0 and < vocab_size {vocab_size}, found {shown(i)}"
             )
     return ids

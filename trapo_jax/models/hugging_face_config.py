@@ -1,13 +1,14 @@
 """Converts a Hugging Face `config.json` to a `DecoderConfig`, or rejects it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
+from trapo_jax.files import read_json_object, shown
 from trapo_jax.models.attention import Implementation
 from trapo_jax.models.decoder import DecoderConfig, Remat
-from trapo_jax.models.json_file import read_json_object
 from trapo_jax.models.lora import Lora
 from trapo_jax.models.rope import Rope
 from trapo_jax.models.tensor_files import has_own_head
@@ -17,6 +18,8 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3")
 DEFAULT_THETA = 10_000.0
 MIN_FLOAT32, MAX_FLOAT32 = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+# Far beyond any model; parameters of these dimensions are listed before the weights are looked at.
+MAX_LAYERS, MAX_DIMENSION, MAX_VOCAB_SIZE, MAX_POSITIONS = 2**12, 2**20, 2**24, 2**31 - 1
 ORIGINAL_LEN = "original_max_position_embeddings"
 # Any of these fields would change the result, and the decoder supports none of them.
 UNSUPPORTED = (
@@ -56,12 +59,14 @@ def read_config(
             f"num_attention_heads {num_heads} is not divisible by num_key_value_heads {num_kv_heads}"
         )
     head_dim = fields.integer("head_dim", width // num_heads)
-    num_layers = fields.integer("num_hidden_layers")
+    if head_dim % 2:
+        raise fields.error(f"head_dim {head_dim} is odd; rotary embeddings need an even number")
+    num_layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
     local_layers = _local_layers(fields, family, num_layers)
     rope, local_rope = _read_ropes(fields, is_gemma=is_gemma)
     has_bias = fields.flag("attention_bias", False)
     return DecoderConfig(
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=fields.integer("vocab_size", maximum=MAX_VOCAB_SIZE),
         num_layers=num_layers,
         width=width,
         mlp_width=fields.integer("intermediate_size"),
@@ -80,7 +85,9 @@ def read_config(
         norm_offset=1.0 if is_gemma else 0.0,
         embedding_scale=width**0.5 if is_gemma else 1.0,
         attention_scale=fields.number("query_pre_attn_scalar") ** -0.5 if is_gemma else None,
-        window=fields.integer("sliding_window") if any(local_layers) else None,
+        window=fields.integer("sliding_window", maximum=MAX_POSITIONS)
+        if any(local_layers)
+        else None,
         local_layers=local_layers,
         local_rope=local_rope,
         dtype=dtype,
@@ -94,7 +101,7 @@ def _check_supported(fields: "_Fields", family: Any, *, is_gemma: bool) -> None:
     """Raises a `UserError` for models that the decoder does not support."""
     if family not in ARCHITECTURES:
         raise fields.error(
-            f"model_type {family!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"model_type {shown(family)} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
     for name in UNSUPPORTED:
         if fields.get(name):
@@ -104,7 +111,7 @@ def _check_supported(fields: "_Fields", family: Any, *, is_gemma: bool) -> None:
     )
     if (found := fields.get(activation_field, activation)) != activation:
         raise fields.error(
-            f"{activation_field} {found!r} is not supported; expected {activation!r}"
+            f"{activation_field} {shown(found)} is not supported; expected {activation!r}"
         )
 
 
@@ -123,7 +130,7 @@ def read_max_context_len(folder: Path) -> int | None:
     fields = _Fields(folder / "config.json")
     if fields.get("max_position_embeddings") is None:
         return None
-    max_len = fields.integer("max_position_embeddings")
+    max_len = fields.integer("max_position_embeddings", maximum=MAX_POSITIONS)
     if fields.get("model_type") == "gemma3_text":
         return max_len
     rope, _ = _read_ropes(fields, is_gemma=False)
@@ -137,7 +144,11 @@ def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool
         return ()
     if (types := fields.get("layer_types")) is not None:
         known = {"sliding_attention": True, "full_attention": False}
-        if not isinstance(types, list) or len(types) != num_layers or set(types) - set(known):
+        if (
+            not isinstance(types, list)
+            or len(types) != num_layers
+            or any(not isinstance(name, str) or name not in known for name in types)
+        ):
             raise fields.error(
                 f"layer_types must be a list of {num_layers} entries among {', '.join(known)}"
             )
@@ -165,8 +176,8 @@ def _read_ropes(fields: "_Fields", *, is_gemma: bool) -> tuple[Rope, Rope | None
         if (original_len := fields.get(ORIGINAL_LEN)) is not None:
             data[ORIGINAL_LEN] = original_len  # takes precedence in transformers
         return _read_rope(fields, data, fields.number("rope_theta", DEFAULT_THETA)), None
-    full = {**scaling, **given.get("full_attention", {})}
-    local = given.get("sliding_attention", {})
+    full = {**scaling, **fields.mapping("full_attention", given)}
+    local = fields.mapping("sliding_attention", given)
     return (
         _read_rope(fields, full, fields.number("rope_theta", 1_000_000.0)),
         _read_rope(fields, local, fields.number("rope_local_base_freq", DEFAULT_THETA)),
@@ -177,17 +188,17 @@ def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
     kind = data.get("rope_type", data.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise fields.error(
-            f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
+            f"rope type {shown(kind)} is not supported; supported are {', '.join(ROPE_TYPES)}"
         )
     partial = data.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
-        raise fields.error(f"partial_rotary_factor {partial!r} is not supported; expected 1.0")
+        raise fields.error(f"partial_rotary_factor {shown(partial)} is not supported; expected 1.0")
 
     def number(name: str) -> float:
         value = data.get(name)
         if not _is_positive(value):
             raise fields.error(
-                f"rope type {kind!r} needs a number {name!r} > 0 of float32, found {value!r}"
+                f"rope type {kind!r} needs a number {name!r} > 0 of float32, found {shown(value)}"
             )
         return float(value)
 
@@ -196,13 +207,19 @@ def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, "linear", number("factor"))
+    low, high, original_len = map(number, ("low_freq_factor", "high_freq_factor", ORIGINAL_LEN))
+    if low >= high or original_len > MAX_POSITIONS:
+        raise fields.error(
+            f"rope type 'llama3' needs low_freq_factor < high_freq_factor and {ORIGINAL_LEN} <= {MAX_POSITIONS}, found "
+            f"{low:g}, {high:g} and {original_len:g}"
+        )
     return Rope(
         theta,
         "llama3",
         factor=number("factor"),
-        low_freq_factor=number("low_freq_factor"),
-        high_freq_factor=number("high_freq_factor"),
-        original_len=int(number(ORIGINAL_LEN)),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_len=int(original_len),
     )
 
 
@@ -226,28 +243,43 @@ class _Fields:
         value = self._data.get(name)
         return default if value is None else value
 
-    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(
+        self,
+        name: str,
+        default: int | None = None,
+        *,
+        minimum: int = 1,
+        maximum: int = MAX_DIMENSION,
+    ) -> int:
         value = self._required(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.error(f"field {name!r} must be an integer >= {minimum}, found {value!r}")
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not is_integer or not minimum <= value <= maximum:
+            raise self.error(
+                f"field {name!r} must be an integer >= {minimum} and <= {maximum}, found {shown(value)}"
+            )
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._required(name, default)
         if not _is_positive(value):
-            raise self.error(f"field {name!r} must be a number > 0 of float32, found {value!r}")
+            raise self.error(
+                f"field {name!r} must be a number > 0 of float32, found {shown(value)}"
+            )
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
         if not isinstance(value, bool):
-            raise self.error(f"field {name!r} must be true or false, found {value!r}")
+            raise self.error(f"field {name!r} must be true or false, found {shown(value)}")
         return value
 
-    def mapping(self, name: str) -> dict[str, Any]:
-        value = self.get(name, {})
+    def mapping(self, name: str, container: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Returns an object of the file, or of an object in it; empty if there is none."""
+        value = (self._data if container is None else container).get(name)
+        if value is None:
+            return {}
         if not isinstance(value, dict):
-            raise self.error(f"field {name!r} must be an object, found {value!r}")
+            raise self.error(f"field {name!r} must be an object, found {shown(value)}")
         return value
 
     def _required(self, name: str, default: Any) -> Any:

@@ -57,7 +57,7 @@ def locate_model(path: str, *, must_exist: bool = True) -> tuple[Path, HubRepo |
 
 
 def _check_model_folder(folder: Path, path: str) -> None:
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).exists():
         inside = sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))  # hf/ in a run
         hint = f"; did you mean {inside[0]}?" if inside else "; pass a Hugging Face model folder"
         raise UserError(f"model.path={path!r}: the folder contains no {CONFIG}{hint}")

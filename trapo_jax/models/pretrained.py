@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from trapo_jax.config import LoraConfig, ModelConfig
+from trapo_jax.files import read_json_object
 from trapo_jax.hub import HubRepo, parse_hub_id
 from trapo_jax.models.decoder import DecoderConfig
 from trapo_jax.models.generation_config import read_eos_ids
 from trapo_jax.models.hugging_face_config import read_config, read_max_context_len
-from trapo_jax.models.json_file import read_json_object
 from trapo_jax.models.location import fetch_small_files, fetch_weights, locate_model
 from trapo_jax.models.lora import Lora
 from trapo_jax.models.side_files import replaced_folder, write_side_files
 from trapo_jax.models.tensor_files import has_own_head
-from trapo_jax.models.tokenizer import check_token_ids, load_tokenizer
+from trapo_jax.models.tokenizer import load_tokenizer
 from trapo_jax.types import UserError
 
 HUB = "hub.json"  # in a run's copy of a Hub model: its name and commit
@@ -67,8 +67,7 @@ def open_model(
         folder, repo = fetch_small_files(repo)
     files = files or folder
     decoder = read_decoder(files, model, lora)
-    tokenizer: Any = load_tokenizer(files)
-    check_token_ids(files, tokenizer, vocab_size=decoder.vocab_size)
+    tokenizer: Any = load_tokenizer(files, vocab_size=decoder.vocab_size)
     return PretrainedModel(
         folder=folder,
         files=files,
@@ -114,7 +113,7 @@ def copy_model_files(model: PretrainedModel, destination: Path) -> None:
 
 def _read_repo(copy: Path) -> HubRepo | None:
     """Returns the repository from which `copy_model_files` made a copy; None if it was a local folder."""
-    if not (copy / HUB).is_file():
+    if not (copy / HUB).exists():
         return None
     origin = read_json_object(copy / HUB)
     repo = parse_hub_id(f"{origin.get('name')}@{origin.get('commit')}", "model")

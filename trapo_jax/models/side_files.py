@@ -9,9 +9,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from trapo_jax.files import read_json_object
 from trapo_jax.models.decoder import DecoderConfig
 from trapo_jax.models.generation_config import GENERATION_CONFIG, write_eos_ids
-from trapo_jax.models.json_file import read_json_object
 from trapo_jax.types import UserError
 
 CONFIG = "config.json"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from trapo_jax.models.json_file import read_json_object
+from trapo_jax.files import check_regular, read_json_object, shown
 from trapo_jax.paths import USE_LFS, is_lfs_pointer
 from trapo_jax.types import UserError
 
@@ -112,7 +112,7 @@ def weight_files(folder: Path) -> list[str]:
       UserError: if the index cannot be read, or lists other files than those of safetensors.
     """
     index = folder / INDEX
-    if not index.is_file():
+    if not index.exists():
         return [WEIGHTS]
     files = sorted(set(_read_weight_map(index).values()))
     for file in files:
@@ -158,7 +158,7 @@ def _full_name(stored: str, known: Collection[str]) -> str:
 def _list_tensors(folder: Path) -> tuple[Path, dict[str, Path]]:
     """Returns the file that lists the tensors, and for each tensor the file that contains it."""
     index = folder / INDEX
-    if not index.is_file():
+    if not index.exists():
         path = folder / WEIGHTS
         with _open_safetensors(path) as file:
             return path, dict.fromkeys(file.keys(), path)
@@ -173,7 +173,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise UserError(
-                f"{index}: the file of tensor {name!r} must be a file name, found {file!r}"
+                f"{index}: the file of tensor {name!r} must be a file name, found {shown(file)}"
             )
     return weight_map
 
@@ -196,10 +196,11 @@ def _listed(what: str, names: list[str]) -> str:
 
 
 def _open_safetensors(path: Path):
+    if not path.exists():
+        raise UserError(f"{path}: no such file; weights are only read from safetensors")
+    check_regular(path)
     try:
         return safe_open(path, framework="numpy")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; weights are only read from safetensors") from error
     except (SafetensorError, OSError) as error:
         what = USE_LFS if is_lfs_pointer(path) else f"not a readable safetensors file ({error})"
         raise UserError(f"{path}: {what}") from error

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 from orbax.checkpoint import v1 as ocp
 
 from trapo_jax.distributed.processes import is_main, wait_for_all
+from trapo_jax.files import read_text
 from trapo_jax.types import UserError
 
 STATE, HOST = "state", "host"
@@ -339,17 +340,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
       DamagedCheckpoint: if the manifest is not exactly what `_write_manifest` wrote.
     """
+    if not (folder / MANIFEST).exists():
+        raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is missing")
     try:
-        text = (folder / MANIFEST).read_text(encoding="ascii")
-    except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is missing") from error
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(folder / MANIFEST)
+    except UserError as error:
         raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is damaged") from error
     try:
         content = json.loads(text)
         expected = content.pop("sha256")
         is_intact = text == json.dumps({**content, "sha256": expected}, indent=1)
-    except (ValueError, AttributeError, KeyError):
+    except (ValueError, AttributeError, KeyError, RecursionError):
         is_intact, content, expected = False, {}, ""
     if not is_intact or expected != _checksum_of(content):
         raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is damaged")

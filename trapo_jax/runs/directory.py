@@ -20,9 +20,11 @@ from trapo_jax.config import (
     SourceFile,
     flatten,
     is_changeable,
+    read_yaml,
     user_code,
 )
 from trapo_jax.distributed.processes import gather
+from trapo_jax.files import check_regular, read_json_object
 from trapo_jax.methods import Method, fingerprint
 from trapo_jax.types import UserError
 
@@ -37,6 +39,10 @@ EVALUATIONS = "evaluations"  # a directory with one file per evaluation; see `ev
 MODEL = "model"  # a copy of the model's config and tokenizer, without weights
 EXPORT = "hf"  # the trained model in Hugging Face format
 SUMMARY = "summary.json"  # written last; marks a run as complete
+REPORT = "report.html"
+TENSORBOARD = "tb"
+FOLDERS = (CHECKPOINTS, EVALUATIONS, MODEL, EXPORT, TENSORBOARD)
+FILES = (LOCK, METHOD, USER_CODE, CHANGES, METRICS, SAMPLES, IDENTITY, DATA, SUMMARY, REPORT)
 
 ABSENT = "absent"  # in place of the value of a field that a config lacks
 SHARED_AFTER_SECS = 60  # maximum time until all hosts see a new file on shared storage
@@ -77,8 +83,9 @@ def check_run_folder(
         if folder.exists() and not folder.is_dir():
             raise UserError(f"output_dir={folder}: not a directory; choose a different output_dir")
         if saved.is_file():
+            _check_entries(folder)
             current = flatten(yaml.safe_load(config_text))
-            changes = _changes(folder, _read_config(saved), current, depends_on_length)
+            changes = _changes(folder, flatten(read_yaml(saved)), current, depends_on_length)
             _check_method(folder, method)
             _check_code(folder, code)
         elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
@@ -111,13 +118,10 @@ def _check_method(folder: Path, method: dict[str, Any] | None) -> None:
     if method is None:
         return
     try:
-        saved = json.loads((folder / METHOD).read_text())
+        saved = read_json_object(folder / METHOD)
         name = saved["name"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{folder / METHOD}: missing or damaged ({type(error).__name__}), so the run cannot be resumed; restore "
-            "the file or choose a different output_dir"
-        ) from error
+    except (UserError, KeyError) as error:
+        raise _damaged(folder / METHOD, error) from error
     if saved == method:
         return
     if name != method["name"]:
@@ -142,8 +146,8 @@ def _check_code(folder: Path, code: Sequence[SourceFile]) -> None:
     if not file.is_file() or (is_run and not any((folder / CHECKPOINTS).glob("[0-9]*"))):
         return
     try:
-        saved = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError):
+        saved = read_json_object(file)
+    except UserError:
         saved = {}
     if changed := [source.path for source in code if saved.get(source.module) != source.sha256]:
         names = " and ".join(map(str, changed))
@@ -213,11 +217,27 @@ def _length_dependency(config: dict[str, Any], depends_on_length: bool) -> str:
     return f"with {DECAY_START}={start}, the learning rate" if start != 1 else ""
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return flatten(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a valid config; choose a different output_dir") from error
+def _damaged(path: Path, error: UserError | KeyError) -> UserError:
+    """Returns the error for a file without which a run cannot be resumed."""
+    what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+    what = what.removeprefix(f"{path}: ")
+    return UserError(
+        f"{path}: missing or damaged ({what}), so the run cannot be resumed; restore the file or choose a different "
+        "output_dir"
+    )
+
+
+def _check_entries(folder: Path) -> None:
+    """Checks that the files and folders of a run are such; opening a named pipe, for example, would never end."""
+    for name in FOLDERS:
+        path = folder / name
+        if path.exists() and not path.is_dir():
+            raise UserError(
+                f"{path}: not a folder, but a run has one there; rename it or choose a different output_dir"
+            )
+    for name in FILES:
+        if (folder / name).exists():
+            check_regular(folder / name)
 
 
 def prepare_run_folder(
@@ -260,12 +280,9 @@ def run_identity(folder: Path, config_text: str) -> dict[str, str]:
       UserError: if the file with the id is missing or damaged.
     """
     try:
-        name = json.loads((folder / IDENTITY).read_text())["id"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{folder / IDENTITY}: missing or damaged ({type(error).__name__}), so the run cannot be resumed; restore the "
-            "file or choose a different output_dir"
-        ) from error
+        name = read_json_object(folder / IDENTITY)["id"]
+    except (UserError, KeyError) as error:
+        raise _damaged(folder / IDENTITY, error) from error
     fixed = {
         field: value
         for field, value in flatten(yaml.safe_load(config_text)).items()
@@ -293,8 +310,8 @@ def check_shared(folder: Path, run_id: str) -> None:
 
 def _is_run(folder: Path, run_id: str) -> bool:
     try:
-        return json.loads((folder / IDENTITY).read_text())["id"] == run_id
-    except (OSError, ValueError, LookupError, TypeError):
+        return read_json_object(folder / IDENTITY)["id"] == run_id
+    except (UserError, KeyError):
         return False
 
 

@@ -5,15 +5,24 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from trapo_jax.files import read_json_object, read_lines
 from trapo_jax.printable import printable
-from trapo_jax.runs.directory import METRICS, SAMPLES, SUMMARY, evaluation_file, write_atomically
+from trapo_jax.runs.directory import (
+    METRICS,
+    SAMPLES,
+    SUMMARY,
+    TENSORBOARD,
+    evaluation_file,
+    write_atomically,
+)
 from trapo_jax.runs.tensorboard import TensorBoard, event_files
 from trapo_jax.types import UserError
 
 TRAIN, EVAL = "train", "eval"
-TENSORBOARD = "tb"
+NEEDED_SCORES = ("eval/num_problems", "eval/num_samples")
+MAX_RECORD_BYTES = 2**25  # The longest rollout that a config allows takes less.
 
 
 class RunLog:
@@ -157,6 +166,43 @@ def write_summary(folder: Path, splits: Sequence[str]) -> dict[str, Any]:
     return summary
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Returns the summary of a complete run; see `write_summary`.
+
+    Raises:
+      UserError: if it is damaged.
+    """
+    path = folder / SUMMARY
+    way_out = "delete the file, and the same command writes it again"
+    try:
+        summary = read_json_object(path)
+    except UserError as error:
+        raise UserError(f"{error}; {way_out}") from error
+    for scores in summary.values():
+        before, after = (
+            scores.get(when) if isinstance(scores, dict) else None for when in ("before", "after")
+        )
+        if not (_are_scores(before) and _are_scores(after) and after.keys() <= before.keys()):
+            raise UserError(f"{path}: damaged; {way_out}")
+    return summary
+
+
+def _are_scores(scores: Any) -> TypeGuard[dict[str, Any]]:
+    return (
+        isinstance(scores, dict)
+        and all(name in scores for name in NEEDED_SCORES)
+        and all(
+            isinstance(value, int | float) or (value is None and not is_shown(name))
+            for name, value in scores.items()
+        )
+    )
+
+
+def is_shown(name: str) -> bool:
+    """Whether a score is shown in tables: never null, unlike the others."""
+    return "accuracy" in name or "pass@" in name
+
+
 def _scores(record: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in record.items() if name.startswith("eval/")}
 
@@ -165,18 +211,20 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the records of a JSON Lines file, except for an incomplete last line.
 
     Raises:
-      UserError: if a line is not JSON.
+      UserError: if a line is not a JSON object.
     """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise UserError(
-                    f"{path}, line {number}: not a JSON record; restore the file or choose a different output_dir"
-                ) from error
+    for number, line in read_lines(path, max_bytes=MAX_RECORD_BYTES):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{path}, line {number}: not a JSON record; restore the file or choose a different output_dir"
+            )
+        yield record
 
 
 def _finite(value: Any) -> Any:

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from trapo_jax.config import default_settings, flatten
+from trapo_jax.config import default_settings, flatten, read_yaml
+from trapo_jax.files import shown
 from trapo_jax.printable import printable
-from trapo_jax.runs.directory import CONFIG, METRICS, SAMPLES, write_atomically
-from trapo_jax.runs.loggers import EVAL, TRAIN, read_records
+from trapo_jax.runs.directory import CONFIG, METRICS, REPORT, SAMPLES, write_atomically
+from trapo_jax.runs.loggers import EVAL, TRAIN, is_shown, read_records
 from trapo_jax.types import UserError
 
-REPORT = "report.html"
 MAX_POINTS = 400  # points per curve; consecutive steps are averaged if there are more
 MAX_BYTES = (
     3_000_000  # size of the rollouts in a report; whole groups are omitted if there are more
@@ -32,6 +31,11 @@ MAX_TOKENS = 1_500  # tokens per response; the middle of longer ones is omitted
 MAX_CHARACTERS = 20_000  # characters per text; the end of longer ones is omitted
 STYLES = ("uplot.min.css", "report.css")
 SCRIPTS = ("uplot.min.js", "dom.js", "charts.js", "reader.js", "page.js")
+# Raised by data that a run does not write.
+DAMAGED = (
+    *(ArithmeticError, AttributeError, LookupError),
+    *(OSError, RecursionError, TypeError, ValueError),
+)
 REWARD_PREFIX = "rewards/"  # followed by the name of a reward function, if a run has several
 LEVEL_PREFIX = "guidance/level_"  # followed by the index of a micro-group; their number varies
 PLOTTED = (
@@ -159,16 +163,21 @@ def read_run(folder: Path, name: str, *, max_bytes: int) -> dict[str, Any]:
       UserError: if the folder is not a run directory, or a line of its logs is damaged.
     """
     try:
-        return _read_run(folder, name, max_bytes)
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        run = _read_run(folder, name, max_bytes)
+        embedded_json(run)  # Numbers that are not finite and deep nesting cannot be embedded.
+        return run
+    except DAMAGED as error:
         raise UserError(
             f"{folder}: not a run directory of this version: config.yaml, metrics.jsonl or samples.jsonl is missing or "
-            f"damaged ({error!r})"
+            f"damaged ({shown(error)})"
         ) from error
 
 
 def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
-    settings = flatten(yaml.safe_load((folder / CONFIG).read_text()))
+    try:
+        settings = flatten(read_yaml(folder / CONFIG))
+    except UserError as error:
+        raise UserError(f"{folder}: not a run directory of this version ({error})") from error
     records = list(read_records(folder / METRICS))
     steps = [r for r in records if r["kind"] == TRAIN]
     evaluations = [r for r in records if r["kind"] == EVAL]
@@ -234,7 +243,7 @@ def score_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[list
     return [
         [name.removeprefix("eval/"), value, after.get(name)]
         for name, value in sorted(before.items())
-        if "accuracy" in name or "pass@" in name
+        if is_shown(name)
     ]
 
 

@@ -6,7 +6,6 @@ and resumes a run that an earlier process started.
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -33,7 +32,7 @@ from trapo_jax.runs.directory import (
     record_changes,
     run_identity,
 )
-from trapo_jax.runs.loggers import TRAIN, NoLog, RunLog, write_summary
+from trapo_jax.runs.loggers import TRAIN, NoLog, RunLog, read_summary, write_summary
 from trapo_jax.runs.monitoring import (
     CompilationListener,
     Health,
@@ -372,7 +371,7 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """Returns the scores of a complete run before and after training, by split."""
-        return json.loads((self.folder / SUMMARY).read_text())
+        return read_summary(self.folder)
 
     def _restore(self, learner: Trainable) -> dict[str, int] | None:
         """Restores the newest intact checkpoint and returns the log offsets saved in it; None if there is none."""

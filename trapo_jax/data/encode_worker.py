@@ -1,0 +1,48 @@
+"""A tokenizer at work, in a process of its own: it comes with a model, and may multiply texts or search for ever.
+
+    python -P encode_worker.py SECS MEMORY_BYTES
+
+Started by `encoding.py`, as a file: the package around it takes seconds to import. JSON lines come in: first
+`{"tokenizer": <tokenizer.json as text>, "encode_special_tokens": false}`, then lists of texts, each of which is answered
+by the lengths of the encoded texts as a line of JSON, and their token ids as unsigned 32-bit integers; or by a text
+that says why it cannot encode them. The kernel ends the process when one request takes more than SECS of CPU time, and
+the tokenizers library when there is not enough memory.
+"""
+
+import array
+import json
+import signal
+import sys
+
+from tokenizers import Tokenizer
+
+from trapo_jax.sandbox import limit_memory
+
+
+def main(secs: str, memory_bytes: str) -> None:
+    limit_memory(int(memory_bytes))
+    setting = json.loads(sys.stdin.readline())
+    tokenizer = Tokenizer.from_str(setting["tokenizer"])
+    tokenizer.encode_special_tokens = setting["encode_special_tokens"]
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, float(secs))
+        try:
+            encoded = tokenizer.encode_batch_fast(json.loads(line), add_special_tokens=False)
+            ids = [encoding.ids for encoding in encoded]
+            reply = json.dumps([len(i) for i in ids])
+        except BaseException as error:  # a panic of the Rust library is no `Exception`
+            ids, reply = (
+                [],
+                json.dumps((str(error).strip() or type(error).__name__).splitlines()[0]),
+            )
+        sys.stdout.buffer.write(reply.encode() + b"\n")
+        sys.stdout.buffer.write(b"".join(array.array("I", i).tobytes() for i in ids))
+        sys.stdout.buffer.flush()
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    main(*sys.argv[1:])
