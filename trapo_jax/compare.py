@@ -60,6 +60,8 @@ def make_grid(args: argparse.Namespace) -> Grid:
         match=args.match,
         budget=args.budget,
         runs=args.runs or args.out / "runs",
+        records=args.records or args.out / "records",
+        margin=args.margin,
     )
 
 
@@ -79,7 +81,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="'NAME: method.name=METHOD FIELD=VALUE ...'",
         help="a method with other settings, under a name that --methods may list; may be repeated",
     )
-    add("--seeds", type=_positive, default=5, metavar="N", help="runs of each method (default 5)")
+    add("--seeds", type=_positive, default=10, metavar="N", help="runs of each method (default 10)")
     add(
         "--match",
         choices=sorted(UNITS),
@@ -103,6 +105,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="runs of each trial (default 1)",
     )
     add(
+        "--margin",
+        type=_amount,
+        default=0.05,
+        metavar="X",
+        help="two methods are equivalent if the interval of their difference in accuracy lies within +-X (default 0.05)",
+    )
+    add(
         "--jobs",
         type=_positive,
         metavar="N",
@@ -114,6 +123,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="directory of the runs; comparisons with the same directory share runs (default OUT/runs)",
+    )
+    add(
+        "--records",
+        type=Path,
+        metavar="DIR",
+        help="directory of the records of complete runs, from which the report is made (default OUT/records). Records "
+        "of several machines can be copied into one directory; a run with a record is not repeated",
     )
     add("overrides", nargs="*", metavar="FIELD=VALUE")
     return parser.parse_intermixed_args(arguments)

@@ -18,55 +18,87 @@ from trapo_jax.comparison.analysis import (
 from trapo_jax.comparison.curves import plot_curves
 from trapo_jax.comparison.document import Image, to_html, to_markdown, write_csv
 from trapo_jax.comparison.report import make_report
-from trapo_jax.comparison.results import pick_trials
 from trapo_jax.comparison.run_pool import Failure
+from trapo_jax.comparison.tuning import pick_trials
 from trapo_jax.types import UserError
 
 
-def test_only_clear_differences_are_significant(tmp_path):
-    comparison = make_comparison(tmp_path, {"grpo": 0.3, "trapo": 0.7, "sft": 0.31})
-    found = {(d.better, d.other): d for d in find_differences(comparison)}
-    assert {pair for pair, d in found.items() if d.is_significant} == {
-        ("trapo", "grpo"),
-        ("trapo", "sft"),
+def verdicts(comparison, margin=0.05):
+    """Returns who is better in the mean and in the median, by pair."""
+    return {
+        (d.better, d.other): tuple(d.verdict(x, margin) for x in (d.mean, d.median))
+        for d in find_differences(comparison)
     }
-    clear = found["trapo", "grpo"]
-    assert clear.estimate.mean == pytest.approx(0.4, abs=0.05)
-    assert clear.adjusted_p == pytest.approx(
-        max(3 * min(d.estimate.p_value for d in found.values()), 2 * clear.estimate.p_value)
-    )
-    text = to_markdown(make_report(comparison, None)[0])
-    significant, rest = text.split("Not significant:")
-    assert "trapo over grpo" in significant
-    assert "trapo over" not in rest
+
+
+def test_only_clear_differences_are_significant(tmp_path):
+    comparison = make_comparison(tmp_path, {"grpo": 0.3, "trapo": 0.9, "sft": 0.31}, seeds=12)
+    assert verdicts(comparison, margin=0.01) == {
+        ("trapo", "grpo"): ("trapo", "trapo"),
+        ("trapo", "sft"): ("trapo", "trapo"),
+        ("sft", "grpo"): ("undecided", "undecided"),
+    }
     assert score_methods(comparison)[0].method == "trapo"
     assert find_warnings(comparison) == []
+    (clear,) = (d for d in find_differences(comparison) if (d.better, d.other) == ("trapo", "grpo"))
+    assert clear.mean.value == pytest.approx(0.6, abs=0.05)
+    text = to_markdown(make_report(comparison, None)[0])
+    assert f"| trapo | grpo | 12 | +{clear.mean.value:.3f} [+{clear.mean.low:.3f}" in text
+
+
+def test_methods_whose_difference_is_within_the_margin_are_equivalent(tmp_path):
+    comparison = make_comparison(tmp_path, {"grpo": 0.5, "trapo": 0.5}, seeds=12)
+    ((mean, median),) = verdicts(comparison, margin=0.15).values()
+    assert (mean, median) == ("undecided", "equivalent")  # Unseen failing seeds affect the mean.
 
 
 def test_with_one_seed_nothing_is_significant(tmp_path):
     comparison = make_comparison(tmp_path, {"grpo": 0.1, "trapo": 0.9}, seeds=1)
-    assert not any(d.is_significant for d in find_differences(comparison))
+    assert set(verdicts(comparison).values()) == {("one seed: no test",) * 2}
     text = to_markdown(make_report(comparison, None)[0])
-    assert "**Warning: this is a smoke test, not a result: 1 seed per method instead of 5**" in text
+    assert "**Warning: this is a smoke test, not a result: 1 seed per method instead of 6**" in text
+
+
+def test_a_method_with_a_failing_seed_needs_ten(tmp_path):
+    comparison = make_comparison(tmp_path, {"grpo": 0.3, "trapo": 0.8}, seeds=7)
+    assert find_warnings(comparison) == []
+    results = [
+        replace(r, after=r.before) if (r.run.trial.method, r.run.seed) == ("trapo", 3) else r
+        for r in comparison.results
+    ]
+    failing = replace(comparison, results=results)
+    (warning,) = find_warnings(failing)
+    assert warning.endswith("7 seeds per method instead of 10, because a seed of trapo failed")
+    assert [row.num_failed for row in score_methods(failing)] == [1, 0]
+    assert "| 0.25" in to_markdown(make_report(failing, None)[0])  # the worst seed
+
+
+def test_every_seed_is_shown(tmp_path):
+    comparison = make_comparison(tmp_path, {"trapo": 0.6}, seeds=3)
+    text = to_markdown(make_report(comparison, None)[0])
+    accuracies = [f"{r.after.sampled.mean():.3f}" for r in comparison.results]
+    assert f"| trapo | {' | '.join(accuracies)} |" in text
 
 
 def test_only_complete_runs_are_counted_as_seeds(tmp_path):
     whole = make_comparison(tmp_path, {"grpo": 0.1, "trapo": 0.9})
     assert find_warnings(whole) == []
     part = [r for r in whole.results if r.run.seed < 2 or r.run.trial.method == "grpo"]
-    assert "2 seeds per method instead of 5" in find_warnings(replace(whole, results=part))[0]
+    assert "2 seeds per method instead of 6" in find_warnings(replace(whole, results=part))[0]
 
 
 def test_budgets_that_do_not_match_cause_warnings(tmp_path):
     comparison = make_comparison(tmp_path, {"grpo": 0.5, "trapo": 0.5}, trapo={"overspent": 0.05})
     warnings = find_warnings(comparison)
-    assert len(warnings) == 5
+    assert len(warnings) == 10
     assert all(w.startswith("BUDGETS DO NOT MATCH: trapo, seed") for w in warnings)
     assert "5.00%" in to_markdown(make_report(comparison, None)[0])
 
 
 def test_methods_scored_on_different_problems_are_not_compared(tmp_path):
-    with pytest.raises(UserError, match=r"seed_0: scored on different problems"):
+    with pytest.raises(
+        UserError, match=r"trapo/as_configured/seed_\d.json: scored on different problems"
+    ):
         find_differences(
             make_comparison(tmp_path, {"grpo": 0.5, "trapo": 0.5}, trapo={"problems": "x"})
         )
@@ -78,7 +110,7 @@ def test_trials_with_identical_results_cause_a_warning(tmp_path):
     for run in runs:
         write_run(run, 0.5)
     _, scores = pick_trials(runs)
-    missing, warning = find_warnings(Comparison(grid, "", [], [], scores))
+    *_, missing, warning = find_warnings(Comparison(grid, "", [], [], scores))
     assert missing == "no run of grpo is complete"
     assert (
         "grpo gave identical results with learning_rate=1e-4 and with learning_rate=3e-4" in warning
@@ -101,16 +133,16 @@ def test_all_report_files_have_the_same_numbers(tmp_path):
     document, tables = make_report(comparison, picture)
     page = to_html(document)
     assert "data:image/png;base64,iVBOR" in page
-    assert page.count("<table>") == 2
+    assert page.count("<table>") == 5
     write_csv(tmp_path / "runs.csv", tables["runs.csv"])
     with open(tmp_path / "runs.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 10
+    assert len(rows) == 20
     trapo_scores = [float(row["sampled"]) for row in rows if row["method"] == "trapo"]
     best = score_methods(comparison)[0]
-    assert np.mean(trapo_scores) == pytest.approx(best.sampled.mean)
-    assert f"{best.sampled.mean:.3f} [{best.sampled.low:.3f}" in page
-    assert best.sampled.low < best.sampled.mean < best.sampled.high
+    assert np.mean(trapo_scores) == pytest.approx(best.sampled.value)
+    assert f"{best.sampled.value:.3f} [{best.sampled.low:.3f}" in page
+    assert best.sampled.low < best.sampled.value < best.sampled.high
 
 
 def test_the_command_tunes_and_trains_with_different_seeds_and_reports_failures(

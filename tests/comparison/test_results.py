@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from support.comparisons import LEARNING_RATES, make_comparison, make_grid, write_run
+from support.comparisons import make_comparison, make_grid, write_run
 from trapo_jax.comparison.curves import common_grid
 from trapo_jax.comparison.document import to_markdown
 from trapo_jax.comparison.grid import Trial
 from trapo_jax.comparison.report import make_report
-from trapo_jax.comparison.results import pick_trials, progress, read_result
+from trapo_jax.comparison.results import progress, read_result
 from trapo_jax.types import UserError
 
 
@@ -34,17 +34,6 @@ def test_progress_ignores_an_incomplete_line(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:12]) + lines[12][:30])
     assert progress(run) == 0.5
-
-
-def test_the_best_trial_on_validation_is_chosen(tmp_path):
-    grid = make_grid(tmp_path, LEARNING_RATES, seeds=1)
-    trials = [trial for method_trials in grid.trials().values() for trial in method_trials]
-    runs = grid.tuning_runs(trials)
-    for run, accuracy in zip(runs[:3], (0.3, 0.7, 0.6), strict=True):
-        write_run(run, accuracy)
-    chosen, scores = pick_trials(runs)  # The second run of GRPO failed.
-    assert chosen == [trials[1], trials[2]]
-    assert [s.num_failed for s in scores] == [0, 0, 0, 1]
 
 
 def test_a_run_of_another_version_is_reported_in_one_line(tmp_path):

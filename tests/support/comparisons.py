@@ -7,7 +7,7 @@ import numpy as np
 
 from trapo_jax.comparison.analysis import Comparison
 from trapo_jax.comparison.grid import Grid, Trial, parse_sweep, parse_variant
-from trapo_jax.comparison.results import read_result
+from trapo_jax.comparison.records import collect_result
 from trapo_jax.comparison.run_pool import Failure
 from trapo_jax.runs.budget import USAGE_METRICS
 
@@ -25,6 +25,8 @@ def make_grid(out, *sweeps, methods=("trapo", "grpo"), seeds=3, variants=(), **o
         num_seeds=seeds,
         num_tuning_seeds=1,
         runs=Path(out),
+        records=Path(out) / "records",
+        margin=0.05,
         **options,
     )
 
@@ -64,7 +66,7 @@ def write_run(run, accuracy, *, entropy=0.5, overspent=0.0, problems="abc"):
     (run.folder / "summary.json").write_text("{}")
 
 
-def make_comparison(out, accuracies, *, seeds=5, failures=(), **options):
+def make_comparison(out, accuracies, *, seeds=10, failures=(), **options):
     grid = make_grid(
         out,
         methods=tuple(accuracies),
@@ -74,6 +76,6 @@ def make_comparison(out, accuracies, *, seeds=5, failures=(), **options):
     runs = grid.final_runs([Trial(method) for method in accuracies])
     for run in runs:
         write_run(run, accuracies[run.trial.method], **options.get(run.trial.method, {}))
-    results = [read_result(run) for run in runs]
+    results = [collect_result(run) for run in runs]
     failed = [Failure(runs[i], "error: <script>") for i in failures]
     return Comparison(grid, "python -m ...", results, failed, [])

@@ -14,7 +14,8 @@ from trapo_jax.comparison.grid import (
     parse_sweep,
     parse_variant,
 )
-from trapo_jax.comparison.results import Result, read_result
+from trapo_jax.comparison.records import load_result
+from trapo_jax.comparison.results import Result
 from trapo_jax.comparison.run_pool import Failure
 
 __all__ = [
@@ -27,8 +28,8 @@ __all__ = [
     "Trial",
     "Variant",
     "compare",
+    "load_result",
     "parse_sweep",
     "parse_variant",
-    "read_result",
     "write_report",
 ]

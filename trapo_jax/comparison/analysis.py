@@ -1,20 +1,32 @@
-"""Analysis of the results of a comparison: scores, significant differences, and warnings about their validity."""
+"""Analysis of the results of a comparison: scores, differences, and warnings about their validity."""
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from trapo_jax.comparison.grid import Grid
-from trapo_jax.comparison.results import Result, Scores, TrialScore
+from trapo_jax.comparison.results import Result
 from trapo_jax.comparison.run_pool import Failure
-from trapo_jax.evaluation.statistics import LEVEL, Estimate, estimate, holm
+from trapo_jax.comparison.statistics import (
+    LEVEL,
+    STATISTICS,
+    adjust,
+    draw,
+    point_estimate,
+)
+from trapo_jax.comparison.tuning import TrialScore
 from trapo_jax.types import UserError
 
 BUDGET_TOLERANCE = 0.01
-MIN_SEEDS = 5
+MIN_SEEDS = (
+    6  # With fewer, no interval of the median excludes the worst or the best possible score.
+)
+MIN_SEEDS_IF_ONE_FAILS = 10
+FAILURE_GAP = 0.2  # A seed whose accuracy is further below that of the best seed has failed.
+MEAN, MEDIAN, IQM = STATISTICS  # their names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,35 +62,77 @@ class Comparison:
         return self.results[0].num_samples if self.results else 0
 
 
+class Estimate(NamedTuple):
+    """An estimate and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Contrast(NamedTuple):
+    """A difference between two methods, with its simultaneous interval and adjusted p-value.
+
+    With a probability of at least 95%, the intervals of all pairs of methods contain the true differences. The adjusted
+    p-value is below `LEVEL` if and only if the interval excludes 0.
+    """
+
+    value: float
+    low: float
+    high: float
+    adjusted_p: float
+
+
 class Difference(NamedTuple):
-    """A paired difference between two methods.
+    """The difference in sampled accuracy between two methods.
 
     Attributes:
-      better, other: the methods.
-      num_seeds: number of seeds that both methods have in common.
-      estimate: the mean difference, >= 0, with its interval and p-value.
-      adjusted_p: the p-value, adjusted for the number of differences.
+      better, other: the methods; the first has the higher mean.
+      num_seeds: the smaller of their numbers of seeds.
+      mean, median: differences of the means and of the medians over seeds.
     """
 
     better: str
     other: str
     num_seeds: int
-    estimate: Estimate
-    adjusted_p: float = 1.0
+    mean: Contrast
+    median: Contrast
 
-    @property
-    def is_significant(self) -> bool:
-        """Whether the difference is significant. Never True with one seed, which says nothing about other seeds."""
-        return self.num_seeds > 1 and self.adjusted_p < LEVEL
+    def verdict(self, contrast: Contrast, margin: float) -> str:
+        """Returns the name of the method that is better, "equivalent", or "undecided".
+
+        Args:
+          contrast: the difference of the means or of the medians.
+          margin: the largest difference that counts as none.
+        """
+        if self.num_seeds < 2:
+            return "one seed: no test"
+        if max(abs(contrast.low), abs(contrast.high)) < margin:
+            return "equivalent"
+        if contrast.adjusted_p >= LEVEL:
+            return "undecided"
+        return self.better if contrast.value > 0 else self.other
 
 
 class MethodScores(NamedTuple):
-    """Scores of a method on the test split, and statistics of its training."""
+    """Scores of a method on the test split, and statistics of its training.
+
+    Attributes:
+      method, setting: the method and its tuned constants.
+      by_seed: sampled accuracy by seed.
+      num_failed: number of failed seeds; see `count_failed`.
+      sampled, median, iqm: sampled accuracy: mean, median and interquartile mean over seeds.
+      greedy, best_of: means over seeds of greedy accuracy and pass@n.
+      entropy, completion_len, guidance, expert_share: means over seeds; see `Result`.
+    """
 
     method: str
     setting: str
-    num_seeds: int
+    by_seed: dict[int, float]
+    num_failed: int
     sampled: Estimate
+    median: Estimate
+    iqm: Estimate
     greedy: Estimate
     best_of: Estimate
     entropy: float
@@ -88,72 +142,112 @@ class MethodScores(NamedTuple):
 
 
 def score_methods(c: Comparison) -> list[MethodScores]:
-    """Returns the scores of all methods, the best one first."""
+    """Returns the scores of all methods, the one with the highest mean first."""
     rows = []
     for method in c.methods:
         results = c.results_of(method)
+        scores = [r.after for r in results if r.after]
+        sampled = np.stack([s.sampled for s in scores])
+        by_seed = {r.run.seed: float(r.after.sampled.mean()) for r in results if r.after}
         rows.append(
             MethodScores(
                 method,
                 results[0].run.trial.setting,
-                len(results),
-                *estimate_scores(list(scores_by_seed(results).values())),
+                by_seed,
+                num_failed=count_failed(by_seed.values()),
+                sampled=estimate(sampled, MEAN),
+                median=estimate(sampled, MEDIAN),
+                iqm=estimate(sampled, IQM),
+                greedy=estimate(np.stack([s.greedy for s in scores]), MEAN),
+                best_of=estimate(np.stack([s.best_of for s in scores]), MEAN),
                 entropy=float(np.mean([r.entropy for r in results])),
-                completion_len=float(np.mean([r.after.completion_len for r in results if r.after])),
+                completion_len=float(np.mean([s.completion_len for s in scores])),
                 guidance=float(np.mean([r.guidance for r in results])),
                 expert_share=float(np.mean([r.expert_share for r in results])),
             )
         )
-    return sorted(rows, key=lambda row: -row.sampled.mean)
+    return sorted(rows, key=lambda row: -row.sampled.value)
 
 
-def estimate_scores(scores: Sequence[Scores]) -> list[Estimate]:
-    """Estimates sampled accuracy, greedy accuracy and pass@n from one evaluation per seed."""
-    estimates = []
-    for name in ("sampled", "greedy", "best_of"):
-        e = estimate(np.stack([getattr(s, name) for s in scores]))
-        estimates.append(e._replace(low=max(0.0, e.low), high=min(1.0, e.high)))
-    return estimates
+def count_failed(accuracies: Collection[float]) -> int:
+    """Returns the number of failed seeds: those whose accuracy is far below that of the method's best seed."""
+    return sum(max(accuracies) - x > FAILURE_GAP for x in accuracies)
 
 
-def scores_by_seed(results: Sequence[Result]) -> dict[int, Scores]:
-    """Returns the scores after training by seed."""
-    return {r.run.seed: r.after for r in results if r.after}
+def estimate(scores: np.ndarray, statistic: str) -> Estimate:
+    """Estimates a statistic over seeds of `[seeds, problems]` scores, with its interval."""
+    function = STATISTICS[statistic]
+    return Estimate(point_estimate(scores, function), *draw(scores, function).interval())
 
 
 def find_differences(c: Comparison) -> list[Difference]:
-    """Estimates the difference in sampled accuracy for all pairs of methods, paired by seed and problem.
+    """Estimates the difference in sampled accuracy for all pairs of methods, on the same problems.
 
     Raises:
       UserError: if two methods were evaluated on different problems.
     """
-    differences = []
-    for a, b in itertools.combinations(c.methods, 2):
-        scores_a, scores_b = scores_by_seed(c.results_of(a)), scores_by_seed(c.results_of(b))
-        seeds = sorted(scores_a.keys() & scores_b.keys())
-        if not seeds:
-            continue
-        if len({scores[s].ids for scores in (scores_a, scores_b) for s in seeds}) > 1:
-            folders = " and ".join(str(c.results_of(m)[0].run.folder) for m in (a, b))
-            raise UserError(
-                f"{folders}: scored on different problems; delete the runs of the older comparison"
-            )
-        values = np.stack([scores_a[s].sampled - scores_b[s].sampled for s in seeds])
-        if values.mean() < 0:
-            a, b, values = b, a, -values
-        differences.append(Difference(a, b, len(seeds), estimate(values)))
-    adjusted = holm([difference.estimate.p_value for difference in differences])
-    return [d._replace(adjusted_p=p) for d, p in zip(differences, adjusted, strict=True)]
+    check_same_problems(c.results)
+    scores = {
+        method: np.stack([r.after.sampled for r in c.results_of(method) if r.after])
+        for method in c.methods
+    }
+    pairs = [
+        (a, b) if scores[a].mean() >= scores[b].mean() else (b, a)
+        for a, b in itertools.combinations(scores, 2)
+    ]
+    means, medians = (find_contrasts(scores, pairs, name) for name in (MEAN, MEDIAN))
+    return [
+        Difference(a, b, min(len(scores[a]), len(scores[b])), mean, median)
+        for (a, b), mean, median in zip(pairs, means, medians, strict=True)
+    ]
+
+
+def check_same_problems(results: Sequence[Result]) -> None:
+    """Checks that all runs were evaluated on the same problems.
+
+    Raises:
+      UserError: if they were not.
+    """
+    by_problems = {r.after.problems: str(r.run.record) for r in results if r.after}
+    if len(by_problems) > 1:
+        files = " and ".join(list(by_problems.values())[:2])
+        raise UserError(
+            f"{files}: scored on different problems; delete the records of the older comparison"
+        )
+
+
+def find_contrasts(
+    scores: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]], statistic: str
+) -> list[Contrast]:
+    """Estimates the differences of a statistic over seeds.
+
+    Args:
+      scores: `[seeds, problems]` scores of each method.
+      pairs: the methods to compare.
+      statistic: name of the statistic.
+    """
+    function = STATISTICS[statistic]
+    values = {method: point_estimate(x, function) for method, x in scores.items()}
+    draws = {method: draw(x, function, stream=i) for i, (method, x) in enumerate(scores.items(), 1)}
+    differences = [draws[a] - draws[b] for a, b in pairs]
+    adjusted = adjust([difference.p_value() for difference in differences])
+    return [
+        Contrast(values[a] - values[b], *difference.interval(LEVEL / len(pairs)), p)
+        for (a, b), difference, p in zip(pairs, differences, adjusted, strict=True)
+    ]
 
 
 def find_warnings(c: Comparison) -> list[str]:
     """Returns warnings about everything that limits the conclusions from the results."""
     warnings = []
     fewest = min([c.grid.num_seeds, *(len(c.results_of(method)) for method in c.methods)])
-    if fewest < MIN_SEEDS:
+    failing = [row.method for row in score_methods(c) if row.num_failed]
+    needed = MIN_SEEDS_IF_ONE_FAILS if failing else MIN_SEEDS
+    if fewest < needed:
         seeds = "1 seed" if fewest == 1 else f"{fewest} seeds"
+        why = f", because a seed of {' and of '.join(failing)} failed" if failing else ""
         warnings.append(
-            f"this is a smoke test, not a result: {seeds} per method instead of {MIN_SEEDS}"
+            f"this is a smoke test, not a result: {seeds} per method instead of {needed}{why}"
         )
     for r in c.results:
         ratio = r.spent[c.grid.match] / c.grid.budget

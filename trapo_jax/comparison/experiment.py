@@ -14,9 +14,10 @@ from trapo_jax.comparison.analysis import Comparison
 from trapo_jax.comparison.curves import plot_curves
 from trapo_jax.comparison.document import Image, to_html, to_markdown, write_csv
 from trapo_jax.comparison.grid import Grid, PlannedRun, Trial
+from trapo_jax.comparison.records import collect_result, is_done
 from trapo_jax.comparison.report import make_report
-from trapo_jax.comparison.results import TrialScore, is_complete, pick_trials, read_result
 from trapo_jax.comparison.run_pool import Failure, Say, execute_runs
+from trapo_jax.comparison.tuning import TrialScore, pick_trials
 from trapo_jax.runs.directory import lock_folder, write_atomically
 from trapo_jax.types import UserError
 
@@ -89,7 +90,7 @@ def execute(
     final = grid.final_runs(chosen)
     say(f"{len(final)} runs, {jobs} at a time")
     failures += execute_runs(final, jobs=jobs, environment=resources.environment, say=say)
-    results = [read_result(run) for run in final if is_complete(run)]
+    results = [collect_result(run) for run in final if is_done(run)]
     return Comparison(grid, command, results, failures, scores)
 
 

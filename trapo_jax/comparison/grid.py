@@ -70,6 +70,7 @@ class PlannedRun(NamedTuple):
     trial: Trial
     seed: int
     config: Config
+    record: Path  # the file of its record
 
     @property
     def folder(self) -> Path:
@@ -98,6 +99,8 @@ class Grid:
       match: unit of the budget.
       budget: budget of each run, in that unit.
       runs: directory that contains the run directories.
+      records: directory that contains the records of complete runs.
+      margin: the largest difference in accuracy that counts as none.
     """
 
     config_file: Path | None
@@ -110,6 +113,8 @@ class Grid:
     match: str
     budget: float
     runs: Path
+    records: Path
+    margin: float
 
     def trials(self) -> dict[str, list[Trial]]:
         """Returns the trials of each method; every method has the same number.
@@ -165,7 +170,8 @@ class Grid:
         return [Trial(method, setting) for setting in settings]
 
     def _plan(self, trial: Trial, seed: int, splits: list[str]) -> PlannedRun:
-        folder = self.runs / trial.method / _file_name(trial.setting) / f"seed_{seed}"
+        name = Path(trial.method) / _file_name(trial.setting) / f"seed_{seed}"
+        folder = self.runs / name
         set_here = {
             "seed": str(seed),
             "output_dir": json.dumps(str(folder)),
@@ -181,7 +187,8 @@ class Grid:
             *trial.values,
             *set_here.items(),
         ]
-        return PlannedRun(trial, seed, load_config(Config, self.config_file, overrides))
+        config = load_config(Config, self.config_file, overrides)
+        return PlannedRun(trial, seed, config, self.records / f"{name}.json")
 
 
 def _budget_fields(unit: str, amount: float) -> dict[str, str]:

@@ -5,16 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from trapo_jax.comparison.analysis import (
+    FAILURE_GAP,
+    MIN_SEEDS_IF_ONE_FAILS,
     Comparison,
+    Contrast,
     Difference,
-    estimate_scores,
+    Estimate,
+    MethodScores,
     find_differences,
     find_warnings,
     score_methods,
 )
 from trapo_jax.comparison.document import (
     Block,
-    Bullets,
     Code,
     Document,
     Heading,
@@ -23,7 +26,6 @@ from trapo_jax.comparison.document import (
     Table,
     WarningBlock,
 )
-from trapo_jax.evaluation.statistics import LEVEL, Estimate
 from trapo_jax.runs.budget import UNITS
 
 BASE_MODEL = "base model"
@@ -36,21 +38,30 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
       c: the comparison.
       curves: plot of the learning curves, if there is one.
     """
-    differences = find_differences(c)
+    scores, differences = score_methods(c), find_differences(c)
     unit = UNITS[c.grid.match].label
     blocks: list[Block] = [
         Paragraph(
             f"The budget of each run is {c.grid.budget:,.12g} {unit}. The base model, the data and their order, the "
-            "chat template, the grader and the evaluation are the same for all runs. The test split is evaluated once "
-            f"after training; accuracy is measured with {c.num_samples} samples per problem at temperature 1. "
-            "Intervals have a coverage of at least 95% and come from a bootstrap over seeds and problems with "
-            "Student's t distribution; with a single seed, they reflect only the choice of problems."
+            "chat template, the grader and the evaluation are the same for all runs. The test split is evaluated "
+            "after training; the tables show the accuracy of "
+            f"{c.num_samples} samples per problem at temperature 1."
         ),
         *map(WarningBlock, find_warnings(c)),
-        Heading("Scores on the test split"),
-        score_table(c),
-        Heading("Which differences are significant"),
-        *_describe_differences(differences),
+        Heading("Accuracy on the test split"),
+        score_table(c, scores),
+        Paragraph(
+            "In brackets: intervals of 95% over seeds and problems. They assume nothing about the distribution of "
+            "seeds. That of the mean allows for failing seeds that are not among those that were run; that of the "
+            "median says what to expect of a typical seed. iqm: mean of the middle half of the seeds. failed: seeds "
+            f"whose accuracy is more than {FAILURE_GAP:g} below that of the method's best seed; where there is one, a "
+            f"comparison needs at least {MIN_SEEDS_IF_ONE_FAILS} seeds."
+        ),
+        seed_table(c, scores),
+        Heading("Differences"),
+        *_describe_differences(differences, c.grid.margin),
+        Heading("Other measures, means over seeds"),
+        measure_table(c, scores),
         Heading("Resources spent"),
         spending_table(c),
     ]
@@ -58,104 +69,129 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
         blocks += [Heading("Learning curves"), curves]
     if c.trials:
         blocks += [Heading("Tuning on the validation split"), tuning_table(c)]
-    blocks += [Heading("Command"), Code(c.command)]
+    blocks += [Heading("Commands"), Code(c.command), *_describe_code(c)]
     document = Document(f"{', '.join(c.grid.methods)} at equal {unit}", blocks)
     csv_tables = {
         "runs.csv": run_table(c),
-        "scores.csv": score_numbers(c),
+        "scores.csv": score_numbers(scores),
         "differences.csv": difference_numbers(differences),
     }
     return document, csv_tables
 
 
-def _describe_differences(differences: Sequence[Difference]) -> list[Block]:
+def _describe_differences(differences: Sequence[Difference], margin: float) -> list[Block]:
     if not differences:
         return [Paragraph("Fewer than two methods have complete runs.")]
-    groups = {
-        f"Significant at {LEVEL:.0%} (Holm correction for {len(differences)} differences):": True,
-        "Not significant:": False,
-    }
-    blocks: list[Block] = []
-    for title, is_significant in groups.items():
-        items = [_describe_difference(d) for d in differences if d.is_significant is is_significant]
-        blocks += [Paragraph(title), Bullets(items or ["none"])]
-    if any(d.num_seeds == 1 for d in differences):
-        blocks.append(Paragraph("With one seed per method, no difference can be significant."))
-    return blocks
-
-
-def _describe_difference(d: Difference) -> str:
-    e = d.estimate
-    return (
-        f"{d.better} over {d.other}: +{e.mean:.3f} [{e.low:+.3f}, {e.high:+.3f}], adjusted p = {d.adjusted_p:.2g}, "
-        f"{d.num_seeds} seed{'s' if d.num_seeds > 1 else ''}"
-    )
-
-
-def score_table(c: Comparison) -> Table:
-    """Returns the scores on the test split: first the base model, then the methods, the best one first."""
-    header = [
-        "method",
-        "setting",
-        "seeds",
-        "accuracy",
-        "greedy",
-        f"pass@{c.num_samples}",
-        "entropy",
-        "length",
-        "guidance",
-        "expert tokens",
-    ]
+    header = ["higher mean", "other", "seeds"]
+    for name in ("mean", "median"):
+        header += [f"difference of {name}s", "adjusted p", "better"]
     rows = []
-    before = {r.run.seed: r.before for r in c.results if r.before}
+    for d in differences:
+        row = [d.better, d.other, str(d.num_seeds)]
+        for contrast in (d.mean, d.median):
+            row += [
+                _difference(contrast),
+                f"{contrast.adjusted_p:.2g}",
+                d.verdict(contrast, margin),
+            ]
+        rows.append(row)
+    how = (
+        f"The intervals of all {len(differences)} differences hold at the same time with a probability of 95%, and "
+        "agree with the adjusted p-values (Bonferroni): below 0.05, the interval excludes 0. equivalent: the interval "
+        f"lies within ±{margin:g}."
+    )
+    return [Table(header, rows), Paragraph(how)]
+
+
+def _difference(x: Contrast) -> str:
+    return f"{x.value:+.3f} [{x.low:+.3f}, {x.high:+.3f}]"
+
+
+def score_table(c: Comparison, scores: Sequence[MethodScores]) -> Table:
+    """Returns the accuracy on the test split: first the base model, then the methods, the best one first."""
+    header = ["method", "setting", "seeds", "mean", "median", "iqm", "worst seed", "failed"]
+    rows = []
+    before = [r.before for r in c.results if r.before]
     if before:
-        base = estimate_scores(list(before.values()))
-        rows.append([BASE_MODEL, "", str(len(before)), *map(_interval, base), "", "", "", ""])
-    for row in score_methods(c):
-        seeds = f"{row.num_seeds} of {c.grid.num_seeds}"
+        mean = np.mean([s.sampled.mean() for s in before])
+        rows.append([BASE_MODEL, "", "", f"{mean:.3f}", "", "", "", ""])
+    for row in scores:
+        num_seeds = len(row.by_seed)
+        seeds = f"{num_seeds} of {c.grid.num_seeds}"
         rows.append(
             [
                 row.method,
                 row.setting,
-                str(row.num_seeds) if row.num_seeds == c.grid.num_seeds else seeds,
-                *map(_interval, (row.sampled, row.greedy, row.best_of)),
-                f"{row.entropy:.3f}",
-                f"{row.completion_len:.1f}",
-                f"{row.guidance:.2f}",
-                f"{row.expert_share:.0%}",
+                str(num_seeds) if num_seeds == c.grid.num_seeds else seeds,
+                *map(_interval, (row.sampled, row.median, row.iqm)),
+                f"{min(row.by_seed.values()):.3f}",
+                str(row.num_failed),
             ]
         )
     return Table(header, rows)
 
 
-def score_numbers(c: Comparison) -> Table:
-    """Returns the scores on the test split as numbers, with their intervals."""
-    measures = ("sampled", "greedy", "best_of")
-    header = ["method", "setting", "num_seeds"]
-    header += [f"{name}_{part}" for name in measures for part in ("mean", "low", "high")]
-    header += ["entropy", "completion_len", "guidance", "expert_share"]
+def seed_table(c: Comparison, scores: Sequence[MethodScores]) -> Table:
+    """Returns the accuracy of every seed on the test split."""
+    seeds = range(c.grid.num_seeds)
+    rows = [
+        [row.method, *(f"{row.by_seed[s]:.3f}" if s in row.by_seed else "" for s in seeds)]
+        for row in scores
+    ]
+    return Table(["method", *(f"seed {s}" for s in seeds)], rows)
+
+
+def measure_table(c: Comparison, scores: Sequence[MethodScores]) -> Table:
+    """Returns the means over seeds of what else was measured."""
+    header = ["method", "greedy", f"pass@{c.num_samples}"]
+    header += ["entropy", "length", "guidance", "expert tokens"]
     rows = [
         [
-            *map(str, row[:3]),
-            *(repr(x) for name in measures for x in getattr(row, name)[:3]),
-            *(repr(x) for x in row[6:]),
+            row.method,
+            *map(_interval, (row.greedy, row.best_of)),
+            f"{row.entropy:.3f}",
+            f"{row.completion_len:.1f}",
+            f"{row.guidance:.2f}",
+            f"{row.expert_share:.0%}",
         ]
-        for row in score_methods(c)
+        for row in scores
     ]
     return Table(header, rows)
 
 
-def difference_numbers(differences: Sequence[Difference]) -> Table:
-    """Returns all differences as numbers."""
-    numbers = ["mean", "low", "high", "p", "adjusted_p", "significant"]
+def score_numbers(scores: Sequence[MethodScores]) -> Table:
+    """Returns the scores on the test split as numbers, with their intervals."""
+    measures = ("sampled", "median", "iqm", "greedy", "best_of")
+    others = ("entropy", "completion_len", "guidance", "expert_share")
+    header = ["method", "setting", "num_seeds", "num_failed"]
+    header += [f"{name}_{part}" for name in measures for part in ("value", "low", "high")]
     rows = [
         [
-            *(d.better, d.other, str(d.num_seeds)),
-            *map(repr, (*d.estimate, d.adjusted_p, d.is_significant)),
+            *(row.method, row.setting, str(len(row.by_seed)), str(row.num_failed)),
+            *(repr(x) for name in measures for x in getattr(row, name)),
+            *(repr(getattr(row, name)) for name in others),
         ]
-        for d in differences
+        for row in scores
+    ]
+    return Table([*header, *others], rows)
+
+
+def difference_numbers(differences: Sequence[Difference]) -> Table:
+    """Returns all differences as numbers."""
+    numbers = [f"{name}_{part}" for name in ("mean", "median") for part in Contrast._fields]
+    rows = [
+        [d.better, d.other, str(d.num_seeds), *map(repr, (*d.mean, *d.median))] for d in differences
     ]
     return Table(["better", "other", "num_seeds", *numbers], rows)
+
+
+def _describe_code(c: Comparison) -> list[Block]:
+    """Returns which code made the runs on which machines."""
+    if not c.results:
+        return []
+    commits = ", ".join(sorted({r.code for r in c.results}))
+    processors = ", ".join(sorted({r.processor for r in c.results}))
+    return [Paragraph(f"Code of the runs: {commits}. Processors: {processors}.")]
 
 
 def run_table(c: Comparison) -> Table:
@@ -201,7 +237,7 @@ def tuning_table(c: Comparison) -> Table:
 
 
 def _interval(e: Estimate) -> str:
-    return f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]"
+    return f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
 
 
 def _amount(x: float) -> str:

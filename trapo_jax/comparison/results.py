@@ -1,16 +1,17 @@
-"""Results of complete runs, read from their directories, and selection of the best trial of each method."""
+"""Results of complete runs, read from their directories."""
 
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from trapo_jax.comparison.grid import TEST, VALIDATION, PlannedRun, Trial
+from trapo_jax.comparison.grid import TEST, VALIDATION, PlannedRun
 from trapo_jax.evaluation.statistics import pass_at_k
 from trapo_jax.files import read_json_object
 from trapo_jax.runs.budget import UNITS
@@ -24,7 +25,7 @@ TAIL_BYTES = 2**16  # size of the part of metrics.jsonl to read; larger than any
 class Scores(NamedTuple):
     """Per-problem scores of an evaluation, in the order of problem ids."""
 
-    ids: tuple[str, ...]
+    problems: str  # hash of the ids
     greedy: np.ndarray  # float [problems], 0 or 1
     sampled: np.ndarray  # float [problems], fraction of the samples that are correct
     best_of: np.ndarray  # float [problems], pass@n, where n is the number of samples
@@ -51,6 +52,8 @@ class Result:
       entropy: entropy of the samples of the last evaluation, in nats per token.
       guidance: mean guidance ratio of the rollouts.
       expert_share: fraction of the trained tokens that are expert tokens.
+      code: commit or version of the code that made the run.
+      processor: processor of the machine that made it.
     """
 
     run: PlannedRun
@@ -62,6 +65,8 @@ class Result:
     entropy: float
     guidance: float
     expert_share: float
+    code: str = ""
+    processor: str = ""
 
 
 def is_complete(run: PlannedRun) -> bool:
@@ -73,7 +78,7 @@ def is_complete(run: PlannedRun) -> bool:
 
 
 def progress(run: PlannedRun) -> float:
-    """Returns the fraction of its budget that a run has spent."""
+    """Returns the fraction of its budget that a run has spent, according to its directory."""
     return 1.0 if is_complete(run) else min(1.0, _last_step(run).get("budget/progress", 0.0))
 
 
@@ -142,43 +147,9 @@ def _scores(folder: Path, split: str, step: int, num_samples: int) -> Scores:
     columns = read_json_object(evaluation_file(folder, split, step))
     correct = columns["correct"]
     return Scores(
-        ids=tuple(columns["id"]),
+        problems=hashlib.sha256(" ".join(columns["id"]).encode()).hexdigest(),
         greedy=np.array(columns["greedy"], float),
         sampled=np.array(correct, float) / num_samples,
         best_of=np.array([pass_at_k(num_samples, c, num_samples) for c in correct]),
         completion_len=fmean(columns["len"]),
     )
-
-
-class TrialScore(NamedTuple):
-    """Scores of a trial on the validation split."""
-
-    trial: Trial
-    accuracies: tuple[float, ...]  # sampled accuracy of each complete run
-    num_failed: int
-    fingerprint: tuple  # equal for two trials only if their runs were identical
-
-    @property
-    def score(self) -> float:
-        """Mean accuracy over seeds; -1, which is worse than any accuracy, if a run failed."""
-        return -1.0 if self.num_failed else fmean(self.accuracies)
-
-
-def pick_trials(runs: Sequence[PlannedRun]) -> tuple[list[Trial], list[TrialScore]]:
-    """Returns the trial with the best validation accuracy of each method (the first one in a tie), and all scores."""
-    by_trial: dict[Trial, list[PlannedRun]] = {}
-    for run in runs:
-        by_trial.setdefault(run.trial, []).append(run)
-    scores = []
-    for trial, trial_runs in by_trial.items():
-        found = [read_result(run) for run in trial_runs if is_complete(run)]
-        accuracies = tuple(result.curve[-1].accuracy for result in found)
-        fingerprint = tuple((r.entropy, *(p.accuracy for p in r.curve)) for r in found)
-        num_failed = len(trial_runs) - len(found)
-        scores.append(TrialScore(trial, accuracies, num_failed, fingerprint))
-    methods = dict.fromkeys(s.trial.method for s in scores)
-    best = [
-        max((s for s in scores if s.trial.method == method), key=lambda s: s.score)
-        for method in methods
-    ]
-    return [s.trial for s in best if s.score >= 0], scores

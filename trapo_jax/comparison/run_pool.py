@@ -1,6 +1,7 @@
 """Concurrent execution of the runs of a comparison, each in a separate process.
 
-Complete runs are skipped, and interrupted runs are resumed by `trapo_jax.train`. A run that fails does not stop the
+Complete runs are skipped, and interrupted runs are resumed by `trapo_jax.train`. When a run is complete, its record is
+made. A run that fails does not stop the
 others; its directory and log are kept, and it is retried when the comparison is repeated.
 """
 
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trapo_jax.comparison.grid import PlannedRun
-from trapo_jax.comparison.results import is_complete, progress
+from trapo_jax.comparison.records import collect_result, is_done
+from trapo_jax.comparison.results import progress
 from trapo_jax.runs.directory import check_run_folder, write_atomically
 from trapo_jax.types import Interrupted, UserError
 
@@ -54,7 +56,7 @@ def execute_runs(
     """
     for run in runs:
         check_run_folder(run.folder, run.config.to_yaml())
-    pending = [run for run in runs if not is_complete(run)]
+    pending = [run for run in runs if not is_done(run)]
     active: list[_Job] = []
     failures: list[Failure] = []
     reporter = _ProgressReporter(runs, say)
@@ -111,8 +113,9 @@ def _start(run: PlannedRun, environment: Mapping[str, str]) -> _Job:
 
 
 def _find_failure(job: _Job) -> Failure | None:
-    """Returns the failure of a run that has ended, or None if the run is complete."""
-    if is_complete(job.run):
+    """Returns the failure of a run that has ended, or None after making the record of a complete run."""
+    if is_done(job.run):
+        collect_result(job.run)
         return None
     lines = [line for line in log_file(job.run).read_text(errors="replace").splitlines() if line]
     errors = [line for line in lines if line.startswith("error: ")]
@@ -144,7 +147,7 @@ class _ProgressReporter:
 
     def _num_done(self) -> float:
         """Returns the number of finished runs; each unfinished run counts as the fraction of its budget spent."""
-        return sum(progress(run) for run in self._runs)
+        return sum(1.0 if is_done(run) else progress(run) for run in self._runs)
 
     def report_if_due(self, num_active: int, num_pending: int) -> None:
         if time.monotonic() - self._last_report >= REPORT_SECS:
@@ -158,7 +161,7 @@ class _ProgressReporter:
         if rate > 0:
             minutes_left = (len(self._runs) - done) / rate * 60
             pace = f"; {rate:.1f} runs per hour, {minutes_left:.0f} min left"
-        num_complete = sum(map(is_complete, self._runs))
+        num_complete = sum(map(is_done, self._runs))
         self._say(
             f"{prefix}{num_complete} of {len(self._runs)} runs complete, {num_active} active, "
             f"{num_pending} pending{pace}"

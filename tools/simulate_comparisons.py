@@ -1,0 +1,121 @@
+"""Measures the coverage and the false positives of the intervals with which methods are compared.
+
+    python tools/simulate_comparisons.py [--repeats 1000]
+
+In each repetition, two methods of the same kind are run with a number of seeds on the same problems. Each line shows,
+for the mean, the median and the interquartile mean over seeds, how often the interval of one method contains the true
+value, its mean width, and how often the difference of the two, which is 0, is found to be significant.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from trapo_jax.comparison.statistics import LEVEL, STATISTICS, draw, point_estimate
+
+NUM_PROBLEMS, NUM_SAMPLES = 100, 8
+NUM_DRAWS = 2_000
+NUM_SEEDS = (6, 10, 20, 30)
+GOOD, BAD = 0.85, 0.3
+POPULATION = 20_000
+
+Draw = Callable[[np.random.Generator, int], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kind of method.
+
+    Attributes:
+      name: what its runs differ in.
+      problems: draws what is common to all seeds, `[1, problems]`, from a generator and the number of problems.
+      seeds: draws what is added to it for each seed, `[seeds, 1]`, from a generator and the number of seeds.
+    """
+
+    name: str
+    problems: Draw
+    seeds: Draw
+
+    def true_value(self, statistic: str) -> float:
+        """Returns the value of a statistic over all seeds and problems."""
+        rng = np.random.default_rng(0)
+        common = self.problems(rng, POPULATION)
+        by_seed = [np.clip(common + x, 0, 1).mean() for x in self.seeds(rng, 4_000)[:, 0]]
+        return point_estimate(np.array(by_seed)[:, None], STATISTICS[statistic])
+
+
+EQUAL_PROBLEMS: Draw = lambda _, count: np.full((1, count), GOOD)
+DIFFERENT_PROBLEMS: Draw = lambda rng, count: rng.beta(2.8, 1.2, size=(1, count))
+EQUAL_SEEDS: Draw = lambda _, count: np.zeros((count, 1))
+DIFFERENT_SEEDS: Draw = lambda rng, count: rng.normal(0, 0.05, size=(count, 1))
+
+
+def failing_seeds(rate: float) -> Draw:
+    """Returns seeds that fail with a probability."""
+    return lambda rng, count: np.where(rng.random((count, 1)) < rate, BAD - GOOD, 0.0)
+
+
+CASES = (
+    Case("sampling noise only", EQUAL_PROBLEMS, EQUAL_SEEDS),
+    Case("seeds, sd 0.05", EQUAL_PROBLEMS, DIFFERENT_SEEDS),
+    Case("seeds and problems", DIFFERENT_PROBLEMS, DIFFERENT_SEEDS),
+    Case("40 % of seeds fail", EQUAL_PROBLEMS, failing_seeds(0.4)),
+    Case("10 % of seeds fail", EQUAL_PROBLEMS, failing_seeds(0.1)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """Coverage and mean width of an interval, and the rate of false positives."""
+
+    coverage: float
+    width: float
+    false_positives: float
+
+
+def simulate(case: Case, *, num_seeds: int, statistic: str, repeats: int) -> Quality:
+    """Runs two methods of the same kind many times."""
+    rng = np.random.default_rng(0)
+    function, true_value = STATISTICS[statistic], case.true_value(statistic)
+    covered, widths, found = [], [], []
+    for _ in range(repeats):
+        problems = case.problems(rng, NUM_PROBLEMS)
+        a, b = (
+            draw(sampled(case, problems, num_seeds, rng), function, stream=i, num_draws=NUM_DRAWS)
+            for i in (1, 2)
+        )
+        low, high = a.interval()
+        covered.append(low <= true_value <= high)
+        widths.append(high - low)
+        found.append((a - b).p_value() < LEVEL)
+    return Quality(*(float(np.mean(x)) for x in (covered, widths, found)))
+
+
+def sampled(
+    case: Case, problems: np.ndarray, num_seeds: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Returns the `[seeds, problems]` scores of a method: fractions of correct samples."""
+    rates = np.clip(problems + case.seeds(rng, num_seeds), 0, 1)
+    return rng.binomial(NUM_SAMPLES, rates) / NUM_SAMPLES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--repeats", type=int, default=1000)
+    repeats = parser.parse_args().repeats
+    print("coverage, width, false positives of")
+    print(f"{'':>20} {'seeds':>5}  " + "  ".join(f"{name:^21}" for name in STATISTICS))
+    for case in CASES:
+        for num_seeds in NUM_SEEDS:
+            results = [
+                simulate(case, num_seeds=num_seeds, statistic=name, repeats=repeats)
+                for name in STATISTICS
+            ]
+            cells = [f"{q.coverage:.3f}  {q.width:.3f}  {q.false_positives:.3f}" for q in results]
+            print(f"{case.name:>20} {num_seeds:>5}  " + "  ".join(cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
