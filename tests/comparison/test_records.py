@@ -14,9 +14,12 @@ from trapo_jax.types import UserError
 
 
 def plan(tmp_path, **options):
-    (run,) = make_grid(tmp_path, methods=("trapo",), seeds=1, **options).final_runs(
-        [Trial("trapo", (("method.alpha", "0.2"),))]
-    )
+    return plan_method("trapo", tmp_path, (("method.alpha", "0.2"),), **options)
+
+
+def plan_method(method, tmp_path, values=(), **options):
+    grid = make_grid(tmp_path, methods=(method,), seeds=1, **options)
+    (run,) = grid.final_runs([Trial(method, values)])
     return run
 
 
@@ -35,6 +38,14 @@ def test_a_record_replaces_the_run_directory(tmp_path):
         np.testing.assert_array_equal(getattr(found.after, name), getattr(expected.after, name))
     assert found.code.startswith(("commit ", "0."))
     assert found.processor
+
+
+@pytest.mark.parametrize("method", ["sft", "sft_then_grpo", "chord"])
+def test_runs_of_all_methods_have_records(method, tmp_path):
+    run = plan_method(method, tmp_path)
+    write_run(run, 0.6)
+    assert collect_result(run).after
+    assert is_done(run)
 
 
 def test_a_record_states_config_code_and_machine_in_a_few_kilobytes(tmp_path):

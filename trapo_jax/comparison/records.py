@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from trapo_jax.comparison.grid import PlannedRun
+from trapo_jax.comparison.grid import METHOD_NAME, PlannedRun
 from trapo_jax.comparison.results import CurvePoint, Result, Scores, is_complete, read_result
 from trapo_jax.config import Config, flatten, is_changeable, load_config
 from trapo_jax.evaluation.statistics import pass_at_k
@@ -77,7 +77,8 @@ def load_record(run: PlannedRun) -> dict[str, Any] | None:
     if not isinstance(saved, dict):
         raise _damaged(run, "no config")
     # An older version made the record before there were some of the fields: it did what their defaults do now.
-    saved = _fields(load_config(Config, None, [(SOURCE, current[SOURCE])])) | saved
+    task = [(name, current[name]) for name in (SOURCE, METHOD_NAME)]
+    saved = _fields(load_config(Config, None, task)) | saved
     fields = [f for f in {*saved, *current} if saved.get(f) != current.get(f)]
     if different := sorted(f for f in fields if not is_changeable(f)):
         if different == [NUM_STEPS] and saved[NUM_STEPS] < current[NUM_STEPS]:
