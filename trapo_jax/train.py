@@ -313,6 +313,8 @@ def evaluate_pending(splits: Splits, run: Run, actor: Actor, learner: Learner) -
             metrics = metrics | {EXPERT_LOSS: learner.expert_loss(splits[name])}
         seconds = time.perf_counter() - started
         run.record_evaluation(name, metrics, result.problems, seconds)
+        if run.is_over and name == VALIDATION:
+            run.load_best(learner)
 
 
 def describe_memory(actor: Actor, learner: Learner) -> str:

@@ -10,8 +10,13 @@ import pytest
 
 from support.commands import TINY_MODEL, run_command
 from support.engines import make_engine
-from support.short_run import JOB
+from support.short_run import JOB, TINY_JOB
+from trapo_jax import train as train_module
+from trapo_jax.config import Config, load_config, parse_command_line
+from trapo_jax.evaluation import scoring
 from trapo_jax.runs.loggers import read_metrics
+
+NUM_VALIDATION = 6  # unlike the size of the other splits
 
 
 def train(folder, *arguments):
@@ -246,6 +251,38 @@ def test_an_exported_checkpoint_equals_the_model_of_the_run(finished_run, tmp_pa
     again = run_command(*arguments)
     assert again.returncode == 2
     assert "exists already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"), [((0.1, 0.5, 0.3, 0.4), 2), ((0.1, 0.2, 0.3, 0.4), 4)]
+)
+def test_the_best_checkpoint_is_tested_and_exported(accuracies, best, tmp_path, monkeypatch):
+    """The accuracies of the validation split after each step are made up."""
+    remaining = iter([0.0, *accuracies])
+
+    def evaluate(sample, problems, **options):
+        result = scoring.evaluate(sample, problems, **options)
+        if len(problems) != NUM_VALIDATION:
+            return result
+        return result._replace(metrics=result.metrics | {"eval/accuracy_sampled": next(remaining)})
+
+    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    job = [*TINY_JOB, "train.num_steps=4", "evaluation.every=1", "checkpoint.keep=4"]
+    job += ["evaluation.splits=[test, validation]", f"data.num_validation={NUM_VALIDATION}"]
+    job += ["checkpoint.keep_best=1", "checkpoint.load_best_model_at_end=true"]
+    folder = tmp_path / "run"
+    config = load_config(Config, *parse_command_line([*job, f"output_dir={folder}"]))
+    summary = train_module.train(config).summary
+    assert summary is not None
+    scores = summary["validation"]
+    assert scores["before"]["eval/accuracy_sampled"] == 0
+    assert scores["after"]["eval/accuracy_sampled"] == accuracies[best - 1]
+    checkpoint = folder / "checkpoints" / str(best)
+    run_command(
+        "trapo_jax.export", "--checkpoint", checkpoint, "--out", tmp_path / "out"
+    ).check_returncode()
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (folder / "hf" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,8 @@ class CheckpointConfig(Section):
     """Number of the newest checkpoints that are kept."""
     keep_best: NotNegative = 0
     """Number of checkpoints with the highest sampled accuracy on the validation split that are kept as well. A new best is saved as soon as it is found."""
+    load_best_model_at_end: bool = False
+    """Whether the test split is evaluated and the model exported with the best checkpoint rather than the last one, if its sampled accuracy on the validation split is higher: early stopping. Needs keep_best of at least 1."""
 
 
 class LimitsConfig(Section):

@@ -145,6 +145,10 @@ class Config(TaskConfig):
                 f"checkpoint.keep_best={self.checkpoint.keep_best}: evaluation.every=0 never finds a best "
                 "checkpoint; give an interval"
             )
+        if self.checkpoint.load_best_model_at_end and not self.checkpoint.keep_best:
+            raise ValueError(
+                "checkpoint.load_best_model_at_end=true: checkpoint.keep_best=0 keeps no best checkpoint; set it to 1"
+            )
         if None not in (data.max_prompt_length, self.sampling.max_completion_length) and (
             self.row_len < self.longest_rollout_len
         ):

@@ -261,6 +261,17 @@ class CheckpointStore:
         """Returns the highest score of a checkpoint; None if no checkpoint has a score."""
         return max(self._scores().values(), default=None)
 
+    def best_intact(self, above: float) -> int | None:
+        """Returns the step of the best intact checkpoint whose score is higher than a number; None if there is none."""
+        scores = {step: score for step, score in self._scores().items() if score > above}
+        for step in sorted(scores, key=lambda step: (scores[step], step), reverse=True):
+            try:
+                self.verify(step)
+                return step
+            except (DamagedCheckpoint, ForeignCheckpoint) as error:
+                print(f"warning: {error}; it cannot be loaded", file=sys.stderr)
+        return None
+
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
 

@@ -144,12 +144,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return list(read_records(folder / METRICS))
 
 
-def write_summary(folder: Path, splits: Sequence[str]) -> dict[str, Any]:
+def write_summary(folder: Path, splits: Sequence[str], *, model_step: int) -> dict[str, Any]:
     """Writes the summary of a run, which marks it as complete.
 
     Args:
       folder: the run directory.
       splits: the splits that are evaluated before and after training.
+      model_step: step of the parameters that were evaluated last.
 
     Returns:
       The scores before and after training, by split.
@@ -157,6 +158,7 @@ def write_summary(folder: Path, splits: Sequence[str]) -> dict[str, Any]:
     evaluations = [record for record in read_metrics(folder) if record["kind"] == EVAL]
     first = {record["split"]: record for record in reversed(evaluations)}
     last = {record["split"]: record for record in evaluations}
+    last |= {record["split"]: record for record in evaluations if record["step"] == model_step}
     summary = {
         split: {"before": _scores(first[split]), "after": _scores(last[split])}
         for split in splits

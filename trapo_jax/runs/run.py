@@ -103,6 +103,7 @@ class Run:
         self._progress_before = self._progress = self._step_started = 0.0
         self.pending_splits: Sequence[str] = config.evaluation.splits
         self._score: float | None = None  # of the current step, by which checkpoints are compared
+        self._model_step = 0  # step of the loaded best checkpoint, if there is one
         self._is_saved = True  # Nothing has been recorded since the last checkpoint.
 
     @classmethod
@@ -295,7 +296,9 @@ class Run:
     def _due_splits(self) -> Sequence[str]:
         evaluation = self._config.evaluation
         if self.is_over:
-            return evaluation.splits
+            if not self._config.checkpoint.load_best_model_at_end:
+                return evaluation.splits
+            return tuple(dict.fromkeys((VALIDATION, *evaluation.splits)))  # decides which is tested
         due = is_due(self.step, self._progress_before, self._progress, evaluation.every)
         return (VALIDATION,) if due else ()
 
@@ -319,9 +322,9 @@ class Run:
         self.console.evaluated(self.step, split, metrics)
         self.pending_splits = [name for name in self.pending_splits if name != split]
         self._is_saved = False
-        if self.step and not self.is_over:  # a validation during training
+        if self.step and split == VALIDATION:
             self._score = metrics["eval/accuracy_sampled"]
-            if EXPERT_LOSS in metrics:
+            if EXPERT_LOSS in metrics and not self.is_over:
                 self._stages.observe(metrics[EXPERT_LOSS])
 
     def save_if_due(self, learner: Trainable) -> None:
@@ -362,12 +365,25 @@ class Run:
         best = None if self._score is None else from_main(self._store.best_score)
         return self._score is not None and (best is None or self._score > best)
 
+    def load_best(self, learner: Trainable) -> None:
+        """Loads the best checkpoint if its score is higher than that of the last step and the config asks for it."""
+        if not self._config.checkpoint.load_best_model_at_end or self._score is None:
+            return
+        step = from_main(lambda: self._store.best_intact(above=self._score or 0.0))
+        if step is not None:
+            self._load(step, learner)
+            self._model_step = step
+            self.console.say(
+                f"loaded the checkpoint of step {step}, the best on the validation split"
+            )
+
     def finish(self) -> None:
         """Writes the report and the summary, which marks the run as complete."""
         self._log.offsets()  # Flushes the logs.
         if warning := write_report_of_run(self.folder):
             self.console.say(warning)
-        write_summary(self.folder, self._config.evaluation.splits)
+        splits = self._config.evaluation.splits
+        write_summary(self.folder, splits, model_step=self._model_step or self.step)
 
     def summary(self) -> dict[str, Any]:
         """Returns the scores of a complete run before and after training, by split."""
@@ -378,19 +394,22 @@ class Run:
         step = from_main(self._store.newest_intact)
         if step is None:
             return None
-        abstract = learner.abstract_state()
-        learner.free()
-        state, host = self._store.restore(step, abstract)
+        host = self._load(step, learner)
         saved = host["data_fingerprint"]
         check_problems(self.folder, self._config.data, saved=saved, current=self._data_fingerprint)
-        learner.state = state
         self.step = self._num_completed = step
         self.usage, self.method_state = Usage(**host["usage"]), host["method_state"]
         self._stages.state = host["stage"]
         self._progress = self._budget.progress(self.usage, step)
-        if not self.is_over:
-            self.pending_splits = host["pending_splits"]
+        self.pending_splits = self._due_splits() if self.is_over else host["pending_splits"]
         return host["offsets"]
+
+    def _load(self, step: int, learner: Trainable) -> dict[str, Any]:
+        """Loads the state of a checkpoint into the learner and returns its host state."""
+        abstract = learner.abstract_state()
+        learner.free()
+        learner.state, host = self._store.restore(step, abstract)
+        return host
 
     def _describe_start(self) -> str:
         if not self.step:
