@@ -55,6 +55,7 @@ def make_grid(args: argparse.Namespace) -> Grid:
         methods=tuple(dict.fromkeys(args.methods.split(","))),
         variants=tuple(map(parse_variant, args.variant)),
         sweeps=tuple(map(parse_sweep, args.sweep)),
+        num_trials=args.trials,
         num_seeds=args.seeds,
         num_tuning_seeds=args.tuning_seeds,
         match=args.match,
@@ -98,11 +99,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "sweeps for them. All methods must have the same number of trials",
     )
     add(
+        "--trials",
+        type=_positive,
+        metavar="N",
+        help="draw N trials of each method at random from all settings of its sweeps (default: all settings)",
+    )
+    add(
         "--tuning-seeds",
         type=_positive,
         default=1,
         metavar="N",
-        help="runs of each trial (default 1)",
+        help="runs of each of the best quarter of the trials; the others have one (default 1)",
     )
     add(
         "--margin",

@@ -53,7 +53,7 @@ def test_a_grid_is_executed_and_reported(tmp_path):
 
 
 def test_a_broken_train_step_stops_the_comparison(tmp_path, monkeypatch):
-    grid = Grid(None, (), ("sft",), (), (), 1, 1, "steps", 2.0, tmp_path, tmp_path, 0.05)
+    grid = Grid(None, (), ("sft",), (), (), None, 1, 1, "steps", 2.0, tmp_path, tmp_path, 0.05)
 
     def broken(*_, **__):
         return subprocess.CompletedProcess(

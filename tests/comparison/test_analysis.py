@@ -19,7 +19,7 @@ from trapo_jax.comparison.curves import plot_curves
 from trapo_jax.comparison.document import Image, to_html, to_markdown, write_csv
 from trapo_jax.comparison.report import make_report
 from trapo_jax.comparison.run_pool import Failure
-from trapo_jax.comparison.tuning import pick_trials
+from trapo_jax.comparison.tuning import score_trials
 from trapo_jax.types import UserError
 
 
@@ -106,10 +106,10 @@ def test_methods_scored_on_different_problems_are_not_compared(tmp_path):
 
 def test_trials_with_identical_results_cause_a_warning(tmp_path):
     grid = make_grid(tmp_path, LEARNING_RATES, methods=("grpo",), seeds=5)
-    runs = grid.tuning_runs(grid.trials()["grpo"])
+    runs = grid.tuning_runs(grid.trials()["grpo"], grid.tuning_seeds)
     for run in runs:
         write_run(run, 0.5)
-    _, scores = pick_trials(runs)
+    scores = score_trials(runs)
     *_, missing, warning = find_warnings(Comparison(grid, "", [], [], scores))
     assert missing == "no run of grpo is complete"
     assert (

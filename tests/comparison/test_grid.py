@@ -21,10 +21,26 @@ def test_all_methods_have_the_same_number_of_trials():
     ]
 
 
+def test_trials_are_drawn_at_random_from_all_settings(tmp_path):
+    sweeps = ("learning_rate=1e-4,2e-4,4e-4", "decay_start=0.25,0.5,0.75,1")
+    everything, drawn, again = (
+        make_grid(tmp_path, *sweeps, trials=n).trials() for n in (None, 5, 5)
+    )
+    assert drawn == again
+    for method, trials in drawn.items():
+        assert len(everything[method]) == 12
+        assert len(set(trials)) == 5
+        assert set(trials) < set(everything[method])
+    assert len({trial.values for trial in [*drawn["trapo"], *drawn["grpo"]]}) == 5
+
+
 def test_runs_differ_only_in_method_seed_and_swept_fields():
     grid = make_grid("out", LEARNING_RATES, overrides=(("data.num_train", "64"),))
     trials = [trial for method_trials in grid.trials().values() for trial in method_trials]
-    tuning, final = grid.tuning_runs(trials), grid.final_runs([trials[1], trials[2]])
+    tuning, final = (
+        grid.tuning_runs(trials, grid.tuning_seeds),
+        grid.final_runs([trials[1], trials[2]]),
+    )
     assert len(tuning) == 4
     assert len(final) == 2 * 3
     assert {run.seed for run in tuning}.isdisjoint({run.seed for run in final})

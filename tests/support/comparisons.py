@@ -15,7 +15,16 @@ NUM_PROBLEMS, NUM_SAMPLES = 40, 4
 LEARNING_RATES = "learning_rate=1e-4,3e-4"
 
 
-def make_grid(out, *sweeps, methods=("trapo", "grpo"), seeds=3, variants=(), **options):
+def make_grid(
+    out,
+    *sweeps,
+    methods=("trapo", "grpo"),
+    seeds=3,
+    variants=(),
+    trials=None,
+    tuning_seeds=1,
+    **options,
+):
     options = {"match": "steps", "budget": 20.0, "overrides": (), **options}
     return Grid(
         config_file=None,
@@ -23,7 +32,8 @@ def make_grid(out, *sweeps, methods=("trapo", "grpo"), seeds=3, variants=(), **o
         sweeps=tuple(map(parse_sweep, sweeps)),
         variants=tuple(map(parse_variant, variants)),
         num_seeds=seeds,
-        num_tuning_seeds=1,
+        num_tuning_seeds=tuning_seeds,
+        num_trials=trials,
         runs=Path(out),
         records=Path(out) / "records",
         margin=0.05,

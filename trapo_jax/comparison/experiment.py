@@ -17,11 +17,12 @@ from trapo_jax.comparison.grid import Grid, PlannedRun, Trial
 from trapo_jax.comparison.records import collect_result, is_done
 from trapo_jax.comparison.report import make_report
 from trapo_jax.comparison.run_pool import Failure, Say, execute_runs
-from trapo_jax.comparison.tuning import TrialScore, pick_trials
+from trapo_jax.comparison.tuning import TrialScore, best_trials, score_trials
 from trapo_jax.runs.directory import lock_folder, write_atomically
 from trapo_jax.types import UserError
 
 CURVES, MARKDOWN, HTML = "curves.png", "comparison.md", "comparison.html"
+FINALISTS = 0.25  # share of the trials of a method that are repeated with more seeds
 CURVES_TEXT = "Validation accuracy as a function of trained tokens, sampled tokens, FLOPs, problems and seconds"
 
 
@@ -58,7 +59,7 @@ def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) 
     trials = grid.trials()
     # Plan all runs first, so that an invalid config of a trial is reported before any run starts.
     planned = grid.tuning_runs(
-        [trial for method_trials in trials.values() for trial in method_trials]
+        [trial for method_trials in trials.values() for trial in method_trials], grid.tuning_seeds
     )
     examples = list({run.trial.method: run for run in planned}.values())
     folders = {grid.runs.absolute(): "--runs", out.absolute(): "--out"}  # may be the same
@@ -88,8 +89,7 @@ def execute(
     resources = Resources(jobs, {**environment, **core_limits(jobs)}, say)
     chosen, scores, failures = tune(grid, trials, resources)
     final = grid.final_runs(chosen)
-    say(f"{len(final)} runs, {jobs} at a time")
-    failures += execute_runs(final, jobs=jobs, environment=resources.environment, say=say)
+    failures += _execute("final", final, resources)
     results = [collect_result(run) for run in final if is_done(run)]
     return Comparison(grid, command, results, failures, scores)
 
@@ -136,15 +136,27 @@ def tune(
     """Returns the best trial of each method, the scores of all trials, and the runs that failed."""
     if not grid.sweeps:
         return [method_trials[0] for method_trials in trials.values()], [], []
-    runs = grid.tuning_runs([trial for method_trials in trials.values() for trial in method_trials])
-    resources.say(f"tuning: {len(runs)} runs, {resources.jobs} at a time")
-    failures = execute_runs(
-        runs, jobs=resources.jobs, environment=resources.environment, say=resources.say
-    )
-    chosen, scores = pick_trials(runs)
+    first, *others = grid.tuning_seeds
+    all_trials = [trial for method_trials in trials.values() for trial in method_trials]
+    runs = grid.tuning_runs(all_trials, [first])
+    failures = _execute("tuning", runs, resources)
+    scores = score_trials(runs)
+    if others:
+        finalists = [s.trial for s in best_trials(scores, share=FINALISTS)]
+        more = grid.tuning_runs(finalists, others)
+        failures += _execute("tuning the best quarter", more, resources)
+        scores = score_trials([*runs, *more])
+    chosen = [s.trial for s in best_trials(scores)]
     for trial in chosen:
         resources.say(f"tuned: {trial.method}: {trial.setting}")
     return chosen, scores, failures
+
+
+def _execute(what: str, runs: Sequence[PlannedRun], resources: Resources) -> list[Failure]:
+    resources.say(f"{what}: {len(runs)} runs, {resources.jobs} at a time")
+    return execute_runs(
+        runs, jobs=resources.jobs, environment=resources.environment, say=resources.say
+    )
 
 
 def write_report(comparison: Comparison, out: Path) -> tuple[str, list[str]]:

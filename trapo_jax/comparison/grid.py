@@ -6,6 +6,7 @@ All runs are derived from one config, so that they differ only in the method, th
 import dataclasses
 import itertools
 import json
+import random
 import re
 import shlex
 from collections.abc import Sequence
@@ -94,8 +95,9 @@ class Grid:
       methods: names of methods or variants.
       variants: methods with custom settings.
       sweeps: fields to tune.
+      num_trials: number of trials per method, drawn at random from all settings; None for all settings.
       num_seeds: number of final runs per method.
-      num_tuning_seeds: number of runs per trial.
+      num_tuning_seeds: number of runs of the best quarter of the trials; the others have one.
       match: unit of the budget.
       budget: budget of each run, in that unit.
       runs: directory that contains the run directories.
@@ -108,6 +110,7 @@ class Grid:
     methods: tuple[str, ...]
     variants: tuple[Variant, ...]
     sweeps: tuple[Sweep, ...]
+    num_trials: int | None
     num_seeds: int
     num_tuning_seeds: int
     match: str
@@ -132,10 +135,14 @@ class Grid:
             )
         return trials
 
-    def tuning_runs(self, trials: Sequence[Trial]) -> list[PlannedRun]:
-        """Returns the tuning runs of trials, ordered by seed. They evaluate only the validation split."""
-        seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.num_tuning_seeds)
+    def tuning_runs(self, trials: Sequence[Trial], seeds: Sequence[int]) -> list[PlannedRun]:
+        """Returns tuning runs of trials, ordered by seed. They evaluate only the validation split."""
         return [self._plan(trial, seed, [VALIDATION]) for seed in seeds for trial in trials]
+
+    @property
+    def tuning_seeds(self) -> range:
+        """The seeds of tuning runs, none of which is that of a final run."""
+        return range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.num_tuning_seeds)
 
     def final_runs(self, trials: Sequence[Trial]) -> list[PlannedRun]:
         """Returns the runs to report, ordered by seed. They also evaluate the test split, before and after training."""
@@ -167,7 +174,11 @@ class Grid:
         named = [s for s in self.sweeps if method in s.methods]
         sweeps = named or [s for s in self.sweeps if not s.methods]
         settings = itertools.product(*([(s.field, value) for value in s.values] for s in sweeps))
-        return [Trial(method, setting) for setting in settings]
+        trials = [Trial(method, setting) for setting in settings]
+        if self.num_trials is None or self.num_trials >= len(trials):
+            return trials
+        # Methods with equally many settings have trials at the same places of their lists.
+        return random.Random(0).sample(trials, self.num_trials)
 
     def _plan(self, trial: Trial, seed: int, splits: list[str]) -> PlannedRun:
         name = Path(trial.method) / _file_name(trial.setting) / f"seed_{seed}"

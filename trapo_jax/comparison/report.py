@@ -222,18 +222,19 @@ def spending_table(c: Comparison) -> Table:
 
 
 def tuning_table(c: Comparison) -> Table:
-    """Returns the validation accuracy of every trial."""
+    """Returns the validation accuracy of every trial, and how many seeds it was tried with."""
     chosen = {r.run.trial for r in c.results}
     rows = [
         [
             t.trial.method,
             t.trial.setting,
             f"{t.score:.3f}" if t.score >= 0 else f"{t.num_failed} failed",
+            str(len(t.accuracies)),
             "chosen" if t.trial in chosen else "",
         ]
         for t in c.trials
     ]
-    return Table(["method", "setting", "accuracy", ""], rows)
+    return Table(["method", "setting", "accuracy", "seeds", ""], rows)
 
 
 def _interval(e: Estimate) -> str:

@@ -68,6 +68,14 @@ class Result:
     code: str = ""
     processor: str = ""
 
+    @property
+    def validation_accuracy(self) -> float:
+        """Accuracy on the validation split of the model that the run exported."""
+        accuracies = [point.accuracy for point in self.curve]
+        if self.run.config.checkpoint.load_best_model_at_end:
+            return max(accuracies[1:] or accuracies)  # The first is that before training.
+        return accuracies[-1]
+
 
 def is_complete(run: PlannedRun) -> bool:
     """Returns whether the run has finished, with at least the number of steps that is requested now."""

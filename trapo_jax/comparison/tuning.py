@@ -1,5 +1,6 @@
-"""Selection of the best trial of each method by its runs on the validation split."""
+"""Scores of trials on the validation split, and selection of the best."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
@@ -12,7 +13,7 @@ class TrialScore(NamedTuple):
     """Scores of a trial on the validation split."""
 
     trial: Trial
-    accuracies: tuple[float, ...]  # sampled accuracy of each complete run
+    accuracies: tuple[float, ...]  # of each complete run; see `Result.validation_accuracy`
     num_failed: int
     fingerprint: tuple  # equal for two trials only if their runs were identical
 
@@ -22,21 +23,35 @@ class TrialScore(NamedTuple):
         return -1.0 if self.num_failed else fmean(self.accuracies)
 
 
-def pick_trials(runs: Sequence[PlannedRun]) -> tuple[list[Trial], list[TrialScore]]:
-    """Returns the trial with the best validation accuracy of each method (the first one in a tie), and all scores."""
+def score_trials(runs: Sequence[PlannedRun]) -> list[TrialScore]:
+    """Returns the scores of all trials, in the order of their first runs."""
     by_trial: dict[Trial, list[PlannedRun]] = {}
     for run in runs:
         by_trial.setdefault(run.trial, []).append(run)
     scores = []
     for trial, trial_runs in by_trial.items():
         found = [collect_result(run) for run in trial_runs if is_done(run)]
-        accuracies = tuple(result.curve[-1].accuracy for result in found)
+        accuracies = tuple(result.validation_accuracy for result in found)
         fingerprint = tuple((r.entropy, *(p.accuracy for p in r.curve)) for r in found)
         num_failed = len(trial_runs) - len(found)
         scores.append(TrialScore(trial, accuracies, num_failed, fingerprint))
-    methods = dict.fromkeys(s.trial.method for s in scores)
-    best = [
-        max((s for s in scores if s.trial.method == method), key=lambda s: s.score)
-        for method in methods
-    ]
-    return [s.trial for s in best if s.score >= 0], scores
+    return scores
+
+
+def best_trials(scores: Sequence[TrialScore], *, share: float = 0.0) -> list[TrialScore]:
+    """Returns the best trials of each method, the first ones in a tie.
+
+    Only trials with as many runs as any other of the method are compared, and none with a failed run is returned.
+
+    Args:
+      scores: scores of all trials.
+      share: fraction of the trials of a method to return, rounded up, but at least one.
+    """
+    best = []
+    for method in dict.fromkeys(s.trial.method for s in scores):
+        candidates = [s for s in scores if s.trial.method == method]
+        num_runs = max(len(s.accuracies) + s.num_failed for s in candidates)
+        complete = [s for s in candidates if len(s.accuracies) == num_runs]
+        count = max(1, math.ceil(share * len(candidates)))
+        best += sorted(complete, key=lambda s: -s.score)[:count]
+    return best
