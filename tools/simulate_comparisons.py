@@ -1,10 +1,11 @@
 """Measures the coverage and the false positives of the intervals with which methods are compared.
 
-    python tools/simulate_comparisons.py [--repeats 1000]
+    python tools/simulate_comparisons.py [--repeats 1000] [--power]
 
 In each repetition, two methods of the same kind are run with a number of seeds on the same problems. Each line shows,
 for the mean, the median and the interquartile mean over seeds, how often the interval of one method contains the true
-value, its mean width, and how often the difference of the two, which is 0, is found to be significant.
+value, its mean width, and how often the difference of the two, which is 0, is found to be significant. `--power` shows
+how often a difference that exists is found among 15 pairs of methods.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import numpy as np
 from trapo_jax.comparison.statistics import LEVEL, STATISTICS, draw, point_estimate
 
 NUM_PROBLEMS, NUM_SAMPLES = 100, 8
+NUM_TEST_PROBLEMS, NUM_PAIRS = 256, 15
 NUM_DRAWS = 2_000
 NUM_SEEDS = (6, 10, 20, 30)
 GOOD, BAD = 0.85, 0.3
@@ -101,10 +103,53 @@ def sampled(
     return rng.binomial(NUM_SAMPLES, rates) / NUM_SAMPLES
 
 
+def power(difference: float, *, sd: float, num_seeds: int, statistic: str, repeats: int) -> float:
+    """Returns how often the difference between two methods, one of 15 pairs, is significant.
+
+    Args:
+      difference: the difference in accuracy.
+      sd: standard deviation of the seeds.
+      num_seeds: number of seeds of each method.
+      statistic: what is compared.
+      repeats: number of simulated comparisons.
+    """
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(repeats):
+        problems = DIFFERENT_PROBLEMS(rng, NUM_TEST_PROBLEMS)
+        draws = []
+        for stream, shift in enumerate((0.0, -difference), start=1):
+            rates = np.clip(problems + shift + rng.normal(0, sd, size=(num_seeds, 1)), 0, 1)
+            scores = rng.binomial(4, rates) / 4
+            draws.append(draw(scores, STATISTICS[statistic], stream=stream, num_draws=4_000))
+        found.append((draws[0] - draws[1]).p_value() < LEVEL / NUM_PAIRS)
+    return float(np.mean(found))
+
+
+def show_power(repeats: int) -> None:
+    """Prints the power for several differences."""
+    print("| seeds | difference | sd of seeds | found in the mean | in the median |")
+    print("|---|---|---|---|---|")
+    for num_seeds in (12, 20, 30):
+        for difference in (0.05, 0.1, 0.2):
+            for sd in (0.02, 0.05):
+                options = {"sd": sd, "num_seeds": num_seeds, "repeats": repeats}
+                cells = [
+                    f"{power(difference, statistic=name, **options):.0%}"
+                    for name in ("mean", "median")
+                ]
+                row = [str(num_seeds), f"{difference:g}", f"{sd:g}", *cells]
+                print(f"| {' | '.join(row)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=1000)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--power", action="store_true")
+    args = parser.parse_args()
+    repeats = args.repeats
+    if args.power:
+        return show_power(repeats)
     print("coverage, width, false positives of")
     print(f"{'':>20} {'seeds':>5}  " + "  ".join(f"{name:^21}" for name in STATISTICS))
     for case in CASES:

@@ -102,7 +102,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--trials",
         type=_positive,
         metavar="N",
-        help="draw N trials of each method at random from all settings of its sweeps (default: all settings)",
+        help="try N settings of each method: its constants as configured, and others drawn at random from all settings of "
+        "its sweeps (default: all settings)",
     )
     add(
         "--tuning-seeds",

@@ -95,7 +95,8 @@ class Grid:
       methods: names of methods or variants.
       variants: methods with custom settings.
       sweeps: fields to tune.
-      num_trials: number of trials per method, drawn at random from all settings; None for all settings.
+      num_trials: number of trials per method: the constants as configured, and settings drawn at random from all of its
+        sweeps; None for all settings.
       num_seeds: number of final runs per method.
       num_tuning_seeds: number of runs of the best quarter of the trials; the others have one.
       match: unit of the budget.
@@ -178,7 +179,7 @@ class Grid:
         if self.num_trials is None or self.num_trials >= len(trials):
             return trials
         # Methods with equally many settings have trials at the same places of their lists.
-        return random.Random(0).sample(trials, self.num_trials)
+        return [Trial(method), *random.Random(0).sample(trials, self.num_trials - 1)]
 
     def _plan(self, trial: Trial, seed: int, splits: list[str]) -> PlannedRun:
         name = Path(trial.method) / _file_name(trial.setting) / f"seed_{seed}"
