@@ -18,10 +18,13 @@ def grid_of(study, name, *more):
 
 
 @pytest.mark.parametrize(("study", "name"), COMPARISONS)
-def test_all_methods_have_equally_many_settings_and_trials(study, name):
+def test_every_trial_is_valid_and_all_methods_have_equally_many(study, name):
     # Base models that are made first are not needed to count settings.
     embedded = ["model.path=card_shuffles_tiny", "data.source=card_shuffles"]
-    trials = grid_of(study, name, *embedded).trials()
+    grid = grid_of(study, name, *embedded)
+    trials = grid.trials()
+    for found in trials.values():
+        assert grid.tuning_runs(found, [0])  # loads their configs
     (num_trials,) = {len(found) for found in trials.values()}
     assert num_trials in (8, 16)
     everything = grid_of(study, name, *embedded, "--trials", "1000").trials()
