@@ -5,20 +5,21 @@
 In every step the actor samples and grades a group of rollouts for each problem, the method selects what is trained,
 and the learner updates the parameters. The run decides when to stop and writes everything down. Where to look:
 
-    config/     every option, its default and its help; configs/ holds examples
-    data/       problems from files, the Hub or generators: column presets, chat templates, splits
-    methods/    the methods: selection, advantages, the terms of the objective; micro_grouped.py has the sizes, prefix
-                ratios and thresholds of TRAPO's micro-groups, that is, how many rollouts are guided
-    losses/     the loss functions that the terms are made of
-    rollouts/   the actor: collects rollouts as the micro-groups demand; metrics.py computes what is logged about them
-    sampling/   rollout engines; engine.py lists them
-    rewards/    graders and reward functions; grader.py lists them
-    training/   the learner: packing, the train step, the optimizer and its schedule; diagnostics.py computes what is
-                logged about an update
-    models/     the decoder, its model families and Hugging Face folders
-    runs/       the run: directory, resuming, when checkpoints are saved (run.py) and how long they are kept
-                (checkpoints.py), loggers, which only write metrics down, console, monitoring
-    distributed/  the mesh and its axes; which axis of parameters and batches is sharded over which
+    config/     every option, its default and its help: schema.py; configs/ holds examples
+    data/       problems from files, the Hub or generators. layouts.py: presets of columns; templates.py: chat templates;
+                splits.py: splits
+    methods/    the methods: selection, advantages and objective. micro_grouped.py: TRAPO and the micro-groups, which
+                decide how many rollouts are guided; terms.py: the loss terms, made of the functions in losses/
+    rollouts/   the actor, which collects rollouts as the micro-groups demand. metrics.py: the metrics of rollouts
+    sampling/   rollout engines. engine.py: the interface and the list of engines
+    rewards/    graders and reward functions. grader.py: the list of those that can be named
+    training/   the learner: packing and the train step. optimizer.py: the optimizer and its schedule; diagnostics.py:
+                the metrics of updates
+    models/     decoder.py: the transformer; hugging_face_config.py: the model families; Hugging Face folders in and out
+    runs/       run.py: resuming, and when checkpoints are saved; checkpoints.py: how long they are kept; loggers.py:
+                metrics.jsonl and TensorBoard; the console and monitoring
+    evaluation/ the metrics of evaluations
+    distributed/  sharding.py: the mesh, and the mesh axes over which parameters and batches are sharded; several hosts
 """
 
 import trapo_jax.distributed.log_level  # noqa: F401  must be imported before jax
@@ -111,7 +112,7 @@ def train(
 def train_in_this_process(config: Config, method: Method, *, show_progress: bool) -> TrainResult:
     """Does the part of this process; see `train`."""
     console = Console(quiet=not (show_progress and is_main()))
-    files = find_saved_model_files(config.run_folder)  # None unless the run is resumed
+    files = find_saved_model_files(config.run_folder)  # None for a new run
     model = open_model(config.model, config.lora, files=files)
     check_same_model(model)
     data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
@@ -121,7 +122,7 @@ def train_in_this_process(config: Config, method: Method, *, show_progress: bool
             return complete_result(run, was_complete=True)
         with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
             data_summary = check_problems(config, method, data, grader, run, console)
-            if files is None or method.needs_reference:
+            if files is None or method.needs_reference:  # A checkpoint has the weights otherwise.
                 model = with_weights(model)
             learner = make_learner(config, method, model, with_state=files is None)
             actor = make_actor(
@@ -213,7 +214,7 @@ def train_to_the_end(
     if run.step == 0:
         run.console.say(describe_memory(actor, learner))
     try:
-        finish_step(splits, run, actor, learner)  # if it was interrupted, or before the first one
+        finish_step(splits, run, actor, learner)  # what step 0 or an interrupted step still lacks
         train_loop(config, method, splits, run, actor, learner)
         check_learned(run.folder, run.step, run.usage.tokens_trained, learner.state)
         evaluate_pending(splits, run, actor, learner)
