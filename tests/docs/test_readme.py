@@ -6,9 +6,17 @@ import sys
 
 import pytest
 
-from support.commands import REPOSITORY, run_python
+from support.commands import REPOSITORY, run_process, run_python
 
 README = (REPOSITORY / "README.md").read_text()
+PAGES = [str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md")]
+GENERATED = REPOSITORY / "docs" / "reference" / "config.md"
+SMALL = {
+    "train.num_steps": 1,
+    "train.problems_per_step": 2,
+    "data.num_test": 2,
+    "evaluation.num_samples": 1,
+}
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -38,7 +46,8 @@ def test_training_example_runs(tmp_path):
 
 
 def test_file_tree_names_what_exists_and_all_of_it():
-    tree = README.split("## Repository layout")[1].split("## ")[0]
+    page = (REPOSITORY / "docs" / "reference" / "architecture.md").read_text()
+    tree = page.split("## Repository layout")[1]
     named = re.findall(r"^      (\S+)", tree, flags=re.MULTILINE)
     package = REPOSITORY / "trapo_jax"
     exists = {p.name for p in package.glob("*.py")} - {"__init__.py"}
@@ -46,6 +55,31 @@ def test_file_tree_names_what_exists_and_all_of_it():
     assert set(named) == exists
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (REPOSITORY / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", *PAGES])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", (REPOSITORY / page).read_text()):
+        target = (REPOSITORY / page).parent / target
+        assert target.exists() or target == GENERATED, target
+
+
+def test_readme_takes_five_minutes():
+    assert len(README.split()) <= 900
+
+
+def test_the_method_of_the_readme_trains(tmp_path):
+    (code,) = [example for example in EXAMPLES if "METHOD" in example]
+    (tmp_path / "hint.py").write_text(
+        code + "\nfrom trapo_jax import load_config\nfrom trapo_jax.train import train\n"
+        f"train(load_config(None, {SMALL}), METHOD)\n"
+    )
+    result = run_python(tmp_path / "hint.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_reward_function_of_the_readme_is_accepted(tmp_path):
+    (code,) = [example for example in EXAMPLES if "def brevity" in example]
+    (tmp_path / "my_rewards.py").write_text(code)
+    result = run_process(
+        "trapo_jax.preview", "rewards.functions=[card_shuffles,my_rewards:brevity]", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
