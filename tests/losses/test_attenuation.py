@@ -1,4 +1,4 @@
-"""Losses whose gradient is an attenuated cross-entropy gradient, in particular TrSFT."""
+"""Tests losses whose gradient is an attenuated cross-entropy gradient, in particular TrSFT."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def test_attenuation_is_the_published_weight(attenuation_and_weight):
 
 
 def test_gradient_by_logits_is_the_published_formula(attenuation_and_weight):
-    """d loss / d logits = -weight(p_y) * (onehot(y) - p), in float64 NumPy."""
+    """The formula, in float64 NumPy, is d loss / d logits = -weight(p_y) * (onehot(y) - p)."""
     attenuation, weight = attenuation_and_weight
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(64, 11)).astype(np.float32) * 3
@@ -68,7 +68,7 @@ def test_gradient_by_logits_is_the_published_formula(attenuation_and_weight):
 
 
 def test_trsft_gradient_is_equation_3():
-    """grad L = -1 / max(p, alpha) * grad p, with respect to the logits."""
+    """Equation 3 is grad L = -1 / max(p, alpha) * grad p, here with respect to the logits."""
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(50, 7)).astype(np.float32) * 2
     labels = rng.integers(0, 7, 50)
@@ -107,7 +107,7 @@ def test_shift_changes_the_value_as_its_formula_says():
 
 
 def test_shifted_gradient_is_that_of_the_released_code():
-    """`clip_low_and_shift` minimizes -p (1 / max(sg p, 0.1) - 0.5), whose gradient is that factor times -grad p."""
+    """`clip_low_and_shift` minimizes -p (1 / max(sg p, 0.1) - 0.5); its gradient is that factor times -grad p."""
     probs = jnp.array([0.9, 0.5, 0.1, 0.05, 0.001])
     released = lambda p: -p * (1 / jnp.maximum(jax.lax.stop_gradient(p), 0.1) - 0.5)
     ours = lambda p: attenuated_cross_entropy_from_logprobs(

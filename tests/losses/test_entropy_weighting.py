@@ -1,4 +1,4 @@
-"""Losses that depend on entropies: values by hand, comparison with loops, and masking."""
+"""Tests entropy-dependent losses against hand-computed values and loops, and with masks."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def test_gradient_flows_through_logprobs_alone_and_not_where_masked():
 
 
 def random_segments(seed):
-    """Returns rows of up to four segments in order, the last of which is padding; a mask; and values with ties."""
+    """Returns rows of up to four segments in order (the last is padding), a mask, and values with ties."""
     rng = np.random.default_rng(seed)
     ids = np.sort(rng.integers(0, 5, (3, 17)))[:, ::-1] + 5 * np.arange(3)[:, None]
     return rng.integers(0, 6, (3, 17)) / 2, ids.copy(), rng.random((3, 17)) < 0.6

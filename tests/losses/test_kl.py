@@ -1,4 +1,4 @@
-"""Estimators of KL(policy || reference)."""
+"""Tests the estimators of KL(policy || reference)."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 
 from trapo_jax.losses import kl_penalty
 
-# d = log p - log p_ref -> value and d value / d log p, written out independently.
+# The value and its derivative with respect to log p, as functions of d = log p - log p_ref.
 FORMULAE = {
     "k1": (lambda d: d, lambda d: np.ones_like(d)),
     "k2": (lambda d: d**2 / 2, lambda d: d),
@@ -26,7 +26,7 @@ def estimator(request):
     [("k1", [0.5, -1.0]), ("k2", [0.125, 0.5]), ("k3", [np.exp(-0.5) - 0.5, np.e - 2])],
 )
 def test_values_by_hand(estimator, expected):
-    """For d = 0.5 and d = -1."""
+    """The expected values are for d = 0.5 and d = -1."""
     logprobs, ref_logprobs = jnp.array([-1.0, -3.0]), jnp.array([-1.5, -2.0])
     got = kl_penalty(logprobs, ref_logprobs, estimator=estimator)
     np.testing.assert_allclose(got, expected, rtol=1e-6)

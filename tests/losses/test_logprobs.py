@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy: from logits, and in slices directly from hidden states."""
+"""Tests log-probabilities and entropies computed from logits, or in slices directly from hidden states."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def arrays():
 
 
 def dense(hidden, unembedding, labels, *, temperature=1.0, where=None):
-    """Computes both results from materialized logits."""
+    """Computes log-probabilities and entropies from materialized logits."""
     logits = jnp.matmul(hidden, unembedding, preferred_element_type=jnp.float32) / temperature
     return token_logprobs(logits, labels, where=where), entropy(logits, where=where)
 
@@ -32,7 +32,7 @@ def weighted_sum(logprobs, entropies):
 
 
 def assert_close(got, expected, tolerance=1e-5):
-    """Compares relative to the largest element: the accuracy of a gradient that is rounded once per sum."""
+    """Compares relative to the largest element, as suits a gradient that is rounded once per sum."""
     expected = np.asarray(expected, np.float64)
     largest = max(np.abs(expected).max(), 1e-30)
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=tolerance * largest)
@@ -42,7 +42,7 @@ def assert_close(got, expected, tolerance=1e-5):
 
 
 def test_token_logprobs_by_hand():
-    """softmax([0, log 3]) = [1/4, 3/4]."""
+    """The probabilities are softmax([0, log 3]) = [1/4, 3/4]."""
     logits = jnp.array([[0.0, np.log(3.0)], [5.0, 5.0]])
     logprobs = token_logprobs(logits, jnp.array([1, 0]))
     np.testing.assert_allclose(logprobs, np.log([0.75, 0.5]), rtol=1e-6)
@@ -54,7 +54,7 @@ def test_token_logprobs_by_hand():
 
 
 def test_gradients_by_logits_are_the_formulae():
-    """d logprob = onehot - p; d entropy = -p (log p + H), in float64 NumPy."""
+    """The formulas, in float64 NumPy, are d logprob = onehot - p and d entropy = -p (log p + H)."""
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(40, 9)).astype(np.float32) * 2
     labels = rng.integers(0, 9, 40)
@@ -95,7 +95,7 @@ def test_axis_is_where_the_vocabulary_is(axis):
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
 def test_where_of_lower_rank_broadcasts_to_the_labels(axis):
-    """V = T, so that a mask on the wrong axis would still have a matching shape."""
+    """Since V = T, a mask on the wrong axis would still have a matching shape."""
     logits = jnp.asarray(np.random.default_rng(4).normal(size=(2, 3, 3)), jnp.float32)
     labels = jnp.array([[0, 1, 2], [2, 2, 1]])
     row = jnp.array([True, False, True])
@@ -195,12 +195,12 @@ def test_jit_and_vmap_from_logits():
 
 # From hidden states
 
-# For 12 tokens and V = 23: slices of one column, slices that do not divide V evenly, one slice, and more than T.
+# With 12 tokens and V = 23, these give one-column slices, slices that do not divide V evenly, and a single slice.
 CHUNK_SIZES = [1, 5, 7, T, T + 1, 1000]
 
 
 def test_linear_token_logprobs_by_hand():
-    """Logits [0, log 3] and, at temperature 2, [0, log 3 / 2]."""
+    """The scaled logits are [0, log 3] at temperature 1 and [0, log 3 / 2] at temperature 2."""
     hidden, unembedding = jnp.ones((1, 1)), jnp.array([[0.0, np.log(3.0)]])
     logprobs, entropies = linear_token_logprobs(
         hidden, unembedding, jnp.array([1]), chunk_size=1, with_entropy=True
@@ -228,7 +228,7 @@ def test_values_equal_the_dense_computation(arrays, chunk_size, temperature):
 
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
 def test_gradients_equal_the_dense_computation(arrays, chunk_size):
-    """With respect to hidden states, unembedding and temperature, through log-probabilities and entropies."""
+    """Compares gradients with respect to hidden states, unembedding, and temperature, through both results."""
     hidden, unembedding, labels = arrays
 
     def ours(hidden, unembedding, temperature):
@@ -344,7 +344,7 @@ def test_linear_first_and_last_label_are_in_range(arrays, label):
 
 @pytest.mark.parametrize("chunk_size", [1, T])
 def test_probability_zero_from_hidden_states(chunk_size):
-    """With logits [-inf, 1, 1], the -inf in a separate slice or not, nothing is NaN, and -inf adds no entropy."""
+    """With logits [-inf, 1, 1], nothing is NaN and -inf adds no entropy, whether or not -inf has its own slice."""
     hidden, unembedding = jnp.full((T, 1), 1e10), jnp.array([[-1e30, 1e-10, 1e-10]])
 
     def ours(hidden, unembedding):
@@ -362,7 +362,7 @@ def test_probability_zero_from_hidden_states(chunk_size):
 
 
 def test_large_logits_do_not_overflow():
-    """The running maximum must follow if the largest logit comes first, last or in between."""
+    """The running maximum must be correct whether the largest logit comes first, last, or in between."""
     unembedding = jnp.array([[-500.0, 3.0, 500.0, 2.0]])
     for sign in (1.0, -1.0):
         hidden = jnp.full((4, 1), sign)
@@ -450,10 +450,10 @@ def temporary_bytes(function, *, tokens, width, vocab, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_memory_is_that_of_a_chunk_of_logits(dtype):
-    """At 1/16 of the full size of `tools/measure_logprob_memory.py`.
+    """The sizes are 1/16 of the full size in `tools/measure_logprob_memory.py`.
 
-    The bound excludes the dense logits (16.8 MB), a float32 copy of a bfloat16 unembedding (8.4 MB), and a second
-    gradient of the unembedding (4.2 MB or more).
+    The bound rules out dense logits (16.8 MB), a float32 copy of a bfloat16 unembedding (8.4 MB), and a second gradient
+    of the unembedding (4.2 MB or more).
     """
     sizes = {"tokens": 512, "width": 256, "vocab": 8192, "dtype": dtype}
     chunk_logits = 32 * sizes["vocab"] * 4

@@ -1,4 +1,4 @@
-"""`trapo_jax.losses` as a library: its public names, its imports, and its numerical guarantees."""
+"""Tests `trapo_jax.losses` as a library: its public names, imports, and numerical guarantees."""
 
 import ast
 import inspect
@@ -78,7 +78,7 @@ def test_importing_the_losses_imports_of_the_project_only_the_losses():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_file_imports_jax_the_standard_library_and_its_neighbours(file):
-    """Checks imports inside functions, too: the test above would not detect a late import."""
+    """Also checks imports inside functions, since the test above would not detect a late import."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -123,7 +123,7 @@ def test_hyper_parameters_are_keywords(name):
         assert expected or parameter.kind is parameter.KEYWORD_ONLY, parameter
 
 
-# logprobs -> values, for every loss that is bounded at p = 0
+# Every loss that is bounded at p = 0, as a function of log-probabilities.
 BOUNDED = {
     "trsft": lambda x: losses.trsft_loss_from_logprobs(x),
     "trsft_alpha_1": lambda x: losses.trsft_loss_from_logprobs(x, alpha=1.0),
@@ -149,7 +149,7 @@ BOUNDED = {
 @pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("logprob", [-np.inf, -200.0, -90.0])
 def test_probability_zero_gives_a_finite_value_and_no_gradient(name, logprob):
-    """In float32, the exponential of a log-probability of -200 is 0, and that of -90 is denormal."""
+    """In float32, exp(-200) is 0 and exp(-90) is denormal."""
     logprobs = jnp.full(3, logprob)
     value, gradient = jax.value_and_grad(lambda x: BOUNDED[name](x).sum())(logprobs)
     assert np.isfinite(value)
@@ -175,7 +175,7 @@ def test_gradient_is_the_weight_exactly_at_alpha(shift):
 
 
 def test_cross_entropy_ends_exactly_at_alpha():
-    """The second derivative with respect to log p is 0 for p >= alpha, where the loss is -log p, else -p / alpha."""
+    """The second derivative with respect to log p is 0 for p >= alpha and -p / alpha otherwise."""
     loss = lambda x: losses.trsft_loss_from_logprobs(x, alpha=1.0)
     assert jax.grad(jax.grad(loss))(0.0) == 0
     np.testing.assert_allclose(jax.grad(jax.grad(loss))(-0.5), -np.exp(-0.5), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Policy-gradient losses against their published formulas, implemented in float64 NumPy."""
+"""Tests policy-gradient losses against their published formulas, implemented in float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def bounds(clip_low=None, clip_high=None):
 
 
 class Batch:
-    """Random logits, labels, old log-probabilities and advantages; ratios on all sides of 1."""
+    """Random logits, labels, old log-probabilities, and advantages, with ratios above and below 1."""
 
     def __init__(self, spread):
         rng = np.random.default_rng(0)
@@ -77,7 +77,7 @@ class Batch:
 
 
 def active(ratio, advantages, low, high):
-    """Returns where min(A rho, A clip(rho)) is its first argument, so that gradient flows."""
+    """Returns a mask of the tokens where min(A rho, A clip(rho)) is A rho, so the gradient flows."""
     return np.where(advantages >= 0, ratio <= high, ratio >= low)
 
 
@@ -90,12 +90,12 @@ def active(ratio, advantages, low, high):
         (1.5, 1.0, None, None, -1.5),  # -A rho
         (1.5, -2.0, None, None, 3.0),
         (1.5, 1.0, 0.2, 0.2, -1.2),  # gains beyond 1.2 are clipped
-        (1.5, -1.0, 0.2, 0.2, 1.5),  # losses are not
+        (1.5, -1.0, 0.2, 0.2, 1.5),  # losses beyond 1.2 are not clipped
         (0.5, 1.0, 0.2, 0.2, -0.5),
         (0.5, -1.0, 0.2, 0.2, 0.8),
         (1.25, 1.0, 0.2, 0.28, -1.25),  # clip-higher has a larger upper bound
         (1.5, 1.0, 0.2, 0.28, -1.28),
-        (1.5, 1.0, 0.2, None, -1.5),  # one-sided
+        (1.5, 1.0, 0.2, None, -1.5),  # no upper bound
         (0.5, -1.0, 0.2, None, 0.8),
         (1.5, 1.0, None, 0.2, -1.2),
         (0.5, -1.0, None, 0.2, 0.5),
@@ -116,7 +116,7 @@ def test_policy_gradient_values_by_hand(ratio, advantage, clip_low, clip_high, e
 
 
 def test_policy_gradient_by_logits_is_the_formula(clips):
-    """d loss / d logits = -A rho (onehot - p) where the minimum is the unclipped argument, else 0."""
+    """The gradient is -A rho (onehot - p) where the minimum is the unclipped argument, and 0 otherwise."""
     batch = Batch(spread=0.4)
     gradient, values = batch.grad_by_logits(
         policy_gradient_loss, batch.old_logprobs, batch.advantages, **clips
@@ -133,7 +133,7 @@ def test_policy_gradient_by_logits_is_the_formula(clips):
 
 
 def test_first_update_is_reinforce():
-    """old_logprobs = stop_gradient(logprobs): value -A, gradient -A grad log p."""
+    """With old_logprobs = stop_gradient(logprobs), the value is -A and the gradient is -A grad log p."""
     logprobs = jnp.log(jnp.array([0.2, 0.7]))
     loss = lambda x: policy_gradient_loss(x, jax.lax.stop_gradient(x), jnp.array([2.0, -1.0]))
     np.testing.assert_allclose(loss(logprobs), [-2, 1])
@@ -165,7 +165,7 @@ def test_sequence_ratio_is_the_geometric_mean(clip_low, clip_high, expected):
 
 
 def test_sequence_policy_gradient_by_logits_is_the_formula(clips):
-    """d sequence_mean / d logprob_t = -A s / |y| / rows where the minimum is the unclipped argument."""
+    """The derivative with respect to a logprob is -A s / |y| / rows where the minimum is the unclipped argument."""
     batch = Batch(spread=1.2)
     where = np.arange(T) < np.array([[9], [5], [1], [7]])
     loss = lambda *args, **options: sequence_policy_gradient_loss(*args, where=where, **options)
@@ -177,7 +177,7 @@ def test_sequence_policy_gradient_by_logits_is_the_formula(clips):
     advantages = batch.advantages
     expected = -np.minimum(advantages * ratio, advantages * np.clip(ratio, low, high)) * where
     np.testing.assert_allclose(values, expected, rtol=2e-6)
-    # Each of |y| tokens has the loss, whose gradient with respect to each logprob is -A s / |y|; the sum is -A s.
+    # Each of the |y| tokens has the same loss, with gradient -A s / |y| per logprob; the gradients sum to -A s.
     flows = active(ratio, advantages, low, high) & where
     batch.assert_gradient(gradient, -advantages * ratio * flows)
     np.testing.assert_allclose(sequence_mean(values, where=where), expected[:, 0].mean(), rtol=1e-5)
@@ -227,7 +227,7 @@ def test_sequence_where_of_lower_rank_broadcasts():
 
 
 def test_cispo_values_by_hand():
-    """-clip(rho) A log p with rho = 2, 0.5 and 1.1."""
+    """The values are -clip(rho) A log p with rho = 2, 0.5, and 1.1."""
     p = jnp.array([0.6, 0.1, 0.55])
     loss = cispo_loss(
         jnp.log(p),
@@ -241,7 +241,7 @@ def test_cispo_values_by_hand():
 
 
 def test_cispo_by_logits_is_the_formula(clips):
-    """-clip(rho) A (onehot - p): every token has a gradient, even if it is clipped."""
+    """The gradient is -clip(rho) A (onehot - p), even at tokens with a clipped ratio."""
     batch = Batch(spread=0.4)
     gradient, values = batch.grad_by_logits(
         cispo_loss, batch.old_logprobs, batch.advantages, **clips
@@ -278,7 +278,7 @@ def test_shaped_gamma_is_a_tenth_by_default():
 
 
 def test_shaped_by_logits_is_the_formula():
-    """-A gamma / (p + gamma)^2 p (onehot - p)."""
+    """The gradient is -A gamma / (p + gamma)^2 p (onehot - p)."""
     batch = Batch(spread=0.0)
     gradient, values = batch.grad_by_logits(
         shaped_policy_gradient_loss, batch.advantages, gamma=0.25
@@ -305,9 +305,9 @@ def test_gamma_may_be_traced():
     np.testing.assert_allclose(jax.jit(function)(0.3), function(0.3), rtol=1e-6)
 
 
-# All of them
+# All losses
 
-# (logprobs, old_logprobs, advantages, where) -> values
+# Every loss as a function (logprobs, old_logprobs, advantages, where) -> values.
 LOSSES = {
     "policy_gradient": lambda x, old, a, where: policy_gradient_loss(x, old, a, where=where),
     "ppo": lambda x, old, a, where: policy_gradient_loss(

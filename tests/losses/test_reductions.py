@@ -1,4 +1,4 @@
-"""Reductions: each is sum(values * weights), with weights that depend only on the mask."""
+"""Tests the reductions, each a sum(values * weights) with weights that depend only on the mask."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ VALUES = np.array([[1.0, 2.0, 4.0], [6.0, 9.0, 5.0], [7.0, 3.0, 8.0]], np.float3
 WHERE = np.array([[True, True, False], [True, False, False], [False, False, False]])
 LENGTH = 5.0
 
-# (reduction, weights, hand-computed result for VALUES and WHERE)
+# Each reduction with its weights and its hand-computed result for VALUES and WHERE.
 REDUCTIONS = {
     "token_mean": (token_mean, token_mean_weights, 9 / 3),
     "sequence_mean": (sequence_mean, sequence_mean_weights, (1.5 + 6) / 2),
@@ -164,7 +164,7 @@ def test_rows_without_a_token_count_for_constant_mean_alone():
 
 
 def test_a_sequence_counts_for_what_it_is_however_long():
-    """It is a mean of means, not of tokens: each of two sequences has half of the weight."""
+    """`sequence_mean` is a mean of means, so each of two sequences has half of the weight."""
     where = np.arange(10) < np.array([[10], [1]])
     weights = sequence_mean_weights(where)
     np.testing.assert_allclose(weights.sum(-1), [0.5, 0.5], rtol=1e-6)
@@ -195,7 +195,7 @@ def test_length_may_be_traced():
 
 
 def test_bfloat16_values_are_summed_in_float32(name):
-    """The sum of 256 ones and a half would remain 256 in bfloat16."""
+    """In bfloat16, the sum of 256 ones and one half would remain 256."""
     values = jnp.full((1, 257), 1.0, jnp.bfloat16)
     got = REDUCTIONS[name][0](values)
     assert got.dtype == jnp.float32

@@ -1,4 +1,4 @@
-"""Proposition 1: the policy to which TrSFT converges for a tabular expert."""
+"""Tests Proposition 1: the policy that TrSFT converges to for a tabular expert."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def random_experts(count: int, *, concentration: float) -> np.ndarray:
     return rng.dirichlet(np.full(12, concentration), size=count).astype(np.float32)
 
 
-# 24 experts, from peaked (few classes are pruned) to nearly flat (many are).
+# 24 experts, from peaked (few classes are pruned) to nearly flat (many classes are pruned).
 EXPERTS = np.concatenate([random_experts(8, concentration=c) for c in (0.3, 1.0, 3.0)])
 
 

@@ -1,6 +1,6 @@
 """Losses for learning from expert solutions and from the policy's own completions, as pure functions.
 
-The conventions are those of optax: arrays come first, hyperparameters are keyword-only, `axis` is the vocabulary or
+The conventions follow optax: arrays come first, hyperparameters are keyword-only, `axis` is the vocabulary or
 token axis, and `where` selects the elements to include. Every loss returns unreduced float32 values per token, exactly
 0 where masked; the reductions turn them into a scalar. The package imports only jax.
 """

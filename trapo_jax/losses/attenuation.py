@@ -26,7 +26,7 @@ class Attenuation:
 
     Attributes:
       weight: maps p in [0, 1] to the gradient scale in [0, 1].
-      loss: maps log p to the loss, for which d loss / d log p = -weight(p) and loss(p = 1) = 0.
+      loss: maps log p to a loss with d loss / d log p = -weight(p) and loss(p = 1) = 0.
     """
 
     weight: Callable[[Array], Array]
@@ -60,8 +60,8 @@ def clip_attenuation(alpha: ArrayLike) -> Attenuation:
 def shifted_clip_attenuation(alpha: ArrayLike, shift: ArrayLike) -> Attenuation:
     """Returns `min(1, p / alpha) - shift * p`; `alpha` in (0, 1], `shift` in [0, 1].
 
-    Tokens with a high probability have a smaller gradient than in TrSFT, which has shift 0. The released code of TRAPO
-    offers it with shift 0.5 as `clip_low_and_shift`. The loss is that of `clip_attenuation` minus `shift * (1 - p)`.
+    High-probability tokens have a smaller gradient than in TrSFT, which has shift 0. TRAPO's released code offers this
+    attenuation with shift 0.5 as `clip_low_and_shift`. The loss is `clip_attenuation`'s loss minus `shift * (1 - p)`.
 
     Raises:
       ValueError: if `alpha` or `shift` is out of range.
@@ -103,11 +103,10 @@ def attenuated_cross_entropy_from_logprobs(
 
     Args:
       logprobs: `[...]`, log-probabilities of the expert's tokens, in `[-inf, 0]`.
-      attenuation: maps p to the gradient scale in [0, 1]. An `Attenuation`, such as those of the
-        `*_attenuation` functions of this module, comes with a closed-form loss, which is 0 at p = 1
-        and has correct derivatives of every order. For any other callable, the value is
-        `-stop_gradient(attenuation(p)) * logprob`. Its gradient is correct, but its value is not the
-        integral of the gradient and does not measure progress.
+      attenuation: maps p to the gradient scale in [0, 1]. An `Attenuation`, as returned by the `*_attenuation`
+        functions in this module, comes with a closed-form loss that is 0 at p = 1 and has correct derivatives of every
+        order. For any other callable, the value is `-stop_gradient(attenuation(p)) * logprob`. Its gradient is correct,
+        but its value is not the integral of the gradient and does not measure progress.
       where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient.
 
     Returns:

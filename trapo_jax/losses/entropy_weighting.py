@@ -1,4 +1,4 @@
-"""Losses that depend on the policy's entropy: the weights of SRFT and the token selection of Prefix-RFT."""
+"""Losses that depend on the policy's entropy: SRFT's weights and Prefix-RFT's token selection."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def segment_mean(
     num_segments: int,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Computes, for each element, the mean of the included values of its segment.
+    """Computes, for each element, the mean of the included values in its segment.
 
     Args:
       values: `[...]`.
@@ -53,7 +53,7 @@ def segment_mean(
       where: boolean, broadcastable to `values`: the elements to include; all if None.
 
     Returns:
-      float32 `[...]`, also defined at elements that are not included; 0 for segments without included elements.
+      float32 `[...]`, also defined at excluded elements; 0 for segments without included elements.
 
     Example:
       >>> segment_mean(jnp.array([1.0, 3.0, 5.0]), jnp.array([1, 1, 2]), num_segments=3)
@@ -74,11 +74,11 @@ def top_of_segment(
     share: float,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Selects the largest `ceil(share * n)` of the n included elements of each segment; earlier elements win ties.
+    """Selects the `ceil(share * n)` largest of the n included elements in each segment; earlier elements win ties.
 
     Args:
       values: `[..., T]`.
-      segment_ids: integers `[..., T]`; a segment must not span several rows.
+      segment_ids: integers `[..., T]`; a segment must not span multiple rows.
       share: the share to select, in (0, 1].
       where: boolean, broadcastable to `values`: the elements to include; all if None.
 
@@ -98,7 +98,7 @@ def top_of_segment(
     place = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
     is_first = jnp.diff(sorted_ids, prepend=sorted_ids[..., :1] - 1, axis=-1) != 0
     start = jax.lax.cummax(jnp.where(is_first, place, 0), axis=values.ndim - 1)
-    before = jnp.cumsum(counts, axis=-1) - counts  # number of included elements before each place
+    before = jnp.cumsum(counts, axis=-1) - counts  # included elements before each position
     is_last = jnp.roll(is_first, -1, axis=-1).at[..., -1].set(True)
     end = jax.lax.cummin(
         jnp.where(is_last, place, values.shape[-1]), axis=values.ndim - 1, reverse=True

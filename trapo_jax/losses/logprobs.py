@@ -111,18 +111,18 @@ def linear_token_logprobs(
 ) -> Array | tuple[Array, Array]:
     """Computes `token_logprobs(hidden @ unembedding / temperature, labels)` without materializing `[T, V]` logits.
 
-    The forward and the backward pass iterate over slices of the vocabulary. A slice has about as many logits,
-    for all T tokens, as `chunk_size` tokens have over the whole vocabulary. The forward pass keeps a running
-    logsumexp. The backward pass recomputes the logits, unless they all fit in one slice and are kept, and
-    computes each slice of the unembedding's gradient in one float32 accumulation.
+    The forward and the backward pass iterate over slices of the vocabulary. For all T tokens, a slice has about as many
+    logits as the whole vocabulary has for `chunk_size` tokens. The forward pass keeps a running logsumexp. The backward
+    pass recomputes the logits, unless they all fit in one slice and are kept, and computes each slice of the
+    unembedding's gradient in one float32 accumulation.
 
     Args:
       hidden: `[..., D]`, float32 or bfloat16. The leading axes are flattened into T tokens.
       unembedding: `[D, V]`, float32 or bfloat16; products accumulate in float32.
       labels: integers `[...]` in `[0, V)`; out-of-range labels give NaN, as in `token_logprobs`.
       chunk_size: >= 1; about `chunk_size * V` float32 logits are in memory at once. Larger values use
-        more memory and have less loop overhead. From T on, there is only one slice.
-      temperature: > 0; the log-probabilities are those of `softmax(logits / temperature)`.
+        more memory and have less loop overhead. With T or more, there is only one slice.
+      temperature: > 0; the distribution is `softmax(logits / temperature)`.
       with_entropy: whether to also return the entropy of that distribution, which is differentiable.
       where: boolean `[...]`; False gives exactly 0 and no gradient.
 
@@ -250,13 +250,13 @@ def _slices(chunk_size: int, num_tokens: int, vocab_size: int) -> tuple[int, Arr
 def _vocabulary_slice(
     unembedding: Array, start: Array, slice_len: int
 ) -> tuple[Array, Array, Array]:
-    """Returns the column indices of a slice, their weights, and which columns are in no earlier slice.
+    """Returns a slice's column indices, its weights, and a mask of the columns that no earlier slice contains.
 
-    The last slice is shifted to end at V, so it may overlap with the slice before it.
+    The last slice is shifted to end at V, so it may overlap the previous slice.
     """
     begin = jnp.minimum(start, unembedding.shape[1] - slice_len)
     columns = begin + jnp.arange(slice_len)
-    # On CPUs, XLA would convert the whole bfloat16 operand of the slicing to float32 and keep it in memory: 2.2 GB
+    # On CPUs, XLA would convert the slice operation's whole bfloat16 operand to float32 and keep it in memory: 2.2 GB
     # for a 7B model. It does not convert integers. Inside the loop, the bitcast is free; the barrier prevents XLA from
     # hoisting it out of the loop as a copy.
     unembedding, begin = jax.lax.optimization_barrier((unembedding, begin))

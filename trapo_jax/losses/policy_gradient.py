@@ -22,7 +22,7 @@ def policy_gradient_loss(
     clip_high: float | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Computes the importance-weighted policy gradient, unclipped (TRAPO) or clipped (PPO, clip-higher).
+    """Computes the importance-weighted policy-gradient loss, unclipped (TRAPO) or clipped (PPO, clip-higher).
 
     With `rho = exp(logprob - old_logprob)`::
 
@@ -71,8 +71,7 @@ def sequence_policy_gradient_loss(
     """Computes the GSPO loss, with one importance ratio per sequence: the geometric mean of its tokens' ratios.
 
     `s = exp(mean over the sequence of (logprob - old_logprob))` replaces `rho` in
-    `policy_gradient_loss`. Every token of a sequence has the loss of the sequence, so that
-    `sequence_mean` of the result is GSPO's objective.
+    `policy_gradient_loss`. Every token gets its sequence's loss, so `sequence_mean` of the result is GSPO's objective.
 
     Args:
       logprobs: `[..., T, ...]`, one sequence along `axis` (packed rows are not supported).
@@ -107,11 +106,11 @@ def cispo_loss(
     clip_high: float | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Computes the CISPO loss: REINFORCE with a clipped importance weight, which keeps the gradient of every token.
+    """Computes the CISPO loss: REINFORCE with a clipped importance weight that keeps every token's gradient.
 
     `loss = -stop_gradient(clip(rho, 1 - clip_low, 1 + clip_high)) * A * logprob`
 
-    Arguments and return value are those of `policy_gradient_loss`. A log-probability of -inf gives an
+    See `policy_gradient_loss` for the arguments and the return value. A log-probability of -inf gives an
     infinite value unless its weight or advantage is 0.
 
     References:

@@ -1,11 +1,11 @@
 """Reductions of per-token losses to a scalar, each with a named normalizer.
 
-Every reduction is `sum(values * weights)`, and its weights depend only on the mask `where`, which selects the tokens to
-include. A train step computes the weights once for the whole optimizer batch. Therefore, the gradient does not depend
-on how the batch is split into micro-batches, packed into rows, or sharded over devices.
+Every reduction is `sum(values * weights)`, with weights that depend only on `where`, the mask of the tokens to include.
+A train step computes the weights once for the whole optimizer batch. Therefore, the gradient does not depend on how the
+batch is split into micro-batches, packed into rows, or sharded over devices.
 
     token_mean      w = 1 / number of included tokens
-    sequence_mean   w = 1 / (number of included tokens of the sequence * number of sequences that have any)
+    sequence_mean   w = 1 / (number of included tokens in the sequence * number of sequences with any)
     constant_sum    w = 1 / length
     constant_mean   w = 1 / (length * number of sequences)
 """
@@ -23,18 +23,18 @@ def token_mean_weights(where: ArrayLike) -> Array:
 
 
 def sequence_mean_weights(where: ArrayLike, *, axis: int = -1) -> Array:
-    """Returns the weights of `sequence_mean`, float32 with the shape of `where`, for one sequence along `axis`."""
+    """Returns the weights of `sequence_mean`, float32 with the shape of `where`; each sequence lies along `axis`."""
     mask = jnp.asarray(where, jnp.float32)
     num_tokens = jnp.sum(mask, axis=axis, keepdims=True)
     return mask / jnp.maximum(1.0, num_tokens) / jnp.maximum(1.0, jnp.sum(num_tokens > 0))
 
 
 def segment_mean_weights(where: ArrayLike, segment_ids: ArrayLike, *, num_segments: int) -> Array:
-    """Returns the weights of `sequence_mean` for packed rows, in which each segment is a sequence.
+    """Returns the weights of `sequence_mean` for packed rows, where each segment is a sequence.
 
     Args:
       where: boolean `[...]`, the tokens to include.
-      segment_ids: integers `[...]` in `[0, num_segments)`; tokens with equal ids form a sequence, across rows too.
+      segment_ids: integers `[...]` in `[0, num_segments)`; tokens with equal ids form a sequence, even across rows.
       num_segments: exclusive upper bound on the ids, static.
 
     Returns:
@@ -90,7 +90,7 @@ def sequence_mean(values: ArrayLike, *, where: ArrayLike | None = None, axis: in
       axis: the token axis.
 
     Returns:
-      float32 `[]`. Sequences without included tokens do not count; 0 if there are no others.
+      float32 `[]`. Sequences without included tokens do not count; 0 if no sequence has any.
 
     Example:
       >>> sequence_mean(jnp.array([[1.0, 2.0], [6.0, 9.0]]), where=jnp.array([[1, 1], [1, 0]]) > 0)
@@ -109,7 +109,7 @@ def constant_sum(values: ArrayLike, *, length: ArrayLike, where: ArrayLike | Non
       where: boolean, broadcastable to `values`: the tokens to include; all if None.
 
     Returns:
-      float32 `[]`: the sum over rows of sum / length.
+      float32 `[]`: the sum over all rows, divided by `length`.
 
     Raises:
       ValueError: if `length` <= 0.
@@ -127,8 +127,7 @@ def constant_mean(
       values: `[..., T, ...]`, per-token losses, one sequence along `axis`.
       length: > 0, in tokens.
       where: boolean, broadcastable to `values`: the tokens to include; all if None.
-      axis: the token axis; the other axes are rows. All rows count, even those without included
-        tokens.
+      axis: the token axis; the other axes are rows. All rows count, even rows without included tokens.
 
     Returns:
       float32 `[]`; 0 if there are no rows.

@@ -2,9 +2,9 @@
 
 Differences from the paper and its released code:
 
-- The released code minimizes `-p / max(stop_gradient(p), alpha)`. Its gradient is that of Eq. 3, but
-  its value is the constant -1 for all p >= alpha, so it does not show progress. Here, the loss is the
-  integral of Eq. 3, which has the same gradient and decreases as the model learns.
+- The released code minimizes `-p / max(stop_gradient(p), alpha)`. This has the gradient of Eq. 3, but its value is -1
+  for all p >= alpha, so it does not show progress. Here, the loss is the integral of Eq. 3, which has the same gradient
+  and decreases as the model learns.
 - Proposition 1 assumes that some lambda satisfies `lambda = sum {p_E : p_E > alpha * lambda}`. If a
   class lies on the boundary, there is no such lambda; `trsft_optimum` returns the minimizer in that case, too.
 """
@@ -95,11 +95,11 @@ def trsft_optimum(expert_probs: ArrayLike, *, alpha: float) -> tuple[Array, Arra
     Proposition 1, and that class keeps the remaining mass, which is in [0, alpha].
 
     Args:
-      expert_probs: `[V]`, non-negative, with sum 1.
+      expert_probs: `[V]`, nonnegative, summing to 1.
       alpha: trust-region bound in (0, 1].
 
     Returns:
-      `(probs, lambda_)`: float32 `[V]` with sum 1, and float32 `[]` in (0, 1].
+      `(probs, lambda_)`: float32 `[V]` summing to 1, and float32 `[]` in (0, 1].
 
     Raises:
       ValueError: if `alpha` is not in (0, 1].
