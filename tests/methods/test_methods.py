@@ -1,4 +1,4 @@
-"""All methods: the objective against an independent float64 implementation, the guidance, and the constants."""
+"""Tests all methods: the objective against an independent float64 implementation, the guidance, and the constants."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ from trapo_jax.types import (
 MAX_LENGTH = 12
 NOW = Moment(step=60, progress=0.4, seed=3)
 
-# Rewards of the rollouts of four problems: never solved, sometimes, mostly, always.
+# Rewards of the rollouts of four problems, solved never, sometimes, mostly, and always.
 REWARDS = ["00000001", "01000011", "11101111", "11111111"]
 
 
@@ -92,7 +92,7 @@ def scores_of(batch, seed=0):
     return [np.float32(x) for x in (now, old, ref, rng.uniform(0.1, 2.0, shape))]
 
 
-# ---- an independent implementation in float64; a complex step of 1e-30 i gives the derivative ----
+# ---- an independent float64 implementation; derivatives come from a complex step of 1e-30 i ----
 
 
 class Row:
@@ -173,12 +173,12 @@ def num(rows, what):
 
 
 def whole_rows(groups, extra=0):
-    """Returns the denominator of constant_mean: maximum length x rows."""
+    """Returns the denominator of constant_mean: maximum length times number of rows."""
     return MAX_LENGTH * (sum(len(group) for group in groups) + extra)
 
 
 def per_group(expert_loss, groups, rows):
-    """RL/L on all completion tokens, and a loss on the expert tokens of trained prefixes."""
+    """Returns RL/L on all completion tokens plus a loss on the expert tokens of trained prefixes."""
     total = 0.0
     for group in groups:
         a = advantages(group)
@@ -208,7 +208,7 @@ def reference_sft_then_grpo(groups, rows, moment):
     return stage(groups, rows, moment)
 
 
-MICRO_BATCH_ROWS = 64 / 3  # rows of a micro-batch in the released code
+MICRO_BATCH_ROWS = 64 / 3  # rows per micro-batch in the released code
 
 
 def reference_rl_plus_sft(groups, rows, moment):
@@ -221,7 +221,7 @@ def reference_rl_plus_sft(groups, rows, moment):
 
 
 def reference_hpt(groups, rows, moment):
-    """With a gate of 0, problems that no rollout solved are trained on the expert solution."""
+    """Trains problems that no rollout solved on the expert solution, since the gate is 0."""
     rl, experts, count = 0.0, [], 0
     for group in groups:
         if sum(r.reward for r in group) <= 0:
@@ -254,7 +254,7 @@ def reference_srft(groups, rows, moment):
 
 
 def chord_parts(groups, rows):
-    """Returns clipped GRPO with standardized advantages, a mean over completion tokens; and the extra expert rows."""
+    """Returns clipped GRPO (a mean over completion tokens, with standardized advantages) and the extra expert rows."""
     own_rows = [rows[id(r.completion)] for group in groups for r in group]
     rl = sum(
         policy_gradient(rows[id(r.completion)], a, clip=0.2)
@@ -301,7 +301,7 @@ def prefix_rft_loss(row, advantage):
 
 
 def reference_trapo_plus(groups, rows, moment):
-    """The last problem is always solved; its rollouts have no advantage and are excluded."""
+    """Excludes the last problem, whose rollouts are all correct and have no advantage."""
     total = per_group(lambda row, a: trsft(row), groups[:-1], rows) * whole_rows(groups[:-1])
     return total / (MAX_LENGTH * len(rows))
 
@@ -317,7 +317,7 @@ REFERENCES = {
     "trapo_plus": reference_trapo_plus,
     "luffy": lambda g, r, m: per_group(luffy_loss, g, r),
     "rl_plus_sft": reference_rl_plus_sft,
-    "relift": reference_grpo,  # its buffer has a separate test
+    "relift": reference_grpo,  # the buffer has a separate test
     "hpt": reference_hpt,
     "srft": reference_srft,
     "chord": reference_chord,
@@ -328,7 +328,7 @@ REFERENCES = {
 
 
 def check(method, batch, update, reference, moment):
-    """Checks the value, and the derivative along a random direction of log-probabilities and entropies."""
+    """Checks the value, and the derivative along a random direction in log-probabilities and entropies."""
     scores = scores_of(batch)
     value, (by_logprobs, by_entropies) = objective(method, batch, scores, moment, MAX_LENGTH)
     rng = np.random.default_rng(1)
@@ -339,7 +339,7 @@ def check(method, batch, update, reference, moment):
     rows = {}
     for i, row in enumerate(update.rows):
         key = id(row.completion)
-        if row.completion.finish_reason is FinishReason.NOT_SAMPLED:  # chosen by the method
+        if row.completion.finish_reason is FinishReason.NOT_SAMPLED:  # an expert row
             key = row.completion.request.problem.id
         rows[key] = Row(row.completion, exact, batch, 1 + i)
     expected = reference(rows)
@@ -377,7 +377,7 @@ def test_relift_buffers_unsolved_problems_until_there_are_enough():
     never, other = ([Rollout(r.completion, WRONG) for r in group] for group in sampled.groups[:2])
     sampled = sampled._replace(groups=[never, *sampled.groups[1:], other])
     (own, buffered), state = method.select(sampled)
-    # The newest are trained: those of this step, before that of an earlier one.
+    # The newest problems are trained: this step's two problems rather than the earlier step's.
     assert state == {"unsolved": [problem(2).id]}
     assert (own.max_grad_norm, buffered.max_grad_norm) == (0.7, None)
     assert (own.optimizer, buffered.optimizer) == ("main", "buffer")
@@ -402,10 +402,10 @@ def test_relift_buffers_unsolved_problems_until_there_are_enough():
 
 LONG = Problem("00000007" + "0" * 8, (1,), "", (Expert(tuple(range(100))),))
 FREE8 = [0] * 8
-GUIDANCE = {  # prefix lengths for an expert solution of 100 tokens, if all rewards are 0 and if all are 1
+GUIDANCE = {  # prefix lengths for an expert solution of 100 tokens if all rewards are 0, and if all are 1
     "sft": ([100], [100]),
     "grpo": (FREE8, FREE8),
-    "sft_then_grpo": (FREE8, FREE8),  # after its first stage
+    "sft_then_grpo": (FREE8, FREE8),  # in the second stage
     "micro_group_grpo": ([0] * 4 + [20, 20, 50, 100], FREE8),
     "micro_group_sft": ([0] * 4 + [20, 20, 50, 100], FREE8),
     "micro_group_luffy": ([0] * 4 + [20, 20, 50, 100], FREE8),
@@ -418,8 +418,8 @@ GUIDANCE = {  # prefix lengths for an expert solution of 100 tokens, if all rewa
     "srft": ([0] * 7 + [100],) * 2,
     "chord": (FREE8, FREE8),
     "chord_phi": (FREE8, FREE8),
-    "uft": ([60] * 8,) * 2,  # 3 of 5 slices for seed 3, step 60 and problem 7
-    "prefix_rft": ([0] * 7 + [27],) * 2,  # a quarter of the way from 5 % to 95 %: 27.5 tokens
+    "uft": ([60] * 8,) * 2,  # 3 of 5 slices for seed 3, step 60, and problem 7
+    "prefix_rft": ([0] * 7 + [27],) * 2,  # a quarter of the way from 5% to 95%: 27.5 tokens
 }
 
 
@@ -444,12 +444,12 @@ def test_trapo_plus_trains_what_has_an_advantage_or_a_prefix():
     (update,) = method.select(sampled).updates
     kept = [row.completion for row in update.rows]
     first, *_, last = sampled.groups
-    assert not any(rollout.completion in kept for rollout in last)  # always solved
+    assert not any(rollout.completion in kept for rollout in last)  # all are correct
     # The policy never solves the first problem. It is guided, and the expert's reward gives all rollouts an advantage.
     assert [rollout.completion for rollout in first] == kept[:8]
     unsolved = [Rollout(r.completion, WRONG) for r in first]
     (update,) = method.select(sampled._replace(groups=[unsolved, last])).updates
-    assert [row.num_expert_trained for row in update.rows] == [5]  # the expert alone
+    assert [row.num_expert_trained for row in update.rows] == [5]  # only the expert solution
     (update,) = method.select(sampled._replace(groups=[last])).updates
     assert build_batch(update.rows, row_len=40, micro_batch_rows=6).num_micro_batches == 0
 
@@ -498,7 +498,7 @@ def test_mu_of_chord_warms_up_and_decays():
 
 # ---- constants ----
 
-DEFAULTS = {  # DESIGN 2.4: the method's own constants; weights of the terms, in order; (clip_low, clip_high)
+DEFAULTS = {  # DESIGN 2.4: the method's specific constants, the terms' weights in order, (clip_low, clip_high)
     "sft": ({}, [1.0], (None, None)),
     "grpo": ({"num_rollouts": 8}, [1.0], (None, None)),
     "sft_then_grpo": (
@@ -564,7 +564,7 @@ DEFAULTS = {  # DESIGN 2.4: the method's own constants; weights of the terms, in
         (None, None),
     ),
 }
-TABLES = {  # DESIGN 2.2
+TABLES = {  # (size, ratio, threshold) of each micro-group, from DESIGN 2.2
     "paper": ((4, 0, NEVER), (2, 0.2, 0.5), (1, 0.5, 0.7), (1, 1.0, 0.9)),
     "reference": ((4, 0, NEVER), (2, 0.25, 2 / 4), (1, 0.5, 4 / 6), (1, 1.0, 7 / 7)),
 }
@@ -696,7 +696,7 @@ def test_description_tells_formulas_weights_and_source(name):
 
 
 def test_no_method_asks_for_what_its_groups_cannot_give():
-    """The number of rows never exceeds `max_rows`, and that of rollouts never the group size."""
+    """The number of rows never exceeds `max_rows`, and the number of rollouts never exceeds the group size."""
     for name in METHODS:
         method = make_method(name)
         late = StagePosition(len(method.stages) - 1, 1, 0.0)

@@ -1,8 +1,8 @@
-"""The weight of every token, against numbers derived by hand from the formulas of the methods' released code.
+"""Tests every token's weight against numbers derived by hand from the formulas in the methods' released code.
 
-The released code adds up micro-batches without dividing by their rows, where this package divides by the number of rows
-of the whole batch. Everything here is multiplied by that number, so that both have the same scale. The batch is one
-micro-batch in the released code, unless `micro_batch_rows` says otherwise.
+The released code sums micro-batches without dividing by their rows, whereas this package divides by the number of rows
+in the whole batch. All weights here are multiplied by that number, so that both have the same scale. In the released
+code, the batch would be a single micro-batch, unless `micro_batch_rows` says otherwise.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ MOMENT = Moment(step=100, progress=0.5, seed=0)
 
 
 def group(name, rewards, *, prefix_len=0, with_expert=False):
-    """Rollouts of one problem with the given rewards, and the expert solution as the last one if asked for."""
+    """Returns rollouts of one problem with the given rewards; the last one is the expert solution if `with_expert`."""
     problem = Problem(name * 16, (1, 2), "", (Expert(tuple(range(3, 3 + EXPERT_LEN))),))
     rollouts = []
     for j, reward in enumerate(rewards):
@@ -44,7 +44,7 @@ def group(name, rewards, *, prefix_len=0, with_expert=False):
 
 
 def token_weights(method, groups, extra=()):
-    """The derivative of the objective times the number of rows: (completion, expert) of each row; 0 for no tokens."""
+    """Returns each row's derivatives of the objective at (completion, expert) tokens, times the number of rows."""
     problems = {g[0].request.problem.id: g[0].request.problem for g in groups}
     sampled = Sampled(groups, MOMENT, {}, extra, problems, LENGTH)
     weights = []
@@ -71,31 +71,31 @@ def check(found, expected):
 
 
 def test_luffy():
-    """`mix_core_alg.py`: sum(-A rho) / L on completions, sum(-A p / (p + 0.1)) / L on the expert, one baseline."""
+    """`mix_core_alg.py` has sum(-A rho) / L on completions and sum(-A p / (p + 0.1)) / L on the expert."""
     method = make_method("luffy", num_rollouts=3)
-    # Baseline 2 / 4. The derivative of p / (p + 0.1) by log p is 0.1 p / (p + 0.1)^2 = 0.1875 at p = 0.3.
+    # The baseline is 2 / 4. The derivative of p / (p + 0.1) with respect to log p is 0.1 p / (p + 0.1)^2 = 0.1875.
     expected = [(-0.05, 0), (0.05, 0), (0.05, 0), (0, -0.5 * 0.1875 / 10)]
     check(token_weights(method, [group("1", [1, 0, 0, 1], with_expert=True)]), expected)
 
 
 def test_rl_plus_sft():
-    """`mix_actor.py`: in each micro-batch sum(-A rho) / L + mean(-log p); the baseline excludes the expert."""
+    """`mix_actor.py` adds sum(-A rho) / L + mean(-log p) per micro-batch; the baseline excludes the expert."""
     groups = [
         group("1", [1, 0, 0, 1], with_expert=True),
         group("2", [1, 1, 0, 1], with_expert=True),
     ]
-    # Baselines 1 / 3 and 2 / 3. Two micro-batches of four rows, each with one expert solution of five tokens.
+    # The baselines are 1 / 3 and 2 / 3. Both micro-batches have four rows, with one expert solution of five tokens.
     method = make_method("rl_plus_sft", num_rollouts=3, micro_batch_rows=4)
     first = [(-2 / 30, 0), (1 / 30, 0), (1 / 30, 0), (0, -1 / 5)]
     second = [(-1 / 30, 0), (-1 / 30, 0), (2 / 30, 0), (0, -1 / 5)]
     check(token_weights(method, groups), [*first, *second])
-    # In one micro-batch of eight rows, the mean is over ten expert tokens.
+    # In a single micro-batch of eight rows, the mean is over ten expert tokens.
     method = make_method("rl_plus_sft", num_rollouts=3, micro_batch_rows=8)
     check(token_weights(method, groups)[3], (0, -1 / 10))
 
 
 def test_hpt():
-    """`mix_trainer.py`: an unsolved problem contributes its expert solution alone, weighted as in RL + SFT."""
+    """In `mix_trainer.py`, an unsolved problem contributes only its expert solution, weighted as in RL + SFT."""
     groups = [group("1", [0, 0, 0, 0]), group("2", [1, 0, 0, 0])]
     method = make_method("hpt", num_rollouts=4, micro_batch_rows=5)
     expected = [(0, -1 / 5), (-0.75 / 10, 0), *[(0.25 / 10, 0)] * 3]
@@ -103,7 +103,7 @@ def test_hpt():
 
 
 def test_srft():
-    """`mix_core_alg.py`, `srft_type=paper`: -0.1 e^H log p for r = 1, else log p; 0.5 e^-H SFT and LUFFY's term."""
+    """With `srft_type=paper`, `mix_core_alg.py` has -0.1 e^H log p if r = 1, log p otherwise, and two expert terms."""
     method = make_method("srft", num_rollouts=3, micro_batch_rows=4)
     success = -0.1 * np.exp(0.7) / 10
     expert = -0.5 * np.exp(-0.7) / 5 - 0.5 * 0.1875 / 10  # the expert's advantage is 1 - 2 / 4
@@ -112,7 +112,7 @@ def test_srft():
 
 
 def test_relift():
-    """`actor.py`: sum(-A rho) / L on all rollouts; then the mean over the tokens of the buffered expert solutions."""
+    """`actor.py` has sum(-A rho) / L on all rollouts, followed by a token mean over the buffered expert solutions."""
     groups = [group("1", [0, 0]), group("2", [1, 0])]
     method = make_method("relift", num_rollouts=2, buffer_size=1)
     own = [(0, 0), (0, 0), (-0.05, 0), (0.05, 0)]
@@ -120,19 +120,19 @@ def test_relift():
 
 
 def test_uft():
-    """`dp_actor.py`: PPO's token mean with A / std (n - 1), and 0.001 times the token mean over hints."""
+    """`dp_actor.py` has PPO's token mean with A / std (n - 1) plus 0.001 times the token mean over hints."""
     method = make_method("uft", num_rollouts=4)
-    # Mean 1 / 4, standard deviation sqrt((9 + 3 * 1) / 16 / 3) = 0.5; 16 completion tokens, 4 rows.
+    # The mean is 1 / 4, and the standard deviation is sqrt((9 + 3 * 1) / 16 / 3) = 0.5; 16 completion tokens, 4 rows.
     expected = [(-1.5 * 4 / 16, -0.001 * 4 / 4), *[(0.5 * 4 / 16, 0)] * 3]
     check(token_weights(method, [group("1", [1, 0, 0, 0], prefix_len=4)]), expected)
 
 
 def test_chord():
-    """`chord_policy_loss.py`: (1 - mu) times PPO's token mean, and mu times the token mean over the expert batch."""
+    """`chord_policy_loss.py` has (1 - mu) times PPO's token mean plus mu times the expert batch's token mean."""
     method = make_method("chord", num_rollouts=2, expert_rows_per_rollout=1.0, mu_decay_steps=200)
     mu = (0.9 + 0.05) / 2  # at step 100 of 200
     extra = [g[0].request.problem for g in (group("3", [0]), group("4", [0]))]
-    # A = +-0.5 / sqrt(0.5); 8 completion and 10 expert tokens, 4 rows.
+    # The advantages are +-0.5 / sqrt(0.5). There are 8 completion tokens, 10 expert tokens, and 4 rows.
     own = (1 - mu) * np.sqrt(0.5) * 4 / 8
     expected = [(-own, 0), (own, 0), *[(0, -mu * 4 / 10)] * 2]
     check(token_weights(method, [group("1", [1, 0])], extra), expected)
@@ -140,7 +140,7 @@ def test_chord():
 
 @pytest.mark.parametrize(("p", "weight"), [(0.3, 1.0), (0.05, 0.5)])
 def test_trapo(monkeypatch, p, weight):
-    """`mix_core_alg.py`, `clip_low`: -p / max(sg p, 0.1) on prefixes, sum(-A rho) / L, one baseline for all rows."""
+    """With `clip_low`, `mix_core_alg.py` has -p / max(sg p, 0.1) on prefixes, sum(-A rho) / L, and one baseline."""
     monkeypatch.setitem(globals(), "P", p)
     rollouts = [*group("1", [1, 0]), *group("1", [1, 0], prefix_len=2)]
     # The second rollout with the same prefix does not train it again.

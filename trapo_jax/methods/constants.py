@@ -1,7 +1,7 @@
-"""Constants of methods: typed, validated and documented fields, shared by the methods that use them.
+"""Defines the constants of methods as typed, validated, documented fields that several methods can share.
 
 Every method is a frozen pydantic model whose fields are its constants and whose `make` builds the `Method`. The fields
-are the single source of truth for the names, defaults, ranges and help sentences of constants.
+are the single source of truth for the constants' names, defaults, ranges, and help texts.
 """
 
 from collections.abc import Callable
@@ -36,10 +36,10 @@ class Constants(pydantic.BaseModel):
 
     def make(self) -> Method:
         """Returns the method with these constants."""
-        raise NotImplementedError(f"{type(self).__name__}.make")
+        raise NotImplementedError(f"{type(self).__name__} must implement make")
 
     def resolved(self) -> dict[str, Any]:
-        """Returns the constants by name, with values that derive from other constants filled in."""
+        """Returns the constants, keyed by name, with values derived from other constants filled in."""
         return {name: getattr(self, name) for name in type(self).model_fields}
 
 
@@ -47,10 +47,10 @@ class NormalizedConstants(Constants):
     """Constants of methods with a configurable normalizer of token losses."""
 
     normalizer: Normalizer | None = None
-    """Denominator of the sums of token losses; null selects the default normalizer of each term."""
+    """Denominator for the sum of token losses; null selects each term's default normalizer."""
 
     def normalize_by(self, default: Normalizer) -> Normalizer:
-        """Returns the configured normalizer, or the default of a term."""
+        """Returns the configured normalizer, or a term's default if none is configured."""
         return self.normalizer or default
 
 
@@ -69,13 +69,13 @@ class PolicyGradientConstants(NormalizedConstants):
     clip_high: Weight | None = None
     """Clips the ratio of the new to the old policy above 1 + clip_high; null for no bound."""
     kl_weight: Weight = 0.0
-    """Weight of the KL divergence (k3) from the initial model, which is kept in memory unless the weight is 0."""
+    """Weight of the KL divergence (k3) from the initial model. A nonzero weight keeps that model in memory."""
     scale_advantages_by_std: bool = False
     """Divide a group's advantages by their standard deviation."""
     entropy_weight: Weight = 0.0
-    """Weight of the entropy bonus, the mean entropy at the trained tokens of completions and expert solutions."""
+    """Weight of the entropy bonus, the mean entropy over trained completion and expert tokens."""
     skip_zero_advantages: bool = False
-    """Exclude rollouts without an advantage and without a trained prefix, also from the denominators of the losses."""
+    """Exclude rollouts with neither an advantage nor a trained prefix, also from the losses' denominators."""
 
     entropy_kinds: ClassVar[tuple[TokenKind, ...]] = (
         TokenKind.COMPLETION,
@@ -87,7 +87,7 @@ class PolicyGradientConstants(NormalizedConstants):
         return partial(over, scale_by_std=self.scale_advantages_by_std)
 
     def selecting(self, select: Callable[[Sampled], Selection]) -> Callable[[Sampled], Selection]:
-        """Returns the method's selection, without rollouts that have no gradient if the constants say so."""
+        """Returns the method's selection, without zero-gradient rollouts if `skip_zero_advantages` is set."""
         return partial(train_signal, select=select) if self.skip_zero_advantages else select
 
     def completion_terms(
@@ -112,7 +112,7 @@ class PolicyGradientConstants(NormalizedConstants):
         return tuple(regularizers)
 
     def method_fields(self) -> dict[str, Any]:
-        """Returns the fields of `Method` that derive from these constants."""
+        """Returns the fields of `Method` that are derived from these constants."""
         return {
             "clip_low": self.clip_low,
             "clip_high": self.clip_high,
@@ -128,13 +128,13 @@ class MicroBatchedSftConstants(MixedConstants):
     """Constants of methods whose released code adds the mean SFT loss of every micro-batch.
 
     That code does not divide the policy gradient by the number of rows: for each micro-batch it adds
-    `sum(-A * rho) / L + mean(-log p)`, and the sum over micro-batches is the loss. Divided by the number of rows, as
-    here, the weight of the SFT loss is 1 over the number of rows of a micro-batch. This number depends on the lengths,
-    since micro-batches are filled up to 32,768 tokens: with rows of 1,536 tokens on average, it is 64 / 3.
+    `sum(-A * rho) / L + mean(-log p)`, and the sum over micro-batches is the loss. Here, that sum is divided by the
+    number of rows, so the SFT loss has weight 1 / (rows per micro-batch). Micro-batches are filled up to 32,768 tokens,
+    so their number of rows depends on the row lengths: for an average of 1,536 tokens, it is 64 / 3.
     """
 
     micro_batch_rows: Annotated[float, Field(ge=1.0, le=1e6)] = 64 / 3
-    """Rows per micro-batch in the released code, whose SFT loss counts once per micro-batch; divides its weight."""
+    """Rows per micro-batch in the released code; the weight of the SFT loss is divided by this number."""
 
     @property
     def sft_weight(self) -> float:
@@ -142,4 +142,4 @@ class MicroBatchedSftConstants(MixedConstants):
         return self.expert_weight / self.micro_batch_rows
 
 
-MICRO_BATCH_NOTE = "the SFT loss is the mean over the expert tokens of the batch; the released code averages in every micro-batch"
+MICRO_BATCH_NOTE = "the SFT loss is the mean over the batch's expert tokens; the released code averages within each micro-batch"

@@ -14,7 +14,7 @@ from trapo_jax.types import MicroGroup, TokenKind
 TOKENS = {TokenKind.COMPLETION: "completion tokens", TokenKind.EXPERT_TRAINED: "expert tokens"}
 DENOMINATORS: dict[Normalizer, str] = {
     "token_mean": "the number of these tokens in the batch",
-    "sequence_mean": "the number of these tokens in the rollout, then by the number of rollouts that have any",
+    "sequence_mean": "the number of these tokens in the rollout, then by the number of rollouts with any",
     "constant_sum": "max_completion_length",
     "constant_mean": "max_completion_length * number of rows in the batch",
 }
@@ -35,7 +35,7 @@ def describe(method: Method) -> str:
         lines.append("  the last micro-group uses the second expert solution if there is one")
     if method.always_samples:
         lines.append(
-            "  a completion is sampled even after the whole expert solution, without its EOS"
+            "  a completion is sampled even after the whole expert solution, which then has no EOS"
         )
     if method.extra_rows_per_problem:
         lines.append(
@@ -107,8 +107,8 @@ def _preset_differences() -> list[str]:
 def fingerprint(method: Method) -> dict[str, Any]:
     """Returns JSON-serializable data that identifies a built-in or user-defined method.
 
-    Two methods with the same fingerprint have the same name, constants, guidance, selection and terms, to the extent
-    that names and formulas describe them.
+    Two methods with the same fingerprint have the same name, constants, guidance, selection, and terms, as far as names
+    and formulas describe them.
     """
     return {
         "name": method.name,

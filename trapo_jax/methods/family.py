@@ -1,15 +1,15 @@
 """The family of methods: every method is a class of constants that builds a `Method`; `METHODS` maps names to classes.
 
-If the source code of a method was consulted, the docstring of its class names the file. The other methods follow the
-project's design document, which was not checked against the source. Published settings that belong to other sections
-of the config (learning rate, problems per step) are stored in `Method.published`; they are printed but not applied.
+If a method's source code was consulted, its class docstring names the file. The other methods follow the project's
+design document, which was not checked against the source. Published settings that belong to other sections of the
+config (learning rate, problems per step) are stored in `Method.published`; they are printed but not applied.
 
 Differences from the papers:
 
 - Token losses are divided by rows * max_completion_length (`constant_mean`) if a source divides a sum by a constant
-  or leaves the normalizer open. With this normalizer, the weight of a token does not depend on the other lengths in the
-  batch. SFT losses are divided by the number of trained tokens of the whole batch, not of a micro-batch.
-- As in TRAPO, advantages are not divided by the group's standard deviation, except for CHORD and UFT, whose code does.
+  or leaves the normalizer open. With this normalizer, a token's weight does not depend on the lengths of other rows in
+  the batch. SFT losses are divided by the number of trained tokens in the whole batch, not in a micro-batch.
+- As in TRAPO, advantages are not divided by the group's standard deviation, except in CHORD and UFT, as in their code.
 - Among rollouts that start from the same expert prefix, only one has a loss on the prefix.
 """
 
@@ -53,7 +53,7 @@ class Sft(ExpertConstants):
 
 
 class Grpo(PolicyGradientConstants):
-    """GRPO as in the comparison of the TRAPO paper: the same step without guidance."""
+    """GRPO as in the TRAPO paper's comparison: the same train step without guidance."""
 
     num_rollouts: Count = 8
     """Rollouts per problem."""

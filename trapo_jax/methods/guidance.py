@@ -1,6 +1,7 @@
-"""How much of the expert solution the rollouts of a group start from. Runs on the host, without jax.
+"""Determines how much of the expert solution a group's rollouts start from. Runs on the host, without jax.
 
-A group is a tuple of micro-groups (see `Guidance`). A `vary` function adapts it to the moment and the problem.
+A group is a tuple of micro-groups (see `Guidance`). A `vary` function adapts the micro-groups to the moment and the
+problem.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ def unguided(size: int) -> MicroGroups:
 
 
 def rollouts_and_expert(num_rollouts: int) -> MicroGroups:
-    """Returns `num_rollouts` unguided rollouts, and the whole expert solution as an additional one."""
+    """Returns `num_rollouts` unguided rollouts, plus the whole expert solution as one more rollout."""
     return (*unguided(num_rollouts), *whole_expert())
 
 
@@ -45,7 +46,7 @@ class BinomialHints:
     """UFT: all rollouts of a problem start from the first k of `num_slices` equal slices of the expert solution.
 
     `k ~ Binomial(num_slices, q)`, where q follows a cosine from `high` at step 0 to `low` at step `num_steps` and is 0
-    afterwards. k is drawn for each problem and step; it depends on the run's seed.
+    afterwards. k is drawn per problem and step, and depends on the run's seed.
     """
 
     num_slices: int
@@ -79,6 +80,6 @@ class CosinePrefix:
 
 
 def expert_in_first_stage(groups: MicroGroups, moment: Moment, problem: Problem) -> MicroGroups:
-    """SFT, then RL: the whole expert solution in the first stage, the given micro-groups afterwards."""
+    """Returns the whole expert solution in the first stage (SFT), and `groups` in later stages (RL)."""
     del problem
     return whole_expert() if moment.stage.index == 0 else groups

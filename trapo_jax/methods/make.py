@@ -1,4 +1,4 @@
-"""Builds methods from their names or import paths, and their constants."""
+"""Builds a method from its name or import path and its constants."""
 
 import dataclasses
 import difflib
@@ -51,7 +51,7 @@ def read_constants(name: str, given: dict[str, Any]) -> Constants | None:
             raise UserError(f"method.{next(iter(given))}: {name} has no constants")
         return None
     try:
-        # Strict JSON mode rejects "3" for 3 and true for 1, but accepts lists for tuples, as they come from YAML.
+        # Strict JSON mode rejects "3" for 3 and true for 1, but accepts lists for tuples, which YAML lacks.
         return found.model_validate_json(json.dumps(given), strict=True)
     except pydantic.ValidationError as error:
         names = list(found.model_fields)
@@ -72,12 +72,12 @@ def constant_names(name: Any) -> list[str]:
 
 
 class ConstantHelp(NamedTuple):
-    """A constant of one or several methods.
+    """A constant of one or more methods.
 
     Attributes:
       name: the constant's name.
       annotation: its type.
-      sentence: its help sentence.
+      sentence: its help text.
       defaults: its default value in each method that has it.
     """
 
@@ -98,7 +98,7 @@ def list_constants() -> list[ConstantHelp]:
 
 
 def find_method(name: str) -> Any:
-    """Returns the object that the name or import path of a method refers to.
+    """Returns the object that a method's name or import path refers to.
 
     Raises:
       UserError: if there is no such method.

@@ -1,8 +1,8 @@
-"""The definition of a method: data and pure functions that the training loop uses.
+"""Defines `Method`: the data and pure functions that the training loop uses.
 
-In each step, `micro_groups_at` determines how a problem's rollouts are guided. After they have been sampled and graded,
-`select` turns them into updates: it chooses which rollouts become rows, their advantages, and which prefixes are
-trained. The `terms` form the objective of every update; their weights are computed on the host for each step.
+In each step, `micro_groups_at` determines how a problem's rollouts are guided. After the rollouts have been sampled and
+graded, `select` turns them into updates: it chooses the rollouts that become rows, their advantages, and the prefixes
+to train. The `terms` form the objective of every update; their weights are computed on the host for each step.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class TokenInputs(NamedTuple):
 
     logprobs: jax.Array  # float32, differentiable
     old_logprobs: jax.Array  # float32, before the batch's first update; see `ratio_to`
-    ref_logprobs: Any  # float32, of the initial model; None unless `Method.needs_reference`
+    ref_logprobs: Any  # float32, under the initial model; None unless `Method.needs_reference`
     advantages: jax.Array  # float32
     where: jax.Array  # bool, tokens of the term's kinds
     entropies: (
@@ -72,13 +72,13 @@ class Stage:
     A stage ends when the first of its limits is reached. The last stage has no limits; it ends with the run.
 
     Attributes:
-      name: name that is shown to the user.
-      share: maximum fraction of the run that the stage lasts, in [0, 1], in the unit of the run's budget.
+      name: name shown to the user.
+      share: maximum length of the stage as a fraction of the run, in [0, 1], in the unit of the run's budget.
       num_steps: maximum number of steps.
-      patience: the stage ends after this many validations in a row in which the cross-entropy of the validation
-        problems' expert solutions was not below its minimum so far.
-      learning_rate, warmup_steps, decay_start, final_learning_rate_ratio: see `train` in the config, whose value is
-        used for None. Shares of the run are shares of the stage here.
+      patience: the stage ends after this many consecutive validations without a new minimum of the cross-entropy on the
+        validation problems' expert solutions.
+      learning_rate, warmup_steps, decay_start, final_learning_rate_ratio: see `train` in the config, which provides the
+        value if None. Fractions of the run are fractions of the stage here.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Stage:
 def unvaried(
     micro_groups: tuple[MicroGroup, ...], moment: Moment, problem: Problem
 ) -> tuple[MicroGroup, ...]:
-    """Returns the same micro-groups for every problem and moment."""
+    """Returns `micro_groups` unchanged for every problem and moment."""
     del moment, problem
     return micro_groups
 
@@ -104,25 +104,26 @@ class Method:
     """Guidance, selection and objective of a method.
 
     Attributes:
-      name: name that is shown to the user.
-      micro_groups: the micro-groups of a group, in order; they determine the maximum group size.
+      name: name shown to the user.
+      micro_groups: the micro-groups of a group, in order; their sizes determine the maximum group size.
       terms: the terms of the objective.
       source: where the method comes from.
       vary: returns the micro-groups for a moment and a problem.
       prefix_boundary, second_expert_last, always_samples: see `Guidance`.
       expert_part: which part of an expert's text is the expert solution.
-      select: selects the updates from the rollouts of a step, and returns the method's state afterwards.
+      select: selects the updates from the rollouts of a step, and returns the method's new state.
       stages: the stages of a run, in order. Each begins with new optimizer states.
       optimizers: names of the optimizer states that `Update.optimizer` can refer to, the default first.
-      extra_rows_per_problem: number of expert rows in addition to a problem's rollouts, from separately drawn problems.
-      buffer_size: maximum number of rows of an update that does not train the problems of the step.
+      extra_rows_per_problem: number of expert rows, from separately drawn problems, in addition to a problem's
+        rollouts.
+      buffer_size: maximum number of rows in an update that trains buffered problems instead of the step's problems.
       needs_reference: whether a term uses log-probabilities of the initial model.
       max_applied_grad_norm: updates with a larger gradient norm are skipped.
       depends_on_length: whether guidance, selection or weights depend on the length of the run.
-      alpha: trust-region bound that the metrics use.
-      clip_low, clip_high: bounds on the policy ratio that the metrics use.
-      constants: the resolved constants of the method, by name.
-      published: settings of the source that belong to other sections of the config.
+      alpha: trust-region bound used by the metrics.
+      clip_low, clip_high: bounds on the policy ratio used by the metrics.
+      constants: the method's resolved constants, keyed by name.
+      published: the source's settings that belong to other sections of the config.
       notes: additional information about the formulas, one sentence each.
     """
 
@@ -157,12 +158,12 @@ class Method:
 
     @property
     def needs_rewards(self) -> bool:
-        """Whether rewards matter: rollouts are sampled, or guided by the rewards of others."""
+        """Whether rewards matter, because rollouts are sampled or their guidance depends on earlier rewards."""
         return self.guidance_varies or any(group.ratio < 1 for group in self.micro_groups)
 
     @property
     def uses_experts(self) -> bool:
-        """Whether expert solutions matter: as prefixes, or as tokens that are trained."""
+        """Whether expert solutions are used, as prefixes or as trained tokens."""
         is_guided = self.guidance_varies or any(group.ratio > 0 for group in self.micro_groups)
         return is_guided or any(term.kinds == (TokenKind.EXPERT_TRAINED,) for term in self.terms)
 
@@ -173,7 +174,7 @@ class Method:
 
     @property
     def needs_expert_loss(self) -> bool:
-        """Whether a stage ends depending on the validation problems' expert loss."""
+        """Whether the end of a stage depends on the loss on the validation problems' expert solutions."""
         return any(stage.patience is not None for stage in self.stages[:-1])
 
     def micro_groups_at(self, moment: Moment, problem: Problem) -> tuple[MicroGroup, ...]:

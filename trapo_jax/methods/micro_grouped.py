@@ -1,4 +1,4 @@
-"""TRAPO, and methods with its micro-groups: the ablations of the paper's Table 2, and a variant of this project."""
+"""TRAPO and other methods with micro-groups: the ablations in the paper's Table 2, and a variant by this project."""
 
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -70,7 +70,7 @@ class MicroGrouped(PolicyGradientConstants):
         }
 
     def expert_terms(self) -> tuple[Term, ...]:
-        """Returns the terms of the objective on expert tokens."""
+        """Returns the objective's terms on expert tokens."""
         return ()
 
     source: ClassVar[str]
@@ -96,7 +96,7 @@ class MicroGrouped(PolicyGradientConstants):
 
 
 class MicroGroupGrpo(MicroGrouped):
-    """TRAPO's guidance without a loss on expert tokens, which are context only."""
+    """TRAPO's guidance without a loss on expert tokens; they are context only."""
 
     source = "micro-groups alone, an ablation of arXiv 2512.17636, Table 2"
 
@@ -112,7 +112,7 @@ class MicroGroupSft(MicroGrouped, ExpertConstants):
 
 
 class MicroGroupLuffy(MicroGrouped, ExpertConstants):
-    """TRAPO's guidance with LUFFY's loss on expert tokens, which uses the advantage of the row that trains them."""
+    """TRAPO's guidance with LUFFY's loss on expert tokens, weighted by the advantage of the row that trains them."""
 
     source = "micro-groups and LUFFY's loss, an ablation of arXiv 2512.17636, Table 2"
 
@@ -149,7 +149,7 @@ class TrapoPlus(PolicyGradientConstants, ExpertConstants):
     """
 
     skip_zero_advantages: bool = True
-    """Exclude rollouts without an advantage and without a trained prefix, also from the denominators of the losses."""
+    """Exclude rollouts with neither an advantage nor a trained prefix, also from the losses' denominators."""
 
     num_rollouts: Count = 7
     """Unguided rollouts per problem."""

@@ -83,7 +83,7 @@ class Relift(MixedConstants):
     """ReLIFT: RL, with SFT updates on buffered problems that no rollout solved.
 
     As in `relift/trainer.py` of the released code, the SFT update follows the RL update of the step, trains the newest
-    problems, and has a separate AdamW state. Scripts published later buffer 64 problems and have no entropy bonus.
+    problems, and has a separate AdamW state. Later published scripts buffer 64 problems and have no entropy bonus.
     """
 
     num_rollouts: Count = 8
@@ -95,9 +95,9 @@ class Relift(MixedConstants):
     sft_learning_rate_scale: Weight = 1.0
     """Multiplies the learning rate of SFT updates."""
     rl_max_grad_norm: Positive | None = 0.7
-    """Maximum global norm of the gradient of RL updates; null for train.max_grad_norm, which SFT updates use."""
+    """Maximum global gradient norm of RL updates; null for train.max_grad_norm, which SFT updates use."""
 
-    entropy_kinds = (terms.COMPLETION,)  # Expert tokens have a bonus of their own.
+    entropy_kinds = (terms.COMPLETION,)  # Expert tokens have a separate bonus.
 
     def make(self) -> Method:
         return Method(
@@ -130,7 +130,7 @@ class Relift(MixedConstants):
 
 
 class Hpt(MicroBatchedSftConstants):
-    """HPT: problems that the policy cannot solve are trained on their expert solutions, all others by RL.
+    """HPT: trains on expert solutions for problems that the policy cannot solve, and with RL for all others.
 
     In `mix_trainer.py` of the released code (`select_on_off_ada_balance`, `unify_strategy=switch`), the gate is 0 for
     Qwen and 2 for Llama, and the SFT coefficient is 1.0, or 0.3 for models with 1.5B parameters.
@@ -141,7 +141,7 @@ class Hpt(MicroBatchedSftConstants):
     gate: Weight = 0.0
     """A problem solved at most this many times is trained on its expert solution instead of its rollouts."""
     max_applied_grad_norm: Weight = 1.25
-    """Updates with a larger gradient norm are skipped. It is 80 in the released code, whose gradients are sums over 64 rows."""
+    """Updates with a larger gradient norm are skipped. The released code uses 80, for gradients summed over 64 rows."""
 
     def make(self) -> Method:
         return Method(
@@ -207,7 +207,7 @@ class Srft(MicroBatchedSftConstants):
             ),
             source="SRFT, arXiv 2506.19767, as ported by HPT (srft_type=paper)",
             notes=(
-                "the advantage of a rollout is +1 for full reward and -1 otherwise; that of the expert solution is "
+                "a rollout's advantage is +1 for full reward and -1 otherwise; the expert solution's advantage is "
                 "relative to the mean over all rows",
                 MICRO_BATCH_NOTE,
             ),

@@ -22,18 +22,18 @@ from trapo_jax.types import MicroGroup, Moment
 class SftThenGrpo(MixedConstants):
     """SFT, then GRPO, as two stages with separate optimizer states and learning-rate schedules.
 
-    SFT ends when the first of `sft_share`, `sft_steps` and `sft_patience` is reached. GRPO uses the schedule of the
-    section `train` for the rest of the run. Switching when the validation loss stops falling follows arXiv 2512.11470.
+    SFT ends when the first of `sft_share`, `sft_steps` and `sft_patience` is reached. GRPO uses the schedule in the
+    `train` section for the rest of the run. Switching when the validation loss stops falling follows arXiv 2512.11470.
     """
 
     num_rollouts: Count = 8
     """Rollouts per problem in the second stage."""
     sft_share: Share = 0.5
-    """Maximum share of the run that is spent on SFT, in the unit of the run's budget."""
+    """Maximum share of the run spent on SFT, in the unit of the run's budget."""
     sft_steps: Count | None = None
     """Maximum number of SFT steps; null for no limit."""
     sft_patience: Count | None = None
-    """SFT ends after this many validations in a row without a lower loss on the validation experts; null for no limit."""
+    """SFT ends after this many consecutive validations without a lower loss on expert solutions; null for no limit."""
     sft_learning_rate: LearningRate | None = None
     """Peak learning rate of SFT; null for train.learning_rate."""
     sft_warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -72,9 +72,7 @@ class SftThenGrpo(MixedConstants):
             ),
             depends_on_length=True,
             source="SFT, then GRPO; a baseline of arXiv 2512.17636, Table 1",
-            notes=(
-                "batches contain only expert solutions in the first stage, and none afterwards",
-            ),
+            notes=("batches contain only expert solutions in the first stage and none afterward",),
             **self.method_fields(),
         )
 
@@ -108,13 +106,13 @@ class ChordConstants(MixedConstants):
             extra_rows_per_problem=round(self.num_rollouts * self.expert_rows_per_rollout),
             source=f"{name}, arXiv 2508.11408, Trinity-RFT, chord_policy_loss.py",
             published={"rollouts per step": 64, "expert rows per step": 256},
-            notes=("expert rows come from problems drawn in addition to those of the step",),
+            notes=("expert rows come from problems drawn in addition to the step's problems",),
             **self.method_fields(),
         )
 
 
 class Chord(ChordConstants):
-    """CHORD-mu: clipped GRPO plus SFT on a separate expert batch, whose share mu decreases during the run.
+    """CHORD-mu: clipped GRPO plus SFT on a separate expert batch, with an SFT share mu that decreases during the run.
 
     Follows `chord_policy_loss.py` of Trinity-RFT; mu depends on the step.
     """
@@ -170,8 +168,8 @@ class Uft(MixedConstants):
     """UFT: all rollouts of a problem start from a hint that shortens during the run and is trained with a small weight.
 
     As in `rl_dataset.py`, `dp_actor.py` and `run.py` of the released code, q decreases from 0.95 to 0.05 over 300 steps,
-    there are no hints afterwards, and a completion is sampled even after a hint that is the whole solution, which has
-    no EOS. Here, slices consist of tokens rather than sentences.
+    there are no hints afterward, and a completion is sampled even if the hint is the whole solution (without its EOS).
+    Here, slices consist of tokens rather than sentences.
     """
 
     clip_low: Share | None = 0.2
@@ -179,7 +177,7 @@ class Uft(MixedConstants):
     clip_high: Weight | None = 0.2
     """Clips the ratio of the new to the old policy above 1 + clip_high; null for no bound."""
     kl_weight: Weight = 0.001
-    """Weight of the KL divergence (k3) from the initial model, which is kept in memory unless the weight is 0."""
+    """Weight of the KL divergence (k3) from the initial model. A nonzero weight keeps that model in memory."""
     scale_advantages_by_std: bool = True
     """Divide a group's advantages by their standard deviation."""
     expert_weight: Weight = 0.001
@@ -187,7 +185,7 @@ class Uft(MixedConstants):
     num_rollouts: Count = 8
     """Rollouts per problem."""
     hint_slices: Annotated[int, Field(ge=0)] = 5
-    """Number of slices into which an expert solution is divided."""
+    """Number of slices that an expert solution is divided into."""
     hint_high: Share = 0.95
     """Probability that a slice is part of the hint at the first step."""
     hint_low: Share = 0.05
@@ -218,27 +216,27 @@ class Uft(MixedConstants):
                 "method.num_rollouts": 4,
             },
             notes=(
-                "a hint has Binomial(hint_slices, q) slices; q follows a cosine over hint_steps and is 0 afterwards",
+                "a hint has Binomial(hint_slices, q) slices; q follows a cosine over hint_steps and is 0 afterward",
             ),
             **self.method_fields(),
         )
 
 
 class PrefixRft(MixedConstants):
-    """Prefix-RFT: one rollout of a group starts from a prefix, whose high-entropy tokens have a policy gradient.
+    """Prefix-RFT: one rollout per group starts from a prefix and has a policy gradient on its high-entropy tokens.
 
-    This implementation follows secondary descriptions only. They disagree on whether the prefix ratio is the cosine or
-    is drawn at random below it; here, it is the cosine.
+    This implementation follows secondary descriptions only. They disagree on whether the prefix ratio is the cosine
+    itself or a random draw below it; here, it is the cosine.
     """
 
     num_rollouts: Count = 7
-    """Unguided rollouts per problem, in addition to the one with a prefix."""
+    """Unguided rollouts per problem, in addition to the rollout with a prefix."""
     prefix_start: Share = 0.95
-    """Ratio of the prefix at the start of the run."""
+    """Prefix ratio at the start of the run."""
     prefix_end: Share = 0.05
-    """Ratio of the prefix at the end of the run."""
+    """Prefix ratio at the end of the run."""
     top_entropy_share: Share = 0.2
-    """Share of prefix tokens that are trained; those with the highest entropy are selected."""
+    """Share of prefix tokens to train; the tokens with the highest entropy are selected."""
 
     def make(self) -> Method:
         return Method(
@@ -260,6 +258,6 @@ class PrefixRft(MixedConstants):
             ),
             depends_on_length=True,
             source="Prefix-RFT, arXiv 2507.01679, from secondary descriptions",
-            notes=("the ratio of the prefix follows a cosine over the run",),
+            notes=("the prefix ratio follows a cosine over the run",),
             **self.method_fields(),
         )

@@ -1,7 +1,7 @@
-"""Selection of training rows from the rollouts of a step. Pure functions that run on the host, without jax.
+"""Selects training rows from the rollouts of a step, with pure functions that run on the host, without jax.
 
-`Sampled` has the rollouts with their rewards and the method's state. `Selection` has the updates to perform, in order,
-and the state afterwards. The state must be JSON-serializable, since it is part of checkpoints.
+`Sampled` holds the rollouts with their rewards and the method's state. `Selection` holds the updates to perform, in
+order, and the method's new state. The state must be JSON-serializable, since it is part of checkpoints.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +30,10 @@ class Sampled(NamedTuple):
       groups: the rollouts of each problem, ordered by `sample_index`.
       moment: the current step.
       state: the method's state; {} at the start of a run.
-      extra_problems: problems with expert solutions, drawn in addition to those of the step
+      extra_problems: problems with expert solutions, drawn in addition to the step's problems
         (`Method.extra_rows_per_problem`).
-      problems: all training problems, by id.
-      max_completion_length: maximum number of tokens of an expert solution that are trained.
+      problems: all training problems, keyed by id.
+      max_completion_length: maximum number of trained tokens per expert solution.
     """
 
     groups: Sequence[Group]
@@ -51,7 +51,7 @@ class Update(NamedTuple):
       rows: the rows to train.
       optimizer: the optimizer whose state is used, one of `Method.optimizers`.
       learning_rate_scale: factor by which the run's learning rate is multiplied.
-      max_grad_norm: bound on the gradient's global norm; None for that of the run.
+      max_grad_norm: bound on the gradient's global norm; None for the run's bound.
     """
 
     rows: list[TrainRow]
@@ -61,7 +61,7 @@ class Update(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The updates of a step, in order, and the method's state afterwards."""
+    """The updates of a step, in order, and the method's new state."""
 
     updates: list[Update]
     state: Mapping[str, Any]
@@ -78,12 +78,12 @@ def advantages_over_group(group: Group, *, scale_by_std: bool = False) -> np.nda
 
 
 def no_advantages(group: Group) -> np.ndarray:
-    """Zeros, for methods without a policy gradient. The rewards may be missing."""
+    """Returns zeros, for methods without a policy gradient. Rewards may be missing."""
     return np.zeros(len(group), np.float32)
 
 
 def advantages_over_sampled(group: Group, *, scale_by_std: bool = False) -> np.ndarray:
-    """Returns `r_j - mean(r)` over the rollouts with sampled tokens; 0 for the others."""
+    """Returns `r_j - mean(r)` over the rollouts with sampled tokens, and 0 for the others."""
     sampled = np.array([bool(rollout.completion.token_ids) for rollout in group])
     advantages = np.zeros(len(group), np.float32)
     if sampled.any():
@@ -93,7 +93,7 @@ def advantages_over_sampled(group: Group, *, scale_by_std: bool = False) -> np.n
 
 
 def first_of_each_prefix(group: Group) -> list[bool]:
-    """Trains each distinct expert prefix in the first rollout that starts from it."""
+    """Marks the first rollout of each distinct expert prefix, which trains the prefix."""
     seen: set[tuple[int, int]] = set()
     carries = []
     for rollout in group:
@@ -104,7 +104,7 @@ def first_of_each_prefix(group: Group) -> list[bool]:
 
 
 def no_prefix(group: Group) -> list[bool]:
-    """Trains no expert prefix; prefixes are context only."""
+    """Marks no rollout: prefixes are context only."""
     return [False] * len(group)
 
 
@@ -185,8 +185,8 @@ def buffer_unsolved(
     """ReLIFT: selects an update with every rollout, and buffers the problems that no rollout solved.
 
     Once `buffer_size` problems are buffered, a second update with a separate optimizer state trains the expert
-    solutions of the newest `buffer_size` problems. The method's state is `{"unsolved": problem ids}`, in which those of
-    a step stand before those of earlier steps.
+    solutions of the newest `buffer_size` problems. The method's state is `{"unsolved": problem ids}`, with the newest
+    step's ids first.
     """
     (update,), _ = train_all(sampled, advantages=advantages, carriers=no_prefix)
     updates = [update._replace(max_grad_norm=max_grad_norm)]

@@ -1,4 +1,4 @@
-"""The terms of the objectives. Each applies a pure loss of `trapo_jax.losses` to one kind of token.
+"""Builds the terms of the objectives. Each term applies a pure loss from `trapo_jax.losses` to one kind of token.
 
 p is the probability of a token, A the advantage of its rollout, rho = pi / pi_old, H an entropy, and sg stop_gradient.
 """
@@ -32,7 +32,7 @@ def policy_gradient(
     clip_low: float | None = None,
     clip_high: float | None = None,
 ) -> Term:
-    """The policy gradient on completion tokens, clipped if a bound is given."""
+    """Returns the policy gradient on completion tokens, clipped if a bound is set."""
     clipped = clip_low is not None or clip_high is not None
     return Term(
         name="policy_gradient",
@@ -54,7 +54,7 @@ def policy_gradient(
 
 
 def divergence(weight: float, normalizer: Normalizer) -> Term:
-    """The k3 estimate of KL(policy || initial model) on completion tokens."""
+    """Returns the k3 estimate of KL(policy || initial model) on completion tokens."""
     return Term(
         name="kl",
         kinds=(COMPLETION,),
@@ -66,7 +66,7 @@ def divergence(weight: float, normalizer: Normalizer) -> Term:
 
 
 def entropy_bonus(weight: float, kinds: tuple[TokenKind, ...], name: str = "entropy") -> Term:
-    """The negative mean entropy on trained tokens."""
+    """Returns the negative mean entropy over trained tokens."""
     return Term(
         name=name,
         kinds=kinds,
@@ -90,7 +90,7 @@ def trsft(alpha: float, weight: Weight, normalizer: Normalizer) -> Term:
 
 
 def cross_entropy(weight: Weight, normalizer: Normalizer) -> Term:
-    """Supervised fine-tuning on the expert's tokens."""
+    """SFT: cross-entropy on expert tokens."""
     return Term(
         name="cross_entropy",
         kinds=(EXPERT,),
@@ -132,7 +132,7 @@ def shaped_policy_gradient(gamma: float, weight: Weight, normalizer: Normalizer)
 
 
 def _mean_entropy(x: TokenInputs) -> jax.Array:
-    """Returns, for each token, the mean entropy of its rollout's tokens of the term's kinds."""
+    """Returns, for each token, the mean entropy over its rollout's tokens of the term's kinds."""
     return segment_mean(x.entropies, x.segment_ids, num_segments=x.num_segments, where=x.where)
 
 
