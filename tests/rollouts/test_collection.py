@@ -1,4 +1,4 @@
-"""Collection of groups with scripted engines, and evaluation."""
+"""Tests the collection of groups with scripted engines, and evaluation."""
 
 import dataclasses
 import random
@@ -35,7 +35,7 @@ def problem(number):
 
 
 class ScriptedEngine:
-    """Finishes one request per step, the newest or the oldest first."""
+    """An engine that finishes one request per step, newest or oldest first."""
 
     def __init__(self, *, newest_first):
         self.queue, self.seen, self.newest_first = [], [], newest_first
@@ -62,7 +62,7 @@ class ScriptedEngine:
 
 
 class SlotEngine:
-    """An engine with four slots, whose tokens are the version of the weights; sample j has 2 + j tokens."""
+    """A four-slot engine that emits the version of the weights as tokens; sample j has 2 + j tokens."""
 
     def __init__(self):
         self.queue, self.step_of, self.version = [], {}, 0
@@ -104,7 +104,7 @@ class SlotEngine:
 
 
 def test_idle_slots_start_the_next_step_which_continues_with_its_own_weights():
-    """Steps of two out of seven problems, one of which occurs in two consecutive steps."""
+    """Each step has two of seven problems, and one problem occurs in two consecutive steps."""
     steps = [[0, 1], [2, 3], [3, 4], [5, 6]]
     engine, partial, seen = SlotEngine(), PartialRollouts(), []
     micro_groups = make_method("trapo").micro_groups
@@ -160,7 +160,7 @@ def test_the_number_of_graded_rollouts_is_reported_and_a_report_can_end_the_coll
 
     collect(counts.append)
     assert counts[0] == 0
-    assert 16 - 2 <= sum(counts) < 16  # The last ones end the collection.
+    assert 16 - 2 <= sum(counts) < 16  # The collection ends before the last grades are reported.
     counts.clear()
     with pytest.raises(Interrupted):
         collect(interrupt)
@@ -168,7 +168,7 @@ def test_the_number_of_graded_rollouts_is_reported_and_a_report_can_end_the_coll
 
 
 def test_a_verdict_is_seen_while_others_are_decoded():
-    """One problem's rollouts wait for a verdict while another's has a hundred tokens to go."""
+    """One problem waits for a verdict while the engine decodes 100-token completions of the other."""
     steps, submitted, first = 0, {}, Future()
 
     class Engine(SlotEngine):
@@ -247,7 +247,7 @@ def collect(reward_of, *, newest_first=False, method="trapo", problems=3, score=
 
 @pytest.mark.parametrize("newest_first", [False, True])
 def test_groups_are_complete_ordered_and_guided_by_rewards(newest_first):
-    """Problem 0 is never solved, problem 1 always, and problem 2 by two of the first four rollouts."""
+    """Problem 0 is never solved, problem 1 is always solved, and two of problem 2's first four rollouts are correct."""
     solved = {0: set(), 1: set(range(8)), 2: {0, 1, 7}}
     reward = lambda r: float(r.sample_index in solved[int(r.problem.answer)])
     groups, engine = collect(reward, newest_first=newest_first)
@@ -267,7 +267,7 @@ def test_groups_are_complete_ordered_and_guided_by_rewards(newest_first):
 
 
 class LateGrader:
-    """Delays grades. Each submission, and a background thread, release some of them at random."""
+    """A grader with delays. Every submission, and a background thread, releases some pending grades at random."""
 
     def __init__(self, reward_of, seed):
         self.reward_of, self.random, self.pending = reward_of, random.Random(seed), []
@@ -320,7 +320,7 @@ def test_decoding_continues_while_a_grade_is_pending():
         seen.append((request.problem.answer, request.sample_index))
         if (
             len(seen) == 19
-        ):  # 3 problems have 4 unguided rollouts each; two continue to their 8th while one waits
+        ):  # 4 unguided rollouts of each of 3 problems, and the rest of 2 problems, while the third waits
             first.set_result(WRONG)
         if seen[-1] == ("0", 0):
             return first
@@ -353,7 +353,7 @@ def test_rollouts_without_a_reward_are_neither_counted_nor_trained():
 
 
 def test_the_reward_of_sampled_rollouts_does_not_include_the_whole_expert_solution():
-    """The expert is right, and so is one rollout of problem 0 that was guided."""
+    """The expert solution is correct, and so is one guided rollout of problem 0."""
     right = {("0", 7), ("1", 7), ("2", 7), ("0", 6)}
     groups, _ = collect(lambda r: float((r.problem.answer, r.sample_index) in right))
     metrics = rollout_metrics(groups, num_micro_groups=4)
@@ -388,7 +388,8 @@ def test_duplicate_problems_are_refused():
 
 def test_evaluate_computes_metrics_by_source():
     problems = [Problem(f"{i:016x}", (1,), "", (), "", f"K={i % 2}") for i in range(4)]
-    # The greedy samples solve only problem 0. Of the four samples, 4 solve problem 0 and 1 solves problem 1.
+    # The greedy samples solve only problem 0. Of the four samples per problem, all solve problem 0 and one solves
+    # problem 1.
     right = {(0, j) for j in range(4)} | {(1, 2)}
     score = lambda c: at_once(
         grade_for((int(c.request.problem.id, 16), c.request.sample_index) in right)

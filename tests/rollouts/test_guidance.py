@@ -1,4 +1,4 @@
-"""Guidance compared with hand-written tables, including at the thresholds, and early release with waiting."""
+"""Tests guidance against hand-written tables, including at the thresholds, and early release against waiting."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from trapo_jax.methods import ALWAYS, NEVER, make_method
 from trapo_jax.rollouts.guidance import Guidance, is_complete, is_guided
 from trapo_jax.types import Expert, MicroGroup, Problem
 
-EXPERT = Expert(tuple(range(100, 110)))  # 10 tokens, the last one EOS
+EXPERT = Expert(tuple(range(100, 110)))  # 10 tokens, ending with EOS
 PROBLEM = Problem("0" * 16, (1, 2, 3), "42", (EXPERT,))
 
 
@@ -37,7 +37,8 @@ def guidance(plan: Guidance, rewards, problem=PROBLEM) -> list[tuple[int, int]]:
 
 
 FREE = (-1, 0)
-# Rewards of the eight rollouts, and prefix lengths of rollouts 4, 5 | 6 | 7, for an expert solution of 10 tokens.
+# Rewards of the eight rollouts, and prefix lengths of rollouts 4 to 7, for a 10-token expert solution. The comments
+# give the mean rewards that are compared with the thresholds.
 PAPER = [
     ("0000 00 0 0", (2, 2, 5, 10)),
     ("1000 00 0 0", (2, 2, 5, 10)),  # 1/4
@@ -101,7 +102,7 @@ def test_reference_gives_the_second_expert_to_the_last_micro_group():
 
 
 def test_a_completion_follows_even_the_whole_expert_solution():
-    """If every prefix is followed by a completion, its ratio refers to the tokens before EOS."""
+    """If a completion follows every prefix, ratios refer to the tokens before EOS."""
     ratios = [(MicroGroup(1, ratio, 2.0),) for ratio in (0.2, 0.6, 1.0)]
     for always, lens in ((True, [1, 5, 9]), (False, [2, 6, 10])):
         plans = [Guidance(groups, 20, always_samples=always) for groups in ratios]
@@ -122,7 +123,7 @@ def test_a_completion_follows_even_the_whole_expert_solution():
         ((2, 3, 5), 5),
         ((6,), 6),
         ((7,), 2),
-        ((4, 5), 4),  # the first of several
+        ((4, 5), 4),  # the first of two paragraph ends
         ((), 2),
     ],
 )

@@ -1,4 +1,4 @@
-"""The gradient check finds the bugs of published baselines."""
+"""Tests that the gradient check finds the bugs of published baselines."""
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def test_a_stage_that_inherits_the_moments_of_another_is_found(monkeypatch):
 
     monkeypatch.setattr(Learner, "update", update_without_reset)
     with pytest.raises(
-        BrokenTrainStep, match="stage rl begins with the optimizer state of the stage before it"
+        BrokenTrainStep, match="stage rl begins with the previous stage's optimizer state"
     ):
         check_config(short("sft_then_grpo"))
 
@@ -90,7 +90,7 @@ def test_the_difference_is_relative_to_the_norm_of_the_gradient():
     assert compare_gradients(whole, close, "m") == pytest.approx(1e-4)
     half = jax.tree.map(lambda x: x / 2, whole)
     with pytest.raises(
-        BrokenTrainStep, match=r"m: .* differs from that of the whole batch by 0\.5 of its norm"
+        BrokenTrainStep, match=r"m: .* differs from the whole batch's gradient by 0\.5 of its norm"
     ):
         compare_gradients(whole, half, "m")
 

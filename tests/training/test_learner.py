@@ -1,4 +1,4 @@
-"""The learner: stages, each with its own optimizer state and schedule, and the loss on expert solutions."""
+"""Tests the learner's stages, each with its own optimizer state and schedule, and its loss on expert solutions."""
 
 import dataclasses
 
@@ -59,7 +59,7 @@ def at(index, step, progress=0.0):
 
 
 def test_a_stage_begins_like_a_run(learner):
-    """Its first step equals the first step of a learner that has only just been given the parameters."""
+    """The first step of a stage equals the first step of a new learner with the same parameters."""
     params = init_params(CONFIG, seed=0)
     restart(learner, params)
     for step in (1, 2):
@@ -77,7 +77,7 @@ def test_a_stage_begins_like_a_run(learner):
 
 @pytest.mark.parametrize("has_ratio", [False, True])
 def test_mini_batches_are_separate_steps_with_a_common_old_policy(config, has_ratio):
-    """Like two updates with half of the rows each, except that ratios refer to the policy before both."""
+    """The result equals two updates with half of the rows each, except that ratios refer to the policy before both."""
     method = make_method("trapo")
     if not has_ratio:
         method = dataclasses.replace(method, terms=method.terms[1:])
@@ -140,7 +140,7 @@ def test_expert_loss_is_the_mean_over_tokens(learner):
         logprobs = jax.nn.log_softmax(hidden[0] @ unembedding(params))
         for t in range(len(problem.prompt_ids), len(ids)):
             total, count = total - float(logprobs[t - 1, ids[t]]), count + 1
-    assert learner.max_rows < len(problems)  # so that there are several batches
+    assert learner.max_rows < len(problems)  # requires several batches
     assert learner.expert_loss(problems) == pytest.approx(total / count, rel=1e-5)
     without = [dataclasses.replace(p, experts=()) for p in problems[:3]]
     assert learner.expert_loss([*without, *problems]) == pytest.approx(total / count, rel=1e-5)

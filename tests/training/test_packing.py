@@ -1,4 +1,4 @@
-"""Packing: all arrays of a batch of hand-made rollouts, bin packing, and the distribution of rows to devices."""
+"""Tests all arrays of a batch of handmade rollouts, bin packing, and the distribution of rows to devices."""
 
 import itertools
 
@@ -231,14 +231,14 @@ def test_shards_of_a_micro_batch_get_equal_attention():
     group = [rollout(i, 0, [3] * n) for i, n in enumerate(lens.tolist())]
     options = {"packed": True, "row_len": 200, "micro_batch_rows": 32, "num_shards": 8}
     batch = build(group, **options)
-    full = batch._replace(segment_ids=batch.segment_ids[:1])  # the last micro-batch has few rows
+    full = batch._replace(segment_ids=batch.segment_ids[:1])  # the last one has few rows
     assert balance(full, 8) > 0.85
     shuffled = rng.permutation(full.segment_ids, axis=1)
     assert balance(full._replace(segment_ids=shuffled), 8) < balance(full, 8)
 
 
 def test_balance_by_hand():
-    """Two shards with one row each: a segment of 4 tokens and one of 3 tokens cost 16 and 9."""
+    """Two shards have one row each; their segments of 4 and 3 tokens cost 16 and 9."""
     group = [rollout(0, 0, [3, EOS]), rollout(1, 0, [EOS])]
     batch = build(group, micro_batch_rows=2, num_shards=2)
     assert balance(batch, 2) == pytest.approx((16 + 9) / 2 / 16)

@@ -1,4 +1,4 @@
-"""The train step: against an independent float64 implementation, and its independence of the batch layout."""
+"""Tests the train step against an independent float64 implementation, and its independence of the batch layout."""
 
 import dataclasses
 import os
@@ -45,7 +45,7 @@ def params():
 
 
 def numpy_logit_gradient(logits, batch, *, expert_weight, alpha, length):
-    """DESIGN 2.3, token by token: -A rho on completion tokens, TrSFT on expert tokens, constant normalizer."""
+    """Computes DESIGN 2.3 token by token: -A rho on completions, TrSFT on expert tokens, constant normalizer."""
     gradient = np.zeros_like(logits, np.float64)
     kinds, ids, advantages = batch.kinds[0], batch.token_ids[0], batch.advantages[0]
     scale = 1.0 / (length * float(batch.num_rollouts))
@@ -87,7 +87,7 @@ def test_trapo_gradient_equals_independent_float64(params):
     assert (p_y >= ALPHA).any()
     (expected,) = pull_back(jnp.asarray(by_logits, jnp.float32))
     gradient, _, _ = sgd_step(method, batch, params)
-    # The gradient is computed as the difference of old and new parameters, which float32 rounds at 1e-7.
+    # The gradient is computed as the difference between old and new parameters, which has float32 rounding errors.
     assert relative_difference(gradient, jax.device_get(expected)) < 3e-6
     # The gradient with respect to the logits does not have this rounding error.
     ours = jax.grad(lambda z: objective_by_logits(z, batch, method))(logits)
@@ -95,7 +95,7 @@ def test_trapo_gradient_equals_independent_float64(params):
 
 
 def test_stale_tokens_are_weighted_by_their_ratio_to_the_sampler(params):
-    """As if the advantage of each completion token were multiplied by the ratio; expert tokens are unaffected."""
+    """The advantage of each completion token is in effect multiplied by the ratio; expert tokens are unaffected."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages)
     method = make_method("trapo", alpha=ALPHA)
@@ -164,7 +164,7 @@ def test_padding_and_pad_id_change_nothing(params):
 
 
 def test_other_lengths_do_not_recompile(params):
-    """Rollouts of other lengths fill another number of rows, but the program is the same."""
+    """Rollouts of other lengths fill a different number of rows but run the same program."""
     optimizer = optax.sgd(0.01)
     mesh = one_device_mesh()
     method = make_method("trapo")
@@ -264,7 +264,7 @@ def test_metrics_by_hand(params):
 
 
 def test_the_trace_holds_each_trained_token_s_logprob_and_gradient_weight(params):
-    """For every place of its row. The gradient weight covers all terms, here unclipped, with expert weight 2."""
+    """The trace covers every position of a row; gradient weights include all terms, unclipped, with expert weight 2."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=3)
     mesh, optimizer = one_device_mesh(), optax.sgd(1.0)
@@ -295,7 +295,7 @@ def other_policy(params, size=0.3):
 
 
 def test_clipped_update_and_divergence_equal_independent_float64(params):
-    """A second update on a batch, with ratios outside of both bounds and a third policy as the reference."""
+    """Checks a second update on a batch, with ratios outside both bounds and a third policy as the reference."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages)
     old, ref = (np.asarray(batch_logprobs(batch, other_policy(params, x))) for x in (0.3, 0.1))
@@ -338,7 +338,7 @@ def test_clipped_update_and_divergence_equal_independent_float64(params):
 
 
 def test_old_logprobs_of_the_same_policy_change_nothing(params):
-    """Therefore, a single update per batch needs no forward pass for them."""
+    """A single update per batch therefore needs no forward pass for old log-probabilities."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=7)
     method = make_method("trapo", clip_low=0.2, clip_high=0.2)
@@ -353,7 +353,7 @@ def test_old_logprobs_of_the_same_policy_change_nothing(params):
 
 
 def test_one_update_compiles_to_one_forward_and_one_backward_pass(params):
-    """Its FLOPs are three times those of a forward pass; none are spent on old log-probabilities."""
+    """An update takes three times the FLOPs of a forward pass and spends none on old log-probabilities."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages, micro_batch_rows=8)
     method, mesh, optimizer = make_method("trapo"), one_device_mesh(), optax.sgd(1.0)
@@ -471,7 +471,7 @@ def test_weight_decay_spares_norms(params):
 
 
 def test_same_gradient_on_eight_devices():
-    """On meshes of 2, 8, 4 x 2 and 2 x 2 x 2 forced host devices, in a separate process."""
+    """A separate process checks meshes of 2, 8, 4 x 2, and 2 x 2 x 2 forced host devices."""
     script = Path(__file__).with_name("eight_devices.py")
     result = run_python(script, PYTHONPATH=os.pathsep.join(sys.path))
     assert result.returncode == 0, result.stdout + result.stderr

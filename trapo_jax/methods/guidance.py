@@ -46,7 +46,7 @@ class BinomialHints:
     """UFT: all rollouts of a problem start from the first k of `num_slices` equal slices of the expert solution.
 
     `k ~ Binomial(num_slices, q)`, where q follows a cosine from `high` at step 0 to `low` at step `num_steps` and is 0
-    afterwards. k is drawn per problem and step, and depends on the run's seed.
+    afterward. k is drawn per problem and step, and depends on the run's seed.
     """
 
     num_slices: int

@@ -38,8 +38,8 @@ from trapo_jax.types import (
     UserError,
 )
 
-# Used in place of the training step in the random keys of evaluations. All evaluations of a run use the same random
-# numbers, so that they differ only in the policy.
+# Replaces the training step in the random keys of evaluations. All evaluations of a run use the same random numbers, so
+# they differ only in the policy.
 EVALUATION_STEP = 2**32 - 1
 
 OnProgress = Callable[[SamplingProgress], None]
@@ -51,7 +51,7 @@ class Collected(NamedTuple):
 
     Attributes:
       groups: the G rollouts of each problem, ordered by sample index.
-      metrics: metrics of the rollouts and the engine, by name.
+      metrics: metrics of the rollouts and the engine, keyed by name.
       usage: tokens and FLOPs spent on sampling.
     """
 
@@ -68,11 +68,11 @@ class Actor:
       grader: grades the text of a response; closed together with the actor.
       decode: converts token ids to text, including special tokens.
       method: determines the guidance of each problem; None for an actor that only evaluates.
-      max_completion_length: maximum number of tokens of prefix + completion.
+      max_completion_length: maximum length of prefix plus completion, in tokens.
       max_staleness: 1 to start rollouts of the next step in idle slots; 0 otherwise.
       temperature: sampling temperature of training rollouts, > 0.
-      token_cost: FLOPs per token of the model.
-      on_progress: called before each step of the engine. Sampling ends if it raises an exception.
+      token_cost: the model's FLOPs per token.
+      on_progress: called before each engine step. Sampling ends if it raises an exception.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Actor:
           problems: the distinct problems of the step.
           params: the parameters of the policy.
           moment: the current step; determines the guidance and is part of the random keys.
-          upcoming: problems of the next step, started in slots that would otherwise be idle if `max_staleness` allows.
+          upcoming: problems of the next step, which may start in otherwise idle slots if `max_staleness` is 1.
 
         Raises:
           Interrupted: if `on_progress` raises it in any process.
@@ -209,7 +209,7 @@ class Actor:
         return report
 
     def grade(self, completion: Completion) -> Future[Grade]:
-        """Grades the whole response, expert prefix and special tokens included, asynchronously.
+        """Asynchronously grades the whole response, including the expert prefix and special tokens.
 
         The reward is missing if the problem has no answer.
         """
@@ -254,10 +254,10 @@ def guidance_at(
 
 
 def grader_for(grading: GradingConfig, functions: Sequence[str], tokenizer: Any) -> Grader:
-    """Builds the grader of a config for the responses of a tokenizer's model.
+    """Builds the configured grader for responses from the tokenizer's model.
 
     Args:
-      grading: the config's section of the graders.
+      grading: the grader section of the config.
       functions: names or import paths of the reward functions.
       tokenizer: the policy's tokenizer.
     """
@@ -290,7 +290,7 @@ def make_actor(
     """Builds an actor for training or evaluation.
 
     Args:
-      sampling: the config's section of the rollout engine.
+      sampling: the rollout engine section of the config.
       grader: grades responses; closed together with the actor.
       model: the pretrained model; its parameters are not loaded.
       max_prompt_length: maximum prompt length in tokens.

@@ -1,9 +1,9 @@
-"""Asynchronous collection of rollouts, in which every problem of a batch advances independently.
+"""Collects rollouts asynchronously: every problem in a batch advances independently.
 
 Completions are graded, rewards update the guidance, and the guidance releases new requests until every group is
 complete. No problem waits for another, and no micro-group waits for a rollout that cannot change its guidance.
 Decoding continues while grades are pending. The result does not depend on the order in which completions and
-grades arrive, except for how far rollouts of the next step, if started early, advance in otherwise idle slots.
+grades arrive, except for how far early-started rollouts of the next step advance in otherwise idle slots.
 """
 
 import collections
@@ -38,8 +38,8 @@ class PartialRollouts(NamedTuple):
     """Rollouts of the next step that have been started early.
 
     Attributes:
-      groups: by problem id.
-      pending_grades: completions whose grade is pending, by future.
+      groups: rollout groups, keyed by problem id.
+      pending_grades: completions with pending grades, keyed by future.
       unfinished: partial completions that the engine was still sampling.
     """
 
@@ -60,7 +60,7 @@ class CollectedGroups(NamedTuple):
 
     Attributes:
       groups: the G rollouts of each problem, ordered by `sample_index`.
-      grading_secs: seconds spent on processing grades, or on waiting for them while there was nothing to decode.
+      grading_secs: seconds spent processing grades, or waiting for them with nothing to decode.
       partial: rollouts of upcoming problems, except those that the engine is still sampling.
     """
 
@@ -93,8 +93,8 @@ def collect_groups(
       partial: rollouts of these problems that were started during the previous step. Their remaining tokens are
         sampled with the engine's current weights. None if there are no such rollouts.
       upcoming: problems of the next step, which may be started in slots that would otherwise be idle.
-      on_graded: called before each step of the engine with the number of rollouts of `problems` that have been graded
-        since the last call. It may raise an exception, which ends the collection.
+      on_graded: called before each engine step with the number of rollouts of `problems` that have been graded
+        since the last call. It may raise an exception to end the collection.
 
     Raises:
       ValueError: if the problems are not distinct.
@@ -147,7 +147,7 @@ class _Collector:
             self._pending_grades.update((self._grade(c), c) for c in completions)
             if not completions and not self._engine.is_busy:
                 if not self._pending_grades:
-                    raise RuntimeError("the rollout engine has lost requests")
+                    raise RuntimeError("the rollout engine lost requests")
                 wait(self._pending_grades, GRADE_WAIT_SECS, return_when=FIRST_COMPLETED)
             self._take_grades()
             grading_secs += time.perf_counter() - started
@@ -170,7 +170,7 @@ class _Collector:
                 self._pending_grades[self._grade(completion)] = completion
 
     def _take_grades(self) -> None:
-        """Observes finished grades and releases the requests that they allow, until no finished grade is left."""
+        """Observes finished grades and releases the requests that they allow, until no finished grades are left."""
         while done := [future for future in self._pending_grades if future.done()]:
             updated: dict[str, None] = {}  # an ordered set
             for future in done:
@@ -192,7 +192,7 @@ class _Collector:
 def share_groups(
     local: Sequence[Sequence[Rollout]], problems: Sequence[Problem]
 ) -> list[list[Rollout]]:
-    """Returns the groups of all `problems`, gathered from the processes, each of which collected its share."""
+    """Returns the groups of all `problems`, gathered from all processes, which each collected a share."""
     if jax.process_count() == 1:
         return [list(group) for group in local]
     groups = gather_shares([[_to_json(rollout) for rollout in group] for group in local])

@@ -1,4 +1,4 @@
-"""Micro-group guidance: how much of an expert solution each rollout of a problem starts from.
+"""Implements micro-group guidance: how much of an expert solution each rollout of a problem starts from.
 
 This implements Section 3.1 of TRAPO (arXiv 2512.17636). The rollouts of a problem form a group, which consists of
 micro-groups in order. Before micro-group i starts, the mean reward of all earlier rollouts of the problem is compared
@@ -37,8 +37,8 @@ class GuidanceState(NamedTuple):
 
     Attributes:
       problem: the problem.
-      rewards: reward of each rollout in [0, 1], by sample index; None if it is missing or has not been observed yet.
-      missing: sample indices of the rollouts that were observed without a reward.
+      rewards: reward of each rollout, in [0, 1], in the order of sample indices; None if missing or not yet observed.
+      missing: sample indices of rollouts that were observed without a reward.
     """
 
     problem: Problem
@@ -60,10 +60,10 @@ class Guidance:
 
     Attributes:
       micro_groups: sizes, ratios L in [0, 1] and thresholds t of the micro-groups, in order.
-      max_completion_length: maximum number of tokens of prefix + completion; longer prefixes are truncated.
-      prefix_boundary: "exact" cuts the prefix at floor(L * length). "paragraph" cuts it behind the first token that
-        ends a paragraph and whose index is greater than floor(L * length) and less than (L + 0.3) * length, or at
-        floor(L * length) if there is none.
+      max_completion_length: maximum length of prefix plus completion, in tokens; longer prefixes are truncated.
+      prefix_boundary: "exact" cuts the prefix at floor(L * length). "paragraph" cuts it after the first token that ends
+        a paragraph at an index greater than floor(L * length) and less than (L + 0.3) * length, or at floor(L * length)
+        if there is none.
       second_expert_last: whether the last micro-group uses the second expert solution of problems that have one.
       always_samples: whether a completion is sampled after every prefix. The last token of an expert solution, which is
         EOS unless the solution was truncated, is then never part of a prefix.
@@ -87,10 +87,10 @@ class Guidance:
     def observe(
         self, state: GuidanceState, sample_index: int, reward: float | None
     ) -> GuidanceState:
-        """Returns the state after rollout `sample_index` was graded.
+        """Returns the state after rollout `sample_index` has been graded.
 
         Args:
-          state: the state before.
+          state: the previous state.
           sample_index: index of the rollout in its group.
           reward: reward in [0, 1]; None if it is missing. Missing rewards are excluded from all means.
 
@@ -110,7 +110,7 @@ class Guidance:
         return state._replace(rewards=tuple(rewards))
 
     def ready(self, state: GuidanceState) -> list[RolloutRequest]:
-        """Returns the requests whose prefix is decided and which have not been observed, ordered by `sample_index`.
+        """Returns the requests with a decided prefix that have not been observed, ordered by `sample_index`.
 
         They include rollouts that are already being sampled; the caller keeps track of submitted requests.
         """
@@ -174,7 +174,7 @@ class Group:
       step: the optimizer step for which the group is sampled; part of the random keys.
       state: the state of the guidance.
       submitted: sample indices of the requests that `new_requests` has returned.
-      rollouts: finished rollouts by sample index.
+      rollouts: finished rollouts, keyed by sample index.
     """
 
     guidance: Guidance
@@ -192,7 +192,7 @@ class Group:
         return self.state.is_complete
 
     def new_requests(self) -> tuple[list[RolloutRequest], list[RolloutRequest]]:
-        """Returns the requests whose prefix is decided and which have not been returned before.
+        """Returns the requests with a decided prefix that have not been returned before.
 
         Returns:
           Requests to sample, and requests whose expert prefix is the entire response.

@@ -1,4 +1,4 @@
-"""Statistics of collected rollouts: metrics, usage, and a check that enough of them have rewards."""
+"""Computes metrics and usage of collected rollouts, and checks that enough of them have rewards."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -14,13 +14,13 @@ def rollout_metrics(
     """Returns metrics of rewards, guidance and completions.
 
     `guidance/level_i` is the share of problems whose last guided micro-group is i; at level 0, no micro-group is
-    guided. `reward/mean` includes rollouts that are a whole expert solution. `reward/sampled_mean` and
-    `reward/sampled_positive`, the share of rollouts to which the first reward function gave more than 0, do not. They
-    and `reward/unguided_mean` are absent if there are no such rollouts with a reward.
+    guided. `reward/mean` includes rollouts that are whole expert solutions; `reward/sampled_mean` and
+    `reward/sampled_positive` (the share of rollouts with more than 0 from the first reward function) do not. The latter
+    two and `reward/unguided_mean` are absent if no such rollout has a reward.
 
     Args:
       groups: the rollouts of each problem.
-      num_micro_groups: number of micro-groups of the method, which is the number of levels.
+      num_micro_groups: the method's number of micro-groups, and therefore of levels.
     """
     rollouts = [rollout for group in groups for rollout in group]
     graded = [[r for r in group if r.grade.reward is not None] for group in groups]
@@ -85,7 +85,7 @@ def rewards_by_function(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def judgments_by_function(rollouts: Sequence[Rollout]) -> dict[str, list[Judgment]]:
-    """Returns the judgments of each reward function, by name."""
+    """Returns the judgments of each reward function, keyed by name."""
     by_function: dict[str, list[Judgment]] = {}
     for rollout in rollouts:
         for name, judgment in rollout.grade.judgments.items():
@@ -106,12 +106,12 @@ def graded_groups(groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
 def rollout_usage(
     groups: Sequence[Sequence[Rollout]], *, num_prefilled: int, cost: TokenCost
 ) -> Usage:
-    """Returns the tokens and FLOPs that were spent on sampling a step's rollouts.
+    """Returns the tokens and FLOPs spent on sampling a step's rollouts.
 
     Args:
       groups: the rollouts of each problem.
       num_prefilled: number of prefilled prompt and prefix tokens.
-      cost: FLOPs per token of the model.
+      cost: the model's FLOPs per token.
     """
     completions = [rollout.completion for group in groups for rollout in group]
     num_sampled = sum(len(c.token_ids) for c in completions)
@@ -120,7 +120,7 @@ def rollout_usage(
         - count_attention_pairs(c.request.start_len)
         for c in completions
     )
-    # The longest context of a problem extends all shorter ones, so its attention pairs include theirs.
+    # A problem's longest context extends all shorter ones, so its attention pairs include all of theirs.
     starts = [[r.request.start_len for r in g if r.completion.token_ids] for g in groups]
     num_pairs += sum(count_attention_pairs(max(lens, default=0)) for lens in starts)
     return Usage(
@@ -134,7 +134,7 @@ def check_grades(groups: Sequence[Sequence[Rollout]], step: int, *, max_error_ra
     """Checks that every reward function judged enough rollouts.
 
     Raises:
-      TrainingFailed: if a function failed or timed out on more than a share of `max_error_rate` of the rollouts.
+      TrainingFailed: if the share of rollouts on which a function failed or timed out exceeds `max_error_rate`.
     """
     rollouts = [rollout for group in groups for rollout in group]
     for name, judgments in judgments_by_function(rollouts).items():

@@ -1,6 +1,6 @@
 """Metrics that the train step computes from token log-probabilities, accumulated over micro-batches.
 
-A micro-batch contributes sums and maxima; `step_metrics` turns their totals into the metrics of the step.
+A micro-batch contributes sums and maxima; `step_metrics` turns their totals into the step's metrics.
 """
 
 from collections.abc import Mapping
@@ -84,7 +84,7 @@ def step_metrics(
 
     `expert/prob_from_x` is the share of trained expert tokens with a probability in [x, x + 0.1).
     `expert/gradient_share_inside` is the share of their gradient (L1 norm with respect to the logits) that comes from
-    tokens inside the trust region, whose probability is at least alpha. `policy/clipped_share` is the share of
+    tokens inside the trust region (with a probability of at least alpha). `policy/clipped_share` is the share of
     completion tokens whose gradient is removed by clipping.
 
     Args:

@@ -1,4 +1,4 @@
-"""Checks that the gradient of a batch does not depend on how the batch is split, nor on an earlier stage of the run.
+"""Checks that the gradient of a batch does not depend on how the batch is split or on an earlier stage of the run.
 
 Published baselines were handicapped by train steps that dropped the gradients of all micro-batches but one, or that
 averaged the means of micro-batches (arXiv 2604.23747). Two-stage baselines are handicapped if the second stage begins
@@ -38,9 +38,9 @@ from trapo_jax.types import (
 )
 
 ROW_LEN_MULTIPLE = 128  # required by some attention kernels
-# Progress of the run; a method may change its objective between the start and the end.
+# Progress of the run at which the gradient is checked; a method's objective may change during the run.
 START, END = 0.0, 0.99
-TOLERANCE = 1e-4  # relative to the norm of the gradient; float32 rounding is well below it
+TOLERANCE = 1e-4  # relative to the gradient norm; float32 rounding errors are well below it
 
 
 class BrokenTrainStep(TrainingFailed):
@@ -48,7 +48,7 @@ class BrokenTrainStep(TrainingFailed):
 
 
 def check_config(config: Config) -> float:
-    """Checks the train step of a run with the run's model and problems; see `check_gradient`."""
+    """Checks a run's train step with its model and problems; see `check_gradient`."""
     model = open_model(config.model, config.lora)
     method = config.method.make()
     data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
@@ -58,20 +58,20 @@ def check_config(config: Config) -> float:
 def check_gradient(
     config: Config, method: Method, model: PretrainedModel, problems: Sequence[Problem]
 ) -> float:
-    """Compares the gradient of synthetic rollouts in a single micro-batch with that in one micro-batch per row.
+    """Compares the gradients of synthetic rollouts in a single micro-batch and in one micro-batch per row.
 
     Args:
       config: the run's config.
       method: the run's method.
       model: the run's model.
-      problems: problems from which rollouts are made; at least two must have an expert solution.
+      problems: problems to build rollouts from; at least two must have an expert solution.
 
     Returns:
       The largest relative difference between the two gradients.
 
     Raises:
-      BrokenTrainStep: if the difference exceeds rounding error, if a gradient is zero, so that the comparison would be
-        meaningless, or if a stage of the method inherits the optimizer state of the stage before it.
+      BrokenTrainStep: if the difference exceeds rounding error, if a gradient is zero (which makes the comparison
+        meaningless), or if a stage of the method inherits the previous stage's optimizer state.
       UserError: if there are not enough expert solutions.
     """
     axes = config.mesh
@@ -80,7 +80,7 @@ def check_gradient(
         method,
         dataclasses.replace(model.decoder, dtype="float32"),
         make_mesh(fsdp=axes.fsdp, tp=axes.tp),
-        optimizer=optax.chain(optax.trace(decay=0.5), optax.scale(0.0)),  # sums up gradients
+        optimizer=optax.chain(optax.trace(decay=0.5), optax.scale(0.0)),  # sums gradients
     )
     learner.load(model, seed=config.seed)
     max_completion_len = config.sampling.completion_len
@@ -144,7 +144,7 @@ def cut_batch(update: Update, num_rows: int, learner: Learner, *, max_row_len: i
 
 
 def compare_gradients(whole: Any, cut: Any, name: str) -> float:
-    """Returns the norm of the difference of two gradients divided by the norm of the first, over all leaves.
+    """Returns the norm of the difference between two gradients, divided by the norm of the first, over all leaves.
 
     Args:
       whole: gradient computed in one micro-batch.
@@ -160,7 +160,7 @@ def compare_gradients(whole: Any, cut: Any, name: str) -> float:
     difference = _norm(jax.tree.map(np.subtract, whole, cut)) / norm
     if not difference <= TOLERANCE:
         raise BrokenTrainStep(
-            f"{name}: the gradient of a batch split into micro-batches differs from that of the whole batch by "
+            f"{name}: the gradient of a batch split into micro-batches differs from the whole batch's gradient by "
             f"{difference:.2g} of its norm; a comparison with this train step would be meaningless"
         )
     return difference
@@ -169,16 +169,16 @@ def compare_gradients(whole: Any, cut: Any, name: str) -> float:
 def check_new_stage(
     learner: Learner, last: tuple[Moment, Update], first: tuple[Moment, Update], gradient: Any
 ) -> None:
-    """Checks that the first update of a stage does not depend on the last update of the stage before.
+    """Checks that the first update of a stage does not depend on the last update of the previous stage.
 
     Args:
-      learner: the learner, whose optimizer sums up gradients.
-      last: the update before the stage.
+      learner: a learner whose optimizer sums gradients.
+      last: the last update before the stage.
       first: the first update of the stage.
       gradient: the gradient of the first update.
 
     Raises:
-      BrokenTrainStep: if the sum of the gradients contains more than that of the first update.
+      BrokenTrainStep: if the sum of the gradients contains more than the first update's gradient.
     """
     for moment, update in (last, first):
         learner.update([update._replace(max_grad_norm=np.inf)], moment)
@@ -189,7 +189,7 @@ def check_new_stage(
     if not difference <= TOLERANCE * _norm(expected):
         raise BrokenTrainStep(
             f"{learner.method.name}: stage {learner.method.stages[first[0].stage.index].name} begins with the "
-            "optimizer state of the stage before it; a comparison with this train step would be meaningless"
+            "previous stage's optimizer state; a comparison with this train step would be meaningless"
         )
 
 
@@ -198,7 +198,7 @@ def synthetic_updates(
 ) -> Iterator[tuple[Moment, Update]]:
     """Yields the method's updates early and late in each stage, for rollouts in which all micro-groups are guided.
 
-    All rollouts of the first problem are wrong. For every other problem, every second rollout is correct.
+    All rollouts of the first problem are wrong. For each of the other problems, every second rollout is correct.
     """
     rng = np.random.default_rng(0)
     for index, progress in itertools.product(range(len(method.stages)), (START, END)):
@@ -239,7 +239,7 @@ def _sum_of_gradients(learner: Learner) -> Any:
 def _synthetic_rollout(
     rng: np.random.Generator, problem: Problem, index: int, ratio: float, *, is_correct: bool
 ) -> Rollout:
-    """Returns a rollout with a prefix of the expert solution; its completion is a random sample of the same tokens."""
+    """Returns a rollout with a prefix of the expert solution and a random sample of its tokens as the completion."""
     solution = np.array(problem.experts[0].token_ids)
     prefix_len = int(ratio * len(solution))
     request = RolloutRequest(problem, index, 0, 0 if prefix_len else -1, prefix_len, ratio)

@@ -54,9 +54,9 @@ class Learned(NamedTuple):
     """The outcome of the updates of one step.
 
     Attributes:
-      metrics: by name; metrics of updates after the first are prefixed with the name of their optimizer.
+      metrics: metrics, keyed by name. Metrics of updates after the first are prefixed with their optimizer's name.
       usage: tokens and FLOPs spent on training.
-      traces: one per optimizer batch.
+      traces: the token trace of each optimizer batch.
     """
 
     metrics: dict[str, float]
@@ -71,12 +71,11 @@ class Learner:
     `load` initializes its state.
 
     Args:
-      config: the run's config, of which the section `train` and the lengths and temperature of `data` and `sampling`
-        are used.
+      config: the run's config; only `train`, and the lengths and temperature in `data` and `sampling`, are used.
       method: the method whose loss terms form the objective.
       decoder: the decoder's shape.
       mesh: the mesh to train on.
-      optimizer: an optax transformation for a learning rate of 1; the optimizer of the config if None.
+      optimizer: an optax transformation for a learning rate of 1; the configured optimizer if None.
     """
 
     def __init__(
@@ -142,7 +141,7 @@ class Learner:
 
     @property
     def micro_batch_rows(self) -> int:
-        """Number of rows of a micro-batch, over all devices."""
+        """Number of rows per micro-batch, over all devices."""
         return self._config.train.per_device_rows * num_batch_shards(self.mesh)
 
     @property
@@ -152,7 +151,7 @@ class Learner:
 
     @property
     def _num_steps(self) -> int:
-        """Number of optimizer steps of an update of the step's rollouts."""
+        """Number of optimizer steps in an update on the step's rollouts."""
         return self.num_iterations * self._config.train.num_mini_batches
 
     @property
@@ -166,7 +165,7 @@ class Learner:
 
         Args:
           model: the model folder.
-          seed: random seed of the adapters.
+          seed: random seed for the adapters.
           with_state: False if the state is going to be restored from a checkpoint. The folder is then read only if the
             method has a reference policy.
         """
@@ -177,7 +176,7 @@ class Learner:
             self._ref_params = load()
 
     def abstract_state(self) -> TrainState:
-        """Returns shapes, dtypes and shardings of the state."""
+        """Returns the shapes, dtypes, and shardings of the state."""
         shapes = jax.eval_shape(
             lambda params: new_state(params, self.optimizer, len(self.method.optimizers)),
             abstract_params(self._decoder),
@@ -185,13 +184,13 @@ class Learner:
         return abstract_like(shapes, self.shardings)
 
     def free(self) -> None:
-        """Deletes the arrays of the state, so that a restored one does not need memory beside them."""
+        """Deletes the state's arrays to free their memory for a restored state."""
         for leaf in jax.tree.leaves(self._state):
             leaf.delete()
         self._state = None
 
     def reset_optimizer(self) -> None:
-        """Replaces the optimizer states with those of a new run."""
+        """Replaces the optimizer states with new ones, as at the start of a run."""
         self._state = self._reset(self.state)
 
     def update(self, updates: Sequence[Update], moment: Moment) -> Learned:
@@ -216,10 +215,10 @@ class Learner:
         return Learned(metrics, usage, traces)
 
     def expert_loss(self, problems: Sequence[Problem]) -> float:
-        """Returns the mean cross-entropy in nats of the expert solutions' tokens under the current policy.
+        """Returns the current policy's mean cross-entropy over the tokens of expert solutions, in nats.
 
         Args:
-          problems: problems, of which those with an expert solution count; at least one.
+          problems: problems, at least one with an expert solution; problems without one are ignored.
         """
         max_len = self._config.sampling.completion_len
         rows = [expert_row(problem, max_len) for problem in problems if problem.experts]
@@ -268,7 +267,7 @@ class Learner:
         )
 
     def _learning_rate(self, update: Update, moment: Moment, share: float) -> float:
-        """Returns the learning rate of an optimizer step, after which this share of the update is complete."""
+        """Returns the learning rate of the optimizer step that completes this share of the update."""
         stage = moment.stage
         rate = self._learning_rates[stage.index](stage.step - 1 + share, stage.progress)
         return update.learning_rate_scale * rate
@@ -319,7 +318,7 @@ def make_learner(
 
 
 def stage_learning_rate(stage: Stage, train: TrainConfig) -> Callable[[float, float], float]:
-    """Returns the learning-rate schedule of a stage, which takes from the config what the stage leaves open."""
+    """Returns a stage's learning-rate schedule; the config provides the settings that the stage does not set."""
     fields = ("learning_rate", "warmup_steps", "decay_start", "final_learning_rate_ratio")
     own = {name: getattr(stage, name) for name in fields}
     return make_learning_rate(
@@ -335,8 +334,8 @@ def update_usage(
     Args:
       rows: the rows; rows without trained tokens are not computed.
       num_iterations: number of optimizer steps.
-      num_forward: number of additional forward passes, which compute only log-probabilities.
-      cost: FLOPs per token of the model.
+      num_forward: number of additional forward passes that compute only log-probabilities.
+      cost: the model's FLOPs per token.
     """
     rows = [row for row in rows if row.num_trained]
     num_expert = sum(row.num_expert_trained for row in rows)
@@ -354,12 +353,12 @@ def update_usage(
 
 
 def split_rows(rows: Sequence[TrainRow], num_parts: int) -> list[list[TrainRow]]:
-    """Deals the rows out into at most `num_parts` parts, so that the rows of a problem are in different ones."""
+    """Deals the rows into at most `num_parts` parts, spreading each problem's rows over different parts."""
     return [list(rows[i::num_parts]) for i in range(max(1, min(num_parts, len(rows))))]
 
 
 def merge_mini_batches(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Merges the metrics of the mini-batches of an update: numbers of tokens are added, all others averaged."""
+    """Merges the metrics of an update's mini-batches: token counts are summed, and all other metrics averaged."""
     return {
         name: sum(values[name] for values in metrics)
         / (1 if name.endswith("_tokens") else len(metrics))

@@ -1,4 +1,4 @@
-"""The optimizer and the learning-rate schedule."""
+"""Builds the optimizer and the learning-rate schedule."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +26,9 @@ def make_learning_rate(
       final_learning_rate_ratio: learning rate at the end as a fraction of the peak.
 
     Returns:
-      A function of `(step, progress)` within a stage. `step` is the number of steps at the end of the update; it is not
-      an integer between the updates of a step. `progress` is the fraction of the stage that was complete before the step.
+      A function of `(step, progress)` within a stage. `step` is the number of steps completed by the end of the update;
+      it is fractional between the updates of a step. `progress` is the fraction of the stage that was complete before
+      the step.
     """
 
     def rate(step: float, progress: float) -> float:
@@ -42,7 +43,7 @@ def make_learning_rate(
 def make_optimizer(
     *, adam_b1: float, adam_b2: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Builds AdamW for a learning rate of 1; the train step clips gradients before it, and scales its updates.
+    """Builds AdamW with a learning rate of 1; the train step clips the gradients and scales the updates.
 
     Weight decay does not apply to normalization scales and biases.
 

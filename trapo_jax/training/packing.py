@@ -24,14 +24,14 @@ def build_batch(
 ) -> TrainBatch:
     """Builds a batch of shape `[M, B, T]`, where M = ceil(max_rows / B) does not depend on the rows.
 
-    A row without trained tokens is left out of the batch but counts in `num_rollouts`.
+    A row without trained tokens is left out of the batch but counts toward `num_rollouts`.
 
     Args:
       rows: rollouts and expert solutions; if empty, the batch consists of padding.
       row_len: T, the length of a batch row in tokens; at least the length of the longest rollout.
-      micro_batch_rows: B, the global number of rows of a micro-batch; a multiple of `num_shards`.
+      micro_batch_rows: B, the global number of rows per micro-batch; a multiple of `num_shards`.
       max_rows: maximum number of rows; `len(rows)` if None.
-      num_shards: number of devices among which the rows of a micro-batch are split, in equal blocks.
+      num_shards: number of devices; each receives an equal block of a micro-batch's rows.
       packed: whether a batch row may contain several rollouts.
       pad_id: the token id used for padding; it does not affect the result.
 
@@ -62,7 +62,7 @@ def build_batch(
             _write(batch, (*place, slice(start, start + lens[i])), rows[i], segment_id=1 + i)
             start += lens[i]
     batch = batch._replace(
-        num_rollouts=np.float32(max(1, len(rows))),  # a denominator
+        num_rollouts=np.float32(max(1, len(rows))),  # a denominator, so not 0
         num_micro_batches=np.int32(-(-len(packs) // micro_batch_rows)),
     )
     _check(batch, [rows[i] for i in members])
@@ -70,7 +70,7 @@ def build_batch(
 
 
 def pack(lens: Sequence[int], row_len: int) -> list[list[int]]:
-    """Returns the indices that share each row, by first-fit decreasing bin packing.
+    """Returns the indices packed into each row, by first-fit-decreasing bin packing.
 
     >>> pack([2, 5, 3, 4], row_len=7)
     [[1, 0], [3, 2]]
@@ -88,7 +88,7 @@ def pack(lens: Sequence[int], row_len: int) -> list[list[int]]:
 
 
 def deal(costs: Sequence[float], micro_batch_rows: int, num_shards: int) -> list[tuple[int, int]]:
-    """Returns `(micro-batch, row)` for each packed row, balancing the work of the shards of a micro-batch.
+    """Returns `(micro-batch, row)` for each packed row, balancing work across the shards of each micro-batch.
 
     Rows of similar cost share a micro-batch. Within a micro-batch, rows are assigned in order of decreasing cost to the
     shard with the lowest total cost so far. Since all rows have the same length, their costs differ only in attention:
@@ -114,14 +114,14 @@ def deal(costs: Sequence[float], micro_batch_rows: int, num_shards: int) -> list
 
 
 def count_kinds(batch: TrainBatch) -> dict[str, int]:
-    """Returns the number of tokens of each kind, by lowercase name. Skipped micro-batches are not counted."""
+    """Returns the number of tokens of each kind, keyed by lowercase name. Skipped micro-batches are not counted."""
     kinds = batch.kinds[: batch.num_micro_batches]
     counts = np.bincount(kinds.ravel(), minlength=len(TokenKind))
     return {kind.name.lower(): int(counts[kind]) for kind in TokenKind}
 
 
 def balance(batch: TrainBatch, num_shards: int) -> float:
-    """Returns the attention work of the average device divided by that of the busiest; 1 is perfect balance."""
+    """Returns the average device's attention work divided by the busiest device's; 1 is perfect balance."""
     lens = np.bincount(batch.segment_ids.ravel())
     lens[0] = 0
     work = lens[batch.segment_ids].sum(axis=-1)  # each token contributes its segment's length

@@ -16,7 +16,7 @@ class TrainState(NamedTuple):
     """The state that an optimizer step updates. Its leaves are global arrays, their shapes, or their shardings."""
 
     params: Any  # float32 master weights
-    opt_state: Any  # for the trained parameters: all of them, or only the LoRA adapters
+    opt_state: Any  # covers the trained parameters: all parameters, or only the LoRA adapters
     step: Any  # int32 [], number of optimizer steps, including skipped ones
     num_skipped_in_a_row: Any  # int32 []
     other_opt_states: Any = ()  # states of the method's other optimizers; a train step does not change them

@@ -1,9 +1,9 @@
 """One optimizer step: `(TrainState, TrainBatch, coefficients) -> (TrainState, metrics, trace)`, jitted and sharded.
 
 Scheduled scalars (the learning rate, the bound on the gradient norm, and the weights of the loss terms) are traced
-inputs; changing them never recompiles. See `Method.coefficients`. The denominator of every loss term is taken over the whole batch before the
-first micro-batch runs, and the gradients of micro-batches are summed. Therefore, the update does not depend on how the
-batch is split into micro-batches.
+inputs; changing them never recompiles. See `Method.coefficients`. The denominator of every loss term is taken over the
+whole batch before the first micro-batch runs, and the gradients of micro-batches are summed. Therefore, the update does
+not depend on how the batch is split into micro-batches.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from trapo_jax.training.diagnostics import (
 from trapo_jax.training.state import TrainState
 from trapo_jax.types import TokenKind, TrainBatch
 
-# float32 [] each: the weight of each term by its name, "learning_rate" and "max_grad_norm"
+# float32 [] scalars: the weight of each term, keyed by name, plus "learning_rate" and "max_grad_norm".
 Coefficients = Mapping[str, Any]
 TrainStep = Callable[
     [TrainState, TrainBatch, Coefficients], tuple[TrainState, Metrics, "TokenTrace"]
@@ -105,10 +105,9 @@ def make_train_step(
       optimizer: an optax transformation for a learning rate of 1.
       mesh: the mesh that the step runs on.
       shardings: shardings of the state, from `state_shardings`.
-      max_completion_length: L of the constant normalizers, in tokens.
+      max_completion_length: L in the constant normalizers, in tokens.
       ratio_to: the old policy of completion tokens. "trainer" is the policy before the batch's first update.
-        "sampler" is the policy from which each token was sampled, which may be older, with the log-probabilities that
-        the sampler computed.
+        "sampler" is the (possibly older) policy that sampled each token, with the sampler's log-probabilities.
     """
     objective = partial(_objective, scorer, method, ratio_to)
 
@@ -145,7 +144,7 @@ def make_train_step(
 
 
 def clip_by_norm(grads: Any, norm: jax.Array, max_norm: jax.Array) -> Any:
-    """Scales gradients of the given global norm down to `max_norm` if it is larger."""
+    """Scales gradients down to a global norm of `max_norm` if their norm is larger."""
     scale = jnp.where(norm > max_norm, max_norm / norm, 1.0)
     return jax.tree.map(lambda x: x * scale, grads)
 
@@ -155,7 +154,7 @@ def make_batch_logprobs(
 ) -> Callable[[Any, TrainBatch], jax.Array]:
     """Builds a jitted function `(params, batch) -> logprobs` for `TrainBatch.old_logprobs` and `ref_logprobs`.
 
-    It returns the log-probability of every trained token, float32 `[M, B, T]`; 0 elsewhere.
+    The function returns the log-probability of every trained token, float32 `[M, B, T]`; 0 elsewhere.
     """
 
     def batch_logprobs(params: Any, batch: TrainBatch) -> jax.Array:
@@ -264,7 +263,7 @@ def _accumulate(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     empty_trace = TokenTrace(*(jnp.zeros(batch.kinds.shape, jnp.float32) for _ in range(2)))
     initial = (jax.tree.map(jnp.zeros_like, trained), *zeros, empty_trace)
-    # The number of iterations is traced, so a batch that fills fewer micro-batches does not recompile.
+    # The number of iterations is traced, so a batch that fills fewer micro-batches needs no recompilation.
     return jax.lax.fori_loop(0, batch.num_micro_batches, add_micro_batch, initial)
 
 
@@ -307,7 +306,7 @@ def term_weights(
 
 
 def _is_any(kinds: jax.Array, wanted: Sequence[TokenKind]) -> jax.Array:
-    """Returns a mask of the tokens of any of the kinds."""
+    """Returns a mask of the tokens whose kind is in `wanted`."""
     return jnp.isin(kinds, jnp.array(wanted))
 
 
