@@ -1,4 +1,4 @@
-"""Token sampling: the distribution of the sampled tokens, and their log-probabilities."""
+"""Tests token sampling: the distribution of the sampled tokens, and their log-probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,11 @@ def test_inverse_cdf_over_many_blocks_never_takes_probability_zero():
     tokens = np.asarray(inverse_cdf(jnp.tile(probs[:, None], uniform.size), uniform))
     assert (probs[tokens] > 0).all()
     exact = np.searchsorted(np.cumsum(probs, dtype=np.float64), uniform, side="right")
-    assert (tokens == exact).mean() > 0.99  # rounding moves the others across a boundary
+    assert (tokens == exact).mean() > 0.99  # rounding moves the other draws across a boundary
 
 
 def test_draws_follow_the_distribution():
-    """Chi-square test of 200,000 draws over the 200 most likely of 50,000 tokens and the rest."""
+    """Applies a chi-square test to 200,000 draws, with a cell for each of the 200 likeliest tokens and one for the rest."""
     rng = np.random.default_rng(0)
     vocab_size, num_rows, num_calls = 50_000, 2000, 100
     logits = (3 * rng.normal(size=vocab_size)).astype(np.float32)
@@ -61,7 +61,7 @@ def test_temperature_zero_is_greedy_and_temperature_scales():
 
 
 def test_logprobs_count_a_long_tail_of_improbable_tokens():
-    """If their probabilities were added one by one to 1 in float32, the sum would remain 1."""
+    """If the tail's probabilities were added one by one to 1 in float32, the sum would remain 1."""
     vocab_size, num_rows = 150_000, 4
     logits = np.full((vocab_size, num_rows), np.log(1e-8), np.float32)
     logits[0] = 0.0
@@ -76,11 +76,11 @@ def test_logprobs_count_a_long_tail_of_improbable_tokens():
     [
         (1.0, 0, [0, 1, 2, 3]),
         (1.0, 2, [1, 2]),
-        (0.5, 0, [2]),  # token 2 alone reaches it
+        (0.5, 0, [2]),  # token 2 alone reaches top_p
         (0.51, 0, [1, 2]),
         (0.79, 0, [1, 2]),
-        (0.81, 0, [0, 1, 2, 3]),  # 0 and 3 are equally likely: both are kept
-        (0.7, 3, [1, 2]),  # normalized over the first three: .5 / .9 and .8 / .9
+        (0.81, 0, [0, 1, 2, 3]),  # tokens 0 and 3 are equally likely, so both are kept
+        (0.7, 3, [1, 2]),  # cumulative, normalized over the top three: .5 / .9 and .8 / .9
         (0.01, 0, [2]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Engines by name and by import path, and their statistics."""
+"""Tests the choice of engines by name or import path, and their statistics."""
 
 import sys
 

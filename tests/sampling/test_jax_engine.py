@@ -1,4 +1,4 @@
-"""The JAX engine: its log-probabilities, and completions that depend only on their requests."""
+"""Tests the JAX engine: its log-probabilities, and completions that depend only on their requests."""
 
 import dataclasses
 import gc
@@ -24,7 +24,7 @@ from trapo_jax.types import (
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_logprobs_equal_a_full_forward_pass(decoder, params, problems, temperature):
-    """With padding, prefixes, shared prefills, and reused slots."""
+    """The requests involve padding, prefixes, shared prefills, and reused slots."""
     requests = requests_of(problems[:10], group=4)
     completions = sample(make_engine(decoder, params), requests, temperature=temperature)
     assert len(completions) == 40
@@ -37,7 +37,7 @@ def test_logprobs_equal_a_full_forward_pass(decoder, params, problems, temperatu
 def test_all_layouts_sample_the_same_tokens(
     decoder, params, problems, reference, monkeypatch, layout
 ):
-    """With several sizes of the cache and of the decode step, prefixes, and reused slots."""
+    """The requests involve several cache and decode sizes, prefixes, and reused slots."""
     monkeypatch.setattr("trapo_jax.sampling.replica.choose_layout", lambda config, mesh: layout)
     monkeypatch.setattr("trapo_jax.sampling.replica.MIN_VIEW_LEN", 16)
     engine = make_engine(decoder, params)
@@ -92,7 +92,7 @@ def test_tokens_do_not_depend_on_when_requests_are_submitted(decoder, params, pr
 
 
 def test_an_earlier_step_preempts_a_later_one(decoder, params, problems):
-    """Four requests of step 1 preempt four of step 2 that occupy all slots. Preemption does not change the tokens."""
+    """Four requests of step 1 preempt the four of step 2 that occupy all slots, without changing any tokens."""
     early, late = requests_of(problems[:1], group=4), requests_of(problems[1:2], group=4)
     alone = {
         step: sample(make_engine(decoder, params), requests, step=step)
@@ -115,7 +115,7 @@ def test_an_earlier_step_preempts_a_later_one(decoder, params, problems):
 
 
 def test_released_and_resumed_requests_get_the_same_tokens(decoder, params, problems, reference):
-    """With unchanged weights, for requests that were queued, just started or nearly finished."""
+    """The weights are unchanged; the released requests are queued, just started, or nearly finished."""
     requests = requests_of(problems[:8], group=4)
     engine = make_engine(decoder, params, num_slots=16, prefill_tokens=512)
     engine.submit(requests, step=1, params=SamplingParams())
@@ -155,7 +155,7 @@ def test_a_completion_stops_at_its_maximum_length(decoder, params, problems):
     request = RolloutRequest(problems[0], 0, 0, 0, 3)
     (completion,) = sample(engine, [request]).values()
     assert completion.finish_reason is FinishReason.LENGTH
-    assert len(completion.token_ids) == 2  # prefix 3 + 2 = 5
+    assert len(completion.token_ids) == 2  # 3 prefix tokens + 2 = maximum length 5
 
 
 def test_eos_is_part_of_the_completion(decoder, params, problems):

@@ -1,4 +1,4 @@
-"""Prefill and cached prefixes on the device, tested through the engine."""
+"""Tests prefill and cached prefixes on the device, through the engine."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from trapo_jax.types import Expert, Problem, RolloutRequest, SamplingParams
 
 
 def test_prefilled_tokens_are_prompts_and_distinct_extensions(decoder, params, problems):
-    """The number of rollouts does not matter. The last token of a context is decoded, not prefilled."""
+    """The count does not depend on the number of rollouts. A context's last token is decoded, not prefilled."""
     engine = make_engine(decoder, params, num_contexts=8)
     requests = requests_of(problems[:8], group=6, ratios=(0.0, 0.2, 0.5))
     completions = sample(engine, requests)
@@ -17,14 +17,14 @@ def test_prefilled_tokens_are_prompts_and_distinct_extensions(decoder, params, p
     assert engine.stats().prefilled_tokens == expected
     assert engine.stats().decoded_tokens == sum(len(c.token_ids) for c in completions.values())
     assert engine.stats().slot_tokens >= engine.stats().decoded_tokens
-    # New weights invalidate the prefix cache, so the same requests cost the same again.
+    # New weights invalidate the prefix cache, so the same requests are prefilled again.
     engine.update_weights(params)
     sample(engine, requests)
     assert engine.stats().prefilled_tokens == 2 * expected
 
 
 def test_two_experts_and_long_prefixes_in_chunks(decoder, params, problems):
-    """Rows that are copied, extended and prefilled in chunks give the logprobs of a full forward pass."""
+    """Rows that are copied, extended, and prefilled in chunks yield the logprobs of a full forward pass."""
     first = problems[0].experts[0]
     second = Expert((*first.token_ids[:3], *first.token_ids[9:30]))
     problem = Problem("e" * 16, problems[0].prompt_ids, "", (first, second))
@@ -41,7 +41,7 @@ def test_two_experts_and_long_prefixes_in_chunks(decoder, params, problems):
 
 
 def test_a_view_of_a_long_cache_gives_the_same_logprobs(decoder, params, problems):
-    """With views of 256, 512 and all 616 positions, as the longest running row requires."""
+    """The views have 256, 512, or all 616 positions, depending on the longest running row."""
     rng = np.random.default_rng(0)
     engine = make_engine(decoder, params, max_completion_length=600, num_slots=2)
     problem = problems[0]
@@ -55,7 +55,7 @@ def test_a_view_of_a_long_cache_gives_the_same_logprobs(decoder, params, problem
 
 
 def test_a_long_prefill_takes_several_steps_and_can_be_released(decoder, params, problems):
-    """The first step only prefills. Requests that are released then get the same tokens afterwards."""
+    """The first step only prefills. Requests released at that point still get the same tokens later."""
     options = {"prefill_tokens": 16, "num_slots": 16}
     requests = requests_of(problems[:8])
     expected = sample(make_engine(decoder, params, **options), requests)

@@ -1,4 +1,4 @@
-"""The prefix cache: the assignment of contexts to rows, and the order of prefills."""
+"""Tests the prefix cache: the assignment of contexts to rows, and the order of prefills."""
 
 import numpy as np
 from hypothesis import given
@@ -19,7 +19,7 @@ def test_a_prompt_is_prefilled_once_and_extended():
     assert table.look_up("a", (1, 2, 3)) == ContextLookup(0, PrefillChunk(0, 0, (1, 2, 3)), None)
     assert table.look_up("a", (1, 2, 3)) == ContextLookup(0, None, None)
     assert table.look_up("a", (1, 2, 3, 4, 5)) == ContextLookup(0, PrefillChunk(0, 3, (4, 5)), None)
-    # A shorter prefix is cached, too.
+    # A shorter prefix counts as cached, too.
     assert table.look_up("a", (1, 2, 3, 4)) == ContextLookup(0, None, None)
 
 

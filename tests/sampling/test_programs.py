@@ -1,4 +1,4 @@
-"""The choice of the storage layout for decoding."""
+"""Tests the choice of the storage layout for decoding."""
 
 import dataclasses
 import types

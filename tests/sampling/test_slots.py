@@ -1,4 +1,4 @@
-"""The slot scheduler, tested without jax on a simulated device."""
+"""Tests the slot scheduler without jax, on a simulated device."""
 
 import dataclasses
 import subprocess
@@ -59,7 +59,7 @@ def key_of(target):
 
 
 def submit_all(scheduler, steps):
-    """Submits one request per step, all for one problem, and admits them together."""
+    """Submits one request per step, all for the same problem, and admits them together."""
     for j, step in enumerate(steps):
         scheduler.submit(pending(request(sample_index=j), step=step))
     return scheduler.admit()
@@ -278,7 +278,7 @@ class ListDevice:
         self.scheduler.preempt(slots, self.take(slots))
 
     def release(self):
-        """Preempts and drains all requests and clears the cache, as when the weights change."""
+        """Preempts and drains all requests and clears the cache, like an update of the weights."""
         self.preempt(self.scheduler.running_slots)
         self.contexts = [()] * len(self.contexts)
         self.scheduler.clear_contexts()
@@ -314,7 +314,7 @@ ACTIONS = st.one_of(SUBMISSIONS, st.sampled_from(["step", "step", "release"]))
 def test_every_request_finishes_once_with_the_tokens_it_gets_alone(
     actions, num_slots, num_contexts
 ):
-    """With queueing, preemption, compaction, shared contexts, and released and restored weights."""
+    """The actions cause queueing, preemption, compaction, shared contexts, and released and restored weights."""
     scheduler = make_scheduler(num_slots=num_slots, num_contexts=num_contexts)
     device = ListDevice(scheduler, num_contexts)
     step_of, completions, count = {}, [], 0

@@ -1,4 +1,4 @@
-"""Device computations: contexts are prefilled, and slots are started, decoded, moved and read."""
+"""Device computations: prefills contexts; starts, decodes, moves, and reads slots."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from trapo_jax.sampling.slots import SlotStart
 
 # A segment ends early once 1 / REFILL_DIVISOR of its slots have finished, so that queued requests can use them.
 REFILL_DIVISOR = 16
-OUT_OF_RANGE = 2**30  # a position beyond the end of every cache; writes to it are dropped
+OUT_OF_RANGE = 2**30  # a position beyond the end of every cache, where writes are dropped
 
 
 class Slots(NamedTuple):
@@ -60,11 +60,11 @@ def init_slots(config: DecoderConfig, num_slots: int, *, cache_len: int, max_new
 
 
 def prefill(config: DecoderConfig, params: Any, contexts: KVCache, batch: PrefillBatch) -> KVCache:
-    """Runs chunks through the model and appends their keys and values to their rows.
+    """Runs chunks through the model and appends their keys and values to the chunks' rows.
 
     Args:
       config: the decoder, with the layout `Stacked`.
-      params: the parameters of the decoder.
+      params: the decoder's parameters.
       contexts: the prefix cache.
       batch: the chunks.
     """
@@ -105,9 +105,9 @@ def start_slots(
       config: the decoder, in the layout of the slots.
       slots: the state of the slots.
       contexts: the prefix cache.
-      rows: int32 `[S]`, the row of each start's context.
+      rows: int32 `[S]`, the prefix cache row of each start's context.
       count: int32 `[]`, number of starts. The remaining entries have an out-of-range slot and are dropped.
-      seed: uint32 `[]`, the seed of the run.
+      seed: uint32 `[]`, the run's seed.
       starts: initial states, arrays of shape `[S]`.
       copied_len: number of positions to copy, at least the longest `cached_len`.
     """
@@ -137,7 +137,7 @@ def move_slots(
     to_slots: jax.Array,
     count: jax.Array,
 ) -> Slots:
-    """Moves the first `count` of `from_slots` to `to_slots`. The other `to_slots` must be out of range."""
+    """Moves the first `count` entries of `from_slots` to `to_slots`. The remaining `to_slots` must be out of range."""
     cache = config.layout.copy(slots.cache, from_slots, to_slots, count)
     put = lambda x: x.at[to_slots].set(x[from_slots], mode="drop")
     moved = jax.tree.map(put, slots._replace(cache=None))
@@ -167,7 +167,7 @@ def decode_segment(
     num_slots: int,
     view_len: int,
 ) -> tuple[Slots, jax.Array, jax.Array]:
-    """Samples up to `segment_len` tokens in every active slot; fewer if enough slots finish early.
+    """Samples up to `segment_len` tokens in every active slot, or fewer if enough slots finish early.
 
     Args:
       config: the decoder, in the layout of the slots.
@@ -179,7 +179,7 @@ def decode_segment(
       view_len: number of positions to read.
 
     Returns:
-      The slots, the number of decode steps and the number of sampled tokens, both int32 `[]`.
+      The slots, and the numbers of decode steps and of sampled tokens, both int32 `[]`.
     """
     to_logits = output_projection(config, params)
     whole = slots

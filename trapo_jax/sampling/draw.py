@@ -28,11 +28,11 @@ def draw_tokens(
     The CDF is inverted in two levels: a block of the vocabulary is chosen by its probability mass, then a token within
     the block. This needs a single uniform random number per row, no sorting, and no Gumbel noise over V. Since sums
     have at most `BLOCK_LEN` or V / BLOCK_LEN terms, float32 rounding stays far below the smallest relevant probability.
-    The vocabulary is the first axis, so that sums over it process many rows at once.
+    The vocabulary is the first axis, so sums over it process many rows at once.
 
     Args:
-      keys_S: random keys, into which the position is folded.
-      positions_S: int32, the position that the drawn token will have.
+      keys_S: random keys; the position is folded into them.
+      positions_S: int32, the position of the drawn token.
       logits_VS: float32.
       temperatures_S: float32, >= 0.
       top_p_and_k_S: see `truncate`. If None, the distribution is not truncated, and no sorting is needed.
@@ -66,8 +66,8 @@ def draw_tokens(
 def truncate(logits_VS: jax.Array, top_p_S: jax.Array, top_k_S: jax.Array) -> jax.Array:
     """Sets the logits of unlikely tokens to -inf.
 
-    Of the `top_k` most likely tokens, the smallest set is kept whose probabilities, normalized over the `top_k`, sum
-    to at least `top_p`. Ties with the least likely token of this set are kept as well.
+    Among the `top_k` most likely tokens, keeps the smallest set with probabilities, normalized over the `top_k`, that
+    sum to at least `top_p`. Ties with the least likely token in this set are kept as well.
 
     Args:
       logits_VS: float32.
@@ -107,7 +107,7 @@ def inverse_cdf(weights_VS: jax.Array, uniform_S: jax.Array) -> jax.Array:
 
 
 def _in_blocks(weights_VS: jax.Array) -> jax.Array:
-    """Reshapes to `[N, C, S]`, N blocks of C tokens; the last block is padded with zeros."""
+    """Reshapes to `[N, C, S]`, with N blocks of C tokens; the last block is padded with zeros."""
     vocab_size, num_rows = weights_VS.shape
     block_len = min(BLOCK_LEN, vocab_size)
     num_blocks = -(-vocab_size // block_len)
@@ -116,10 +116,10 @@ def _in_blocks(weights_VS: jax.Array) -> jax.Array:
 
 
 def _first_above(masses: jax.Array, cdf: jax.Array, target: jax.Array) -> jax.Array:
-    """Returns the first index of positive mass with `cdf > target`, int32 `[S]`.
+    """Returns the first index with positive mass and `cdf > target`, int32 `[S]`.
 
-    If there is no such index because of rounding, returns the last index of positive mass. The mass is checked as well
-    because parallel prefix sums need not be monotone.
+    If rounding leaves no such index, returns the last index with positive mass. The mass is also checked because
+    parallel prefix sums need not be monotone.
     """
     size = len(masses)
     positive = masses > 0

@@ -1,4 +1,4 @@
-"""The rollout engine protocol, and the registry of engines by name. Imports no jax.
+"""Defines the rollout engine protocol and the registry of engines. Imports no jax.
 
 An engine takes token ids and returns token ids with their log-probabilities under the temperature-scaled
 distribution. The training loop uses only the members of `RolloutEngine`. To use your own engine, write a callable that
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
     from trapo_jax.models import DecoderConfig
 
-# Engines by name. The values are import paths, so that an engine's dependencies are imported only if it is used.
+# Import paths of the engines, keyed by name, so that an engine's dependencies are imported only if it is used.
 ENGINES = {"jax": "trapo_jax.sampling.jax_engine:JaxEngine"}
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineSpec:
-    """Everything that is needed to build an engine.
+    """Everything needed to build an engine.
 
     Attributes:
-      decoder: the shape of the model.
-      num_slots: number of completions that each replica of the weights samples at once.
+      decoder: the model's shape.
+      num_slots: number of completions that each replica samples at once.
       max_prompt_length: maximum length of a prompt, in tokens.
       max_completion_length: maximum length of expert prefix plus completion, in tokens.
-      segment_len: maximum number of tokens decoded per call of `step`.
-      num_contexts: number of prompts and expert prefixes whose keys and values each replica keeps.
+      segment_len: maximum number of tokens decoded per slot in one call of `step`.
+      num_contexts: number of prompts and expert prefixes that each replica caches.
       prefill_tokens: maximum number of tokens prefilled at once.
       eos_ids: token ids that end a completion.
-      seed: the seed of the run.
-      model_folder: the Hugging Face folder from which the run starts; None if the weights come from elsewhere.
+      seed: the run's seed.
+      model_folder: the Hugging Face folder that the run starts from; None if the weights come from elsewhere.
       with_truncation: whether requests may use top-p and top-k.
       mesh: the devices, with the axes `data`, `fsdp` and `tp`; None for one device.
     """
@@ -58,13 +58,13 @@ class EngineSpec:
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """Counters of an engine's work since it was built. Differences and sums are computed field by field.
+    """Counters of an engine's work since it was built. Addition and subtraction are field by field.
 
     Attributes:
       prefilled_tokens: number of prompt and expert-prefix tokens that were prefilled.
       decoded_tokens: number of sampled tokens.
-      decode_steps: number of forward passes that sampled them; each samples one token per active slot.
-      slot_tokens: number of tokens that these steps would have sampled if all computed slots had been active.
+      decode_steps: number of forward passes that sampled these tokens; each samples one token per active slot.
+      slot_tokens: number of tokens that these steps would have sampled with all computed slots active.
     """
 
     prefilled_tokens: int = 0
@@ -93,7 +93,7 @@ class EngineMemory:
     """Memory that an engine occupies on each device from `update_weights` to `release`.
 
     Attributes:
-      kv_cache_bytes: size of the keys and values in bytes.
+      kv_cache_bytes: size of the KV cache in bytes.
     """
 
     kv_cache_bytes: int
@@ -109,13 +109,13 @@ class RolloutEngine(Protocol):
 
         Args:
           requests: distinct requests.
-          step: the training step, which is part of their random keys. Requests of earlier steps take priority.
+          step: the training step; part of the random keys. Requests of earlier steps take priority.
           params: sampling parameters.
         """
         ...
 
     def step(self) -> list[Completion]:
-        """Prefills or decodes for a short time, at most one segment, and returns the finished completions, possibly none."""
+        """Prefills or decodes at most one segment, and returns the finished completions, possibly none."""
         ...
 
     @property
@@ -125,11 +125,11 @@ class RolloutEngine(Protocol):
 
     @property
     def num_idle_slots(self) -> int:
-        """Number of additional requests that could run concurrently with the queued and running ones."""
+        """Number of additional requests that could run alongside the queued and running requests."""
         ...
 
     def update_weights(self, params: Any) -> None:
-        """Replaces the weights that are used for sampling. No request may be queued or running."""
+        """Replaces the weights used for sampling. No request may be queued or running."""
         ...
 
     def release(self) -> list[Completion]:
@@ -159,7 +159,7 @@ def make_engine(name: str, spec: EngineSpec) -> RolloutEngine:
     Args:
       name: a key of `ENGINES`, or the import path `package.module:name` of a callable that takes an `EngineSpec`
         and returns a `RolloutEngine`.
-      spec: the specification passed to the engine.
+      spec: the specification to pass to the engine.
 
     Raises:
       UserError: if the name is unknown, or the import path does not refer to a rollout engine.

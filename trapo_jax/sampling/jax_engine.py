@@ -1,10 +1,10 @@
-"""The rollout engine in JAX, on the devices of this host.
+"""Implements the rollout engine in JAX, on the devices of this host.
 
-A replica is one copy of the weights with its own slots, on one device or on the `tp` devices of one row of the mesh.
+A replica is one copy of the weights with its own slots, on one device or on the `tp` devices in one row of the mesh.
 If there are several hosts, each samples on its own devices. All rollouts of a problem are assigned to the same
 replica, which prefills their prompt and prefixes only once.
 
-The random numbers depend only on the request and the position (seed, step, problem, sample index, position), not on
+The random numbers depend only on the request and the position (seed, step, problem, sample index, position), and not on
 the replica, the slot, the other slots, the number of slots, or the order of submission.
 """
 
@@ -48,7 +48,7 @@ class JaxEngine:
             Replica(spec, Mesh(row, ("tp",), axis_types=(AxisType.Auto,)))
             for row in _local_rows(mesh)
         ]
-        self._replica_of: dict[str, Replica] = {}  # by problem id
+        self._replica_of: dict[str, Replica] = {}  # keyed by problem id
         self._threads = ThreadPoolExecutor(len(self._replicas), thread_name_prefix="replica")
 
     def stats(self) -> EngineStats:
@@ -70,7 +70,7 @@ class JaxEngine:
         if self.is_busy:
             raise RuntimeError("update_weights called while requests are queued or running")
         for replica in self._replicas:
-            replica.drop_weights()  # so that there are never three copies in memory
+            replica.drop_weights()  # otherwise, three copies would be in memory at once
         placed = self._place(params)
         for replica in self._replicas:
             replica.update_weights(jax.tree.map(lambda x, r=replica: _replica_view(x, r), placed))
@@ -118,7 +118,7 @@ class JaxEngine:
             replica.submit(PendingRequest(completion, step, params, self.max_tokens(request)))
 
     def _choose_replica(self, problem_id: str) -> Replica:
-        """Returns the replica that has this problem's other rollouts, or else the one with the fewest requests."""
+        """Returns the replica with this problem's other rollouts, or the least busy replica if there are none."""
         if problem_id not in self._replica_of:
             least_busy = min(self._replicas, key=lambda replica: replica.num_requests)
             self._replica_of[problem_id] = least_busy

@@ -1,8 +1,9 @@
-"""The prefix cache: tracks which prompts and expert prefixes have keys and values on the device. Imports no jax.
+"""Tracks the prompts and expert prefixes whose keys and values are cached on the device. Imports no jax.
 
 A context is a prompt with its expert prefix, and each row of the cache holds one context. A context that continues a
-cached one extends its row; a context that shares only the beginning of a cached one starts from a copy of it.
-Therefore, a prompt is prefilled only once per problem, and a longer expert prefix only from the end of a shorter one.
+cached context extends its row; a context that shares only the beginning of a cached context starts from a copy of that
+row. Therefore, a prompt is prefilled only once per problem, and a longer expert prefix only from the end of a shorter
+prefix.
 """
 
 import collections
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MIN_CHUNK_LEN = 16  # chunks are padded to this length times a power of 2
-MAX_PREFILL_ROWS = 8  # chunks of different contexts in one batch
+MIN_CHUNK_LEN = 16  # in tokens; chunks are padded to this length times a power of 2
+MAX_PREFILL_ROWS = 8  # maximum number of chunks, from different contexts, in one batch
 
 TokenIds = tuple[int, ...]
 
@@ -27,7 +28,7 @@ class PrefillChunk(NamedTuple):
 
 
 class PrefillBatch(NamedTuple):
-    """Up to U chunks of up to T tokens: the arrays that are passed to `prefill`, or their shapes."""
+    """Up to U chunks of up to T tokens, as arrays passed to `prefill` or as their shapes."""
 
     rows: Any  # int32 [U]
     starts: Any  # int32 [U]
@@ -46,12 +47,12 @@ ContextUpdate = ContextCopy | tuple[PrefillChunk, ...]
 
 
 class ContextLookup(NamedTuple):
-    """Where a context is cached, and what must be computed before it can be used.
+    """The row of a context, and the work required before it can be used.
 
     Attributes:
-      row: the row that holds the context after `copy` and `chunk` have been applied, in this order.
+      row: the row that holds the context once `copy` and then `chunk` have been applied.
       chunk: the tokens to prefill. None if the row already holds the context.
-      copy: the copy with which to initialize the row. None if nothing is copied.
+      copy: the copy that initializes the row. None if nothing is copied.
     """
 
     row: int
@@ -66,7 +67,7 @@ class _Row:
 
 
 class ContextTable:
-    """Records which row holds which context, and evicts the least recently used one.
+    """Maps contexts to rows, and evicts the least recently used context.
 
     Args:
       num_rows: number of contexts that the cache holds.
@@ -97,7 +98,7 @@ class ContextTable:
         best, shared = self._longest_match(problem_id, token_ids)
         copy = None
         if best is None or shared < min(len(token_ids), len(self._rows[best].token_ids)):
-            # No context of this problem is cached, or the best one diverges. Use another row.
+            # No context of this problem is cached, or the best match diverges. Use another row.
             target = self._row_to_evict(best)
             if target is None:
                 return None
@@ -123,16 +124,16 @@ class ContextTable:
         return best, shared
 
     def _row_to_evict(self, best: int | None) -> int | None:
-        """Returns the least recently used row that is not pinned; `best` only if there is no other."""
+        """Returns the least recently used row that is not pinned, and `best` only as a last resort."""
         taken = self._pinned | {best}
         target = next((i for i in self._recency if i not in taken), None)
         return best if target is None and best not in self._pinned else target
 
 
 def order_updates(lookups: Iterable[ContextLookup]) -> list[ContextUpdate]:
-    """Returns the updates that make the contexts available, in the order in which they must be applied.
+    """Returns the updates that make the contexts available, in the required order.
 
-    Chunks are batched and prefilled as late as possible: before a row with a pending chunk is copied, and at the end.
+    Chunks are batched and prefilled as late as possible: before a row with a pending chunk is copied, or at the end.
     """
     updates: list[ContextUpdate] = []
     chunks: dict[int, PrefillChunk] = {}
@@ -153,7 +154,7 @@ def order_updates(lookups: Iterable[ContextLookup]) -> list[ContextUpdate]:
 def batch_chunks(chunks: Iterable[PrefillChunk], max_tokens: int) -> Iterator[PrefillBatch]:
     """Splits and batches chunks of different rows.
 
-    A batch has at most `max_tokens` tokens, including padding. Longer chunks are split, and their parts are returned in
+    A batch has at most `max_tokens` tokens, including padding. Longer chunks are split, and their parts are yielded in
     order. To limit the number of compiled programs, lengths are rounded up to powers of 2, and a batch has either one
     row or the maximum number of rows.
     """

@@ -1,4 +1,4 @@
-"""The compiled programs of a replica, the state that they operate on, and the choice of its storage layout."""
+"""Builds a replica's compiled programs and the state that they operate on, and chooses its storage layout."""
 
 import dataclasses
 import functools
@@ -33,13 +33,13 @@ from trapo_jax.sampling.decode import (
 )
 from trapo_jax.types import TENSOR_AXIS
 
-# Minimum size of one layer's weights in bytes for which a CPU decodes with `PerLayerTransposed`. Measured: twice as
-# fast with 14 MB per layer, 20 % slower with 0.4 MB.
+# Minimum size of one layer's weights, in bytes, for decoding with `PerLayerTransposed` on a CPU. In measurements, it
+# was twice as fast with 14 MB per layer, and 20% slower with 0.4 MB.
 MIN_TRANSPOSED_LAYER_BYTES = 2**20
 
 
 class Programs(NamedTuple):
-    """The programs of a replica. Programs that update contexts or slots return new ones and invalidate the old ones."""
+    """The programs of a replica. Programs that update contexts or slots invalidate their arguments and return new ones."""
 
     convert_weights: (
         Any  # params["layers"] -> the same weights in the layout; None if the layout is `Stacked`
@@ -65,12 +65,12 @@ def make_programs(
     eos_ids: tuple[int, ...],
     with_truncation: bool,
 ) -> Programs:
-    """Returns the programs of a replica. They are compiled when called, for the shapes of their arguments.
+    """Returns the programs of a replica. They are compiled when called, for the shapes of the arguments.
 
-    Engines of the same process share them, so that a second engine for the same model compiles nothing.
+    Engines in the same process share the programs, so a second engine for the same model compiles nothing.
 
     Args:
-      config: the decoder, with the layout `Stacked`, in which contexts are prefilled.
+      config: the decoder, with the layout `Stacked`, which is used for prefilling.
       mesh: the devices of the replica, with `tp` as the only axis.
       layout: the storage layout for decoding.
       segment_len, eos_ids, with_truncation: see `EngineSpec`.
@@ -111,9 +111,9 @@ def make_programs(
 
 
 def choose_layout(config: DecoderConfig, mesh: Mesh) -> StorageLayout:
-    """Returns the layout with which these devices decode fastest.
+    """Returns the layout that makes decoding fastest on these devices.
 
-    cuDNN reads only the filled part of a `PerLayer` cache. CPUs multiply large matrices faster if they are transposed.
+    cuDNN reads only the filled part of a `PerLayer` cache. CPUs multiply large matrices faster if these are transposed.
     """
     weights = sum(x.size for x in jax.tree.leaves(abstract_params(config)["layers"]))
     layer_bytes = weights // config.num_layers * jnp.dtype(config.dtype).itemsize
@@ -140,9 +140,9 @@ def init_state(
     Args:
       config: see `make_programs`.
       layout: storage layout of the slots.
-      num_contexts: number of rows of the prefix cache.
+      num_contexts: number of rows in the prefix cache.
       num_slots: number of slots.
-      cache_len: number of positions of each row and slot.
+      cache_len: number of positions in each row and slot.
       max_new: maximum number of tokens sampled in a slot.
     """
     decoding = dataclasses.replace(config, layout=layout)
@@ -153,7 +153,7 @@ def init_state(
 
 
 def state_shardings(mesh: Mesh, layout: StorageLayout) -> tuple[KVCache, Slots]:
-    """Returns the shardings of contexts and slots: keys and values are split by heads, the rest is replicated.
+    """Returns the shardings of contexts and slots: keys and values are sharded over heads, and the rest is replicated.
 
     Args:
       mesh: see `make_programs`.

@@ -1,4 +1,4 @@
-"""One replica of the sampler: the devices that hold one copy of the weights, and their slots.
+"""Implements one replica of the sampler: the devices that hold one copy of the weights, and their slots.
 
 The slot scheduler (`slots.py`) decides which requests run in which slots. The replica executes its decisions on the
 devices, one segment of tokens at a time: it prefills contexts, copies them to slots, decodes, and reads the sampled
@@ -26,12 +26,12 @@ from trapo_jax.sampling.slots import (
 )
 from trapo_jax.types import Completion, UserError
 
-# The number of positions copied from a context to a slot is this number times a power of 2.
+# Minimum number of positions copied from a context to a slot; larger numbers are this times a power of 2.
 MIN_COPY_LEN = 16
-# The number of cache positions that a decode segment reads is this number times a power of 2.
+# Minimum number of cache positions read by a decode segment; larger numbers are this times a power of 2.
 MIN_VIEW_LEN = 256
 SLOTS_PER_READ = 8
-# Number of full prefills after which `step` returns, so that its caller can report progress or stop.
+# Number of full prefills after which `step` returns, so that the caller can report progress or stop.
 PREFILLS_PER_STEP = 4
 SLOT_START_DTYPES = SlotStart(
     slot=np.int32,
@@ -51,7 +51,7 @@ class Replica:
     """Samples on one group of devices.
 
     Args:
-      spec: the specification of the engine. Its mesh is not used.
+      spec: the engine's specification. Its mesh is not used.
       mesh: the devices of this replica, along the axis `tp`.
     """
 
@@ -86,9 +86,9 @@ class Replica:
         self._init = jax.jit(init, out_shardings=state_shardings(mesh, layout))
         self._contexts: Any = None
         self._slots: Any = None
-        self._cache_extent: CacheExtent | None = None  # None: the cache has its full size
-        self._admission: Admission | None = None  # its slots have not been started
-        self._prefills: Iterator[int] | None = None  # those that precede the next segment
+        self._cache_extent: CacheExtent | None = None  # None if the cache has its full size
+        self._admission: Admission | None = None  # the wave whose slots have not been started
+        self._prefills: Iterator[int] | None = None  # the prefills that precede the next segment
         self._programs = make_programs(
             spec.decoder,
             mesh,
@@ -99,7 +99,7 @@ class Replica:
         )
 
     def _check_memory(self, spec: EngineSpec) -> None:
-        """Checks that keys and values fit into the memory of a device, before anything is allocated."""
+        """Checks that keys and values fit in device memory, before anything is allocated."""
         needed, available = self.kv_cache_bytes, _memory_bytes(self.mesh.devices.flat[0])
         if available is not None and needed > available:
             raise UserError(
@@ -165,7 +165,7 @@ class Replica:
     def step(self) -> list[Completion]:
         """Admits requests, decodes one segment, and returns the finished completions.
 
-        After a long prefill, the rest of it and the segment are left to later calls.
+        If the prefill is long, the rest of it and the segment are left to later calls.
         """
         if self._prefills is None:
             self._preempt(self._scheduler.slots_to_preempt())
@@ -201,7 +201,7 @@ class Replica:
             self._scheduler.preempt(slots, self._read_sampled(slots, num_new))
 
     def _read_sampled(self, slots: Sequence[int], num_new: np.ndarray) -> list[Sampled]:
-        """Reads the sampled tokens of slots, in groups of a fixed size so that one compiled program suffices."""
+        """Reads the slots' sampled tokens, in groups of a fixed size so that one compiled program suffices."""
         sampled: list[Sampled] = []
         for start in range(0, len(slots), SLOTS_PER_READ):
             group = slots[start : start + SLOTS_PER_READ]
@@ -214,9 +214,9 @@ class Replica:
         return sampled
 
     def _admit(self) -> Iterator[int]:
-        """Admits requests, updates the prefix cache and starts their slots.
+        """Admits requests, updates the prefix cache, and starts the requests' slots.
 
-        Yields the size of every prefill in tokens, padding included.
+        Yields the size of every prefill in tokens, including padding.
         """
         while admission := self._scheduler.admit():
             self._admission = admission
@@ -264,7 +264,7 @@ class Replica:
         )
 
     def _resize_cache(self) -> CacheExtent:
-        """Returns the extent that the next segment reads; resizes the cache to it if the layout requires that."""
+        """Returns the cache extent that the next segment reads; resizes the cache to it if the layout needs that."""
         extent = self._scheduler.extent()
         if self._layout.needs_resize and extent != self._cache_extent:
             self._slots = self._programs.resize_cache(self._slots, **extent._asdict())
@@ -273,7 +273,7 @@ class Replica:
 
 
 def _memory_bytes(device: Any) -> int | None:
-    """Returns the memory of a device, for the CPU that of the machine; None if it is unknown."""
+    """Returns a device's memory size, or the machine's for a CPU; None if unknown."""
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return (device.memory_stats() or {}).get("bytes_limit")

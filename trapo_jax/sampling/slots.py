@@ -1,12 +1,11 @@
-"""The slot scheduler: decides which requests run, in which slots, and from which cached contexts. Imports no jax.
+"""Schedules slots: decides which requests run, in which slots, and from which cached contexts. Imports no jax.
 
 The scheduler makes the decisions, and the replica executes them. Between two decode segments, the replica asks which
-running requests to preempt, admits pending requests in waves, compacts the running ones into the lowest slots, and
-asks how many slots and cache positions the next segment has to compute. It then reports the lengths and the sampled
-tokens.
+running requests to preempt, admits pending requests in waves, compacts running requests into the lowest slots, and asks
+how many slots and cache positions the next segment must compute. It then reports the lengths and the sampled tokens.
 
 Requests of earlier training steps take priority: if there are too few slots for them, requests of later steps are
-preempted. A preempted request is queued again with the tokens that it has, and sampling later continues after them.
+preempted. A preempted request is queued again with its tokens so far, and sampling later continues after them.
 """
 
 import heapq
@@ -24,7 +23,7 @@ from trapo_jax.sampling.prefix_cache import (
 )
 from trapo_jax.types import Completion, FinishReason, SamplingParams
 
-# A decode segment computes this number of slots times a power of 2. One program is compiled for each such number.
+# A decode segment computes this number of slots times a power of 2. A program is compiled for each such number.
 MIN_DECODE_SLOTS = 2
 
 Sampled = tuple[Sequence[int], Sequence[float]]  # token ids and logprobs of one slot
@@ -34,10 +33,10 @@ class PendingRequest(NamedTuple):
     """A request that is queued or running.
 
     Attributes:
-      partial: the tokens that were sampled before the request was assigned its slot.
-      step: the training step, which is part of the random key.
+      partial: the tokens sampled before the request was assigned its slot.
+      step: the training step; part of the random key.
       params: sampling parameters.
-      max_tokens: maximum number of sampled tokens, including those of `partial`.
+      max_tokens: maximum number of sampled tokens, including the tokens in `partial`.
     """
 
     partial: Completion
@@ -51,7 +50,7 @@ class SlotStart(NamedTuple):
 
     slot: Any
     cached_len: Any
-    last_token: Any  # fed to the first decode step
+    last_token: Any  # the input of the first decode step
     max_new: Any
     temperature: Any
     top_p: Any
@@ -62,7 +61,7 @@ class SlotStart(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """A wave of requests that are assigned slots together.
+    """A wave of requests that are assigned to slots together.
 
     Attributes:
       context_updates: updates of the prefix cache, to be applied first, in order.
@@ -87,10 +86,10 @@ class SlotScheduler:
 
     Args:
       num_slots: number of slots.
-      num_contexts: number of rows of the prefix cache.
-      cache_len: number of cache positions of a slot.
+      num_contexts: number of rows in the prefix cache.
+      cache_len: number of cache positions per slot.
       segment_len: maximum number of tokens that a decode segment samples per slot.
-      min_view_len: smallest `view_len` of an extent; the others are powers of 2.
+      min_view_len: smallest `view_len` of an extent; larger ones are powers of 2.
       eos_ids: token ids that end a completion.
     """
 
@@ -115,7 +114,7 @@ class SlotScheduler:
         self._submission_count = itertools.count()
         self._running: dict[int, PendingRequest] = {}
         self._free = list(range(num_slots))  # a heap: the lowest slot is used first
-        self._cached_lens = np.zeros(num_slots, np.int32)  # as on the device
+        self._cached_lens = np.zeros(num_slots, np.int32)  # a copy of the values on the device
 
     @property
     def num_requests(self) -> int:
@@ -128,7 +127,7 @@ class SlotScheduler:
 
     @property
     def num_idle_slots(self) -> int:
-        """Number of slots that are needed neither by running nor by queued requests."""
+        """Number of slots needed by neither running nor queued requests."""
         return max(0, self.num_slots - self.num_requests)
 
     @property
@@ -164,7 +163,8 @@ class SlotScheduler:
     def admit(self) -> Admission | None:
         """Admits queued requests while there are free slots and rows for their contexts.
 
-        The caller repeats this until it returns None, since a wave ends early if it uses all rows of the prefix cache.
+        The caller repeats this until it returns None, since a wave ends early once it uses all rows of the prefix
+        cache.
         """
         if not (self._pending and self._free):
             return None
@@ -174,8 +174,8 @@ class SlotScheduler:
             _, _, request = self._pending[0]
             target = request.partial.request
             context = target.problem.prompt_ids + target.prefix_ids + request.partial.token_ids
-            # The last token is not prefilled but fed to the first decode step, so that all tokens are sampled by the
-            # same code.
+            # The last token is fed to the first decode step instead of being prefilled, so that the same code samples
+            # all tokens.
             lookup = self._contexts.look_up(target.problem.id, context[:-1])
             if lookup is None:
                 break
@@ -205,7 +205,7 @@ class SlotScheduler:
         """Moves running requests to the lowest slots if that reduces the number of slots that a segment computes.
 
         Returns:
-          (from, to) pairs of slots. The caller moves their contents on the device.
+          Pairs (from, to) of slots. The caller moves their contents on the device.
         """
         num_slots = _round_up_slots(len(self._running))
         beyond = sorted(slot for slot in self._running if slot >= num_slots)
@@ -256,7 +256,7 @@ class SlotScheduler:
         return FinishReason.LENGTH if len(token_ids) == max_tokens else FinishReason.UNFINISHED
 
     def drain(self) -> list[Completion]:
-        """Empties the queue and returns its partial completions, the longest first. No request may be running."""
+        """Empties the queue and returns its partial completions, longest first. No request may be running."""
         if self._running:
             raise RuntimeError("cannot drain while requests are running; preempt them first")
         partials = [request.partial for _, _, request in sorted(self._pending)]
