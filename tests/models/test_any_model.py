@@ -1,4 +1,4 @@
-"""Any config, generation config, tokenizer and safetensors header is read as it is, or refused in one line."""
+"""Tests that any config, generation config, tokenizer, or safetensors header is read as is, or refused in one line."""
 
 import json
 import shutil
@@ -95,7 +95,7 @@ HEADER = {
 
 
 def write_safetensors(path, header, length=None):
-    """Writes a file with any header, which may say that it has another length."""
+    """Writes a file with the given header, and optionally with a wrong header length."""
     content = header if isinstance(header, bytes) else json.dumps(header).encode()
     length = len(content) if length is None else length
     path.write_bytes(struct.pack("<Q", length) + content + bytes(24))

@@ -1,4 +1,4 @@
-"""The decoder equals transformers for every architecture, for whole rows and with a cache."""
+"""Tests that the decoder equals transformers for every architecture, for whole rows and with a cache."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-# The model_type of transformers, and the differences from SMALL.
+# transformers' model_type and the differences from SMALL in each case.
 CASES = {
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama tied, with a separate head size": (

@@ -1,4 +1,4 @@
-"""Models by their Hub id: from a made cache without network, and from a small Hub on this machine."""
+"""Tests models with Hub ids, from a prepared cache without a network, and from a small Hub on this machine."""
 
 import json
 
@@ -29,7 +29,7 @@ def opened(path):
 
 
 def error_of(path, action=opened):
-    """The one-line error."""
+    """Returns the one-line error."""
     with pytest.raises(UserError) as caught:
         action(path)
     assert "\n" not in str(caught.value)
@@ -209,7 +209,7 @@ except UserError as error:
 
 @pytest.fixture
 def hub(tmp_path):
-    """A Hub with a model, and a function that opens a model by its id in a process of its own."""
+    """A Hub with a model, and a function that opens a model by its id in a separate process."""
     with serve_hub() as (fake, address):
         unwanted = ["modeling.py", "pytorch_model.bin", "onnx/model.safetensors", "README.md"]
         fake.repos["model", NAME] = {**FILES, **dict.fromkeys(unwanted, b"x")}
@@ -257,7 +257,7 @@ def test_the_answer_of_the_hub_is_one_line(answer, path, message, hub):
     (line,) = run("weights", path).stderr.splitlines()
     assert line.startswith(f"model.path='{NAME}")
     assert message in line
-    assert "hf download" not in line  # It would not help.
+    assert "hf download" not in line  # The command would not help.
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_with_the_command(hub):

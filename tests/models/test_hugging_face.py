@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face folders, including damaged and hostile ones."""
+"""Tests reading and writing Hugging Face folders, including damaged and hostile ones."""
 
 import json
 import os
@@ -114,7 +114,7 @@ print(memory("VmHWM") - before, sum(sizes), max(sizes))
     not Path("/proc/self/status").exists(), reason="memory is measured through /proc"
 )
 def test_loading_needs_little_memory_beyond_the_parameters(tmp_path):
-    """On CPUs, device memory is host memory. One stacked parameter and one tensor fit besides the parameters."""
+    """Besides the parameters, which are in host memory on CPUs, loading needs one stacked parameter and one tensor."""
     data = {**GQA, "num_hidden_layers": 16, "hidden_size": 512, "intermediate_size": 2048}
     source = tmp_path / "source"
     source.mkdir()
@@ -219,9 +219,12 @@ def tokenizer_with(field, parts_field, parts):
         ('{"version": "1.0"}', "cannot load the tokenizer"),
         ("[" * 5000, r"tokenizer\.json: not valid JSON \(nested too deeply\)"),
         ('{"a": [' + "[]," * 2_000_000 + "[]]}", "more than 2,000,000 lists and objects"),
-        (tokenizer_with("normalizer", "normalizers", [GROWING] * 7), "normalizer may make a text"),
-        (tokenizer_with("decoder", "decoders", [GROWING] * 7), "decoder may make a text"),
-        (tokenizer_with("normalizer", "normalizers", [{"type": "Replace"}]), "not one of a token"),
+        (tokenizer_with("normalizer", "normalizers", [GROWING] * 7), "normalizer may make text"),
+        (tokenizer_with("decoder", "decoders", [GROWING] * 7), "decoder may make text"),
+        (
+            tokenizer_with("normalizer", "normalizers", [{"type": "Replace"}]),
+            "normalizer is not valid",
+        ),
     ],
 )
 def test_a_folder_without_a_readable_tokenizer_is_refused_by_name(content, message, folder):

@@ -1,4 +1,4 @@
-"""Storage layouts: each operation on a cache gives the same contents in all layouts."""
+"""Tests that each operation on a cache gives the same contents in all storage layouts."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Low-rank adapters: computation, training and export."""
+"""Tests the computation, training, and export of low-rank adapters."""
 
 import dataclasses
 import json
@@ -127,7 +127,7 @@ def test_adapters_are_sharded_like_their_matrices():
     mesh = AbstractMesh((2, 2, 2), ("data", "fsdp", "tp"))
     found = {k: tuple(v.spec) for k, v in param_shardings(shapes, mesh)["layers"].items()}
     for name in TARGETS:
-        num_in = 4 if name == "output" else 2  # and the layer axis
+        num_in = 4 if name == "output" else 2  # including the layer axis
         assert found[name + A] == (*found[name][:num_in], None)
         assert found[name + B] == (None, None, *found[name][num_in:])
 

@@ -1,4 +1,4 @@
-"""Token ids, EOS ids and the context length of a model folder."""
+"""Tests the token ids, EOS ids, and context length of a model folder."""
 
 import json
 import resource
@@ -49,7 +49,7 @@ def add_to_vocabulary(tokenizer, token_id):
 
 
 def add_by_template(tokenizer, token_id):
-    """A token that is no part of the vocabulary and starts every text."""
+    """Adds a token that is not part of the vocabulary and starts every string."""
     tokenizer["post_processor"] = {
         "type": "TemplateProcessing",
         "single": [

@@ -1,4 +1,4 @@
-"""The small files of a model folder: which are copied, and how they are written."""
+"""Tests which small files of a model folder are copied, and how they are written."""
 
 import json
 import os

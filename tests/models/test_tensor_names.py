@@ -1,4 +1,4 @@
-"""Weight files whose tensors differ from those that transformers writes today are read as transformers reads them."""
+"""Tests that weight files unlike those that transformers writes today are read as transformers reads them."""
 
 import json
 
@@ -63,7 +63,7 @@ def old_buffers_without_prefix(tensors):
     without_prefix(tensors)
 
 
-# What differs from a file of today, and whether the model of transformers then has one matrix for both ends.
+# Maps each difference from today's files to whether transformers then ties the embeddings.
 TIED = {
     own_head: False,
     equal_head: True,
@@ -82,7 +82,7 @@ def write_tied_model(folder):
 
 
 def load_theirs(folder):
-    """Loads a folder with transformers; every parameter must come from it."""
+    """Loads a folder with transformers, which must find every parameter in it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -173,7 +173,7 @@ def unknown_buffer(tensors):
     ("change", "message"),
     [
         (misshapen_head, r"'lm_head.weight' has shape \(7, 24\), expected \(50, 24\)"),
-        (integer_head, "'lm_head.weight' is I32; supported are F32, BF16, F16"),
+        (integer_head, "'lm_head.weight' is I32; expected one of F32, BF16, F16"),
         (two_names, "'model.norm.weight' and 'norm.weight' are the same parameter"),
         (unknown_buffer, "'model.layers.0.self_attn.scale' is unexpected"),
     ],

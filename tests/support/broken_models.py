@@ -142,7 +142,7 @@ BREAKAGES = {
     "activation": (lambda f: break_config(f, hidden_act="gelu"), "hidden_act 'gelu'"),
     "no weights": (
         lambda f: (f / "model.safetensors").unlink(),
-        r"model\.safetensors: no such file; weights are only read from safetensors",
+        r"model\.safetensors: no such file; weights are read only from safetensors files",
     ),
     "LFS pointer": (
         lambda f: (f / "model.safetensors").write_text(LFS_POINTER),
@@ -172,7 +172,7 @@ BREAKAGES = {
         lambda f: break_tensors(
             f, lambda t: t.update({"model.norm.weight": np.zeros(24, np.int32)})
         ),
-        "'model.norm.weight' is I32; supported are F32, BF16, F16",
+        "'model.norm.weight' is I32; expected one of F32, BF16, F16",
     ),
     **{
         f"{value} in the weights": (

@@ -1,4 +1,4 @@
-"""Attention within whole rows, and of new tokens to a KV cache."""
+"""Computes attention within whole rows, and from new tokens to a KV cache."""
 
 import functools
 from typing import Any, Literal
@@ -30,12 +30,12 @@ def row_attention(
     Args:
       q_BTNH, k_BTKH, v_BTKH: queries, keys and values; each key-value head is shared by N / K query heads.
       segment_ids_BT: int32; tokens attend only to tokens of the same segment. Padding is segment 0.
-      scale: factor by which scores are multiplied, usually `H ** -0.5`.
+      scale: multiplier for the scores, usually `H ** -0.5`.
       window: a token attends to itself and to the `window - 1` tokens before it; to all tokens before it if None.
       is_local: bool scalar, whether the window applies; it applies if None.
       implementation: "xla" runs on all devices; "cudnn" runs on NVIDIA GPUs in half precision; "splash" runs on TPUs if
-        T and H are multiples of 128; "splash_interpreted" runs on all devices, but slowly; "auto" chooses one by device
-        and shapes.
+        T and H are multiples of 128; "splash_interpreted" runs on all devices, but slowly; "auto" chooses one based on
+        device and shapes.
 
     Returns:
       The result `[B, T, N, H]`. Values at padding positions are finite but meaningless.
@@ -76,7 +76,7 @@ def cached_attention(
     window: int | None = None,
     is_local: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes causal attention of T new tokens per slot to the slot's cache and to each other.
+    """Computes causal attention from T new tokens per slot to the slot's cache and to each other.
 
     The position is the last axis of cached keys, so that both products contract along contiguous memory without a
     transposed copy.
@@ -95,8 +95,7 @@ def cached_attention(
     num_kv_heads, cache_len = cached_v_SKCH.shape[1:3]
     group = num_heads // num_kv_heads
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    # Q is the number of queries of one key-value head: its query heads times the new tokens. This needs one batched
-    # matmul.
+    # Q is the number of queries per key-value head: its query heads times the new tokens. One batched matmul suffices.
     q_SKGTH = q_STNH.reshape(num_slots, num_new, num_kv_heads, group, head_dim).transpose(
         0, 2, 3, 1, 4
     )
@@ -133,13 +132,13 @@ def decode_attention(
     scale: float,
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Computes attention of one token per slot to the first `lens_S` positions of its cache.
+    """Computes attention from one token per slot to the first `lens_S` positions of its cache.
 
-    The cache has the axis order of cuDNN. cuDNN reads only the first `lens_S` positions, whereas XLA reads all of them.
+    The cache has cuDNN's axis order. cuDNN reads only the first `lens_S` positions, whereas XLA reads all of them.
 
     Args:
       q_SNH: queries of the tokens.
-      k_RCKH, v_RCKH: the cache of R >= S slots, of which the first S are used.
+      k_RCKH, v_RCKH: the cache of R >= S slots; only the first S are used.
       lens_S: int32, number of filled positions of each slot, including the new token.
       scale, implementation: see `row_attention`.
 
@@ -175,7 +174,7 @@ def decode_attention(
 
 
 def is_for_cudnn(platform: str, dtype: str, head_dim: int) -> bool:
-    """Returns whether cuDNN attention supports a platform, dtype and head size."""
+    """Returns whether cuDNN attention supports a platform, dtype, and head size."""
     return platform == "gpu" and dtype in ("bfloat16", "float16") and head_dim in range(8, 129, 8)
 
 
@@ -191,7 +190,7 @@ def _choose(implementation: Implementation, q_BTNH: jax.Array) -> Any:
 
 
 def _splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, window, interpret):
-    """Computes block-sparse flash attention with Pallas, without `[T, T]` scores and skipping masked blocks.
+    """Computes block-sparse flash attention with Pallas, without `[T, T]` scores, skipping masked blocks.
 
     Since the compiler cannot partition a kernel, `shard_map` runs it on each device for the device's rows and heads.
     """

@@ -50,8 +50,8 @@ class DecoderConfig:
       qk_norm: whether every query and key head is RMS-normalized before the rotary embedding is applied.
       post_norms: whether the outputs of attention and MLP are also normalized, before the residual addition.
       norm_offset: offset added to the scale of every norm.
-      embedding_scale: factor by which token embeddings are multiplied.
-      attention_scale: factor by which attention scores are multiplied; `head_dim ** -0.5` if None.
+      embedding_scale: multiplier for token embeddings.
+      attention_scale: multiplier for attention scores; `head_dim ** -0.5` if None.
       window: in a local layer, a token attends to itself and to the `window - 1` tokens before it.
       local_layers: whether each layer is local; if empty, no layer is.
       local_rope: rotary embedding of local layers; the same as in the other layers if None.
@@ -105,7 +105,7 @@ class Block(nnx.Module):
         group = c.num_heads // c.num_kv_heads
         init = functools.partial(_normal, rngs, c.width)
         self.attention_norm = _norm_scale(c, c.width)
-        # Each key-value head has its G query heads, its key and its value, in one matmul that can be sharded over K.
+        # One matmul, which can be sharded over K, computes each key-value head's G query heads, key, and value.
         self.qkv = nnx.Param(init(c.width, c.num_kv_heads, group + 2, c.head_dim))
         if c.qkv_bias:
             self.qkv_bias = nnx.Param(jnp.zeros((c.num_kv_heads, group + 2, c.head_dim)))
@@ -167,7 +167,7 @@ class Block(nnx.Module):
         return self._norm(mlp, self.mlp_post_norm) if self.config.post_norms else mlp
 
     def _matmul(self, x_BTI, name: str):
-        """Multiplies by the named matrix and adds the output of its adapter, if it has one: `[B, T, *out]`."""
+        """Multiplies by the named matrix and adds the output of its adapter, if any. Returns `[B, T, *out]`."""
         c = self.config
         weights = getattr(self, name)[...].astype(x_BTI.dtype)
         y = c.layout.matmul(x_BTI, weights, num_contracted=CONTRACTED_AXES[name])
@@ -211,15 +211,15 @@ class Decoder(nnx.Module):
           token_ids_BT: int32. With a cache, `[S, T]`, the tokens that follow the cached tokens of each slot.
           positions_BT: int32, 0 at the first token of a segment.
           segment_ids_BT: int32; tokens attend only to tokens of their segment. Required without a cache.
-          cache: a cache in `config.layout` with at least S rows, of which the first S are used. It is not modified;
+          cache: a cache in `config.layout` with at least S rows; only the first S are used. It is not modified;
             store the new tokens with `StorageLayout.append`.
-          cached_lens_S: int32, number of filled positions of each slot. If the value of a slot is beyond the cache, its
+          cached_lens_S: int32, number of filled positions of each slot. If a slot's value is beyond the cache, its
             result is finite but meaningless, and its token is not stored.
           view_len: upper bound on the number of filled positions; the length of the cache if None.
 
         Returns:
-          The hidden states `[B, T, D]` after the final norm, in `config.dtype`; and the entries for
-          `StorageLayout.append`, which for `Stacked` are the new tokens' keys and values, each `[L, B, T, K, H]`.
+          The hidden states `[B, T, D]` after the final norm, in `config.dtype`, and the entries for
+          `StorageLayout.append`. For `Stacked`, these are the new tokens' keys and values, each `[L, B, T, K, H]`.
         """
         c = self.config
         # The scale is rounded to the dtype, as in transformers.
@@ -247,7 +247,7 @@ class Decoder(nnx.Module):
         return rms_norm(x_BTD, self.final_norm[...] + c.norm_offset, c.norm_epsilon), entries
 
     def _attend(self, segment_ids_BT, layer_cache, cached_lens_S, *, view_len, is_local) -> Attend:
-        """Returns the attention of a layer: within whole rows, or of new tokens to the layer's cache."""
+        """Returns a layer's attention function: within whole rows, or from new tokens to the layer's cache."""
         c = self.config
         options: Any = {
             "scale": c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
@@ -294,7 +294,7 @@ def unembedding(params: Params) -> jax.Array:
 def output_projection(config: DecoderConfig, params: Params) -> Callable[[jax.Array], jax.Array]:
     """Returns a function from hidden states `[S, D]` to float32 logits `[V, S]`, for use in loops.
 
-    The weights are cast once, outside of the loop, and multiplied in the order in which they are stored. With swapped
+    The weights are cast once, outside the loop, and multiplied in their storage order. With swapped
     operands, the product would take up to 1.5 times as long on a CPU, or tied weights would be copied and transposed
     before the loop.
     """
@@ -315,7 +315,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 def _shard_rows(x_BTD: jax.Array) -> jax.Array:
-    """Shards rows over the batch axes of the mesh, if one is set, so that weights and not activations are gathered."""
+    """Shards rows over the batch axes of the mesh, if one is set, so that weights, not activations, are gathered."""
     if jax.sharding.get_abstract_mesh().empty:
         return x_BTD
     return jax.lax.with_sharding_constraint(x_BTD, P(BATCH_AXES, None, None))

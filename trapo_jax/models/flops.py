@@ -1,8 +1,8 @@
-"""FLOPs of a decoder, computed by formula.
+"""Computes the FLOPs of a decoder by formula.
 
 A forward pass takes 2 N FLOPs per token, where N is the number of parameters in matrix multiplications (all but the
 input embedding, which is a lookup, unless it is tied to the output), plus 4 * layers * heads * head_dim FLOPs of
-attention for every pair of a token and a token that it attends to. An update takes three times as many, or two times as
+attention for every pair of a token and a token that it attends to. An update takes three times as many, or twice as
 many for parameters that are not trained and have no gradient. The following are ignored: rematerialization, padding,
 sliding windows (keys outside of them are counted as attended), and the attention of interrupted completions that are
 prefilled again.
@@ -24,7 +24,7 @@ class TokenCost:
 
     Attributes:
       num_params: number of parameters in matrix multiplications.
-      num_trained: how many of them are trained.
+      num_trained: number of these parameters that are trained.
       per_pair: attention FLOPs per pair of a token and a token that it attends to: 4 * layers * heads * head_dim.
     """
 

@@ -1,4 +1,4 @@
-"""The token ids that end a completion, in the files of a Hugging Face folder."""
+"""Reads and writes the token ids that end a completion, in the files of a Hugging Face folder."""
 
 import json
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ EOS = "eos_token_id"
 
 
 def read_eos_ids(folder: Path, tokenizer_eos_id: int, *, vocab_size: int) -> list[int]:
-    """Returns the token ids that end a completion: that of the tokenizer, and those of the model.
+    """Returns the token ids that end a completion: the tokenizer's and the model's EOS ids.
 
-    As in transformers, the ids of the model are those of `generation_config.json`, or those of `config.json` if the
-    former does not exist or has none.
+    As in transformers, the model's ids come from `generation_config.json`, or from `config.json` if the former does not
+    exist or has none.
 
     Args:
       folder: the model folder.
       tokenizer_eos_id: id of the tokenizer's EOS token.
-      vocab_size: number of rows of the embedding.
+      vocab_size: number of rows in the embedding.
 
     Raises:
       UserError: if `eos_token_id` is neither an id below `vocab_size` nor a list of such ids.
@@ -31,12 +31,12 @@ def read_eos_ids(folder: Path, tokenizer_eos_id: int, *, vocab_size: int) -> lis
 
 
 def write_eos_ids(folder: Path, eos_ids: Sequence[int]) -> None:
-    """Sets the EOS ids in `generation_config.json`, which is created if it does not exist."""
+    """Sets the EOS ids in `generation_config.json`, creating the file if it does not exist."""
     path = folder / GENERATION_CONFIG
     if path.exists():
         content = read_json_object(path)
     else:
-        # Without the file, transformers would take these two from the config.
+        # Without the file, transformers would read these two ids from the config.
         config = read_json_object(folder / "config.json")
         content = {k: config[k] for k in ("bos_token_id", "pad_token_id") if k in config}
     content[EOS] = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)

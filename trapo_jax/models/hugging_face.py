@@ -39,7 +39,7 @@ def load_params(
 
     Raises:
       UserError: if a tensor is missing, unexpected, has the wrong shape, cannot be read, or is not finite. The error
-        names tensor and file. All checks of names, shapes and dtypes run before any tensor is read.
+        names the tensor and the file. All checks of names, shapes, and dtypes run before any tensor is read.
     """
     tensor_map = _tensor_map(config)
     shapes = {part.name: part.shape for parts in tensor_map.values() for part in parts}
@@ -90,10 +90,10 @@ def export_model(
     Args:
       params: the parameters; written in float32, with adapters merged into the matrices that they adapt.
       config: the shape of the model.
-      source: the folder from which the run started, or the run's copy of its small files; its `config.json` and
+      source: the folder that the run started from, or the run's copy of its small files; its `config.json` and
         tokenizer are copied.
       destination: replaced if it exists.
-      eos_ids: token ids that end a completion, for `generation_config.json`; empty to copy this file unchanged.
+      eos_ids: token ids that end a completion, for `generation_config.json`; if empty, this file is copied unchanged.
       max_file_bytes: larger models are split into several files with an index.
 
     Raises:
@@ -102,7 +102,7 @@ def export_model(
     with replaced_folder(destination) as folder:
         write_side_files(source, folder, config, eos_ids=eos_ids)
         _write_tensors(params, config, folder, max_file_bytes)
-        # The files of safetensors are readable only by their owner.
+        # safetensors creates files that only their owner can read.
         mode = (folder / CONFIG).stat().st_mode
         for path in folder.glob("*.safetensors"):
             path.chmod(mode)
@@ -139,7 +139,7 @@ def _write_tensors(
 
 
 def _all_finite(x: np.ndarray) -> bool:
-    """Whether no value is NaN or infinity. A sum shows it without a temporary array, unless finite values overflow."""
+    """Returns whether all values are finite. A sum tells without a temporary array, unless finite values overflow."""
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(x.sum()) or np.isfinite(x).all())
 
@@ -179,7 +179,7 @@ def _split_into_files(tensor_map: dict[str, list[_TensorPart]], max_bytes: int) 
 
 
 def _tensor_map(c: DecoderConfig) -> dict[str, list[_TensorPart]]:
-    """Returns the Hugging Face tensors of each of our parameters, by parameter path."""
+    """Returns the Hugging Face tensors of each of our parameters, keyed by parameter path."""
     tensor_map = {
         "embedding": [_TensorPart(EMBEDDING, (c.vocab_size, c.width))],
         "final_norm": [_TensorPart("model.norm.weight", (c.width,))],

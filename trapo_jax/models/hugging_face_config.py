@@ -18,7 +18,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3")
 DEFAULT_THETA = 10_000.0
 MIN_FLOAT32, MAX_FLOAT32 = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
-# Far beyond any model; parameters of these dimensions are listed before the weights are looked at.
+# Limits far beyond any model, since all parameters are listed before the weights are checked.
 MAX_LAYERS, MAX_DIMENSION, MAX_VOCAB_SIZE, MAX_POSITIONS = 2**12, 2**20, 2**24, 2**31 - 1
 ORIGINAL_LEN = "original_max_position_embeddings"
 # Any of these fields would change the result, and the decoder supports none of them.
@@ -39,14 +39,14 @@ def read_config(
     attention: Implementation = "auto",
     lora: Lora | None = None,
 ) -> DecoderConfig:
-    """Reads the shape of a decoder from `folder/config.json`, and from the weights whether it has a head of its own.
+    """Reads a decoder's shape from `folder/config.json`, and checks in the weights whether it has a separate head.
 
     Args:
       folder: the model folder.
       dtype, remat, attention, lora: how the decoder is computed; see `DecoderConfig`.
 
     Raises:
-      UserError: if the decoder cannot reproduce the model exactly. The error names file and field.
+      UserError: if the decoder cannot reproduce the model exactly. The error names the file and the field.
     """
     fields = _Fields(folder / "config.json")
     family = fields.get("model_type")
@@ -75,7 +75,7 @@ def read_config(
         head_dim=head_dim,
         rope=rope,
         norm_epsilon=fields.number("rms_norm_eps"),
-        # If the file does not say it, transformers ties the embeddings of Gemma alone.
+        # By default, transformers ties the embeddings of Gemma only.
         tied_embeddings=fields.flag("tie_word_embeddings", is_gemma) and not has_own_head(folder),
         activation="gelu_tanh" if is_gemma else "silu",
         qkv_bias=has_bias or family == "qwen2",
@@ -101,7 +101,7 @@ def _check_supported(fields: "_Fields", family: Any, *, is_gemma: bool) -> None:
     """Raises a `UserError` for models that the decoder does not support."""
     if family not in ARCHITECTURES:
         raise fields.error(
-            f"model_type {shown(family)} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"model_type {shown(family)} is not supported; expected one of {', '.join(ARCHITECTURES)}"
         )
     for name in UNSUPPORTED:
         if fields.get(name):
@@ -116,7 +116,7 @@ def _check_supported(fields: "_Fields", family: Any, *, is_gemma: bool) -> None:
 
 
 def read_max_context_len(folder: Path) -> int | None:
-    """Returns the maximum number of tokens of prompt and completion together; None if `config.json` does not state it.
+    """Returns the maximum length of prompt plus completion in tokens; None if `config.json` does not state it.
 
     This is `max_position_embeddings`, times the factor of rotary embeddings of type "linear". In models with type
     "llama3" and in Gemma, `max_position_embeddings` already includes the factor.
@@ -125,7 +125,7 @@ def read_max_context_len(folder: Path) -> int | None:
       folder: the model folder.
 
     Raises:
-      UserError: if the field is not a positive integer. The error names file and field.
+      UserError: if the field is not a positive integer. The error names the file and the field.
     """
     fields = _Fields(folder / "config.json")
     if fields.get("max_position_embeddings") is None:
@@ -165,7 +165,7 @@ def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool
 
 
 def _read_ropes(fields: "_Fields", *, is_gemma: bool) -> tuple[Rope, Rope | None]:
-    """Returns the rotary embedding of all layers and None, or, for Gemma, those of the full and the local layers.
+    """Returns the rotary embedding of all layers and None or, for Gemma, separate embeddings for full and local layers.
 
     transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
     """
@@ -188,7 +188,7 @@ def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
     kind = data.get("rope_type", data.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise fields.error(
-            f"rope type {shown(kind)} is not supported; supported are {', '.join(ROPE_TYPES)}"
+            f"rope type {shown(kind)} is not supported; expected one of {', '.join(ROPE_TYPES)}"
         )
     partial = data.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
@@ -198,7 +198,7 @@ def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
         value = data.get(name)
         if not _is_positive(value):
             raise fields.error(
-                f"rope type {kind!r} needs a number {name!r} > 0 of float32, found {shown(value)}"
+                f"rope type {kind!r} needs a number {name!r} > 0 in the range of float32, found {shown(value)}"
             )
         return float(value)
 
@@ -224,7 +224,7 @@ def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
 
 
 def _is_positive(value: Any) -> TypeGuard[float]:
-    """Whether a JSON value is a number > 0 that float32 can represent. NaN and infinity, which Python reads, are not."""
+    """Returns whether a JSON value is a number > 0 that float32 can represent. Python also reads NaN and infinity."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and MIN_FLOAT32 <= value <= MAX_FLOAT32
 
@@ -263,7 +263,7 @@ class _Fields:
         value = self._required(name, default)
         if not _is_positive(value):
             raise self.error(
-                f"field {name!r} must be a number > 0 of float32, found {shown(value)}"
+                f"field {name!r} must be a number > 0 in the range of float32, found {shown(value)}"
             )
         return float(value)
 
@@ -274,7 +274,7 @@ class _Fields:
         return value
 
     def mapping(self, name: str, container: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Returns an object of the file, or of an object in it; empty if there is none."""
+        """Returns a JSON object in the file, or in `container`; empty if there is none."""
         value = (self._data if container is None else container).get(name)
         if value is None:
             return {}

@@ -1,4 +1,4 @@
-"""Finds model folders: packaged models, local folders and models of the Hugging Face Hub."""
+"""Finds model folders: packaged models, local folders, and models on the Hugging Face Hub."""
 
 from collections.abc import Sequence
 from importlib import resources
@@ -11,12 +11,12 @@ from trapo_jax.paths import did_you_mean, working_directory
 from trapo_jax.types import UserError
 
 TOKENIZER = "tokenizer.json"
-# What is downloaded of a model without its weights. Nothing else is.
+# The only files that are downloaded for a model without its weights.
 SMALL_FILES = (CONFIG, *SIDE_FILES, INDEX)
 
 
 def find_model(path: str, *, weights: bool = False) -> Path:
-    """Returns the folder of a model. Of a Hub model, it downloads what is needed.
+    """Returns the folder of a model, downloading the required files of a Hub model.
 
     Args:
       path: the name of a packaged model, a local path, or a Hub id.
@@ -32,7 +32,7 @@ def find_model(path: str, *, weights: bool = False) -> Path:
 
 
 def locate_model(path: str, *, must_exist: bool = True) -> tuple[Path, HubRepo | None]:
-    """Returns the local path of a model, and its repository if it has to come from the Hub.
+    """Returns the local path of a model, and its repository if it must come from the Hub.
 
     Args:
       path: see `find_model`.

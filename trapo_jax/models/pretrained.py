@@ -1,4 +1,4 @@
-"""A pretrained model in a Hugging Face folder: its path, the shape of its decoder, and its tokenizer."""
+"""Opens pretrained models in Hugging Face folders: path, decoder shape, and tokenizer."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from trapo_jax.models.tensor_files import has_own_head
 from trapo_jax.models.tokenizer import load_tokenizer
 from trapo_jax.types import UserError
 
-HUB = "hub.json"  # in a run's copy of a Hub model: its name and commit
+HUB = "hub.json"  # the name and commit of a Hub model, in a run's copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,19 +27,19 @@ class PretrainedModel:
     """An opened model folder. Its parameters are loaded separately.
 
     Attributes:
-      folder: the Hugging Face folder with the weights. Of a Hub model, it has them only after `with_weights`.
+      folder: the Hugging Face folder with the weights. For a Hub model, it has them only after `with_weights`.
       files: the folder with the config and the tokenizer: `folder`, or a copy of its small files.
-      decoder: the decoder's shape and how it is computed.
+      decoder: the decoder's shape and compute options.
       tokenizer: the tokenizer of the folder.
       eos_ids: token ids that end a completion.
-      max_context_len: number of tokens of prompt and completion that the model is made for; None if unknown.
+      max_context_len: maximum length of prompt plus completion that the model supports, in tokens; None if unknown.
       repo: the repository of a Hub model, at a commit; None for a local folder.
     """
 
     folder: Path
     files: Path
     decoder: DecoderConfig
-    tokenizer: Any  # PreTrainedTokenizerFast, whose annotations do not fit its use
+    tokenizer: Any  # a PreTrainedTokenizerFast, whose annotations do not match its use
     eos_ids: Sequence[int]
     max_context_len: int | None
     repo: HubRepo | None = None
@@ -48,13 +48,13 @@ class PretrainedModel:
 def open_model(
     model: ModelConfig, lora: LoraConfig | None = None, *, files: Path | None = None
 ) -> PretrainedModel:
-    """Opens the model folder of a config. Of a Hub model, it downloads all files but the weights.
+    """Opens the configured model folder, downloading all files of a Hub model except its weights.
 
     Args:
-      model: the config's section of the model.
-      lora: the config's section of the adapters.
-      files: a copy of the folder's small files, written by `copy_model_files`. The folder itself is then not read, and
-        may be gone. None: the config and the tokenizer are read from the folder.
+      model: the model section of the config.
+      lora: the adapter section of the config.
+      files: a copy of the folder's small files, written by `copy_model_files`. The folder itself is then not read and
+        need not exist. If None, the config and the tokenizer are read from the folder.
 
     Raises:
       UserError: if the folder does not exist, or its config or tokenizer is not supported.
@@ -80,7 +80,7 @@ def open_model(
 
 
 def with_weights(model: PretrainedModel) -> PretrainedModel:
-    """Returns the model with its weights in its folder. Of a Hub model, it downloads them.
+    """Returns the model with its weights in its folder, downloading them for a Hub model.
 
     Raises:
       UserError: if the weights are neither in the cache nor on the Hub.
@@ -88,18 +88,18 @@ def with_weights(model: PretrainedModel) -> PretrainedModel:
     if model.repo is None:
         return model
     folder = fetch_weights(model.repo)
-    # Until now, this was decided by config.json alone; see `read_config`.
+    # Until now, config.json alone decided this; see `read_config`.
     tied = model.decoder.tied_embeddings and not has_own_head(folder)
     decoder = dataclasses.replace(model.decoder, tied_embeddings=tied)
     return dataclasses.replace(model, folder=folder, decoder=decoder)
 
 
 def copy_model_files(model: PretrainedModel, destination: Path) -> None:
-    """Copies the small files of a model, for `open_model` and `export_model`: all of its folder but the weights.
+    """Copies a model's small files (all files except the weights), for `open_model` and `export_model`.
 
     Args:
       model: the model.
-      destination: the copy; it is replaced if it exists, and appears complete or not at all.
+      destination: the new folder, written atomically; replaced if it exists.
 
     Raises:
       UserError: if the copy cannot be written.
@@ -112,7 +112,7 @@ def copy_model_files(model: PretrainedModel, destination: Path) -> None:
 
 
 def _read_repo(copy: Path) -> HubRepo | None:
-    """Returns the repository from which `copy_model_files` made a copy; None if it was a local folder."""
+    """Returns the repository that `copy_model_files` copied from; None if it copied a local folder."""
     if not (copy / HUB).exists():
         return None
     origin = read_json_object(copy / HUB)

@@ -52,7 +52,7 @@ def rope_angles(positions_BT: jax.Array, rope: Rope, head_dim: int) -> Angles:
 
 
 def apply_rope(x_BTNH: jax.Array, angles: Angles) -> jax.Array:
-    """Rotates the pairs of dimensions (h, h + H / 2), which is the pairing of Hugging Face checkpoints."""
+    """Rotates the pairs of dimensions (h, h + H / 2), the pairing used by Hugging Face checkpoints."""
     cos, sin = angles
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)

@@ -1,4 +1,4 @@
-"""Copies the small files of a Hugging Face folder: its config, its tokenizer and its generation config."""
+"""Copies the small files of a Hugging Face folder: its config, tokenizer, and generation config."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from trapo_jax.types import UserError
 
 CONFIG = "config.json"
 CHAT_TEMPLATES = "additional_chat_templates"  # a directory of templates other than the default
-# Files of a model other than config and weights. A pattern may match several.
+# Patterns of a model's files other than its config and weights. A pattern may match several files.
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,20 +34,20 @@ SIDE_FILES = (
 def write_side_files(
     source: Path, folder: Path, config: DecoderConfig, *, eos_ids: Sequence[int] = ()
 ) -> None:
-    """Writes all files of a Hugging Face folder but the weights.
+    """Writes all files of a Hugging Face folder except the weights.
 
     Args:
       source: the folder to copy from.
       folder: an existing folder.
-      config: the shape of the model, which decides whether `config.json` ties the embeddings.
-      eos_ids: token ids that end a completion, for `generation_config.json`; empty to copy this file unchanged.
+      config: the model's shape; determines whether `config.json` ties the embeddings.
+      eos_ids: token ids that end a completion, for `generation_config.json`; if empty, this file is copied unchanged.
 
     Raises:
       UserError: if `source/config.json` cannot be read.
     """
     model_config = read_json_object(source / CONFIG)
     model_config.pop("torch_dtype", None)
-    model_config.pop("auto_map", None)  # never point at code
+    model_config.pop("auto_map", None)  # must not refer to code
     model_config["dtype"] = "float32"
     model_config["tie_word_embeddings"] = config.tied_embeddings
     (folder / CONFIG).write_text(json.dumps(model_config, indent=2) + "\n")
@@ -62,7 +62,7 @@ def write_side_files(
 
 @contextlib.contextmanager
 def replaced_folder(destination: Path) -> Iterator[Path]:
-    """Yields an empty folder that replaces `destination` on leaving, unless there was an error.
+    """Yields an empty folder that replaces `destination` on exit, unless an error occurs.
 
     Raises:
       UserError: if the folder cannot be written.

@@ -16,8 +16,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SAFETENSORS_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 DTYPES = ("F32", "BF16", "F16")
-PREFIX = "model."  # base_model_prefix of transformers
-# Buffers that exports of older versions of transformers contain. The decoder computes them, as transformers does.
+PREFIX = "model."  # transformers' base_model_prefix
+# Buffers in exports by older versions of transformers. The decoder computes them, as transformers does now.
 BUFFERS = re.compile(
     r"rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)$"
     r"|(^|\.)(position_ids|masked_bias|(self_attn|attn|attention)\.bias)$"
@@ -26,14 +26,14 @@ ROWS_PER_READ = 4096
 
 
 class TensorReader:
-    """Reads tensors by name, from one safetensors file or from several files with an index.
+    """Reads named tensors from one safetensors file, or from several files with an index.
 
-    As in transformers, the prefix `model.` of a name in the files may be missing or superfluous, and buffers are
+    As in transformers, names in the files may lack the prefix `model.` or have a superfluous one, and buffers are
     skipped.
 
     Args:
       folder: contains `model.safetensors`, or several files and their index.
-      known: the names by which tensors may be requested.
+      known: the names of the tensors that may be requested.
 
     Raises:
       UserError: if a file is unreadable, or two tensors in the files have the same name apart from the prefix.
@@ -62,8 +62,8 @@ class TensorReader:
         """Checks names, shapes and dtypes against the headers of the files.
 
         Args:
-          expected: shapes by name of tensors that must exist.
-          optional: shapes by name of tensors that may exist.
+          expected: shapes of the tensors that must exist, keyed by name.
+          optional: shapes of the tensors that may exist, keyed by name.
         """
         if missing := sorted(expected.keys() - self._stored.keys()):
             raise UserError(f"{self._path}: {_listed('tensor', missing)} missing")
@@ -91,12 +91,12 @@ class TensorReader:
                 raise UserError(f"{path}: tensor {stored!r}: {error}") from error
 
     def error(self, name: str, problem: str) -> UserError:
-        """Returns an error that names a tensor as it is stored, and its file."""
+        """Returns an error that names the tensor, as stored, and its file."""
         stored, path = self._stored[name]
         return UserError(f"{path}: tensor {stored!r} {problem}")
 
     def are_equal(self, first: str, second: str) -> bool:
-        """Returns whether two matrices are of supported dtypes and equal; neither is read as a whole."""
+        """Returns whether two matrices are equal and have supported dtypes, without reading either as a whole."""
         (a, a_path), (b, b_path) = self._stored[first], self._stored[second]
         with _open_safetensors(a_path) as a_file, _open_safetensors(b_path) as b_file:
             try:
@@ -109,7 +109,7 @@ def weight_files(folder: Path) -> list[str]:
     """Returns the names of the files that contain the weights, whether or not they exist.
 
     Raises:
-      UserError: if the index cannot be read, or lists other files than those of safetensors.
+      UserError: if the index cannot be read, or lists files other than safetensors files.
     """
     index = folder / INDEX
     if not index.exists():
@@ -124,8 +124,8 @@ def weight_files(folder: Path) -> list[str]:
 def has_own_head(folder: Path) -> bool:
     """Returns whether a folder has a head that differs from its embedding.
 
-    transformers then uses this head, even if `tie_word_embeddings` is true. Returns False for a folder without weights,
-    or whose weights cannot be read; `load_params` reports why.
+    transformers then uses this head, even if `tie_word_embeddings` is true. Returns False if the folder has no readable
+    weights; `load_params` reports why.
     """
     try:
         tensors = TensorReader(folder, {EMBEDDING, HEAD})
@@ -136,7 +136,7 @@ def has_own_head(folder: Path) -> bool:
 
 
 def _equal_rows(a: Any, b: Any) -> bool:
-    """Compares two tensors, given by their headers, a block of rows at a time."""
+    """Compares two tensors, represented by their headers, one block of rows at a time."""
     shape = a.get_shape()
     if b.get_shape() != shape or len(shape) != 2 or not {a.get_dtype(), b.get_dtype()} <= {*DTYPES}:
         return False
@@ -148,7 +148,7 @@ def _equal_rows(a: Any, b: Any) -> bool:
 
 
 def _full_name(stored: str, known: Collection[str]) -> str:
-    """Returns the name of transformers for a tensor in a file, by the rule of its `rename_source_key`."""
+    """Returns transformers' name for a stored tensor, following its `rename_source_key`."""
     without_prefix = stored.removeprefix(PREFIX)
     if without_prefix in known:
         return without_prefix
@@ -156,7 +156,7 @@ def _full_name(stored: str, known: Collection[str]) -> str:
 
 
 def _list_tensors(folder: Path) -> tuple[Path, dict[str, Path]]:
-    """Returns the file that lists the tensors, and for each tensor the file that contains it."""
+    """Returns the file that lists the tensors, and the file that contains each tensor, keyed by tensor name."""
     index = folder / INDEX
     if not index.exists():
         path = folder / WEIGHTS
@@ -166,7 +166,7 @@ def _list_tensors(folder: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    """Returns the file name of each tensor."""
+    """Returns the file name of each tensor, keyed by tensor name."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index}: field 'weight_map' is missing")
@@ -184,7 +184,7 @@ def _check_tensor(path: Path, name: str, header: Any, shape: tuple[int, ...]) ->
         raise UserError(f"{path}: tensor {name!r} has shape {found}, expected {shape}")
     if header.get_dtype() not in DTYPES:
         raise UserError(
-            f"{path}: tensor {name!r} is {header.get_dtype()}; supported are {', '.join(DTYPES)}"
+            f"{path}: tensor {name!r} is {header.get_dtype()}; expected one of {', '.join(DTYPES)}"
         )
 
 
@@ -197,7 +197,7 @@ def _listed(what: str, names: list[str]) -> str:
 
 def _open_safetensors(path: Path):
     if not path.exists():
-        raise UserError(f"{path}: no such file; weights are only read from safetensors")
+        raise UserError(f"{path}: no such file; weights are read only from safetensors files")
     check_regular(path)
     try:
         return safe_open(path, framework="numpy")

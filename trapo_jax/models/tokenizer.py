@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder."""
+"""Loads the tokenizer of a Hugging Face folder."""
 
 import base64
 import math
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-MAX_TOKENIZER_BYTES = 64 * 2**20  # That of Gemma 3 has 33 million.
+MAX_TOKENIZER_BYTES = 64 * 2**20  # Gemma 3's tokenizer has 33 million.
 MAX_TEMPLATE_BYTES = 2**20
-MAX_GROWTH = 100  # The longest character sequence that Unicode substitutes for a single one has 18.
+MAX_GROWTH = 100  # Unicode normalization replaces one character with at most 18.
 MAX_NESTING = 10
 
 
 def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> "PreTrainedTokenizerFast":
     """Loads `tokenizer.json` from a local folder.
 
-    It never downloads files and never runs code from the folder. (`AutoTokenizer` would look for custom code in the
+    This never downloads files or runs code from the folder. (`AutoTokenizer` would look for custom code in the
     folder and ask on the terminal whether to run it.)
 
     Args:
       folder: the folder.
-      vocab_size: number of rows of the embedding, if it is known. All token ids must be lower.
+      vocab_size: number of rows in the embedding, if known. All token ids must be smaller.
 
     Raises:
-      UserError: if the folder has no readable tokenizer, the tokenizer has no EOS token, makes texts many times longer,
-        has an id that is too large, or assigned an id that differs from that in the file. The error names the file.
+      UserError: if the folder has no readable tokenizer, or if the tokenizer has no EOS token, may make text many times
+        longer, has an id that is too large, or assigns an id that differs from the file's. The error names the file.
     """
-    # Only the tokenizers of transformers are used, so suppress its advice to install torch for its models.
+    # Only transformers' tokenizers are used, so suppress its advice to install torch for its models.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers  # takes seconds to import
 
@@ -49,8 +49,8 @@ def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> "PreTraine
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
             folder, local_files_only=True
         )
-        template_ids = tokenizer("").input_ids  # the ids that the tokenizer adds to every text
-    except Exception as error:  # the Rust library raises plain Exception for a damaged file
+        template_ids = tokenizer("").input_ids  # the ids that the tokenizer adds to every string
+    except Exception as error:  # The Rust library raises a plain Exception for a damaged file.
         raise UserError(f"{folder}: cannot load the tokenizer ({reason_of(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder / TOKENIZER_CONFIG}: no eos_token; completions would never end")
@@ -58,7 +58,7 @@ def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> "PreTraine
     texts = [*templates, *templates.values()] if isinstance(templates, dict) else [templates]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(
-            f"{folder / TOKENIZER_CONFIG}: chat_template is neither a text nor texts by name"
+            f"{folder / TOKENIZER_CONFIG}: chat_template must be a string or map names to strings"
         )
     if vocab_size is not None:
         _check_ids(path, content, tokenizer.get_vocab(), template_ids, vocab_size=vocab_size)
@@ -66,7 +66,7 @@ def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> "PreTraine
 
 
 def _check_files(folder: Path) -> None:
-    """Checks everything that transformers reads of a tokenizer: regular files of a plausible size."""
+    """Checks that all tokenizer files read by transformers are regular files of a plausible size."""
     for path in (path for pattern in SIDE_FILES for path in folder.glob(pattern)):
         check_regular(path)
         max_bytes = MAX_TEMPLATE_BYTES if path.suffix == ".jinja" else MAX_BYTES
@@ -80,22 +80,20 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_growth(path: Path, content: Mapping[str, Any]) -> None:
-    """Checks that neither encoding nor decoding makes a text many times longer, which would fill any memory."""
+    """Checks that neither encoding nor decoding can make text many times longer, which could exhaust memory."""
     for name in ("normalizer", "decoder"):
         try:
             growth = _growth(content.get(name), MAX_NESTING)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path}: {name} is not one of a tokenizer ({reason_of(error)})"
-            ) from error
+            raise UserError(f"{path}: {name} is not valid ({reason_of(error)})") from error
         if growth > MAX_GROWTH:
             raise UserError(
-                f"{path}: {name} may make a text more than {MAX_GROWTH} times longer, which is not supported"
+                f"{path}: {name} may make text more than {MAX_GROWTH} times longer, which is not supported"
             )
 
 
 def _growth(part: Any, max_nesting: int) -> float:
-    """Returns a bound on the characters that a normalizer or decoder writes for one of its input."""
+    """Returns an upper bound on a normalizer's or decoder's number of output characters per input character."""
     if part is None:
         return 1.0
     match part.get("type"):
@@ -110,7 +108,7 @@ def _growth(part: Any, max_nesting: int) -> float:
         case "Prepend":
             return 1.0 + len(part["prepend"])
         case "Precompiled":
-            # A trie, after its size in bytes, and the texts that it maps characters to, each ending with NUL.
+            # The size of a trie in bytes, the trie, and the NUL-terminated strings that it maps characters to.
             data = base64.b64decode(part["precompiled_charsmap"])
             texts = data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")
             return max(1.0, *map(len, texts))
@@ -125,7 +123,7 @@ def _check_ids(
     *,
     vocab_size: int,
 ) -> None:
-    """Checks that every token has a row in the embedding, and the id that `tokenizer.json` gives it."""
+    """Checks that every token has a row in the embedding and the id assigned by `tokenizer.json`."""
     added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
     largest = max([*vocabulary.values(), *added.values(), *template_ids])
     if largest >= vocab_size:

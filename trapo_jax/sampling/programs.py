@@ -39,7 +39,7 @@ MIN_TRANSPOSED_LAYER_BYTES = 2**20
 
 
 class Programs(NamedTuple):
-    """The programs of a replica. Programs that update contexts or slots invalidate their arguments and return new ones."""
+    """The programs of a replica. Programs that update contexts or slots return new ones and donate the old ones."""
 
     convert_weights: (
         Any  # params["layers"] -> the same weights in the layout; None if the layout is `Stacked`

@@ -105,7 +105,7 @@ class Replica:
             raise UserError(
                 f"sampling.num_slots={spec.num_slots}: the keys and values of {spec.num_slots:,} slots and "
                 f"{spec.num_contexts:,} contexts of {self._cache_len:,} tokens need {needed / 2**30:,.1f} GiB per device, "
-                f"which has {available / 2**30:,.1f} GiB; lower sampling.num_slots, sampling.num_contexts or "
+                f"which has {available / 2**30:,.1f} GiB; lower sampling.num_slots, sampling.num_contexts, or "
                 "sampling.max_completion_length"
             )
 

@@ -1,4 +1,4 @@
-"""Storage layouts: how a decoder stores the weights of its layers and its KV cache.
+"""Storage layouts for the layer weights and the KV cache of a decoder.
 
 Training and prefill always use `Stacked`. Decoding reads all weights and the filled part of the cache for every
 token, so it uses the layout that the device reads fastest (`trapo_jax.sampling.programs.choose_layout`). The decoder

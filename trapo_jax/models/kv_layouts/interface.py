@@ -1,6 +1,6 @@
-"""The interface of the storage layouts.
+"""Defines the interface of the storage layouts.
 
-Shape suffixes are those of `trapo_jax.models.decoder`; R is the number of rows of a cache.
+Shape suffixes follow `trapo_jax.models.decoder`; R is the number of rows in a cache.
 """
 
 import abc
@@ -13,7 +13,7 @@ from flax import nnx
 
 from trapo_jax.models.attention import Implementation
 
-# The matrices of a layer, and the number of leading axes that a matmul contracts.
+# The number of leading axes of each of a layer's matrices that its matmul contracts.
 CONTRACTED_AXES = {"qkv": 1, "output": 3, "gate_up": 1, "down": 1}
 
 
@@ -29,7 +29,7 @@ class StorageLayout(abc.ABC):
 
     Attributes:
       converts_weights: whether `convert_weights` changes the weights.
-      reads_filled_only: whether `attend` reads only the filled positions of a cache, so that a shorter view of it saves
+      reads_filled_only: whether `attend` reads only the filled positions of a cache, so that a shorter view saves
         nothing.
       needs_resize: whether the cache must be resized to the rows and positions in use, because `attend` reads all of
         it.
@@ -112,18 +112,18 @@ class StorageLayout(abc.ABC):
         is_local: jax.Array | None,
         implementation: Implementation,
     ) -> tuple[jax.Array, Any]:
-        """Computes the attention of T new tokens per slot to the slot's cache in one layer and to each other.
+        """Computes attention from T new tokens per slot to the slot's cache in one layer and to each other.
 
         Args:
           q_STNH, k_STKH, v_STKH: the new tokens. Only `Stacked` supports more than one token per slot.
-          cache: the cache of this layer, with at least S rows, of which the first S are used.
-          lens_S: int32, number of filled positions of each slot. If the value of a slot is beyond the cache, its result
+          cache: the cache of this layer, with at least S rows; only the first S are used.
+          lens_S: int32, number of filled positions of each slot. If a slot's value is beyond the cache, its result
             is finite but meaningless, and its token is not stored.
           view_len: upper bound on the number of filled positions; None for the whole cache.
           scale, window, is_local, implementation: see `row_attention`.
 
         Returns:
-          The result `[S, T, N, H]`, and the entries with which `append` stores the new tokens.
+          The result `[S, T, N, H]`, and the entries for `append`, which stores the new tokens.
         """
 
     @abc.abstractmethod

@@ -25,7 +25,7 @@ ROWS_PER_COPY = 8
 class PerLayer(StorageLayout):
     """One array per layer, for decoding one token per slot: keys and values are lists of `[R, C, K, H]` arrays.
 
-    This is the axis order of cuDNN, which reads only the filled positions. On CPUs and GPUs, XLA copies a layer's
+    This is cuDNN's axis order, and cuDNN reads only the filled positions. On CPUs and GPUs, XLA copies a layer's
     weights out of a stacked array before each matmul; separate arrays avoid that. Each layer writes its new token to
     the cache before it attends. Sliding windows are not supported.
     """
