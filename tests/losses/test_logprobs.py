@@ -26,7 +26,7 @@ def dense(hidden, unembedding, labels, *, temperature=1.0, where=None):
 
 
 def weighted_sum(logprobs, entropies):
-    """Returns a scalar to which every token contributes differently, through both results."""
+    """Returns a scalar that every token affects differently, through both results."""
     weights = jnp.cos(jnp.arange(logprobs.size, dtype=jnp.float32)).reshape(logprobs.shape)
     return jnp.sum(weights * logprobs) + 0.7 * jnp.sum(weights[::-1] * entropies)
 

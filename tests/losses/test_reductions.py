@@ -249,7 +249,7 @@ def test_segment_mean_weights_by_hand():
     where = np.array([[True, True, False, True], [True, False, True, False]])
     segment_ids = np.array([[1, 1, 2, 2], [2, 3, 0, 0]])  # segment 2 continues in the next row
     weights = segment_mean_weights(where, segment_ids, num_segments=7)
-    # Segments 0, 1 and 2 have one, two and two included tokens.
+    # Segments 0, 1, and 2 have one, two, and two included tokens.
     sixth = 1 / 6
     expected = [[sixth, sixth, 0, sixth], [sixth, 0, 2 * sixth, 0]]
     np.testing.assert_allclose(weights, expected, rtol=1e-6)

@@ -79,7 +79,7 @@ def test_a_start_holds_what_the_device_needs():
     target = request(3, sample_index=2, prefix_len=2)
     scheduler.submit(pending(target, step=5, token_ids=(20, 21))._replace(params=params))
     (start,) = scheduler.admit().starts
-    # The context is the prompt (10, 11, 12), the prefix (7, 8) and the tokens (20, 21); the last one is decoded.
+    # The context is the prompt (10, 11, 12), the prefix (7, 8), and the tokens (20, 21); the last token is decoded.
     assert start == (0, 6, 21, MAX_LEN - 2 - 2, 0.5, 0.9, 7, 5, target.problem.key, 2)
 
 

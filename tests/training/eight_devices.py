@@ -1,4 +1,4 @@
-"""Checks that gradients and samples on meshes of forced host devices equal those on one device.
+"""Checks that meshes of forced host devices give the same gradients and samples as a single device.
 
 `test_train_step.py` runs this file in a separate process.
 """

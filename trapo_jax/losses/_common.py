@@ -13,8 +13,8 @@ ArrayLike = jax.typing.ArrayLike
 def float32_where(values: ArrayLike, where: ArrayLike | None) -> Array:
     """Returns `values` in float32, with 0 where `where` is False.
 
-    Masking inputs *before* any exp, log or product keeps NaNs and infinities at masked elements from propagating to the
-    value and the gradient.
+    Masking inputs *before* any exp, log, or product keeps NaNs and infinities at masked elements from propagating to
+    the value and the gradient.
     """
     values = jnp.asarray(values, jnp.float32)
     return values if where is None else jnp.where(where, values, 0.0)

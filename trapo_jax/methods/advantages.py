@@ -1,4 +1,4 @@
-"""Group-relative advantages, computed on the host."""
+"""Computes group-relative advantages on the host."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Descriptions of methods, as printed by `python -m trapo_jax.train --print-method`, and their fingerprints."""
+"""Describes methods, for `python -m trapo_jax.train --print-method`, and computes their fingerprints."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ DENOMINATORS: dict[Normalizer, str] = {
 
 
 def describe(method: Method) -> str:
-    """Returns the resolved formulas, weights, normalizers, guidance, constants and source as text."""
+    """Returns text with the resolved formulas, weights, normalizers, guidance, constants, and source."""
     lines = [f"{method.name}: {method.source}", "", "objective: the sum of"]
     for term in method.terms:
         lines += _describe_term(term)
@@ -68,7 +68,8 @@ def _describe_group(group: MicroGroup) -> str:
     rollouts = f"{group.size} rollout{'s' if group.size > 1 else ''}"
     if group.ratio == 0 or group.threshold <= NEVER:
         return f"{rollouts} unguided"
-    start = "the whole expert" if group.ratio == 1 else f"{group.ratio:g} of the expert"
+    share = "the whole" if group.ratio == 1 else f"{group.ratio:g} of the"
+    start = f"{share} expert solution"
     if group.threshold >= ALWAYS:
         return f"{rollouts} from {start}"
     return f"{rollouts} from {start} if the mean reward so far is below {group.threshold:g}"

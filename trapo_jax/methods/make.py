@@ -51,7 +51,7 @@ def read_constants(name: str, given: dict[str, Any]) -> Constants | None:
             raise UserError(f"method.{next(iter(given))}: {name} has no constants")
         return None
     try:
-        # Strict JSON mode rejects "3" for 3 and true for 1, but accepts lists for tuples, which YAML lacks.
+        # Strict JSON mode rejects "3" for 3 and true for 1, but accepts lists as tuples, since YAML has none.
         return found.model_validate_json(json.dumps(given), strict=True)
     except pydantic.ValidationError as error:
         names = list(found.model_fields)

@@ -40,7 +40,7 @@ TokenLoss = Callable[[TokenInputs], jax.Array]  # per-token values
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A scalar that depends on the moment, with its formula."""
+    """A scalar function of the moment, with its formula."""
 
     at: Callable[[Moment], float]
     formula: str
@@ -101,7 +101,7 @@ def unvaried(
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Guidance, selection and objective of a method.
+    """The guidance, selection, and objective of a method.
 
     Attributes:
       name: name shown to the user.
@@ -119,7 +119,7 @@ class Method:
       buffer_size: maximum number of rows in an update that trains buffered problems instead of the step's problems.
       needs_reference: whether a term uses log-probabilities of the initial model.
       max_applied_grad_norm: updates with a larger gradient norm are skipped.
-      depends_on_length: whether guidance, selection or weights depend on the length of the run.
+      depends_on_length: whether guidance, selection, or weights depend on the length of the run.
       alpha: trust-region bound used by the metrics.
       clip_low, clip_high: bounds on the policy ratio used by the metrics.
       constants: the method's resolved constants, keyed by name.

@@ -1,4 +1,4 @@
-"""Methods that learn from both rollouts and expert solutions: LUFFY, RL + SFT, ReLIFT, HPT and SRFT."""
+"""Methods that learn from both rollouts and expert solutions: LUFFY, RL + SFT, ReLIFT, HPT, and SRFT."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Methods whose guidance or weights change during the run: SFT-then-GRPO, CHORD, UFT and Prefix-RFT."""
+"""Methods whose guidance or weights change during the run: SFT-then-GRPO, CHORD, UFT, and Prefix-RFT."""
 
 from functools import partial
 from typing import Annotated, NamedTuple
@@ -22,7 +22,7 @@ from trapo_jax.types import MicroGroup, Moment
 class SftThenGrpo(MixedConstants):
     """SFT, then GRPO, as two stages with separate optimizer states and learning-rate schedules.
 
-    SFT ends when the first of `sft_share`, `sft_steps` and `sft_patience` is reached. GRPO uses the schedule in the
+    SFT ends when the first of `sft_share`, `sft_steps`, and `sft_patience` is reached. GRPO uses the schedule in the
     `train` section for the rest of the run. Switching when the validation loss stops falling follows arXiv 2512.11470.
     """
 
@@ -89,7 +89,7 @@ class ChordConstants(MixedConstants):
     num_rollouts: Count = 8
     """Rollouts per problem."""
     expert_rows_per_rollout: Weight = 4.0
-    """Expert solutions of other problems per rollout."""
+    """Number of other problems' expert solutions per rollout."""
 
     def make_chord(self, name: str, cross_entropy: Term, weight: terms.Weight) -> Method:
         """Builds the method from an SFT term and the weight of the policy gradient."""
@@ -167,9 +167,9 @@ class Mu(NamedTuple):
 class Uft(MixedConstants):
     """UFT: all rollouts of a problem start from a hint that shortens during the run and is trained with a small weight.
 
-    As in `rl_dataset.py`, `dp_actor.py` and `run.py` of the released code, q decreases from 0.95 to 0.05 over 300 steps,
-    there are no hints afterward, and a completion is sampled even if the hint is the whole solution (without its EOS).
-    Here, slices consist of tokens rather than sentences.
+    As in `rl_dataset.py`, `dp_actor.py`, and `run.py` of the released code, q decreases from 0.95 to 0.05 over 300
+    steps, there are no hints afterward, and a completion is sampled even if the hint is the whole solution (without its
+    EOS). Here, slices consist of tokens rather than sentences.
     """
 
     clip_low: Share | None = 0.2

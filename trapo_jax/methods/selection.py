@@ -50,7 +50,7 @@ class Update(NamedTuple):
     Attributes:
       rows: the rows to train.
       optimizer: the optimizer whose state is used, one of `Method.optimizers`.
-      learning_rate_scale: factor by which the run's learning rate is multiplied.
+      learning_rate_scale: multiplier for the run's learning rate.
       max_grad_norm: bound on the gradient's global norm; None for the run's bound.
     """
 

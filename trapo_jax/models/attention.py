@@ -28,7 +28,7 @@ def row_attention(
     """Computes causal attention within segments.
 
     Args:
-      q_BTNH, k_BTKH, v_BTKH: queries, keys and values; each key-value head is shared by N / K query heads.
+      q_BTNH, k_BTKH, v_BTKH: queries, keys, and values; each key-value head is shared by N / K query heads.
       segment_ids_BT: int32; tokens attend only to tokens of the same segment. Padding is segment 0.
       scale: multiplier for the scores, usually `H ** -0.5`.
       window: a token attends to itself and to the `window - 1` tokens before it; to all tokens before it if None.

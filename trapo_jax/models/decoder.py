@@ -1,4 +1,4 @@
-"""One decoder for the Llama, Qwen, Mistral and Gemma 3 families, with the KV cache as an explicit argument.
+"""One decoder for the Llama, Qwen, Mistral, and Gemma 3 families, with the KV cache as an explicit argument.
 
 The same module runs whole rows (training) and new tokens with a cache (prefill, decoding). Outside this package, its
 parameters are a plain nested dict, and the call is a pure function::
@@ -294,9 +294,8 @@ def unembedding(params: Params) -> jax.Array:
 def output_projection(config: DecoderConfig, params: Params) -> Callable[[jax.Array], jax.Array]:
     """Returns a function from hidden states `[S, D]` to float32 logits `[V, S]`, for use in loops.
 
-    The weights are cast once, outside the loop, and multiplied in their storage order. With swapped
-    operands, the product would take up to 1.5 times as long on a CPU, or tied weights would be copied and transposed
-    before the loop.
+    The weights are cast once, outside the loop, and multiplied in their storage order. With swapped operands, the
+    product would take up to 1.5 times as long on a CPU, or tied weights would be copied and transposed before the loop.
     """
     precision = "highest" if config.dtype == "float32" else None
     matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32, precision=precision)

@@ -43,7 +43,7 @@ class TokenCost:
 
 
 def token_cost(decoder: DecoderConfig) -> TokenCost:
-    """Returns the cost of a decoder."""
+    """Returns the FLOPs of a decoder per token and per pair of tokens."""
     params = abstract_params(decoder)
     return TokenCost(
         num_params=_count_multiplied(params, decoder),

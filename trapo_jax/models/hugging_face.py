@@ -27,7 +27,7 @@ def init_params(config: DecoderConfig, *, seed: int) -> Params:
 def load_params(
     folder: Path, config: DecoderConfig, shardings: Params | None = None, *, seed: int = 0
 ) -> Params:
-    """Loads safetensors (float32, bfloat16 or float16) from `folder` as float32 arrays on the devices.
+    """Loads safetensors (float32, bfloat16, or float16) from `folder` as float32 arrays on the devices.
 
     Only one stacked parameter and one tensor are in host memory at a time. Adapters are initialized, not loaded.
 
@@ -149,7 +149,7 @@ def _on_host(x: jax.Array) -> np.ndarray:
 
 
 class _TensorPart(NamedTuple):
-    """A Hugging Face tensor, and the slice of one of our parameters that corresponds to it.
+    """A Hugging Face tensor and the corresponding slice of one of our parameters.
 
     Attributes:
       name: name of the tensor.

@@ -39,7 +39,7 @@ def read_config(
     attention: Implementation = "auto",
     lora: Lora | None = None,
 ) -> DecoderConfig:
-    """Reads a decoder's shape from `folder/config.json`, and checks in the weights whether it has a separate head.
+    """Reads a decoder's shape from `folder/config.json`, and checks the weights for a separate head.
 
     Args:
       folder: the model folder.

@@ -20,7 +20,7 @@ class Lora:
     Attributes:
       rank: the inner dimension of an adapter.
       alpha: adapters are scaled by `alpha / rank`.
-      targets: the matrices of a layer that have an adapter: any of qkv, output, gate_up and down.
+      targets: the matrices of a layer that have an adapter: any of qkv, output, gate_up, and down.
     """
 
     rank: int

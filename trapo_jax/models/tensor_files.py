@@ -59,7 +59,7 @@ class TensorReader:
     def check(
         self, expected: Mapping[str, tuple[int, ...]], optional: Mapping[str, tuple[int, ...]]
     ) -> None:
-        """Checks names, shapes and dtypes against the headers of the files.
+        """Checks names, shapes, and dtypes against the files' headers.
 
         Args:
           expected: shapes of the tensors that must exist, keyed by name.

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-MAX_TOKENIZER_BYTES = 64 * 2**20  # Gemma 3's tokenizer has 33 million.
+MAX_TOKENIZER_BYTES = 64 * 2**20  # The tokenizer.json of Gemma 3 has 33 million.
 MAX_TEMPLATE_BYTES = 2**20
-MAX_GROWTH = 100  # Unicode normalization replaces one character with at most 18.
+MAX_GROWTH = 100  # Unicode normalization expands a character to at most 18.
 MAX_NESTING = 10
 
 

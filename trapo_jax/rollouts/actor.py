@@ -1,6 +1,6 @@
 """The actor: samples completions from the current weights and grades them.
 
-An `Actor` owns the rollout engine and the graders. It is independent of optimizers, checkpoints and logging.
+An `Actor` owns the rollout engine and the graders. It is independent of optimizers, checkpoints, and logging.
 """
 
 import contextlib

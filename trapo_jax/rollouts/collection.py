@@ -61,7 +61,7 @@ class CollectedGroups(NamedTuple):
     Attributes:
       groups: the G rollouts of each problem, ordered by `sample_index`.
       grading_secs: seconds spent processing grades, or waiting for them with nothing to decode.
-      partial: rollouts of upcoming problems, except those that the engine is still sampling.
+      partial: rollouts of upcoming problems, except rollouts that the engine is still sampling.
     """
 
     groups: list[list[Rollout]]

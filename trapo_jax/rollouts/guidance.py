@@ -171,7 +171,7 @@ class Group:
 
     Attributes:
       guidance: determines the prefix of each rollout.
-      step: the optimizer step for which the group is sampled; part of the random keys.
+      step: the optimizer step that the group is sampled for; part of the random keys.
       state: the state of the guidance.
       submitted: sample indices of the requests that `new_requests` has returned.
       rollouts: finished rollouts, keyed by sample index.

@@ -11,7 +11,7 @@ from trapo_jax.types import FinishReason, Judgment, Rollout, TrainingFailed, Usa
 def rollout_metrics(
     groups: Sequence[Sequence[Rollout]], *, num_micro_groups: int
 ) -> dict[str, float]:
-    """Returns metrics of rewards, guidance and completions.
+    """Returns metrics of rewards, guidance, and completions.
 
     `guidance/level_i` is the share of problems whose last guided micro-group is i; at level 0, no micro-group is
     guided. `reward/mean` includes rollouts that are whole expert solutions; `reward/sampled_mean` and

@@ -1,4 +1,4 @@
-"""Device computations: prefills contexts; starts, decodes, moves, and reads slots."""
+"""Runs the device computations: prefills contexts, and starts, decodes, moves, and reads slots."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Token sampling with random numbers that depend only on the request and the position."""
+"""Samples tokens with random numbers that depend only on the request and the position."""
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +66,8 @@ def draw_tokens(
 def truncate(logits_VS: jax.Array, top_p_S: jax.Array, top_k_S: jax.Array) -> jax.Array:
     """Sets the logits of unlikely tokens to -inf.
 
-    Among the `top_k` most likely tokens, keeps the smallest set with probabilities, normalized over the `top_k`, that
-    sum to at least `top_p`. Ties with the least likely token in this set are kept as well.
+    Keeps the smallest set of the `top_k` most likely tokens whose probabilities, normalized over the `top_k`, sum to at
+    least `top_p`. Ties with the least likely token in this set are kept as well.
 
     Args:
       logits_VS: float32.

@@ -39,7 +39,7 @@ class EngineSpec:
       seed: the run's seed.
       model_folder: the Hugging Face folder that the run starts from; None if the weights come from elsewhere.
       with_truncation: whether requests may use top-p and top-k.
-      mesh: the devices, with the axes `data`, `fsdp` and `tp`; None for one device.
+      mesh: the devices, with the axes `data`, `fsdp`, and `tp`; None for one device.
     """
 
     decoder: "DecoderConfig"

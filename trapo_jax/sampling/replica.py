@@ -239,7 +239,7 @@ class Replica:
         self._resize_cache()
         starts, num_slots = admission.starts, self._scheduler.num_slots
         num_padding = num_slots - len(starts)
-        padding = SlotStart(num_slots, 0, 0, 1, 1.0, 1.0, 0, 0, 0, 0)  # out of range: dropped
+        padding = SlotStart(num_slots, 0, 0, 1, 1.0, 1.0, 0, 0, 0, 0)  # out of range, so dropped
         columns = zip(*starts, *[padding] * num_padding, strict=True)
         arrays = map(np.asarray, columns, SLOT_START_DTYPES)
         max_len = max(MIN_COPY_LEN, *(start.cached_len for start in starts))

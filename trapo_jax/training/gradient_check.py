@@ -100,7 +100,7 @@ def check_gradient(
 
 
 def pick_test_problems(problems: Sequence[Problem], max_completion_len: int) -> list[Problem]:
-    """Picks the problem with the shortest expert solution, and the next one whose solution is longer.
+    """Picks the problem with the shortest expert solution and the problem with the next longer solution.
 
     If all rows had the same length, a mean of micro-batch means would be correct, and the check could not detect it.
 

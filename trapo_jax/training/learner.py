@@ -1,6 +1,7 @@
 """The learner: updates the parameters with the rows that a method selects.
 
-A `Learner` owns the train state and everything that changes it. It is independent of sampling, checkpoints and logging.
+A `Learner` owns the train state and everything that changes it. It is independent of sampling, checkpoints, and
+logging.
 """
 
 import time
@@ -131,7 +132,7 @@ class Learner:
 
     @property
     def params(self) -> Any:
-        """The current parameters, float32."""
+        """The current parameters, in float32."""
         return self.state.params
 
     @property
@@ -218,7 +219,7 @@ class Learner:
         """Returns the current policy's mean cross-entropy over the tokens of expert solutions, in nats.
 
         Args:
-          problems: problems, at least one with an expert solution; problems without one are ignored.
+          problems: at least one must have an expert solution; problems without one are ignored.
         """
         max_len = self._config.sampling.completion_len
         rows = [expert_row(problem, max_len) for problem in problems if problem.experts]

@@ -14,7 +14,7 @@ def make_learning_rate(
     decay_start: float,
     final_learning_rate_ratio: float,
 ) -> Callable[[float, float], float]:
-    """Builds a schedule with linear warm-up, a constant phase and linear decay.
+    """Builds a schedule with linear warm-up, a constant phase, and linear decay.
 
     The learning rate is the product of the peak, `min(1, step / warmup_steps)`, and a factor that is 1 until
     `decay_start` and decreases linearly to `final_learning_rate_ratio` at the end.

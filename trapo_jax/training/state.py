@@ -1,4 +1,4 @@
-"""The train state: parameters, optimizer states and counters of skipped steps, with their shardings."""
+"""Builds the train state: parameters, optimizer states, and counters of skipped steps, with their shardings."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
