@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from trapo_jax import __version__
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, fail, run_and_exit
 
 COMMANDS = ("train", "preview", "evaluate", "export", "compare", "report", "plan", "check_step")
@@ -28,6 +29,9 @@ def dispatch(arguments: Sequence[str]) -> int:
     if command in ("--help", "-h"):
         print(help_text())
         return 0
+    if command == "--version":
+        print(f"trapo_jax {__version__}")
+        return 0
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(COMMANDS)}"
@@ -38,7 +42,7 @@ def dispatch(arguments: Sequence[str]) -> int:
 def help_text() -> str:
     """Returns the list of commands, each with the first sentence of its module."""
     width = max(map(len, COMMANDS))
-    lines = ["usage: trapo COMMAND [--help] ...", ""]
+    lines = ["usage: trapo COMMAND [--help] ..., or trapo --version", ""]
     lines += [f"  {command:{width}}  {_first_sentence(command)}" for command in COMMANDS]
     return "\n".join(lines)
 

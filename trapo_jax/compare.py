@@ -21,6 +21,7 @@ from trapo_jax.comparison import (
     write_report,
 )
 from trapo_jax.config import parse_command_line
+from trapo_jax.paths import find_config
 from trapo_jax.runs.budget import UNITS
 from trapo_jax.runs.command_line import EXIT_INTERRUPTED, command, fail, run_and_exit
 from trapo_jax.runs.console import Console
@@ -73,7 +74,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog="FIELD=VALUE replaces a field of the config for all runs, as in trapo_jax.train.",
     )
     add = parser.add_argument
-    add("--config", type=Path, help="YAML file of all runs (default: the default config)")
+    add("--config", type=find_config, help="YAML file of all runs (default: the default config)")
     add("--methods", required=True, metavar="NAME,...", help="the methods, as in method.name")
     add(
         "--variant",

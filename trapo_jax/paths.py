@@ -7,6 +7,10 @@ from glob import glob
 from pathlib import Path
 
 HUB_PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
+SHIPPED_CONFIGS = (  # in an installed package, and in a clone
+    Path(__file__).parent / "configs",
+    Path(__file__).parents[1] / "configs",
+)
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 USE_LFS = "a Git-LFS pointer, not the file itself; run `git lfs pull` in its folder"
 
@@ -22,6 +26,21 @@ def look_up(path: str, folder: Path) -> str:
     """
     beside = str(folder / Path(path).expanduser())
     return beside if not _exists(path) and _exists(beside) else path
+
+
+def find_config(path: str | Path) -> Path:
+    """Returns a config file: the path itself if it exists, otherwise the shipped config with that name, if there is one.
+
+    >>> find_config("smoke_cpu").name
+    'smoke_cpu.yaml'
+    """
+    path = Path(path)
+    if not _exists(str(path)) and path.parent == Path():
+        for folder in SHIPPED_CONFIGS:
+            shipped = folder / f"{path.stem}.yaml"
+            if shipped.is_file():
+                return shipped
+    return path
 
 
 def did_you_mean(path: str) -> str:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import trapo_jax
 from support.commands import run_process
 from support.console_script import run_console_script
 from trapo_jax.__main__ import COMMANDS, dispatch
@@ -16,6 +17,11 @@ def test_help_describes_every_command_in_one_sentence(arguments, capsys):
     listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:])
     assert set(listed) == set(COMMANDS)
     assert all(sentence.endswith(".") and sentence.count(".") == 1 for sentence in listed.values())
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert dispatch(["--version"]) == 0
+    assert capsys.readouterr().out == f"trapo_jax {trapo_jax.__version__}\n"
 
 
 def test_help_does_not_import_jax():

@@ -15,7 +15,8 @@ usage: python -m trapo_jax.{command} [--config FILE] [FIELD=VALUE ...]
 
 {about}
 
-  --config FILE     a YAML file; without it, the defaults below. Relative paths of models, data and reward functions are
+  --config FILE     a YAML file, or the name of a shipped config (smoke_cpu, own_data, ...); without it, the defaults
+                    below. Relative paths of models, data and reward functions are
                     looked up in the working directory, then in the folder of this file
 {options}  FIELD=VALUE       overrides a field; also --FIELD VALUE and --FIELD=VALUE
   --help            prints this text

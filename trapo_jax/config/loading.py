@@ -21,7 +21,7 @@ from trapo_jax.config.training import Config, TaskConfig
 from trapo_jax.files import read_text, reason_of, shown
 from trapo_jax.import_path import search_beside
 from trapo_jax.methods import constant_names
-from trapo_jax.paths import did_you_mean, look_up
+from trapo_jax.paths import did_you_mean, find_config, look_up
 from trapo_jax.types import UserError
 
 C = TypeVar("C", bound=TaskConfig)
@@ -129,7 +129,7 @@ def load_train_config(
     """Loads the configuration of a training run; `trapo_jax.load_config` is this function.
 
     Args:
-      path: a YAML file; None for the defaults.
+      path: a YAML file, or the name of a shipped config such as `smoke_cpu`; None for the defaults.
       overrides: values by dotted name, such as `{"train.num_steps": 10}`; they win over the file.
 
     Raises:
@@ -139,7 +139,7 @@ def load_train_config(
     10
     """
     texts = [(name, json.dumps(value)) for name, value in (overrides or {}).items()]
-    return load_config(Config, Path(path) if path is not None else None, texts)
+    return load_config(Config, find_config(path) if path is not None else None, texts)
 
 
 def merge_layers(layers: Sequence[Layer], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
         if is_option and name == "config":
             if file is not None:
                 raise UserError(f"command line: --config twice, {file} and {value}; give one file")
-            file = Path(value)
+            file = find_config(value)
         else:
             overrides.append((name, value))
     return file, overrides
