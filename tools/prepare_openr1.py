@@ -33,6 +33,7 @@ from trapo_jax.data.sources import Row, read_rows
 from trapo_jax.rewards import Grader, make_grader
 from trapo_jax.runs.command_line import fail
 from trapo_jax.types import ExpertPart, Grade, Problem, UserError, Verdict
+from verl_rows import check_out, field, field_of, make_row, report_path, write_rows
 
 PROBLEMS = "Elliott/Openr1-Math-46k-8192"
 SOLUTIONS = "open-r1/OpenR1-Math-220k:all"
@@ -106,11 +107,7 @@ def prepare(
     Raises:
       UserError: if the data are missing, damaged or in another layout, or if no problem remains.
     """
-    if out.suffix != ".parquet":
-        raise UserError(f"--out {out}: the name must end in .parquet")
-    for path in (out, report_path(out)):
-        if path.exists():
-            raise UserError(f"{path}: already exists; choose another --out")
+    check_out(out)
     counts: Counter[str] = Counter()
     entries = read_problems(problems, counts)
     add_solutions(entries, solutions, counts)
@@ -127,9 +124,7 @@ def prepare(
     if not rows:
         raise UserError(f"no problem has a correct solution: {json.dumps(counts)}")
     counts["problems written"] = len(rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_parquet(out, rows)
-    report_path(out).write_text(json.dumps(counts, indent=2) + "\n")
+    write_rows(out, rows, counts)
     return dict(counts)
 
 
@@ -232,51 +227,15 @@ def finished_rows(
             counts["problems dropped: no correct solution"] += 1
             continue
         counts[f"problems with {len(correct)} solution{'s' * (len(correct) > 1)}"] += 1
-        yield {
-            "data_source": entry.source,
-            "prompt": [{"role": "user", "content": entry.question}],
-            "target": [{"role": "assistant", "content": correct[0]}],
-            "ability": "math",
-            "reward_model": {"ground_truth": entry.answer, "style": "rule"},
-            "extra_info": {"answer_list": correct, "index": index, "split": "train"},
-        }
-
-
-def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows atomically."""
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    partial = path.with_name(path.name + ".partial")
-    try:
-        parquet.write_table(pa.Table.from_pylist(rows), partial, row_group_size=1000)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"--out {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def report_path(out: Path) -> Path:
-    """Returns the path of the report of a parquet file."""
-    return out.with_suffix(".json")
+        row = make_row(entry.source, entry.question, entry.answer, index=index, split="train")
+        row["target"] = [{"role": "assistant", "content": correct[0]}]
+        row["extra_info"]["answer_list"] = correct
+        yield row
 
 
 def key(question: str) -> str:
     """Returns the question without whitespace."""
     return "".join(question.split())
-
-
-def field_of(row: Row, name: str) -> Any:
-    return field(row.values, name, row)
-
-
-def field(values: Any, name: str, row: Row) -> Any:
-    if not isinstance(values, dict) or name not in values:
-        raise UserError(
-            f"{row.file}, row {row.number}: no field {name!r}; --help describes the layouts"
-        )
-    return values[name]
 
 
 def last_content(row: Row, name: str) -> str:

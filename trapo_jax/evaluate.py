@@ -1,6 +1,6 @@
-"""Scores a model on problems: avg@k, pass@k and majority vote, with confidence intervals.
+"""Scores a model on problems: avg@k, pass@k and majority vote per source, with confidence intervals.
 
-    python -m trapo_jax.evaluate model.path=DIR_OR_RUN data.test_files=math.parquet sampling.num_samples=32
+    python -m trapo_jax.evaluate model.path=DIR_OR_RUN data.test_files=math.parquet evaluation.num_samples=32
 
 Every sample is appended to samples.jsonl as soon as it is graded; the same command resumes an evaluation that was
 stopped.
@@ -40,6 +40,7 @@ from trapo_jax.evaluation.results import plot_pass_at_k, table_of
 from trapo_jax.evaluation.scoring import (
     Sample,
     Scores,
+    mean_of_sources,
     merge_equal_answers,
     score_samples,
     scores_by_source,
@@ -94,6 +95,11 @@ class EvaluationResult:
     overall: Scores
     by_source: dict[str, Scores]
 
+    @property
+    def mean_of_sources(self) -> Scores:
+        """Unweighted mean of the scores of the sources, as papers report it for several benchmarks."""
+        return mean_of_sources(self.by_source)
+
 
 def evaluate(config: EvaluateConfig, *, show_progress: bool = False) -> EvaluationResult:
     """Evaluates a model, or resumes an evaluation that was stopped.
@@ -127,6 +133,7 @@ def write_result(result: EvaluationResult, settings: Mapping[str, Any]) -> None:
     data = {
         "settings": settings,
         "overall": dataclasses.asdict(result.overall),
+        "mean_of_sources": dataclasses.asdict(result.mean_of_sources),
         "by_source": {name: dataclasses.asdict(s) for name, s in result.by_source.items()},
         "devices": str(jax.devices()[0].device_kind),
     }
@@ -181,12 +188,14 @@ def sample_all(
     console: Console,
 ) -> list[Sample]:
     """Samples and grades what is not in samples.jsonl yet, and returns all samples."""
-    path, sampling = config.folder / SAMPLES, config.sampling
+    path, scoring = config.folder / SAMPLES, config.evaluation
     records = read_samples(path)
     wanted = {
         (request.problem.id, request.sample_index): request
         for problem in problems
-        for request in (RolloutRequest(problem, j) for j in range(sampling.num_samples))
+        for request in (
+            RolloutRequest(problem, j) for j in range(scoring.num_samples_of(problem.source))
+        )
     }
     done = set(map(key_of, records))
     requests = [request for key, request in wanted.items() if key not in done]
@@ -197,7 +206,7 @@ def sample_all(
         contextlib.closing(listener),
         make_evaluation_actor(config, model, console, num_samples=len(wanted)) as actor,
     ):
-        sampling_params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k)
+        sampling_params = SamplingParams(scoring.temperature, scoring.top_p, scoring.top_k)
         console.begin("evaluating test", num_samples=len(requests))
         with actor.sampler(params) as sample, open(path, "a", encoding="utf-8") as file:
             for completion, grade in sample(requests, sampling_params):
@@ -222,7 +231,7 @@ def make_evaluation_actor(
     config: EvaluateConfig, model: PretrainedModel, console: Console, *, num_samples: int
 ) -> Actor:
     """Builds the actor of an evaluation, with no more slots than there are samples, which shows its progress."""
-    sampling = config.sampling
+    sampling, scoring = config.sampling, config.evaluation
     num_slots = min(sampling.num_slots, num_samples)
     return make_actor(
         sampling.model_copy(update={"num_slots": num_slots}),
@@ -230,7 +239,7 @@ def make_evaluation_actor(
         model,
         max_prompt_length=config.data.prompt_len,
         seed=config.seed,
-        with_truncation=sampling.top_p < 1 or sampling.top_k > 0,
+        with_truncation=scoring.top_p < 1 or scoring.top_k > 0,
         on_progress=console.advance,
     )
 
@@ -246,8 +255,8 @@ def main(arguments: Sequence[str]) -> int:
         config = load_evaluate_config(file, overrides)
         if file and is_training_config(read_yaml(file)):
             Console().say(
-                f"{file}: a config of a training run, of which an evaluation uses model, data, rewards and "
-                "sampling.max_completion_length"
+                f"{file}: a config of a training run, of which an evaluation uses model, data, rewards, "
+                "sampling.max_completion_length, and the temperature and numbers of samples of evaluation"
             )
         folder = config.folder
         result = evaluate(config, show_progress=True)
@@ -259,7 +268,11 @@ def main(arguments: Sequence[str]) -> int:
             EXIT_INTERRUPTED,
         )
     console = Console()
-    title = f"test split, {result.overall.num_problems} problems, {config.sampling.num_samples} samples each at temperature {config.sampling.temperature:g}"
+    numbers = sorted({scores.num_samples for scores in result.by_source.values()})
+    title = (
+        f"test split, {result.overall.num_problems} problems, {' or '.join(map(str, numbers))} samples each at "
+        f"temperature {config.evaluation.temperature:g}"
+    )
     console.table(title, *table_of(result.overall, result.by_source))
     console.say(f"{result.folder}: {SCORES}, {PLOT} and {SAMPLES}")
     return 0

@@ -53,7 +53,7 @@ from trapo_jax.rollouts.metrics import check_grades, graded_groups
 from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import EXPORT, METRICS, MODEL, REPORT, SAMPLES
-from trapo_jax.runs.loggers import is_shown, read_metrics
+from trapo_jax.runs.loggers import describe_samples, is_shown, read_metrics
 from trapo_jax.runs.monitoring import check_learned, warnings_of_run
 from trapo_jax.runs.run import EXPERT_LOSS, VALIDATION, Run
 from trapo_jax.runs.saved_model import saved_model_files
@@ -305,10 +305,16 @@ def evaluate_pending(splits: Splits, run: Run, actor: Actor, learner: Learner) -
         if not splits[name]:
             continue
         started = time.perf_counter()
-        num_samples = run.num_evaluation_samples
-        run.begin(f"evaluating {name}", num_samples=len(splits[name]) * (1 + num_samples))
+        scoring = run.scoring
+        num_samples = sum(1 + scoring.num_samples_of(problem.source) for problem in splits[name])
+        run.begin(f"evaluating {name}", num_samples=num_samples)
         with actor.sampler(learner.params) as sample:
-            result = evaluate(sample, splits[name], num_samples=num_samples)
+            result = evaluate(
+                sample,
+                splits[name],
+                num_samples_of=scoring.num_samples_of,
+                temperature=scoring.temperature,
+            )
         metrics = result.metrics
         if name == VALIDATION and learner.method.needs_expert_loss:
             metrics = metrics | {EXPERT_LOSS: learner.expert_loss(splits[name])}
@@ -342,10 +348,7 @@ def show_result(result: TrainResult) -> None:
             for name in sorted(after)
             if is_shown(name) and name != "eval/pass@1"
         ]
-        title = (
-            f"{split} split, {after['eval/num_problems']} problems, {after['eval/num_samples']} samples each at "
-            "temperature 1 (greedy: 1)"
-        )
+        title = f"{split} split, {after['eval/num_problems']} problems, {describe_samples(after)} (greedy: 1)"
         console.table(title, ["", "before", "after"], rows)
     for warning in result.warnings:
         console.say(f"warning: {warning}")

@@ -5,8 +5,11 @@ Every package may import this module, which imports none of them.
 
 import dataclasses
 import enum
+import fnmatch
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes over which the rows of a batch are sharded
 MAX_ERROR_CHARS = 2000  # of a line
@@ -84,6 +87,18 @@ class Problem:
     def key(self) -> int:
         """The first 32 bits of the id, for deriving random keys."""
         return int(self.id[:8], 16)
+
+
+def find_by_source(by_source: Mapping[str, T], source: str) -> T | None:
+    """Returns the value of the first `fnmatch` pattern that a problem's source matches, ignoring case; None if none does.
+
+    >>> find_by_source({"aime*": 32}, "AIME24")
+    32
+    """
+    for pattern, value in by_source.items():
+        if fnmatch.fnmatchcase(source.lower(), pattern.lower()):
+            return value
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`python -m trapo_jax.evaluate`: complete evaluations, resumed evaluations, evaluations of runs, and mistakes."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -8,7 +9,7 @@ import yaml
 from support.commands import run_command
 from support.text_model import make_text_model
 from trapo_jax import evaluate
-from trapo_jax.config import EvaluateConfig, load_evaluate_config
+from trapo_jax.config import load_evaluate_config
 from trapo_jax.data import card_shuffles_splits
 from trapo_jax.evaluate import load_model, main
 from trapo_jax.runs.directory import lock_folder
@@ -34,8 +35,8 @@ def data(tmp_path_factory):
 def arguments(data, out, *more):
     return [
         *("model.path=card_shuffles_tiny", f"data.test_files={data}", f"output_dir={out}"),
-        *("data.template=none", "rewards.functions=card_shuffles", "sampling.temperature=1"),
-        *("sampling.num_samples=4", "data.max_prompt_length=16"),
+        *("data.template=none", "rewards.functions=card_shuffles", "evaluation.temperature=1"),
+        *("evaluation.num_samples=4", "data.max_prompt_length=16"),
         *("sampling.max_completion_length=64", *more),
     ]
 
@@ -66,6 +67,8 @@ def test_scores_are_those_of_the_samples(whole):
     assert scores["overall"]["accuracy"] == pytest.approx(sum(correct) / 48)
     assert scores["overall"]["pass_at_k"][0] == pytest.approx(sum(correct) / 48)
     assert set(scores["by_source"]) == {"source0", "source1"}
+    accuracies = [s["accuracy"] for s in scores["by_source"].values()]
+    assert scores["mean_of_sources"]["accuracy"] == pytest.approx(sum(accuracies) / 2)
     for record in samples:
         ends = record["completion"].endswith(f"#{record['gold']}<eos>")
         assert record["is_correct"] == (ends and record["completion"].count("#") == 1)
@@ -128,6 +131,20 @@ def test_other_weights_in_the_same_folder_are_refused(whole, data, monkeypatch, 
     assert "contains a run with weights=" in capsys.readouterr().err
 
 
+def test_a_source_may_have_more_samples(data, tmp_path, capsys):
+    more = ["evaluation.num_samples=1", "evaluation.num_samples_by_source={SOURCE1*: 3}"]
+    assert main(arguments(data, tmp_path, *more)) == 0
+    out = capsys.readouterr().out
+    assert "12 problems, 1 or 3 samples each at temperature 1" in out
+    assert "avg@k" in out
+    assert re.search(r"\bmean +│ +12 │", out)
+    samples = read_samples(tmp_path).values()
+    counts = {}
+    for sample in samples:
+        counts[sample["source"]] = counts.get(sample["source"], 0) + 1
+    assert counts == {"source0": 6, "source1": 18}
+
+
 MISTAKES = {
     "no such file": ("data.test_files=missing.parquet", "missing.parquet: no such file"),
     "no such model": ("model.path=nowhere/model", "model.path='nowhere/model': no such folder"),
@@ -136,12 +153,16 @@ MISTAKES = {
     "no such field": ("data.columns.gold=x", "data.columns.gold: unknown field; did you mean"),
     "a field of training": ("train.num_steps=3", "train: unknown field"),
     "prompts too long": ("data.max_prompt_length=3", "no problem is usable"),
-    "no samples": ("sampling.num_samples=0", "sampling.num_samples=0: input should be"),
-    "no number": ("sampling.temperature=hot", 'sampling.temperature="hot": input should be'),
-    "greedy samples": ("sampling.temperature=0", "give sampling.num_samples=1"),
+    "no samples": ("evaluation.num_samples=0", "evaluation.num_samples=0: input should be"),
+    "no number": ("evaluation.temperature=hot", 'evaluation.temperature="hot": input should be'),
+    "greedy samples": ("evaluation.temperature=0", "give evaluation.num_samples=1"),
+    "the temperature of training": (
+        "sampling.temperature=1",
+        "sampling.temperature: unknown field; did you mean evaluation.temperature?",
+    ),
     "no row": ("data.limit=-1", "data.limit=-1: input should be"),
-    "no probability": ("sampling.top_p=0", "sampling.top_p=0: input should be"),
-    "no token": ("sampling.top_k=-1", "sampling.top_k=-1: input should be"),
+    "no probability": ("evaluation.top_p=0", "evaluation.top_p=0: input should be"),
+    "no token": ("evaluation.top_k=-1", "evaluation.top_k=-1: input should be"),
     "nothing to evaluate": ("data={source: files}", "data.test_files: not set; give files or"),
     "files and another source": (
         "data.source=card_shuffles",
@@ -182,6 +203,7 @@ TRAINING = {
     "method": {"name": "grpo"},
     "sampling": {"max_completion_length": 99, "temperature": 0.9, "num_slots": 3},
     "rewards": {"functions": "math", "max_error_rate": 0.5},
+    "evaluation": {"every": 5, "temperature": 0.8, "num_samples_by_source": {"aime*": 32}},
 }
 
 
@@ -193,9 +215,10 @@ def test_a_training_config_gives_model_data_and_rewards(tmp_path):
     assert (config.data.train_files, config.data.prompt_suffix) == (("x.jsonl",), "boxed")
     assert config.rewards.functions == ("math",)
     assert config.sampling.max_completion_length == 99
-    # These are of training rollouts and of the run.
-    defaults = EvaluateConfig()
-    assert config.sampling.temperature == defaults.sampling.temperature
+    assert config.evaluation.temperature == 0.8
+    assert config.evaluation.num_samples_by_source == {"aime*": 32}
+    assert config.evaluation.num_samples == 1
+    # These are of the run.
     assert (config.output_dir, config.seed) == (None, 0)
     assert config.sampling.num_slots == 5
 
@@ -236,6 +259,7 @@ def test_data_and_grading_default_to_the_settings_of_the_run(tmp_path):
         "data": data | {"max_prompt_length": 16},
         "rewards": {"timeout_secs": 9.0, "max_error_rate": 0.1},
         "sampling": {"max_completion_length": 64, "temperature": 1.0},
+        "evaluation": {"every": 5, "splits": ["test"], "temperature": 0.8, "num_samples": 3},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
     config = load_evaluate_config(
@@ -244,7 +268,9 @@ def test_data_and_grading_default_to_the_settings_of_the_run(tmp_path):
     assert (config.data.num_test, config.data.num_train, config.data.template) == (7, 8, "none")
     assert (config.rewards.timeout_secs, config.rewards.functions) == (9.0, ("card_shuffles",))
     assert config.sampling.max_completion_length == 64
-    assert config.sampling.temperature == EvaluateConfig().sampling.temperature
+    assert (config.evaluation.temperature, config.evaluation.num_samples) == (0.8, 3)
+    given = [("model.path", str(tmp_path)), ("evaluation.temperature", "0.1")]
+    assert load_evaluate_config(None, given).evaluation.temperature == 0.1
 
 
 def test_files_do_not_inherit_the_grader_of_a_generated_task(tmp_path):
@@ -297,5 +323,6 @@ def test_the_context_of_the_model_limits_an_evaluation(tmp_path, data, capsys):
 def test_help_lists_the_fields_of_an_evaluation(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert "sampling.num_samples  (int, 1)" in text
+    assert "evaluation.num_samples  (int, 1; 8 for card_shuffles)" in text
+    assert "evaluation.temperature  (float, 0.6; 1.0 for card_shuffles)" in text
     assert "train.num_steps" not in text

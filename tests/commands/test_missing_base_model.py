@@ -60,7 +60,7 @@ def test_a_checkpoint_can_be_evaluated(run_without_base, tmp_path):
         "trapo_jax.evaluate",
         f"model.path={run}",
         f"output_dir={tmp_path / 'evaluation'}",
-        "sampling.num_samples=1",
+        "evaluation.num_samples=1",
     )
     assert result.returncode == 0, result.stderr
 

@@ -137,7 +137,7 @@ def test_functions_in_the_config_folder_are_weighted_and_selected_by_source(tmp_
     samples = read_lines(run / "samples.jsonl")
     result = run_command(
         *("trapo_jax.evaluate", "--config", config, f"model.path={run}"),
-        *(f"output_dir={tmp_path / 'scores'}", "sampling.num_samples=2"),
+        *(f"output_dir={tmp_path / 'scores'}", "evaluation.num_samples=2"),
     )
     assert result.returncode == 0, result.stderr
     assert f"{config}: a config of a training run, of which an evaluation uses" in result.stdout

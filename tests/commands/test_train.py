@@ -321,6 +321,7 @@ def test_training_on_files(tmp_path, capsys):
         *("model.path=card_shuffles_tiny", "rewards.functions=card_shuffles"),
         *("data.template=none", "data.max_prompt_length=16", "sampling.max_completion_length=64"),
         *("train.learning_rate=2e-4", "train.decay_start=0.5", "train.adam_b2=0.98", *files),
+        "evaluation.temperature=1",
     )
     from_files = train(tmp_path / "b", *common)
     assert procedural.returncode == from_files.returncode == 0, from_files.stderr

@@ -6,11 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from support.comparisons import LEARNING_RATES, NUM_SAMPLES, make_comparison, make_grid, write_run
+from support.comparisons import (
+    LEARNING_RATES,
+    NUM_PROBLEMS,
+    NUM_SAMPLES,
+    make_comparison,
+    make_grid,
+    write_run,
+)
 from trapo_jax import compare
 from trapo_jax.comparison import experiment
 from trapo_jax.comparison.analysis import (
     Comparison,
+    accuracy_by_source,
     find_differences,
     find_warnings,
     score_methods,
@@ -50,6 +58,26 @@ def test_methods_whose_difference_is_within_the_margin_are_equivalent(tmp_path):
     comparison = make_comparison(tmp_path, {"grpo": 0.5, "trapo": 0.5}, seeds=12)
     ((mean, median),) = verdicts(comparison, margin=0.15).values()
     assert (mean, median) == ("undecided", "equivalent")  # Unseen failing seeds affect the mean.
+
+
+def test_the_mean_of_sources_weighs_every_source_the_same(tmp_path):
+    comparison = make_comparison(tmp_path, {"grpo": 0.3, "trapo": 0.7})
+    results = comparison.results_of("trapo")
+    by_source = accuracy_by_source(results)
+    values = np.stack([r.after.sampled for r in results])
+    is_hard = np.arange(NUM_PROBLEMS) % 3 == 0
+    hard, easy = values[:, is_hard].mean(), values[:, ~is_hard].mean()
+    expected = {"easy": easy, "hard": hard, "mean of sources": (hard + easy) / 2}
+    assert by_source == pytest.approx(expected)
+    assert by_source["mean of sources"] != pytest.approx(values.mean())  # More problems are easy.
+    text = to_markdown(make_report(comparison, None)[0])
+    table = text.split("| method | easy | hard | mean of sources |")[1]
+    assert table.index(f"| trapo | {easy:.3f} | {hard:.3f} | ") < table.index("| grpo | ")
+
+
+def test_the_report_says_how_evaluations_sampled(tmp_path):
+    text = to_markdown(make_report(make_comparison(tmp_path, {"trapo": 0.7}), None)[0])
+    assert f"the accuracy of {NUM_SAMPLES} samples per problem at temperature 1." in text
 
 
 def test_with_one_seed_nothing_is_significant(tmp_path):
@@ -133,7 +161,7 @@ def test_all_report_files_have_the_same_numbers(tmp_path):
     document, tables = make_report(comparison, picture)
     page = to_html(document)
     assert "data:image/png;base64,iVBOR" in page
-    assert page.count("<table>") == 5
+    assert page.count("<table>") == 6
     write_csv(tmp_path / "runs.csv", tables["runs.csv"])
     with open(tmp_path / "runs.csv") as file:
         rows = list(csv.DictReader(file))

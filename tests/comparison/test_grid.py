@@ -7,7 +7,7 @@ import pytest
 from support.commands import REPOSITORY
 from support.comparisons import LEARNING_RATES, make_grid
 from trapo_jax.comparison.grid import Trial, parse_sweep, parse_variant
-from trapo_jax.types import UserError
+from trapo_jax.types import MicroGroup, UserError
 
 
 def test_all_methods_have_the_same_number_of_trials():
@@ -141,7 +141,19 @@ def test_a_variant_that_is_not_compared_is_refused():
         make_grid("out", methods=("late",), variants=twice).trials()
 
 
-@pytest.mark.parametrize("text", ["learning_rate", "learning_rate=", "a b=1", "x=1,1"])
+def test_a_sweep_over_guidance_has_tables_as_values():
+    grid = make_grid(
+        "out", "micro_groups=[[8,0,-1]],[[7,0,-1],[1,1,0.5]]", methods=("trapo",), seeds=1
+    )
+    runs = grid.final_runs(grid.trials()["trapo"])
+    assert [run.config.method.make().micro_groups[-1] for run in runs] == [
+        MicroGroup(8, 0.0, -1.0),
+        MicroGroup(1, 1.0, 0.5),
+    ]
+    assert len({run.folder for run in runs}) == 2
+
+
+@pytest.mark.parametrize("text", ["learning_rate", "learning_rate=", "a b=1", "x=1,1", "x=1,,2"])
 def test_a_malformed_sweep_is_a_one_line_error(text):
     with pytest.raises(UserError, match=r"^--sweep"):
         parse_sweep(text)

@@ -40,6 +40,22 @@ def test_a_record_replaces_the_run_directory(tmp_path):
     assert found.processor
 
 
+def test_a_record_without_sources_has_the_same_scores(tmp_path):
+    """Older versions did not record them."""
+    run = plan(tmp_path)
+    write_run(run, 0.6)
+    expected = collect_result(run)
+    record = json.loads(run.record.read_text())
+    for when in ("before", "after"):
+        del record["result"][when]["sources"]
+    del record["config"]["evaluation.temperature"]
+    run.record.write_text(json.dumps(record))
+    found = load_result(run)
+    np.testing.assert_array_equal(found.after.sampled, expected.after.sampled)
+    np.testing.assert_array_equal(found.after.best_of, expected.after.best_of)
+    assert found.after.sources == ()
+
+
 @pytest.mark.parametrize("method", ["sft", "sft_then_grpo", "chord"])
 def test_runs_of_all_methods_have_records(method, tmp_path):
     run = plan_method(method, tmp_path)

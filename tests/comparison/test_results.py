@@ -7,8 +7,10 @@ from support.comparisons import make_comparison, make_grid, write_run
 from trapo_jax.comparison.curves import common_grid
 from trapo_jax.comparison.document import to_markdown
 from trapo_jax.comparison.grid import Trial
+from trapo_jax.comparison.records import collect_result
 from trapo_jax.comparison.report import make_report
 from trapo_jax.comparison.results import progress, read_result
+from trapo_jax.evaluation.statistics import pass_at_k
 from trapo_jax.types import UserError
 
 
@@ -23,6 +25,23 @@ def test_a_result_contains_the_values_of_the_run_directory(tmp_path):
     assert result.before.sampled.mean() == pytest.approx(0.25, abs=0.1)
     # With one correct sample among four, pass@4 is 1.
     assert result.after.best_of[result.after.sampled > 0].min() == 1
+
+
+def test_a_problem_is_scored_by_the_number_of_its_own_samples(tmp_path):
+    more = (("evaluation.num_samples", "4"), ("evaluation.num_samples_by_source", "{hard: 16}"))
+    grid = make_grid(tmp_path, methods=("trapo",), seeds=1, overrides=more)
+    (run,) = grid.final_runs([Trial("trapo")])
+    write_run(run, 0.6)  # Up to 4 samples of each problem are correct.
+    result = read_result(run)
+    is_hard = np.array(result.after.sources) == "hard"
+    assert set(result.after.sampled[~is_hard] * 4) <= {0, 1, 2, 3, 4}
+    assert 0 < result.after.sampled[is_hard].max() <= 4 / 16
+    assert result.num_samples == 4
+    expected = [pass_at_k(16, round(16 * share), 4) for share in result.after.sampled[is_hard]]
+    assert result.after.best_of[is_hard].tolist() == expected
+    recorded = collect_result(run).after
+    for name in ("sources", "numbers", "sampled", "best_of"):
+        np.testing.assert_array_equal(getattr(recorded, name), getattr(result.after, name))
 
 
 def test_progress_ignores_an_incomplete_line(tmp_path):

@@ -31,6 +31,9 @@ def test_the_embedded_task_has_its_own_defaults():
     assert (config.data.max_prompt_length, config.sampling.max_completion_length) == (16, 64)
     assert config.rewards.functions == ("card_shuffles",)
     assert config.train.learning_rate == 2e-4
+    assert (config.evaluation.temperature, config.evaluation.num_samples) == (1.0, 8)
+    evaluation = EvaluateConfig(model={"path": "card_shuffles_tiny"}).evaluation
+    assert (evaluation.temperature, evaluation.num_samples) == (1.0, 8)
 
 
 def test_files_have_the_defaults_of_a_language_model():
@@ -38,6 +41,7 @@ def test_files_have_the_defaults_of_a_language_model():
     assert config.data.source == "files"
     assert (config.data.max_prompt_length, config.sampling.max_completion_length) == (None, None)
     assert (config.train.learning_rate, config.train.decay_start) == (5e-6, 1.0)
+    assert config.evaluation.temperature == 0.6
 
 
 def test_what_is_given_wins_over_the_defaults_of_a_task():

@@ -12,8 +12,12 @@ from trapo_jax.runs.loggers import read_metrics
 DOCS = REPOSITORY / "docs"
 NAMES = {"LEVEL": r"\d+", "K": r"\d+", "X": r"0\.\d", "NAME": ".+"}
 
-# Metrics of several reward functions, of stages that end by patience, and of ReLIFT.
-IN_OTHER_RUNS = {"rewards/FUNCTION", "eval/rewards/FUNCTION", "eval/expert_loss", "buffer/NAME"}
+# Metrics of several reward functions, of sources with different numbers of samples, of stages that end by patience, and
+# of ReLIFT.
+IN_OTHER_RUNS = {
+    *("rewards/FUNCTION", "eval/rewards/FUNCTION", "eval/num_samples/SOURCE"),
+    *("eval/expert_loss", "buffer/NAME"),
+}
 
 
 def documented_metrics():

@@ -2,8 +2,10 @@
 
 import pytest
 
+from trapo_jax.evaluation.results import table_of
 from trapo_jax.evaluation.scoring import (
     Sample,
+    mean_of_sources,
     problem_columns,
     score_samples,
     scores_by_source,
@@ -63,9 +65,60 @@ def test_sources_are_scored_separately():
     ]
 
 
-def test_different_numbers_of_samples_are_refused():
-    with pytest.raises(ValueError, match=r"problems with \[1, 2\] samples each"):
-        score_samples([*group("a", RIGHT), *group("b", RIGHT, WRONG)])
+def test_every_problem_weighs_the_same_whatever_its_number_of_samples():
+    scores = score_samples([*group("a", RIGHT), *group("b", RIGHT, WRONG, WRONG, WRONG)])
+    assert scores.accuracy == (1 + 1 / 4) / 2
+    assert (scores.num_samples, scores.pass_at_k) == (1, ((1 + 1 / 4) / 2,))
+
+
+def test_without_samples_there_are_no_scores():
+    with pytest.raises(ValueError, match="no samples"):
+        score_samples([])
+
+
+def benchmarks(num_samples=2):
+    """One problem of the source `large`, of which a quarter is solved, for each of `small`, which is all solved."""
+    large = [group(f"l{i}", RIGHT if i == 0 else WRONG, source="large") for i in range(4)]
+    small = group("s", *[RIGHT] * num_samples, source="small")
+    return [*small, *(sample for samples in large for sample in samples)]
+
+
+def test_the_mean_of_sources_does_not_pool_their_problems():
+    by_source = scores_by_source(benchmarks())
+    assert {name: s.num_samples for name, s in by_source.items()} == {"large": 1, "small": 2}
+    mean = mean_of_sources(by_source)
+    assert mean.accuracy == (1 / 4 + 1) / 2
+    assert score_samples(benchmarks()).accuracy == (1 + 1) / 5
+    assert (mean.num_problems, mean.num_samples) == (5, 1)
+    assert mean.pass_at_k == ((1 / 4 + 1) / 2,)
+    low, high = mean.interval
+    assert 0 < low < mean.accuracy < high <= 1
+
+
+def test_the_mean_of_one_source_is_its_score():
+    samples = group("a", RIGHT, WRONG)
+    mean, score = mean_of_sources(scores_by_source(samples)), score_samples(samples)
+    assert mean.accuracy == score.accuracy
+    assert mean.interval == pytest.approx(score.interval)
+
+
+def test_the_table_has_avg_at_k_of_each_source_and_their_mean():
+    samples = benchmarks(num_samples=32)
+    header, rows = table_of(score_samples(samples), scores_by_source(samples))
+    table = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert list(table) == ["large", "small", "mean", "all"]
+    assert [row["k"] for row in table.values()] == ["1", "32", "", ""]
+    assert [row["avg@k"] for row in table.values()] == ["0.250", "1.000", "0.625", "0.400"]
+    assert [row["pass@k"] for row in table.values()] == ["0.250", "1.000", "", ""]
+
+
+def test_the_table_of_equal_numbers_of_samples_names_the_number():
+    samples = [*group("a", RIGHT, WRONG, source="x"), *group("b", RIGHT, RIGHT, source="y")]
+    header, rows = table_of(score_samples(samples), scores_by_source(samples))
+    assert header[2:6] == ["avg@2", "95% CI", "pass@2", "maj@2"]
+    assert [row[2] for row in rows] == ["0.500", "1.000", "0.750", "0.750"]
+    header, rows = table_of(score_samples(samples[:2]), scores_by_source(samples[:2]))
+    assert [row[0] for row in rows] == ["all"]
 
 
 def test_shared_noise_is_distinguished_from_coincidence():

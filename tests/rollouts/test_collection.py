@@ -395,7 +395,10 @@ def test_evaluate_computes_metrics_by_source():
         grade_for((int(c.request.problem.id, 16), c.request.sample_index) in right)
     )
     metrics = evaluate(
-        sampler(ScriptedEngine(newest_first=True), score), problems, num_samples=4
+        sampler(ScriptedEngine(newest_first=True), score),
+        problems,
+        num_samples_of=lambda _: 4,
+        temperature=0.6,
     ).metrics
     assert metrics["eval/accuracy_greedy"] == 0.25
     assert metrics["eval/accuracy_sampled"] == 5 / 16
@@ -404,13 +407,46 @@ def test_evaluate_computes_metrics_by_source():
     assert metrics["eval/pass@4"] == 0.5
     assert metrics["eval/accuracy_sampled/K=0"] == 0.5
     assert metrics["eval/accuracy_greedy/K=1"] == 0.0
+    assert metrics["eval/accuracy_sampled_mean_of_sources"] == 5 / 16
+    assert metrics["eval/num_samples"] == 4
     one_source = evaluate(
-        sampler(ScriptedEngine(newest_first=True), score), problems[::2], num_samples=1
+        sampler(ScriptedEngine(newest_first=True), score),
+        problems[::2],
+        num_samples_of=lambda _: 1,
+        temperature=0.6,
     ).metrics
     assert not [name for name in one_source if name.startswith("eval/accuracy_greedy/")]
     assert metrics["eval/completion_len_mean"] == 2
     assert metrics["eval/truncated"] == 0
     assert metrics["eval/error_rate"] == metrics["eval/timeout_rate"] == 0
+
+
+def test_evaluate_samples_each_source_as_often_as_it_is_told_at_the_temperature():
+    problems = [Problem(f"{i:016x}", (1,), "", (), "", "aime" if i else "math") for i in range(3)]
+    seen = []
+
+    def sample(requests, params):
+        seen.append((params.temperature, [(r.problem.source, r.sample_index) for r in requests]))
+        engine = ScriptedEngine(newest_first=False)
+        score = lambda c: at_once(grade_for(c.request.problem.source == "math"))
+        yield from sampler(engine, score)(requests, params)
+
+    metrics, columns = evaluate(
+        sample, problems, num_samples_of={"aime": 3, "math": 1}.__getitem__, temperature=0.7
+    )
+    greedy, sampled = seen
+    assert greedy == (0.0, [("math", 0), ("aime", 0), ("aime", 0)])
+    assert sampled == (0.7, [("math", 0), *[("aime", j) for j in range(3)] * 2])
+    assert metrics["eval/accuracy_sampled"] == pytest.approx(1 / 3)
+    assert metrics["eval/accuracy_sampled_mean_of_sources"] == 0.5
+    assert metrics["eval/temperature"] == 0.7
+    counts = {name: x for name, x in metrics.items() if name.startswith("eval/num_samples")}
+    assert counts == {
+        "eval/num_samples": 1,
+        "eval/num_samples/aime": 3,
+        "eval/num_samples/math": 1,
+    }
+    assert columns["correct"] == [1, 0, 0]
 
 
 def sampler(engine, score):
@@ -429,7 +465,10 @@ def test_evaluate_counts_completions_without_a_reward():
     score = lambda c: at_once(failing.get(c.request.sample_index, CORRECT))
     problems = [Problem(f"{i:016x}", (1,), "") for i in range(2)]
     metrics = evaluate(
-        sampler(ScriptedEngine(newest_first=False), score), problems, num_samples=4
+        sampler(ScriptedEngine(newest_first=False), score),
+        problems,
+        num_samples_of=lambda _: 4,
+        temperature=0.6,
     ).metrics
     assert metrics["eval/error_rate"] == 4 / 10  # the greedy completion also has index 0
     assert metrics["eval/timeout_rate"] == 2 / 10

@@ -17,6 +17,7 @@ SCORES = {
     "eval/accuracy_greedy": 0.5,
     "eval/num_problems": 4,
     "eval/num_samples": 1,
+    "eval/temperature": 0.6,
     "eval/x": None,
 }
 STEP = {
@@ -37,6 +38,9 @@ EVALUATION = {
     "split": "test",
     "eval/accuracy_greedy": 0.5,
     "eval/accuracy_sampled": 0.5,
+    "eval/num_samples": 1,
+    "eval/num_samples/s": 2,
+    "eval/temperature": 0.6,
     "time/eval_secs": 1.0,
 }
 ROLLOUT = {

@@ -25,6 +25,7 @@ EVALUATION = {
     "eval/num_problems": 8,
     "eval/num_samples": 4,
     "eval/pass@4": 0.5,
+    "eval/temperature": 0.6,
 }
 
 
@@ -174,7 +175,16 @@ def test_a_step_without_sampled_or_guided_rollouts_has_no_such_numbers(capsys):
 
 def test_pass_at_1_does_not_repeat_the_accuracy(capsys):
     Console().evaluated(5, "test", EVALUATION | {"eval/num_samples": 1, "eval/pass@1": 0.333})
-    assert capsys.readouterr().out.endswith("sampled 0.333 (1 samples each)\n")
+    out = capsys.readouterr().out
+    assert out.endswith("sampled 0.333 (1 samples each at temperature 0.6)\n")
+
+
+def test_an_evaluation_of_several_benchmarks_shows_their_mean(capsys):
+    mean = {"eval/accuracy_sampled_mean_of_sources": 0.41}
+    Console().evaluated(5, "test", EVALUATION | mean)
+    assert (
+        "sampled 0.333, pass@4 0.500, mean of sources 0.410 (4 samples" in capsys.readouterr().out
+    )
 
 
 def test_a_quiet_console_prints_nothing(capsys):

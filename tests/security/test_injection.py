@@ -62,7 +62,9 @@ def run(tmp_path_factory):
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     log = RunLog(folder, offsets=None)
     scores = {"eval/accuracy_greedy": 0.1, "eval/accuracy_sampled": 0.2, "time/eval_secs": 1.0}
+    scores |= {"eval/num_samples": 2, "eval/temperature": 0.6}
     by_source = {f"eval/accuracy_greedy/{text}": 0.5 for text in CORPUS}
+    by_source |= {f"eval/num_samples/{text}": 2 for text in CORPUS}
     log.metrics(EVAL, 0, {"split": "test", **scores, **by_source})
     log.metrics(TRAIN, 1, {**NUMBERS, **{f"loss/{text}": 0.5 for text in CORPUS}})
     log.samples([rollout(text) for text in CORPUS])
@@ -87,7 +89,7 @@ def test_every_jsonl_line_is_a_valid_object_with_the_original_texts(run):
 
 def test_tensorboard_tags_are_printable_and_the_file_is_complete(run):
     tags = [tag for tag, *_ in all_scalars(run)]
-    assert len(tags) == 2 * len(CORPUS) + 3 + len(NUMBERS)
+    assert len(tags) == 3 * len(CORPUS) + 5 + len(NUMBERS)
     assert all(tag.isprintable() for tag in tags)
 
 

@@ -52,7 +52,7 @@ def write_run(run, accuracy, *, entropy=0.5, overspent=0.0, problems="abc"):
         correct = rng.binomial(NUM_SAMPLES, chances)
         columns = {
             "id": [f"{problems}{i:02d}" for i in range(NUM_PROBLEMS)],
-            "source": ["s"] * NUM_PROBLEMS,
+            "source": ["easy" if i % 3 else "hard" for i in range(NUM_PROBLEMS)],
             "greedy": [int(c > 1) for c in correct],
             "correct": correct.tolist(),
             "len": [12.0] * NUM_PROBLEMS,

@@ -27,6 +27,7 @@ MIN_SEEDS = (
 MIN_SEEDS_IF_ONE_FAILS = 10
 FAILURE_GAP = 0.2  # A seed whose accuracy is further below that of the best seed has failed.
 MEAN, MEDIAN, IQM = STATISTICS  # their names
+MEAN_OF_SOURCES = "mean of sources"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,18 @@ class Comparison:
 
     @property
     def num_samples(self) -> int:
-        """Number of samples per problem in an evaluation; 0 if no run is complete."""
+        """Smallest number of samples per problem in an evaluation; 0 if no run is complete."""
         return self.results[0].num_samples if self.results else 0
+
+    @property
+    def sampling(self) -> str:
+        """How evaluations sample, for example `4 samples per problem at temperature 0.6`; empty if no run is complete."""
+        if not self.results:
+            return ""
+        scoring = self.results[0].run.config.evaluation
+        counts = [f"{n} for {source}" for source, n in scoring.num_samples_by_source.items()]
+        number = ", ".join([f"{scoring.num_samples} samples per problem", *counts])
+        return f"{number} at temperature {scoring.temperature:g}"
 
 
 class Estimate(NamedTuple):
@@ -167,6 +178,27 @@ def score_methods(c: Comparison) -> list[MethodScores]:
             )
         )
     return sorted(rows, key=lambda row: -row.sampled.value)
+
+
+def accuracy_by_source(results: Sequence[Result]) -> dict[str, float]:
+    """Returns the mean sampled accuracy on each source's problems, and the unweighted mean of the sources.
+
+    Args:
+      results: complete runs of a method, which were scored on the same problems.
+
+    Returns:
+      The accuracy by source, in alphabetical order, and `MEAN_OF_SOURCES`; empty unless several sources are known.
+    """
+    scores = [r.after for r in results if r.after]
+    sources = next((s.sources for s in scores if s.sources), ())
+    by_problem = np.mean([s.sampled for s in scores], axis=0)
+    accuracies = {
+        source: float(np.mean(by_problem[np.array(sources) == source]))
+        for source in sorted(set(sources))
+    }
+    if len(accuracies) < 2:
+        return {}
+    return {**accuracies, MEAN_OF_SOURCES: float(np.mean(list(accuracies.values())))}
 
 
 def count_failed(accuracies: Collection[float]) -> int:

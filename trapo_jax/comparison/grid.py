@@ -220,20 +220,36 @@ def _budget_fields(unit: str, amount: float) -> dict[str, str]:
 def parse_sweep(text: str) -> Sweep:
     """Parses `[METHOD,...:]FIELD=VALUE,...`; the last part of a field's name suffices if it is unique.
 
+    Commas inside of brackets belong to a value.
+
     >>> parse_sweep("trapo,luffy:expert_weight=0.5,2")
     Sweep(methods=('trapo', 'luffy'), field='method.expert_weight', values=('0.5', '2'))
+    >>> parse_sweep("micro_groups=[[8,0,-1]],[[7,0,-1],[1,1,0.5]]").values
+    ('[[8,0,-1]]', '[[7,0,-1],[1,1,0.5]]')
 
     Raises:
       UserError: if the text does not have this form, or a value is repeated.
     """
-    found = re.fullmatch(r"(?:([\w,]+):)?([\w.]+)=([^,=]+(?:,[^,=]+)*)", text)
-    if not found:
+    found = re.fullmatch(r"(?:([\w,]+):)?([\w.]+)=([^=]+)", text)
+    values = _split_values(found[3]) if found else ()
+    if not found or not all(values):
         raise UserError(f"--sweep {text}: expected [METHOD,...:]FIELD=VALUE,VALUE")
     methods = tuple(found[1].split(",")) if found[1] else ()
-    values = tuple(found[3].split(","))
     if len(set(values)) < len(values):
         raise UserError(f"--sweep {text}: a value is given twice")
     return Sweep(methods, _full_field_name(found[2]), values)
+
+
+def _split_values(text: str) -> tuple[str, ...]:
+    """Splits a text at the commas that are not inside of brackets."""
+    values, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += character
+    return tuple(values)
 
 
 def parse_variant(text: str) -> Variant:

@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,15 @@ from typing import Any
 import numpy as np
 
 from trapo_jax.comparison.grid import METHOD_NAME, PlannedRun
-from trapo_jax.comparison.results import CurvePoint, Result, Scores, is_complete, read_result
+from trapo_jax.comparison.results import (
+    CurvePoint,
+    Result,
+    Scores,
+    is_complete,
+    make_scores,
+    read_result,
+)
 from trapo_jax.config import Config, flatten, is_changeable, load_config
-from trapo_jax.evaluation.statistics import pass_at_k
 from trapo_jax.files import read_json_object
 from trapo_jax.runs.directory import NUM_STEPS, write_atomically
 from trapo_jax.runs.started_with import code_version
@@ -156,8 +162,9 @@ def _to_json(result: Result) -> dict[str, Any]:
         scores = getattr(result, name)
         values[name] = scores and {
             "problems": scores.problems,
+            "sources": _pack(scores.sources),
             "greedy": scores.greedy.astype(int).tolist(),
-            "correct": np.rint(scores.sampled * result.num_samples).astype(int).tolist(),
+            "correct": np.rint(scores.sampled * scores.numbers).astype(int).tolist(),
             "completion_len": scores.completion_len,
         }
     for name in ("run", "code", "processor"):  # not part of what was measured
@@ -166,21 +173,33 @@ def _to_json(result: Result) -> dict[str, Any]:
 
 
 def _to_result(run: PlannedRun, values: Mapping[str, Any]) -> Result:
-    num_samples = values["num_samples"]
-    parts = {
-        name: values[name] and _to_scores(values[name], num_samples) for name in ("before", "after")
-    }
+    parts = {name: values[name] and _to_scores(run, values[name]) for name in ("before", "after")}
     curve = tuple(CurvePoint(**point) for point in values["curve"])
     numbers = {name: math.nan if value is None else value for name, value in values.items()}
     return Result(**{**numbers, "run": run, "curve": curve, **parts})
 
 
-def _to_scores(values: Mapping[str, Any], num_samples: int) -> Scores:
-    correct = np.array(values["correct"])
-    return Scores(
+def _to_scores(run: PlannedRun, values: Mapping[str, Any]) -> Scores:
+    scoring, correct = run.config.evaluation, values["correct"]
+    # Records of an older version have no sources; all their problems have the same number of samples.
+    sources = _unpack(values["sources"]) if "sources" in values else []
+    return make_scores(
         problems=values["problems"],
-        greedy=np.array(values["greedy"], float),
-        sampled=correct / num_samples,
-        best_of=np.array([pass_at_k(num_samples, int(c), num_samples) for c in correct]),
+        sources=sources,
+        numbers=[scoring.num_samples_of(x) for x in sources]
+        or [scoring.num_samples] * len(correct),
+        greedy=values["greedy"],
+        correct=correct,
         completion_len=values["completion_len"],
     )
+
+
+def _pack(texts: Sequence[str]) -> dict[str, Any]:
+    """Returns texts of which most are equal as their different values, and the index of each."""
+    values = sorted(set(texts))
+    return {"values": values, "index": [values.index(text) for text in texts]}
+
+
+def _unpack(packed: Mapping[str, Any]) -> list[str]:
+    """Returns the texts that `_pack` packed."""
+    return [packed["values"][i] for i in packed["index"]]

@@ -6,12 +6,14 @@ import numpy as np
 
 from trapo_jax.comparison.analysis import (
     FAILURE_GAP,
+    MEAN_OF_SOURCES,
     MIN_SEEDS_IF_ONE_FAILS,
     Comparison,
     Contrast,
     Difference,
     Estimate,
     MethodScores,
+    accuracy_by_source,
     find_differences,
     find_warnings,
     score_methods,
@@ -44,8 +46,7 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
         Paragraph(
             f"The budget of each run is {c.grid.budget:,.12g} {unit}. The base model, the data and their order, the "
             "chat template, the grader and the evaluation are the same for all runs. The test split is evaluated "
-            "after training; the tables show the accuracy of "
-            f"{c.num_samples} samples per problem at temperature 1."
+            f"after training; the tables show the accuracy of {c.sampling}."
         ),
         *map(WarningBlock, find_warnings(c)),
         Heading("Accuracy on the test split"),
@@ -58,6 +59,7 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
             f"comparison needs at least {MIN_SEEDS_IF_ONE_FAILS} seeds."
         ),
         seed_table(c, scores),
+        *_describe_sources(c),
         Heading("Differences"),
         *_describe_differences(differences, c.grid.margin),
         Heading("Other measures, means over seeds"),
@@ -77,6 +79,24 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
         "differences.csv": difference_numbers(differences),
     }
     return document, csv_tables
+
+
+def _describe_sources(c: Comparison) -> list[Block]:
+    """Returns the accuracy by source, the method with the highest mean of the sources first, if there are several."""
+    by_method = {method: accuracy_by_source(c.results_of(method)) for method in c.methods}
+    rows = sorted(
+        ((method, found) for method, found in by_method.items() if found),
+        key=lambda row: -row[1][MEAN_OF_SOURCES],
+    )
+    if not rows:
+        return []
+    header = ["method", *rows[0][1]]
+    cells = [[method, *(f"{x:.3f}" for x in found.values())] for method, found in rows]
+    text = (
+        "The other tables are about all problems. This one has the accuracy on the problems of each source, in the mean "
+        "over seeds, and the unweighted mean of the sources, as it is reported for several benchmarks."
+    )
+    return [Heading("Accuracy by source"), Table(header, cells), Paragraph(text)]
 
 
 def _describe_differences(differences: Sequence[Difference], margin: float) -> list[Block]:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trapo_jax.comparison.grid import TEST, VALIDATION, PlannedRun
+from trapo_jax.config import ScoringConfig
 from trapo_jax.evaluation.statistics import pass_at_k
 from trapo_jax.files import read_json_object
 from trapo_jax.runs.budget import UNITS
@@ -26,10 +27,34 @@ class Scores(NamedTuple):
     """Per-problem scores of an evaluation, in the order of problem ids."""
 
     problems: str  # hash of the ids
+    sources: tuple[str, ...]  # of the problems; empty if they are not known
+    numbers: np.ndarray  # int [problems], number of samples
     greedy: np.ndarray  # float [problems], 0 or 1
     sampled: np.ndarray  # float [problems], fraction of the samples that are correct
-    best_of: np.ndarray  # float [problems], pass@n, where n is the number of samples
+    best_of: np.ndarray  # float [problems], pass@n, where n is the smallest number of samples
     completion_len: float  # mean number of tokens
+
+
+def make_scores(
+    problems: str,
+    sources: Sequence[str],
+    numbers: Sequence[int],
+    *,
+    greedy: Sequence[int],
+    correct: Sequence[int],
+    completion_len: float,
+) -> Scores:
+    """Returns the scores that follow from the number of samples of each problem and how many of them are correct."""
+    fewest = min(numbers)
+    return Scores(
+        problems=problems,
+        sources=tuple(sources),
+        numbers=np.array(numbers),
+        greedy=np.array(greedy, float),
+        sampled=np.array(correct) / np.array(numbers),
+        best_of=np.array([pass_at_k(n, c, fewest) for n, c in zip(numbers, correct, strict=True)]),
+        completion_len=completion_len,
+    )
 
 
 class CurvePoint(NamedTuple):
@@ -48,7 +73,7 @@ class Result:
       spent: amount spent, by unit.
       curve: accuracy on the validation split, from before training to the end.
       before, after: scores on the test split; None for a tuning run.
-      num_samples: number of samples per problem.
+      num_samples: number of samples per problem, the smallest if they differ.
       entropy: entropy of the samples of the last evaluation, in nats per token.
       guidance: mean guidance ratio of the rollouts.
       expert_share: fraction of the trained tokens that are expert tokens.
@@ -127,8 +152,11 @@ def _read_result(run: PlannedRun) -> Result:
         n: {name: r[unit.metric] for name, unit in UNITS.items()} for n, r in steps.items()
     }
     last = max(steps)
-    num_samples = run.config.evaluation.num_samples
-    splits = run.config.evaluation.splits
+    scoring = run.config.evaluation
+    before, after = (
+        _scores(run.folder, TEST, step, scoring) if TEST in scoring.splits else None
+        for step in (0, last)
+    )
     return Result(
         run=run,
         spent=spent_at[last],
@@ -137,9 +165,9 @@ def _read_result(run: PlannedRun) -> Result:
             for r in evaluations
             if r["split"] == VALIDATION
         ),
-        before=_scores(run.folder, TEST, 0, num_samples) if TEST in splits else None,
-        after=_scores(run.folder, TEST, last, num_samples) if TEST in splits else None,
-        num_samples=num_samples,
+        before=before,
+        after=after,
+        num_samples=int(min(after.numbers)) if after else scoring.num_samples,
         entropy=_number(evaluations[-1]["eval/entropy"]),
         guidance=fmean(r["guidance/ratio_mean"] for r in steps.values()),
         expert_share=steps[last]["tokens/expert_trained"] / max(1, steps[last]["tokens/trained"]),
@@ -151,13 +179,13 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _scores(folder: Path, split: str, step: int, num_samples: int) -> Scores:
+def _scores(folder: Path, split: str, step: int, scoring: ScoringConfig) -> Scores:
     columns = read_json_object(evaluation_file(folder, split, step))
-    correct = columns["correct"]
-    return Scores(
+    return make_scores(
         problems=hashlib.sha256(" ".join(columns["id"]).encode()).hexdigest(),
-        greedy=np.array(columns["greedy"], float),
-        sampled=np.array(correct, float) / num_samples,
-        best_of=np.array([pass_at_k(num_samples, c, num_samples) for c in correct]),
+        sources=columns["source"],
+        numbers=[scoring.num_samples_of(source) for source in columns["source"]],
+        greedy=columns["greedy"],
+        correct=columns["correct"],
         completion_len=fmean(columns["len"]),
     )

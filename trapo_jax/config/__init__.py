@@ -18,6 +18,7 @@ from trapo_jax.config.schema import (
     MethodConfig,
     ModelConfig,
     PretrainedConfig,
+    ScoringConfig,
 )
 from trapo_jax.config.training import Config, default_settings
 from trapo_jax.config.user_code import SourceFile, user_code
@@ -34,6 +35,7 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "PretrainedConfig",
+    "ScoringConfig",
     "SourceFile",
     "default_settings",
     "flatten",

@@ -18,9 +18,9 @@ from trapo_jax.config.schema import (
     GradingConfig,
     Length,
     NotNegative,
-    NotNegativeFloat,
     PretrainedConfig,
     Rows,
+    ScoringConfig,
     StringList,
 )
 from trapo_jax.config.tasks import FILES
@@ -39,17 +39,18 @@ from trapo_jax.types import UserError
 HELD_OUT_BY = ("limit", "num_test", "num_validation", "seed")
 
 
-class EvaluationSamplingConfig(EngineConfig):
-    temperature: NotNegativeFloat = 0.6
-    """Sampling temperature; 0 is greedy."""
+class EvaluationEngineConfig(EngineConfig):
+    max_completion_length: Length | None = None
+    """Maximum completion length in tokens. null for 2048, or what the context of the model leaves."""
+
+
+class EvaluationScoringConfig(ScoringConfig):
+    num_samples: Rows = 1
+    """Number of samples per problem, for avg@k, pass@k and maj@k."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Sample only from the most likely tokens that together have this probability; 1 for all tokens."""
     top_k: NotNegative = 0
     """Sample only from this many of the most likely tokens; 0 for all tokens."""
-    num_samples: Rows = 1
-    """Number of samples per problem."""
-    max_completion_length: Length | None = None
-    """Maximum completion length in tokens. null for 2048, or what the context of the model leaves."""
 
 
 class EvaluationGradingConfig(GradingConfig):
@@ -62,6 +63,7 @@ INHERITED: Mapping[str, Collection[str]] = {
     "data": DataConfig.model_fields.keys(),
     "rewards": EvaluationGradingConfig.model_fields.keys(),
     "sampling": {"max_completion_length"},
+    "evaluation": ScoringConfig.model_fields.keys(),
 }
 
 
@@ -74,17 +76,12 @@ class EvaluateConfig(TaskConfig):
     """Random seed of sampling."""
     model: PretrainedConfig = PretrainedConfig()
     data: DataConfig = DataConfig()
-    sampling: EvaluationSamplingConfig = EvaluationSamplingConfig()
+    sampling: EvaluationEngineConfig = EvaluationEngineConfig()
     rewards: EvaluationGradingConfig = EvaluationGradingConfig()
+    evaluation: EvaluationScoringConfig = EvaluationScoringConfig()
 
     @pydantic.model_validator(mode="after")
     def _check_consistency(self) -> Self:
-        sampling = self.sampling
-        if sampling.temperature == 0 and sampling.num_samples > 1:
-            raise ValueError(
-                f"sampling.num_samples={sampling.num_samples}: sampling.temperature=0 draws the same sample every "
-                "time; give sampling.num_samples=1"
-            )
         data = self.data
         check_files(data, "test_files", "train_files")
         check_model(self.model)
@@ -107,10 +104,11 @@ class EvaluateConfig(TaskConfig):
 def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]) -> EvaluateConfig:
     """Loads the configuration of an evaluation.
 
-    If `model.path` is a training run, its config gives the defaults of the sections `data` and `rewards` and of
-    `sampling.max_completion_length`, so that the run's own test problems are evaluated unless others are given. If the
-    run's problems were generated and files are given, the task's defaults do not apply to them. If the file is the
-    config of a training run, only these fields and those of the model are used.
+    If `model.path` is a training run, its config gives the defaults of the sections `data` and `rewards`, of
+    `sampling.max_completion_length`, and of the temperature and the numbers of samples, so that the run's own test
+    problems are evaluated as at its end unless others are given. If the run's problems were generated and files are given,
+    the task's defaults do not apply to them. If the file is the config of a training run, only these fields and those of
+    the model are used.
 
     Raises:
       UserError: with one line per mistake.

@@ -1,13 +1,13 @@
 """The sections of configurations: typed fields with their defaults and help sentences."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import Field
 
 from trapo_jax.methods import Method, make_method, read_constants
-from trapo_jax.types import UserError
+from trapo_jax.types import UserError, find_by_source
 
 # The bounds keep numbers within what int32 and float32 hold and what can be allocated; no real run comes near them.
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -291,7 +291,34 @@ def _check_distinct(splits: tuple[str, ...]) -> tuple[str, ...]:
     return splits
 
 
-class EvaluationConfig(Section):
+class ScoringConfig(Section):
+    """How problems are sampled in an evaluation, during training or on its own."""
+
+    temperature: NotNegativeFloat = 0.6
+    """Sampling temperature of evaluations; 0 is greedy."""
+    num_samples: Rows = 4
+    """Number of samples per problem, for the sampled accuracy (avg@k) and pass@k."""
+    num_samples_by_source: dict[str, Rows] = {}
+    """Patterns of problem sources (`aime*`, case ignored) and the number of samples per problem there, such as {aime*: 32, amc*: 32}. The first match counts."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_greedy(self) -> Self:
+        samples = {"num_samples": self.num_samples}
+        samples |= {f"num_samples_by_source.{x}": n for x, n in self.num_samples_by_source.items()}
+        for field, number in samples.items():
+            if self.temperature == 0 and number > 1:
+                raise ValueError(
+                    f"evaluation.{field}={number}: evaluation.temperature=0 draws the same sample every time; give "
+                    f"evaluation.{field}=1"
+                )
+        return self
+
+    def num_samples_of(self, source: str) -> int:
+        """Returns the number of samples for each problem of a source."""
+        return find_by_source(self.num_samples_by_source, source) or self.num_samples
+
+
+class EvaluationConfig(ScoringConfig):
     splits: Annotated[
         tuple[Literal["validation", "test"], ...],
         _to_tuple,
@@ -301,8 +328,6 @@ class EvaluationConfig(Section):
     """Splits that are evaluated before and after training."""
     every: Annotated[int | float, pydantic.BeforeValidator(_check_interval)] = 50
     """Interval between evaluations on the validation split: a number of steps, or a share of the run between 0 and 1, so that 0.2 evaluates at 20 %, 40 %, 60 % and 80 %. 0 for none."""
-    num_samples: Rows = 4
-    """Number of samples per problem at temperature 1, for the sampled accuracy and pass@k."""
 
 
 class CheckpointConfig(Section):

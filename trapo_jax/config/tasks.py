@@ -26,7 +26,7 @@ TASKS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "decay_start": 0.5,
             "adam_b2": 0.98,
         },
-        "evaluation": {"every": 125, "num_samples": 8},
+        "evaluation": {"every": 125, "num_samples": 8, "temperature": 1.0},
         "checkpoint": {"every": 75},
     },
     "gsm_symbolic": {

@@ -1,9 +1,10 @@
 """Presentation of the results of an evaluation: the plot of pass@k, and the table on the terminal."""
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 
-from trapo_jax.evaluation.scoring import Scores, powers_of_2_up_to
+from trapo_jax.evaluation.scoring import Scores, mean_of_sources, powers_of_2_up_to
 
 
 def plot_pass_at_k(path: Path, overall: Scores, by_source: Mapping[str, Scores]) -> None:
@@ -17,7 +18,7 @@ def plot_pass_at_k(path: Path, overall: Scores, by_source: Mapping[str, Scores])
         k = range(1, scores.num_samples + 1)
         axes.plot(k, scores.pass_at_k, marker=marker, markersize=4, label=name)
     axes.set_xscale("log", base=2)
-    ticks = powers_of_2_up_to(overall.num_samples)
+    ticks = powers_of_2_up_to(max(scores.num_samples for scores in curves.values()))
     axes.set_xticks(ticks, [str(k) for k in ticks])
     axes.set(xlabel="k, samples per problem", ylabel="pass@k (fraction of problems)", ylim=(0, 1))
     axes.set_title(f"At least one of k samples is correct ({overall.num_problems} problems)")
@@ -27,22 +28,27 @@ def plot_pass_at_k(path: Path, overall: Scores, by_source: Mapping[str, Scores])
 
 
 def table_of(overall: Scores, by_source: Mapping[str, Scores]) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and the rows of the score table: one row per source, and one for all problems."""
-    n = overall.num_samples
-    has_several = n > 1  # Otherwise, pass@1 and maj@1 are the accuracy.
-    header = ["", "problems", f"avg@{n}", "95% CI"]
-    header += [f"pass@{n}", f"maj@{n}"] if has_several else []
-    header += ["trunc", "failed"]
-    rows = [
-        [
-            name,
-            f"{s.num_problems:,}",
-            f"{s.accuracy:.3f}",
-            f"{s.interval[0]:.3f}-{s.interval[1]:.3f}",
-            *([f"{s.pass_at_k[-1]:.3f}", f"{s.majority:.3f}"] if has_several else []),
-            f"{s.truncated:.3f}",
-            f"{s.error_rate + s.timeout_rate:.3f}",
-        ]
-        for name, s in [*(by_source.items() if len(by_source) > 1 else []), ("all", overall)]
-    ]
-    return header, rows
+    """Returns the header and the rows of the score table: one row per source, their mean, and all problems.
+
+    If the number k of samples per problem differs between sources, the last two rows have no pass@k and maj@k, because a
+    mean of pass@32 and pass@1 has no meaning.
+    """
+    sources = list(by_source.items()) if len(by_source) > 1 else []
+    rows = [*sources, ("mean", mean_of_sources(by_source))] if sources else []
+    rows.append(("all", overall))
+    numbers = {s.num_samples for s in by_source.values()}
+    k, counted = (str(overall.num_samples), rows) if len(numbers) == 1 else ("k", sources)
+    columns = {
+        "": [name for name, _ in rows],
+        "problems": [f"{s.num_problems:,}" for _, s in rows],
+    }
+    if k == "k":
+        columns[k] = [str(s.num_samples) for _, s in counted]
+    columns[f"avg@{k}"] = [f"{s.accuracy:.3f}" for _, s in rows]
+    columns["95% CI"] = ["{:.3f}-{:.3f}".format(*s.interval) for _, s in rows]
+    if max(numbers) > 1:  # Otherwise, pass@1 and maj@1 are the accuracy.
+        columns[f"pass@{k}"] = [f"{s.pass_at_k[-1]:.3f}" for _, s in counted]
+        columns[f"maj@{k}"] = [f"{s.majority:.3f}" for _, s in counted]
+    columns["trunc"] = [f"{s.truncated:.3f}" for _, s in rows]
+    columns["failed"] = [f"{s.error_rate + s.timeout_rate:.3f}" for _, s in rows]
+    return list(columns), [list(row) for row in zip_longest(*columns.values(), fillvalue="")]

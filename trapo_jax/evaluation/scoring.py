@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from trapo_jax.distributed.processes import gather, interrupt_together, my_share
-from trapo_jax.evaluation.statistics import accuracy_interval, pass_at_k
+from trapo_jax.evaluation.statistics import accuracy_interval, interval_of_mean, pass_at_k
 from trapo_jax.types import (
     Completion,
     FinishReason,
@@ -60,8 +60,8 @@ class Scores:
     """Scores of a set of problems with n samples each. Rates are fractions of all samples.
 
     Attributes:
-      num_problems, num_samples: number of problems, and the number n of samples per problem.
-      accuracy: mean over all samples, also called avg@n.
+      num_problems, num_samples: number of problems, and the smallest number n of samples that a problem has.
+      accuracy: mean over problems of the fraction of samples that are correct; avg@n if each has n samples.
       interval: 95% confidence interval of the accuracy over problems; see `accuracy_interval`.
       pass_at_k: for k = 1 .. n, the unbiased estimate of the probability that one of k samples is correct.
       majority: fraction of problems whose most frequent answer is correct, also called maj@n; in a tie, the fraction
@@ -84,26 +84,26 @@ class Scores:
 
 
 def score_samples(samples: Sequence[Sample]) -> Scores:
-    """Computes the scores of problems that all have the same number of samples.
+    """Computes the scores of the problems of some samples.
 
     Raises:
-      ValueError: if there are no samples, or the number of samples differs between problems.
+      ValueError: if there are no samples.
     """
+    if not samples:
+        raise ValueError("no samples")
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.problem_id, []).append(sample)
-    sizes = {len(group) for group in groups.values()}
-    if len(sizes) != 1:
-        raise ValueError(f"problems with {sorted(sizes)} samples each; expected the same number")
-    (num_samples,) = sizes
-    correct = [sum(s.is_correct for s in group) for group in groups.values()]
+    counts = [(len(group), sum(s.is_correct for s in group)) for group in groups.values()]
+    shares = [correct / number for number, correct in counts]
+    num_samples = min(number for number, _ in counts)
     return Scores(
         num_problems=len(groups),
         num_samples=num_samples,
-        accuracy=fmean(correct) / num_samples,
-        interval=accuracy_interval([c / num_samples for c in correct]),
+        accuracy=fmean(shares),
+        interval=accuracy_interval(shares),
         pass_at_k=tuple(
-            fmean(pass_at_k(num_samples, c, k) for c in correct) for k in range(1, num_samples + 1)
+            fmean(pass_at_k(*count, k) for count in counts) for k in range(1, num_samples + 1)
         ),
         majority=fmean(map(_majority, groups.values())),
         truncated=fmean(s.truncated for s in samples),
@@ -113,13 +113,37 @@ def score_samples(samples: Sequence[Sample]) -> Scores:
     )
 
 
+def mean_of_sources(by_source: Mapping[str, Scores]) -> Scores:
+    """Returns the unweighted mean of the scores of several sources, such as benchmarks of different sizes.
+
+    The number of problems is the sum, and the number of samples is the smallest.
+
+    Args:
+      by_source: the scores of at least one source, as from `scores_by_source`.
+    """
+    scores = list(by_source.values())
+    num_samples = min(s.num_samples for s in scores)
+    means = {
+        field.name: fmean(getattr(s, field.name) for s in scores)
+        for field in dataclasses.fields(Scores)
+        if field.type is float
+    }
+    return Scores(
+        num_problems=sum(s.num_problems for s in scores),
+        num_samples=num_samples,
+        interval=interval_of_mean([s.accuracy for s in scores], [s.interval for s in scores]),
+        pass_at_k=tuple(fmean(s.pass_at_k[k] for s in scores) for k in range(num_samples)),
+        **means,
+    )
+
+
 class Evaluation(NamedTuple):
     """The result of an evaluation.
 
     Attributes:
       metrics: metrics over all problems, by name.
       problems: columns with one entry per problem: `id`, `source`, `greedy` (1 if the greedy sample is correct),
-        `correct` (number of correct samples at temperature 1), `len` (their mean number of tokens).
+        `correct` (number of correct samples, apart from the greedy one), `len` (their mean number of tokens).
     """
 
     metrics: dict[str, float]
@@ -130,55 +154,82 @@ def evaluate(
     sample: Sampler,
     problems: Sequence[Problem],
     *,
-    num_samples: int,
+    num_samples_of: Callable[[str], int],
+    temperature: float,
 ) -> Evaluation:
-    """Samples each problem once greedily and `num_samples` times at temperature 1, unguided.
+    """Samples each problem greedily once and several times at a temperature, unguided.
 
     Args:
       sample: samples and grades requests with the given sampling parameters; see `Actor.sampler`.
       problems: distinct problems.
-      num_samples: number n of samples per problem at temperature 1.
+      num_samples_of: returns the number of samples at the temperature for each problem of a source.
+      temperature: the temperature, which the results call sampled.
 
     Returns:
-      The results of each problem, and these metrics: `eval/accuracy_greedy` and `eval/accuracy_sampled` (both also for
-      each source); `eval/pass@k` for k = 1, 2, 4 .. n; `eval/entropy`, the mean of -log p over the tokens of the
-      samples at temperature 1, which estimates the entropy; and, over all completions, `eval/truncated`,
-      `eval/completion_len_mean`, `eval/error_rate` and `eval/timeout_rate`.
+      The results of each problem, and these metrics: `eval/accuracy_greedy` and `eval/accuracy_sampled`, and if there
+      are several sources, also for each source and their unweighted mean (`.../SOURCE` and `..._mean_of_sources`);
+      `eval/pass@k` for k = 1, 2, 4 .. the smallest number of samples; `eval/entropy`, the mean of -log p over the tokens of
+      the samples, which estimates the entropy at the temperature; over all completions, `eval/truncated`,
+      `eval/completion_len_mean`, `eval/error_rate` and `eval/timeout_rate`; and how it was sampled: `eval/temperature`,
+      `eval/num_problems`, `eval/num_samples` (the smallest), and if they differ, `eval/num_samples/SOURCE`.
 
     Raises:
       Interrupted: if `sample` raises it in any process.
     """
 
-    def sample_all(count: int, temperature: float) -> list[Sample]:
-        """Samples all problems. Each process samples its share of them."""
-        requests = [RolloutRequest(p, j) for p in my_share(problems) for j in range(count)]
-        params = SamplingParams(temperature)
+    def sample_all(requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Sample]:
+        """Samples the requests of this process, and returns the samples of all processes."""
         mine = interrupt_together(
             lambda: [make_sample(*graded) for graded in sample(requests, params)]
         )
         return [Sample(*fields) for of_process in gather(mine) for fields in of_process]
 
-    greedy, sampled = sample_all(1, 0.0), sample_all(num_samples, 1.0)
+    share = my_share(problems)
+    greedy = sample_all([RolloutRequest(p, 0) for p in share], SamplingParams(0.0))
+    sampled = sample_all(
+        [RolloutRequest(p, j) for p in share for j in range(num_samples_of(p.source))],
+        SamplingParams(temperature),
+    )
     overall = score_samples(sampled)
+    ks = powers_of_2_up_to(overall.num_samples)
     metrics = {
-        "eval/accuracy_greedy": score_samples(greedy).accuracy,
-        "eval/accuracy_sampled": overall.accuracy,
-        **{f"eval/pass@{k}": overall.pass_at_k[k - 1] for k in powers_of_2_up_to(num_samples)},
+        **_accuracies("greedy", greedy),
+        **_accuracies("sampled", sampled),
+        **{f"eval/pass@{k}": overall.pass_at_k[k - 1] for k in ks},
         "eval/entropy": -math.fsum(s.logprob for s in sampled)
         / max(1, sum(s.completion_len for s in sampled)),
+        "eval/temperature": temperature,
+        "eval/num_problems": overall.num_problems,
+        **_sample_counts(sampled),
     }
-    for kind, samples in (("greedy", greedy), ("sampled", sampled)):
-        by_source = scores_by_source(samples)
-        for source, scores in by_source.items() if len(by_source) > 1 else ():
-            metrics[f"eval/accuracy_{kind}/{source}"] = scores.accuracy
     everything = greedy + sampled
     metrics["eval/truncated"] = fmean(s.truncated for s in everything)
     metrics["eval/completion_len_mean"] = fmean(s.completion_len for s in everything)
     metrics["eval/error_rate"] = _error_rate(everything)
     metrics["eval/timeout_rate"] = _timeout_rate(everything)
-    metrics |= {"eval/num_problems": overall.num_problems, "eval/num_samples": num_samples}
     metrics |= {f"eval/rewards/{name}": mean for name, mean in mean_rewards(sampled).items()}
     return Evaluation(metrics, problem_columns(greedy, sampled))
+
+
+def _accuracies(kind: str, samples: Sequence[Sample]) -> dict[str, float]:
+    """Returns the accuracy, and with several sources that of each source and their mean."""
+    name = f"eval/accuracy_{kind}"
+    accuracies = {name: score_samples(samples).accuracy}
+    by_source = scores_by_source(samples)
+    if len(by_source) > 1:
+        accuracies |= {f"{name}/{source}": s.accuracy for source, s in by_source.items()}
+        accuracies[f"{name}_mean_of_sources"] = mean_of_sources(by_source).accuracy
+    return accuracies
+
+
+def _sample_counts(samples: Sequence[Sample]) -> dict[str, int]:
+    """Returns the smallest number of samples per problem, and that of each source if they differ."""
+    name = "eval/num_samples"
+    by_source = {source: s.num_samples for source, s in scores_by_source(samples).items()}
+    counts = {name: min(by_source.values())}
+    if len({*by_source.values()}) > 1:
+        counts |= {f"{name}/{source}": number for source, number in by_source.items()}
+    return counts
 
 
 def problem_columns(greedy: Sequence[Sample], sampled: Sequence[Sample]) -> dict[str, list]:
@@ -186,7 +237,7 @@ def problem_columns(greedy: Sequence[Sample], sampled: Sequence[Sample]) -> dict
 
     Args:
       greedy: one greedy sample per problem.
-      sampled: samples of the same problems, the same number for each.
+      sampled: samples of the same problems.
     """
     by_problem: dict[str, list[Sample]] = {}
     for sample in sampled:

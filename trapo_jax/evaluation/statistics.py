@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
 
@@ -43,3 +44,21 @@ def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
     center = (mean + square / (2 * size)) / (1 + square / size)
     half = math.sqrt(square * (coin / size + square / (4 * size**2))) / (1 + square / size)
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def interval_of_mean(
+    means: Sequence[float], intervals: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """Returns the confidence interval of the mean of independent estimates, from the interval of each.
+
+    The distances from the mean to its limits are the root mean squares of the distances of the estimates to theirs,
+    divided by the square root of their number (Zou and Donner 2008, "MOVER"), so that the interval may be asymmetric.
+
+    >>> low, high = interval_of_mean([0.5, 0.7], [(0.2, 0.8), (0.3, 0.8)])
+    >>> round(low, 3), round(high, 3)
+    (0.35, 0.758)
+    """
+    mean = fmean(means)
+    below = math.hypot(*(m - low for m, (low, _) in zip(means, intervals, strict=True)))
+    above = math.hypot(*(high - m for m, (_, high) in zip(means, intervals, strict=True)))
+    return mean - below / len(means), mean + above / len(means)

@@ -1,7 +1,6 @@
 """Grades responses with one or several reward functions, which the config selects by name."""
 
 import difflib
-import fnmatch
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from trapo_jax.rewards.pool import (
     path_of,
     report_failure,
 )
-from trapo_jax.types import Grade, Judgment, Problem, UserError
+from trapo_jax.types import Grade, Judgment, Problem, UserError, find_by_source
 
 # The names a config may use. Functions that a hostile response can keep busy run in workers, which can be killed.
 IN_WORKERS: dict[str, RewardFunction] = {"math": grade_math, "math_lenient": grade_math_lenient}
@@ -110,10 +109,8 @@ class Grader:
         )
 
     def _functions_for(self, source: str) -> list[WeightedFunction]:
-        for pattern, function in self._by_source.items():
-            if fnmatch.fnmatchcase(source.lower(), pattern.lower()):
-                return [function, *self._functions[1:]]
-        return self._functions
+        function = find_by_source(self._by_source, source)
+        return [function, *self._functions[1:]] if function else self._functions
 
     def _judge(
         self, function: WeightedFunction, response: str, problem: Problem

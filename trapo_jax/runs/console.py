@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trapo_jax.printable import printable
+from trapo_jax.runs.loggers import describe_samples
 from trapo_jax.runs.progress import MIN_SECS, Activity, LinePacer, describe_secs
 from trapo_jax.types import SamplingProgress
 
@@ -112,13 +113,15 @@ class Console:
           metrics: `eval/...` metrics by name.
         """
         accuracy, num_samples = metrics["eval/accuracy_sampled"], metrics["eval/num_samples"]
+        mean = metrics.get("eval/accuracy_sampled_mean_of_sources")
         if self._panel:
             self._panel.show(evaluation=f"after step {step}: {split} accuracy {accuracy:.2f}")
         pass_at_n = f", pass@{num_samples} {metrics[f'eval/pass@{num_samples}']:.3f}"
         self.say(
             f"step {step}: {split} split, {metrics['eval/num_problems']} problems: greedy accuracy "
             f"{metrics['eval/accuracy_greedy']:.3f} (1 sample each), sampled {accuracy:.3f}"
-            f"{pass_at_n if num_samples > 1 else ''} ({num_samples} samples each)"
+            f"{pass_at_n if num_samples > 1 else ''}{'' if mean is None else f', mean of sources {mean:.3f}'} "
+            f"({describe_samples(metrics)})"
         )
 
     def step(self, step: int, values: Mapping[str, float]) -> None:

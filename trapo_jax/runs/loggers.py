@@ -21,7 +21,8 @@ from trapo_jax.runs.tensorboard import TensorBoard, event_files
 from trapo_jax.types import UserError
 
 TRAIN, EVAL = "train", "eval"
-NEEDED_SCORES = ("eval/num_problems", "eval/num_samples")
+NUM_SAMPLES, TEMPERATURE = "eval/num_samples", "eval/temperature"
+NEEDED_SCORES = ("eval/num_problems", NUM_SAMPLES, TEMPERATURE)
 MAX_RECORD_BYTES = 2**25  # The longest rollout that a config allows takes less.
 
 
@@ -203,6 +204,32 @@ def _are_scores(scores: Any) -> TypeGuard[dict[str, Any]]:
 def is_shown(name: str) -> bool:
     """Whether a score is shown in tables: never null, unlike the others."""
     return "accuracy" in name or "pass@" in name
+
+
+def describe_samples(scores: Mapping[str, float]) -> str:
+    """Returns how many samples of each problem were scored, and at which temperature.
+
+    Args:
+      scores: `eval/...` metrics by name.
+
+    >>> describe_samples({"eval/num_samples": 8, "eval/temperature": 0.6})
+    '8 samples each at temperature 0.6'
+    >>> counts = {"eval/num_samples/aime24": 32, "eval/num_samples/math500": 4}
+    >>> describe_samples({"eval/num_samples": 4, "eval/temperature": 1.0, **counts})
+    'samples of each problem (aime24: 32, math500: 4) at temperature 1'
+    """
+    prefix = f"{NUM_SAMPLES}/"
+    counts = [
+        f"{name.removeprefix(prefix)}: {number}"
+        for name, number in scores.items()
+        if name.startswith(prefix)
+    ]
+    number = (
+        f"samples of each problem ({', '.join(counts)})"
+        if counts
+        else f"{scores[NUM_SAMPLES]} samples each"
+    )
+    return f"{number} at temperature {scores[TEMPERATURE]:g}"
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, float]:

@@ -20,7 +20,14 @@ from trapo_jax.config import default_settings, flatten, read_yaml
 from trapo_jax.files import shown
 from trapo_jax.printable import printable
 from trapo_jax.runs.directory import CONFIG, METRICS, REPORT, SAMPLES, write_atomically
-from trapo_jax.runs.loggers import EVAL, TRAIN, is_shown, read_records
+from trapo_jax.runs.loggers import (
+    EVAL,
+    TEMPERATURE,
+    TRAIN,
+    describe_samples,
+    is_shown,
+    read_records,
+)
 from trapo_jax.types import UserError
 
 MAX_POINTS = 400  # points per curve; consecutive steps are averaged if there are more
@@ -212,6 +219,7 @@ def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
             for r in evaluations
         ],
         "scores": score_rows(tests[0] if tests else {}, after or {}),
+        "scored_samples": describe_samples(tests[0]) if tests and TEMPERATURE in tests[0] else "",
         "seconds": {
             "sampling": _total(steps, "time/sample_secs"),
             "rewards": _total(steps, "time/reward_secs"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from trapo_jax.config import Config, user_code
+from trapo_jax.config import Config, ScoringConfig, user_code
 from trapo_jax.distributed.processes import from_main, gather, is_main
 from trapo_jax.methods import Method, fingerprint
 from trapo_jax.runs.budget import Budget, is_due, usage_metrics
@@ -303,9 +303,9 @@ class Run:
         return (VALIDATION,) if due else ()
 
     @property
-    def num_evaluation_samples(self) -> int:
-        """Number of samples per problem in evaluations."""
-        return self._config.evaluation.num_samples
+    def scoring(self) -> ScoringConfig:
+        """How evaluations sample."""
+        return self._config.evaluation
 
     def record_evaluation(
         self, split: str, metrics: dict[str, float], problems: Mapping[str, list], seconds: float

@@ -23,11 +23,19 @@ function summary() {
   return [
     table("Runs", ["run", "method", "state", "tokens sampled", "tokens trained", "time"], runs),
     make("div", { class: "columns" },
-      make("div", {}, make("h3", {}, "Test split"),
+      make("div", {}, make("h3", {}, "Test split"), ...sampling(),
         table("Test split, before and after training", ["score", ...heads], names.map((name) =>
           [name, ...DATA.runs.flatMap((run) => [fixed(score(run, name, 1)), fixed(score(run, name, 2))])]))),
       make("div", {}, make("h3", {}, "Settings"), settings(shown), folded("All settings", () => settings(fields)))),
   ];
+}
+
+// Returns how the scores were sampled: once if all runs agree, otherwise for each run.
+function sampling() {
+  const scored = DATA.runs.filter((run) => run.scored_samples);
+  const same = new Set(scored.map((run) => run.scored_samples)).size === 1;
+  return (same ? scored.slice(0, 1) : scored).map((run) =>
+    make("p", { class: "muted" }, `${same ? "" : `${run.name}: `}${run.scored_samples} (greedy: 1)`));
 }
 
 // Returns checkboxes that select the runs shown in the charts.

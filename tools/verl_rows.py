@@ -1,0 +1,86 @@
+"""Rows in verl's layout, in which the tools that prepare data write problems: reading fields, and the parquet file."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trapo_jax.data.sources import Row
+from trapo_jax.types import UserError
+
+
+def make_row(source: str, question: str, answer: str, *, index: int, split: str) -> dict[str, Any]:
+    """Returns a row with the question as the only message.
+
+    Args:
+      source: name by which results are grouped.
+      question: the text of the user's message.
+      answer: the reference answer.
+      index: position in its dataset.
+      split: train or test.
+    """
+    return {
+        "data_source": source,
+        "prompt": [{"role": "user", "content": question}],
+        "ability": "math",
+        "reward_model": {"ground_truth": answer, "style": "rule"},
+        "extra_info": {"index": index, "split": split},
+    }
+
+
+def check_out(out: Path) -> None:
+    """Checks that a parquet file and its report can be written to a path.
+
+    Raises:
+      UserError: if the name is not that of a parquet file, or one of the files exists.
+    """
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out}: the name must end in .parquet")
+    for path in (out, report_path(out)):
+        if path.exists():
+            raise UserError(f"{path}: already exists; choose another --out")
+
+
+def write_rows(out: Path, rows: Sequence[Mapping[str, Any]], report: Mapping[str, int]) -> None:
+    """Writes rows as a parquet file, and the report beside it.
+
+    Raises:
+      UserError: if a file cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    partial = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pa.Table.from_pylist(rows), partial, row_group_size=1000)
+        os.replace(partial, out)
+        report_path(out).write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def report_path(out: Path) -> Path:
+    """Returns the path of the report of a parquet file."""
+    return out.with_suffix(".json")
+
+
+def field_of(row: Row, name: str) -> Any:
+    """Returns a column of a row; see `field`."""
+    return field(row.values, name, row)
+
+
+def field(values: Any, name: str, row: Row) -> Any:
+    """Returns a value of an object of a row.
+
+    Raises:
+      UserError: if there is none of this name.
+    """
+    if not isinstance(values, dict) or name not in values:
+        raise UserError(
+            f"{row.file}, row {row.number}: no field {name!r}; --help describes the layouts"
+        )
+    return values[name]
