@@ -1,4 +1,4 @@
-"""Graders: reward functions by name, weights, selection by source, async functions, and isolated failures."""
+"""Tests graders: reward functions selected by name and source, weights, async functions, and isolated failures."""
 
 import pytest
 

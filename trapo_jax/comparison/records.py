@@ -76,7 +76,7 @@ def load_record(run: PlannedRun) -> dict[str, Any] | None:
     saved, current = record.get("config"), _fields(run.config)
     if not isinstance(saved, dict):
         raise _damaged(run, "no config")
-    # Fields that are newer than the record had the effect of their current defaults.
+    # Fields added after the record was written behaved like their current defaults.
     task = [(name, current[name]) for name in (SOURCE, METHOD_NAME)]
     saved = _fields(load_config(Config, None, task)) | saved
     fields = [f for f in {*saved, *current} if saved.get(f) != current.get(f)]

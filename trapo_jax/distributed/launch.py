@@ -29,7 +29,7 @@ DETECTED_FROM = (
 )
 LOCAL_DEVICES = "JAX_LOCAL_DEVICE_IDS"
 JOIN_SECS = 300  # maximum time between the start of the first and the last process
-# Maximum time between the first and the last process's settings, once all have joined.
+# Maximum time that a process waits for the settings of the others, once all have joined.
 EXCHANGE_SECS = 60
 MAX_NAMED = 3  # maximum number of differing settings in an error message
 MAX_VALUE_CHARS = 60
