@@ -1,4 +1,4 @@
-"""Checks the intervals and tests over seeds and problems against exact ones and by simulation."""
+"""Checks intervals and tests over seeds and problems against exact results and by simulation."""
 
 import numpy as np
 import pytest

@@ -127,7 +127,7 @@ def wait_for(processes, path, text=""):
 
 
 def test_two_processes_train_like_one_and_one_can_continue(finished_run, tmp_path):
-    """Two processes run the default job until one is terminated, then until one is killed; then one process finishes."""
+    """Two processes run the default job until one is terminated, then until one is killed. One process finishes it."""
     folder = tmp_path / "run"
     job = (f"output_dir={folder}", *JOB)
     processes = start_two(*job)
@@ -166,7 +166,7 @@ def test_two_processes_train_like_one_and_one_can_continue(finished_run, tmp_pat
 def test_a_signal_to_one_of_two_processes_stops_both_while_they_sample(
     tmp_path, activity, step, stopped, launcher
 ):
-    """Only process 1 receives the signal. Neither process waits in a collective operation that the other never joins."""
+    """Only process 1 receives the signal. Neither waits in a collective operation that the other never joins."""
     folder = tmp_path / "run"
     signalled = (SIGNAL_AT, activity, step, "1", str(int(signal.SIGTERM)))
     commands = (("-m", "trapo_jax.train"), signalled)
@@ -217,7 +217,7 @@ def test_processes_with_different_data_refuse_each_other(tmp_path):
 
 @pytest.fixture
 def tpu_vm():
-    """Returns a launcher that emulates TPU VMs, each process with its own metadata server."""
+    """Yields a launcher that emulates TPU VMs; each process sees its own metadata server."""
 
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

@@ -389,7 +389,7 @@ def test_shared_cases_are_judged_as_expected():
 
 
 def remove_eos(response):
-    """Removes EOS, as the grader does in a run with all special tokens of the tokenizer; see test_grader.py."""
+    """Removes EOS. In a run, the grader removes all special tokens of the tokenizer; see test_grader.py."""
     return response.removesuffix("<｜end▁of▁sentence｜>")
 
 
