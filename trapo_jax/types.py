@@ -351,7 +351,7 @@ class TrainRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Exact counts of the resources used. Checkpoints contain their sums over all steps of the run so far.
+    """Exact counts of the resources used. Checkpoints contain the totals over all steps of the run so far.
 
     Attributes:
       tokens_trained: number of completion and expert tokens with a loss, counted once per optimizer step.
@@ -404,9 +404,9 @@ class TrainBatch(NamedTuple):
     sampler_logprobs: Any  # float32 at completion tokens, otherwise 0
     num_rollouts: Any  # float32 [], number of rollouts in the whole batch
     num_micro_batches: Any  # int32 [], number of nonempty micro-batches
-    # float32 at trained tokens, otherwise 0; None if no loss needs them
+    # Log-probabilities, float32 at trained tokens, otherwise 0; None if no loss needs them.
     old_logprobs: Any = (
-        None  # under the policy before the batch's first update; None for that update
+        None  # under the policy before the batch's first update; None in that update
     )
     ref_logprobs: Any = None  # under the run's initial model
 

@@ -103,7 +103,7 @@ class Difference(NamedTuple):
 
         Args:
           contrast: the difference between the means or between the medians.
-          margin: methods are equivalent if their difference is below this margin.
+          margin: largest absolute difference between equivalent methods.
         """
         if self.num_seeds < 2:
             return "one seed: no test"
@@ -121,8 +121,8 @@ class MethodScores(NamedTuple):
       method, setting: the method and its tuned constants.
       by_seed: sampled accuracy, keyed by seed.
       num_failed: number of failed seeds; see `count_failed`.
-      sampled, median, iqm: mean, median and interquartile mean over seeds of sampled accuracy.
-      greedy, best_of: means over seeds of greedy accuracy and pass@n.
+      sampled, median, iqm: mean, median and interquartile mean of sampled accuracy over seeds.
+      greedy, best_of: means of greedy accuracy and pass@n over seeds.
       entropy, completion_len, guidance, expert_share: means over seeds; see `Result`.
     """
 
@@ -170,7 +170,7 @@ def score_methods(c: Comparison) -> list[MethodScores]:
 
 
 def count_failed(accuracies: Collection[float]) -> int:
-    """Returns the number of failed seeds, whose accuracy is far below the accuracy of the method's best seed."""
+    """Returns the number of failed seeds: a seed has failed if its accuracy is far below the best seed's."""
     return sum(max(accuracies) - x > FAILURE_GAP for x in accuracies)
 
 

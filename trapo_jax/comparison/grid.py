@@ -103,7 +103,7 @@ class Grid:
       budget: budget of each run, in that unit.
       runs: directory that contains the run directories.
       records: directory that contains the records of completed runs.
-      margin: methods are equivalent if their difference in accuracy is below this margin.
+      margin: largest absolute difference in accuracy between equivalent methods.
     """
 
     config_file: Path | None
@@ -218,7 +218,7 @@ def _budget_fields(unit: str, amount: float) -> dict[str, str]:
 
 
 def parse_sweep(text: str) -> Sweep:
-    """Parses `[METHOD,...:]FIELD=VALUE,...`. If the last part of a field's name is unique, it is sufficient.
+    """Parses `[METHOD,...:]FIELD=VALUE,...`. FIELD may be just the last part of a field's name if that is unique.
 
     >>> parse_sweep("trapo,luffy:expert_weight=0.5,2")
     Sweep(methods=('trapo', 'luffy'), field='method.expert_weight', values=('0.5', '2'))

@@ -1,4 +1,4 @@
-"""Reads and writes the records of completed runs: small files that contain all data in a comparison's tables.
+"""Reads and writes the records of completed runs, which contain all data in a comparison's tables in a few kB each.
 
 A record contains the run's config, code version, machine and `Result`. Records from several machines can be collected
 in one folder. Once a record exists, the run directory is no longer needed.
@@ -82,7 +82,7 @@ def load_record(run: PlannedRun) -> dict[str, Any] | None:
     fields = [f for f in {*saved, *current} if saved.get(f) != current.get(f)]
     if different := sorted(f for f in fields if not is_changeable(f)):
         if different == [NUM_STEPS] and saved[NUM_STEPS] < current[NUM_STEPS]:
-            return None  # The run is continued.
+            return None  # The run will be continued.
         listed = ", ".join(
             f"{f}={saved.get(f)}, not {current.get(f)}" for f in different[:SHOWN]
         ) + (", ..." if len(different) > SHOWN else "")

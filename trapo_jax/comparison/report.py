@@ -42,7 +42,7 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
     unit = UNITS[c.grid.match].label
     blocks: list[Block] = [
         Paragraph(
-            f"The budget of each run is {c.grid.budget:,.12g} {unit}. The base model, the data and their order, the "
+            f"The budget of each run is {c.grid.budget:,.12g} {unit}. The base model, the data and its order, the "
             "chat template, the grader and the evaluation are the same for all runs. The test split is evaluated "
             "after training; the tables show the accuracy of "
             f"{c.num_samples} samples per problem at temperature 1."
@@ -53,7 +53,7 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
         Paragraph(
             "Brackets contain 95% intervals over seeds and problems. They assume nothing about the distribution of "
             "seeds. The interval of the mean allows for failing seeds that were not run; the interval of the median "
-            "shows what to expect of a typical seed. iqm: mean of the middle half of the seeds. failed: number of "
+            "shows what to expect from a typical seed. iqm: mean of the middle half of the seeds. failed: number of "
             f"seeds whose accuracy is more than {FAILURE_GAP:g} below the accuracy of the method's best seed; if there "
             f"is one, a comparison needs at least {MIN_SEEDS_IF_ONE_FAILS} seeds."
         ),

@@ -86,7 +86,7 @@ def is_complete(run: PlannedRun) -> bool:
 
 
 def progress(run: PlannedRun) -> float:
-    """Returns the fraction of a run's budget that it has spent, according to its directory."""
+    """Returns the fraction of its budget that a run has spent so far, according to its directory."""
     return 1.0 if is_complete(run) else min(1.0, _last_step(run).get("budget/progress", 0.0))
 
 

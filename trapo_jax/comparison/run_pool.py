@@ -125,7 +125,7 @@ def _find_failure(job: _Job) -> Failure | None:
 
 
 def _stop(active: Sequence[_Job]) -> None:
-    """Tells every active run to save a checkpoint and exit, and waits for it."""
+    """Tells all active runs to save a checkpoint, and waits until they exit."""
     for job in active:
         job.process.send_signal(signal.SIGINT)
     for job in active:

@@ -80,7 +80,7 @@ def _initialize(dead_after_secs: float) -> None:
     where = address or f"the coordinator that JAX detects ({described or 'TPU metadata'})"
     report_abort(
         f"not all processes of the job connected to {where} within {JOIN_SECS} s, or two have the same number; start "
-        "every process exactly once, and see the output of the others"
+        "every process exactly once, and check the output of the others"
     )
     try:
         jax.distributed.initialize(
@@ -150,10 +150,14 @@ def _launched() -> Iterator[tuple[str, int, str]]:
     if (
         name in os.environ and "SLURM_PROCID" in os.environ
     ):  # without SLURM_PROCID: a shell in an allocation
-        yield name, _integer(name), "start it with srun, or unset the variable if it is alone"
+        yield (
+            name,
+            _integer(name),
+            "start it with srun, or unset the variable if it is the only process",
+        )
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if name in os.environ:
-            yield name, _integer(name), "start one process if it is alone"
+            yield name, _integer(name), "start only one process if it should run alone"
     for name in HOST_LISTS:
         if name in os.environ:
             hosts = os.environ[name].split(",")

@@ -105,7 +105,7 @@ class SharedFlag:
         return self._is_set
 
     def close(self) -> None:
-        """Clears the flag if this process has set it. All processes must have seen it before."""
+        """Clears the flag if this process has set it. All processes must have seen the flag by then."""
         if self._was_set_here and self._client is not None:
             self._client.key_value_delete(self._key)
 

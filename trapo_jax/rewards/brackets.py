@@ -18,7 +18,7 @@ _OPENING = ("(", "[", "{", r"\{", r"\langle")
 
 
 def inside(text: str, opening: str) -> str | None:
-    """Returns the content of a bracket that spans the whole text; None if there is no such bracket."""
+    """Returns the content of a pair of brackets that encloses the whole text; None if there is no such pair."""
     if not text.startswith(opening):
         return None
     if opening == "<":

@@ -143,7 +143,10 @@ def _squeeze(text: str) -> str:
 
 
 def is_prose(text: str) -> bool:
-    """Returns whether a string is prose: words without math, one of three letters or more, or a word such as "no"."""
+    """Returns whether a string consists of words without math.
+
+    At least one word must have three letters or more, unless the whole string is a short word such as "no".
+    """
     is_long = re.search(r"[A-Za-z]{3}", text) is not None
     return _WORDS.fullmatch(text) is not None and (is_long or text.lower() in _SHORT_WORDS)
 

@@ -68,7 +68,7 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
 
 
 def final_part(text: str) -> str:
-    """Returns the part of a response that may contain its answer, without unfinished thoughts and final special tokens.
+    """Returns the part of a response that may contain its answer, without unfinished thoughts or final special tokens.
 
     A `Grader` knows its tokenizer's special tokens and removes all of them. This function removes them only at the end,
     for text from other sources.

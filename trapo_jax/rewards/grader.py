@@ -100,7 +100,7 @@ class Grader:
         return _when_all_done(futures, lambda judgments: combine(functions, judgments))
 
     def are_equal(self, first: str, second: str) -> bool:
-        """Returns whether two answers are identical, or only equivalent if the first reward function is "math"."""
+        """Compares two answers: by mathematical equivalence if the first function is "math", otherwise as strings."""
         if self._functions[0].function is not grade_math:
             return first == second
         return (
@@ -176,12 +176,12 @@ def make_grader(
         worker processes, so their modules must not import jax.
       weights: the weight of each function; equal weights if None.
       by_source: maps patterns of problem sources to names of functions; see `Grader`.
-      eos_text: the tokenizer's EOS token, which must end every card-shuffles response.
+      eos_text: the tokenizer's EOS token, which is required at the end of a card-shuffles response.
       special_tokens: special tokens, as text, that are removed from responses.
       num_workers, timeout_secs, max_response_chars, environment: see `GraderPool`.
 
     Raises:
-      UserError: if there is no such function.
+      UserError: if a function does not exist.
     """
     weights = weights or [1.0] * len(names)
     find = lambda name, field, weight: _find(name, field, weight, eos_text)

@@ -102,9 +102,9 @@ def gold_answer(text: str) -> str:
 
 
 def is_text(answer: str) -> bool:
-    """Returns whether a problem's answer is prose, which only the same text matches. Takes linear time.
+    """Returns whether a problem's answer is prose, so that only the same text matches it. Takes linear time.
 
-    Answers that are empty or longer than MAX_ANSWER_CHARS also count, because no response can match them.
+    Answers that are empty or longer than MAX_ANSWER_CHARS also count as prose, because no other response matches them.
     """
     try:
         gold = gold_answer(answer)

@@ -19,7 +19,7 @@ WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|boldsymbol)\s?\{([^{}]*)\}"
 )
 SPACING = re.compile(r"\\[ ,;:!]|\\q?quad\b|~")
-# "answer is (B)", "Answer: B", "**Answer:** B", "correct option is B". Repetitions are bounded to keep time linear.
+# "answer is (B)", "Answer: B", "**Answer:** B", "correct option is B". Repetitions are bounded for linear time.
 STATEMENT = re.compile(
     r"(?i:answer|option|choice)(?:\*\*|__)?\s{0,3}(?::|=|(?i:is|would be)\b)\s{0,3}:?(?:\*\*|__)?\s{0,3}"
     rf"(?:(?i:option|choice)\s)?(?:\*\*|__|\$)?(?:\(([{LETTERS}])\)|([{LETTERS}])(?![\w'-]))(?=(?P<rest>[^\n]{{0,80}}))"
@@ -33,7 +33,7 @@ def grade_multiple_choice(response: str, problem: Problem) -> tuple[Verdict, str
     """Compares the letter that a response chooses with the problem's answer.
 
     Returns:
-      The verdict, which is also WRONG if no letter is chosen, and the letter, or None.
+      The verdict, which is also WRONG if no letter is chosen, and the chosen letter, or None if there is none.
 
     Raises:
       ValueError: if the problem's answer is not a single letter A-J.
