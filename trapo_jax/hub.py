@@ -193,7 +193,7 @@ def _explain(error: Exception, repo: HubRepo) -> HubUnavailable:
             )
         case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
             return HubRefusal(
-                f"the Hub refuses access; check the token, `hf auth whoami` ({reason})"
+                f"the Hub refuses access; check your token with `hf auth whoami` ({reason})"
             )
         case errors.HfHubHTTPError():
             return HubUnavailable(f"the Hub responded with an error: {reason}")

@@ -364,7 +364,7 @@ def test_a_missing_device_is_a_one_line_error():
     )
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
-    assert "error: JAX finds no device, JAX_PLATFORMS=cuda" in line
+    assert "error: JAX finds no device for JAX_PLATFORMS=cuda" in line
     assert "Traceback" not in result.stderr
 
 

@@ -61,7 +61,7 @@ def join_processes(settings: Mapping[str, Any], *, dead_after_secs: float) -> No
         platforms = os.environ.get("JAX_PLATFORMS") or "any"
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"JAX finds no device, JAX_PLATFORMS={platforms}{reason and f' ({reason})'}; unset it to "
+            f"JAX finds no device for JAX_PLATFORMS={platforms}{reason and f' ({reason})'}; unset it to "
             "use the available devices"
         ) from error
     if num_processes > 1 and not jax.distributed.is_initialized():

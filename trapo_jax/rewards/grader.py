@@ -230,7 +230,7 @@ def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFuncti
         raise UserError(f"{field}={name!r}: no such reward function; {known}")
     function = import_object(name, field)
     if not callable(function):
-        raise UserError(f"{field}={name}: not a function of a response and its problem")
+        raise UserError(f"{field}={name}: not a function; expected function(response, problem)")
     try:
         path_of(function)
     except (AttributeError, ValueError):

@@ -52,7 +52,7 @@ def as_judgment(value: Any) -> Judgment:
         reward = -1.0
     if not 0.0 <= reward <= 1.0:
         raise ValueError(
-            f"a reward function returned {value!r:.60}, which is neither a number in [0, 1] nor a verdict"
+            f"a reward function returned {value!r:.60}; expected a number in [0, 1] or a verdict"
         )
     return Judgment(reward, answer)
 
