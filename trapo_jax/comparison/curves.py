@@ -9,7 +9,7 @@ from trapo_jax.comparison.results import Result
 from trapo_jax.runs.budget import STEPS, UNITS
 
 NUM_POINTS = 41
-LINE_STYLES = ("-", "--", "-.", ":")  # distinguish methods for readers who cannot see colors
+LINE_STYLES = ("-", "--", "-.", ":")  # to distinguish methods without color
 
 
 def plot_curves(path: Path, results: Sequence[Result]) -> None:

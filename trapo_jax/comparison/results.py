@@ -27,7 +27,7 @@ class Scores(NamedTuple):
 
     problems: str  # hash of the problem ids
     greedy: np.ndarray  # float [problems], 0 or 1
-    sampled: np.ndarray  # float [problems], fraction of the samples that are correct
+    sampled: np.ndarray  # float [problems], fraction of correct samples
     best_of: np.ndarray  # float [problems], pass@n, where n is the number of samples
     completion_len: float  # mean number of tokens
 

@@ -7,7 +7,7 @@ instead. Set `TF_CPP_MIN_LOG_LEVEL=0` in the environment to see JAX's own log.
 import os
 
 LEVEL = "TF_CPP_MIN_LOG_LEVEL"
-NOTHING = "4"  # above the level of fatal errors, which is 3
+NOTHING = "4"  # one level above fatal errors
 PROCESS_COUNTS = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 HOST_LISTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 

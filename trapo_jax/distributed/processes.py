@@ -117,7 +117,7 @@ def wait_for_all(name: str) -> None:
 
 
 def fetch(tree: Any) -> Any:
-    """Returns global arrays as NumPy arrays, complete on every process. Arrays are gathered one at a time."""
+    """Returns global arrays as complete NumPy arrays on every process. Arrays are gathered one at a time."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

@@ -98,7 +98,7 @@ def find_topology(name: str) -> Topology:
     os.environ.update(LIBTPU_ENVIRONMENT)
     try:
         described = topologies.get_topology_desc(name, platform="tpu")
-    except Exception as error:  # libtpu raises exceptions of several types
+    except Exception as error:  # libtpu raises several types of exceptions
         reason = str(error).splitlines()[0][:200]
         raise UserError(
             f"--topology {name}: libtpu does not know this topology ({reason})"
