@@ -1,4 +1,4 @@
-"""Fixtures shared by several packages, and the compilation settings of the test session."""
+"""Defines the fixtures shared by several packages, and the compilation settings of the test session."""
 
 import os
 import tempfile
@@ -8,15 +8,17 @@ from support.commands import REPOSITORY, TINY_MODEL, run_command
 from support.short_run import JOB
 
 # Test programs are small and run only a few times, so most optimizations take more time than they
-# save. Without any, however, programs run several times as long.
+# save. Without any optimization, however, programs take several times as long.
 FAST_COMPILATION = (
     "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
-if FAST_COMPILATION not in (flags := os.environ.get("XLA_FLAGS", "")):  # set by the parent process
+if FAST_COMPILATION not in (
+    flags := os.environ.get("XLA_FLAGS", "")
+):  # unless set by the parent process
     os.environ["XLA_FLAGS"] = f"{flags} {FAST_COMPILATION}"
 
-# Several processes share the cores, so more threads would only wait for each other.
+# Several processes share the cores, so additional threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # Test processes and the processes that they start compile the same programs, so they share one
@@ -25,7 +27,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".pytest_cache" / "ja
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
-# No test uses the Hugging Face Hub or the caches of the user.
+# No test uses the Hugging Face Hub or the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "no_hugging_face_caches")
 
@@ -36,8 +38,8 @@ from filelock import FileLock  # noqa: E402
 
 from trapo_jax.planning.topology import LIBTPU_ENVIRONMENT  # noqa: E402
 
-# The same examples in every session, and no time limit, since the machine may be slow. `HYPOTHESIS_PROFILE=random` draws
-# many others.
+# Use the same examples in every session, and no time limit, because the machine may be slow. Set
+# `HYPOTHESIS_PROFILE=random` to draw many other examples.
 PROPERTIES = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("fixed", derandomize=True, database=None, **PROPERTIES)
 hypothesis.settings.register_profile("random", max_examples=2000, **PROPERTIES)
@@ -49,14 +51,14 @@ if not any(Path("/dev").glob("accel*")) and not any(Path("/dev").glob("vfio/*"))
 
 
 def pytest_collection_modifyitems(items):
-    """Runs files with slow tests first. A file runs in one worker, so a slow file at the end would idle the others."""
+    """Runs files with slow tests first. Each file runs in one worker; a slow one at the end would idle the others."""
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)
 
 
 @pytest.fixture
 def hub_home(tmp_path, monkeypatch):
-    """An empty Hugging Face home, whose cache of the Hub is used instead of the user's; see `support.hub`."""
+    """Returns an empty Hugging Face home whose Hub cache replaces the user's; see `support.hub`."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
@@ -94,7 +96,7 @@ def problems(tokenizer):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, worker_id):
-    """Folder and printed output of an uninterrupted run of `JOB`, which all workers share."""
+    """Returns the folder and the printed output of an uninterrupted run of `JOB`, shared by all workers."""
     root = tmp_path_factory.getbasetemp()
     root = root if worker_id == "master" else root.parent
     folder, output = root / "uninterrupted", root / "uninterrupted.txt"

@@ -1,4 +1,4 @@
-"""The imports between packages follow the layers in CONTRIBUTING.md."""
+"""Tests that imports between packages follow the layers in CONTRIBUTING.md."""
 
 import ast
 import re
@@ -17,13 +17,13 @@ CONTRACT = (REPOSITORY / "CONTRIBUTING.md").read_text()
 
 
 def contract():
-    """Returns the packages that each package may import, from the lowest layer up, as listed in CONTRIBUTING.md."""
+    """Returns the packages that each package may import, lowest layer first, as listed in CONTRIBUTING.md."""
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", CONTRACT, flags=re.MULTILINE)
     return {package: re.findall(r"`(\w+)`", allowed) for package, allowed in rows}
 
 
 def imports_of(package):
-    """Yields the trapo_jax packages imported by the files of a package or module."""
+    """Yields the other trapo_jax packages that a package or module imports."""
     files = [PACKAGE / f"{package}.py"] if (PACKAGE / f"{package}.py").exists() else []
     files += (PACKAGE / package).rglob("*.py")
     for file in files:
@@ -70,7 +70,7 @@ def test_commands_do_not_import_each_other():
 
 
 def test_imported_packages_are_declared_as_dependencies():
-    """Otherwise, they are installed only because another package or an extra depends on them."""
+    """An undeclared package is installed only if another package or an extra depends on it."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     requirements = [*project["dependencies"], *project["optional-dependencies"]["tasks"]]
     declared = {canonical(re.match(r"[\w.-]+", text)[0]) for text in requirements}

@@ -1,4 +1,4 @@
-"""Examples in docstrings."""
+"""Runs the examples in docstrings."""
 
 import doctest
 import importlib
@@ -9,7 +9,7 @@ import pytest
 import trapo_jax.losses
 from support.commands import REPOSITORY
 
-# Examples of the losses assume that `jnp` and the public names of the package have been imported.
+# Examples in the losses package assume that `jnp` and the package's public names have been imported.
 NAMES = {"jnp": jnp} | {name: getattr(trapo_jax.losses, name) for name in trapo_jax.losses.__all__}
 MODULES = [
     ".".join(file.relative_to(REPOSITORY).with_suffix("").parts)

@@ -1,4 +1,7 @@
-"""cuDNN attention equals XLA attention. Run `pytest -n 0 tests/test_gpu.py` on a machine with an NVIDIA GPU."""
+"""Compares cuDNN attention with XLA attention.
+
+Run `pytest -n 0 tests/test_gpu.py` on a machine with an NVIDIA GPU.
+"""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Importing objects by an import path, `package.module:name`, and one-line errors for mistakes."""
+"""Tests importing objects by import path (`package.module:name`), and one-line errors for mistakes."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from trapo_jax.types import UserError
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with user modules, which is on the import path as under `python -m`."""
+    """Returns a working directory with user modules, on the module search path as under `python -m`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("")
     (tmp_path / "user_module.py").write_text("ANSWER = 42\n")

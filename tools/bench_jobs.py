@@ -1,4 +1,4 @@
-"""Workloads of the rollout benchmark. Everything that the engines decode is drawn in advance."""
+"""Generates the rollout benchmark's workloads. Lengths and rewards are drawn in advance, the same for all engines."""
 
 import argparse
 import math
@@ -18,10 +18,10 @@ UNGUIDED = MicroGroup(8, 0.0, -1.0)
 def uniform_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of tools that sample rows of equal length with the trapo_jax engine."""
     parser.add_argument(
-        "--prompt-len", type=int, default=32, help="uniform: length of the prompts (default 32)"
+        "--prompt-len", type=int, default=32, help="uniform: tokens per prompt (default 32)"
     )
     parser.add_argument(
-        "--new-len", type=int, default=64, help="uniform: number of new tokens (default 64)"
+        "--new-len", type=int, default=64, help="uniform: new tokens per row (default 64)"
     )
     parser.add_argument(
         "--segment-len",
@@ -39,7 +39,7 @@ def uniform_options(parser: argparse.ArgumentParser) -> None:
 
 
 def make_jobs(args: argparse.Namespace, vocab_size: int) -> list[Job]:
-    """Returns the jobs of the workload that the command line selects."""
+    """Returns the jobs of the workload selected on the command line."""
     rng = np.random.default_rng(0)
     if args.workload == "uniform":
         lens = args.prompt_len, args.new_len
@@ -89,11 +89,11 @@ def trapo_job(rng: np.random.Generator, slots: int, median_len: int, vocab_size:
 
 
 def grpo_job(trapo: Job) -> Job:
-    """Returns a job with eight unguided rollouts per problem and the same total number of tokens."""
+    """Returns a job with eight unguided rollouts per problem and the same total number of tokens as `trapo`."""
     tokens = num_tokens(trapo)
     lens = np.array([problem["unguided_len"] for problem in trapo["problems"]], float)
     scaled = np.maximum(1, np.floor(lens * tokens / lens.sum())).astype(int)
-    for i in range(tokens - int(scaled.sum())):  # distributes the remainder of rounding down
+    for i in range(tokens - int(scaled.sum())):  # distributes the tokens lost by rounding down
         scaled.flat[i % scaled.size] += 1
     problems = [
         {**problem, "num_new": row.tolist()}
@@ -108,7 +108,7 @@ def grpo_job(trapo: Job) -> Job:
 def complete_job(
     name: str, problems: list[dict], micro_groups: Sequence[MicroGroup], slots: int
 ) -> Job:
-    """Adds the rounds to a job: lists of the rows that the guidance requests, one for each micro-group."""
+    """Adds the rounds to a job: lists of the rows requested by the guidance, one list per micro-group."""
     rounds: list[list[dict]] = [[] for _ in micro_groups]
     longest = max(max(*p["num_new"], len(p["expert"])) for p in problems)
     guidance = Guidance(tuple(micro_groups), longest)

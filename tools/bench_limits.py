@@ -1,4 +1,4 @@
-"""Limits of a machine: the throughput of matmuls and memory for the shapes of a model."""
+"""Measures the limits of a machine: the matmul and memory throughput for a model's shapes."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ from trapo_jax.models import (
 @contextlib.contextmanager
 def model_folder(path: str) -> Iterator[Path]:
     """Yields the model folder or, if it has no weights, a temporary folder with random weights of the same shapes."""
-    # Leave the GPU memory to the engines.
+    # Leave GPU memory for the engines.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     folder = find_model(path, weights=True)
     if any(folder.glob("*.safetensors")):
@@ -49,7 +49,7 @@ def measure_limits(folder: Path, dtype: str, rows: Sequence[int]) -> dict[str, A
     Args:
       folder: the model folder.
       dtype: dtype of the matmuls.
-      rows: numbers of rows for which the matmuls are measured.
+      rows: numbers of rows for which to measure the matmuls.
     """
     jax.config.update("jax_default_matmul_precision", "highest")  # as in the engines
     config = read_config(folder, dtype=dtype)
@@ -62,11 +62,11 @@ def measure_limits(folder: Path, dtype: str, rows: Sequence[int]) -> dict[str, A
 
 
 def weight_and_entry_bytes(config: DecoderConfig) -> dict[str, int]:
-    """Returns the bytes of the weights, which a decode step reads once, and of the keys and values of one token."""
+    """Returns the size in bytes of the weights, which a decode step reads once, and of one token's keys and values."""
     item = jnp.dtype(config.dtype).itemsize
     params = abstract_params(config)
     if not config.tied_embeddings:
-        del params["embedding"]  # A step reads only one of its rows per token.
+        del params["embedding"]  # A step reads only one row of it per token.
     return {
         "weight_bytes": sum(x.size for x in jax.tree.leaves(params)) * item,
         "entry_bytes": 2 * config.num_layers * config.num_kv_heads * config.head_dim * item,
@@ -76,7 +76,7 @@ def weight_and_entry_bytes(config: DecoderConfig) -> dict[str, int]:
 def matmul_tokens_per_sec(config: DecoderConfig, num_rows: int) -> float:
     """Returns the throughput of decoding `num_rows` rows if only the model's matmuls took time.
 
-    The matmuls are measured with the weights as left and as right operand; the result is that of the faster variant.
+    The matmuls are measured with the weights as left and as right operands; the faster variant determines the result.
     """
     weights = [jnp.ones(shape, config.dtype) for shape in matmul_shapes(config)]
     transposed = [w.T + 0 for w in weights]
@@ -99,7 +99,7 @@ def matmul_tokens_per_sec(config: DecoderConfig, num_rows: int) -> float:
 
 
 def read_gb_per_sec() -> float:
-    """Returns the memory bandwidth achieved by summing a matrix or multiplying it by a vector, whichever is faster."""
+    """Returns the memory bandwidth of summing a matrix or multiplying it by a vector, whichever is faster."""
     big = jnp.ones((2**14, 2**13), jnp.float32)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -114,7 +114,7 @@ def read_gb_per_sec() -> float:
 
 
 def matmul_shapes(config: DecoderConfig) -> list[tuple[int, int]]:
-    """Returns the shapes of all matrices by which a token is multiplied."""
+    """Returns the shapes of all matrices that multiply a token's activations."""
     layer = [
         (config.width, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim),
         (config.num_heads * config.head_dim, config.width),
@@ -125,7 +125,7 @@ def matmul_shapes(config: DecoderConfig) -> list[tuple[int, int]]:
 
 
 def secs_per_pass(run: Callable[[int], Any]) -> float:
-    """Returns the median time of a pass of `run(num_passes)`, with enough passes to hide the dispatch overhead."""
+    """Returns the median time per pass of `run(num_passes)`, with enough passes to hide the dispatch overhead."""
 
     def timed(num_passes: int) -> float:
         started = time.perf_counter()
@@ -138,7 +138,7 @@ def secs_per_pass(run: Callable[[int], Any]) -> float:
 
 
 def bytes_to_move(job: Job, limits: dict[str, Any]) -> int:
-    """Returns the bytes that decoding must read: the weights per step, and all preceding keys and values per token."""
+    """Returns the bytes that decoding must read: all weights per step, and all preceding keys and values per token."""
     rows = [row for rows in job["rounds"] for row in rows]
     longest = max(row["num_new"] for row in rows)
     num_steps = max(longest, -(-num_tokens(job) // job["slots"]))

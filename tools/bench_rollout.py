@@ -9,11 +9,11 @@ next one starts; `unshared` is like `barrier`, but prefills the prompt for every
 `transformers` is `generate` in PyTorch; `tunix` is the Tunix sampler, in a separate environment. Each engine runs in a
 separate process. After one round for compilation, the engines take turns (A B A B ...).
 
-Workloads: `uniform` decodes `--rows` rows of equal length. `trapo` is one step with the guidance of TRAPO's preset
-`paper` on 32 problems with prompts and expert solutions of different lengths. Rewards and (log-normal) completion
+Workloads: `uniform` decodes `--rows` rows of equal length. `trapo` is one step with the guidance of TRAPO's `paper`
+preset on 32 problems with prompts and expert solutions of different lengths. Rewards and (log-normal) completion
 lengths are drawn in advance, so that every engine decodes the same number of tokens. `grpo` has the same number of
-tokens in eight unguided rollouts per problem. An engine that cannot refill rows decodes in batches of `--slots` rows,
-padded to the longest.
+tokens in eight unguided rollouts per problem. Engines that cannot refill rows decode batches of `--slots` rows, padded
+to the longest row.
 
 If the model folder has no weights (`configs/architectures/...`), random weights are used.
 """
@@ -90,7 +90,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--rows",
         default=[1, 16, 64],
         type=lambda text: [*map(int, text.split(","))],
-        help="uniform: numbers of rows, one measurement for each (default 1,16,64)",
+        help="uniform: numbers of rows to measure (default 1,16,64)",
     )
     uniform_options(parser)
     parser.add_argument(
@@ -176,9 +176,9 @@ def print_table(console: Console, report: list[dict], limits: dict) -> None:
     console.print(table)
     bounds = ", ".join(f"{n}: {v:,.0f}" for n, v in limits["matmul_tokens_per_sec"].items())
     console.print(
-        f"{limits['device']}: tokens/s with the model's matmuls alone, by number of rows: {bounds}. Memory is read at "
+        f"{limits['device']}: tokens/s with only the model's matmuls, by number of rows: {bounds}. Memory is read at "
         f"{limits['memory_gb_per_sec']:,.1f} GB/s; decoding reads {limits['weight_bytes'] / 1e9:.2f} GB of weights per "
-        f"step and {limits['entry_bytes']:,} bytes for each token that is attended to"
+        f"step and {limits['entry_bytes']:,} bytes per attended token"
     )
 
 

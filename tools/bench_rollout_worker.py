@@ -1,8 +1,8 @@
-"""Worker process of `bench_rollout.py`, which runs jobs with one engine.
+"""Runs jobs with one engine, as a worker process of `bench_rollout.py`.
 
     python tools/bench_rollout_worker.py ENGINE MODEL_FOLDER DTYPE
 
-It imports only the dependencies of its engine, because Tunix runs in an environment without trapo_jax.
+It imports only its engine's dependencies, because Tunix runs in an environment without trapo_jax.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Ours:
 
 
 def scripted_engine(config, job: Job):
-    """Returns a `JaxEngine` that samples the number of tokens that the job specifies for each rollout."""
+    """Returns a `JaxEngine` that samples the number of tokens specified by the job for each rollout."""
     from trapo_jax.sampling.engine import EngineSpec
     from trapo_jax.sampling.jax_engine import JaxEngine
 
@@ -121,7 +121,7 @@ def run_freely(engine, job: Job) -> None:
 
 
 def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
-    """Completes a micro-group of all problems before the next one. The rollouts of a problem may share its prompt."""
+    """Completes each micro-group for all problems before the next one. A problem's rollouts may share its prompt."""
     from trapo_jax.types import RolloutRequest, SamplingParams
 
     problems = make_problems(job)
@@ -129,7 +129,7 @@ def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
         requests = []
         for row in rows:
             problem = problems[row["problem"]]
-            if not shared_prompts:  # The prefix cache is keyed by the id of the problem.
+            if not shared_prompts:  # The prefix cache is keyed by problem id.
                 problem = dataclasses.replace(problem, id=f"{problem.id}/{row['sample']}")
             requests.append(RolloutRequest(problem, row["sample"], 0, 0, row["prefix_len"]))
         engine.submit(requests, step=1, params=SamplingParams())
@@ -138,7 +138,7 @@ def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
 
 
 def batches(job: Job):
-    """Yields batches for engines that cannot refill rows: contexts, and the number of tokens to sample for each."""
+    """Yields batches for engines that cannot refill rows: contexts, and numbers of tokens to sample for them."""
     for rows in job["rounds"]:
         for start in range(0, len(rows), job["slots"]):
             batch = rows[start : start + job["slots"]]
@@ -153,7 +153,7 @@ def batches(job: Job):
 
 
 class Transformers:
-    """`generate` of transformers with its KV cache; finished rows are padded until the longest row is finished."""
+    """The `generate` method of transformers, with its KV cache. Finished rows are padded until all rows finish."""
 
     def __init__(self, folder: str, dtype: str):
         import torch
@@ -194,10 +194,10 @@ class Transformers:
 
 
 class Tunix:
-    """The sampler of Tunix.
+    """The Tunix sampler.
 
-    It recompiles for every batch length. Therefore, prompts are padded to a few lengths, and the token buffer always
-    has the length of the longest batch; decoding still ends when the current batch is finished.
+    It recompiles for every batch length. Therefore, prompts are padded to one of a few lengths, and the token buffer
+    always has the length of the longest batch; decoding still ends when the current batch is finished.
     """
 
     def __init__(self, folder: str, dtype: str):
@@ -239,7 +239,7 @@ class Tunix:
 
 
 def tunix_model(folder: str, dtype: str) -> tuple[Any, Any]:
-    """Returns the Llama model of Tunix with the weights of a Hugging Face folder, and its config."""
+    """Returns the Tunix Llama model with the weights from a Hugging Face folder, and its config."""
     import jax.numpy as jnp
     from tunix.models.llama3 import model, params  # pyright: ignore[reportMissingImports]
 
@@ -257,7 +257,7 @@ def tunix_model(folder: str, dtype: str) -> tuple[Any, Any]:
         norm_eps=shape["rms_norm_eps"],
         weight_tying=shape["tie_word_embeddings"],
     )
-    # The attention of Tunix 0.1.7 ignores `rope_theta` of the config.
+    # The attention in Tunix 0.1.7 ignores the config's `rope_theta`.
     model.apply_rope = functools.partial(model.apply_rope, rope_theta=config.rope_theta)
     return params.create_model_from_safe_tensors(folder, config, dtype=getattr(jnp, dtype)), config
 
@@ -286,7 +286,7 @@ class TokenIds:
         return " ".join(map(str, ids))
 
     def bos_id(self) -> int:
-        return 0  # interpreted as no BOS token, so that nothing is prepended to a prompt
+        return 0  # The sampler interprets 0 as "no BOS token" and prepends nothing to prompts.
 
     def eos_id(self) -> int:
         return self.NEVER

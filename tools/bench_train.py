@@ -11,8 +11,8 @@ first losses must agree.
 
 Workloads: `equal` has rows of equal length, so packing has no effect. `ragged` has responses of log-normal length:
 `ours` packs them into rows, and the others pad each micro-batch to its longest row. `torch` sorts the rows by length
-(`torch, unsorted` does not), and `ours, unpacked` pads all rows to the longest. `ours` saves the results of matmuls
-for the backward pass (`model.remat=dots`).
+(`torch, unsorted` does not), and `ours, unpacked` pads all rows to the longest. `ours` saves the matmul results for the
+backward pass (`model.remat=dots`).
 
 With `--dtype bfloat16`, the weights are stored in float32 and cast for the matmuls; `torch` uses autocast. If the
 model folder has no weights, random weights are used.
@@ -57,7 +57,7 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
     config = read_config(folder, dtype=args.dtype)
     jobs = [equal_job(args, config.vocab_size), ragged_job(args, config.vocab_size)]
     report = []
-    for job in jobs:  # Start new processes, because the peak memory is measured per workload.
+    for job in jobs:  # Peak memory is measured per workload, so each gets new processes.
         workers = start_workers(
             WORKER, args.engines, str(folder), args.dtype, tunix_python=args.tunix_python
         )
@@ -124,7 +124,7 @@ def equal_job(args: argparse.Namespace, vocab_size: int) -> Job:
 
 
 def ragged_job(args: argparse.Namespace, vocab_size: int) -> Job:
-    """Returns a job with prompts and responses of typical lengths; the row with the longest response is full."""
+    """Returns a job with prompts and responses of realistic lengths; the row with the longest response is full."""
     rng = np.random.default_rng(1)
     rows = []
     for _ in range(args.num_rollouts):
@@ -191,7 +191,7 @@ def print_table(console: Console, report: list[dict], bound: float) -> None:
         )
     console.print(table)
     console.print(
-        f"{jax.devices()[0].device_kind}: {bound:,.0f} tokens/s with the matmuls of forward and backward pass alone"
+        f"{jax.devices()[0].device_kind}: {bound:,.0f} tokens/s with only the matmuls of forward and backward passes"
     )
 
 

@@ -1,4 +1,4 @@
-"""Worker process of `bench_train.py`, which runs jobs with one engine.
+"""Runs jobs with one engine, as a worker process of `bench_train.py`.
 
 python tools/bench_train_worker.py ENGINE MODEL_FOLDER DTYPE
 """
@@ -15,7 +15,7 @@ LEARNING_RATE, B1, B2, WEIGHT_DECAY, MAX_NORM = 1e-5, 0.9, 0.98, 0.01, 1.0
 
 
 class Ours:
-    """The step of `trapo_jax.train` with `method.name=sft`, including the construction of the batch."""
+    """The train step of `trapo_jax.train` with `method.name=sft`, including batch construction."""
 
     def __init__(self, folder: str, dtype: str, *, packed: bool):
         from trapo_jax.distributed.sharding import make_mesh
@@ -69,7 +69,7 @@ class Ours:
 
 
 def train_rows(job: Job) -> list:
-    """Returns the rows of a job, whose responses are expert solutions."""
+    """Returns the rows of a job, with the responses as expert solutions."""
     from trapo_jax.types import (
         Completion,
         Expert,
@@ -89,12 +89,12 @@ def train_rows(job: Job) -> list:
 
 
 def padded_micro_batches(job: Job, *, by_length: bool = True, multiple: int = 1):
-    """Yields micro-batches as lists: token ids, a mask of trained tokens, and a mask of tokens that are not padding.
+    """Yields micro-batches as lists: token ids, a mask of trained tokens, and a mask of non-padding tokens.
 
     Args:
       job: the job.
       by_length: whether to sort the rows by length.
-      multiple: lengths are padded to a multiple of this.
+      multiple: lengths are rounded up to a multiple of this.
     """
     rows = job["rows"]
     if by_length:
@@ -112,7 +112,7 @@ def padded_micro_batches(job: Job, *, by_length: bool = True, multiple: int = 1)
 
 
 class Torch:
-    """A plain loop: forward and backward pass of each micro-batch, gradient clipping, AdamW."""
+    """A plain PyTorch loop: a forward and backward pass per micro-batch, gradient clipping, and AdamW."""
 
     def __init__(self, folder: str, dtype: str, *, by_length: bool = True):
         import torch
@@ -150,11 +150,11 @@ class Torch:
 
 
 class Tunix:
-    """The jitted step of the Tunix trainer, called once per micro-batch; `optax.MultiSteps` updates after the last one.
+    """The Tunix trainer's jitted step, called once per micro-batch; `optax.MultiSteps` updates after the last one.
 
-    The loss of Tunix is the mean over a micro-batch, which differs from the mean over the batch. Here, the sum over
-    every micro-batch is divided by the same number. Lengths are padded to a few values, because the step is compiled
-    for each length.
+    Tunix's loss is the mean over a micro-batch, which differs from the mean over the batch. Here, the sum over every
+    micro-batch is divided by the same number. Rows are padded to one of a few lengths, because the step is compiled for
+    each length.
     """
 
     def __init__(self, folder: str, dtype: str):
@@ -191,7 +191,7 @@ class Tunix:
 
 
 def tunix_step(model, num_micro_batches: int):
-    """Returns the jitted train step of the Tunix trainer."""
+    """Returns the Tunix trainer's jitted train step."""
     import jax
     import jax.numpy as jnp
     import optax

@@ -1,4 +1,4 @@
-"""Worker processes of the benchmarks, which take turns (A B A B ...).
+"""Runs the benchmarks' worker processes, which take turns (A B A B ...).
 
 This module depends only on the standard library, because workers may run in an environment without trapo_jax.
 """
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
-# Prevents TF32 in all workers.
+# Disables TF32 in all workers.
 FLOAT32_MATMULS = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 
 
 class Worker:
-    """A process that runs one of the compared implementations."""
+    """A process that runs one of the implementations being compared."""
 
     def __init__(self, script: Path, name: str, *arguments: str, python: str = sys.executable):
         self.name = name
@@ -60,7 +60,7 @@ class Worker:
 def start_workers(
     script: Path, names: Sequence[str], *arguments: str, tunix_python: str
 ) -> list[Worker]:
-    """Starts a process for each installed implementation, and reports the others."""
+    """Starts a process for each installed implementation, and reports those that are not installed."""
     started = [
         Worker(script, name, *arguments, python=tunix_python if name == "tunix" else sys.executable)
         for name in names
@@ -72,11 +72,13 @@ def start_workers(
 
 
 def common_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of every benchmark."""
+    """Adds the options shared by all benchmarks."""
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default 3)")
     parser.add_argument(
-        "--tunix-python", default=sys.executable, help="Python of an environment with google-tunix"
+        "--tunix-python",
+        default=sys.executable,
+        help="Python interpreter of an environment with google-tunix",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the results to this file"
@@ -94,7 +96,7 @@ def take_turns(
     Medians are printed immediately, in case something fails later.
 
     Returns:
-      The replies of each worker, starting with that of the warm-up.
+      The replies of each worker, starting with the warm-up's reply.
     """
     selected = [w for w in workers if w.name in job.get("only", [w.name])]
     replies: dict[str, list[dict]] = {worker.name: [] for worker in selected}
@@ -109,7 +111,7 @@ def serve(implementations: Mapping[str, Callable[..., Any]]) -> int:
     """Runs `SCRIPT NAME ARGUMENTS...`: reads jobs from standard input and writes replies to standard output."""
     name, *arguments = sys.argv[1:]
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # Library output must not be mixed with the replies.
+    os.dup2(2, 1)  # keeps library output separate from the replies
     try:
         implementation = implementations[name](*arguments)
     except ModuleNotFoundError as e:
@@ -124,5 +126,5 @@ def serve(implementations: Mapping[str, Callable[..., Any]]) -> int:
 
 
 def median(replies: Sequence[dict], name: str) -> float:
-    """Returns the median of a field of the replies."""
+    """Returns the median of a field over the replies."""
     return statistics.median(reply[name] for reply in replies)

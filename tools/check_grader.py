@@ -3,11 +3,11 @@ r"""Evaluates the math grader on the public data of QwenLM/Qwen2.5-Math.
     git clone https://github.com/QwenLM/Qwen2.5-Math
     python tools/check_grader.py --data Qwen2.5-Math/evaluation/data
 
-There are three measurements. For each, the cases with unexpected verdicts are listed:
+The tool makes three measurements, and lists the cases with unexpected verdicts for each:
 
   forms     every gold answer of AIME 2024, AMC 2023, Minerva, OlympiadBench and (with --math500) MATH-500, written in
             ten or more forms (LaTeX, e-notation, units, a final period, a sentence, Unicode ...), all of them correct
-  crossed   every gold answer, with 50 other gold answers of its set as responses, which should be judged wrong
+  crossed   every gold answer, with 50 other gold answers from the same dataset as responses that should be wrong
   verdicts  the 800 responses with public verdicts in `eval_rm_maj_example`
 """
 
@@ -35,7 +35,7 @@ def main() -> None:
         description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="the folder evaluation/data")
-    parser.add_argument("--math500", type=Path, help="MATH-500 as a parquet file in verl's layout")
+    parser.add_argument("--math500", type=Path, help="MATH-500 as a Parquet file in verl's layout")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     golds = read_golds(args.data)
@@ -109,7 +109,7 @@ def in_unicode(gold: str) -> str:
 
 
 def in_latex_notation(gold: str) -> str:
-    """Writes 2e5 as a power of ten, a simple fraction with a slash, and any other single value as an equation."""
+    """Rewrites 2e5 as a power of ten, a simple fraction with a slash, and any other single value as an equation."""
     if match := re.fullmatch(r"(-?[\d.]+)e(-?\+?\d+)", gold):
         return rf"{match[1]} \times 10^{{{int(match[2])}}}"
     if match := re.fullmatch(r"\\frac\{(-?\d+)\}\{(\d+)\}", gold):
@@ -119,7 +119,7 @@ def in_latex_notation(gold: str) -> str:
 
 
 def crossed(golds: list[str]) -> Iterator[tuple[str, str]]:
-    """Yields pairs of gold answers that are different strings, the same pairs in every call."""
+    """Yields pairs of different gold answers; every call yields the same pairs."""
     rng = random.Random(0)
     for gold in golds:
         others = [other for other in golds if other != gold]
@@ -127,13 +127,13 @@ def crossed(golds: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def grade(pool: GraderPool, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str, Verdict]]:
-    """Grades pairs of a gold answer and a response."""
+    """Grades (gold answer, response) pairs."""
     futures = [(gold, text, pool.submit(text, Problem("", (), gold))) for gold, text in pairs]
     return [(gold, text, future.result().verdict) for gold, text, future in futures]
 
 
 def report(title: str, graded: list[tuple[str, str, Verdict]], expected: Verdict) -> None:
-    """Prints the number of expected verdicts, and all cases with other verdicts."""
+    """Prints the number of expected verdicts, and all cases with unexpected verdicts."""
     others = [case for case in graded if case[2] is not expected]
     print(f"{title}: {len(graded) - len(others)} of {len(graded)} {expected}")
     for gold, text, verdict in sorted(set(others)):

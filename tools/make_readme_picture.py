@@ -1,4 +1,4 @@
-"""Plots docs/idea.png: the gradient of TrSFT, and guidance as a function of a problem's solve rate.
+"""Plots docs/idea.png: the TrSFT gradient, and guidance as a function of a problem's solve rate.
 
 python tools/make_readme_picture.py        # requires the extra [notebooks]
 """
@@ -21,7 +21,7 @@ OUTPUT = Path(__file__).parents[1] / "docs" / "idea.png"
 
 
 def guided_probability(solve_rates: np.ndarray) -> np.ndarray:
-    """Returns the probability that each micro-group is guided, `[rates, micro-groups]`, by enumerating all outcomes."""
+    """Returns the `[rates, micro-groups]` probabilities that a micro-group is guided, by enumerating all outcomes."""
     method = make_method("trapo")
     guidance = Guidance(method.micro_groups, 1000)
     problem = Problem("0" * 16, (1,), "", (Expert(tuple(range(100))),))

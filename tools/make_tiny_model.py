@@ -2,9 +2,9 @@
 
     python tools/make_tiny_model.py --out DIR [--seed 2] [--steps 550] [--careless]
 
-The training texts are 15% direct answers (programs of 1 to 6 operations), 35% clean traces of 1 to 3 operations, and
+The training examples are 15% direct answers (programs of 1 to 6 operations), 35% clean traces of 1 to 3 operations, and
 50% free chains (5 or 6 random operations without a program). Therefore, the model knows every operation and long
-traces, but cannot follow programs of more than three operations. About seven texts are packed into each row. With
+traces, but cannot follow programs of more than three operations. About seven examples are packed into each row. With
 `--careless`, traces and chains are written in the style of the task's careless expert.
 """
 
@@ -42,8 +42,8 @@ CHARACTERS = "0123456789" + "?:=;#," + "rltsexm" + "hoku"
 ROW_LEN = 256
 BATCH_SIZE = 48
 PEAK_LEARNING_RATE = 3e-3
-# Maximum random jumps of positions: after each operation of the program and after the program in every text, and
-# after each step in half of the texts.
+# Maximum random jumps in positions: after each operation of the program and after the program in every example, and
+# after each step in half of the examples.
 MAX_PROGRAM_JUMP, MAX_DIGITS_JUMP, MAX_STEP_JUMP = 3, 16, 2
 
 
@@ -56,11 +56,11 @@ def main() -> None:
         "--seed",
         type=int,
         default=2,
-        help="seed of weights and data (default 2, the seed of the embedded model)",
+        help="seed for weights and data (default 2, the embedded model's seed)",
     )
     parser.add_argument("--steps", type=int, default=550, help="optimizer steps (default 550)")
     parser.add_argument(
-        "--careless", action="store_true", help="train on texts in the style of the careless expert"
+        "--careless", action="store_true", help="train on examples in the careless expert's style"
     )
     args = parser.parse_args()
     if args.out.exists():
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def vocabulary() -> dict[str, int]:
-    """Returns the token id of each token."""
+    """Returns a dict that maps each token to its id."""
     return {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *CHARACTERS])}
 
 
@@ -127,7 +127,7 @@ def write_side_files(folder: Path) -> None:
 
 
 def draw_text(rng: random.Random, careless: bool) -> str:
-    """Samples a training text, without EOS."""
+    """Samples a training example, without EOS."""
     digits, kind = random_digits(rng), rng.random()
     if kind < 0.5:
         return f":{digits}=" + free_chain(rng, digits, careless)
@@ -148,10 +148,10 @@ def free_chain(rng: random.Random, digits: str, careless: bool) -> str:
 
 
 def make_rows(rng: random.Random, ids: dict[str, int], careless: bool) -> tuple[np.ndarray, ...]:
-    """Packs texts into rows: token ids, positions, segment ids and the mask of trained tokens, each `[B, ROW_LEN]`.
+    """Packs examples into rows: token ids, positions, segment ids and the mask of trained tokens, each `[B, ROW_LEN]`.
 
-    Positions make random jumps. Otherwise, the model could find the k-th operation by its position, and would assign
-    no probability to anything beyond the three steps seen in training, so that TRAPO would have nothing to reinforce.
+    Positions contain random jumps. Otherwise, the model could find the k-th operation by its position, and would assign
+    no probability to anything beyond the three steps seen in training, leaving TRAPO nothing to reinforce.
     """
     token_ids, positions, segment_ids = np.zeros((3, BATCH_SIZE, ROW_LEN), np.int32)
     trained = np.zeros((BATCH_SIZE, ROW_LEN), bool)
@@ -171,7 +171,7 @@ def make_rows(rng: random.Random, ids: dict[str, int], careless: bool) -> tuple[
 
 
 def jumping_positions(rng: random.Random, text: str) -> np.ndarray:
-    """Returns the positions of the characters of a text and of the EOS after them."""
+    """Returns the positions of an example's characters and of the EOS after them."""
     step_jump = MAX_STEP_JUMP if rng.random() < 0.5 else 0
     program = text.partition(":")[0]
     largest = [MAX_PROGRAM_JUMP] * len(program) + [MAX_DIGITS_JUMP]

@@ -2,8 +2,8 @@
 
     python tools/measure_logprob_memory.py [--tokens 8192] [--width 3584] [--vocab 152064]
 
-The value and the gradient are compiled for abstract bfloat16 arrays, and the compiler reports the memory. Nothing is
-executed, so a laptop can measure a model that would not fit into its memory. The compiler is that of the first JAX
+The value and the gradient are compiled for abstract bfloat16 arrays, and the compiler reports the memory use. Nothing
+is executed, so a laptop can measure a model that would not fit in its memory. The program is compiled for the first JAX
 device; on a CPU, the result includes float32 copies of bfloat16 operands.
 """
 
@@ -19,10 +19,14 @@ GB = 1e9
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--tokens", type=int, default=8192, help="T (default 8192)")
-    parser.add_argument("--width", type=int, default=3584, help="D (default 3584)")
-    parser.add_argument("--vocab", type=int, default=152_064, help="V (default 152064)")
-    parser.add_argument("--chunk-size", type=int, default=128, help="tokens (default 128)")
+    parser.add_argument("--tokens", type=int, default=8192, help="number of tokens (default 8192)")
+    parser.add_argument("--width", type=int, default=3584, help="model width (default 3584)")
+    parser.add_argument(
+        "--vocab", type=int, default=152_064, help="vocabulary size (default 152064)"
+    )
+    parser.add_argument(
+        "--chunk-size", type=int, default=128, help="tokens per chunk (default 128)"
+    )
     args = parser.parse_args()
     analysis = compiled_memory(args.tokens, args.width, args.vocab, chunk_size=args.chunk_size)
     dense = args.tokens * args.vocab * jnp.dtype(jnp.float32).itemsize
@@ -37,7 +41,7 @@ def main() -> None:
 
 
 def compiled_memory(tokens: int, width: int, vocab: int, *, chunk_size: int):
-    """Returns the compiler's memory analysis of the value and the gradients of hidden states and unembedding."""
+    """Returns the compiler's memory analysis of the value and its gradients for hidden states and unembedding."""
 
     def loss(hidden, unembedding, labels):
         logprobs, entropies = linear_token_logprobs(

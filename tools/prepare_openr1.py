@@ -4,16 +4,16 @@
     python -m trapo_jax.train data.source=files data.train_files=data/openr1_46k_two_experts.parquet \\
         data.columns.preset=verl data.template=qwen_math rewards.functions=[math] ...
 
-The grader that training uses grades the part of every solution that is trained (`--expert-part`): the thought for
-TRAPO, or the whole text for LUFFY, ReLIFT and HPT. A problem keeps at most two correct solutions, those of the first
-dataset before those of the second. Problems without a correct solution are dropped. The output is a parquet file in
+Every solution is graded with the grader used in training. Only the part that is trained on (`--expert-part`) is graded:
+the thought for TRAPO, or the whole text for LUFFY, ReLIFT and HPT. A problem keeps at most two correct solutions,
+preferably from the first dataset. Problems without a correct solution are dropped. The output is a Parquet file in
 verl's layout, with a report (`.json`) in the same folder that counts the dropped problems and solutions by reason.
 
-`--problems` and `--solutions` are Hub ids (a download of 12 GB in total) or local parquet, JSONL or Arrow files in
+`--problems` and `--solutions` are Hub ids (a download of 12 GB in total) or local Parquet, JSONL or Arrow files in
 these layouts:
 
   problems   prompt (chat messages), target (chat messages), reward_model.ground_truth, data_source
-  solutions  problem, generations (list of texts), is_reasoning_complete (list of booleans)
+  solutions  problem, generations (list of strings), is_reasoning_complete (list of booleans)
 """
 
 import argparse
@@ -39,7 +39,7 @@ PROBLEMS = "Elliott/Openr1-Math-46k-8192"
 SOLUTIONS = "open-r1/OpenR1-Math-220k:all"
 SOLUTIONS_SPLITS = ("default", "extended")
 MAX_EXPERTS = 2
-MAX_PENDING = 256  # maximum number of solutions that are graded concurrently
+MAX_PENDING = 256  # maximum number of solutions graded concurrently
 PROGRESS_SECS = 10.0
 
 
@@ -59,10 +59,12 @@ def main() -> int:
         description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="the parquet file to write; it must not exist"
+        "--out", type=Path, required=True, help="the Parquet file to write; it must not exist"
     )
-    parser.add_argument("--problems", default=PROBLEMS, help=f"default {PROBLEMS}")
-    parser.add_argument("--solutions", default=SOLUTIONS, help=f"default {SOLUTIONS}")
+    parser.add_argument("--problems", default=PROBLEMS, help=f"first dataset (default {PROBLEMS})")
+    parser.add_argument(
+        "--solutions", default=SOLUTIONS, help=f"second dataset (default {SOLUTIONS})"
+    )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="number of grader processes"
     )
@@ -70,10 +72,10 @@ def main() -> int:
         "--expert-part",
         choices=get_args(ExpertPart),
         default="thought",
-        help="the part of a solution that is trained and graded (default thought)",
+        help="the part of a solution to train on and to grade (default thought)",
     )
     parser.add_argument(
-        "--timeout-secs", type=float, default=5.0, help="time limit for grading one solution"
+        "--timeout-secs", type=float, default=5.0, help="time limit for grading a solution"
     )
     args = parser.parse_args()
     try:
@@ -105,7 +107,7 @@ def prepare(
     """Writes the dataset and its report, and returns the report.
 
     Raises:
-      UserError: if the data are missing, damaged or in another layout, or if no problem remains.
+      UserError: if the data is missing, damaged or in another layout, or if no problem remains.
     """
     check_out(out)
     counts: Counter[str] = Counter()
@@ -148,7 +150,7 @@ def read_problems(data: str, counts: Counter[str]) -> dict[str, Entry]:
 
 
 def add_solutions(entries: dict[str, Entry], data: str, counts: Counter[str]) -> None:
-    """Adds the complete solutions of the second dataset to the problems of the first, in the second dataset's order."""
+    """Adds the second dataset's complete solutions to the problems of the first, in the second dataset's order."""
     matched: set[str] = set()
     for row in second_set(data):
         question = field_of(row, "problem")
@@ -239,7 +241,7 @@ def key(question: str) -> str:
 
 
 def last_content(row: Row, name: str) -> str:
-    """Returns the text of the last message of a chat."""
+    """Returns the text of the last message in a chat."""
     messages = field_of(row, name)
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{row.file}, row {row.number}: {name!r} is not a list of chat messages")

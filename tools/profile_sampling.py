@@ -1,12 +1,12 @@
-"""Profiles the rollout engine: time by program, decoding time by operation, and the limits of the machine.
+"""Profiles the rollout engine: time per program, decoding time per operation, and the machine's limits.
 
     python tools/profile_sampling.py --model models/smollm2_135m --rows 16
     python tools/profile_sampling.py --model DIR --dtype bfloat16 --rows 64 --prompt-len 128 --new-len 256 \\
         --segment-len 32
 
-The engine samples one row per slot, once to warm up and once to measure. Each program is awaited, so that its time
-does not include that of others. The time of an operation is the sum over the threads that executed it. If the model
-folder has no weights (`configs/architectures/...`), random weights are used.
+The engine samples one row per slot, once to warm up and once to measure. The profiler waits for each program to finish,
+so that its time does not include other programs. An operation's time is summed over the threads that executed it. If
+the model folder has no weights (`configs/architectures/...`), random weights are used.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def print_programs(console: Console, secs_of: dict[str, list[float]], seconds: f
 
 
 def operation_meanings(program: Any, arguments: Any, options: dict) -> dict[str, str]:
-    """Returns the result type and the origin of each operation of a compiled program, by name."""
+    """Returns the result type and the origin of each operation in a compiled program, keyed by name."""
     text = program.lower(*arguments, **options).compile().as_text()
     found = re.findall(r'%(\S+) = (\S+) .*?op_name="([^"]*)"', text)
     return {
@@ -148,7 +148,7 @@ def print_operations(
     total: dict[str, float] = collections.defaultdict(float)
     calls = collections.Counter[str]()
     for name, nanoseconds in operations(folder):
-        is_loop = name.startswith("while")  # The operations in its body are counted separately.
+        is_loop = name.startswith("while")  # Operations in its body are counted separately.
         if name in meanings and not is_loop:
             total[name] += nanoseconds
             calls[name] += 1
@@ -168,7 +168,7 @@ def print_operations(
 
 
 def operations(folder: Path) -> Iterator[tuple[str, float]]:
-    """Yields the name and the duration in nanoseconds of each executed operation of the decode program."""
+    """Yields the name and the duration in nanoseconds of each operation executed by the decode program."""
     for file in folder.rglob("*.xplane.pb"):
         for plane in ProfileData.from_file(str(file)).planes:
             for line in plane.lines:

@@ -1,10 +1,10 @@
-"""Executes a study of docs/protocol.md, or what remains of it, and writes its reports.
+"""Executes the remaining runs of a study in docs/protocol.md, and writes its reports.
 
     python tools/run_benchmarks.py main [--jobs N] [--dry-run]
 
-`benchmarks/studies.yaml` defines the studies: `main`, `ablation` and `map`. A run that is complete has a record in
-`benchmarks/records` and is not repeated; one that was interrupted is resumed from its directory in `runs/benchmarks`.
-The reports are in `benchmarks/reports`. `--dry-run` prints the commands instead.
+`benchmarks/studies.yaml` defines the studies: `main`, `ablation` and `map`. A completed run has a record in
+`benchmarks/records` and is not repeated; an interrupted run is resumed from its directory in `runs/benchmarks`. The
+reports are written to `benchmarks/reports`. `--dry-run` prints the commands instead of executing them.
 """
 
 import argparse
@@ -22,11 +22,11 @@ ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "benchmarks" / "studies.yaml"
 RECORDS, REPORTS = Path("benchmarks/records"), Path("benchmarks/reports")
 RUNS = Path("runs/benchmarks")
-DEFAULT = "default"  # the comparison whose records several studies share
+DEFAULT = "default"  # name of the comparison whose records are shared by several studies
 
 
 def load_studies(path: Path = STUDIES) -> dict[str, dict[str, list[str]]]:
-    """Returns the arguments of `trapo_jax.compare` for each comparison of each study."""
+    """Returns the `trapo_jax.compare` arguments for each comparison of each study."""
     content = yaml.safe_load(path.read_text())
     return {
         study: {
@@ -40,13 +40,13 @@ def load_studies(path: Path = STUDIES) -> dict[str, dict[str, list[str]]]:
 def compare_arguments(
     study: str, name: str, comparison: Mapping[str, Any], content: Mapping[str, Any]
 ) -> list[str]:
-    """Returns the arguments of `trapo_jax.compare` for a comparison.
+    """Returns the `trapo_jax.compare` arguments for a comparison.
 
     Args:
-      study: the name of its study.
-      name: the name of the comparison, by which its records are kept.
-      comparison: its methods, options and overrides.
-      content: the file, with the options and overrides of all comparisons, and the sweeps of the methods.
+      study: name of the study.
+      name: name of the comparison, also used for the folder of its records.
+      comparison: methods, options and overrides of the comparison.
+      content: content of the file: options and overrides shared by all comparisons, and the sweeps of each method.
     """
     common, methods = content["common"], comparison["methods"]
     report = REPORTS / (study if name == DEFAULT else f"{study}_{name}")
@@ -67,7 +67,7 @@ def compare_arguments(
 
 
 def _scalar(value: Any) -> str:
-    """Returns a value as YAML has it on one line."""
+    """Returns a value as one line of YAML."""
     return yaml.safe_dump(value).splitlines()[0]
 
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     studies = load_studies()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("study", choices=studies)
-    parser.add_argument("--jobs", type=int, metavar="N", help="number of runs at a time")
+    parser.add_argument("--jobs", type=int, metavar="N", help="maximum number of concurrent runs")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     args = parser.parse_args(arguments)
     jobs = ["--jobs", str(args.jobs)] if args.jobs else []

@@ -1,11 +1,11 @@
-"""Measures the coverage and the false positives of the intervals with which methods are compared.
+"""Measures the coverage and the false positives of the intervals used to compare methods.
 
     python tools/simulate_comparisons.py [--repeats 1000] [--power]
 
-In each repetition, two methods of the same kind are run with a number of seeds on the same problems. Each line shows,
-for the mean, the median and the interquartile mean over seeds, how often the interval of one method contains the true
-value, its mean width, and how often the difference of the two, which is 0, is found to be significant. `--power` shows
-how often a difference that exists is found among 15 pairs of methods.
+Each repetition runs two methods of the same kind with several seeds on the same problems. Each line shows, for the
+mean, the median and the interquartile mean over seeds, how often one method's interval contains the true value, the
+interval's mean width, and how often the difference between the methods, which is 0, is found to be significant.
+`--power` shows how often a true difference is detected among 15 pairs of methods.
 """
 
 import argparse
@@ -31,9 +31,9 @@ class Case:
     """A kind of method.
 
     Attributes:
-      name: what its runs differ in.
-      problems: draws what is common to all seeds, `[1, problems]`, from a generator and the number of problems.
-      seeds: draws what is added to it for each seed, `[seeds, 1]`, from a generator and the number of seeds.
+      name: the sources of variation between runs.
+      problems: draws the `[1, problems]` solve rates common to all seeds, given a generator and the number of problems.
+      seeds: draws the `[seeds, 1]` offsets of the seeds from these rates, given a generator and the number of seeds.
     """
 
     name: str
@@ -55,7 +55,7 @@ DIFFERENT_SEEDS: Draw = lambda rng, count: rng.normal(0, 0.05, size=(count, 1))
 
 
 def failing_seeds(rate: float) -> Draw:
-    """Returns seeds that fail with a probability."""
+    """Returns a function that draws seeds, each of which fails with probability `rate`."""
     return lambda rng, count: np.where(rng.random((count, 1)) < rate, BAD - GOOD, 0.0)
 
 
@@ -63,14 +63,14 @@ CASES = (
     Case("sampling noise only", EQUAL_PROBLEMS, EQUAL_SEEDS),
     Case("seeds, sd 0.05", EQUAL_PROBLEMS, DIFFERENT_SEEDS),
     Case("seeds and problems", DIFFERENT_PROBLEMS, DIFFERENT_SEEDS),
-    Case("40 % of seeds fail", EQUAL_PROBLEMS, failing_seeds(0.4)),
-    Case("10 % of seeds fail", EQUAL_PROBLEMS, failing_seeds(0.1)),
+    Case("40% of seeds fail", EQUAL_PROBLEMS, failing_seeds(0.4)),
+    Case("10% of seeds fail", EQUAL_PROBLEMS, failing_seeds(0.1)),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """Coverage and mean width of an interval, and the rate of false positives."""
+    """The coverage and the mean width of an interval, and the false-positive rate."""
 
     coverage: float
     width: float
@@ -78,7 +78,7 @@ class Quality:
 
 
 def simulate(case: Case, *, num_seeds: int, statistic: str, repeats: int) -> Quality:
-    """Runs two methods of the same kind many times."""
+    """Simulates many comparisons of two methods of the same kind, and returns the quality of their intervals."""
     rng = np.random.default_rng(0)
     function, true_value = STATISTICS[statistic], case.true_value(statistic)
     covered, widths, found = [], [], []
@@ -104,13 +104,13 @@ def sampled(
 
 
 def power(difference: float, *, sd: float, num_seeds: int, statistic: str, repeats: int) -> float:
-    """Returns how often the difference between two methods, one of 15 pairs, is significant.
+    """Returns how often the difference between two methods, one pair of 15, is significant.
 
     Args:
-      difference: the difference in accuracy.
-      sd: standard deviation of the seeds.
+      difference: true difference in accuracy.
+      sd: standard deviation over seeds.
       num_seeds: number of seeds of each method.
-      statistic: what is compared.
+      statistic: name of the statistic to compare.
       repeats: number of simulated comparisons.
     """
     rng = np.random.default_rng(0)

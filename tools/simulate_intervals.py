@@ -2,7 +2,7 @@
 
     python tools/simulate_intervals.py
 
-The success rates of problems follow a beta distribution, whose mean is the true accuracy. Each line shows a
+The success rates of the problems follow a beta distribution whose mean is the true accuracy. Each line shows a
 distribution, a number of problems, and the coverage for 1 to 32 samples per problem.
 """
 

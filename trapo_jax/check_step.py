@@ -1,9 +1,9 @@
-"""Checks that the gradient of a batch does not depend on how the batch is cut into micro-batches.
+"""Checks that the gradient of a batch does not depend on how the batch is split into micro-batches.
 
     python -m trapo_jax.check_step CONFIG.yaml ...
 
-`trapo_jax.compare` runs this check first, with the model and the problems of its runs, for every method that it
-compares. See `trapo_jax.training.gradient_check`.
+`trapo_jax.compare` first runs this check for every method that it compares, with the model and the problems of its
+runs. See `trapo_jax.training.gradient_check`.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Compares methods at an equal budget: executes the runs that are not complete yet, and writes the report.
+"""Compares methods at an equal budget: executes the runs that are not yet complete, and writes the report.
 
     python -m trapo_jax.compare --methods trapo,grpo,sft_then_grpo --seeds 5 --match trained_tokens \\
         --budget 400000 --sweep learning_rate=1e-4,2e-4,4e-4 --out comparisons/first [FIELD=VALUE ...]
 
 The comparison first checks the train step of each method: the gradient of a batch must not depend on how the batch is
-cut into micro-batches. Then every method is tuned with the same number of trials on the validation split, trained
+split into micro-batches. Then every method is tuned with the same number of trials on the validation split, trained
 with new seeds, and evaluated once on the test split. The same command resumes a comparison that was stopped.
 """
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def make_grid(args: argparse.Namespace) -> Grid:
-    """Returns the grid that the command line describes."""
+    """Returns the grid described by the command line."""
     return Grid(
         config_file=args.config,
         overrides=tuple(parse_command_line(args.overrides)[1]),
@@ -74,36 +74,45 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog="FIELD=VALUE replaces a field of the config for all runs, as in trapo_jax.train.",
     )
     add = parser.add_argument
-    add("--config", type=find_config, help="YAML file of all runs (default: the default config)")
-    add("--methods", required=True, metavar="NAME,...", help="the methods, as in method.name")
+    add(
+        "--config",
+        type=find_config,
+        help="YAML config file for all runs (default: the default config)",
+    )
+    add(
+        "--methods",
+        required=True,
+        metavar="NAME,...",
+        help="methods to compare, named as in method.name",
+    )
     add(
         "--variant",
         action="append",
         default=[],
         metavar="'NAME: method.name=METHOD FIELD=VALUE ...'",
-        help="a method with other settings, under a name that --methods may list; may be repeated",
+        help="define a method with custom settings, under a name to list in --methods; may be repeated",
     )
-    add("--seeds", type=_positive, default=10, metavar="N", help="runs of each method (default 10)")
+    add("--seeds", type=_positive, default=10, metavar="N", help="runs per method (default 10)")
     add(
         "--match",
         choices=sorted(UNITS),
         default="trained_tokens",
         help="unit of the budget, which is the same for all runs (default trained_tokens)",
     )
-    add("--budget", type=_amount, required=True, metavar="AMOUNT", help="amount of that unit")
+    add("--budget", type=_amount, required=True, metavar="AMOUNT", help="budget of each run")
     add(
         "--sweep",
         action="append",
         default=[],
         metavar="[METHOD,...:]FIELD=VALUE,...",
-        help="tune this field on the validation split; may be repeated. A sweep that names methods replaces the other "
+        help="tune this field on the validation split; may be repeated. A sweep that names methods replaces the general "
         "sweeps for them. All methods must have the same number of trials",
     )
     add(
         "--trials",
         type=_positive,
         metavar="N",
-        help="try N settings of each method: its constants as configured, and others drawn at random from all settings of "
+        help="try N settings of each method: its configured constants, and others drawn at random from all settings of "
         "its sweeps (default: all settings)",
     )
     add(
@@ -111,34 +120,34 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         type=_positive,
         default=1,
         metavar="N",
-        help="runs of each of the best quarter of the trials; the others have one (default 1)",
+        help="runs per trial for the best quarter of the trials; the others have one (default 1)",
     )
     add(
         "--margin",
         type=_amount,
         default=0.05,
         metavar="X",
-        help="two methods are equivalent if the interval of their difference in accuracy lies within +-X (default 0.05)",
+        help="call two methods equivalent if the interval of their accuracy difference lies within +-X (default 0.05)",
     )
     add(
         "--jobs",
         type=_positive,
         metavar="N",
-        help="number of runs at a time (default: one per core; 1 on an accelerator)",
+        help="maximum number of concurrent runs (default: one per core; 1 on an accelerator)",
     )
-    add("--out", type=Path, required=True, metavar="DIR", help="directory of the report")
+    add("--out", type=Path, required=True, metavar="DIR", help="directory for the report")
     add(
         "--runs",
         type=Path,
         metavar="DIR",
-        help="directory of the runs; comparisons with the same directory share runs (default OUT/runs)",
+        help="directory for the runs; comparisons with the same directory share runs (default OUT/runs)",
     )
     add(
         "--records",
         type=Path,
         metavar="DIR",
-        help="directory of the records of complete runs, from which the report is made (default OUT/records). Records "
-        "of several machines can be copied into one directory; a run with a record is not repeated",
+        help="directory for the records of completed runs, used to make the report (default OUT/records). Records "
+        "from several machines can be copied into one directory; a run with a record is not repeated",
     )
     add("overrides", nargs="*", metavar="FIELD=VALUE")
     return parser.parse_intermixed_args(arguments)

@@ -1,4 +1,4 @@
-"""Writes the model of a checkpoint as a Hugging Face folder, for transformers and vLLM.
+"""Writes a checkpoint's model as a Hugging Face folder, for transformers and vLLM.
 
 python -m trapo_jax.export --checkpoint RUN/checkpoints/STEP --out DIR
 """
@@ -16,7 +16,7 @@ from trapo_jax.runs.saved_model import load_checkpoint
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trapo_jax.export",
-        description="Writes the model of a checkpoint as a Hugging Face folder. The folder appears when it is complete.",
+        description="Writes a checkpoint's model as a Hugging Face folder. The folder appears once it is complete.",
     )
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="RUN/checkpoints/STEP of a training run"
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     args = parser.parse_args(arguments)
     if args.out.exists():
-        return fail(f"--out {args.out}: exists already; give a new folder", EXIT_USER_ERROR)
+        return fail(f"--out {args.out}: already exists; specify a new folder", EXIT_USER_ERROR)
     params, decoder, source = load_checkpoint(args.checkpoint)
     export_model(params, decoder, source=source, destination=args.out)
     print(f"wrote {args.out}, the model after step {args.checkpoint.name}")

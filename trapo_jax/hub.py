@@ -1,7 +1,7 @@
-"""Repositories of the Hugging Face Hub: their ids, and their files in the local cache.
+"""Parses the ids of Hugging Face Hub repositories, and finds their files in the local cache.
 
-`huggingface_hub` downloads files into its cache. If the Hub cannot be reached, or `HF_HUB_OFFLINE=1` is set, the files
-in the cache are used.
+`huggingface_hub` downloads files to its cache. If the Hub cannot be reached, or `HF_HUB_OFFLINE=1` is set, the cached
+files are used.
 """
 
 import re
@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-TIMEOUT_SECS = 10.0  # for the first answer of the Hub
+TIMEOUT_SECS = 10.0  # maximum time to wait for the Hub's first response
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.+-]+(?:/[\w.+-]+)*))?", re.ASCII)
 
 
 class HubRepo(NamedTuple):
-    """A repository of the Hub at a revision.
+    """A repository on the Hub at a revision.
 
     Attributes:
-      kind: what it contains.
+      kind: type of the repository.
       name: `owner/name`.
       revision: a branch, a tag or a commit; None for the default branch.
     """
@@ -32,17 +32,17 @@ class HubRepo(NamedTuple):
 
     @property
     def download_command(self) -> str:
-        """The shell command that downloads the repository into the cache."""
+        """The shell command that downloads the repository to the cache."""
         kind = "--repo-type dataset " if self.kind == "dataset" else ""
         revision = f" --revision {self.revision}" if self.revision else ""
         return f"hf download {kind}{self.name}{revision}"
 
 
 class HubUnavailable(Exception):
-    """The Hub cannot be reached, or does not provide a repository. The message is a clause that says why."""
+    """The Hub cannot be reached, or does not provide a repository. The message is a clause that states the reason."""
 
     def missing(self, what: str, repo: HubRepo) -> "HubUnavailable":
-        """Returns the same, for files of `repo` that are not in the cache either."""
+        """Returns the error to raise if files of `repo` are not in the cache either."""
         return HubUnavailable(
             f"{what} is not in the cache of the Hugging Face Hub ({self}); with network access, run "
             f"`{repo.download_command}`"
@@ -50,7 +50,7 @@ class HubUnavailable(Exception):
 
 
 class HubRefusal(HubUnavailable):
-    """The Hub has answered that it does not provide a repository."""
+    """The Hub responded that it does not provide a repository."""
 
     def missing(self, what: str, repo: HubRepo) -> HubUnavailable:  # noqa: ARG002
         return self
@@ -71,7 +71,7 @@ def parse_hub_id(text: str, kind: Literal["model", "dataset"]) -> HubRepo | None
 
 
 def latest_commit(repo: HubRepo) -> str:
-    """Asks the Hub for the commit of a revision. A connection that fails is not retried.
+    """Asks the Hub for the commit of a revision. Failed connections are not retried.
 
     Raises:
       HubUnavailable: if the Hub cannot be reached or does not provide the revision.
@@ -82,7 +82,7 @@ def latest_commit(repo: HubRepo) -> str:
         info = HfApi().repo_info(
             repo.name, repo_type=repo.kind, revision=repo.revision, timeout=TIMEOUT_SECS
         )
-    # The errors of the transport belong to different libraries in different versions of huggingface_hub.
+    # Transport errors come from different libraries in different versions of huggingface_hub.
     except Exception as error:
         raise _explain(error, repo) from error
     assert info.sha is not None, repo
@@ -90,7 +90,7 @@ def latest_commit(repo: HubRepo) -> str:
 
 
 def cached_commit(repo: HubRepo) -> str | None:
-    """Returns the commit that a revision had when it was last downloaded; None if it never was."""
+    """Returns a revision's commit as of its last download; None if it was never downloaded."""
     from huggingface_hub.constants import DEFAULT_REVISION, HF_HUB_CACHE
 
     revision = repo.revision or DEFAULT_REVISION
@@ -104,15 +104,15 @@ def cached_commit(repo: HubRepo) -> str | None:
 
 
 def fetch_files(repo: HubRepo, patterns: Sequence[str], required: Sequence[str] = ()) -> Path:
-    """Downloads files of a repository that are not in the cache yet.
+    """Downloads files of a repository that are not yet in the cache.
 
     Args:
       repo: the repository.
-      patterns: names of the files to download, as glob patterns. No other file is downloaded.
-      required: names of files without which the repository is of no use.
+      patterns: glob patterns of the files to download. No other files are downloaded.
+      required: names of the files that must exist.
 
     Returns:
-      The folder of the revision in the cache, named after the commit. It may contain other files.
+      The revision's folder in the cache, named after the commit. It may contain other files.
 
     Raises:
       HubUnavailable: if a file is neither in the cache nor provided by the Hub.
@@ -135,7 +135,7 @@ def cached_files(
     patterns: Sequence[str] = ("*",),
     required: Sequence[str] = (),
 ) -> Path:
-    """Returns the folder of a revision in the cache; nothing is downloaded.
+    """Returns a revision's folder in the cache without downloading anything.
 
     Args:
       repo: the repository.
@@ -143,13 +143,13 @@ def cached_files(
       patterns, required: see `fetch_files`.
 
     Raises:
-      HubUnavailable: if a file is not in the cache, as far as its listing of the repository shows.
+      HubUnavailable: if, according to the cache's listing of the repository, a file is missing.
     """
     try:
         folder = _snapshot(repo, patterns, local_files_only=True)
     except OSError as not_found:  # LocalEntryNotFoundError, or the cache cannot be read
         is_partial = getattr(not_found, "snapshot_path", None) is not None
-        raise error.missing("a part of it" if is_partial else "it", repo) from error
+        raise error.missing("part of it" if is_partial else "it", repo) from error
     if absent := _absent(folder, required):
         raise error.missing(absent, repo) from error
     return folder
@@ -173,7 +173,7 @@ def _absent(folder: Path, names: Sequence[str]) -> str | None:
 
 
 def _explain(error: Exception, repo: HubRepo) -> HubUnavailable:
-    """Says in a clause why the Hub provides nothing."""
+    """Returns an error whose message is a clause stating why the Hub provides nothing."""
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{'datasets/' if repo.kind == 'dataset' else ''}{repo.name}"
@@ -193,10 +193,10 @@ def _explain(error: Exception, repo: HubRepo) -> HubUnavailable:
             )
         case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
             return HubRefusal(
-                f"the Hub refuses access; check the token, `hf auth whoami` ({reason})"
+                f"the Hub refuses access; check your token with `hf auth whoami` ({reason})"
             )
         case errors.HfHubHTTPError():
-            return HubUnavailable(f"the Hub answers with an error: {reason}")
+            return HubUnavailable(f"the Hub responded with an error: {reason}")
         case OSError() if error.errno is not None:
             return HubUnavailable(f"a file cannot be written: {reason}")
     return HubUnavailable(f"the Hub cannot be reached: {reason}")

@@ -1,4 +1,4 @@
-"""Importing objects by an import path from the user, `package.module:name`."""
+"""Imports objects by user-provided import paths of the form `package.module:name`."""
 
 import difflib
 import importlib
@@ -20,20 +20,20 @@ IMPORT_PATH = re.compile(rf"({IDENTIFIER}(?:\.{IDENTIFIER})*):({IDENTIFIER})")
 def import_object(path: str, field: str) -> Any:
     """Imports the object at an import path.
 
-    Modules in the working directory can also be imported, whether a command was started as
+    Modules in the working directory can also be imported, regardless of whether the command was started as
     `python -m trapo_jax.train` or through its console script. Importing a module runs its code, so never pass a path
     that was read from a model folder or a dataset.
 
     Args:
       path: `package.module:name`.
-      field: the config field or option that contains the path, such as `sampling.engine`; error messages name it.
+      field: the config field or option that contains the path, such as `sampling.engine`, for error messages.
 
     Returns:
       The attribute `name` of the module `package.module`.
 
     Raises:
-      UserError: if `path` does not have this form, the module cannot be found or raises an exception while it is
-        imported, or it has no such attribute. The message is one line.
+      UserError: if `path` does not have this form, or the module cannot be found, raises an exception when imported,
+        or has no such attribute. The message is one line.
 
     >>> import_object("math:hypot", "sampling.engine")(3, 4)
     5.0
@@ -58,7 +58,7 @@ def import_object(path: str, field: str) -> Any:
 
 
 def did_you_mean_import(name: str) -> str:
-    """Returns a hint for a name that may be a misspelled import path; empty if it does not resemble one.
+    """Returns a hint for a name that may be a misspelled import path, or "" if it does not resemble one.
 
     >>> did_you_mean_import("rewards.exact")
     'did you mean rewards:exact?'
@@ -77,7 +77,7 @@ def did_you_mean_import(name: str) -> str:
 
 
 def search_beside(file: Path | None) -> None:
-    """Adds the working directory and the folder of a config file to the end of the import path, for `import_object`."""
+    """Appends the working directory and a config file's folder to the module search path, for `import_object`."""
     _search_working_directory()
     if file is not None and (folder := str(file.parent.resolve())) not in sys.path:
         sys.path.append(folder)
@@ -86,7 +86,7 @@ def search_beside(file: Path | None) -> None:
 def _search_working_directory() -> str:
     folder = os.getcwd()
     if not {"", folder} & set(sys.path):
-        sys.path.append(folder)  # last: must not shadow installed packages
+        sys.path.append(folder)  # at the end, so that it cannot shadow installed packages
     return folder
 
 
@@ -97,8 +97,8 @@ def _import_module(name: str, setting: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and _is_or_contains(error.name, name):
             raise UserError(
-                f"{setting}: no module {error.name!r} in {working_directory}, beside the file of --config, or among the installed "
-                f"packages{did_you_mean(f'{error.name}.py')}"
+                f"{setting}: no module {error.name!r} in {working_directory}, next to the --config file, or among the "
+                f"installed packages{did_you_mean(f'{error.name}.py')}"
             ) from error
         raise UserError(f"{setting}: importing {name} failed: {_describe(error)}") from error
 
@@ -109,7 +109,7 @@ def _is_or_contains(package: str | None, module: str) -> bool:
 
 
 def _describe(error: BaseException) -> str:
-    """Describes an exception on one line, with the location that raised it."""
+    """Describes an exception on one line, including where it was raised."""
     message = " ".join(str(error).split())
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {message} ({frame.filename}, line {frame.lineno})"

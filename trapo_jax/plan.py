@@ -2,12 +2,12 @@
 
     python -m trapo_jax.plan --config FILE --topology v5p:2x2x4 [--topology v5e:4x4 ...] [--json] [FIELD=VALUE ...]
 
-Compiles the actual train step, prefill and decode segment ahead of time, for a TPU topology (extra `tpu`; no TPU is
-needed) or for forced host devices (`cpu:8`), and compares what they need with the memory and the published peaks of
-the chips. Only config.json of the model folder is read.
+The command compiles the actual train step, prefill and decode segment ahead of time, for a TPU topology (requires the
+extra `tpu`, but no TPU) or for virtual host devices (`cpu:8`), and compares their requirements with the memory and the
+published peak rates of the chips. It reads only config.json from the model folder.
 
 The times are lower bounds, not predictions: the time that the FLOPs, the memory traffic or the collectives alone
-would take at the published peak. Every row of the train step is assumed to be full.
+would take at the published peak rate. Every row of the train step is assumed to be full.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from trapo_jax.planning.topology import find_topology
 from trapo_jax.runs.command_line import command, run_and_exit
 
 EXIT_DOES_NOT_FIT = 1
-MIN_WIDTH = 110  # of the tables, in columns
+MIN_WIDTH = 110  # minimum width of the tables, in characters
 
 
 @command
@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="FIELD=VALUE replaces a field of the config, as in trapo_jax.train.",
     )
     parser.add_argument(
-        "--config", type=Path, help="YAML file of the run; the default config if it is not given"
+        "--config", type=Path, help="YAML config file of the run (default: the default config)"
     )
     parser.add_argument(
         "--topology",

@@ -1,4 +1,4 @@
-"""Text that is safe to print: completions and messages may contain terminal control sequences."""
+"""Makes text safe to print: completions and messages may contain terminal control sequences."""
 
 
 def printable(text: str, *, keep: str = "") -> str:
@@ -15,7 +15,7 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def first_line(text: str, max_chars: int) -> str:
-    """Returns the first line of a text that is not blank, printable and of limited length.
+    """Returns the first nonblank line of a string, with unprintable characters escaped, cut to `max_chars`.
 
     >>> first_line("\\n no such file\\tor folder \\n", 20)
     'no such file\\\\tor fol'
@@ -25,5 +25,5 @@ def first_line(text: str, max_chars: int) -> str:
 
 
 def _escaped(character: str) -> str:
-    """Returns the Python escape of a character; lone surrogates are supported."""
+    """Returns the Python escape sequence of a character, which may be a lone surrogate."""
     return character.encode("unicode_escape").decode()

@@ -19,7 +19,7 @@ from trapo_jax.runs.report import write_report
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trapo_jax.report",
-        description="Writes a report of one or more runs as an HTML file that opens offline. Curves of several runs share charts.",
+        description="Writes a report of one or more runs as an HTML file that opens offline. Several runs share charts.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
     parser.add_argument(
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         write_report(args.runs, out)
     except OSError as error:
-        return fail(f"{out}: {error.strerror}; give another --out", EXIT_USER_ERROR)
+        return fail(f"{out}: {error.strerror}; choose another --out", EXIT_USER_ERROR)
     print(f"wrote {printable(str(out))}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Restrictions of subprocesses that handle untrusted text or templates: no secrets, and limited memory."""
+"""Restricts subprocesses that handle untrusted text or templates: they get no secrets and limited memory."""
 
 import contextlib
 import os
@@ -6,18 +6,18 @@ import resource
 import sys
 from collections.abc import Iterable
 
-# The only environment variables that are passed on to restricted processes.
+# The only environment variables that are passed to restricted processes.
 ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 
 def child_environment(extra: Iterable[str] = ()) -> dict[str, str]:
     """Returns the environment of a restricted process.
 
-    It contains the allowed variables and the import path, limits OpenBLAS and OpenMP to one thread, and fixes the hash
-    seed, on which the order of terms in SymPy depends. Every thread would otherwise reserve address space, which is limited.
+    It contains the allowed variables and the import path. It limits the number of threads, because each reserves
+    address space, which is limited, and fixes the hash seed, because it affects the order of terms in SymPy.
 
     Args:
-      extra: names of further variables to pass on.
+      extra: names of additional variables to pass.
     """
     allowed = {name: os.environ[name] for name in (*ENVIRONMENT, *extra) if name in os.environ}
     return {

@@ -1,6 +1,6 @@
-"""Data types shared by all packages: problems, rollout requests, rollouts, and training batches.
+"""Defines the data types shared by all packages: problems, rollout requests, rollouts, and training batches.
 
-Every package may import this module, which imports none of them.
+Every package may import this module, and this module imports none of them.
 """
 
 import dataclasses
@@ -11,14 +11,14 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-BATCH_AXES = ("data", "fsdp")  # mesh axes over which the rows of a batch are sharded
-MAX_ERROR_CHARS = 2000  # of a line
-TENSOR_AXIS = "tp"  # mesh axis over which heads, MLPs and the vocabulary are sharded
+BATCH_AXES = ("data", "fsdp")  # mesh axes that shard the rows of a batch
+MAX_ERROR_CHARS = 2000  # maximum length of a line in an error message
+TENSOR_AXIS = "tp"  # mesh axis that shards heads, MLPs and the vocabulary
 
 
-# Where an expert prefix may end: at any token, or at the end of a paragraph.
+# Where an expert prefix may end: at any token, or only at the end of a paragraph.
 PrefixBoundary = Literal["exact", "paragraph"]
-# Which part of an expert solution is trained: the text inside `<think>...</think>` if present, or the whole solution.
+# The part of an expert solution to train on: the text inside `<think>...</think>` if present, or the whole solution.
 ExpertPart = Literal["thought", "whole"]
 
 
@@ -26,8 +26,8 @@ class UserError(Exception):
     """An error that the user can fix. Commands print it without a traceback, and exit with code 2.
 
     Args:
-      lines: one line for each mistake, usually a single one. They may quote data: line breaks in them are escaped, and
-        the middle of a very long line is left out.
+      lines: one line per mistake, usually just one. Because they may quote data, line breaks in them are escaped, and
+        the middle of a very long line is omitted.
     """
 
     def __init__(self, *lines: str):
@@ -37,7 +37,7 @@ class UserError(Exception):
         super().__init__("\n".join(self.lines))
 
 
-EXIT_FAILED = 1  # exit code of a process that raised `TrainingFailed`, or was ended because another one failed
+EXIT_FAILED = 1  # exit code of a process that raised `TrainingFailed`, or ended because another process failed
 
 
 class TrainingFailed(Exception):
@@ -45,7 +45,7 @@ class TrainingFailed(Exception):
 
 
 class Interrupted(Exception):
-    """A signal asked the process to stop. What is saved stays, and the same command resumes."""
+    """A signal asked the process to stop. Saved data is kept, and the same command resumes the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Expert:
 
     Attributes:
       token_ids: the solution with EOS appended.
-      paragraph_ends: ascending lengths of the prefixes whose last token contains or completes a blank line.
+      paragraph_ends: lengths, in ascending order, of the prefixes whose last token contains or completes a blank line.
     """
 
     token_ids: tuple[int, ...]
@@ -67,11 +67,11 @@ class Problem:
 
     Attributes:
       id: 16 hexadecimal digits derived from the content; problems with equal content have equal ids.
-      prompt_ids: the prompt after the chat template has been applied.
+      prompt_ids: token ids of the prompt, with the chat template applied.
       answer: the reference answer for the grader.
       experts: zero or more expert solutions, in order of preference.
       prompt_text: the prompt as readable text.
-      source: the name by which results are grouped, such as a data source or a difficulty.
+      source: name used to group results, such as a data source or a difficulty.
       columns: other columns of the dataset row, for reward functions; JSON-serializable.
     """
 
@@ -103,8 +103,8 @@ def find_by_source(by_source: Mapping[str, T], source: str) -> T | None:
 
 @dataclasses.dataclass(frozen=True)
 class MicroGroup:
-    """`size` rollouts that start from the expert prefix of ratio `ratio` if the mean reward of all
-    earlier rollouts of the problem is below `threshold`, and are unguided otherwise."""
+    """A group of `size` rollouts. They start from an expert prefix of ratio `ratio` if the mean reward of all
+    earlier rollouts of the problem is below `threshold`; otherwise, they are unguided."""
 
     size: int
     ratio: float
@@ -118,9 +118,9 @@ class RolloutRequest:
     Attributes:
       problem: the problem to solve.
       sample_index: index within the group, in [0, G - 1].
-      micro_group: index of its micro-group.
-      expert_index: index of the expert solution that guides it; -1 if unguided.
-      prefix_len: number of tokens of the expert prefix that it starts from; 0 if unguided.
+      micro_group: index of the micro-group.
+      expert_index: index of the expert solution that guides the rollout; -1 if unguided.
+      prefix_len: length of the expert prefix that the rollout starts from; 0 if unguided.
       ratio: the guidance ratio that determined the prefix; 0.0 if unguided.
     """
 
@@ -133,7 +133,7 @@ class RolloutRequest:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Problem id and sample index, which identify the rollout within a step."""
+        """The problem id and sample index, which identify the rollout within a step."""
         return self.problem.id, self.sample_index
 
     @property
@@ -144,7 +144,7 @@ class RolloutRequest:
 
     @property
     def start_len(self) -> int:
-        """Number of tokens before the first sampled token: those of the prompt and the prefix."""
+        """The number of tokens before the first sampled token: the prompt and the prefix."""
         return len(self.problem.prompt_ids) + self.prefix_len
 
 
@@ -157,13 +157,13 @@ class FinishReason(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are sampled.
+    """The parameters of token sampling.
 
     Attributes:
       temperature: sampling temperature, >= 0; 0 decodes greedily.
-      top_p: in (0, 1]; samples only from the most likely tokens whose total probability reaches `top_p`. For
-        evaluation.
-      top_k: >= 0; samples only from the `top_k` most likely tokens, or from all tokens if 0. For evaluation.
+      top_p: in (0, 1]; samples only from the most likely tokens whose total probability reaches `top_p`. Used only
+        in evaluation.
+      top_k: >= 0; samples only from the `top_k` most likely tokens, or from all tokens if 0. Used only in evaluation.
     """
 
     temperature: float = 1.0
@@ -174,7 +174,7 @@ class SamplingParams:
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """The engine's result for a request: the sampled tokens, including EOS, and the log-probability
-    of each token under the temperature-scaled distribution it was sampled from."""
+    of each token under the temperature-scaled distribution from which it was sampled."""
 
     request: RolloutRequest
     token_ids: tuple[int, ...]
@@ -187,13 +187,13 @@ class Completion:
 
 
 class SamplingProgress(NamedTuple):
-    """What a process has sampled and graded since its previous report.
+    """A process's progress in sampling and grading since its previous report.
 
     Attributes:
-      phase: what it does next: "prefilling", "sampling", or "grading" if nothing is left to sample.
-      num_graded: number of completions that were graded.
-      num_sampled_tokens: number of tokens that were sampled.
-      num_prefilled_tokens: number of prompt and prefix tokens that were prefilled.
+      phase: the next phase: "prefilling", "sampling", or "grading" if nothing is left to sample.
+      num_graded: number of graded completions.
+      num_sampled_tokens: number of sampled tokens.
+      num_prefilled_tokens: number of prefilled prompt and prefix tokens.
     """
 
     phase: str
@@ -212,13 +212,13 @@ class Verdict(enum.StrEnum):
 
 
 class Judgment(NamedTuple):
-    """The judgment of one reward function on a response.
+    """One reward function's judgment of a response.
 
     Attributes:
       reward: the reward in [0, 1]; None if it is missing because the function failed or exceeded its time limit.
       answer: the answer that the function extracted from the response, if it extracts one.
-      reason: why the reward is missing: "timeout", or the type of an exception, followed by ": " and the first line of
-        its message if it has one.
+      reason: why the reward is missing: "timeout", or an exception's type followed, if it has a message, by ": " and
+        the first line of the message.
     """
 
     reward: float | None
@@ -235,12 +235,12 @@ class Judgment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """The judgments of all reward functions on a response, and the combined reward.
+    """All reward functions' judgments of a response, and the combined reward.
 
     Attributes:
       reward: the reward in [0, 1]; None if it is missing, in which case the rollout is excluded from all means and
         gradients.
-      judgments: judgments by name of the reward function. The first one decides whether the response is correct.
+      judgments: judgments, keyed by reward function. The first one decides whether the response is correct.
     """
 
     reward: float | None
@@ -260,12 +260,12 @@ class Grade:
 
     @property
     def missing(self) -> dict[str, str]:
-        """The reasons for missing rewards, by name of the reward function."""
+        """The reasons for missing rewards, keyed by reward function."""
         return {name: j.reason for name, j in self.judgments.items() if j.reward is None}
 
     def as_record(self) -> dict[str, Any]:
-        """Returns the fields that all sample records have in common: `answer` (extracted from the response),
-        `is_correct`, `reward`, `rewards` (by reward function), and `missing` (why a reward is null)."""
+        """Returns the fields shared by all sample records: `answer` (extracted from the response), `is_correct`,
+        `reward`, `rewards` (keyed by reward function), and `missing` (reasons for missing rewards)."""
         return {
             "answer": self.answer,
             "is_correct": self.is_correct,
@@ -291,7 +291,7 @@ class Rollout:
         """The reward in [0, 1].
 
         Raises:
-          ValueError: if the reward is missing. Rollouts without a reward are removed before rewards are used.
+          ValueError: if the reward is missing. Rollouts with missing rewards are removed before rewards are used.
         """
         if self.grade.reward is None:
             raise ValueError(f"the reward of rollout {self.request.key} is missing")
@@ -303,9 +303,9 @@ class StagePosition:
     """The position of a step within a stage of the run.
 
     Attributes:
-      index: number of the stage, starting at 0.
+      index: index of the stage, starting at 0.
       step: number of the step within the stage, starting at 1.
-      progress: fraction of the stage that was completed before the step, in [0, 1].
+      progress: fraction of the stage completed before the step, in [0, 1].
     """
 
     index: int
@@ -318,9 +318,9 @@ class Moment(NamedTuple):
 
     Attributes:
       step: number of the step, starting at 1.
-      progress: fraction of the run that was completed before the step, in [0, 1).
+      progress: fraction of the run completed before the step, in [0, 1).
       seed: seed of the run.
-      stage: position within the method's current stage; most methods have a single one.
+      stage: position within the method's current stage; most methods have a single stage.
     """
 
     step: int
@@ -335,9 +335,8 @@ class TrainRow(NamedTuple):
     Attributes:
       completion: prompt, expert prefix and sampled tokens, if any.
       advantage: advantage of the trained tokens.
-      trains_expert: whether the expert prefix is trained; otherwise it is only context.
-      rollout: key of the rollout of the current step that the row trains on; None for an expert solution without a
-        rollout.
+      trains_expert: whether the expert prefix is trained; otherwise, it is only context.
+      rollout: key of the current step's rollout that the row trains on; None for an expert solution without a rollout.
     """
 
     completion: Completion
@@ -347,12 +346,12 @@ class TrainRow(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Number of tokens of prompt, prefix and completion."""
+        """The number of tokens in the prompt, the prefix and the completion."""
         return self.completion.request.start_len + self.num_completion
 
     @property
     def num_completion(self) -> int:
-        """Number of sampled tokens."""
+        """The number of sampled tokens."""
         return len(self.completion.token_ids)
 
     @property
@@ -361,17 +360,17 @@ class TrainRow(NamedTuple):
 
     @property
     def num_trained(self) -> int:
-        """Number of tokens with a loss."""
+        """The number of tokens with a loss."""
         return self.num_completion + self.num_expert_trained
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Exact counts of the resources used. Checkpoints contain their sums over all steps of the run.
+    """Exact counts of the resources used. Checkpoints contain the totals over all steps of the run so far.
 
     Attributes:
       tokens_trained: number of completion and expert tokens with a loss, counted once per optimizer step.
-      tokens_expert_trained: number of expert tokens among them.
+      tokens_expert_trained: number of expert tokens among the trained tokens.
       tokens_prompt: number of prompt tokens in trained rows, counted once per optimizer step.
       tokens_sampled: number of tokens sampled by the policy, trained or not.
       problems_seen: number of problems whose rollouts were sampled.
@@ -397,7 +396,7 @@ class TokenKind(enum.IntEnum):
 
     PAD = 0
     PROMPT = 1
-    EXPERT = 2  # expert prefix that is only context; another row of the group trains it
+    EXPERT = 2  # expert prefix used only as context; another row of the group trains on it
     EXPERT_TRAINED = 3
     COMPLETION = 4
 
@@ -408,7 +407,7 @@ class TrainBatch(NamedTuple):
     A row contains one or more rollouts, packed as consecutive segments. `kinds[..., t]`,
     `advantages[..., t]` and `sampler_logprobs[..., t]` describe the token `token_ids[..., t]`,
     which is predicted at position t - 1 of the same segment. M is the maximum number of
-    micro-batches, so that shapes never change; micro-batches from index `num_micro_batches` on
+    micro-batches, so that shapes never change; micro-batches from index `num_micro_batches` onward
     contain only padding.
     """
 
@@ -416,19 +415,19 @@ class TrainBatch(NamedTuple):
     positions: Any  # int32, 0 at the first token of a segment
     segment_ids: Any  # int32, 0 for padding, otherwise 1 + index of the rollout in the batch
     kinds: Any  # int8, TokenKind
-    advantages: Any  # float32, advantage of the rollout at trained tokens, otherwise 0
-    sampler_logprobs: Any  # float32 at tokens of the completion, otherwise 0
+    advantages: Any  # float32, the rollout's advantage at trained tokens, otherwise 0
+    sampler_logprobs: Any  # float32 at completion tokens, otherwise 0
     num_rollouts: Any  # float32 [], number of rollouts in the whole batch
-    num_micro_batches: Any  # int32 [], number of micro-batches that are not empty
-    # float32 at trained tokens, otherwise 0; None if no loss needs them
+    num_micro_batches: Any  # int32 [], number of nonempty micro-batches
+    # Log-probabilities, float32 at trained tokens, otherwise 0; None if no loss needs them.
     old_logprobs: Any = (
-        None  # under the policy before the batch's first update; None for that update
+        None  # under the policy before the batch's first update; None in that update
     )
-    ref_logprobs: Any = None  # under the initial model of the run
+    ref_logprobs: Any = None  # under the run's initial model
 
 
 class UpdateTrace(NamedTuple):
-    """Per-token values of one update, for all trained tokens.
+    """Per-token values from one update, for all trained tokens.
 
     Attributes:
       rows: the rows of the update.

@@ -61,7 +61,7 @@ def test_a_broken_train_step_stops_the_comparison(tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(subprocess, "run", broken)
-    with pytest.raises(UserError, match=r"^check of the train steps: sft: the gradient differs"):
+    with pytest.raises(UserError, match=r"^train step check: sft: the gradient differs"):
         check_train_steps(grid.final_runs([Trial("sft")]), {}, print)
 
 

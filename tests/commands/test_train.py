@@ -250,7 +250,7 @@ def test_an_exported_checkpoint_equals_the_model_of_the_run(finished_run, tmp_pa
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     again = run_command(*arguments)
     assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
 
 
 @pytest.mark.parametrize(

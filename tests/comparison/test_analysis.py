@@ -1,4 +1,4 @@
-"""Differences, warnings and the report for synthetic results."""
+"""Tests the differences, the warnings and the report for synthetic results."""
 
 import csv
 from dataclasses import replace
@@ -32,7 +32,7 @@ from trapo_jax.types import UserError
 
 
 def verdicts(comparison, margin=0.05):
-    """Returns who is better in the mean and in the median, by pair."""
+    """Returns the verdicts for the mean and the median, keyed by pair of methods."""
     return {
         (d.better, d.other): tuple(d.verdict(x, margin) for x in (d.mean, d.median))
         for d in find_differences(comparison)
@@ -57,7 +57,8 @@ def test_only_clear_differences_are_significant(tmp_path):
 def test_methods_whose_difference_is_within_the_margin_are_equivalent(tmp_path):
     comparison = make_comparison(tmp_path, {"grpo": 0.5, "trapo": 0.5}, seeds=12)
     ((mean, median),) = verdicts(comparison, margin=0.15).values()
-    assert (mean, median) == ("undecided", "equivalent")  # Unseen failing seeds affect the mean.
+    # Failing seeds that were not run affect only the mean.
+    assert (mean, median) == ("undecided", "equivalent")
 
 
 def test_the_mean_of_sources_weighs_every_source_the_same(tmp_path):

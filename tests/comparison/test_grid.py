@@ -1,4 +1,4 @@
-"""The grid: the runs of a comparison, and mistakes in its options."""
+"""Tests the grid of a comparison: its runs, and mistakes in its options."""
 
 from dataclasses import replace
 
@@ -78,7 +78,7 @@ def test_the_shipped_configs_work_in_a_comparison(name):
         ((LEARNING_RATES, "trapo:alpha=0.1"), (), "numbers of trials differ (trapo 1, grpo 2)"),
         (("seed=1,2",), (), "seed: set by the comparison (--seeds)"),
         ((), (("output_dir", "x"),), "output_dir: set by the comparison (--out)"),
-        (("luffy:alpha=0.1",), (), "luffy not among --methods"),
+        (("luffy:alpha=0.1",), (), "luffy not listed in --methods"),
         (
             ("evaluation.num_samples=4,16",),
             (),
@@ -134,10 +134,10 @@ def test_a_malformed_variant_is_a_one_line_error(text, message):
 
 
 def test_a_variant_that_is_not_compared_is_refused():
-    with pytest.raises(UserError, match="late not among --methods"):
+    with pytest.raises(UserError, match="late not listed in --methods"):
         make_grid("out", variants=["late: method.name=trapo"]).trials()
     twice = ["late: method.name=trapo", "late: method.name=grpo"]
-    with pytest.raises(UserError, match=r"a name is given twice \(late, late\)"):
+    with pytest.raises(UserError, match=r"a name is repeated \(late, late\)"):
         make_grid("out", methods=("late",), variants=twice).trials()
 
 

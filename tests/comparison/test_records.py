@@ -1,4 +1,4 @@
-"""Records of complete runs: what they contain, and when they are used."""
+"""Tests the records of completed runs: their contents, and when they are used."""
 
 import json
 import shutil

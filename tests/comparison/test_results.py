@@ -1,4 +1,4 @@
-"""Results and learning curves, read from run directories."""
+"""Tests the results and learning curves read from run directories."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Execution of runs, with a small program instead of `trapo_jax.train`."""
+"""Tests the execution of runs, with a small program in place of `trapo_jax.train`."""
 
 import itertools
 import os
@@ -40,14 +40,14 @@ num_steps = re.search("num_steps: (.*)", text)[1]
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    """Replaces `trapo_jax.train` with a program that fails for seed 1 and waits for seed 7. Returns a folder."""
+    """Replaces `trapo_jax.train` with a program that fails for seed 1 and waits for seed 7; returns a folder for runs."""
     package = tmp_path / "fake" / "trapo_jax"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "train.py").write_text(TRAINER)
     monkeypatch.chdir(package.parent)
     monkeypatch.setattr(run_pool, "POLL_SECS", 0.02)
-    monkeypatch.setattr(run_pool, "collect_result", lambda run: None)  # It writes no evaluations.
+    monkeypatch.setattr(run_pool, "collect_result", lambda run: None)  # There are no evaluations.
     return tmp_path
 
 

@@ -1,4 +1,4 @@
-"""Intervals and tests over seeds and problems, compared with exact ones and by simulation."""
+"""Checks intervals and tests over seeds and problems against exact results and by simulation."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_the_interval_of_the_mean_of_seeds_that_fail_or_succeed_is_that_of_clopp
 
 def test_the_interval_of_the_mean_allows_for_a_failing_seed_that_was_not_run():
     low, high = draw(by_seed(*[0.8] * 10), weighted_mean).interval()
-    assert low == pytest.approx(0.8 * 0.025**0.1, abs=0.01)  # a failure rate of 31 %, to 0
+    assert low == pytest.approx(0.8 * 0.025**0.1, abs=0.01)  # 31% of seeds fail with score 0
     assert high == pytest.approx(0.8 + 0.2 * (1 - 0.025**0.1), abs=0.01)
 
 
@@ -55,7 +55,7 @@ def test_point_estimates_are_those_of_numpy_and_scipy(num_seeds):
     means = scores.mean(axis=1)
     assert point_estimate(scores, weighted_mean) == pytest.approx(means.mean())
     assert point_estimate(scores, weighted_median) == pytest.approx(np.median(means))
-    copies = np.repeat(means, 4)  # so that a quarter is a whole number
+    copies = np.repeat(means, 4)  # makes the number of scores divisible by 4
     expected = stats.trim_mean(copies, 0.25)
     assert point_estimate(scores, interquartile_mean) == pytest.approx(expected)
 

@@ -1,4 +1,4 @@
-"""Selection of the best trial."""
+"""Tests the selection of the best trial."""
 
 from dataclasses import replace
 

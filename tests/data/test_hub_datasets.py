@@ -120,7 +120,7 @@ def test_what_is_not_in_the_cache_is_named_with_the_command_that_downloads_it(
 def test_a_part_of_a_dataset_is_refused(files, listed, home):
     add_to_cache(home, NAME, files, kind="dataset", listed=listed)
     error = error_of(NAME)
-    assert "a part of it is not in the cache" in error
+    assert "part of it is not in the cache" in error
     assert error.endswith(f"run `hf download --repo-type dataset {NAME}`")
 
 
@@ -223,7 +223,7 @@ def test_a_config_that_is_not_the_default_does_not_take_its_place_offline(hub):
     _, read = hub
     assert read(f"{NAME}:hard") == [[5]]
     (error,) = read(NAME, HF_HUB_OFFLINE="1")
-    assert "a part of it is not in the cache" in error
+    assert "part of it is not in the cache" in error
 
 
 def test_a_local_folder_does_not_take_the_place_of_the_hub(hub, tmp_path, monkeypatch):

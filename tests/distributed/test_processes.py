@@ -1,4 +1,4 @@
-"""Training with two processes on one machine equals training with one. If one dies or fails, so does the other."""
+"""Tests that two processes on one machine train like one, and that if one dies or fails, the other ends as well."""
 
 import http.server
 import json
@@ -35,7 +35,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-# What launchers tell each process, by the number of the process.
+# Environment variables that launchers set for each process, given the process's number.
 
 
 def by_hand(port, number):
@@ -85,10 +85,10 @@ def start_two(*arguments, launcher=by_hand, commands=(("-m", "trapo_jax.train"),
     """Starts two processes of a job with these arguments, and returns them.
 
     Args:
-      arguments: arguments of both.
-      launcher: function from a port and the number of a process to environment variables.
-      commands: the arguments of Python of each process that precede the others.
-      options: arguments of `subprocess.Popen`.
+      arguments: command-line arguments of both processes.
+      launcher: function that maps a port and a process's number to environment variables.
+      commands: Python arguments of each process, placed before `arguments`.
+      options: keyword arguments of `subprocess.Popen`.
     """
     port = free_port()
     inherited = {k: v for k, v in os.environ.items() if k != "TPU_WORKER_HOSTNAMES"}
@@ -112,7 +112,7 @@ def outputs_of(processes, returncodes):
 
 
 def errors_of(output):
-    """Returns the lines about errors, after checking that there is nothing like a stack trace."""
+    """Returns the error lines, after checking that the output contains no stack trace."""
     lines = output.splitlines()
     noise = ("Traceback", "*** ", "    @", "E0", "E1", "F0", "F1", "terminate called")
     assert not [line for line in lines if line.startswith(noise)], output
@@ -120,14 +120,14 @@ def errors_of(output):
 
 
 def wait_for(processes, path, text=""):
-    """Waits until the folder exists, or a file that contains the text."""
+    """Waits until `path` is an existing folder, or a file that contains `text`."""
     while not (path.exists() and (path.is_dir() or text in path.read_text())):
         assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
         time.sleep(0.05)
 
 
 def test_two_processes_train_like_one_and_one_can_continue(finished_run, tmp_path):
-    """Two processes run the default job until one is terminated, then until one is killed; one process finishes it."""
+    """Two processes run the default job until one is terminated, then until one is killed. One process finishes it."""
     folder = tmp_path / "run"
     job = (f"output_dir={folder}", *JOB)
     processes = start_two(*job)
@@ -166,7 +166,7 @@ def test_two_processes_train_like_one_and_one_can_continue(finished_run, tmp_pat
 def test_a_signal_to_one_of_two_processes_stops_both_while_they_sample(
     tmp_path, activity, step, stopped, launcher
 ):
-    """Only process 1 receives it. Neither waits for the other in a collective operation that the other never reaches."""
+    """Only process 1 receives the signal. Neither waits in a collective operation that the other never joins."""
     folder = tmp_path / "run"
     signalled = (SIGNAL_AT, activity, step, "1", str(int(signal.SIGTERM)))
     commands = (("-m", "trapo_jax.train"), signalled)
@@ -178,7 +178,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_while_they_sample(
 
 
 def test_processes_that_were_started_differently_refuse_each_other(tmp_path):
-    """Both name the same differences, and nothing is written."""
+    """Both processes report the same differences, and nothing is written."""
     train = ("-m", "trapo_jax.train")
     commands = (train, (*train, "seed=1", "method.name=grpo", "train.learning_rate=1e-4"))
     processes = start_two(f"output_dir={tmp_path / 'run'}", commands=commands)
@@ -192,7 +192,7 @@ def test_processes_that_were_started_differently_refuse_each_other(tmp_path):
 
 @pytest.mark.slow
 def test_processes_with_different_data_refuse_each_other(tmp_path):
-    """They were started with the same relative path, but in two folders."""
+    """The processes are started with the same relative path, but in different folders."""
     rows = card_shuffles_splits(seed=3, num_train=20, num_validation=1, num_test=1)["train"]
     lines = [json.dumps({"question": row.prompt, "answer": row.answer}) + "\n" for row in rows]
     for number, name in enumerate(("a", "b")):
@@ -217,7 +217,7 @@ def test_processes_with_different_data_refuse_each_other(tmp_path):
 
 @pytest.fixture
 def tpu_vm():
-    """A launcher like the metadata server of a TPU VM, of which each process sees its own."""
+    """Yields a launcher that emulates TPU VMs; each process sees its own metadata server."""
 
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -258,7 +258,7 @@ def test_if_one_process_fails_the_other_ends_with_its_reason(failing, tpu_vm):
 
 @pytest.mark.slow
 def test_if_one_process_is_killed_the_other_ends_with_one_line():
-    """Process 0 waits for the other in a collective operation. `test_two_processes_train_like_one...` kills process 0."""
+    """Process 1 is killed while process 0 waits in a collective operation. Another test kills process 0."""
     processes = start_two("1", "die", commands=[(PEER,)] * 2)
     main, _ = outputs_of(processes, [1, -signal.SIGKILL])
     (error,) = errors_of(main)
@@ -289,9 +289,12 @@ def test_a_shared_flag_of_one_process_needs_no_other():
     ("environment", "message"),
     [
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "but not JAX_COORDINATOR_ADDRESS;"),
-        (by_hand("port", 0), "JAX_COORDINATOR_ADDRESS=localhost:port: give HOST:PORT"),
+        (by_hand("port", 0), "JAX_COORDINATOR_ADDRESS=localhost:port: set it to HOST:PORT"),
         (by_hand(1, "first"), "JAX_PROCESS_ID='first': not a whole number"),
-        (by_hand(1, 2), "JAX_PROCESS_ID=2: with JAX_NUM_PROCESSES=2, give a number from 0 to 1"),
+        (
+            by_hand(1, 2),
+            "JAX_PROCESS_ID=2: with JAX_NUM_PROCESSES=2, set it to a number from 0 to 1",
+        ),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "SLURM_NTASKS=4: .* start it with srun"),
         ({"SLURM_NTASKS": "4(x2)", "SLURM_PROCID": "0"}, "SLURM_NTASKS='4.x2.': not a whole"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: this process is one of 2"),
@@ -304,7 +307,7 @@ def test_a_shared_flag_of_one_process_needs_no_other():
 def test_several_processes_that_cannot_find_each_other_are_refused(
     environment, message, monkeypatch
 ):
-    monkeypatch.setattr(launch, "report_abort", lambda line: None)  # This process goes on.
+    monkeypatch.setattr(launch, "report_abort", lambda line: None)  # This process must continue.
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message) as error:
@@ -320,7 +323,7 @@ def test_processes_that_the_devices_know_of_need_a_coordinator(monkeypatch):
 
 
 def test_one_process_per_host_uses_all_its_devices(monkeypatch):
-    """JAX's default is one device for each process that srun or mpirun has started."""
+    """By default, JAX assigns one device to each process that srun or mpirun started."""
     for launcher in (by_srun, by_mpirun):
         with monkeypatch.context() as context:
             for name, value in launcher(1, 0).items():
@@ -361,7 +364,7 @@ def test_a_missing_device_is_a_one_line_error():
     )
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
-    assert "error: JAX finds no device, JAX_PLATFORMS=cuda" in line
+    assert "error: JAX finds no device for JAX_PLATFORMS=cuda" in line
     assert "Traceback" not in result.stderr
 
 

@@ -145,7 +145,7 @@ def test_a_model_opens_without_its_weights_and_names_the_command_that_downloads_
 
 def test_a_listed_chat_template_that_is_not_in_the_cache_is_missed(hub_home):
     add_to_cache(hub_home, NAME, FILES, listed=[*FILES, "chat_template.jinja", "README.md"])
-    assert "a part of it is not in the cache" in error_of(NAME)
+    assert "part of it is not in the cache" in error_of(NAME)
 
 
 def test_one_of_several_weight_files_is_missed(hub_home):

@@ -1,4 +1,4 @@
-"""The cost of programs: matmuls compared with hand-computed FLOPs, loops, and the traffic of a program in HLO text."""
+"""Tests the cost of programs: matmul FLOPs against values computed by hand, loops, and the traffic of HLO text."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from trapo_jax.planning.program_cost import matmul_flops, traffic
 
 SQUARE = jnp.zeros((8, 8))
-ONE = 2 * 8**3  # FLOPs of one product
+ONE = 2 * 8**3  # FLOPs of one matmul of two `SQUARE` matrices
 
 
 def flops(function, *arguments, **options):
@@ -42,7 +42,7 @@ def test_gradients_and_recomputation_are_counted():
     assert flops(jax.grad(jax.checkpoint(loss)), SQUARE) == 7 * ONE
 
 
-# Output of the TPU compiler: no trip counts, a counter that the unrolled body increments by 2, and a split all-gather.
+# TPU compiler output with no trip counts, a counter that the unrolled body increments by 2, and a split all-gather.
 PROGRAM = """HloModule jit_step
 
 %fused (p0: f32[4,16], p1: bf16[32], p2: bf16[512]) -> (f32[16], bf16[512]) {

@@ -1,4 +1,4 @@
-"""Any response has an answer or none, and any answer is judged; no text makes extraction or notation fail."""
+"""Tests that extraction, normalization and grading never fail, whatever the response or the answer."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +10,7 @@ from trapo_jax.rewards.math import extract_math_answer, gold_answer, grade_math
 from trapo_jax.rewards.notation import read_answer
 from trapo_jax.types import Problem, Verdict
 
-# Pieces of responses and answers. Powers and factorials are for the grader's processes, which can be killed.
+# Pieces of responses and answers. Powers and factorials are tested only in the grader's processes, which can be killed.
 PIECES = st.sampled_from(
     [
         *"0123456789.,:;=+-/()[]{}|<>$%&'\"\\ \n\t_xyzABC°½π√∞≤∈∪²₁\u200b\ufeff\0\ud800",
@@ -70,7 +70,7 @@ def test_any_response_is_graded(response, answer):
     with make_grader(["multiple_choice", "card_shuffles"]) as grader:
         grade = grader.submit(response, Problem("0" * 16, (), answer)).result()
     assert grade.reward is None or 0 <= grade.reward <= 1
-    assert grade.missing.keys() <= {"multiple_choice"}  # whose problems need a letter as the answer
+    assert grade.missing.keys() <= {"multiple_choice"}  # requires a letter as the problem's answer
 
 
 @settings(max_examples=200)
@@ -78,7 +78,7 @@ def test_any_response_is_graded(response, answer):
 def test_any_answer_is_right_or_wrong(response, answer):
     try:
         gold_answer(answer)
-    except ValueError:  # It is empty, and such problems are dropped.
+    except ValueError:  # The answer is empty; such problems are dropped.
         return
     verdict, _ = grade_math(response, Problem("0" * 16, (), answer))
     assert verdict in (Verdict.CORRECT, Verdict.WRONG)

@@ -1,4 +1,4 @@
-"""Graders: reward functions by name, weights, selection by source, async functions, and isolated failures."""
+"""Tests graders: reward functions selected by name and source, weights, async functions, and isolated failures."""
 
 import pytest
 
@@ -128,8 +128,7 @@ def test_async_functions_functions_with_imports_and_failing_functions():
         "returns_text": None,
     }
     assert grade.missing == {
-        "returns_text": "ValueError: a reward function returned 'splendid', which is neither a number in [0, 1] nor a "
-        "verdict"
+        "returns_text": "ValueError: a reward function returned 'splendid'; expected a number in [0, 1] or a verdict"
     }
 
 

@@ -1,4 +1,4 @@
-"""Math answers: extraction of the answer from a response, and equivalence of answers."""
+"""Tests extraction of math answers from responses, and equivalence of answers."""
 
 import json
 
@@ -389,7 +389,7 @@ def test_shared_cases_are_judged_as_expected():
 
 
 def remove_eos(response):
-    """In a run, the grader removes the special tokens of the tokenizer; see test_grader.py."""
+    """Removes EOS. In a run, the grader removes all special tokens of the tokenizer; see test_grader.py."""
     return response.removesuffix("<｜end▁of▁sentence｜>")
 
 
@@ -547,4 +547,4 @@ def test_answers_of_math_500_equal_themselves_but_not_each_other():
         if v is Verdict.CORRECT
     }
     assert correct_by_chance == {("x=5", "5"), ("7", "7"), ("3", "3")}
-    assert {Verdict.CORRECT, Verdict.WRONG} == set(verdicts)  # there are no errors
+    assert {Verdict.CORRECT, Verdict.WRONG} == set(verdicts)  # no errors

@@ -1,4 +1,4 @@
-"""Multiple choice: extraction of the chosen letter. Responses with no letter or several letters have no answer."""
+"""Tests extraction of the chosen letter. Responses with no letter or several letters have no answer."""
 
 import pytest
 
@@ -43,7 +43,7 @@ from trapo_jax.types import Problem, Verdict
         ("The answer is b.", "B"),
         ("the answer is (c) because it is", "C"),
         ("The answer is B - Paris.", "B"),
-        # Two letters, no letter, or a letter that is a word.
+        # Two letters, no letter, or a letter that is a word
         (r"\boxed{A, B}", None),
         (r"\boxed{A or B}", None),
         (r"\boxed{AB}", None),

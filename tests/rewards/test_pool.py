@@ -1,4 +1,4 @@
-"""The grader pool with real processes. A worker that hangs, dies or misbehaves affects only its own verdict."""
+"""Tests the grader pool with real processes. A worker that hangs, dies or misbehaves affects only its own verdict."""
 
 import os
 import random
@@ -91,7 +91,7 @@ def test_a_timeout_names_the_field_that_sets_it(caplog):
 
 
 def test_hostile_texts_change_no_other_verdict(hasty):
-    """Hostile and harmless texts are interleaved and submitted at once; there are more texts than workers."""
+    """Hostile and harmless strings are interleaved and submitted at once; there are more strings than workers."""
     texts = ["42", "hang", "7", "die", "42", "raise", "hold the GIL", "7", "42"]
     verdicts = [f.result().verdict for f in [hasty.submit(text, problem()) for text in texts]]
     c, w, e, t = Verdict.CORRECT, Verdict.WRONG, Verdict.ERROR, Verdict.TIMEOUT
@@ -131,7 +131,7 @@ def test_a_worker_imports_no_heavy_packages(module):
 
 
 def test_a_worker_does_not_import_the_main_module_again(tmp_path):
-    """For example, the main module of `python -m trapo_jax.train` imports JAX."""
+    """The main module of `python -m trapo_jax.train`, for example, imports JAX."""
     (tmp_path / "main_of_a_run.py").write_text(
         "import jax\n"
         "from support import hostile_graders\n"
@@ -266,7 +266,7 @@ class Heartbeat:
 
 
 def test_20_hostile_answers_of_200_affect_only_their_own_verdicts():
-    """All texts are submitted at once, like the last rollouts of a step. The time limit applies to each text."""
+    """All responses are submitted at once, like the last rollouts of a step. The time limit applies to each of them."""
     hostile = list(HOSTILE_MATH.values())
     assert len(hostile) == 20
     rng = random.Random(0)
@@ -286,8 +286,8 @@ def test_20_hostile_answers_of_200_affect_only_their_own_verdicts():
             futures.append(pool.submit(text, problem()))
             longest_call = max(longest_call, time.monotonic() - started)
         verdicts = [future.result().verdict for future in futures]
-        # The kernel enforces this memory limit on all workers, including replacements of killed workers once they
-        # have started.
+        # The kernel enforces this memory limit on all workers, including replacements of killed workers once they are
+        # running.
         limits = set()
         while limits != {(2 * 2**30, 2 * 2**30)}:
             time.sleep(0.05)

@@ -135,7 +135,7 @@ def test_a_report_that_cannot_be_written_gives_a_one_line_error_and_exit_code_2(
     (tmp_path / "metrics.jsonl").write_text("")
     assert main([str(tmp_path), "--out", str(tmp_path / "absent" / "report.html")]) == 2
     expected = (
-        f"error: {tmp_path}/absent/report.html: No such file or directory; give another --out"
+        f"error: {tmp_path}/absent/report.html: No such file or directory; choose another --out"
     )
     assert capsys.readouterr().err == expected + "\n"
 

@@ -1,4 +1,4 @@
-"""Hostile texts in every output: logs remain parseable, and texts have no effect on the terminal or the page."""
+"""Tests hostile strings in every output: logs stay parseable, and the terminal and the page show them as plain text."""
 
 import json
 from html.parser import HTMLParser
@@ -30,7 +30,7 @@ NUMBERS = {
 
 
 def rollout(text, step=1):
-    """Returns a record of samples.jsonl in which all texts are the same."""
+    """Returns a record of samples.jsonl in which all strings are `text`."""
     return {
         "step": step,
         "problem_id": text,
@@ -54,7 +54,7 @@ def rollout(text, step=1):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder written by the run log, in which every text is hostile, including the name of the folder."""
+    """Returns a run folder written by the run log, in which every string is hostile, including the folder's name."""
     folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=attacked=1>\u202e"
     folder.mkdir()
     config = Config().model_dump(mode="json")
@@ -150,7 +150,7 @@ def test_the_elements_of_the_page_do_not_depend_on_the_data(run, tmp_path):
 
 
 def test_a_browser_treats_the_texts_as_text(run):
-    """Whatever is clicked, the texts run no scripts, open no dialogs, make no requests, and are readable."""
+    """Whatever is clicked, the strings run no scripts, open no dialogs, make no requests, and remain readable."""
     with opened(run / "report.html") as seen:
         page = seen.page
         for details in page.locator("summary").all():

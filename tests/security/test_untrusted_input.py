@@ -1,4 +1,4 @@
-"""Every file of the package satisfies the guarantees of SECURITY.md about external code."""
+"""Tests that every file of the package meets the guarantees in SECURITY.md about external code."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ from trapo_jax.config import Config, load_config
 from trapo_jax.types import UserError
 
 PACKAGE = REPOSITORY / "trapo_jax"
-# Modules that run or unpickle what they read.
+# Modules that execute or unpickle their input.
 MODULES = {
     "pickle",
     "cPickle",
@@ -23,9 +23,9 @@ MODULES = {
     "code",
     "torch",
 }
-# Built-in functions that run text. Methods with these names, such as `model.eval()`, are allowed.
+# Built-in functions that execute text. Methods with these names, such as `model.eval()`, are allowed.
 BUILT_INS = {"eval", "exec", "compile", "__import__"}
-# Functions in modules, by the last two parts of their qualified names.
+# Module functions, listed by the last two parts of their qualified names.
 FUNCTIONS = {
     "os.system",
     "os.popen",
@@ -36,12 +36,12 @@ FUNCTIONS = {
     "subprocess.getoutput",
     "subprocess.getstatusoutput",
 }
-KEYWORDS = {"shell", "allow_pickle", "trust_remote_code"}  # only False is allowed
+KEYWORDS = {"shell", "allow_pickle", "trust_remote_code"}  # arguments that may only be False
 SAFE_LOADER = "_Loader"  # the subclass of SafeLoader that loads configs
 
 
 def violations(text):
-    """Yields the parts of a source file that may run code that they read, as (line, name)."""
+    """Yields (line, name) of the parts of a source file that might execute their input as code."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
@@ -129,7 +129,8 @@ def test_yaml_with_python_objects_is_refused_and_not_run(tmp_path):
     [("transformers", (5, 3)), ("jinja2", (3, 1, 6)), ("pyyaml", (5, 4)), ("pyarrow", (14, 0, 1))],
 )
 def test_versions_with_known_vulnerabilities_are_excluded(package, fixed):
-    """transformers: CVE-2026-4372, CVE-2026-5241; jinja2: CVE-2025-27516; PyYAML: CVE-2020-14343; PyArrow: CVE-2023-47248."""
+    """Covers CVE-2026-4372 and CVE-2026-5241 (transformers), CVE-2025-27516 (jinja2), CVE-2020-14343 (PyYAML) and
+    CVE-2023-47248 (PyArrow)."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     (requirement,) = [text for text in project["dependencies"] if re.match(rf"{package}\b", text)]
     lowest = re.search(r">=([\d.]+)", requirement)[1]

@@ -1,4 +1,4 @@
-"""Strategies for inputs from elsewhere, and what every reader of them promises: a value or a one-line `UserError`."""
+"""Provides strategies for untrusted input, and checks that readers return a value or raise a one-line `UserError`."""
 
 import contextlib
 import copy
@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from trapo_jax.types import UserError
 
-MAX_MESSAGE_CHARS = 4000  # of a line, in which some characters are escaped
+MAX_MESSAGE_CHARS = (
+    4000  # maximum length of a line of an error message, in which some characters are escaped
+)
 
-# Half surrogate pairs, control characters and other texts that libraries stumble over.
+# Lone surrogates, control characters and other strings that libraries often mishandle.
 TEXTS = st.one_of(
     st.text(max_size=8),
     st.sampled_from(
@@ -31,7 +33,7 @@ VALUES = st.recursive(
 
 @contextlib.contextmanager
 def value_or_user_error(*, max_lines=1):
-    """Lets only a `UserError` of a few printable lines pass."""
+    """Suppresses a `UserError`, after checking that its message has at most `max_lines` lines of limited length."""
     try:
         yield
     except UserError as error:
@@ -43,7 +45,7 @@ def value_or_user_error(*, max_lines=1):
 
 @st.composite
 def changed(draw, original):
-    """Returns a copy of JSON-like data in which one or two parts are replaced, removed or repeated."""
+    """Returns a copy of JSON-like data with one or two parts replaced, removed or repeated."""
     data = copy.deepcopy(original)
     for _ in range(draw(st.integers(1, 2))):
         container, key = draw(st.sampled_from(_places(data)))
@@ -60,7 +62,7 @@ def changed(draw, original):
 
 
 def _places(data):
-    """Returns every container and key of JSON-like data."""
+    """Returns every (container, key) pair in JSON-like data."""
     keys = list(data) if isinstance(data, dict) else range(len(data))
     places = []
     for key in keys:

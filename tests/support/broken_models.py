@@ -1,11 +1,11 @@
-"""Ways to break a Hugging Face model folder, each with the expected error message."""
+"""Defines ways to break a Hugging Face model folder, each with the expected error message."""
 
 import json
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-# Config of the small model that tests break.
+# Config of the small model to break.
 GQA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

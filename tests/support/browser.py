@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages. If it is not installed, these tests are skipped with a message."""
+"""Opens pages in a headless Chromium. If it is not installed, the tests that use it are skipped with a message."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), 
 
 @dataclasses.dataclass
 class Opened:
-    """An open page, and a record of everything that a report must not do."""
+    """An open page, and a record of everything that a page must not do."""
 
     page: object
     complaints: list  # console messages, errors and dialogs

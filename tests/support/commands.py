@@ -1,4 +1,4 @@
-"""Running commands as users do, in this process or in one of its own."""
+"""Runs commands as users do, in this process or in a separate one."""
 
 import contextlib
 import importlib
@@ -17,9 +17,9 @@ TINY_MODEL = REPOSITORY / "trapo_jax" / "assets" / "card_shuffles_tiny"
 
 
 def run_command(module, *arguments, cwd=REPOSITORY):
-    """Does what `python -m MODULE ARGUMENTS` does in this process, which has already imported and
-    compiled most of what the command needs. Returns the exit code and the output like a completed
-    process.
+    """Runs the equivalent of `python -m MODULE ARGUMENTS` in this process, which has already imported
+    and compiled most of what the command needs. Returns a completed process with the exit code and
+    the output.
     """
     main = importlib.import_module(module).main
     out, err, search_path = io.StringIO(), io.StringIO(), list(sys.path)
@@ -39,8 +39,8 @@ def run_command(module, *arguments, cwd=REPOSITORY):
 def run_process(module, *arguments, cwd=REPOSITORY, **environment):
     """Runs `python -m MODULE ARGUMENTS` and returns the completed process with its output as text.
 
-    Processes have no time limit of their own, because a loaded machine may need many times longer
-    than an idle one; the `timeout` in pyproject.toml ends tests that hang.
+    The process has no time limit, because a loaded machine may take many times longer than an idle
+    one; the `timeout` in pyproject.toml ends tests that hang.
     """
     return run_python("-m", module, *arguments, cwd=cwd, **environment)
 

@@ -1,4 +1,4 @@
-"""Comparisons with synthetic results."""
+"""Builds comparisons with synthetic results."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Data files in every format, and malformed files, each with the expected error message."""
+"""Writes data files in every format, and malformed files, each with the expected error message."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def bytes_of(data):
 
 
 def repeated_parquet(path):
-    """3 million rows in a few kilobytes."""
+    """Writes 3 million rows in a few kilobytes."""
     zeros = pa.array(np.zeros(3_000_000, np.int8))
     pq.write_table(pa.table({"prompt": pa.DictionaryArray.from_arrays(zeros, ["Q"])}), path)
 

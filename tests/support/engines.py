@@ -1,4 +1,4 @@
-"""Engines with the embedded model, and the results expected from them."""
+"""Builds engines for the embedded model, and computes their expected results."""
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def requests_of(problems, *, group=2, ratios=(0.0, 0.3)):
 
 
 def trainer_logprobs(decoder, params, completion, temperature):
-    """Computes the log-probabilities of a completion with a forward pass of its whole row alone."""
+    """Computes the log-probabilities of a completion with a forward pass over only its row."""
     request = completion.request
     context = request.problem.prompt_ids + request.prefix_ids
     ids = np.array([context + completion.token_ids])

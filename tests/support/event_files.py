@@ -2,12 +2,12 @@
 
 
 def scalars(run, name):
-    """Returns (step, value) of one scalar in all event files of a run."""
+    """Returns the (step, value) pairs of one scalar in all event files of a run."""
     return [(step, value) for tag, step, value in all_scalars(run) if tag == name]
 
 
 def all_scalars(run):
-    """Yields (tag, step, value) of all scalars of a run; checks the checksums, as TensorBoard does."""
+    """Yields (tag, step, value) for all scalars of a run, and verifies the checksums, as TensorBoard does."""
     from tensorboardX.proto.event_pb2 import Event  # takes seconds to import
     from tensorboardX.record_writer import masked_crc32c
 

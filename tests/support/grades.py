@@ -1,10 +1,10 @@
-"""Grades from a single reward function."""
+"""Builds grades from a single reward function."""
 
 from trapo_jax.types import Grade, Judgment
 
 
 def grade_of(reward: float | None, reason: str = "") -> Grade:
-    """Returns a grade. `reward` is None if it is missing, and `reason` is the reason."""
+    """Returns a grade. If `reward` is None, it is missing, and `reason` states why."""
     return Grade(reward, {"test": Judgment(reward, reason=reason)})
 
 

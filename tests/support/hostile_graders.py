@@ -1,4 +1,4 @@
-"""Reward functions whose response text selects how they misbehave. This module does not import JAX."""
+"""Defines reward functions that misbehave in a way selected by the response. This module does not import JAX."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ class SilentError(Exception):
 
 
 def verify(response_text: str, problem: Problem) -> Verdict:
-    """Misbehaves as the text specifies, or compares it with the answer."""
+    """Misbehaves as specified by the response, or compares it with the answer."""
     match response_text:
         case "hang":
             return sum(1 for _ in iter(int, 1))
@@ -68,6 +68,6 @@ def length_is(response_text: str, problem: Problem) -> Verdict:
 
 
 def same_text(response_text: str, problem: Problem) -> Verdict:
-    """Returns CORRECT if the text, the id and the source of the problem are received as expected."""
+    """Returns CORRECT if the response and the problem's id and source are received unchanged."""
     same = response_text == problem.answer and (problem.id, problem.source) == ("id", "a source")
     return Verdict.CORRECT if same else Verdict.WRONG

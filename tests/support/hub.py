@@ -1,4 +1,4 @@
-"""A made cache of the Hugging Face Hub, and a small Hub on this machine that answers from a dictionary."""
+"""Emulates the Hugging Face Hub: writes its cache, and serves repositories from a dictionary on this machine."""
 
 import contextlib
 import hashlib
@@ -15,16 +15,16 @@ OLD_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
 
 
 def add_to_cache(home, name, files, *, kind="model", commit=COMMIT, refs=("main",), listed=None):
-    """Writes a repository into the cache of a Hugging Face home, as `huggingface_hub` lays it out.
+    """Writes a repository to the cache in a Hugging Face home, in the layout of `huggingface_hub`.
 
     Args:
-      home: the folder that `HF_HOME` names.
+      home: the folder set by `HF_HOME`.
       name: `owner/name`.
-      files: contents by path.
+      files: file contents, keyed by path.
       kind: model or dataset.
       commit: the revision of the files.
-      refs: branches and tags of this commit.
-      listed: paths of all files of the repository, where the cache also has their listing.
+      refs: branches and tags that point to this commit.
+      listed: paths of all files in the repository, to be listed in the cache; None for no listing.
 
     Returns:
       The folder of the commit.
@@ -49,7 +49,7 @@ def add_to_cache(home, name, files, *, kind="model", commit=COMMIT, refs=("main"
 
 
 def folder_files(folder):
-    """Returns the contents of all files of a folder, by path."""
+    """Returns the contents of all files in a folder, keyed by path."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -59,11 +59,11 @@ def blob_id(content):
 
 
 class FakeHub:
-    """Repositories and what was requested.
+    """The Hub's repositories and its download log.
 
     Attributes:
-      repos: the files by path, by kind and name; or the error code that the Hub sends instead.
-      downloads: paths of the files that were downloaded.
+      repos: maps (kind, name) to the files, keyed by path, or to the error code that the Hub sends instead.
+      downloads: paths of the downloaded files.
     """
 
     def __init__(self):
@@ -71,7 +71,7 @@ class FakeHub:
         self.downloads = []
 
     def answer(self, method, path, query):
-        """Returns status, headers and body."""
+        """Returns the status, headers and body of the response to a request."""
         if match := re.fullmatch(r"/api/(model|dataset)s/([\w.-]+/[\w.-]+)(/.*)?", path):
             return self._answer_api(match[1], match[2], match[3] or "", query)
         if match := re.fullmatch(r"(/datasets)?/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
@@ -123,7 +123,7 @@ def parents(path):
 
 @contextlib.contextmanager
 def serve_hub():
-    """Yields a `FakeHub` and its address, for `HF_ENDPOINT`."""
+    """Yields a running `FakeHub` and its address, for `HF_ENDPOINT`."""
     hub = FakeHub()
 
     class Handler(http.server.BaseHTTPRequestHandler):

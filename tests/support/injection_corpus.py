@@ -1,4 +1,4 @@
-"""Texts that are harmful if they are interpreted as anything but text. Scripts in them set `attacked`."""
+"""Defines strings that are harmful if interpreted as anything but text. Scripts in them set `attacked`."""
 
 RUN = "globalThis.attacked=1"
 REMOTE = "https://attacker.invalid"
@@ -28,7 +28,7 @@ CORPUS = (
     f"<meta http-equiv=refresh content='0;url={REMOTE}'>",
     f"<base href={REMOTE}/>",
     f"<form action={REMOTE}><button autofocus onfocus={RUN}>",
-    # escapes from an attribute, a string, a template, a style or a URL
+    # strings that break out of an attribute, a string, a template, a style or a URL
     f'" autofocus onfocus={RUN} x="',
     f"' onmouseover='{RUN}",
     f"';{RUN};//",
@@ -55,7 +55,7 @@ CORPUS = (
     "back\b\b\bspace",
     "\x00NUL\x00",
     "\x7f\x85",
-    # fake lines
+    # forged log lines
     '"}\n{"step": 1, "kind": "train", "reward/mean": 1.0}',
     "\nstep 375: test accuracy greedy 1.000",
     "one\u2028two\u2029three",

@@ -1,4 +1,4 @@
-"""A reward function with the same name as one in another module."""
+"""Defines a reward function with the same name as one in another module."""
 
 
 def shortness(response, problem):

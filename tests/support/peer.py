@@ -1,8 +1,8 @@
-"""One of several processes: joins the others, then fails or dies if it is the given one, or else waits for it.
+"""Joins the other processes of a job. Process NUMBER then fails or dies, and the others wait for it.
 
     python peer.py NUMBER fail|die
 
-It accepts the metadata server of a TPU VM, which JAX asks only if the machine has TPUs.
+If `GCE_METADATA_IP` is set, JAX queries this TPU VM metadata server, as it otherwise does only on a machine with TPUs.
 """
 
 import trapo_jax.distributed.log_level  # noqa: F401

@@ -1,4 +1,4 @@
-"""Reward functions like those of users, including some that fail. This module does not import JAX."""
+"""Defines reward functions as users might write them, including some that fail. This module does not import JAX."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""A short version of the default job, for tests that stop, damage, resume or repeat runs."""
+"""Defines a short version of the default job, for tests that stop, damage, resume or repeat runs."""
 
 import shutil
 
@@ -15,7 +15,7 @@ JOB = (
 )
 
 
-# The shortest run that trains, evaluates, saves and exports. Its programs are those of `JOB`.
+# The shortest run that trains, evaluates, saves and exports. It compiles the same programs as `JOB`.
 TINY_JOB = (
     "data.source=card_shuffles",
     "train.num_steps=2",
@@ -36,7 +36,7 @@ def checkpoint_steps(folder):
 
 
 def copy_unfinished(run, folder):
-    """Copies the state of a finished run before its last checkpoint. Returns the step after which it resumes."""
+    """Copies a finished run as it was before its last checkpoint, and returns the step after which it resumes."""
     shutil.copytree(run, folder)
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "hf")

@@ -1,8 +1,6 @@
-"""Sends a signal to the own process at a named moment of a run.
+"""Runs `trapo_jax.train` and sends a signal to its own process at a specified point of the run.
 
-    python signal_at.py ACTIVITY STEP REPORT SIGNAL [FIELD=VALUE ...]
-
-does this in a run of `python -m trapo_jax.train`.
+python signal_at.py ACTIVITY STEP REPORT SIGNAL [FIELD=VALUE ...]
 """
 
 import os
@@ -12,10 +10,10 @@ from trapo_jax.runs.run import Run
 
 
 def signal_at(set_attribute, activity, step, report, number):
-    """Makes runs send a signal before a report of an activity such as "evaluating test", while they are at this step.
+    """Makes runs send themselves a signal at a report of an activity such as "evaluating test" during `step`.
 
-    Reports are numbered from 1; report 0 is the begin of the activity. Afterwards, only the reports that follow are
-    printed. Methods of `Run` are replaced by means of `set_attribute`.
+    Reports are numbered from 1; report 0 is the beginning of the activity. Reports after the signal are printed.
+    `set_attribute` replaces methods of `Run`.
     """
     begin, on_progress = Run.begin, Run.on_progress
     num_reports = 0

@@ -1,4 +1,4 @@
-"""A tiny random model whose tokenizer can represent any text."""
+"""Creates a tiny random model whose tokenizer can represent any text."""
 
 import json
 
@@ -27,7 +27,7 @@ CONFIG = {
 
 
 def make_text_model(folder, *, chat_template=CHATML, **config):
-    """Writes the model to a folder and returns the folder. Every byte is a token."""
+    """Writes the model to a folder, and returns the folder. Every byte is a token."""
     source = folder.with_name(folder.name + "_source")
     source.mkdir(parents=True)
     (source / "config.json").write_text(json.dumps(CONFIG | config))

@@ -1,4 +1,4 @@
-"""A tiny decoder, groups of rollouts with different lengths, and one train step on them."""
+"""Provides a tiny decoder, groups of rollouts with different lengths, and a train step on them."""
 
 import dataclasses
 from typing import get_args
@@ -39,12 +39,12 @@ CONFIG = DecoderConfig(
 )
 MAX_LENGTH = 12
 ALPHA = 0.1
-# Seed of groups in which no prefix has two tokens of equal entropy, since rounding would decide between them.
+# Seed for groups in which no prefix has two tokens of equal entropy, because rounding would decide between them.
 NO_TIES = 1
 
 
 def ragged_groups(seed=0, num_problems=4):
-    """Returns groups of eight rollouts with prefixes of all kinds and random rewards, and their advantages."""
+    """Returns groups of eight rollouts with all kinds of prefixes and random rewards, and the advantages."""
     rng = np.random.default_rng(seed)
     groups = []
     for i in range(num_problems):
@@ -89,7 +89,7 @@ def one_device_mesh():
 
 
 def coefficients(method):
-    """Returns the coefficients for an optimizer with its own learning rate."""
+    """Returns the coefficients for an optimizer that sets its own learning rate."""
     return method.coefficients(Moment(1, 0.0, 0), learning_rate=1.0)
 
 
@@ -106,7 +106,7 @@ def make_step(method, params, mesh, optimizer, config=CONFIG, **options):
 
 
 def sgd_step(method, batch, params, *, mesh=None, optimizer=None, config=CONFIG, **options):
-    """Performs one step with learning rate 1 and no clipping, so that the update is the negative gradient."""
+    """Performs one step with a learning rate of 1 and no clipping, so that the update is the negative gradient."""
     mesh = mesh or one_device_mesh()
     optimizer = optimizer or optax.sgd(1.0)
     step = make_step(method, params, mesh, optimizer, config, **options)

@@ -1,4 +1,4 @@
-"""Small random models from transformers, for parity tests."""
+"""Creates small random transformers models for parity tests."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def needs_torch():
 
 
 def make_theirs(kind, changes, folder):
-    """Saves a random model with transformers; no parameter has its initial value of 0 or 1."""
+    """Saves and returns a random transformers model. Noise is added to all parameters, so none is exactly 0 or 1."""
     torch = needs_torch()
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -44,7 +44,7 @@ def their_logits(model, token_ids, mask=None):
 
 
 def our_logits(folder, token_ids):
-    """Returns the logits of whole rows, computed by our decoder with the weights of a folder."""
+    """Returns the logits of whole rows, computed by our decoder with a folder's weights."""
     config = read_config(folder)
     params = load_params(folder, config)
     positions = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)

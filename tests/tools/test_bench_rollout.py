@@ -1,4 +1,4 @@
-"""tools/bench_rollout.py: all engines get the same work, and the trapo_jax engine does no unnecessary work."""
+"""Tests that bench_rollout.py gives all engines the same work, and that ours does no unnecessary work."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def test_batches_contain_every_row_once_and_fit_into_the_slots(job):
 
 
 def test_only_prompts_and_their_extensions_are_prefilled(job):
-    """These are the prompt and the longest prefix of each problem, without the last token, which decoding reads."""
+    """Prefill covers each problem's prompt and longest prefix, except the last token, which decoding reads."""
     longest = dict.fromkeys(range(len(job["problems"])), 0)
     for row in rows_of(job):
         longest[row["problem"]] = max(longest[row["problem"]], row["prefix_len"])
@@ -80,7 +80,7 @@ def test_bytes_to_move_are_weights_per_step_and_entries_per_token(job):
 
 
 def test_the_command_compares_and_writes_json(tmp_path):
-    """The model folder has no weights."""
+    """The model folder has no weights, so the engines use random ones."""
     file, shape = tmp_path / "bench.json", tmp_path / "shape"
     shape.mkdir()
     shutil.copy(TINY_MODEL / "config.json", shape)

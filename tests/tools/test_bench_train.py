@@ -1,4 +1,4 @@
-"""tools/bench_train.py: all engines get the same rows, and their losses are compared."""
+"""Tests that bench_train.py gives all engines the same rows and compares their losses."""
 
 import json
 import subprocess

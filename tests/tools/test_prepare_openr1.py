@@ -1,4 +1,4 @@
-"""tools/prepare_openr1.py, with small files in exactly the layouts of the two Hub datasets."""
+"""Tests prepare_openr1.py with small files that have exactly the layouts of the two Hub datasets."""
 
 import importlib.util
 import json
@@ -166,7 +166,7 @@ def test_out_must_be_parquet(tool, tmp_path):
         tool.prepare(tmp_path / "out.json", "a", "b", 1, 20.0)
 
 
-# The ends of thoughts, and whether the answer 12 can be extracted from them.
+# Endings of thoughts, and whether the answer 12 can be extracted from them.
 ENDINGS = [
     ("so the answer is \\boxed{12}.", True),
     ("\\boxed{12}", True),
@@ -192,7 +192,7 @@ ENDINGS = [
 
 
 def test_solutions_are_graded_as_in_training(tool, tmp_path):
-    """The answer after the thought is always correct, but the tool must grade only the thought, like training."""
+    """The answer after the thought is always correct, but the tool must grade only the part used in training."""
     rows = [
         first_row(
             f"Case {i}?", "12", f"<think>\nWe think {i}.\n{end}\n</think>\nIt is \\boxed{{12}}."

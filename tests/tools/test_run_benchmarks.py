@@ -1,4 +1,4 @@
-"""The studies of docs/protocol.md: every comparison is valid, and all methods are tuned equally."""
+"""Tests that every comparison in docs/protocol.md is valid and tunes all methods equally."""
 
 import math
 import re
@@ -19,12 +19,12 @@ def grid_of(study, name, *more):
 
 @pytest.mark.parametrize(("study", "name"), COMPARISONS)
 def test_every_trial_is_valid_and_all_methods_have_equally_many(study, name):
-    # Base models that are made first are not needed to count settings.
+    # The embedded model suffices to count settings; some studies' base models must first be trained.
     embedded = ["model.path=card_shuffles_tiny", "data.source=card_shuffles"]
     grid = grid_of(study, name, *embedded)
     trials = grid.trials()
     for found in trials.values():
-        assert grid.tuning_runs(found, [0])  # loads their configs
+        assert grid.tuning_runs(found, [0])  # loads the configs
     (num_trials,) = {len(found) for found in trials.values()}
     assert num_trials in (8, 16)
     everything = grid_of(study, name, *embedded, "--trials", "1000").trials()
@@ -46,7 +46,7 @@ def test_studies_share_only_records_of_the_same_conditions():
     arguments = {key: STUDIES[key[0]][key[1]] for key in COMPARISONS}
     main, ablation = arguments["main", "default"], arguments["ablation", "default"]
     records = [found[found.index("--records") + 1] for found in arguments.values()]
-    assert len(set(records)) == len(records) - 1  # main and ablation
+    assert len(set(records)) == len(records) - 1  # main and ablation share records
     assert main[main.index("--budget") :][:2] == ablation[ablation.index("--budget") :][:2]
 
 

@@ -1,6 +1,6 @@
-"""Comparisons of methods: the grid of runs, their execution, their results, and the report.
+"""Compares methods: plans the grid of runs, executes them, collects their results, and writes the report.
 
-This package does not use any devices, because the processes of the runs need them.
+This package does not use any devices, because the training processes need them.
 """
 
 from trapo_jax.comparison.analysis import Comparison

@@ -1,4 +1,4 @@
-"""Analysis of the results of a comparison: scores, differences, and warnings about their validity."""
+"""Analyzes the results of a comparison: scores, differences, and warnings about their validity."""
 
 import dataclasses
 import itertools
@@ -25,8 +25,8 @@ MIN_SEEDS = (
     6  # With fewer, no interval of the median excludes the worst or the best possible score.
 )
 MIN_SEEDS_IF_ONE_FAILS = 10
-FAILURE_GAP = 0.2  # A seed whose accuracy is further below that of the best seed has failed.
-MEAN, MEDIAN, IQM = STATISTICS  # their names
+FAILURE_GAP = 0.2  # A seed has failed if its accuracy trails the best seed's by more than this.
+MEAN, MEDIAN, IQM = STATISTICS  # names of the statistics
 MEAN_OF_SOURCES = "mean of sources"
 
 
@@ -36,8 +36,8 @@ class Comparison:
 
     Attributes:
       grid: the requested comparison.
-      command: the command line that started it.
-      results: results of the complete final runs.
+      command: the command line that started the comparison.
+      results: results of the completed final runs.
       failures: runs that failed, including tuning runs.
       trials: scores of all trials on the validation split; empty if nothing was tuned.
     """
@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def methods(self) -> list[str]:
-        """The methods with at least one complete run."""
+        """The methods with at least one completed run."""
         return [method for method in self.grid.methods if self.results_of(method)]
 
     @property
@@ -84,8 +84,8 @@ class Estimate(NamedTuple):
 class Contrast(NamedTuple):
     """A difference between two methods, with its simultaneous interval and adjusted p-value.
 
-    With a probability of at least 95%, the intervals of all pairs of methods contain the true differences. The adjusted
-    p-value is below `LEVEL` if and only if the interval excludes 0.
+    With a probability of at least 95%, the intervals for all pairs of methods contain the true differences. The
+    adjusted p-value is below `LEVEL` if and only if the interval excludes 0.
     """
 
     value: float
@@ -98,9 +98,9 @@ class Difference(NamedTuple):
     """The difference in sampled accuracy between two methods.
 
     Attributes:
-      better, other: the methods; the first has the higher mean.
-      num_seeds: the smaller of their numbers of seeds.
-      mean, median: differences of the means and of the medians over seeds.
+      better, other: the methods; `better` has the higher mean.
+      num_seeds: number of seeds of the method that has fewer.
+      mean, median: differences between the means and between the medians over seeds.
     """
 
     better: str
@@ -110,11 +110,11 @@ class Difference(NamedTuple):
     median: Contrast
 
     def verdict(self, contrast: Contrast, margin: float) -> str:
-        """Returns the name of the method that is better, "equivalent", or "undecided".
+        """Returns the name of the better method, "equivalent", or "undecided".
 
         Args:
-          contrast: the difference of the means or of the medians.
-          margin: the largest difference that counts as none.
+          contrast: the difference between the means or between the medians.
+          margin: largest absolute difference between equivalent methods.
         """
         if self.num_seeds < 2:
             return "one seed: no test"
@@ -130,10 +130,10 @@ class MethodScores(NamedTuple):
 
     Attributes:
       method, setting: the method and its tuned constants.
-      by_seed: sampled accuracy by seed.
+      by_seed: sampled accuracy, keyed by seed.
       num_failed: number of failed seeds; see `count_failed`.
-      sampled, median, iqm: sampled accuracy: mean, median and interquartile mean over seeds.
-      greedy, best_of: means over seeds of greedy accuracy and pass@n.
+      sampled, median, iqm: mean, median and interquartile mean of sampled accuracy over seeds.
+      greedy, best_of: means of greedy accuracy and pass@n over seeds.
       entropy, completion_len, guidance, expert_share: means over seeds; see `Result`.
     """
 
@@ -153,7 +153,7 @@ class MethodScores(NamedTuple):
 
 
 def score_methods(c: Comparison) -> list[MethodScores]:
-    """Returns the scores of all methods, the one with the highest mean first."""
+    """Returns the scores of all methods, in descending order of their means."""
     rows = []
     for method in c.methods:
         results = c.results_of(method)
@@ -202,18 +202,18 @@ def accuracy_by_source(results: Sequence[Result]) -> dict[str, float]:
 
 
 def count_failed(accuracies: Collection[float]) -> int:
-    """Returns the number of failed seeds: those whose accuracy is far below that of the method's best seed."""
+    """Returns the number of failed seeds: a seed has failed if its accuracy is far below the best seed's."""
     return sum(max(accuracies) - x > FAILURE_GAP for x in accuracies)
 
 
 def estimate(scores: np.ndarray, statistic: str) -> Estimate:
-    """Estimates a statistic over seeds of `[seeds, problems]` scores, with its interval."""
+    """Estimates a statistic over the seeds of `[seeds, problems]` scores, with its interval."""
     function = STATISTICS[statistic]
     return Estimate(point_estimate(scores, function), *draw(scores, function).interval())
 
 
 def find_differences(c: Comparison) -> list[Difference]:
-    """Estimates the difference in sampled accuracy for all pairs of methods, on the same problems.
+    """Estimates the difference in sampled accuracy on the same problems for all pairs of methods.
 
     Raises:
       UserError: if two methods were evaluated on different problems.
@@ -238,7 +238,7 @@ def check_same_problems(results: Sequence[Result]) -> None:
     """Checks that all runs were evaluated on the same problems.
 
     Raises:
-      UserError: if they were not.
+      UserError: if two runs were evaluated on different problems.
     """
     by_problems = {r.after.problems: str(r.run.record) for r in results if r.after}
     if len(by_problems) > 1:
@@ -251,11 +251,11 @@ def check_same_problems(results: Sequence[Result]) -> None:
 def find_contrasts(
     scores: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]], statistic: str
 ) -> list[Contrast]:
-    """Estimates the differences of a statistic over seeds.
+    """Estimates the differences between methods in a statistic over seeds.
 
     Args:
       scores: `[seeds, problems]` scores of each method.
-      pairs: the methods to compare.
+      pairs: the pairs of methods to compare.
       statistic: name of the statistic.
     """
     function = STATISTICS[statistic]
@@ -270,7 +270,7 @@ def find_contrasts(
 
 
 def find_warnings(c: Comparison) -> list[str]:
-    """Returns warnings about everything that limits the conclusions from the results."""
+    """Returns warnings about everything that limits the conclusions to be drawn from the results."""
     warnings = []
     fewest = min([c.grid.num_seeds, *(len(c.results_of(method)) for method in c.methods)])
     failing = [row.method for row in score_methods(c) if row.num_failed]

@@ -1,4 +1,4 @@
-"""Learning curves as functions of every resource that a run spends."""
+"""Plots learning curves against every resource that a run spends."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ from trapo_jax.comparison.results import Result
 from trapo_jax.runs.budget import STEPS, UNITS
 
 NUM_POINTS = 41
-LINE_STYLES = ("-", "--", "-.", ":")  # distinguish methods for readers who cannot see colors
+LINE_STYLES = ("-", "--", "-.", ":")  # to distinguish methods without color
 
 
 def plot_curves(path: Path, results: Sequence[Result]) -> None:
-    """Plots validation accuracy: the mean over seeds, and a band from the lowest to the highest seed."""
+    """Plots validation accuracy: the mean over seeds, and a band from the worst to the best seed."""
     from matplotlib.figure import Figure  # takes seconds to import
 
     figure = Figure(figsize=(12, 7), layout="constrained")
@@ -43,7 +43,7 @@ def common_grid(results: Sequence[Result], unit: str) -> tuple[np.ndarray, np.nd
     """Interpolates the curves of several runs on a common grid of amounts spent, up to the smallest total of any run.
 
     Returns:
-      Amounts `[n]` and accuracies `[runs, n]`, interpolated linearly between the evaluations of each run.
+      Amounts `[n]` and accuracies `[runs, n]`, interpolated linearly between each run's evaluations.
     """
     end = min(result.curve[-1].spent[unit] for result in results)
     x = np.linspace(0, end, NUM_POINTS)

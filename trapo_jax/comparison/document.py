@@ -1,4 +1,4 @@
-"""A document of text, tables and images, written as Markdown or as a single HTML file."""
+"""Writes a document of text, tables and images as Markdown or as a single HTML file."""
 
 import base64
 import csv
@@ -49,7 +49,7 @@ class Document(NamedTuple):
 
 
 def to_markdown(document: Document) -> str:
-    """Returns Markdown that refers to images by their file names; they must be in the folder of the document."""
+    """Returns Markdown that refers to images by file name; the images must be in the document's folder."""
     return "\n\n".join([f"# {document.title}", *map(_markdown, document.blocks)]) + "\n"
 
 
@@ -73,7 +73,7 @@ def _markdown(block: Block) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Replaces line breaks and escapes HTML, because error messages of failed runs may contain arbitrary text."""
+    """Replaces line breaks and escapes HTML, because the error messages of failed runs may contain arbitrary text."""
     return text.replace("<", "&lt;").replace("\n", " ")
 
 

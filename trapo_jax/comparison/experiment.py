@@ -1,4 +1,4 @@
-"""Comparison of methods at equal budgets: train step checks, tuning, execution of the runs, and the report."""
+"""Compares methods at equal budgets: checks the train steps, tunes, executes the runs, and writes the report."""
 
 import contextlib
 import dataclasses
@@ -22,18 +22,18 @@ from trapo_jax.runs.directory import lock_folder, write_atomically
 from trapo_jax.types import UserError
 
 CURVES, MARKDOWN, HTML = "curves.png", "comparison.md", "comparison.html"
-FINALISTS = 0.25  # share of the trials of a method that are repeated with more seeds
+FINALISTS = 0.25  # fraction of a method's trials that are repeated with more seeds
 CURVES_TEXT = "Validation accuracy as a function of trained tokens, sampled tokens, FLOPs, problems and seconds"
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """The resources with which runs are executed.
+    """The resources available to the runs.
 
     Attributes:
       jobs: maximum number of concurrent runs.
       environment: environment variables of their processes.
-      say: called with lines that report progress.
+      say: function that prints a line about the progress.
     """
 
     jobs: int
@@ -46,18 +46,18 @@ def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) 
 
     Args:
       grid: the comparison.
-      out: directory of the report, which is created before any run starts.
+      out: directory of the report; created before any run starts.
       command: the command line, for the report.
       jobs: maximum number of concurrent runs; None for one per core, or one on an accelerator.
-      say: called with lines that report progress.
+      say: function that prints a line about the progress.
 
     Raises:
       UserError: if the options are invalid, or the gradient of a method depends on how a batch is split into
         micro-batches.
-      Interrupted: if a signal interrupts the comparison, after the active runs have saved checkpoints.
+      Interrupted: if a signal interrupts the comparison; raised after the active runs have saved checkpoints.
     """
     trials = grid.trials()
-    # Plan all runs first, so that an invalid config of a trial is reported before any run starts.
+    # Plan all runs first, so that a trial's invalid config is reported before any run starts.
     planned = grid.tuning_runs(
         [trial for method_trials in trials.values() for trial in method_trials], grid.tuning_seeds
     )
@@ -95,7 +95,7 @@ def execute(
 
 
 def check_train_steps(runs: Sequence[PlannedRun], environment: Mapping[str, str], say: Say) -> str:
-    """Checks that no gradient depends on how a batch is split into micro-batches, and returns the kind of device.
+    """Checks that no gradient depends on how a batch is split into micro-batches, and returns the device type.
 
     The check runs in a separate process, because this process must not occupy the devices that the runs need.
 
@@ -112,7 +112,7 @@ def check_train_steps(runs: Sequence[PlannedRun], environment: Mapping[str, str]
         process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode:
         lines = process.stderr.splitlines() or [f"exit code {process.returncode}"]
-        raise UserError(f"check of the train steps: {lines[-1].removeprefix('error: ')}")
+        raise UserError(f"train step check: {lines[-1].removeprefix('error: ')}")
     report = json.loads(process.stdout.splitlines()[-1])
     largest = max(report["largest_differences"].values())
     say(f"checked: no gradient differs by more than {largest:.1g} of its norm")
@@ -160,7 +160,7 @@ def _execute(what: str, runs: Sequence[PlannedRun], resources: Resources) -> lis
 
 
 def write_report(comparison: Comparison, out: Path) -> tuple[str, list[str]]:
-    """Writes the report as Markdown and HTML, the curves, and the tables as CSV.
+    """Writes the report as Markdown and HTML, the learning curves as an image, and the tables as CSV files.
 
     Returns:
       The report as Markdown, and the names of the files.

@@ -1,6 +1,6 @@
-"""The grid of a comparison: methods, settings of the swept fields, and seeds.
+"""Defines the grid of a comparison: methods, settings of the swept fields, and seeds.
 
-All runs are derived from one config, so that they differ only in the method, the swept fields and the seed.
+All runs are derived from one config, so they differ only in the method, the swept fields and the seed.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ FIRST_TUNING_SEED = 1000  # Tuning runs and final runs use different seeds.
 UNLIMITED_STEPS = 10**9
 VALIDATION, TEST = "validation", "test"
 METHOD_NAME = "method.name"
-# Fields that the comparison sets, with the option to use instead.
+# Fields that the comparison sets, and the options to use instead.
 SET_BY_COMPARISON = {
     METHOD_NAME: "--methods",
     "seed": "--seeds",
@@ -38,7 +38,7 @@ DEFAULT_OVERRIDES = (("evaluation.every", "0.2"),)
 
 
 class Sweep(NamedTuple):
-    """Values to try for one field, for the named methods or, if empty, for all methods that no other sweep names."""
+    """Values of a field to try with the named methods; if none are named, with all methods that no sweep names."""
 
     methods: tuple[str, ...]
     field: str
@@ -71,7 +71,7 @@ class PlannedRun(NamedTuple):
     trial: Trial
     seed: int
     config: Config
-    record: Path  # the file of its record
+    record: Path  # the record file
 
     @property
     def folder(self) -> Path:
@@ -80,7 +80,7 @@ class PlannedRun(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Method, setting and seed, for messages."""
+        """The method, setting and seed, for messages."""
         setting = f" ({self.trial.setting})" if self.trial.values else ""
         return f"{self.trial.method}{setting}, seed {self.seed}"
 
@@ -90,20 +90,20 @@ class Grid:
     """A comparison requested by the user.
 
     Attributes:
-      config_file: YAML config file of all runs; None for the defaults.
+      config_file: YAML config file for all runs; None for the defaults.
       overrides: (field, value) pairs that apply to all runs.
       methods: names of methods or variants.
       variants: methods with custom settings.
       sweeps: fields to tune.
-      num_trials: number of trials per method: the constants as configured, and settings drawn at random from all of its
-        sweeps; None for all settings.
+      num_trials: number of trials per method: one with the configured constants, the others with settings drawn at
+        random from all of its sweeps; None for all settings.
       num_seeds: number of final runs per method.
-      num_tuning_seeds: number of runs of the best quarter of the trials; the others have one.
+      num_tuning_seeds: number of runs for each of the best quarter of the trials; the other trials have one.
       match: unit of the budget.
       budget: budget of each run, in that unit.
       runs: directory that contains the run directories.
-      records: directory that contains the records of complete runs.
-      margin: the largest difference in accuracy that counts as none.
+      records: directory that contains the records of completed runs.
+      margin: largest absolute difference in accuracy between equivalent methods.
     """
 
     config_file: Path | None
@@ -131,18 +131,18 @@ class Grid:
         if len({len(found) for found in trials.values()}) > 1:
             counts = ", ".join(f"{method} {len(found)}" for method, found in trials.items())
             raise UserError(
-                f"--sweep: numbers of trials differ ({counts}); tune every method equally, with "
-                "--sweep METHOD:FIELD=VALUE,... for fields that not all methods have"
+                f"--sweep: numbers of trials differ ({counts}); tune every method equally, using "
+                "--sweep METHOD:FIELD=VALUE,... for fields that only some methods have"
             )
         return trials
 
     def tuning_runs(self, trials: Sequence[Trial], seeds: Sequence[int]) -> list[PlannedRun]:
-        """Returns tuning runs of trials, ordered by seed. They evaluate only the validation split."""
+        """Returns the tuning runs of trials, ordered by seed. They evaluate only the validation split."""
         return [self._plan(trial, seed, [VALIDATION]) for seed in seeds for trial in trials]
 
     @property
     def tuning_seeds(self) -> range:
-        """The seeds of tuning runs, none of which is that of a final run."""
+        """The seeds of the tuning runs; no final run uses any of them."""
         return range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.num_tuning_seeds)
 
     def final_runs(self, trials: Sequence[Trial]) -> list[PlannedRun]:
@@ -163,13 +163,13 @@ class Grid:
             _check_not_shared("--sweep", sweep.field)
         names = [v.name for v in self.variants]
         if len(set(names)) < len(names):
-            raise UserError(f"--variant: a name is given twice ({', '.join(names)})")
+            raise UserError(f"--variant: a name is repeated ({', '.join(names)})")
         unused = set(names) - set(self.methods)
         if unused:
-            raise UserError(f"--variant: {', '.join(sorted(unused))} not among --methods")
+            raise UserError(f"--variant: {', '.join(sorted(unused))} not listed in --methods")
         unknown = {m for s in self.sweeps for m in s.methods} - set(self.methods)
         if unknown:
-            raise UserError(f"--sweep: {', '.join(sorted(unknown))} not among --methods")
+            raise UserError(f"--sweep: {', '.join(sorted(unknown))} not listed in --methods")
 
     def _trials_of(self, method: str) -> list[Trial]:
         named = [s for s in self.sweeps if method in s.methods]
@@ -178,7 +178,7 @@ class Grid:
         trials = [Trial(method, setting) for setting in settings]
         if self.num_trials is None or self.num_trials >= len(trials):
             return trials
-        # Methods with equally many settings have trials at the same places of their lists.
+        # Methods with the same number of settings sample the same positions of their lists.
         return [Trial(method), *random.Random(0).sample(trials, self.num_trials - 1)]
 
     def _plan(self, trial: Trial, seed: int, splits: list[str]) -> PlannedRun:
@@ -218,7 +218,7 @@ def _budget_fields(unit: str, amount: float) -> dict[str, str]:
 
 
 def parse_sweep(text: str) -> Sweep:
-    """Parses `[METHOD,...:]FIELD=VALUE,...`; the last part of a field's name suffices if it is unique.
+    """Parses `[METHOD,...:]FIELD=VALUE,...`. FIELD may be just the last part of a field's name if that is unique.
 
     Commas inside of brackets belong to a value.
 
@@ -236,7 +236,7 @@ def parse_sweep(text: str) -> Sweep:
         raise UserError(f"--sweep {text}: expected [METHOD,...:]FIELD=VALUE,VALUE")
     methods = tuple(found[1].split(",")) if found[1] else ()
     if len(set(values)) < len(values):
-        raise UserError(f"--sweep {text}: a value is given twice")
+        raise UserError(f"--sweep {text}: a value is repeated")
     return Sweep(methods, _full_field_name(found[2]), values)
 
 
@@ -268,7 +268,7 @@ def parse_variant(text: str) -> Variant:
         raise UserError(f"--variant {text}: {error}") from error
     if file:
         raise UserError(
-            f"--variant {text}: --config applies to all runs; give it outside of --variant"
+            f"--variant {text}: --config applies to all runs; pass it outside of --variant"
         )
     settings = tuple((_full_field_name(field), value) for field, value in overrides)
     fields = [field for field, _ in settings]
@@ -286,7 +286,7 @@ def parse_variant(text: str) -> Variant:
 def _check_not_shared(option: str, field: str) -> None:
     if field.startswith(SHARED):
         raise UserError(
-            f"{option}: {field}: must be the same for all runs; give {field}=... without {option.split()[0]}"
+            f"{option}: {field}: must be the same for all runs; pass {field}=... without {option.split()[0]}"
         )
 
 

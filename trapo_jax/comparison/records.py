@@ -1,7 +1,7 @@
-"""Records of complete runs: a file of a few kB for each, from which all tables of a comparison are made.
+"""Reads and writes the records of completed runs, which contain all data in a comparison's tables in a few kB each.
 
-A record has the config of the run, its code and machine, and its `Result`. Records of runs that were made on several
-machines can be collected in one folder. The run directory is not needed once there is a record.
+A record contains the run's config, code version, machine and `Result`. Records from several machines can be collected
+in one folder. Once a record exists, the run directory is no longer needed.
 """
 
 import dataclasses
@@ -35,34 +35,34 @@ from trapo_jax.types import UserError
 
 OUTPUT_DIR, SOURCE = "output_dir", "data.source"
 SEPARATORS = (",", ":")
-SHOWN = 3  # differing fields that an error lists
+SHOWN = 3  # maximum number of differing fields that an error message lists
 
 
 def is_done(run: PlannedRun) -> bool:
-    """Returns whether there is a record of the run, or the run is complete so that a record can be made.
+    """Returns whether the run has a record, or is complete so that a record can be written.
 
     Raises:
-      UserError: if there is a record of a run with another config.
+      UserError: if the record belongs to a run with a different config.
     """
     return load_record(run) is not None or is_complete(run)
 
 
 def collect_result(run: PlannedRun) -> Result:
-    """Returns the result of a run that is done, after making its record if there is none."""
+    """Returns the result of a run that is done, and writes its record if it has none."""
     if load_record(run) is None:
         write_record(run, read_result(run))
     return load_result(run)
 
 
 def load_result(run: PlannedRun) -> Result:
-    """Returns the result that the record of a run contains.
+    """Returns the result stored in the record of a run.
 
     Raises:
       UserError: if there is no such record, or it cannot be read.
     """
     record = load_record(run)
     if record is None:
-        raise UserError(f"{run.record}: no record of a complete run")
+        raise UserError(f"{run.record}: no record of a completed run")
     try:
         made_by = {"code": record["code"], "processor": record["machine"]["processor"]}
         return _to_result(run, record["result"] | made_by)
@@ -71,10 +71,10 @@ def load_result(run: PlannedRun) -> Result:
 
 
 def load_record(run: PlannedRun) -> dict[str, Any] | None:
-    """Returns the record of a run, or None if there is none, or only of its first steps.
+    """Returns the record of a run, or None if there is none or it covers only the first steps.
 
     Raises:
-      UserError: if the record is of a run with another config.
+      UserError: if the record belongs to a run with a different config.
     """
     if not run.record.exists():
         return None
@@ -82,13 +82,13 @@ def load_record(run: PlannedRun) -> dict[str, Any] | None:
     saved, current = record.get("config"), _fields(run.config)
     if not isinstance(saved, dict):
         raise _damaged(run, "no config")
-    # An older version made the record before there were some of the fields: it did what their defaults do now.
+    # Fields added after the record was written behaved like their current defaults.
     task = [(name, current[name]) for name in (SOURCE, METHOD_NAME)]
     saved = _fields(load_config(Config, None, task)) | saved
     fields = [f for f in {*saved, *current} if saved.get(f) != current.get(f)]
     if different := sorted(f for f in fields if not is_changeable(f)):
         if different == [NUM_STEPS] and saved[NUM_STEPS] < current[NUM_STEPS]:
-            return None  # The run is continued.
+            return None  # The run will be continued.
         listed = ", ".join(
             f"{f}={saved.get(f)}, not {current.get(f)}" for f in different[:SHOWN]
         ) + (", ..." if len(different) > SHOWN else "")
@@ -103,7 +103,7 @@ def _damaged(run: PlannedRun, why: str) -> UserError:
 
 
 def write_record(run: PlannedRun, result: Result) -> None:
-    """Writes the record of a run that this version of the code has completed on this machine."""
+    """Writes the record of a run that this version of the code completed on this machine."""
     record = {
         "method": run.trial.method,
         "setting": run.trial.setting,
@@ -123,14 +123,14 @@ def write_record(run: PlannedRun, result: Result) -> None:
 
 
 def _fields(config: Config) -> dict[str, Any]:
-    """Returns the fields of a config by name, without the folder, as JSON has them."""
+    """Returns the JSON values of a config's fields, keyed by name, without the output folder."""
     fields = flatten(config.model_dump(mode="json"))
     return {name: value for name, value in fields.items() if name != OUTPUT_DIR}
 
 
 @functools.cache
 def code() -> str:
-    """Returns the commit of the code if it is in a git checkout without changes, otherwise a hash of its files."""
+    """Returns the commit if the code is in a git checkout without changes, otherwise a hash of its files."""
     folder = str(Path(__file__).parent)
     try:
         git = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
@@ -144,7 +144,7 @@ def code() -> str:
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """Returns the processor of this machine, with the instructions that decide the speed of matrix products."""
+    """Returns this machine's processor and the instruction sets that determine the speed of matrix products."""
     name, flags = platform.processor(), ""
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -167,7 +167,7 @@ def _to_json(result: Result) -> dict[str, Any]:
             "correct": np.rint(scores.sampled * scores.numbers).astype(int).tolist(),
             "completion_len": scores.completion_len,
         }
-    for name in ("run", "code", "processor"):  # not part of what was measured
+    for name in ("run", "code", "processor"):  # not measurements
         del values[name]
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
 

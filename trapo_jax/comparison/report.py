@@ -1,4 +1,4 @@
-"""The report of a comparison: a document for readers, and numeric tables."""
+"""Builds the report of a comparison: a document for readers, and numeric tables."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ BASE_MODEL = "base model"
 
 
 def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str, Table]]:
-    """Returns the report, and numeric tables by the name of their CSV file.
+    """Returns the report, and numeric tables keyed by the names of their CSV files.
 
     Args:
       c: the comparison.
@@ -44,7 +44,7 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
     unit = UNITS[c.grid.match].label
     blocks: list[Block] = [
         Paragraph(
-            f"The budget of each run is {c.grid.budget:,.12g} {unit}. The base model, the data and their order, the "
+            f"The budget of each run is {c.grid.budget:,.12g} {unit}. The base model, the data and its order, the "
             "chat template, the grader and the evaluation are the same for all runs. The test split is evaluated "
             f"after training; the tables show the accuracy of {c.sampling}."
         ),
@@ -52,11 +52,11 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
         Heading("Accuracy on the test split"),
         score_table(c, scores),
         Paragraph(
-            "In brackets: intervals of 95% over seeds and problems. They assume nothing about the distribution of "
-            "seeds. That of the mean allows for failing seeds that are not among those that were run; that of the "
-            "median says what to expect of a typical seed. iqm: mean of the middle half of the seeds. failed: seeds "
-            f"whose accuracy is more than {FAILURE_GAP:g} below that of the method's best seed; where there is one, a "
-            f"comparison needs at least {MIN_SEEDS_IF_ONE_FAILS} seeds."
+            "Brackets contain 95% intervals over seeds and problems. They assume nothing about the distribution of "
+            "seeds. The interval of the mean allows for failing seeds that were not run; the interval of the median "
+            "shows what to expect from a typical seed. iqm: mean of the middle half of the seeds. failed: number of "
+            f"seeds whose accuracy is more than {FAILURE_GAP:g} below the accuracy of the method's best seed; if there "
+            f"is one, a comparison needs at least {MIN_SEEDS_IF_ONE_FAILS} seeds."
         ),
         seed_table(c, scores),
         *_describe_sources(c),
@@ -116,9 +116,9 @@ def _describe_differences(differences: Sequence[Difference], margin: float) -> l
             ]
         rows.append(row)
     how = (
-        f"The intervals of all {len(differences)} differences hold at the same time with a probability of 95%, and "
-        "agree with the adjusted p-values (Bonferroni): below 0.05, the interval excludes 0. equivalent: the interval "
-        f"lies within ±{margin:g}."
+        f"The intervals of all {len(differences)} differences hold simultaneously with a probability of 95%, and "
+        "agree with the adjusted p-values (Bonferroni): if p is below 0.05, the interval excludes 0. equivalent: the "
+        f"interval lies within ±{margin:g}."
     )
     return [Table(header, rows), Paragraph(how)]
 
@@ -128,7 +128,7 @@ def _difference(x: Contrast) -> str:
 
 
 def score_table(c: Comparison, scores: Sequence[MethodScores]) -> Table:
-    """Returns the accuracy on the test split: first the base model, then the methods, the best one first."""
+    """Returns the accuracy on the test split of the base model and the methods, with the best method first."""
     header = ["method", "setting", "seeds", "mean", "median", "iqm", "worst seed", "failed"]
     rows = []
     before = [r.before for r in c.results if r.before]
@@ -162,7 +162,7 @@ def seed_table(c: Comparison, scores: Sequence[MethodScores]) -> Table:
 
 
 def measure_table(c: Comparison, scores: Sequence[MethodScores]) -> Table:
-    """Returns the means over seeds of what else was measured."""
+    """Returns the means over seeds of the other measures."""
     header = ["method", "greedy", f"pass@{c.num_samples}"]
     header += ["entropy", "length", "guidance", "expert tokens"]
     rows = [
@@ -180,7 +180,7 @@ def measure_table(c: Comparison, scores: Sequence[MethodScores]) -> Table:
 
 
 def score_numbers(scores: Sequence[MethodScores]) -> Table:
-    """Returns the scores on the test split as numbers, with their intervals."""
+    """Returns a numeric table of the scores on the test split, with their intervals."""
     measures = ("sampled", "median", "iqm", "greedy", "best_of")
     others = ("entropy", "completion_len", "guidance", "expert_share")
     header = ["method", "setting", "num_seeds", "num_failed"]
@@ -197,7 +197,7 @@ def score_numbers(scores: Sequence[MethodScores]) -> Table:
 
 
 def difference_numbers(differences: Sequence[Difference]) -> Table:
-    """Returns all differences as numbers."""
+    """Returns a numeric table of all differences."""
     numbers = [f"{name}_{part}" for name in ("mean", "median") for part in Contrast._fields]
     rows = [
         [d.better, d.other, str(d.num_seeds), *map(repr, (*d.mean, *d.median))] for d in differences
@@ -206,7 +206,7 @@ def difference_numbers(differences: Sequence[Difference]) -> Table:
 
 
 def _describe_code(c: Comparison) -> list[Block]:
-    """Returns which code made the runs on which machines."""
+    """Returns a paragraph about the code versions and the machines of the runs."""
     if not c.results:
         return []
     commits = ", ".join(sorted({r.code for r in c.results}))
@@ -230,7 +230,7 @@ def run_table(c: Comparison) -> Table:
 
 
 def spending_table(c: Comparison) -> Table:
-    """Returns the mean amounts spent, over seeds, and the largest deviation from the budget."""
+    """Returns the amounts spent, averaged over seeds, and the largest deviation from the budget."""
     header = ["method", *(unit.label for unit in UNITS.values()), "off budget"]
     rows = []
     for method in c.methods:
@@ -242,7 +242,7 @@ def spending_table(c: Comparison) -> Table:
 
 
 def tuning_table(c: Comparison) -> Table:
-    """Returns the validation accuracy of every trial, and how many seeds it was tried with."""
+    """Returns the validation accuracy and the number of seeds of every trial."""
     chosen = {r.run.trial for r in c.results}
     rows = [
         [

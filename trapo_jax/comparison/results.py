@@ -1,4 +1,4 @@
-"""Results of complete runs, read from their directories."""
+"""Reads the results of completed runs from their directories."""
 
 import dataclasses
 import hashlib
@@ -20,17 +20,17 @@ from trapo_jax.runs.directory import METRICS, SUMMARY, evaluation_file
 from trapo_jax.runs.loggers import EVAL, TRAIN, read_metrics
 from trapo_jax.types import UserError
 
-TAIL_BYTES = 2**16  # size of the part of metrics.jsonl to read; larger than any record
+TAIL_BYTES = 2**16  # number of bytes to read from the end of metrics.jsonl; larger than any record
 
 
 class Scores(NamedTuple):
-    """Per-problem scores of an evaluation, in the order of problem ids."""
+    """Per-problem scores of an evaluation, ordered by problem id."""
 
-    problems: str  # hash of the ids
+    problems: str  # hash of the problem ids
     sources: tuple[str, ...]  # of the problems; empty if they are not known
     numbers: np.ndarray  # int [problems], number of samples
     greedy: np.ndarray  # float [problems], 0 or 1
-    sampled: np.ndarray  # float [problems], fraction of the samples that are correct
+    sampled: np.ndarray  # float [problems], fraction of correct samples
     best_of: np.ndarray  # float [problems], pass@n, where n is the smallest number of samples
     completion_len: float  # mean number of tokens
 
@@ -60,25 +60,25 @@ def make_scores(
 class CurvePoint(NamedTuple):
     """A point of a learning curve."""
 
-    spent: Mapping[str, float]  # amount by unit
-    accuracy: float  # sampled, on the validation split
+    spent: Mapping[str, float]  # amount spent, keyed by unit
+    accuracy: float  # sampled accuracy on the validation split
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The result of a complete run.
+    """The result of a completed run.
 
     Attributes:
       run: the run.
-      spent: amount spent, by unit.
+      spent: amount spent, keyed by unit.
       curve: accuracy on the validation split, from before training to the end.
       before, after: scores on the test split; None for a tuning run.
       num_samples: number of samples per problem, the smallest if they differ.
-      entropy: entropy of the samples of the last evaluation, in nats per token.
+      entropy: entropy of the samples in the last evaluation, in nats per token.
       guidance: mean guidance ratio of the rollouts.
       expert_share: fraction of the trained tokens that are expert tokens.
-      code: commit or version of the code that made the run.
-      processor: processor of the machine that made it.
+      code: commit or version of the code that executed the run.
+      processor: processor of the machine that executed the run.
     """
 
     run: PlannedRun
@@ -95,15 +95,15 @@ class Result:
 
     @property
     def validation_accuracy(self) -> float:
-        """Accuracy on the validation split of the model that the run exported."""
+        """The exported model's accuracy on the validation split."""
         accuracies = [point.accuracy for point in self.curve]
         if self.run.config.checkpoint.load_best_model_at_end:
-            return max(accuracies[1:] or accuracies)  # The first is that before training.
+            return max(accuracies[1:] or accuracies)  # The first was measured before training.
         return accuracies[-1]
 
 
 def is_complete(run: PlannedRun) -> bool:
-    """Returns whether the run has finished, with at least the number of steps that is requested now."""
+    """Returns whether the run has finished at least the number of steps requested now."""
     if not (run.folder / SUMMARY).exists():
         return False
     train = run.config.train
@@ -111,7 +111,7 @@ def is_complete(run: PlannedRun) -> bool:
 
 
 def progress(run: PlannedRun) -> float:
-    """Returns the fraction of its budget that a run has spent, according to its directory."""
+    """Returns the fraction of its budget that a run has spent so far, according to its directory."""
     return 1.0 if is_complete(run) else min(1.0, _last_step(run).get("budget/progress", 0.0))
 
 
@@ -130,7 +130,7 @@ def _last_step(run: PlannedRun) -> dict[str, Any]:
 
 
 def read_result(run: PlannedRun) -> Result:
-    """Reads the result of a complete run.
+    """Reads the result of a completed run.
 
     Raises:
       UserError: if the directory is not a complete run directory of this version.

@@ -1,8 +1,8 @@
-"""Concurrent execution of the runs of a comparison, each in a separate process.
+"""Executes the runs of a comparison concurrently, each in a separate process.
 
-Complete runs are skipped, and interrupted runs are resumed by `trapo_jax.train`. When a run is complete, its record is
-made. A run that fails does not stop the
-others; its directory and log are kept, and it is retried when the comparison is repeated.
+Completed runs are skipped, and interrupted runs are resumed by `trapo_jax.train`. The record of a run is written when
+the run is complete. A run that fails does not stop the others; its directory and log are kept, and it is retried when
+the comparison is repeated.
 """
 
 import signal
@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 
 
 class Failure(NamedTuple):
-    """A run that ended without being complete."""
+    """A run that ended before it was complete."""
 
     run: PlannedRun
     reason: str
@@ -42,17 +42,17 @@ def execute_runs(
     """Executes the runs that are not yet complete.
 
     Args:
-      runs: runs in the order in which they are started.
+      runs: runs in the order in which to start them.
       jobs: maximum number of concurrent processes.
       environment: environment variables of the processes.
-      say: called with lines that report progress.
+      say: function that prints a line about the progress.
 
     Returns:
       The runs that failed.
 
     Raises:
-      UserError: if the directory of a run contains anything else; in this case, no run has been started.
-      Interrupted: if the comparison is interrupted, after the active runs have saved checkpoints.
+      UserError: if a run's directory contains anything else; in this case, no run has been started.
+      Interrupted: if the comparison is interrupted; raised after the active runs have saved checkpoints.
     """
     for run in runs:
         check_run_folder(run.folder, run.config.to_yaml())
@@ -76,7 +76,7 @@ def execute_runs(
     except KeyboardInterrupt:
         _stop(active)
         raise Interrupted from None
-    except BaseException:  # for example a closed pipe; the active runs still save checkpoints
+    except BaseException:  # for example, a closed pipe; the active runs still save checkpoints
         _stop(active)
         raise
     finally:
@@ -88,7 +88,7 @@ def execute_runs(
 
 
 def log_file(run: PlannedRun) -> Path:
-    """Returns the output file of a run's process. It is outside of the run directory, to which only the run writes."""
+    """Returns the output file of a run's process, outside of the run directory because only the run writes there."""
     return run.folder.with_name(run.folder.name + ".log")
 
 
@@ -104,7 +104,7 @@ def _start(run: PlannedRun, environment: Mapping[str, str]) -> _Job:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=dict(environment),
-                # Ctrl-C must reach the runs only through `_stop`; a second signal would end them without a checkpoint.
+                # Ctrl-C must reach the runs only through `_stop`; a second signal would kill them without a checkpoint.
                 start_new_session=True,
             )
     except OSError as error:
@@ -113,7 +113,7 @@ def _start(run: PlannedRun, environment: Mapping[str, str]) -> _Job:
 
 
 def _find_failure(job: _Job) -> Failure | None:
-    """Returns the failure of a run that has ended, or None after making the record of a complete run."""
+    """Returns the failure of a run that has ended; if the run is complete, writes its record and returns None."""
     if is_done(job.run):
         collect_result(job.run)
         return None
@@ -125,7 +125,7 @@ def _find_failure(job: _Job) -> Failure | None:
 
 
 def _stop(active: Sequence[_Job]) -> None:
-    """Lets every active run stop and save a checkpoint."""
+    """Tells all active runs to save a checkpoint, and waits until they exit."""
     for job in active:
         job.process.send_signal(signal.SIGINT)
     for job in active:
@@ -138,7 +138,7 @@ def _raise_interrupt(number: int, frame: object) -> None:
 
 
 class _ProgressReporter:
-    """Reports the number of complete runs, the rate at which runs complete, and the estimated remaining time."""
+    """Reports the number of completed runs, the number of runs per hour, and the estimated remaining time."""
 
     def __init__(self, runs: Sequence[PlannedRun], say: Say):
         self._runs, self._say = runs, say

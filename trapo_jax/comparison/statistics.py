@@ -1,19 +1,21 @@
-"""Intervals and tests for methods that were trained with few seeds, some of which may fail.
+"""Computes intervals and tests for methods trained with few seeds, some of which may fail.
 
 The scores of a method form a matrix with one row per seed and one column per problem. Seeds are independent draws from
-the runs that the method may produce, problems from those that it may be asked, and all scores lie in [0, 1]. Nothing
-else is assumed. In particular, a method may fail with a rare seed that is not among those that were run, for which the
-intervals of Student's t distribution and of the bootstrap make no allowance.
+the distribution of the method's runs, problems are independent draws from the distribution of problems, and all scores
+lie in [0, 1]. Nothing else is assumed. In particular, a method may fail with a rare seed that was not run; intervals
+based on Student's t distribution or the bootstrap do not allow for this.
 
-An interval is therefore made from random weights of the seeds, of the problems, and of one more seed and problem whose
-scores are the worst possible for its lower end, and the best possible for its upper end. The weights of n + 1 seeds
-follow the uniform distribution on the simplex, which is also that of the gaps between n sorted uniform numbers:
+An interval is therefore computed from random weights of the seeds, of the problems, and of one extra seed and problem
+that have the worst possible scores for the lower end, and the best possible scores for the upper end. The weights of
+n + 1 seeds follow the uniform distribution on the simplex, as do the gaps between n sorted uniform numbers:
 
-- For the mean of a single problem, this is the interval of Gaffke (2005), for whose coverage no counterexample is
-  known (Learned-Miller and Thomas 2019, arXiv 1905.06208). If all scores are 0 or 1, it is that of Clopper and Pearson
-  (1934). After n seeds that all succeed, it allows for a failure rate of up to 1 - 0.025^(1 / n): 31% for n = 10.
-- For the median, it is the exact interval between two of the sorted scores. Below 6 seeds, it ends at 0 or 1.
-- The interquartile mean, the mean of the middle half of the seeds, is the measure of `rliable` (Agarwal et al. 2021).
+- For the mean of a single problem, this is the interval of Gaffke (2005); no counterexample to its coverage is known
+  (Learned-Miller and Thomas 2019, arXiv 1905.06208). If all scores are 0 or 1, it is the interval of Clopper and
+  Pearson (1934). After n seeds that all succeed, it allows for a failure rate of up to 1 - 0.025^(1 / n): 31% for
+  n = 10.
+- For the median, it is the exact interval between two of the sorted scores. With fewer than 6 seeds, it ends at 0 or 1.
+- The interquartile mean, the mean of the middle half of the seeds, is the measure used by `rliable` (Agarwal et al.
+  2021).
 
 Two methods are compared on the same problems, with independent seeds. `tools/simulate_comparisons.py` measures coverage
 and the rate of false positives.
@@ -30,31 +32,31 @@ import numpy as np
 
 NUM_DRAWS = 20_000
 LEVEL = 0.05  # family-wise significance level
-PROBLEMS_STREAM = 0  # of random weights; those of seeds have higher numbers
+PROBLEMS_STREAM = 0  # random stream for the weights of problems; seeds use higher numbers
 
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Draws(NamedTuple):
-    """Random draws of a quantity, from which its intervals and tests follow.
+    """Random draws of a quantity, used to compute its intervals and tests.
 
     Attributes:
-      low: float `[draws]`, with one more seed and problem that have the worst possible scores.
-      high: the same with the best possible scores; no element is below that of `low`.
+      low: float `[draws]`, computed with one extra seed and problem that have the worst possible scores.
+      high: the same with the best possible scores; elementwise at least `low`.
     """
 
     low: np.ndarray
     high: np.ndarray
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """Returns the interval that does not contain the quantity with a probability of at most `level`."""
-        # As many draws may lie outside as make the p-value of 0 lower than the level.
+        """Returns an interval that misses the quantity with a probability of at most `level`."""
+        # Exclude as many draws as possible such that the p-value of an excluded 0 is below the level.
         num_outside = max(0, math.ceil(level / 2 * (len(self.low) + 1)) - 2)
         low, high = np.sort(self.low), np.sort(self.high)
         return float(low[num_outside]), float(high[-1 - num_outside])
 
     def p_value(self) -> float:
-        """Returns the two-sided p-value of the hypothesis that the quantity is 0: the smallest level that excludes 0."""
+        """Returns the two-sided p-value of a quantity of 0: the smallest level whose interval excludes 0."""
         num_contrary = min(np.sum(self.low <= 0), np.sum(self.high >= 0))
         return min(1.0, 2 * float(num_contrary + 1) / (len(self.low) + 1))
 
@@ -64,12 +66,12 @@ class Draws(NamedTuple):
 
 
 def weighted_mean(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns means over the last axis, with weights whose sum is 1."""
+    """Returns means over the last axis, with weights that sum to 1."""
     return np.sum(scores * weights, axis=-1)
 
 
 def weighted_median(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns medians over the last axis of sorted scores; the mean of both in the middle if there are two."""
+    """Returns medians over the last axis of sorted scores; if two scores are in the middle, their mean."""
     ends = np.cumsum(weights, axis=-1)
     first = np.argmax(ends >= 0.5 - ROUNDING, axis=-1)
     last = np.argmax(ends > 0.5 + ROUNDING, axis=-1)
@@ -78,7 +80,7 @@ def weighted_median(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def interquartile_mean(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns means of the middle half of the weights, over the last axis of sorted scores."""
+    """Returns means over the last axis of sorted scores, restricted to the middle half of the weights."""
     ends = np.clip(np.cumsum(weights, axis=-1), 0.25, 0.75)
     starts = np.concatenate([np.full_like(ends[..., :1], 0.25), ends[..., :-1]], axis=-1)
     return np.sum(scores * (ends - starts), axis=-1) * 2
@@ -93,7 +95,7 @@ STATISTICS: dict[str, Statistic] = {
 
 
 def point_estimate(scores: np.ndarray, statistic: Statistic) -> float:
-    """Returns a statistic of the mean scores of the seeds.
+    """Returns a statistic of the seeds' mean scores.
 
     Args:
       scores: float `[seeds, problems]` in [0, 1].
@@ -106,13 +108,13 @@ def point_estimate(scores: np.ndarray, statistic: Statistic) -> float:
 def draw(
     scores: np.ndarray, statistic: Statistic, *, stream: int = 1, num_draws: int = NUM_DRAWS
 ) -> Draws:
-    """Draws a statistic of the accuracies that runs of a method have over all problems.
+    """Draws random values of a statistic of a method's accuracies over all problems.
 
     Args:
       scores: float `[seeds, problems]` in [0, 1].
       statistic: one of `STATISTICS`.
-      stream: number of the random weights of the seeds, at least 1. Methods whose difference is drawn have different
-        ones; all have the same weights of problems, which pairs them by problem.
+      stream: number of the random stream for the weights of the seeds, at least 1. To compare two methods, use
+        different streams; all methods share the weights of the problems, which pairs them by problem.
       num_draws: number of draws.
     """
     num_seeds, num_problems = scores.shape
@@ -145,9 +147,9 @@ def _weights(size: int, num_draws: int, stream: int) -> np.ndarray:
 
 
 def adjust(p_values: Sequence[float]) -> list[float]:
-    """Adjusts p-values for multiple testing (Bonferroni): those below a level are jointly significant at that level.
+    """Adjusts p-values for multiple testing (Bonferroni), so that the family-wise error rate is controlled.
 
-    A difference whose adjusted p-value is below `LEVEL` is one whose interval at `LEVEL / len(p_values)` excludes 0.
+    The adjusted p-value is below `LEVEL` if and only if the interval at `LEVEL / len(p_values)` excludes 0.
 
     >>> adjust([0.01, 0.04, 0.6])
     [0.03, 0.12, 1.0]

@@ -1,4 +1,4 @@
-"""Scores of trials on the validation split, and selection of the best."""
+"""Scores trials on the validation split, and selects the best."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ class TrialScore(NamedTuple):
     """Scores of a trial on the validation split."""
 
     trial: Trial
-    accuracies: tuple[float, ...]  # of each complete run; see `Result.validation_accuracy`
+    accuracies: tuple[float, ...]  # one per completed run; see `Result.validation_accuracy`
     num_failed: int
     fingerprint: tuple  # equal for two trials only if their runs were identical
 
     @property
     def score(self) -> float:
-        """Mean accuracy over seeds; -1, which is worse than any accuracy, if a run failed."""
+        """The mean accuracy over seeds, or -1 (worse than any accuracy) if a run failed."""
         return -1.0 if self.num_failed else fmean(self.accuracies)
 
 
@@ -39,13 +39,13 @@ def score_trials(runs: Sequence[PlannedRun]) -> list[TrialScore]:
 
 
 def best_trials(scores: Sequence[TrialScore], *, share: float = 0.0) -> list[TrialScore]:
-    """Returns the best trials of each method, the first ones in a tie.
+    """Returns the best trials of each method. Ties are broken in favor of earlier trials.
 
-    Only trials with as many runs as any other of the method are compared, and none with a failed run is returned.
+    Only the trials of a method that have the most runs are compared. Trials with a failed run are never returned.
 
     Args:
       scores: scores of all trials.
-      share: fraction of the trials of a method to return, rounded up, but at least one.
+      share: fraction of a method's trials to return, rounded up; at least one trial is returned.
     """
     best = []
     for method in dict.fromkeys(s.trial.method for s in scores):

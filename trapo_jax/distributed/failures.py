@@ -1,6 +1,6 @@
-"""Processes of a job end together: if one fails or dies, each of the others prints one line and exits.
+"""Ends the processes of a job together: if one fails or dies, each of the others prints one line and exits.
 
-Without this, they would wait in a collective operation for the one that is missing.
+Without this, they would wait for the missing process in a collective operation.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from jax._src import distributed  # JAX has no public access to its key-value st
 from trapo_jax.types import EXIT_FAILED, TrainingFailed, UserError
 
 POLL_SECS = 1.0
-# A process that fails for the same reason as another one has this time to print its own error.
+# Time for a process that fails for the same reason as another to print its own error.
 GRACE_SECS = 3.0
 FAILED = "trapo_jax/failed"
-_callbacks: list[Any] = []  # C code refers to them until the process ends.
+_callbacks: list[Any] = []  # kept alive because C code refers to them until the process ends
 
 
 def report_abort(line: str) -> None:
-    """Lets this process print an error line and exit if native code aborts it, in place of a core dump.
+    """Makes this process print an error line and exit, instead of dumping core, if native code aborts it.
 
     JAX aborts a process that loses contact with the others. Python's own signal handlers do not run in this case.
     """
@@ -44,9 +44,9 @@ def report_abort(line: str) -> None:
 
 @contextlib.contextmanager
 def fail_together(dead_after_secs: float) -> Iterator[None]:
-    """Ends this process if another one fails in this context, and tells the others if this one fails.
+    """Ends this process if another one fails within this context, and tells the others if this one fails.
 
-    Has no effect if the job has a single process.
+    This has no effect if the job has a single process.
 
     Args:
       dead_after_secs: time after which JAX notices that a process has died.
@@ -60,19 +60,21 @@ def fail_together(dead_after_secs: float) -> Iterator[None]:
         yield
     except BaseException as error:
         if _is_from_runtime(error):
-            # Perhaps another process has failed: then one of the watches ends this process with the reason.
+            # Another process may have failed; if so, the peer watch or JAX ends this process with the reason.
             time.sleep(dead_after_secs + GRACE_SECS + POLL_SECS)
         watch.close()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # The coordinator has gone.
+        with contextlib.suppress(
+            jax.errors.JaxRuntimeError
+        ):  # raised if the coordinator has exited
             client.key_value_set(f"{FAILED}/{jax.process_index()}", _describe(error))
         raise
     watch.close()
 
 
 def exit_failed(code: int) -> None:
-    """Exits with this code if the job has several processes, without waiting for the others, as JAX would.
+    """Exits with this code if the job has several processes. Unlike JAX, it does not wait for the others.
 
-    Call it after `fail_together` has told them, and the error has been printed.
+    Call it after `fail_together` has told them, and after the error has been printed.
     """
     if distributed.global_state.client is None:
         return
@@ -101,7 +103,7 @@ class _PeerWatch:
             try:
                 failed = self._client.key_value_dir_get(FAILED)
             except jax.errors.JaxRuntimeError:
-                return  # The coordinator has gone, and JAX aborts this process.
+                return  # The coordinator has exited, and JAX will abort this process.
             if not failed or self._closed.wait(GRACE_SECS):
                 continue
             with self._exit_lock:
@@ -114,10 +116,10 @@ class _PeerWatch:
 
 
 def _is_from_runtime(error: BaseException) -> bool:
-    """Whether an operation on devices failed, for example because another process did not take part in it.
+    """Returns whether a device operation failed, for example because another process did not take part in it.
 
-    JAX raises these errors as `JaxRuntimeError` or `ValueError` with the name of a status. Too little memory has other
-    causes.
+    JAX raises these errors as `JaxRuntimeError` or `ValueError` with the name of a status. Running out of memory is
+    excluded, because it is not caused by another process.
     """
     has_status = re.match(r"(?!RESOURCE_EXHAUSTED)[A-Z_]+: ", str(error)) is not None
     return has_status and isinstance(error, (jax.errors.JaxRuntimeError, ValueError))

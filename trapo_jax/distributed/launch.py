@@ -1,7 +1,7 @@
-"""Start of a job: its processes, one per host, find each other and compare what they were started with.
+"""Starts a job: connects its processes, one per host, and checks that they were started with the same settings.
 
-JAX finds the processes of a TPU slice, also on GKE, and those that `srun` or `mpirun` has started. Otherwise they are
-described by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+JAX detects the processes of a TPU slice, including on GKE, and processes started by `srun` or `mpirun`. Otherwise,
+`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` describe them.
 """
 
 import json
@@ -21,7 +21,7 @@ from trapo_jax.distributed.log_level import HOST_LISTS
 from trapo_jax.types import UserError
 
 ADDRESS, COUNT, ID = BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# The variables of launchers that JAX reads.
+# Environment variables of launchers that JAX reads.
 DETECTED_FROM = (
     *("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     *("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
@@ -29,9 +29,9 @@ DETECTED_FROM = (
 )
 LOCAL_DEVICES = "JAX_LOCAL_DEVICE_IDS"
 JOIN_SECS = 300  # maximum time between the start of the first and the last process
-# Maximum time between the arrival of the first and the last process that have joined.
+# Maximum time that a process waits for the settings of the others, once all have joined.
 EXCHANGE_SECS = 60
-MAX_NAMED = 3  # fields in the message about processes that were started differently
+MAX_NAMED = 3  # maximum number of differing settings in an error message
 MAX_VALUE_CHARS = 60
 SETTINGS = "trapo_jax/settings"
 
@@ -43,12 +43,12 @@ def join_processes(settings: Mapping[str, Any], *, dead_after_secs: float) -> No
     compared.
 
     Args:
-      settings: JSON-serializable values by name, which must be the same in all processes.
-      dead_after_secs: time after which a process that does not respond counts as dead, and all others end.
+      settings: JSON-serializable values, keyed by name, that must be the same in all processes.
+      dead_after_secs: time after which an unresponsive process is considered dead, and all others end.
 
     Raises:
-      UserError: if the settings differ; if a launcher has started several processes, but they do not find each other;
-        if its environment variables are malformed; or if JAX finds no device.
+      UserError: if the settings differ; if a launcher started several processes, but they do not find each other; if
+        the launcher's environment variables are malformed; or if JAX finds no device.
     """
     if not jax.distributed.is_initialized():
         _initialize(dead_after_secs)
@@ -56,12 +56,12 @@ def join_processes(settings: Mapping[str, Any], *, dead_after_secs: float) -> No
         check_equal(_exchange(settings), "start the same command with the same files on every host")
     try:
         num_processes = jax.process_count()
-    # JAX raises AssertionError if the platform's plugin is not installed.
+    # JAX raises an AssertionError if the platform's plugin is not installed.
     except (RuntimeError, AssertionError) as error:
         platforms = os.environ.get("JAX_PLATFORMS") or "any"
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"JAX finds no device, JAX_PLATFORMS={platforms}{reason and f' ({reason})'}; unset it to "
+            f"JAX finds no device for JAX_PLATFORMS={platforms}{reason and f' ({reason})'}; unset it to "
             "use the available devices"
         ) from error
     if num_processes > 1 and not jax.distributed.is_initialized():
@@ -79,8 +79,8 @@ def _initialize(dead_after_secs: float) -> None:
     described = ", ".join(f"{x}={os.environ[x]}" for x in DETECTED_FROM if x in os.environ)
     where = address or f"the coordinator that JAX detects ({described or 'TPU metadata'})"
     report_abort(
-        f"not all processes of the job have connected to {where} within {JOIN_SECS} s, or two have the same number; "
-        "start every process once, and see the output of the others"
+        f"not all processes of the job connected to {where} within {JOIN_SECS} s, or two have the same number; start "
+        "every process exactly once, and check the output of the others"
     )
     try:
         jax.distributed.initialize(
@@ -95,35 +95,39 @@ def _initialize(dead_after_secs: float) -> None:
         reason = str(error).partition("\n")[0]
         raise UserError(f"cannot join the other processes at {where}: {reason}") from error
     report_abort(
-        "another process of the job has died or cannot be reached; see its output, then start all processes again to "
-        "resume from the newest checkpoint (with TF_CPP_MIN_LOG_LEVEL=0, JAX logs why it has ended this process)"
+        "another process of the job has died or cannot be reached; see its output, then restart all processes to "
+        "resume from the newest checkpoint (with TF_CPP_MIN_LOG_LEVEL=0, JAX logs why it ended this process)"
     )
 
 
 def _described_by_hand() -> tuple[str | None, int | None, int | None]:
-    """Returns the coordinator's address, the number of processes, and the number of this one, if they are set."""
+    """Returns the coordinator's address, the number of processes, and this process's number, if they are set."""
     given = [name for name in BY_HAND if name in os.environ]
     if not given:
         return None, None, None
     if missing := [name for name in BY_HAND if name not in given]:
         raise UserError(
-            f"{', '.join(given)} set, but not {', '.join(missing)}; set all three or none"
+            f"{', '.join(given)} set, but not {', '.join(missing)}; set all three or none of them"
         )
     address, count, index = os.environ[ADDRESS], _integer(COUNT), _integer(ID)
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise UserError(f"{ADDRESS}={address}: give HOST:PORT of process 0")
+        raise UserError(f"{ADDRESS}={address}: set it to HOST:PORT of process 0")
     if not 0 <= index < count:
-        raise UserError(f"{ID}={index}: with {COUNT}={count}, give a number from 0 to {count - 1}")
+        raise UserError(
+            f"{ID}={index}: with {COUNT}={count}, set it to a number from 0 to {count - 1}"
+        )
     return address, count, index
 
 
 def _detected_count() -> int:
-    """Returns the number of processes of the job that JAX detects; 1 if it detects none."""
+    """Returns the number of processes in the job that JAX detects; 1 if it detects none."""
     kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # in a Kubernetes pod without Kubernetes' client
-        # Detection asks servers of the cloud, whose clients raise errors of their own.
+        warnings.simplefilter(
+            "ignore"
+        )  # JAX warns in a Kubernetes pod without the Kubernetes client.
+        # Detection queries cloud servers, whose clients raise their own types of errors.
         try:
             return next((x.get_process_count() for x in kinds if x.is_env_present()), 1)
         except Exception:
@@ -131,7 +135,7 @@ def _detected_count() -> int:
 
 
 def _check_alone() -> None:
-    """Checks that no launcher has started other processes, which JAX would not find."""
+    """Checks that no launcher has started other processes that JAX does not detect."""
     for variable, num_processes, remedy in _launched():
         if num_processes > 1:
             raise UserError(
@@ -141,13 +145,19 @@ def _check_alone() -> None:
 
 
 def _launched() -> Iterator[tuple[str, int, str]]:
-    """Yields the environment variables of launchers, the number of processes, and what to do if they are not found."""
+    """Yields launchers' environment variables, their numbers of processes, and what to do if JAX finds only one."""
     name = "SLURM_NTASKS"
-    if name in os.environ and "SLURM_PROCID" in os.environ:  # otherwise, a shell in an allocation
-        yield name, _integer(name), "start it with srun, or unset the variable if it is alone"
+    if (
+        name in os.environ and "SLURM_PROCID" in os.environ
+    ):  # without SLURM_PROCID: a shell in an allocation
+        yield (
+            name,
+            _integer(name),
+            "start it with srun, or unset the variable if it is the only process",
+        )
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if name in os.environ:
-            yield name, _integer(name), "start one process if it is alone"
+            yield name, _integer(name), "start only one process if it should run alone"
     for name in HOST_LISTS:
         if name in os.environ:
             hosts = os.environ[name].split(",")
@@ -155,9 +165,9 @@ def _launched() -> Iterator[tuple[str, int, str]]:
 
 
 def _local_device_ids() -> list[int] | None:
-    """Returns [], that is, all devices, if this is the only process on its host; None for JAX's default.
+    """Returns [], meaning all devices, if this is the only process on its host; None for JAX's default.
 
-    The default for processes that were started by srun or mpirun is one device, also if there is one process per host.
+    JAX's default for processes started by srun or mpirun is one device, even if there is only one process per host.
     """
     if LOCAL_DEVICES in os.environ:
         return None
@@ -175,7 +185,7 @@ def _integer(name: str) -> int:
 
 
 def _exchange(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the settings of all processes. It uses only the coordinator, because the devices may differ as well.
+    """Returns the settings of all processes. It uses only the coordinator, because the devices may also differ.
 
     Raises:
       UserError: if a process does not send its settings.
@@ -187,12 +197,12 @@ def _exchange(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         client.key_value_set(f"{SETTINGS}/{state.process_id}", text, allow_overwrite=True)
         client.wait_at_barrier(f"{SETTINGS}/sent", 1000 * EXCHANGE_SECS)
         received = dict(client.key_value_dir_get(SETTINGS))
-        # No process ends, and the coordinator with it, before all have received the settings.
+        # No process may end, stopping the coordinator, before all have received the settings.
         client.wait_at_barrier(f"{SETTINGS}/received", 1000 * EXCHANGE_SECS)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"the other processes of the job have not sent their settings within {EXCHANGE_SECS} s; start the same command "
-            "with the same version of trapo_jax on every host"
+            f"the other processes of the job did not send their settings within {EXCHANGE_SECS} s; start the same "
+            "command with the same version of trapo_jax on every host"
         ) from error
     return [json.loads(received[f"{SETTINGS}/{process}"]) for process in range(state.num_processes)]
 
@@ -201,11 +211,11 @@ def check_equal(by_process: Sequence[Mapping[str, Any]], remedy: str) -> None:
     """Checks that the values of all processes are equal.
 
     Args:
-      by_process: values by name, for every process.
-      remedy: what to do if they differ, for the error.
+      by_process: the values of every process, keyed by name.
+      remedy: what to do if they differ, for the error message.
 
     Raises:
-      UserError: with the names of what differs and the values of the processes.
+      UserError: if they differ; the message names each difference and its values.
     """
     names = dict.fromkeys(name for values in by_process for name in values)
     lines = []

@@ -1,7 +1,7 @@
-"""Communication between the processes of a job, one per host; see `launch` for how they find each other.
+"""Communicates between the processes of a job, one per host; see `launch` for how they find each other.
 
 Every process runs the same program with the same config. Each process samples and grades its share of a step's
-problems. Then the rollouts are gathered on all processes, which train on one global batch. Only process 0 writes logs.
+problems. The rollouts are then gathered on all processes, which train on one global batch. Only process 0 writes logs.
 """
 
 import json
@@ -19,7 +19,7 @@ from trapo_jax.types import Interrupted
 
 T = TypeVar("T")
 
-# Messages are padded to this size times a power of 2, since a program is compiled for each size.
+# Messages are padded to this size times a power of 2, because a program is compiled for each size.
 MIN_MESSAGE_BYTES = 1024
 POLL_SECS = 1.0
 
@@ -35,7 +35,7 @@ def my_share(items: Sequence[Any]) -> list[Any]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns the values of all processes, by process. All processes must call it; values must be JSON-serializable."""
+    """Returns the JSON-serializable values of all processes, in process order. All processes must call it."""
     if jax.process_count() == 1:
         return [value]
     message = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -47,7 +47,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def gather_shares(mine: list[Any]) -> list[Any]:
-    """Returns the whole list from the shares of all processes (see `my_share`)."""
+    """Returns the whole list, reassembled from the shares of all processes (see `my_share`)."""
     shares = gather(mine)
     whole = [None] * sum(map(len, shares))
     for i, share in enumerate(shares):
@@ -56,7 +56,7 @@ def gather_shares(mine: list[Any]) -> list[Any]:
 
 
 def from_main(decide: Callable[[], T]) -> T:
-    """Lets process 0 decide, and returns what it has decided on all processes; it must be JSON-serializable.
+    """Calls `decide` on process 0, and returns its JSON-serializable result on all processes.
 
     All processes must call it. If process 0 raises an error, it ends the others; see `failures.fail_together`.
     """
@@ -64,9 +64,9 @@ def from_main(decide: Callable[[], T]) -> T:
 
 
 def interrupt_together(work: Callable[[], T]) -> T:
-    """Does the work of this process. If it raises `Interrupted` in any process, raises it in all of them.
+    """Does this process's work. If the work is interrupted in any process, raises `Interrupted` in all of them.
 
-    All processes must call it, so that none waits in the next collective operation for one that was interrupted.
+    All processes must call it, so that none waits for an interrupted process in the next collective operation.
     """
     try:
         result, is_interrupted = work(), False
@@ -81,7 +81,7 @@ class SharedFlag:
     """A flag that any process can set. The others see it within `POLL_SECS`, without a collective operation.
 
     Args:
-      name: identifies the flag in the job.
+      name: name of the flag, unique within the job.
     """
 
     def __init__(self, name: str):
@@ -105,7 +105,7 @@ class SharedFlag:
         return self._is_set
 
     def close(self) -> None:
-        """Clears the flag if this process has set it. By then, all processes must have seen it."""
+        """Clears the flag if this process has set it. All processes must have seen the flag by then."""
         if self._was_set_here and self._client is not None:
             self._client.key_value_delete(self._key)
 
@@ -117,7 +117,7 @@ def wait_for_all(name: str) -> None:
 
 
 def fetch(tree: Any) -> Any:
-    """Returns global arrays as NumPy arrays, complete on every process. Arrays are gathered one at a time."""
+    """Returns global arrays as complete NumPy arrays on every process. Arrays are gathered one at a time."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

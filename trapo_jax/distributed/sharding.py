@@ -1,7 +1,7 @@
-"""The device mesh and the sharding rules of arrays.
+"""Defines the device mesh and the sharding of arrays.
 
-Parameters have logical axis names (`PARAM_AXES`), which `Rules` map to mesh axes. Batch rows are sharded over `data`
-and `fsdp`.
+Parameters have logical axis names (`PARAM_AXES`) that `Rules` map to mesh axes. Batch rows are sharded over `data` and
+`fsdp`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from trapo_jax.types import BATCH_AXES, UserError
 
-# The logical axes of every parameter of the decoder, by name. The first axis of stacked parameters is "layers".
+# Logical axes of the decoder's parameters, keyed by name. The first axis of stacked parameters is "layers".
 PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "embedding": ("vocab", "width"),
     "unembedding": ("width", "vocab"),
@@ -47,7 +47,7 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Maps logical axes to mesh axes; None replicates."""
+    """Maps logical axes to mesh axes. Axes that map to None are replicated."""
 
     layers: str | None = None
     width: str | None = "fsdp"
@@ -60,8 +60,8 @@ def make_mesh(*, fsdp: int, tp: int, devices: Sequence[Any] | None = None) -> Me
     """Creates a mesh with axes (data, fsdp, tp); the remaining devices are assigned to `data`.
 
     Args:
-      fsdp: size of the axis over which the batch and the parameters are sharded; -1 for all remaining devices.
-      tp: size of the axis over which heads, MLPs and the vocabulary are sharded.
+      fsdp: size of the mesh axis that shards the batch and the parameters; -1 for all remaining devices.
+      tp: size of the mesh axis that shards heads, MLPs and the vocabulary.
       devices: the devices of the mesh; all devices if None.
 
     Raises:
@@ -82,7 +82,7 @@ def make_mesh(*, fsdp: int, tp: int, devices: Sequence[Any] | None = None) -> Me
 
 
 def on_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """Returns the function traced with the mesh set, which the model uses to shard activations."""
+    """Wraps a function so that it is traced with the mesh set. The model uses the mesh to shard activations."""
 
     @functools.wraps(function)
     def traced(*args):
@@ -120,7 +120,7 @@ def optimizer_shardings(
     """Returns the shardings of the optimizer state.
 
     Leaves with the path and shape of a parameter are sharded like the parameter; all others are replicated. Leaves are
-    matched by path because the states of optimizers for some of the parameters, such as Muon, are incomplete trees.
+    matched by path because optimizers that handle only some of the parameters, such as Muon, have partial trees.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     by_path = {
@@ -143,7 +143,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of `[M, B, T]` arrays, whose rows are sharded over `data` and `fsdp`."""
+    """Returns the sharding of `[M, B, T]` arrays, with rows sharded over `data` and `fsdp`."""
     return NamedSharding(mesh, P(None, BATCH_AXES, None))
 
 
@@ -152,7 +152,7 @@ def num_batch_shards(mesh: Mesh) -> int:
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:
-    """Returns shapes, dtypes and shardings of a tree of arrays or shapes."""
+    """Returns a tree of the shapes, dtypes and shardings of arrays or shapes."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         tree,

@@ -1,4 +1,4 @@
-"""Plans of runs on given devices: the programs, whether they fit into memory, and bounds on their execution times."""
+"""Plans runs on given devices: their programs, whether they fit in memory, and bounds on their execution times."""
 
 import dataclasses
 import math
@@ -38,10 +38,10 @@ class Plan:
     Attributes:
       topology: the devices.
       mesh: size of each mesh axis.
-      decoder: config of the decoder; its attention implementation is the one that the devices would use.
+      decoder: config of the decoder, with the attention implementation that the devices would use.
       row_len: length of a training row.
       programs: the train step, prefill and a decode segment; empty if the compiler ran out of memory.
-      out_of_memory: the phase in which the compiler ran out of memory, and the message; None if it did not.
+      out_of_memory: the phase in which the compiler ran out of memory, and its message; None if it did not.
     """
 
     topology: Topology
@@ -53,12 +53,12 @@ class Plan:
 
     @property
     def num_params(self) -> int:
-        """Number of parameters of the model."""
+        """The number of model parameters."""
         return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(self.decoder)))
 
     @property
     def needed_bytes(self) -> dict[str, float]:
-        """Bytes needed by training and by sampling. The train state stays in memory while the engine samples."""
+        """The bytes needed by training and by sampling. The train state stays in memory during sampling."""
         if not self.programs:
             return {}
         train_step, prefill, decode = self.programs
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def phases_without_memory(self) -> list[str]:
-        """Phases that need more memory than a device has."""
+        """The phases that need more memory than a device has."""
         if self.out_of_memory:
             return [self.out_of_memory[0]]
         if not self.topology.chip:
@@ -81,14 +81,14 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the run fits into memory; None if the memory size is unknown."""
+        """Whether the run fits in memory; None if the memory size is unknown."""
         if self.out_of_memory:
             return False
         return not self.phases_without_memory if self.topology.chip else None
 
     @property
     def advice(self) -> list[str]:
-        """Config changes that reduce memory in the phases that do not fit."""
+        """Config changes that reduce the memory use of the phases that do not fit."""
         return [advice for phase in self.phases_without_memory for advice in ADVICE[phase]]
 
     def mfu_bound(self, program: Program) -> float:
@@ -98,7 +98,7 @@ class Plan:
         return program.useful_flops / self.topology.chip.flops / seconds
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as JSON-serializable data. Sizes are in bytes on one device."""
+        """Returns the plan as JSON-serializable data. Sizes are in bytes per device."""
         plan: dict[str, Any] = {
             "topology": self.topology.name,
             "mesh": dict(self.mesh),

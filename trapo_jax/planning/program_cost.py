@@ -1,7 +1,7 @@
-"""Cost of a compiled program on one device: FLOPs, memory traffic, and bytes received in collectives.
+"""Computes the cost of a compiled program on one device: FLOPs, memory traffic, and bytes received in collectives.
 
-XLA's cost analysis counts the body of a loop once. This module counts it once per iteration. Matmuls are counted in
-the traced program (before the compiler fuses them), memory traffic and collectives in the compiled program.
+XLA's cost analysis counts a loop's body once; this module counts it once per iteration. Matmuls are counted in the
+traced program (before the compiler fuses them), and memory traffic and collectives in the compiled program.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ VIEWS = ("bitcast", "copy", "reshape")
 UPDATE_OPERAND = {
     "dynamic-update-slice": 1,
     "scatter": 2,
-}  # index of the operand that is written into operand 0 in place
+}  # index of the operand that is written to operand 0 in place
 
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
@@ -60,8 +60,8 @@ LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 INDEX = re.compile(r"index=(\d+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 CHANNEL = re.compile(r"channel_id=(\d+)")
-# Marks a collective that is split into pieces that overlap with the iterations of a loop. Its start, its pieces and
-# its end all have the type of the whole collective.
+# Marks a collective that is split into pieces that overlap with the iterations of a loop. The types of its start, its
+# pieces and its end are all the type of the whole collective.
 CHAIN_ID = 'chain_id="'
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -90,7 +90,7 @@ class _Instruction:
 
 
 def matmul_flops(jaxpr: Any, *, unknown_trips: int = 1) -> float:
-    """Returns the FLOPs of all matmuls of a traced program, summed over all devices, excluding Pallas kernels.
+    """Returns the FLOPs of all matmuls in a traced program, summed over all devices, excluding Pallas kernels.
 
     Args:
       jaxpr: the `jaxpr` of `jitted.trace(...)`.
@@ -130,11 +130,11 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 def traffic(hlo_text: str, *, unknown_trips: int = 1) -> Traffic:
     """Returns the bytes that a compiled program moves on one device.
 
-    An operation reads its operands and writes its result. Exceptions are slices of larger arrays, which are read and
-    updated in place, and arrays that the compiler placed outside of main memory.
+    An operation reads its operands and writes its result. The exceptions are slices of larger arrays, which are read
+    and updated in place, and arrays that the compiler placed outside of main memory.
 
     Args:
-      hlo_text: the text of `compiled.as_text()`.
+      hlo_text: the output of `compiled.as_text()`.
       unknown_trips: assumed number of iterations of loops whose length depends on data.
     """
     computations, entry = _parse(hlo_text)
@@ -143,7 +143,7 @@ def traffic(hlo_text: str, *, unknown_trips: int = 1) -> Traffic:
     memory, collectives = 0.0, dict.fromkeys(COLLECTIVES, 0.0)
     pieces: dict[
         str, tuple[int, str, float]
-    ] = {}  # split collectives by channel: (times, kind, bytes)
+    ] = {}  # (times, kind, bytes) of split collectives, keyed by channel
     for (name, in_fusion), times in calls.times.items():
         body = computations[name]
         memory += 0.0 if in_fusion else times * _memory_bytes(body, computations)
@@ -167,7 +167,7 @@ class _CallCounts:
     """Counts how often each computation runs.
 
     Attributes:
-      times: number of runs, by name and by whether the computation is part of a fusion.
+      times: number of runs, keyed by the computation's name and whether it is part of a fusion.
     """
 
     def __init__(self, computations: dict[str, list[_Instruction]], unknown_trips: int):
@@ -191,7 +191,7 @@ class _CallCounts:
                 self.follow(called, times=times * trips, in_fusion=in_fusion or i.op == "fusion")
 
     def _trips(self, loop: _Instruction) -> int:
-        """Returns the number of iterations, from the compiler or from a comparison of a counter with a constant."""
+        """Returns the number of iterations, as given by the compiler or by a counter's comparison with a constant."""
         if found := TRIPS.search(loop.rest):
             return int(found[1])
         ((condition, body),) = LOOP.findall(loop.rest)
@@ -215,7 +215,7 @@ class _CallCounts:
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """Returns the instructions of each computation by name, and the name of the entry computation."""
+    """Returns the instructions of all computations, keyed by name, and the name of the entry computation."""
     computations: dict[str, list[_Instruction]] = {}
     entry, current = "", []
     for line in text.splitlines():
@@ -250,7 +250,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _bytes_of(type_: str) -> float:
-    """Returns the total size in bytes of the arrays of a type that are in main memory."""
+    """Returns the total size in bytes of a type's arrays in main memory."""
     total = 0.0
     for dtype, dims, layout in ARRAY.findall(type_):
         if "S(" not in layout:
@@ -259,12 +259,12 @@ def _bytes_of(type_: str) -> float:
 
 
 def _all_bytes_of(type_: str) -> float:
-    """Returns the total size in bytes of all arrays of a type, in any memory."""
+    """Returns the total size in bytes of a type's arrays in any memory."""
     return _bytes_of(re.sub(r"\{[^}]*\}", "", type_))
 
 
 def _collective_bytes(i: _Instruction, body: list[_Instruction]) -> float:
-    """Returns the bytes that a collective receives: the size of its operand or its result, whichever is larger."""
+    """Returns the bytes received in a collective: the size of its operands or its result, whichever is larger."""
     sizes = [_all_bytes_of(array[0]) for array in ARRAY.finditer(i.type)]
     # The type of a start operation includes the operand.
     result = max(sizes, default=0.0) if i.op.endswith("-start") else sum(sizes)
@@ -298,7 +298,7 @@ def _fusion_bytes(
 ) -> float:
     """Returns the memory traffic of a fusion: its operands and its result.
 
-    For operands that are sliced or updated in place, only the slices or updates are counted. Values that are passed
+    If an operand is sliced or updated in place, only the slices or updates are counted. Values that are passed
     through, such as the buffers of a concurrent collective, are not counted.
     """
     (called, *_) = CALLED.findall(fusion.rest)

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of a run's programs from shapes, without data."""
+"""Compiles a run's programs ahead of time from shapes, without data."""
 
 import dataclasses
 import time
@@ -29,8 +29,8 @@ from trapo_jax.types import TENSOR_AXIS, Moment, TrainBatch
 
 TRAIN_STEP, PREFILL = "train step", "prefill"
 PREFILL_CHUNK_LEN = 512  # length of the planned prefill chunks
-# Ratio of backward to forward FLOPs of the flash attention kernel: the backward pass needs seven matmuls, because it
-# recomputes the scores twice, and the forward pass two.
+# Ratio of backward to forward FLOPs of the flash attention kernel: the forward pass needs two matmuls, and the
+# backward pass seven, because it recomputes the scores twice.
 KERNEL_BACKWARD_RATIO = 7 / 2
 
 
@@ -40,8 +40,8 @@ class Program:
 
     Attributes:
       name: name of the program.
-      arguments: bytes of arguments, and of other arrays that are in memory at the same time.
-      temporaries: bytes of temporaries, and of results that are not stored in a donated argument.
+      arguments: size in bytes of the arguments, and of other arrays that are in memory at the same time.
+      temporaries: size in bytes of temporaries, and of results that are not stored in a donated argument.
       flops: number of executed FLOPs.
       useful_flops: number of FLOPs, excluding recomputation to save memory.
       traffic: number of bytes moved.
@@ -69,7 +69,7 @@ class Program:
 
 
 class OutOfMemory(Exception):
-    """The compiler could not fit a program into the memory of a device."""
+    """The compiler could not fit a program in a device's memory."""
 
 
 def compile_train_step(
@@ -174,11 +174,11 @@ def compile_program(
     Args:
       name: name of the program.
       jitted: a jitted function.
-      arguments: shapes, dtypes and shardings of its arguments.
-      options: values of its static arguments.
-      num_devices: number of devices that it runs on.
+      arguments: shapes, dtypes and shardings of the function's arguments.
+      options: values of the function's static arguments.
+      num_devices: number of devices that run the program.
       kernel_flops: FLOPs in Pallas kernels, summed over all devices.
-      useful_flops: FLOPs, excluding recomputation, summed over all devices; equal to all FLOPs if None.
+      useful_flops: FLOPs excluding recomputation, summed over all devices; None if there is no recomputation.
       unknown_trips: assumed number of iterations of loops whose length depends on data.
 
     Raises:

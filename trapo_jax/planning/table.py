@@ -1,4 +1,4 @@
-"""Plans as terminal tables."""
+"""Prints plans as terminal tables."""
 
 from collections.abc import Callable, Sequence
 

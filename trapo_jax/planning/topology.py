@@ -1,4 +1,4 @@
-"""Devices to plan for: TPU topologies described by libtpu, and virtual host devices."""
+"""Finds the devices to plan for: TPU topologies described by libtpu, and virtual host devices."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from trapo_jax.types import UserError
 
 GIB = 2**30
 HOST = "cpu"
-# Prevent libtpu, which is only used as a compiler, from looking for TPUs and for other processes that use them.
+# Prevents libtpu, used only as a compiler here, from looking for TPUs and for other processes that use them.
 LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -33,8 +33,8 @@ class Chip:
       memory: size in bytes.
       flops: bfloat16 FLOPs per second.
       memory_bandwidth: bytes per second.
-      link_bandwidth: bytes per second of one link to a neighbor, in one direction.
-      ring_multiple: a topology dimension is a ring if its size is a multiple of this, and otherwise a line.
+      link_bandwidth: bytes per second over one link to a neighbor, in one direction.
+      ring_multiple: a topology dimension is a ring if its size is a multiple of this, otherwise a line.
     """
 
     memory: float
@@ -44,8 +44,8 @@ class Chip:
     ring_multiple: int
 
 
-# From cloud.google.com/tpu/docs/v5e, /v5p and /v6e. The bandwidth of a link is that of the chip divided by its 4 links
-# (6 on v5p).
+# From cloud.google.com/tpu/docs/v5e, /v5p and /v6e. The link bandwidth is the chip's bandwidth divided by its number of
+# links: 4, or 6 on v5p.
 CHIPS = {
     "v5e": Chip(16 * GIB, 197e12, 819e9, 50e9, ring_multiple=16),
     "v5p": Chip(95 * GIB, 459e12, 2765e9, 100e9, ring_multiple=4),
@@ -71,14 +71,14 @@ class Topology:
 
     @property
     def interconnect_bandwidth(self) -> float:
-        """Bytes per second that a device can receive. A device at the end of a line has one link along it, not two."""
+        """The bytes per second that a device can receive. A device at the end of a line has only one link along it."""
         assert self.chip
         links = sum(2 if n % self.chip.ring_multiple == 0 else 1 for n in self.dims if n > 1)
         return links * self.chip.link_bandwidth
 
 
 def find_topology(name: str) -> Topology:
-    """Returns the devices of `CHIP:SHAPE`, for example `v5p:2x2x4` or `cpu:8`.
+    """Returns the topology named `CHIP:SHAPE`, for example `v5p:2x2x4` or `cpu:8`.
 
     Raises:
       UserError: if the name does not have this form, or there is no compiler for these devices.
@@ -98,7 +98,7 @@ def find_topology(name: str) -> Topology:
     os.environ.update(LIBTPU_ENVIRONMENT)
     try:
         described = topologies.get_topology_desc(name, platform="tpu")
-    except Exception as error:  # libtpu raises exceptions of several types
+    except Exception as error:  # libtpu raises several types of exceptions
         reason = str(error).splitlines()[0][:200]
         raise UserError(
             f"--topology {name}: libtpu does not know this topology ({reason})"
@@ -112,7 +112,7 @@ def _host_devices(name: str, count: int) -> Sequence[Any]:
         jax.config.update("jax_num_cpu_devices", count)
     if jax.device_count() != count:
         raise UserError(
-            f"--topology {name}: the number of host devices in a process is fixed, here {jax.device_count()}; run the "
-            "command once per topology"
+            f"--topology {name}: this process is limited to {jax.device_count()} host devices; run the command once per "
+            "topology"
         )
     return jax.devices()

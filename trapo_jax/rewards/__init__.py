@@ -1,8 +1,8 @@
-"""Reward functions, which map the text of a response to a reward in [0, 1].
+"""Provides reward functions, which map the text of a response to a reward in [0, 1].
 
-A reward function is a plain function `(response, problem, **columns)` that returns a number in [0, 1], a bool or a
-`Verdict`, or a pair of that and the extracted answer. A `Grader` combines one or several of them and returns futures.
-Functions that hostile responses can keep busy run in the processes of a `GraderPool`.
+A reward function is a plain function `(response, problem, **columns)`. It returns a number in [0, 1], a bool or a
+`Verdict`, or a pair of one of these and the extracted answer. A `Grader` combines one or more reward functions and
+returns futures. Functions that a hostile response could keep busy run in the processes of a `GraderPool`.
 """
 
 from trapo_jax.rewards.card_shuffles import card_shuffles_grader

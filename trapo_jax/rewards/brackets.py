@@ -1,4 +1,4 @@
-r"""Brackets in LaTeX: splitting text outside of brackets, and collections such as (1, 2), [0, 1), \{1, 2\} and 1, 2."""
+r"""Splits LaTeX outside of brackets, and parses collections such as (1, 2), [0, 1), \{1, 2\} and 1, 2."""
 
 import re
 
@@ -18,7 +18,7 @@ _OPENING = ("(", "[", "{", r"\{", r"\langle")
 
 
 def inside(text: str, opening: str) -> str | None:
-    """Returns the content of a bracket that spans the whole text; None if there is no such bracket."""
+    """Returns the content of a pair of brackets that encloses the whole text; None if there is no such pair."""
     if not text.startswith(opening):
         return None
     if opening == "<":
@@ -32,8 +32,8 @@ def inside(text: str, opening: str) -> str | None:
 
 
 def split(text: str, separator: re.Pattern) -> list[str]:
-    """Splits a text at each match of a separator outside of all brackets, and strips the parts."""
-    changes, depth = [], 0  # positions at which the depth changes, with the depth before each
+    """Splits a string at each match of a separator outside of all brackets, and strips the parts."""
+    changes, depth = [], 0  # (position, depth before it) of every change in depth
     for match in _BRACKET.finditer(text):
         changes.append((match.start(), depth))
         depth = max(depth + (1 if match[0] in _OPENING else -1), 0)
@@ -57,8 +57,8 @@ def collection(text: str) -> tuple[str, list[str]]:
     r"""Returns the brackets around a collection and its elements.
 
     Returns:
-      The brackets, such as "(]", `\{\}`, or "" for a bare list; and the elements, or just the text if it is not a
-      collection. `1,000` is one number, and `a \pm b` is two.
+      The brackets, such as "(]" or `\{\}`, or "" for a bare list; and the elements, or just the text if it is not a
+      collection. `1,000` has one element, and `a \pm b` has two.
     """
     for opening, closings in CLOSING.items():
         for closing in closings:
@@ -77,12 +77,12 @@ def _both_signs(text: str) -> list[str]:
 
 
 def is_ordered(brackets: str) -> bool:
-    """Returns whether the order of elements matters within these brackets."""
+    """Returns whether the order of the elements in these brackets matters."""
     return brackets != "" and not brackets.startswith(r"\{")
 
 
 def form(brackets: str, length: int) -> str:
-    """Returns the kind of a collection, in which equal collections agree: "set", "tuple", or an interval's brackets."""
+    """Returns the kind of a collection, equal for equal collections: "set", "tuple", or an interval's brackets."""
     if brackets.startswith(r"\{"):
         return "set"
     return brackets if brackets in ("(]", "[)") or (brackets == "[]" and length == 2) else "tuple"

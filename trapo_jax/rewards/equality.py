@@ -1,7 +1,7 @@
-r"""Equivalence of answers.
+r"""Decides whether two answers are equivalent.
 
 Lists, tuples, sets, intervals, ratios, matrices and relations are compared part by part; other answers are compared by
-`expressions`. An equation is an answer only if it assigns a value to a name: `x = 5` is equivalent to `5`, but
+`expressions`. An equation counts as an answer only if it assigns a value to a name: `x = 5` is equivalent to `5`, but
 `2x + 1 = 5` is not.
 
 On hostile expressions, sympy may run forever while holding the GIL. Call these functions only in a process that can be
@@ -47,7 +47,7 @@ _NAME = re.compile(
 )
 _VARIABLE = re.compile(_SYMBOL)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z'.\s-]*")
-# Else they would be products of two variables, in either order.
+# Words that would otherwise be parsed as commutative products of two variables.
 _SHORT_WORDS = {"no", "on", "up", "in", "or", "it", "he", "we", "go", "so", "to", "of"}
 _SET_BUILDER = re.compile(
     r"\\\{\s?[A-Za-z]\s?(?:\\in\s?\\mathbb\{R\}\s?)?[|:](?P<condition>.*)\\\}", re.DOTALL
@@ -57,8 +57,8 @@ _WITH_BASE = re.compile(r"(\d[\dA-Fa-f]*)_\{?(\d+)\}?")
 _CHOICE = re.compile(r"\(?([A-J])\)(?:[.:]?\s?(.+))?|([A-J])[.:]\s?(.+)", re.DOTALL)
 _MIRRORED = {">": "<", r"\ge": r"\le"}
 
-Relation = tuple[list[str], list[str]]  # the sides, and the operators between them
-Interval = tuple[str, str, bool, bool]  # the ends, and whether they are open
+Relation = tuple[list[str], list[str]]  # sides, and operators between them
+Interval = tuple[str, str, bool, bool]  # both endpoints, and whether each is open
 T = TypeVar("T")
 
 
@@ -66,7 +66,7 @@ def equivalent(gold: str, answer: str) -> bool:
     r"""Returns whether two answers are equivalent.
 
     Args:
-      gold: the correct answer, LaTeX or plain text, without `\boxed{}`.
+      gold: the correct answer in LaTeX or plain text, without `\boxed{}`.
       answer: the answer to compare, at most a few thousand characters.
 
     >>> equivalent("1e-5", r"1 \times 10^{-5}"), equivalent("5", "x = 5"), equivalent("5", "2x + 1 = 5")
@@ -76,7 +76,7 @@ def equivalent(gold: str, answer: str) -> bool:
 
 
 def _equal_answers(gold: Answer, answer: Answer) -> bool:
-    """Compares two answers with their units; either unit may be missing."""
+    """Compares two answers including their units, each of which may be missing."""
     units = {gold.unit, answer.unit}
     if gold.has_known_unit and answer.has_known_unit and len(units) > 1 and "unit" not in units:
         return False
@@ -90,7 +90,7 @@ def _equal_answers(gold: Answer, answer: Answer) -> bool:
 
 
 def _is_hundredth(gold: Answer, answer: Answer) -> bool:
-    """Returns whether gold is below 1 and only the answer is in percent: 0.5 is not 0.5 %, but 50 may be 50 %."""
+    """Returns whether gold is below 1 and only the answer is a percentage: 0.5 is not 0.5%, but 50 may mean 50%."""
     value = expressions.read_number(gold.text)
     return gold.unit != "%" and answer.unit == "%" and value is not None and abs(value[0]) < 1
 
@@ -104,7 +104,7 @@ def _in_radians(answer: Answer) -> str:
 
 
 def _equal_choice(gold: str, answer: str) -> bool:
-    """Compares `(D) 12` with the letter `D` or with the value `12`."""
+    """Compares an answer such as `(D) 12` with the letter `D` or the value `12`."""
     match = _CHOICE.fullmatch(answer)
     if match is None:
         return False
@@ -115,7 +115,7 @@ def _equal_choice(gold: str, answer: str) -> bool:
 
 
 def _equal(gold: str, answer: str) -> bool:
-    """Compares two texts in the normalized notation of `read_answer`."""
+    """Compares two strings in the normalized notation of `read_answer`."""
     if (squeezed := _squeeze(gold)) == _squeeze(answer):
         return bool(squeezed)
     gold, answer = _simplified(gold), _simplified(answer)
@@ -137,13 +137,16 @@ def _equal(gold: str, answer: str) -> bool:
 
 
 def _squeeze(text: str) -> str:
-    """Removes braces around single-character indices and exponents, and spaces except between digits."""
+    """Removes braces around single-character indices and exponents, and all spaces except between digits."""
     text = re.sub(r"([_^])\s?\{\s?(\w)\s?\}", r"\1\2", text)
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text is prose: words without mathematics, one of them of three letters or more, or a word such as "no"."""
+    """Returns whether a string consists of words without math.
+
+    At least one word must have three letters or more, unless the whole string is a short word such as "no".
+    """
     is_long = re.search(r"[A-Za-z]{3}", text) is not None
     return _WORDS.fullmatch(text) is not None and (is_long or text.lower() in _SHORT_WORDS)
 
@@ -163,7 +166,7 @@ def _simplified(text: str) -> str:
 
 
 def _equal_ratios(gold: str, answer: str) -> bool:
-    """Compares ratios and clock times, which are not divisions: 3:30 is not 1:10, but 3:4 may be written as 3/4."""
+    """Compares ratios and clock times. They are not divisions: 3:30 is not 1:10, but 3:4 may be written as 3/4."""
     golds, answers = _terms(gold), _terms(answer)
     return len(golds) == len(answers) > 1 and all(map(equivalent, golds, answers))
 
@@ -175,7 +178,7 @@ def _terms(text: str) -> list[str]:
 
 
 def _equal_in_base(gold: str, answer: str) -> bool:
-    """Compares numbers with a base. The answer 101 matches the gold 101_2, since the question may state the base."""
+    """Compares numbers with a base. The answer 101 matches the gold 101_2, because the question may state the base."""
     golds, answers = _WITH_BASE.fullmatch(gold), _WITH_BASE.fullmatch(answer)
     if golds is None or answers is None:
         return golds is not None and golds[1] == answer
@@ -183,7 +186,7 @@ def _equal_in_base(gold: str, answer: str) -> bool:
 
 
 def _equal_matrices(gold: str, answer: str) -> bool:
-    """Compares matrices cell by cell; a row or a column may also be written as a tuple."""
+    """Compares matrices cell by cell. A single row or column may also be written as a tuple."""
     rows, rows_of_answer = _rows(gold), _rows(answer)
     shapes = [len(row) for row in rows], [len(row) for row in rows_of_answer]
     if shapes[0] != shapes[1] and _MATRIX.fullmatch(gold) and _MATRIX.fullmatch(answer):
@@ -203,7 +206,7 @@ def _rows(text: str) -> list[list[str]]:
 def _equal_collections(
     gold: str, answer: str, of_gold: Relation | None, of_answer: Relation | None
 ) -> bool:
-    """Compares lists, tuples, sets and intervals. Other texts are compared as relations or by value."""
+    """Compares lists, tuples, sets and intervals. Other answers are compared as relations or by value."""
     (brackets, golds), (brackets_of_answer, answers) = collection(gold), collection(answer)
     intervals = _intervals(gold), _intervals(answer)
     if intervals[0] and intervals[1]:
@@ -215,7 +218,7 @@ def _equal_collections(
         )
     if all(are_single):
         return expressions.equal_expressions(gold, answer)
-    if len(golds) != len(answers):  # `100,200` is one number, but two when compared with `100, 200`
+    if len(golds) != len(answers):  # `100,200` is one number, unless compared with `100, 200`
         golds, answers = (
             (split_list(gold) if are_single[0] else golds),
             (split_list(answer) if are_single[1] else answers),
@@ -234,7 +237,7 @@ def _equal_collections(
 
 
 def _match_all(golds: Sequence[T], answers: Sequence[T], equal: Callable[[T, T], bool]) -> bool:
-    """Returns whether golds and answers match one to one, in any order."""
+    """Returns whether the golds and the answers match one to one, in any order."""
     left = list(answers)
     for gold in golds:
         match = next((i for i, answer in enumerate(left) if equal(gold, answer)), None)
@@ -281,8 +284,8 @@ def _is_assignment(relation: Relation) -> bool:
 def _has_value(relation: Relation, gold: str) -> bool:
     r"""Returns whether a relation states the value `gold`.
 
-    An equation does if it assigns `gold` to its name, or if all its sides equal `gold`. An approximation does if one of
-    its sides equals `gold` and its first and last sides are near each other.
+    An equation states the value if it assigns `gold` to a name, or if all its sides equal `gold`. An approximation
+    states the value if one of its sides equals `gold` and its first and last sides are close to each other.
     """
     sides, operators = relation
     if not set(operators) <= {"=", r"\approx"}:
@@ -299,7 +302,7 @@ def _has_value(relation: Relation, gold: str) -> bool:
 def _equal_differences(gold: Relation, answer: Relation) -> bool:
     """Compares relations such as `l = r` or `l < r`.
 
-    They are equivalent if the ratio of their differences l - r is constant and, for inequalities, positive.
+    They are equivalent if the ratio of their differences `l - r` is constant and, for inequalities, positive.
     """
     gold, answer = _mirrored(gold), _mirrored(answer)
     if gold[1] != answer[1]:
@@ -327,7 +330,7 @@ def _mirrored(relation: Relation) -> Relation:
 
 
 def _intervals(text: str) -> list[Interval] | None:
-    """Parses a union of intervals or of inequalities in one variable; None if the text is anything else."""
+    """Parses a union of intervals or of inequalities in one variable; returns None for anything else."""
     intervals = [
         _bracketed_interval(part) or _interval_of_inequality(part) for part in split(text, _UNION)
     ]

@@ -1,8 +1,8 @@
-r"""Parsing, evaluation and comparison of numbers and scalar expressions.
+r"""Parses, evaluates and compares numbers and scalar expressions.
 
-Rational numbers are compared exactly. Other expressions are parsed by latex2sympy, the grammar of math-verify, and
-compared by their values at several points. math-verify's own comparison is not used, because it rounds to six decimals
-and truncates values below 1e-15, so that 2^{-98} equals 2^{-99}.
+Rational numbers are compared exactly. Other expressions are parsed by latex2sympy, math-verify's grammar, and compared
+by their values at several points. math-verify's own comparison is not used, because it rounds to six decimals and
+truncates values below 1e-15, so that 2^{-98} equals 2^{-99}.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-# Decimals may be rounded to six decimals, or to six digits if below one: 0.333333 equals 1/3, but 0.33 does not.
+# Decimals may be rounded to six places, or to six digits if below one: 0.333333 equals 1/3, but 0.33 does not.
 DECIMAL_TOLERANCE = 1.001e-6
 EXACT_TOLERANCE = 1e-12
 MAX_EXPONENT = 5_000
@@ -24,7 +24,7 @@ _FRACTION = re.compile(
     r"([+-]?)\s?(?:(\d+)\s?)?\\frac\s?\{\s?([+-]?\d+)\s?\}\s?\{\s?(\d+)\s?\}|([+-]?)(?:(\d+)\s)?(\d+)\s?/\s?(\d+)"
 )
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\overline\s?\{?(\d+)\}?")
-# Values of the variables: between 0 and 1, above 1, with both signs, and integers.
+# Values for the variables: between 0 and 1, above 1, of both signs, and integers.
 _POINTS = (
     ("0.3719", "0.8147", "0.5523"),
     ("1.7321", "2.2913", "3.1853"),
@@ -36,7 +36,7 @@ _POINTS = (
 
 @functools.cache
 def _sympy() -> Any:
-    """Returns sympy, imported lazily since that takes half a second."""
+    """Returns sympy, which is imported lazily because importing it takes half a second."""
     import sympy
 
     return sympy
@@ -49,7 +49,7 @@ def read_number(text: str) -> tuple[Fraction, bool] | None:
       text: LaTeX in the notation of `notation.read_answer`.
 
     Returns:
-      The exact value and whether it is written as a decimal; None if the text is not a plain number.
+      The exact value, and whether it is written as a decimal; None if the text is not a plain number.
 
     >>> read_number(r"2.5 \times 10^{3}"), read_number(r"1\frac{1}{2}"), read_number("1e999999")
     ((Fraction(2500, 1), True), (Fraction(3, 2), False), None)
@@ -87,7 +87,7 @@ def _read_fraction(text: str) -> tuple[Fraction, bool] | None:
 
 
 def equal_numbers(gold: tuple[Fraction, bool], answer: tuple[Fraction, bool]) -> bool:
-    """Compares two rational numbers exactly, unless only one of them is a decimal, which may be rounded."""
+    """Compares two rational numbers exactly. If only one of them is a decimal, it may be rounded."""
     if gold[1] == answer[1]:
         return gold[0] == answer[0]
     return abs(gold[0] - answer[0]) <= Fraction(DECIMAL_TOLERANCE) * min(1, abs(gold[0]))
@@ -95,7 +95,7 @@ def equal_numbers(gold: tuple[Fraction, bool], answer: tuple[Fraction, bool]) ->
 
 @functools.lru_cache(maxsize=4096)
 def parse(text: str) -> Any:
-    """Parses LaTeX into a sympy expression; None if the grammar does not accept it."""
+    """Parses LaTeX into a sympy expression; returns None if the grammar does not accept it."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify.grader import should_treat_as_complex
 
@@ -116,7 +116,7 @@ def parse(text: str) -> Any:
 
 
 def _without_functions(expression: Any) -> Any:
-    """Replaces undefined functions such as `x(t)` with variables, since they cannot be evaluated."""
+    """Replaces undefined functions such as `x(t)` with variables, because they cannot be evaluated."""
     from sympy.core.function import AppliedUndef
 
     applied = expression.atoms(AppliedUndef) if isinstance(expression, _sympy().Basic) else ()
@@ -178,7 +178,7 @@ def _equal_values(gold: Any, answer: Any, may_be_rounded: bool) -> bool:
 
 
 def values_at_points(left: Any, right: Any) -> list[tuple[Any, Any]]:
-    """Returns the values of two expressions at the points where both are finite, as complex numbers with 30 digits."""
+    """Returns the values of two expressions, as 30-digit complex numbers, at the points where both are finite."""
     sympy = _sympy()
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     samples = []
@@ -214,7 +214,7 @@ def evaluate(expression: Any) -> Any:
 
 
 def _as_mpf(part: Any) -> Any:
-    """Converts a sympy number to an mpmath number; 0 for a sum in which all digits canceled."""
+    """Converts a sympy number to an mpmath number. A sum in which all digits canceled becomes 0."""
     import mpmath
 
     return (
@@ -225,7 +225,7 @@ def _as_mpf(part: Any) -> Any:
 
 
 def are_near(sides: Sequence[str]) -> bool:
-    """Returns whether the first and last sides of an approximation agree within 5 percent."""
+    """Returns whether the first and last sides of an approximation agree within 5%."""
     values = [_value(side) for side in (sides[0], sides[-1])]
     return None not in values and abs(values[0] - values[1]) <= 0.05 * abs(values[0])
 
@@ -242,5 +242,5 @@ def _value(text: str) -> Any:
 
 
 def variables(text: str) -> set[str]:
-    """Returns the names of the variables of an expression."""
+    """Returns the names of the variables in an expression."""
     return {str(symbol) for symbol in getattr(parse(text), "free_symbols", ())}

@@ -1,6 +1,6 @@
-r"""Extraction of final answers from responses; shared by the mathematics and multiple-choice graders.
+r"""Extracts final answers from responses, for the math and multiple-choice graders.
 
-Every function takes time linear in the length of the text, for any text.
+Every function takes time linear in the length of the text, even for hostile text.
 """
 
 import re
@@ -8,16 +8,16 @@ import re
 # A doubled backslash before `boxed` is a typo rather than a line break. Escaped braces do not open or close groups.
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)")
 _BOX_OR_BRACE = re.compile(rf"{BOX.pattern}\s*\{{|\\(?!\\boxed)[{{}}\\]|[{{}}]")
-# `\boxed 7`: TeX would box a single token, but the whole number or name is meant.
+# In `\boxed 42`, TeX would box only the first token, but the writer means the whole number or name.
 _BARE_BOX = re.compile(
     r"\\boxed\s{0,3}([+-]?\d[\d.,/]*|(?<=\s)[A-Za-z]\w*|\\[dt]?frac\s?\{[^{}]*\}\{[^{}]*\})"
 )
-# What may separate two boxes that form one answer together.
+# Text that may separate two boxes that together form one answer.
 _BETWEEN_BOXES = re.compile(
     r"[\s$,;.]*(?:\\(?:text|quad|qquad)\s?\{?)?[\s,]*(?:and|or)?[\s,}$]*(?:\\[()\[\]]|[\s$])*"
 )
 
-# A special token at the end of a text, such as <|im_end|> or <｜end▁of▁sentence｜>.
+# A special token at the end of a string, such as <|im_end|> or <｜end▁of▁sentence｜>.
 _SPECIAL_TOKEN = re.compile(r"<([|｜])[^<>|｜\s]{1,50}\1>\s{0,10}\Z")
 MAX_SPECIAL_TOKENS, MAX_SPECIAL_TOKEN_CHARS = 4, 64
 
@@ -25,8 +25,8 @@ MAX_SPECIAL_TOKENS, MAX_SPECIAL_TOKEN_CHARS = 4, 64
 def last_boxed(text: str) -> str | None:
     r"""Returns the content of the last `\boxed{}`; None if there is none.
 
-    A nested box is part of the outer one. A box that is never closed is ignored. Boxes that are separated only by a
-    comma, "and" or "or" form one answer.
+    A nested box is part of the outer one. Boxes that are never closed are ignored. Boxes separated only by a comma,
+    "and" or "or" form one answer.
 
     >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}, so \boxed{")
     '\\frac{1}{2}'
@@ -50,7 +50,7 @@ def last_boxed(text: str) -> str | None:
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
     """Returns, for each closed outermost box, the start of the command, and the start and end of its content."""
-    # The start of each open command and of its content; -1 for other braces.
+    # (start of the command, start of its content) of each open box; (-1, -1) for other braces.
     opened: list[tuple[int, int]] = []
     boxes: list[tuple[int, int, int]] = []
     for match in _BOX_OR_BRACE.finditer(text):
@@ -68,10 +68,10 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
 
 
 def final_part(text: str) -> str:
-    """Returns the part of a response that may contain its answer: no unfinished thought, and no special tokens at the end.
+    """Returns the part of a response that may contain its answer, without unfinished thoughts or final special tokens.
 
-    A `Grader` knows the special tokens of its tokenizer and removes them all. Here only the end is cleaned, for text that
-    comes from elsewhere.
+    A `Grader` knows its tokenizer's special tokens and removes all of them. This function removes them only at the end,
+    for text from other sources.
 
     >>> final_part("<think>Is it 4? No.</think> It is 5.")
     ' It is 5.'

@@ -1,4 +1,4 @@
-"""Grades responses with one or several reward functions, which the config selects by name."""
+"""Grades responses with one or more reward functions, which the config selects by name."""
 
 import difflib
 import re
@@ -21,7 +21,7 @@ from trapo_jax.rewards.pool import (
 )
 from trapo_jax.types import Grade, Judgment, Problem, UserError, find_by_source
 
-# The names a config may use. Functions that a hostile response can keep busy run in workers, which can be killed.
+# Names that a config may use. Functions that a hostile response could keep busy run in workers, which can be killed.
 IN_WORKERS: dict[str, RewardFunction] = {"math": grade_math, "math_lenient": grade_math_lenient}
 REWARD_FUNCTIONS = ("card_shuffles", "multiple_choice", *IN_WORKERS)
 
@@ -30,11 +30,12 @@ class WeightedFunction(NamedTuple):
     """A reward function and its weight in the reward.
 
     Attributes:
-      name: its name in metrics and samples.
+      name: name of the function in metrics and samples.
       function: called as `function(response, problem, **columns)`; see `judgments.call`.
-      weight: > 0.
-      is_inline: whether it is called directly instead of in a worker; only for functions that are fast on any text.
-      sees_special_tokens: whether the response that it gets includes special tokens.
+      weight: weight in the mean, > 0.
+      is_inline: whether to call the function directly instead of in a worker; only for functions that are fast on any
+        text.
+      sees_special_tokens: whether the responses passed to the function include special tokens.
     """
 
     name: str
@@ -51,9 +52,9 @@ class Grader:
     function decides whether a response is correct; if its reward is missing, the reward of the response is missing.
 
     Args:
-      functions: the reward functions; the first decides whether a response is correct. Without any, every reward is
+      functions: the reward functions; the first decides whether a response is correct. If empty, every reward is
         missing.
-      by_source: maps `fnmatch` patterns of problem sources to functions that replace the first function; matching is
+      by_source: maps `fnmatch` patterns of problem sources to functions that replace the first function. Matching is
         case-insensitive, and the first match is used.
       special_tokens: special tokens, as text, that are removed from responses.
       pool_options: keyword arguments of `GraderPool`.
@@ -77,11 +78,11 @@ class Grader:
         self._reported: set[tuple[str, str]] = set()
 
     def submit(self, response: str, problem: Problem) -> Future[Grade]:
-        """Grades a response asynchronously. Failures of reward functions are recorded in the grade and do not raise.
+        """Grades a response asynchronously. If a reward function fails, the grade records it and nothing is raised.
 
         Args:
           response: the response with special tokens, as decoded by the tokenizer.
-          problem: its problem.
+          problem: the problem.
 
         Raises:
           RuntimeError: if the grader has been closed.
@@ -98,7 +99,7 @@ class Grader:
         return _when_all_done(futures, lambda judgments: combine(functions, judgments))
 
     def are_equal(self, first: str, second: str) -> bool:
-        """Returns whether two answers are mathematically equivalent if the first function is "math", else identical."""
+        """Compares two answers: by mathematical equivalence if the first function is "math", otherwise as strings."""
         if self._functions[0].function is not grade_math:
             return first == second
         return (
@@ -168,16 +169,16 @@ def make_grader(
     """Builds a grader from the names of reward functions.
 
     Args:
-      names: names in `REWARD_FUNCTIONS`, or import paths `package.module:name` of your own functions, which run in
-        worker processes and whose modules must not import jax.
+      names: names in `REWARD_FUNCTIONS`, or import paths `package.module:name` of your own functions. These run in
+        worker processes, so their modules must not import jax.
       weights: the weight of each function; equal weights if None.
-      by_source: maps patterns of problem sources to the names of functions; see `Grader`.
-      eos_text: the tokenizer's EOS token, with which a card-shuffles response must end.
+      by_source: maps patterns of problem sources to names of functions; see `Grader`.
+      eos_text: the tokenizer's EOS token, which is required at the end of a card-shuffles response.
       special_tokens: special tokens, as text, that are removed from responses.
       num_workers, timeout_secs, max_response_chars, environment: see `GraderPool`.
 
     Raises:
-      UserError: if there is no such function.
+      UserError: if a function does not exist.
     """
     weights = weights or [1.0] * len(names)
     find = lambda name, field, weight: _find(name, field, weight, eos_text)
@@ -201,7 +202,7 @@ def make_grader(
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """Returns the tokenizer's special tokens as text, including those that the folder adds."""
+    """Returns the tokenizer's special tokens as text, including tokens added by the model folder."""
     added = tokenizer.added_tokens_decoder.values()
     return list(
         dict.fromkeys([*tokenizer.all_special_tokens, *(t.content for t in added if t.special)])
@@ -221,12 +222,12 @@ def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFuncti
         close = difflib.get_close_matches(name, REWARD_FUNCTIONS, n=1)
         known = f"did you mean {close[0]}?" if close else did_you_mean_import(name)
         known = known or (
-            f"choose one of {', '.join(REWARD_FUNCTIONS)}, or the import path package.module:name of a function of your own"
+            f"choose one of {', '.join(REWARD_FUNCTIONS)}, or the import path package.module:name of your own function"
         )
         raise UserError(f"{field}={name!r}: no such reward function; {known}")
     function = import_object(name, field)
     if not callable(function):
-        raise UserError(f"{field}={name}: not a function of a response and its problem")
+        raise UserError(f"{field}={name}: not a function; expected function(response, problem)")
     try:
         path_of(function)
     except (AttributeError, ValueError):
@@ -239,7 +240,7 @@ def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFuncti
 def _when_all_done(
     futures: Sequence[Future[Judgment]], make: Callable[[list[Judgment]], Grade]
 ) -> Future[Grade]:
-    """Returns a future of `make(results)`, which is cancelled if any of the futures is cancelled."""
+    """Returns a future of `make(results)`. It is canceled if any of the futures is canceled."""
     combined: Future[Grade] = Future()
     lock, num_pending = threading.Lock(), len(futures)
 

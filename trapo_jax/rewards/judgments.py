@@ -9,15 +9,15 @@ from typing import Any
 from trapo_jax.printable import first_line
 from trapo_jax.types import Judgment, Problem, Verdict
 
-# Maximum lengths of what is shown to the user: an answer, and why a reward is missing.
+# Maximum lengths of an answer and of the reason for a missing reward, as shown to the user.
 MAX_ANSWER_CHARS, MAX_REASON_CHARS = 500, 200
 
 
 def call(function: Callable[..., Any], response: str, problem: Problem) -> Judgment:
-    """Calls a sync or async reward function, with the columns of the problem that its signature accepts.
+    """Calls a sync or async reward function with the problem's columns that its signature accepts.
 
     Raises:
-      ValueError: if its result is not a valid reward.
+      ValueError: if the function's result is not a valid reward.
       Exception: any exception that the function raises.
     """
     value = function(response, problem, **_accepted(function, problem))
@@ -30,8 +30,8 @@ def as_judgment(value: Any) -> Judgment:
     """Converts the result of a reward function to a judgment.
 
     Args:
-      value: a reward in [0, 1], a bool, a `Verdict` or its value; or a pair of that and the answer that the function
-        extracted from the response.
+      value: a reward in [0, 1], a bool, or a `Verdict` or its value; or a pair of one of these and the answer that the
+        function extracted from the response.
 
     Raises:
       ValueError: if `value` is anything else.
@@ -52,28 +52,28 @@ def as_judgment(value: Any) -> Judgment:
         reward = -1.0
     if not 0.0 <= reward <= 1.0:
         raise ValueError(
-            f"a reward function returned {value!r:.60}, which is neither a number in [0, 1] nor a verdict"
+            f"a reward function returned {value!r:.60}; expected a number in [0, 1] or a verdict"
         )
     return Judgment(reward, answer)
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns why a reward is missing if a reward function raised this exception; see `Judgment.reason`."""
+    """Converts an exception raised by a reward function to the reason for a missing reward; see `Judgment.reason`."""
     try:
         message = str(error)
-    except Exception:  # raised by a `__str__` of the user's
+    except Exception:  # raised by a user-defined `__str__`
         message = ""
     name = type(error).__name__
     return first_line(f"{name}: {message.strip()}" if message.strip() else name, MAX_REASON_CHARS)
 
 
 def kind_of(reason: str) -> str:
-    """Returns a reason without the message of the exception, which may differ from response to response."""
+    """Returns a reason without the exception's message, which may differ between responses."""
     return reason.partition(": ")[0]
 
 
 def describe_reason(reason: str) -> str:
-    """Returns why a reward is missing for the user, with the field that limits the time.
+    """Returns a reason as shown to the user; a timeout also names the config field that sets the limit.
 
     >>> describe_reason("timeout")
     'timeout (rewards.timeout_secs)'
@@ -82,7 +82,7 @@ def describe_reason(reason: str) -> str:
 
 
 def describe_reasons(reasons: Iterable[str]) -> str:
-    """Returns the three most frequent kinds of reasons and their numbers, each with the first message.
+    """Returns the three most frequent kinds of reasons and their counts, each with its first message.
 
     >>> describe_reasons(["KeyError: 'a'", "timeout", "KeyError: 'b'"])
     "2 x KeyError: 'a', 1 x timeout (rewards.timeout_secs)"
@@ -98,7 +98,7 @@ def describe_reasons(reasons: Iterable[str]) -> str:
 
 
 def _accepted(function: Callable[..., Any], problem: Problem) -> dict[str, Any]:
-    """Returns the columns that the function has parameters for; all columns if it accepts arbitrary keywords."""
+    """Returns the columns that match the function's parameters, or all columns if it accepts arbitrary keywords."""
     if not problem.columns:
         return {}
     parameters = list(inspect.signature(function).parameters.values())[2:]

@@ -1,12 +1,12 @@
-r"""Grading of mathematical answers.
+r"""Grades mathematical answers.
 
 `grade_math` is strict: a response must state its answer in a box, after `####`, or after "the answer is", and the
-answer must be equivalent to the problem's according to `equality.equivalent`. `grade_math_lenient` is the reward of the
-TRAPO authors: math-verify with its default settings, which falls back to the last number in the response.
+answer must be equivalent to the problem's answer according to `equality.equivalent`. `grade_math_lenient` is the reward
+used by the TRAPO authors: math-verify with its default settings, which falls back to the last number in the response.
 
 Both must run in processes that can be killed: on hostile answers, sympy may run forever while holding the GIL, and even
-printing a parsed answer may hang. math-verify's own time limits are disabled, since they rely on signals, which do not
-work in threads and do not interrupt C code. The time limit of the grader pool applies instead.
+printing a parsed answer may hang. math-verify's own time limits are disabled because they rely on signals, which do not
+work in threads and do not interrupt C code. The grader pool's time limit applies instead.
 """
 
 import functools
@@ -21,7 +21,7 @@ from trapo_jax.rewards.notation import EMPHASIS, read_answer
 from trapo_jax.types import Problem, Verdict
 
 MAX_ANSWER_CHARS = 2_000
-# Repetitions are bounded to keep the running time linear in the text.
+# Repetitions are bounded to keep the running time linear in the length of the text.
 ANSWER_MARK = re.compile("####")
 ANSWER_LINE = re.compile(rf"^[ \t]{{0,8}}{ANSWER_MARK.pattern}[ \t]{{0,8}}(\S.*)$", re.MULTILINE)
 ANSWER_PHRASE = re.compile(
@@ -40,14 +40,14 @@ CLAUSE_END = re.compile(
 
 
 def grade_math(response: str, problem: Problem) -> tuple[Verdict, str | None]:
-    r"""Compares the answer of a response with that of the problem.
+    r"""Compares a response's answer with the problem's answer.
 
     Args:
       response: any text without special tokens.
       problem: the problem; its `answer` is LaTeX or plain text, with or without `$`, `\boxed{}` or `#### `.
 
     Returns:
-      The verdict and the extracted answer. The verdict is also WRONG if the response has no answer, or an answer that
+      The verdict and the extracted answer. The verdict is also WRONG if the response has no answer, or if its answer
       cannot be parsed or has more than MAX_ANSWER_CHARS characters.
 
     Raises:
@@ -60,15 +60,15 @@ def grade_math(response: str, problem: Problem) -> tuple[Verdict, str | None]:
     try:
         return Verdict.CORRECT if _equivalent(gold, answer) else Verdict.WRONG, answer
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        # sympy cannot compare them. Equal texts would have been recognized before it was asked.
+        # sympy cannot compare the answers. Identical ones are recognized before sympy is called.
         return Verdict.WRONG, answer
 
 
 def grade_math_lenient(response: str, problem: Problem) -> tuple[Verdict, str | None]:
     """Computes the reward of the TRAPO and LUFFY releases: math-verify's defaults on the whole response.
 
-    It falls back to the last number in the response, and it rewards some wrong answers; see `equality`. For plain
-    expressions math-verify calls sympy's parser, which evaluates Python; call this only in a worker process.
+    It falls back to the last number in the response, and it rewards some wrong answers; see `expressions`. For plain
+    expressions, math-verify calls sympy's parser, which evaluates Python; call this only in a worker process.
     """
     library = _math_verify()
     gold = library.parse(f"${problem.answer}$", parsing_timeout=None)
@@ -89,7 +89,7 @@ def equivalent(gold: str, answer: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)  # shared by the rollouts of a group
 def gold_answer(text: str) -> str:
-    """Returns a problem's answer without its box, `####` or delimiters.
+    """Returns a problem's answer without a box, `####` or delimiters.
 
     Raises:
       ValueError: if the answer is empty.
@@ -102,9 +102,9 @@ def gold_answer(text: str) -> str:
 
 
 def is_text(answer: str) -> bool:
-    """Whether a problem's answer is prose, so that only the same text equals it. Takes time linear in the text.
+    """Returns whether a problem's answer is prose, so that only the same text matches it. Takes linear time.
 
-    An empty answer and one longer than MAX_ANSWER_CHARS also count, since no response can match them otherwise.
+    Answers that are empty or longer than MAX_ANSWER_CHARS also count as prose, because no other response matches them.
     """
     try:
         gold = gold_answer(answer)
@@ -114,10 +114,10 @@ def is_text(answer: str) -> bool:
 
 
 def extract_math_answer(response: str) -> str | None:
-    r"""Extracts the final answer of a response verbatim, in time linear in the text; None if there is none.
+    r"""Extracts the final answer of a response verbatim, in linear time; returns None if there is no answer.
 
-    The answer is the content of the last closed `\boxed{}`, or else the last line `#### answer`, or else the text after
-    the last "answer is" or "answer:". Unfinished thoughts are ignored.
+    The answer is the content of the last closed `\boxed{}`; otherwise, the last line `#### answer`; otherwise, the text
+    after the last "answer is" or "answer:". Unfinished thoughts are ignored.
 
     >>> extract_math_answer(r"Thus $x = \boxed{\frac{1}{2}}$.")
     '\\frac{1}{2}'
@@ -145,7 +145,7 @@ def extract_math_answer(response: str) -> str | None:
 
 
 def asks_for_answer(prompt: str) -> bool:
-    r"""Whether a prompt mentions a form in which `extract_math_answer` finds an answer, in time linear in the text.
+    r"""Returns whether a prompt mentions an answer format that `extract_math_answer` recognizes, in linear time.
 
     >>> asks_for_answer(r"Put it within \boxed{}."), asks_for_answer("End with 'Answer: N'."), asks_for_answer("2 + 2?")
     (True, True, False)
@@ -168,7 +168,7 @@ def warm_up() -> None:
 
 @functools.cache
 def _math_verify() -> Any:
-    """Returns math-verify, imported lazily since that takes seconds; suppresses warnings about disabled timeouts."""
+    """Imports math-verify lazily, because it takes seconds, and suppresses its warnings about disabled timeouts."""
     import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -176,7 +176,7 @@ def _math_verify() -> Any:
 
 
 def _without_delimiters(text: str) -> str:
-    """Converts `$x$` to `x`; other texts, such as `$x$ and $y$`, are returned unchanged."""
+    """Converts `$x$` to `x`. Any other string, such as `$x$ and $y$`, is returned unchanged."""
     text = text.strip()
     match = DELIMITED.fullmatch(text)
     inner = next((group for group in match.groups() if group), "") if match else ""
@@ -184,7 +184,7 @@ def _without_delimiters(text: str) -> str:
 
 
 def _delimited(text: str) -> list[str]:
-    """Returns the formulas at the start of a text: one, or several separated by commas, "and" or "or"."""
+    """Returns the formulas at the start of a string: one, or several separated by commas, "and" or "or"."""
     formulas, position = [], 0
     while match := DELIMITED.match(text, position):
         formulas += [group.strip() for group in match.groups() if group]

@@ -1,6 +1,6 @@
-r"""Grading of multiple-choice answers by the letter that a response chooses (ARC-c: A-D, MMLU-Pro: A-J).
+r"""Grades multiple-choice answers by the letter that a response chooses (ARC-c: A-D, MMLU-Pro: A-J).
 
-Extraction is strict: a response that states two letters, or no letter in a recognized place, has no answer.
+Extraction is strict: a response that states two letters, or no letter in a recognized position, has no answer.
 """
 
 import re
@@ -19,12 +19,12 @@ WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|boldsymbol)\s?\{([^{}]*)\}"
 )
 SPACING = re.compile(r"\\[ ,;:!]|\\q?quad\b|~")
-# "answer is (B)", "Answer: B", "**Answer:** B", "correct option is B". Repetitions are bounded to keep time linear.
+# "answer is (B)", "Answer: B", "**Answer:** B", "correct option is B". Repetitions are bounded for linear time.
 STATEMENT = re.compile(
     r"(?i:answer|option|choice)(?:\*\*|__)?\s{0,3}(?::|=|(?i:is|would be)\b)\s{0,3}:?(?:\*\*|__)?\s{0,3}"
     rf"(?:(?i:option|choice)\s)?(?:\*\*|__|\$)?(?:\(([{LETTERS}])\)|([{LETTERS}])(?![\w'-]))(?=(?P<rest>[^\n]{{0,80}}))"
 )
-# What may follow a letter without parentheses. Otherwise, "A" is an article ("the answer is A good one").
+# Text that may follow a letter without parentheses. Otherwise, "A" may be an article ("the answer is A good one").
 AFTER_LETTER = re.compile(r"\s{0,3}(?:$|[.,:;)*_$\]}]|[-–—]\s|because\b|since\b|as\b)")
 SECOND_LETTER = re.compile(rf"\W{{0,6}}(?:(?:and|or|,|/|&)\W{{0,6}})\(?[{LETTERS}](?![\w'-])")
 
@@ -33,7 +33,7 @@ def grade_multiple_choice(response: str, problem: Problem) -> tuple[Verdict, str
     """Compares the letter that a response chooses with the problem's answer.
 
     Returns:
-      The verdict, which is also WRONG if no letter is chosen; and the letter, if there is one.
+      The verdict, which is also WRONG if no letter is chosen, and the chosen letter, or None if there is none.
 
     Raises:
       ValueError: if the problem's answer is not a single letter A-J.
@@ -48,8 +48,8 @@ def grade_multiple_choice(response: str, problem: Problem) -> tuple[Verdict, str
 def extract_choice(response: str) -> str | None:
     r"""Extracts the letter that a response chooses.
 
-    It is taken from the last `\boxed{}`, or else from the last statement such as "the answer is (B)", or else from a
-    response that consists of a letter only. Returns None if that is not a single letter.
+    The letter is taken from the last `\boxed{}`; otherwise, from the last statement such as "the answer is (B)";
+    otherwise, from a response that consists only of a letter. Returns None if there is not exactly one letter.
 
     >>> extract_choice(r"Hence \boxed{\textbf{(C)}\ 12}.")
     'C'

@@ -1,8 +1,8 @@
-r"""Normalization of different notations of the same answer to one LaTeX form.
+r"""Normalizes different notations of the same answer to one LaTeX form.
 
 Models and datasets write the same number as `70,000`, `70{,}000`, `7e4`, `7 \times 10^4`, `\$70000`, `70000 dollars` or
 `\text{70000}.`; `read_answer` normalizes them to a LaTeX expression and a unit. Only the notation changes; nothing is
-evaluated. Every function makes a small number of passes, each of which takes time linear in the text.
+evaluated. Every function makes a small number of passes, each in time linear in the length of the text.
 """
 
 import dataclasses
@@ -83,8 +83,8 @@ class Answer:
     """An answer in normalized notation.
 
     Attributes:
-      text: LaTeX without delimiters, spacing commands, text wrappers, emphasis and a final stop.
-      unit: the unit: "%", "degree", a canonical name such as "cm^2", other words after a number, or "" without one.
+      text: LaTeX without delimiters, spacing commands, text wrappers, emphasis or a final period.
+      unit: "%", "degree", a canonical name such as "cm^2", other words after a number, or "" if there is no unit.
     """
 
     text: str
@@ -92,7 +92,7 @@ class Answer:
 
     @property
     def has_known_unit(self) -> bool:
-        """Whether the unit is one that this module knows, so that two of them can be compared."""
+        """Whether this module knows the unit, so that it can be compared with another."""
         return self.unit in UNITS.values() or "^" in self.unit or "/" in self.unit
 
 
@@ -153,7 +153,7 @@ UNITS = {
     for line in _UNIT_NAMES.strip().split("\n")
     for name in (line.partition(":")[0], *line.partition(":")[2].split())
 }
-# A single letter after a number could also be a variable; it is read as a unit only after a number and a space.
+# A single letter after a number could be a variable; it is treated as a unit only after a number and a space.
 _UNIT = "|".join(sorted(map(re.escape, UNITS), key=len, reverse=True))
 _WORD = r"[A-Za-z][A-Za-z.'-]+"
 NUMERAL = r"[+-]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?(?:\{[+-]?\d+\}|\d))?"
@@ -165,7 +165,7 @@ WITH_UNIT = re.compile(
 WITH_WORDS = re.compile(
     rf"(?P<value>(?:{NUMERAL}|.*[)}}]))\s+(?P<unit>{_WORD}(?:\s+{_WORD}){{0,4}})", re.DOTALL
 )
-# Words after a number that change its value, so they are not units.
+# Words that change the value of the number before them, and so are not units.
 NO_UNIT = re.compile(
     r"(?i)\b(?:and|or|to|mod|times|over|plus|minus|factorial|squared|cubed|if|for|when|where|less|more|hundred|thousand|"
     r"million|billion|trillion|dozen|half|not|is|are|pi|sqrt|base|choose|through|until|from|except)\b"
@@ -192,7 +192,7 @@ def read_answer(text: str) -> Answer:
 
 
 def _in_latex(text: str) -> str:
-    """Returns the text in LaTeX, without delimiters, wrappers and emphasis."""
+    """Converts text to LaTeX without delimiters, wrappers or emphasis."""
     text = "".join(_ascii(character) for character in text) if not text.isascii() else text
     text = text.translate(SYMBOLS)
     for pattern, replacement in REWRITES:
@@ -212,7 +212,7 @@ def _in_latex(text: str) -> str:
 
 
 def _ascii(character: str) -> str:
-    """Converts Unicode fullwidth forms, fractions and spaces."""
+    """Converts Unicode fullwidth forms, fractions and spaces to ASCII."""
     if "０" <= character <= "ｚ":
         return unicodedata.normalize("NFKC", character)
     if unicodedata.category(character) == "No" and "FRACTION" in unicodedata.name(character, ""):
@@ -254,16 +254,16 @@ def _take_unit(text: str) -> tuple[str, str]:
 
 
 def _is_numeric(text: str) -> bool:
-    """Returns whether a text has digits and, apart from LaTeX commands, no words."""
+    """Returns whether a string has digits and, apart from LaTeX commands, no words."""
     without_commands = re.sub(r"\\[a-zA-Z]+", "", text)
     return bool(re.search(r"\d", text)) and not re.search(r"[A-Za-z]{3}", without_commands)
 
 
 def _may_have_unit(match: re.Match) -> bool:
-    """Whether a number precedes the unit, and the unit is not a variable that multiplies it."""
+    """Returns whether a number precedes the unit, and the unit is not a variable multiplied by it."""
     value = match["value"]
     letters = re.sub(r"\\(?:pi|frac|sqrt|times|cdot|pm)(?![a-zA-Z])", "", value)
     if re.search(r"[A-Za-z\\]", letters) or not re.search(r"\d|\\pi", value):
         return False
-    # `5 m` is a length, `5m` may be a product; `5%` and `5cm` have no other meaning.
+    # `5 m` is a length, but `5m` may be a product; `5%` and `5cm` have no other meaning.
     return bool(match["space"]) or len(match["unit"]) > 1 or not match["unit"].isalpha()

@@ -1,12 +1,12 @@
 """Runs reward functions in processes that can be killed.
 
-Each thread owns one worker (`worker.py`, a fresh interpreter without jax that only gets allowed environment variables)
-and communicates with it over a socket, so that a wall-clock limit bounds every wait. A worker that exceeds the limit or
-dies is replaced.
+Each thread owns one worker (`worker.py`, a fresh interpreter without jax that gets only the allowed environment
+variables) and communicates with it over a socket, so that a wall-clock limit bounds every wait. A worker that exceeds
+the limit or dies is replaced.
 
-`multiprocessing` and pools built on it are unsuitable: a spawned child imports the parent's main module again, which
-imports jax in the case of `python -m trapo_jax.train`; it inherits the whole environment; killing an idle worker breaks
-pebble's pool permanently; and results are unpickled. This module requires POSIX.
+`multiprocessing` and pools built on it are unsuitable: a spawned child re-imports the parent's main module, which
+imports jax in the case of `python -m trapo_jax.train`; the child inherits the whole environment; killing an idle worker
+permanently breaks pebble's pool; and results are unpickled. This module requires POSIX.
 """
 
 import json
@@ -41,16 +41,16 @@ class GraderPool:
     """Calls reward functions in separate processes, with a time limit for each call.
 
     Args:
-      reward_functions: functions defined at the top level of modules that do not import jax. The problem that is passed
-        to them has only id, answer, prompt text, source and columns.
+      reward_functions: functions defined at the top level of modules that do not import jax. The problem passed to them
+        has only an id, answer, prompt text, source and columns.
       num_workers: number of processes, which start immediately; >= 1.
-      timeout_secs: wall-clock limit for one call, measured from when a worker receives it; > 0.
+      timeout_secs: wall-clock limit per call, measured from the time a worker receives it; > 0.
       max_response_chars: maximum length of a response; only the end of longer responses is graded.
       memory_bytes: limit on a worker's address space, if the platform supports it.
-      environment: names of environment variables that are passed to workers in addition to the allowed ones.
+      environment: names of environment variables to pass to workers in addition to the allowed ones.
 
     Raises:
-      ValueError: if a function cannot be imported by its name.
+      ValueError: if a function cannot be imported by name.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class GraderPool:
           function: one of the pool's functions; the first if None.
 
         Returns:
-          A future of the judgment. The reward is missing if the function raises or exceeds its time limit, or if its
-          process dies.
+          A future of the judgment. The reward is missing if the function raises an exception or exceeds the time limit,
+          or if its process dies.
 
         Raises:
           RuntimeError: if the pool has been closed.
@@ -123,7 +123,7 @@ class GraderPool:
             thread.join()
 
     def _report(self, function: str, reason: str) -> None:
-        """Logs a warning for the first failure of each kind; the rates in the metrics count all failures."""
+        """Logs a warning for the first failure of each kind. The metrics count all failures."""
         report_failure(function, reason, self._reported)
 
     def __enter__(self) -> Self:
@@ -139,7 +139,7 @@ def report_failure(function: str, reason: str, reported: set[tuple[str, str]]) -
     Args:
       function: name of the reward function.
       reason: see `Judgment.reason`.
-      reported: functions and kinds of reasons that were logged before; changed.
+      reported: functions and kinds of reasons that have already been logged; updated in place.
     """
     key = (function, kind_of(reason))
     level = logging.DEBUG if key in reported else logging.WARNING
@@ -151,7 +151,7 @@ def path_of(function: RewardFunction) -> str:
     """Returns the import path of a function.
 
     Raises:
-      ValueError: if it has no import path.
+      ValueError: if the function has no import path.
     """
     if function.__module__ == "__main__" or not function.__qualname__.isidentifier():
         raise ValueError(f"{function.__qualname__}: not at the top level of an importable module")
@@ -178,7 +178,7 @@ def _serve(
                 report(request["function"], judgment.reason)
             future.set_result(judgment)
             if worker is not None and not worker.alive:
-                worker = _start(start)  # its imports overlap with waiting for the next job
+                worker = _start(start)  # Its imports run while this thread waits for the next job.
     finally:
         if worker is not None:
             worker.kill()
@@ -213,7 +213,7 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=child_environment(environment),
-                start_new_session=True,  # so that only the trainer receives Ctrl-C
+                start_new_session=True,  # Only the trainer should receive Ctrl-C.
             )
 
     @property
@@ -221,7 +221,7 @@ class _Worker:
         return self._process.poll() is None
 
     def ask(self, request: dict[str, Any]) -> Judgment:
-        """Returns the judgment for a request. If the reward is missing, the worker may be dead."""
+        """Returns the worker's judgment for a request. If the reward is missing, the worker may have died."""
         try:
             if not self._ready:
                 self._receive(time.monotonic() + START_SECS)
@@ -230,7 +230,7 @@ class _Worker:
             self._socket.settimeout(self._timeout_secs)
             self._socket.sendall(json.dumps(request).encode() + b"\n")
             judgment = Judgment(**self._receive(deadline))
-            # The process ran code that a hostile response may have taken over.
+            # A hostile response may have taken over the process, so the reason is not trusted.
             reason = first_line(str(judgment.reason), MAX_REASON_CHARS)
             judgment = judgment._replace(reason=reason)
             if judgment.reason == "MemoryError":

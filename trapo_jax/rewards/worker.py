@@ -1,9 +1,9 @@
-"""A grading worker process, which exchanges JSON lines with `GraderPool` over the socket that is its standard input.
+"""Runs a grading worker process, which exchanges JSON lines with `GraderPool` over the socket on its standard input.
 
     python -m trapo_jax.rewards.worker FUNCTIONS TIMEOUT_SECS MEMORY_BYTES
 
 FUNCTIONS is a JSON list of import paths `module:function`. Requests and replies are plain JSON without pickled objects,
-and a reply never contains a parsed answer, whose `repr` alone may hang. Imports no jax.
+and a reply never contains a parsed answer, whose `repr` alone may hang. This module does not import jax.
 """
 
 import functools
@@ -22,14 +22,14 @@ from trapo_jax.types import Judgment, Problem
 
 
 def main(functions: str, timeout_secs: str, memory_bytes: str) -> None:
-    """Serves requests until the other side closes the socket or memory runs out.
+    """Serves requests until the pool closes the socket or memory runs out.
 
-    First, the modules of the functions are imported, and their `warm_up()` is called if they have one; no limits apply
-    to that.
+    First, the functions' modules are imported, and each module's `warm_up()` is called if it exists. No limits apply
+    during this phase.
     """
     connection = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):  # discard what libraries print
+    for descriptor in (0, 1, 2):  # discard output printed by libraries
         os.dup2(null, descriptor)
     with connection, connection.makefile("rwb") as lines:
         reply = functools.partial(_reply, lines)
@@ -43,7 +43,7 @@ def main(functions: str, timeout_secs: str, memory_bytes: str) -> None:
 
 
 def _find(path: str) -> Callable[..., Any]:
-    """Imports a reward function. If the import fails, returns a function that raises the reason."""
+    """Imports a reward function. If the import fails, returns a function that raises an error with the reason."""
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -56,7 +56,7 @@ def _find(path: str) -> Callable[..., Any]:
 
 
 class _CannotImportError(Exception):
-    """A reward function cannot be imported. The user sees the message without the type of this exception."""
+    """A reward function cannot be imported. The user sees the message without this exception's type."""
 
 
 def _raise(reason: str, *_: Any, **__: Any) -> None:
@@ -69,7 +69,7 @@ def _answer(
     reply: Callable[..., None],
     timeout_secs: float,
 ) -> bool:
-    """Judges one response. Returns whether the process should continue."""
+    """Judges one response, and returns whether the process should continue."""
     request = json.loads(line)
     problem = Problem(
         request["id"],
@@ -79,14 +79,14 @@ def _answer(
         source=request["source"],
         columns=request["columns"],
     )
-    # The pool kills the process at the time limit. If the pool is gone, the timer does so soon afterwards.
+    # The pool kills the process at the time limit. If the pool no longer exists, the timer does so shortly after.
     signal.setitimer(signal.ITIMER_REAL, timeout_secs + 1.0)
     try:
         judgment = call(reward_functions[request["function"]], request["text"], problem)
         reply(**judgment._asdict())
     except MemoryError:
         reply(**Judgment(None, reason="MemoryError")._asdict())
-        return False  # leaked memory is only freed by starting a new process
+        return False  # Only a new process frees leaked memory.
     except _CannotImportError as error:
         reply(**Judgment(None, reason=str(error))._asdict())
     except (Exception, SystemExit) as error:
