@@ -216,7 +216,7 @@ def describe_samples(scores: Mapping[str, float]) -> str:
     '8 samples each at temperature 0.6'
     >>> counts = {"eval/num_samples/aime24": 32, "eval/num_samples/math500": 4}
     >>> describe_samples({"eval/num_samples": 4, "eval/temperature": 1.0, **counts})
-    'samples of each problem (aime24: 32, math500: 4) at temperature 1'
+    'aime24: 32, math500: 4 samples each at temperature 1'
     """
     prefix = f"{NUM_SAMPLES}/"
     counts = [
@@ -224,12 +224,8 @@ def describe_samples(scores: Mapping[str, float]) -> str:
         for name, number in scores.items()
         if name.startswith(prefix)
     ]
-    number = (
-        f"samples of each problem ({', '.join(counts)})"
-        if counts
-        else f"{scores[NUM_SAMPLES]} samples each"
-    )
-    return f"{number} at temperature {scores[TEMPERATURE]:g}"
+    number = ", ".join(counts) or scores[NUM_SAMPLES]
+    return f"{number} samples each at temperature {scores[TEMPERATURE]:g}"
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, float]:
