@@ -66,7 +66,8 @@ from trapo_jax.runs.directory import (
     prepare_run_folder,
     write_atomically,
 )
-from trapo_jax.runs.monitoring import CompilationListener
+from trapo_jax.runs.monitoring import CompilationListener, unanswered
+from trapo_jax.runs.progress import counted
 from trapo_jax.runs.saved_model import load_checkpoint
 from trapo_jax.types import (
     Problem,
@@ -270,10 +271,17 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     numbers = sorted({scores.num_samples for scores in result.by_source.values()})
     title = (
-        f"test split, {result.overall.num_problems} problems, {' or '.join(map(str, numbers))} samples each at "
+        f"test split, {counted(result.overall.num_problems, 'problem')}, {' or '.join(map(str, numbers))} "
+        f"sample{'' if numbers == [1] else 's'} each at "
         f"temperature {config.evaluation.temperature:g}"
     )
     console.table(title, *table_of(result.overall, result.by_source))
+    scores = result.overall
+    warning = unanswered(
+        accuracy=scores.accuracy, no_answer=scores.no_answer, truncated=scores.truncated
+    )
+    if warning:
+        console.say(f"warning: {warning}")
     console.say(f"{result.folder}: {SCORES}, {PLOT} and {SAMPLES}")
     return 0
 

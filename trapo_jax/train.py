@@ -55,6 +55,7 @@ from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import EXPORT, METRICS, MODEL, REPORT, SAMPLES
 from trapo_jax.runs.loggers import describe_samples, is_shown, read_metrics
 from trapo_jax.runs.monitoring import check_learned, warnings_of_run
+from trapo_jax.runs.progress import counted
 from trapo_jax.runs.run import EXPERT_LOSS, VALIDATION, Run
 from trapo_jax.runs.saved_model import saved_model_files
 from trapo_jax.runs.started_with import started_with
@@ -348,7 +349,8 @@ def show_result(result: TrainResult) -> None:
             for name in sorted(after)
             if is_shown(name) and name != "eval/pass@1"
         ]
-        title = f"{split} split, {after['eval/num_problems']} problems, {describe_samples(after)} (greedy: 1)"
+        num_problems = counted(after["eval/num_problems"], "problem")
+        title = f"{split} split, {num_problems}, {describe_samples(after)} (greedy: 1)"
         console.table(title, ["", "before", "after"], rows)
     for warning in result.warnings:
         console.say(f"warning: {warning}")

@@ -326,3 +326,16 @@ def test_help_lists_the_fields_of_an_evaluation(capsys):
     assert "evaluation.num_samples  (int, 1; 8 for card_shuffles)" in text
     assert "evaluation.temperature  (float, 0.6; 1.0 for card_shuffles)" in text
     assert "train.num_steps" not in text
+
+
+def test_an_evaluation_says_that_most_responses_state_no_answer(data, tmp_path, capsys):
+    short = arguments(data, tmp_path / "out", "sampling.num_samples=1")
+    assert main([*short, "sampling.max_completion_length=4"]) == 0
+    output = capsys.readouterr().out
+    assert "no answer" in output
+    assert (
+        "warning: the reward function found no answer in 100% of the responses, and 100% are truncated"
+        in output
+    )
+    records = read_samples(tmp_path / "out").values()
+    assert [record["found_answer"] for record in records] == [False] * 12

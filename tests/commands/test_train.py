@@ -76,6 +76,7 @@ def test_metrics_have_the_names_that_scripts_rely_on(finished_run):
     for name in (
         "reward/mean",
         "reward/sampled_mean",
+        "reward/no_answer",
         "loss/trsft",
         "loss/policy_gradient",
         "guidance/ratio_mean",

@@ -176,7 +176,7 @@ def test_a_step_without_sampled_or_guided_rollouts_has_no_such_numbers(capsys):
 def test_pass_at_1_does_not_repeat_the_accuracy(capsys):
     Console().evaluated(5, "test", EVALUATION | {"eval/num_samples": 1, "eval/pass@1": 0.333})
     out = capsys.readouterr().out
-    assert out.endswith("sampled 0.333 (1 samples each at temperature 0.6)\n")
+    assert out.endswith("sampled 0.333 (1 sample each at temperature 0.6)\n")
 
 
 def test_an_evaluation_of_several_benchmarks_shows_their_mean(capsys):

@@ -36,16 +36,22 @@ def as_judgment(value: Any) -> Judgment:
     Raises:
       ValueError: if `value` is anything else.
 
-    >>> as_judgment(0.5), as_judgment((True, "42"))
-    (Judgment(reward=0.5, answer=None, reason=''), Judgment(reward=1.0, answer='42', reason=''))
+    >>> as_judgment(0.5).found_answer, as_judgment((0.0, None)).found_answer
+    (None, False)
+    >>> as_judgment((True, "42"))
+    Judgment(reward=1.0, answer='42', reason='', found_answer=True)
     """
-    value, answer = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    found_answer = None
+    answer = None
+    if isinstance(value, tuple) and len(value) == 2:
+        value, answer = value
+        found_answer = answer is not None
     answer = None if answer is None else str(answer)[:MAX_ANSWER_CHARS]
     if isinstance(value, str) and value in tuple(Verdict):
         verdict = Verdict(value)
         if verdict in (Verdict.ERROR, Verdict.TIMEOUT):
             return Judgment(None, answer, str(verdict))
-        return Judgment(float(verdict is Verdict.CORRECT), answer)
+        return Judgment(float(verdict is Verdict.CORRECT), answer, found_answer=found_answer)
     try:
         reward = -1.0 if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
@@ -54,7 +60,7 @@ def as_judgment(value: Any) -> Judgment:
         raise ValueError(
             f"a reward function returned {value!r:.60}, which is neither a number in [0, 1] nor a verdict"
         )
-    return Judgment(reward, answer)
+    return Judgment(reward, answer, found_answer=found_answer)
 
 
 def reason_of(error: BaseException) -> str:

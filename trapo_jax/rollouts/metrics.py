@@ -15,8 +15,9 @@ def rollout_metrics(
 
     `guidance/level_i` is the share of problems whose last guided micro-group is i; at level 0, no micro-group is
     guided. `reward/mean` includes rollouts that are whole expert solutions; `reward/sampled_mean` and
-    `reward/sampled_positive` (the share of rollouts with more than 0 from the first reward function) do not. The latter
-    two and `reward/unguided_mean` are absent if no such rollout has a reward.
+    `reward/sampled_positive` (the share of rollouts with more than 0 from the first reward function) do not, and neither
+    does `reward/no_answer`, the share of rollouts in which it found no answer. The latter three and `reward/unguided_mean`
+    are absent if no such rollout has a reward, or the function looks for no answer.
 
     Args:
       groups: the rollouts of each problem.
@@ -58,9 +59,11 @@ def _sampled_rewards(sampled: Sequence[Rollout]) -> dict[str, float]:
     if not sampled:
         return {}
     firsts = [next(iter(r.grade.judgments.values())).reward for r in sampled]
+    found = [r.grade.found_answer for r in sampled if r.grade.found_answer is not None]
     return {
         "reward/sampled_mean": fmean(r.reward for r in sampled),
         "reward/sampled_positive": fmean(bool(reward) for reward in firsts),
+        **({"reward/no_answer": fmean(not f for f in found)} if found else {}),
     }
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from trapo_jax.printable import printable
 from trapo_jax.runs.loggers import describe_samples
-from trapo_jax.runs.progress import MIN_SECS, Activity, LinePacer, describe_secs
+from trapo_jax.runs.progress import MIN_SECS, Activity, LinePacer, counted, describe_secs
 from trapo_jax.types import SamplingProgress
 
 NUM_PLAIN_LINES = 20  # approximate number of progress lines if the output is not a terminal
@@ -117,11 +117,14 @@ class Console:
         if self._panel:
             self._panel.show(evaluation=f"after step {step}: {split} accuracy {accuracy:.2f}")
         pass_at_n = f", pass@{num_samples} {metrics[f'eval/pass@{num_samples}']:.3f}"
+        no_answer = (
+            f", no answer {metrics['eval/no_answer']:.3f}" if "eval/no_answer" in metrics else ""
+        )
         self.say(
-            f"step {step}: {split} split, {metrics['eval/num_problems']} problems: greedy accuracy "
+            f"step {step}: {split} split, {counted(metrics['eval/num_problems'], 'problem')}: greedy accuracy "
             f"{metrics['eval/accuracy_greedy']:.3f} (1 sample each), sampled {accuracy:.3f}"
             f"{pass_at_n if num_samples > 1 else ''}{'' if mean is None else f', mean of sources {mean:.3f}'} "
-            f"({describe_samples(metrics)})"
+            f"({describe_samples(metrics)}){no_answer}"
         )
 
     def step(self, step: int, values: Mapping[str, float]) -> None:

@@ -17,6 +17,7 @@ from trapo_jax.runs.directory import (
     evaluation_file,
     write_atomically,
 )
+from trapo_jax.runs.progress import counted
 from trapo_jax.runs.tensorboard import TensorBoard, event_files
 from trapo_jax.types import UserError
 
@@ -227,7 +228,7 @@ def describe_samples(scores: Mapping[str, float]) -> str:
     number = (
         f"samples of each problem ({', '.join(counts)})"
         if counts
-        else f"{scores[NUM_SAMPLES]} samples each"
+        else f"{counted(scores[NUM_SAMPLES], 'sample')} each"
     )
     return f"{number} at temperature {scores[TEMPERATURE]:g}"
 

@@ -78,6 +78,15 @@ class LinePacer:
             self._described = (activity, activity.share)
 
 
+def counted(number: float, noun: str) -> str:
+    """Returns a number and its noun.
+
+    >>> counted(1, "sample"), counted(2000, "sample")
+    ('1 sample', '2,000 samples')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def describe_secs(secs: float) -> str:
     """Returns a duration in a unit in which it has at most three digits.
 

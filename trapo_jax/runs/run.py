@@ -320,6 +320,8 @@ class Run:
         """
         self._log.evaluation(split, self.step, metrics | {"time/eval_secs": seconds}, problems)
         self.console.evaluated(self.step, split, metrics)
+        for warning in self._health.observe_evaluation(metrics):
+            self.console.say(f"warning: {warning}")
         self.pending_splits = [name for name in self.pending_splits if name != split]
         self._is_saved = False
         if self.step and split == VALIDATION:
