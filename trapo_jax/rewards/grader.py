@@ -1,5 +1,6 @@
 """Grades responses with one or several reward functions, which the config selects by name."""
 
+import contextlib
 import difflib
 import re
 import threading
@@ -14,10 +15,10 @@ from trapo_jax.rewards.math import grade_math, grade_math_lenient
 from trapo_jax.rewards.multiple_choice import grade_multiple_choice
 from trapo_jax.rewards.pool import (
     MAX_RESPONSE_CHARS,
+    FailureLog,
     GraderPool,
     RewardFunction,
     path_of,
-    report_failure,
 )
 from trapo_jax.types import Grade, Judgment, Problem, UserError, find_by_source
 
@@ -73,8 +74,16 @@ class Grader:
         self._special_token = re.compile("|".join(map(re.escape, tokens))) if tokens else None
         in_pool = [f.function for f in (*functions, *self._by_source.values()) if not f.is_inline]
         unique = {path_of(function): function for function in in_pool}
-        self._pool = GraderPool(*unique.values(), **pool_options) if unique else None
-        self._reported: set[tuple[str, str]] = set()
+        self._failures = FailureLog()
+        self._pool = (
+            GraderPool(*unique.values(), failures=self._failures, **pool_options)
+            if unique
+            else None
+        )
+
+    def without_warnings(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which failures are only recorded in grades, not logged."""
+        return self._failures.muted()
 
     def submit(self, response: str, problem: Problem) -> Future[Grade]:
         """Grades a response asynchronously. Failures of reward functions are recorded in the grade and do not raise.
@@ -123,7 +132,7 @@ class Grader:
             future.set_result(call(function.function, response, problem))
         except Exception as error:
             reason = reason_of(error)
-            report_failure(function.name, reason, self._reported)
+            self._failures.report(function.name, reason)
             future.set_result(Judgment(None, reason=reason))
         return future
 
