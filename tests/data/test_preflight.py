@@ -69,8 +69,8 @@ def test_good_data_are_shown(preview):
     code, output, error = preview(ROWS, "data.prompt_suffix=boxed", "data.template=auto")
     assert (code, error) == (0, "")
     assert "experts judged correct │ 16 of 16" in output
-    assert "template chat; columns: prompt prompt, answer answer, solutions solution?" in output
-    assert "solution?, source source?, extra none" in output
+    assert "template chat; columns: prompt prompt, answer answer, solutions solution," in output
+    assert "solutions solution, source none, extra none" in output
     assert "first prompt: <|im_start|>user What is" in output  # on lines of its own
     assert "put your final answer within \\boxed{}.<|im_end|> <|im_start|>assistant" in output
     assert "warning" not in output
@@ -105,7 +105,7 @@ MISUSES = {
             for i in range(20)
         ],
         [],
-        "set data.columns.answer to the column of the answers (now answer?)",
+        "set data.columns.answer to the column of the answers (now none)",
     ),
     "solutions without a box": (
         changed(solution="One more than before."),
@@ -146,7 +146,11 @@ MISUSES = {
         ],
         "training prompts are longer and were dropped; raise it",
     ),
-    "no solutions": (without("solution"), [], "no training problem has one; set data.columns.sol"),
+    "no solutions": (
+        without("solution"),
+        [],
+        "no training problem has one; set data.columns.solutions to their column (now none), or",
+    ),
     "no solutions for sft": (
         without("solution"),
         ["method.name=sft"],
@@ -180,6 +184,11 @@ MISUSES = {
         "it exceeds the 2048 positions of the model (max_position_embeddings)",
     ),
     "unknown template": (ROWS, ["data.template=chatlm"], "no such template; did you mean chatml?"),
+    "unlike any template": (
+        ROWS,
+        ["data.template=x"],
+        "choose 'none', 'chat', 'chatml', 'qwen_math'",
+    ),
     "unknown template argument": (
         ROWS,
         ["data.template_arguments={enable_thinking: false}", "data.template=chat"],

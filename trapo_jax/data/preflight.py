@@ -160,14 +160,21 @@ def _source(data: LoadedData) -> str:
     if columns is None:
         return f"template {data.template.kind}"
     used = {
-        "prompt": columns.prompt,
-        "answer": columns.answer,
-        "solutions": ", ".join(columns.solutions),
-        "source": columns.source,
-        "extra": ", ".join(columns.extra),
+        "prompt": [columns.prompt],
+        "answer": [columns.answer],
+        "solutions": columns.solutions,
+        "source": [columns.source],
+        "extra": columns.extra,
     }
-    named = ", ".join(f"{name} {path or 'none'}" for name, path in used.items())
+    named = ", ".join(f"{name} {_shown_paths(paths, data)}" for name, paths in used.items())
     return f"template {data.template.kind}; columns: {named}"
+
+
+def _shown_paths(paths: Sequence[str], data: LoadedData) -> str:
+    """Returns the paths that some row of the training data has."""
+    absent = [path for stage in data.reports.get("train", []) for path in stage.absent]
+    shown = [path for path in paths if path and path not in absent]
+    return ", ".join(path.removesuffix("?") for path in shown) or "none"
 
 
 def _counts(
@@ -299,6 +306,6 @@ def _solutions_hint(data: LoadedData, config: Config, method: Method) -> str:
         hint = f"those of the data are longer than data.max_expert_length={limit}; raise it"
     else:
         columns = data.columns
-        where = f" (now {', '.join(columns.solutions) or 'none'})" if columns else ""
+        where = f" (now {_shown_paths(columns.solutions, data)})" if columns else ""
         hint = f"set data.columns.solutions to their column{where}"
     return f"{hint}, or method.name=grpo to train without experts" if method.needs_rewards else hint

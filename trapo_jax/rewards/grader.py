@@ -1,14 +1,13 @@
 """Grades responses with one or several reward functions, which the config selects by name."""
 
 import contextlib
-import difflib
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Self
 
-from trapo_jax.import_path import did_you_mean_import, import_object
+from trapo_jax.import_path import import_object, suggest
 from trapo_jax.rewards.card_shuffles import card_shuffles_grader
 from trapo_jax.rewards.judgments import call, reason_of
 from trapo_jax.rewards.math import grade_math, grade_math_lenient
@@ -227,11 +226,7 @@ def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFuncti
     if name in IN_WORKERS:
         return WeightedFunction(name, IN_WORKERS[name], weight)
     if ":" not in name:
-        close = difflib.get_close_matches(name, REWARD_FUNCTIONS, n=1)
-        known = f"did you mean {close[0]}?" if close else did_you_mean_import(name)
-        known = known or (
-            f"choose one of {', '.join(REWARD_FUNCTIONS)}, or the import path package.module:name of a function of your own"
-        )
+        known = suggest(name, REWARD_FUNCTIONS)
         raise UserError(f"{field}={name!r}: no such reward function; {known}")
     function = import_object(name, field)
     if not callable(function):
