@@ -288,6 +288,26 @@ WARNINGS = {
         ["sampling.max_completion_length=256"],
         "cut at sampling.max_completion_length=256; raise it, or leave them out with data.max_expert_length=256",
     ),
+    "prompts that are dropped": (
+        [*({**row, "prompt": row["prompt"] * 9} for row in ROWS[:4]), *ROWS[4:]],
+        ["data.max_prompt_length=70", "data.num_validation=0", "data.num_test=0"],
+        "warning: train: 4 of 20 prompts are dropped, because they are longer than data.max_prompt_length=70; raise it",
+    ),
+    "prompts that are cut": (
+        [*({**row, "prompt": row["prompt"] * 9} for row in ROWS[:4]), *ROWS[4:]],
+        [
+            "data.overlong_prompts=truncate",
+            "data.max_prompt_length=70",
+            "data.num_validation=0",
+            "data.num_test=0",
+        ],
+        "warning: train: 4 of 20 prompts are cut, because they are longer than data.max_prompt_length=70; raise it",
+    ),
+    "expert solutions that are left out": (
+        [*({**row, "solution": "Hm. " * 20 + row["solution"]} for row in ROWS[:4]), *ROWS[4:]],
+        ["data.max_expert_length=64", "data.num_validation=0", "data.num_test=0"],
+        "train: 4 of 20 expert solutions are left out, because they are longer than data.max_expert_length=64; raise it",
+    ),
     "lists of solutions": (
         [row | {"solution": [row["solution"], f"\\boxed{{{row['answer']}}}"]} for row in ROWS],
         ["data.prompt_suffix=boxed"],
@@ -301,7 +321,7 @@ WARNINGS = {
     "some solutions are cut": (
         [*ROWS[:19], ROWS[19] | {"solution": "I think. " * 60 + ROWS[19]["solution"]}],
         ["sampling.max_completion_length=256", "data.num_test=1", "data.num_validation=1"],
-        "longer than sampling.max_completion_length=256 and are cut",
+        "longer than sampling.max_completion_length=256 and are cut; raise it",
     ),
     "tested on training problems": (
         ROWS,
@@ -324,6 +344,14 @@ def test_what_is_probably_a_mistake_is_said(what, preview):
     code, output, _ = preview(rows, *overrides)
     assert code == 0
     assert message in output
+
+
+def test_a_few_long_prompts_are_no_warning_but_counted(preview):
+    rows = [ROWS[0] | {"prompt": ROWS[0]["prompt"] * 9}, *ROWS[1:]]
+    sizes = ("data.num_validation=0", "data.num_test=0", "data.prompt_suffix=boxed")
+    _, output, _ = preview(rows, "data.max_prompt_length=150", *sizes)
+    assert "train: dropped 1 with a prompt over 150 tokens" in output
+    assert "warning" not in output
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,14 @@ to learn from.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from trapo_jax.config import Config
 from trapo_jax.data.examples import DataReport
-from trapo_jax.data.problems import EXPERTS_TOO_LONG
+from trapo_jax.data.problems import EXPERTS_TOO_LONG, PROMPT_TOO_LONG, PROMPTS_CUT
 from trapo_jax.data.reward_checks import (
     EXPERT,
     Tried,
@@ -31,6 +31,7 @@ from trapo_jax.rewards import (
 from trapo_jax.types import Problem
 
 MAX_UNUSABLE = 0.5  # share of the training problems that may be unusable
+MAX_LOST = 0.1  # share of the texts that a limit on lengths may drop or cut without a warning
 MAX_SHOWN_CHARS = 1_500
 
 
@@ -147,10 +148,11 @@ def _add_reward_checks(
 def _notes(data: LoadedData) -> list[str]:
     """Says why rows and experts were left out, and what else was noted about them."""
     return [
-        f"{name}: {count:,} {what}"
+        f"{name}: {verb}{count:,} {what}"
         for name, stages in data.reports.items()
         for stage in stages
-        for what, count in (*stage.dropped.items(), *stage.notes.items())
+        for verb, counts in (("dropped ", stage.dropped), ("", stage.notes))
+        for what, count in counts.items()
         if "without an expert" not in what  # The table has them.
     ]
 
@@ -215,7 +217,7 @@ def _warnings(data: LoadedData, config: Config, method: Method) -> list[str]:
     if num_cut := sum(length > limit for length in experts):
         warnings.append(
             f"{num_cut:,} of {len(experts):,} expert solutions are longer than "
-            f"sampling.max_completion_length={limit} and are cut"
+            f"sampling.max_completion_length={limit} and are cut; raise it"
         )
     is_asked = any(asks_for_answer(problem.prompt_text) for problem in data.splits["train"][:100])
     if config.rewards.functions[:1] == ("math",) and method.needs_rewards and not is_asked:
@@ -230,7 +232,38 @@ def _warnings(data: LoadedData, config: Config, method: Method) -> list[str]:
         warnings.append(
             "data.template=none: the tokenizer has a chat template, which is not used; consider data.template=chat"
         )
-    return warnings + _warnings_of_splits(data, config)
+    return warnings + _warnings_of_lengths(data, config) + _warnings_of_splits(data, config)
+
+
+def _warnings_of_lengths(data: LoadedData, config: Config) -> list[str]:
+    """Names the limits because of which more than `MAX_LOST` of the texts of a split are dropped or cut."""
+    warnings = []
+    for name, (*_, encoded) in data.reports.items():
+        num_read, notes = encoded.num_read, encoded.notes
+        num_experts = sum(len(problem.experts) for problem in data.splits[name])
+        left_out = _count_of(notes, EXPERTS_TOO_LONG)
+        dropped = _count_of(encoded.dropped, PROMPT_TOO_LONG)
+        for limit, num, total, fate in (
+            ("max_prompt_length", dropped, num_read, "prompts are dropped"),
+            ("max_prompt_length", _count_of(notes, PROMPTS_CUT), num_read, "prompts are cut"),
+            (
+                "max_expert_length",
+                left_out,
+                num_experts + left_out,
+                "expert solutions are left out",
+            ),
+        ):
+            if num > MAX_LOST * total:
+                value = getattr(config.data, limit)
+                warnings.append(
+                    f"{name}: {num:,} of {total:,} {fate}, because they are longer than data.{limit}={value}; raise it"
+                )
+    return warnings
+
+
+def _count_of(counts: Mapping[str, int], start: str) -> int:
+    """Returns the number of what a report counts under texts with a given start."""
+    return sum(count for what, count in counts.items() if what.startswith(start))
 
 
 def _warnings_of_splits(data: LoadedData, config: Config) -> list[str]:
@@ -284,7 +317,7 @@ def _errors(data: LoadedData, config: Config, method: Method) -> list[str]:
             f"which become {data.tokenizer.unk_token}; choose a model for this data"
         )
     (*_, encoded) = data.reports.get("train", [DataReport(0, 0, {}, {})])
-    num_overlong = sum(n for reason, n in encoded.dropped.items() if "prompt over" in reason)
+    num_overlong = _count_of(encoded.dropped, PROMPT_TOO_LONG)
     if num_overlong > MAX_UNUSABLE * max(encoded.num_read, 1):
         errors.append(
             f"data.max_prompt_length={config.data.max_prompt_length}: {num_overlong:,} of {encoded.num_read:,} training "
