@@ -299,7 +299,7 @@ class Interrupt:
         for number in self.NUMBERS:
             signal.signal(number, signal.SIG_DFL)
         print(
-            "stopping as soon as possible and saving a checkpoint if needed; press Ctrl-C again to stop immediately",
+            "stopping after saving what has been trained; a second Ctrl-C ends the process at once, without saving",
             file=sys.stderr,
         )
 
