@@ -260,6 +260,19 @@ def test_an_evaluation_of_several_benchmarks_shows_their_mean(capsys):
     )
 
 
+@pytest.mark.parametrize("is_terminal", ["0", "1"])
+def test_tables_lose_no_text_and_are_not_even_wrapped_without_a_terminal(
+    is_terminal, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TTY_COMPATIBLE", is_terminal)
+    cells = ["a_rather_long_name_of_a_source", "0.002-0.731", "1234567"]
+    Console().table("title", ["", "95% CI", "n"], [cells])
+    output = capsys.readouterr().out
+    assert "…" not in output
+    assert all(cell in output for cell in cells) == (is_terminal == "0")
+
+
 def test_a_quiet_console_prints_nothing(capsys):
     console = Console(10, quiet=True)
     console.begin("evaluating test", 10)

@@ -26,6 +26,7 @@ from trapo_jax.runs.progress import (
 )
 from trapo_jax.types import SamplingProgress
 
+UNLIMITED_WIDTH = 10_000
 TICK_SECS = 1.0
 NUM_PLAIN_LINES = 20  # approximate number of progress lines if the output is not a terminal
 
@@ -49,6 +50,8 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._rich = rich.console.Console(highlight=False, soft_wrap=True, quiet=quiet)
+        if not self._rich.is_terminal:
+            self._rich.width = UNLIMITED_WIDTH  # No table is cut or wrapped.
         self._clock = clock
         self._last_step_line = clock()
         self._estimate = RunEstimate()
@@ -202,10 +205,16 @@ class Console:
         self.say(title)  # A title of the table would be wrapped at its width.
         table = Table()
         for i, name in enumerate(header):
-            table.add_column(Text(printable(name)), justify="left" if i == 0 else "right")
+            justify = "left" if i == 0 else "right"
+            table.add_column(Text(printable(name)), justify=justify, overflow="fold")
         for row in rows:
             table.add_row(*(Text(printable(cell)) for cell in row))
         self._rich.print(table)
+
+
+def table_width(console: rich.console.Console) -> int:
+    """Returns the width within which tables are printed; there is no limit without a terminal."""
+    return console.width if console.is_terminal else UNLIMITED_WIDTH
 
 
 def _describe_step(values: Mapping[str, float]) -> str:
