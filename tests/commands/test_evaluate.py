@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from trapo_jax import evaluate
 from trapo_jax.config import load_evaluate_config
 from trapo_jax.data import card_shuffles_splits
 from trapo_jax.evaluate import load_model, main
+from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import lock_folder
 from trapo_jax.types import UserError
 
@@ -250,7 +252,24 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {source: card_shuffles}\n")
     config = load_evaluate_config(None, [("model.path", str(tmp_path))])
     with pytest.raises(UserError, match="a run without a checkpoint yet"):
-        load_model(config)
+        load_model(config, Console())
+
+
+@pytest.mark.slow
+def test_an_unfinished_run_is_evaluated_after_its_newest_checkpoint_which_is_named(
+    finished_run, tmp_path, capsys
+):
+    """Also one with an exported model, which was extended after it had been complete."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run[0], folder)
+    config = load_evaluate_config(None, [("model.path", str(folder))])
+    load_model(config, Console())
+    assert capsys.readouterr().out == ""
+    (folder / "summary.json").unlink()
+    load_model(config, Console())
+    assert capsys.readouterr().out == (
+        f"{folder}: this run is not complete; evaluating it after step 12\n"
+    )
 
 
 def test_data_and_grading_default_to_the_settings_of_the_run(tmp_path):
