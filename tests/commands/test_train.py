@@ -80,6 +80,7 @@ def test_metrics_have_the_names_that_scripts_rely_on(finished_run):
         "loss/trsft",
         "loss/policy_gradient",
         "guidance/ratio_mean",
+        "guidance/ratio_max",
         "tokens/trained",
         "tokens/sampled",
         "time/sample_secs",

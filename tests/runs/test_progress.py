@@ -18,9 +18,13 @@ from trapo_jax.types import SamplingProgress
 
 VALUES = {
     "loss/total": -0.05216,
-    "reward/sampled_mean": 0.5312,
-    "reward/unguided_mean": 0.4,
+    "reward/sampled_mean": 17 / 32,
+    "reward/num_sampled": 32,
+    "reward/num_right": 17,
+    "reward/unguided_mean": 5 / 12,
+    "reward/num_unguided": 12,
     "guidance/ratio_mean": 0.21,
+    "guidance/ratio_max": 0.2375,
     "completion/len_mean": 1234.5,
     "time/tokens_per_sec": 123_456.0,
 }
@@ -205,7 +209,7 @@ def test_step_lines_are_printed_for_every_5_percent_or_10_seconds(capsys):
     steps = [line for line in lines if line.startswith("step") and "updating" not in line]
     assert len(steps) == 10 + 200
     assert steps[0] == (
-        "step 20/400  loss -0.052  reward 0.53 (unguided 0.40)  guided 0.21  length 1,234  38 s left"
+        "step 20/400  loss -0.052  reward 17/32 (unguided 5/12)  guided 0.21/0.24  length 1,234  38 s left"
     )
     # Every step of 20 seconds has a line, so that less than 5 % of the lines are about the activity.
     assert len(lines) - len(steps) <= 201
@@ -224,7 +228,7 @@ def test_the_panel_has_all_metrics_and_the_activity_within_80_columns(
         console.advance(sampled(12, 100))
         lines = [str(line) for line in list(console._panel.get_renderables())[1:]]
     assert lines[:2] == [
-        "loss -0.052  reward 0.53 (unguided 0.40)  guided 0.21  length 1,234",
+        "loss -0.052  reward 17/32 (unguided 5/12)  guided 0.21/0.24  length 1,234",
         "after step 5: validation accuracy 0.33",
     ]
     assert lines[2].startswith(f"step {num_steps}: 12 of 64 samples")
@@ -234,16 +238,34 @@ def test_the_panel_has_all_metrics_and_the_activity_within_80_columns(
     assert "left  123,456 tokens/s" in output
 
 
+def step_line(capsys, **values):
+    changes = {name.replace("__", "/"): value for name, value in values.items()}
+    Console(2).step(2, VALUES | {"budget/progress": 1.0} | changes, secs=1.0)
+    return capsys.readouterr().out.rstrip("\n")
+
+
+def test_rewards_between_0_and_1_are_shown_as_means(capsys):
+    line = step_line(capsys, reward__num_right=16)
+    assert "  reward 0.53 (unguided 0.42)  " in line
+    assert "  reward 17/32 (unguided 5/12)  " in step_line(capsys)
+
+
+def test_a_line_of_a_step_has_at_most_100_characters(capsys):
+    clock = Clock()
+    Console(2000, clock=clock).step(100, VALUES | {"budget/progress": 0.05}, secs=99.0)
+    line = capsys.readouterr().out.rstrip("\n")
+    assert line.startswith("step 100/2000  loss -0.052  reward 17/32 (unguided 5/12)")
+    assert len(line) <= 100
+
+
 def test_a_step_without_sampled_or_guided_rollouts_has_no_such_numbers(capsys):
-    done = {"budget/progress": 1.0, "guidance/ratio_mean": 0.0}
-    Console(2).step(2, VALUES | done, secs=1.0)
-    sft = VALUES | done | {"guidance/ratio_mean": 1.0, "completion/len_mean": 0.0}
-    del sft["reward/sampled_mean"], sft["reward/unguided_mean"]
-    Console(2).step(2, sft, secs=1.0)
-    grpo, sft = capsys.readouterr().out.splitlines()
-    assert grpo.startswith("step 2/2  loss -0.052  reward 0.53  guided 0.00  length 1,234")
-    assert sft.startswith("step 2/2  loss -0.052  guided 1.00")
-    assert "length" not in sft
+    grpo = step_line(capsys, guidance__ratio_mean=0.0, guidance__ratio_max=0.0)
+    assert grpo.startswith("step 2/2  loss -0.052  reward 17/32  length 1,234")
+    sampled = [name for name in VALUES if name.startswith("reward/")]
+    without = {name: value for name, value in VALUES.items() if name not in sampled}
+    done = {"budget/progress": 1.0, "completion/len_mean": 0.0, "guidance/ratio_max": 1.0}
+    Console(2).step(2, without | done, secs=1.0)
+    assert capsys.readouterr().out.startswith("step 2/2  loss -0.052  0 s left")
 
 
 def test_pass_at_1_does_not_repeat_the_accuracy(capsys):

@@ -1,5 +1,6 @@
 """Terminal output of the commands: progress, messages and tables."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -218,17 +219,26 @@ def table_width(console: rich.console.Console) -> int:
 
 
 def _describe_step(values: Mapping[str, float]) -> str:
-    """Returns the loss of a step, and the mean reward of its sampled rollouts, of which some may be guided."""
+    """Returns the loss of a step, the reward of its sampled rollouts, and how much of the experts they start from."""
     parts = [f"loss {values['loss/total']:.3f}"]
+    ratio, max_ratio = values["guidance/ratio_mean"], values["guidance/ratio_max"]
     if "reward/sampled_mean" in values:
-        reward = f"reward {values['reward/sampled_mean']:.2f}"
-        if values["guidance/ratio_mean"] > 0 and "reward/unguided_mean" in values:
-            reward += f" (unguided {values['reward/unguided_mean']:.2f})"
-        parts.append(reward)
-    parts.append(f"guided {values['guidance/ratio_mean']:.2f}")
+        parts.append(f"reward {_describe_reward(values, 'sampled')}")
+        if ratio > 0 and "reward/unguided_mean" in values:
+            parts[-1] += f" (unguided {_describe_reward(values, 'unguided')})"
     if values["completion/len_mean"]:
+        if max_ratio > 0:
+            parts.append(f"guided {ratio:.2f}/{max_ratio:.2f}")
         parts.append(f"length {values['completion/len_mean']:,.0f}")
     return "  ".join(parts)
+
+
+def _describe_reward(values: Mapping[str, float], which: str) -> str:
+    """Returns how many rollouts are right if every reward of the step is 0 or 1, otherwise the mean reward."""
+    mean, number = values[f"reward/{which}_mean"], values[f"reward/num_{which}"]
+    total = values["reward/sampled_mean"] * values["reward/num_sampled"]
+    is_binary = math.isclose(total, values["reward/num_right"], abs_tol=1e-6)
+    return f"{mean * number:.0f}/{number:.0f}" if is_binary else f"{mean:.2f}"
 
 
 class _Panel(Progress):
