@@ -283,7 +283,10 @@ def main(arguments: Sequence[str]) -> int:
     console.table(title, *table_of(result.overall, result.by_source))
     scores = result.overall
     warning = unanswered(
-        accuracy=scores.accuracy, no_answer=scores.no_answer, truncated=scores.truncated
+        "evaluation",
+        accuracy=scores.accuracy,
+        no_answer=scores.no_answer,
+        truncated=scores.truncated,
     )
     if warning:
         console.say(f"warning: {warning}")

@@ -127,11 +127,12 @@ def test_responses_without_answers_are_reported_once_at_the_first_evaluation_or_
     (warning,) = health().observe(1, silent)
     assert warning.startswith("step 1: the reward function found no answer in 90% of the responses")
     assert "50% are truncated" in warning
-    for way_out in ("prompt_suffix", "max_completion_length", "temperature"):
+    for way_out in ("prompt_suffix", "max_completion_length", "sampling.temperature"):
         assert way_out in warning
     watch = health()
     evaluation = {"eval/accuracy_sampled": 0.0, "eval/truncated": 0.0, "eval/no_answer": 0.6}
-    assert len(watch.observe_evaluation(evaluation)) == 1
+    (warning,) = watch.observe_evaluation(evaluation)
+    assert warning.endswith("or lower evaluation.temperature")
     assert watch.observe_evaluation(evaluation) == watch.observe(1, silent) == []
 
 
@@ -140,7 +141,7 @@ def test_responses_without_answers_are_reported_once_at_the_first_evaluation_or_
     [(0.05, 0.9), (0.0, 0.5), (0.0, None)],  # None: the function looks for no answer
 )
 def test_other_causes_of_low_accuracy_are_not_blamed_on_missing_answers(accuracy, no_answer):
-    assert not unanswered(accuracy=accuracy, no_answer=no_answer, truncated=1.0)
+    assert not unanswered("sampling", accuracy=accuracy, no_answer=no_answer, truncated=1.0)
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,11 @@ MAX_UNANSWERED = (
 MIN_ACCURACY = 0.05
 
 
-def unanswered(*, accuracy: float, no_answer: float | None, truncated: float) -> str:
+def unanswered(section: str, *, accuracy: float, no_answer: float | None, truncated: float) -> str:
     """Says that most responses are wrong because they state no answer, and what to change; empty if that is not so.
 
     Args:
+      section: the section of the config whose temperature was used.
       accuracy: share of the responses that are correct.
       no_answer: share in which the reward function found no answer; None if it looks for none.
       truncated: share that reached the maximum length.
@@ -50,7 +51,7 @@ def unanswered(*, accuracy: float, no_answer: float | None, truncated: float) ->
     return (
         f"the reward function found no answer in {no_answer:.0%} of the responses, and {truncated:.0%} are truncated; ask "
         "for the answer format with data.prompt_suffix, raise sampling.max_completion_length, or lower "
-        "sampling.temperature"
+        f"{section}.temperature"
     )
 
 
@@ -105,7 +106,7 @@ class Health:
         if "reward/sampled_positive" in values:
             accuracy, truncated = values["reward/sampled_positive"], values["completion/truncated"]
             no_answer = values.get("reward/no_answer")
-            found = self._check_answers(accuracy, no_answer, truncated)
+            found = self._check_answers("sampling", accuracy, no_answer, truncated)
             warnings += [f"step {step}: {warning}" for warning in found]
             is_never_right, has_no_signal = _reward_symptoms(values)
             never_right = self._check_streak(step, "never right", is_never_right, NEVER_RIGHT)
@@ -116,13 +117,13 @@ class Health:
     def observe_evaluation(self, metrics: Mapping[str, float]) -> list[str]:
         """Returns warnings about an evaluation, one line each."""
         accuracy, truncated = metrics["eval/accuracy_sampled"], metrics["eval/truncated"]
-        return self._check_answers(accuracy, metrics.get("eval/no_answer"), truncated)
+        return self._check_answers("evaluation", accuracy, metrics.get("eval/no_answer"), truncated)
 
     def _check_answers(
-        self, accuracy: float, no_answer: float | None, truncated: float
+        self, section: str, accuracy: float, no_answer: float | None, truncated: float
     ) -> list[str]:
         """Returns a warning the first time that most responses state no answer."""
-        text = unanswered(accuracy=accuracy, no_answer=no_answer, truncated=truncated)
+        text = unanswered(section, accuracy=accuracy, no_answer=no_answer, truncated=truncated)
         if not text or self._has_warned_of_answers:
             return []
         self._has_warned_of_answers = True
