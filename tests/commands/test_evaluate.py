@@ -124,8 +124,8 @@ def test_other_weights_in_the_same_folder_are_refused(whole, data, monkeypatch, 
     """For example, if the run has been trained further."""
     original = evaluate.load_model
 
-    def trained_further(config):
-        model, params = original(config)
+    def trained_further(config, console):
+        model, params = original(config, console)
         return model, {**params, "final_norm": params["final_norm"] * 1.001}
 
     monkeypatch.setattr(evaluate, "load_model", trained_further)
@@ -348,7 +348,7 @@ def test_help_lists_the_fields_of_an_evaluation(capsys):
 
 
 def test_an_evaluation_says_that_most_responses_state_no_answer(data, tmp_path, capsys):
-    short = arguments(data, tmp_path / "out", "sampling.num_samples=1")
+    short = arguments(data, tmp_path / "out", "evaluation.num_samples=1")
     assert main([*short, "sampling.max_completion_length=4"]) == 0
     output = capsys.readouterr().out
     assert "no answer" in output

@@ -63,13 +63,14 @@ def test_no_answer_is_a_share_of_the_samples_that_were_judged():
 def test_no_answer_is_unknown_if_the_reward_function_looks_for_none():
     scores = score_samples(group("a", RIGHT, WRONG))
     assert scores.no_answer is None
-    header, _ = table_of(scores, {})
+    header, _ = table_of(scores, {"s": scores})
     assert "no answer" not in header
 
 
 def test_the_table_tells_wrong_answers_from_missing_ones():
     samples = [sample._replace(found_answer=False) for sample in group("a", WRONG, ERROR)]
-    header, (row,) = table_of(score_samples(samples), {})
+    scores = score_samples(samples)
+    header, (row,) = table_of(scores, {"s": scores})
     shown = dict(zip(header, row, strict=True))
     assert (shown["no answer"], shown["grader errors"], shown["truncated"]) == ("1.000", "0.500", "0.000")  # fmt: skip
 
