@@ -36,7 +36,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
-from trapo_jax.planning.topology import LIBTPU_ENVIRONMENT  # noqa: E402
+import trapo_jax.distributed.log_level  # noqa: E402, F401  for programs compiled with libtpu
 
 # Use the same examples in every session, and no time limit, because the machine may be slow. Set
 # `HYPOTHESIS_PROFILE=random` to draw many other examples.
@@ -44,10 +44,6 @@ PROPERTIES = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck
 hypothesis.settings.register_profile("fixed", derandomize=True, database=None, **PROPERTIES)
 hypothesis.settings.register_profile("random", max_examples=2000, **PROPERTIES)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
-
-# On a machine without a TPU, libtpu would print warnings to standard error, here and in subprocesses.
-if not any(Path("/dev").glob("accel*")) and not any(Path("/dev").glob("vfio/*")):
-    os.environ.update(LIBTPU_ENVIRONMENT)
 
 
 def pytest_collection_modifyitems(items):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from support.commands import REPOSITORY
-from trapo_jax.import_path import import_object
+from trapo_jax.import_path import import_object, search_beside
 from trapo_jax.types import UserError
 
 
@@ -85,8 +85,22 @@ def test_a_missing_attribute_is_named_with_its_file(folder):
     assert error_line("user_module:ANWSER").endswith("'ANWSER'; did you mean ANSWER?")
 
 
-def test_a_misspelled_module_is_answered_with_the_file(folder):
-    assert error_line("user_modul:ANSWER").endswith("packages; did you mean user_module.py?")
+def test_a_misspelled_module_is_answered_with_the_one_that_exists(folder):
+    assert error_line("user_modul:ANSWER").endswith("packages; did you mean user_module:ANSWER?")
+    line = error_line("user_package.innr:Engine")
+    assert line.endswith("; did you mean user_package.inner:Engine?")
+
+
+def test_the_folder_beside_the_config_is_named_and_searched(folder, monkeypatch):
+    beside = folder / "conf"
+    beside.mkdir()
+    (beside / "my_rewards.py").write_text("")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    search_beside(beside / "mine.yaml")
+    line = error_line("my_reward:exact")
+    assert f"{folder}, " in line
+    assert f"{beside}, or among the installed packages; did you mean my_rewards:exact?" in line
+    assert "site-packages" not in line
 
 
 @pytest.mark.parametrize(

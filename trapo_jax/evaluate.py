@@ -61,12 +61,14 @@ from trapo_jax.runs.directory import (
     CONFIG,
     EXPORT,
     SAMPLES,
+    SUMMARY,
     check_run_folder,
     lock_folder,
     prepare_run_folder,
     write_atomically,
 )
-from trapo_jax.runs.monitoring import CompilationListener
+from trapo_jax.runs.monitoring import CompilationListener, unanswered
+from trapo_jax.runs.progress import counted
 from trapo_jax.runs.saved_model import load_checkpoint
 from trapo_jax.types import (
     Problem,
@@ -112,7 +114,7 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = False) -> Evaluati
       UserError: for a mistake in the config, the model, the data or the output directory.
     """
     console = Console(quiet=not show_progress)
-    model, params = load_model(config)
+    model, params = load_model(config, console)
     settings = config.model_dump(mode="json") | {"weights": weights_fingerprint(params)}
     settings.pop("output_dir")
     text = yaml.safe_dump(settings, sort_keys=True)
@@ -141,15 +143,19 @@ def write_result(result: EvaluationResult, settings: Mapping[str, Any]) -> None:
     plot_pass_at_k(result.folder / PLOT, result.overall, result.by_source)
 
 
-def load_model(config: EvaluateConfig) -> tuple[PretrainedModel, Params]:
-    """Loads a Hugging Face folder, or of a training run its exported model, else its newest checkpoint."""
+def load_model(config: EvaluateConfig, console: Console) -> tuple[PretrainedModel, Params]:
+    """Loads a Hugging Face folder, or of a training run its exported model, or its newest checkpoint if it is unfinished.
+
+    A run that is extended has the model of its former end and newer checkpoints.
+    """
     path = Path(config.model.path).expanduser()
     model = ModelConfig(path=config.model.path, dtype=config.model.dtype)
     if (path / CONFIG).is_file():
-        if not (path / EXPORT).is_dir():
-            steps = CheckpointStore(path / CHECKPOINTS).steps()
+        steps = CheckpointStore(path / CHECKPOINTS).steps()
+        if not (path / EXPORT).is_dir() or (steps and not (path / SUMMARY).exists()):
             if not steps:
                 raise UserError(f"model.path={path}: a run without a checkpoint yet")
+            console.say(f"{path}: this run is not complete; evaluating it after step {steps[-1]}")
             params, decoder, source = load_checkpoint(path / CHECKPOINTS / str(steps[-1]))
             decoder = dataclasses.replace(decoder, dtype=config.model.dtype)
             opened = open_model(model.model_copy(update={"path": str(source)}))
@@ -270,10 +276,20 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     numbers = sorted({scores.num_samples for scores in result.by_source.values()})
     title = (
-        f"test split, {result.overall.num_problems} problems, {' or '.join(map(str, numbers))} samples each at "
+        f"test split, {counted(result.overall.num_problems, 'problem')}, {' or '.join(map(str, numbers))} "
+        f"sample{'' if numbers == [1] else 's'} each at "
         f"temperature {config.evaluation.temperature:g}"
     )
     console.table(title, *table_of(result.overall, result.by_source))
+    scores = result.overall
+    warning = unanswered(
+        "evaluation",
+        accuracy=scores.accuracy,
+        no_answer=scores.no_answer,
+        truncated=scores.truncated,
+    )
+    if warning:
+        console.say(f"warning: {warning}")
     console.say(f"{result.folder}: {SCORES}, {PLOT} and {SAMPLES}")
     return 0
 

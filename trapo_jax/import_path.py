@@ -3,14 +3,16 @@
 import difflib
 import importlib
 import os
+import pkgutil
 import re
 import sys
+import sysconfig
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trapo_jax.paths import did_you_mean
 from trapo_jax.types import UserError
 
 IDENTIFIER = r"[^\W\d]\w*"
@@ -57,6 +59,23 @@ def import_object(path: str, field: str) -> Any:
         ) from error
 
 
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns a hint for a name that is not among the known ones, where an import path may also be given.
+
+    >>> suggest("chatlm", ["none", "chat", "chatml"])
+    'did you mean chatml?'
+    >>> suggest("x", ["none", "chat"])
+    "choose 'none', 'chat', or the import path package.module:name of your own"
+    """
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if hint := f"did you mean {close[0]}?" if close else did_you_mean_import(name):
+        return hint
+    return (
+        f"choose {', '.join(map(repr, known))}, or the import path package.module:name of your own"
+    )
+
+
 def did_you_mean_import(name: str) -> str:
     """Returns a hint for a name that may be a misspelled import path, or "" if it does not resemble one.
 
@@ -83,22 +102,45 @@ def search_beside(file: Path | None) -> None:
         sys.path.append(folder)
 
 
-def _search_working_directory() -> str:
+def _search_working_directory() -> None:
     folder = os.getcwd()
     if not {"", folder} & set(sys.path):
         sys.path.append(folder)  # at the end, so that it cannot shadow installed packages
-    return folder
+
+
+def _searched_folders() -> list[str]:
+    """Returns the folders of the import path that are not part of the Python installation."""
+    folders = dict.fromkeys([os.getcwd(), *filter(os.path.isdir, sys.path)])
+    installed = sysconfig.get_paths()["stdlib"]
+    return [
+        folder
+        for folder in folders
+        if not folder.startswith(installed)
+        and os.path.basename(folder) not in ("site-packages", "dist-packages")
+    ]
+
+
+def _did_you_mean_module(missing: str, setting: str) -> str:
+    """Returns a hint that names the module or package closest to a missing one, or "" if none is close."""
+    package, dot, leaf = missing.rpartition(".")
+    folders = [os.path.join(folder, *package.split(".")) for folder in _searched_folders()]
+    names = [module.name for module in pkgutil.iter_modules(folders)]
+    close = difflib.get_close_matches(leaf, names, n=1, cutoff=0.75)
+    if not close:
+        return ""
+    path = setting.partition("=")[2]
+    return f"; did you mean {path.replace(missing, f'{package}{dot}{close[0]}', 1)}?"
 
 
 def _import_module(name: str, setting: str) -> ModuleType:
-    working_directory = _search_working_directory()
+    _search_working_directory()
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and _is_or_contains(error.name, name):
             raise UserError(
-                f"{setting}: no module {error.name!r} in {working_directory}, next to the --config file, or among the "
-                f"installed packages{did_you_mean(f'{error.name}.py')}"
+                f"{setting}: no module {error.name!r} in {', '.join(_searched_folders())}, or among the installed packages"
+                f"{_did_you_mean_module(error.name or name, setting)}"
             ) from error
         raise UserError(f"{setting}: importing {name} failed: {_describe(error)}") from error
 

@@ -22,6 +22,7 @@ from trapo_jax.planning.plan import make_plan
 from trapo_jax.planning.table import print_comparison, print_plan
 from trapo_jax.planning.topology import find_topology
 from trapo_jax.runs.command_line import command, run_and_exit
+from trapo_jax.runs.console import table_width
 
 EXIT_DOES_NOT_FIT = 1
 MIN_WIDTH = 110  # minimum width of the tables, in characters
@@ -30,7 +31,9 @@ MIN_WIDTH = 110  # minimum width of the tables, in characters
 @command
 def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
-    console = Console(stderr=args.json, highlight=False, width=max(MIN_WIDTH, Console().width))
+    output = Console(stderr=args.json)
+    width = max(MIN_WIDTH, table_width(output))
+    console = Console(stderr=args.json, highlight=False, width=width)
     plans = []
     config = load_config(Config, args.config, parse_command_line(args.overrides)[1])
     for name in args.topology:

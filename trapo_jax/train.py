@@ -55,6 +55,7 @@ from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import EXPORT, METRICS, MODEL, REPORT, SAMPLES
 from trapo_jax.runs.loggers import describe_samples, is_shown, read_metrics
 from trapo_jax.runs.monitoring import check_learned, warnings_of_run
+from trapo_jax.runs.progress import counted
 from trapo_jax.runs.run import EXPERT_LOSS, VALIDATION, Run
 from trapo_jax.runs.saved_model import saved_model_files
 from trapo_jax.runs.started_with import started_with
@@ -79,6 +80,7 @@ class TrainResult:
         all processes but the first.
       warnings: what was wrong with the rewards in all steps of a complete run.
       was_complete: whether the run was already complete, so that nothing was done.
+      is_trained: whether a run that was interrupted had completed all steps.
     """
 
     folder: Path
@@ -86,6 +88,7 @@ class TrainResult:
     summary: dict[str, Any] | None
     warnings: Sequence[str] = ()
     was_complete: bool = False
+    is_trained: bool = False
 
 
 def train(
@@ -220,7 +223,7 @@ def train_to_the_end(
         evaluate_pending(splits, run, actor, learner)
     except Interrupted:
         run.stop(learner)
-        return TrainResult(run.folder, run.step, None)
+        return TrainResult(run.folder, run.step, None, is_trained=run.is_over)
     run.begin("exporting the model")
     params = fetch(learner.params)
     if is_main():
@@ -306,8 +309,10 @@ def evaluate_pending(splits: Splits, run: Run, actor: Actor, learner: Learner) -
             continue
         started = time.perf_counter()
         scoring = run.scoring
-        num_samples = sum(1 + scoring.num_samples_of(problem.source) for problem in splits[name])
-        run.begin(f"evaluating {name}", num_samples=num_samples)
+        numbers = [scoring.num_samples_of(problem.source) for problem in splits[name]]
+        each = " or ".join(map(str, sorted(set(numbers))))
+        what = f"{counted(len(numbers), 'problem')}, 1 + {each} samples each"
+        run.begin(f"evaluating {name}", sum(numbers) + len(numbers), what)
         with actor.sampler(learner.params) as sample:
             result = evaluate(
                 sample,
@@ -339,7 +344,8 @@ def show_result(result: TrainResult) -> None:
         console.say(f"{result.folder}: this run is complete; for another give another output_dir")
     if result.summary is None:
         when = f"after step {result.step}" if result.step else "before the first step"
-        console.say(f"stopped {when}; the same command resumes it")
+        missing = "; the final evaluation and the export are missing" if result.is_trained else ""
+        console.say(f"stopped {when}{missing}; the same command resumes it")
         return
     for split, scores in result.summary.items():
         before, after = scores["before"], scores["after"]
@@ -348,7 +354,8 @@ def show_result(result: TrainResult) -> None:
             for name in sorted(after)
             if is_shown(name) and name != "eval/pass@1"
         ]
-        title = f"{split} split, {after['eval/num_problems']} problems, {describe_samples(after)} (greedy: 1)"
+        num_problems = counted(after["eval/num_problems"], "problem")
+        title = f"{split} split, {num_problems}, {describe_samples(after)} (greedy: 1)"
         console.table(title, ["", "before", "after"], rows)
     for warning in result.warnings:
         console.say(f"warning: {warning}")

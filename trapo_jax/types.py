@@ -219,11 +219,13 @@ class Judgment(NamedTuple):
       answer: the answer that the function extracted from the response, if it extracts one.
       reason: why the reward is missing: "timeout", or an exception's type followed, if it has a message, by ": " and
         the first line of the message.
+      found_answer: whether the function found an answer in the response; None if it looks for none or failed.
     """
 
     reward: float | None
     answer: str | None = None
     reason: str = ""
+    found_answer: bool | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -257,6 +259,12 @@ class Grade:
         """The answer from the first reward function that extracts one from the response."""
         answers = (judgment.answer for judgment in self.judgments.values())
         return next((answer for answer in answers if answer is not None), None)
+
+    @property
+    def found_answer(self) -> bool | None:
+        """Whether the first reward function found an answer in the response; None if it looks for none or failed."""
+        first = next(iter(self.judgments.values()), None)
+        return first.found_answer if first else None
 
     @property
     def missing(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from trapo_jax import evaluate
 from trapo_jax.config import load_evaluate_config
 from trapo_jax.data import card_shuffles_splits
 from trapo_jax.evaluate import load_model, main
+from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import lock_folder
 from trapo_jax.types import UserError
 
@@ -122,8 +124,8 @@ def test_other_weights_in_the_same_folder_are_refused(whole, data, monkeypatch, 
     """For example, if the run has been trained further."""
     original = evaluate.load_model
 
-    def trained_further(config):
-        model, params = original(config)
+    def trained_further(config, console):
+        model, params = original(config, console)
         return model, {**params, "final_norm": params["final_norm"] * 1.001}
 
     monkeypatch.setattr(evaluate, "load_model", trained_further)
@@ -250,7 +252,24 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {source: card_shuffles}\n")
     config = load_evaluate_config(None, [("model.path", str(tmp_path))])
     with pytest.raises(UserError, match="a run without a checkpoint yet"):
-        load_model(config)
+        load_model(config, Console())
+
+
+@pytest.mark.slow
+def test_an_unfinished_run_is_evaluated_after_its_newest_checkpoint_which_is_named(
+    finished_run, tmp_path, capsys
+):
+    """Also one with an exported model, which was extended after it had been complete."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run[0], folder)
+    config = load_evaluate_config(None, [("model.path", str(folder))])
+    load_model(config, Console())
+    assert capsys.readouterr().out == ""
+    (folder / "summary.json").unlink()
+    load_model(config, Console())
+    assert capsys.readouterr().out == (
+        f"{folder}: this run is not complete; evaluating it after step 12\n"
+    )
 
 
 def test_data_and_grading_default_to_the_settings_of_the_run(tmp_path):
@@ -326,3 +345,16 @@ def test_help_lists_the_fields_of_an_evaluation(capsys):
     assert "evaluation.num_samples  (int, 1; 8 for card_shuffles)" in text
     assert "evaluation.temperature  (float, 0.6; 1.0 for card_shuffles)" in text
     assert "train.num_steps" not in text
+
+
+def test_an_evaluation_says_that_most_responses_state_no_answer(data, tmp_path, capsys):
+    short = arguments(data, tmp_path / "out", "evaluation.num_samples=1")
+    assert main([*short, "sampling.max_completion_length=4"]) == 0
+    output = capsys.readouterr().out
+    assert "no answer" in output
+    assert (
+        "warning: the reward function found no answer in 100% of the responses, and 100% are truncated"
+        in output
+    )
+    records = read_samples(tmp_path / "out").values()
+    assert [record["found_answer"] for record in records] == [False] * 12

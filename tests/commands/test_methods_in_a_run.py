@@ -110,12 +110,15 @@ def test_progress_shows_the_number_of_steps_that_the_budget_allows(capsys):
     values = {
         "loss/total": 0.1,
         "reward/sampled_mean": 0.5,
+        "reward/num_sampled": 8,
+        "reward/num_right": 4,
         "guidance/ratio_mean": 0.0,
+        "guidance/ratio_max": 0.0,
         "completion/len_mean": 20.0,
         "time/tokens_per_sec": 1.0,
     }
-    terminal.step(2, {**values, "budget/progress": 0.25})
-    terminal.step(9, {**values, "budget/progress": 1.01})
+    terminal.step(2, {**values, "budget/progress": 0.25}, secs=1.0)
+    terminal.step(9, {**values, "budget/progress": 1.01}, secs=1.0)
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("step 2/8 ")
     assert last.startswith("step 9/9 ")

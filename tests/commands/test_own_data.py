@@ -83,7 +83,7 @@ def test_evaluate_inherits_what_the_run_knows(trained):
     )
     assert result.returncode == 0, result.stderr
     assert "template chat; reward functions math" in result.stdout
-    assert "test split, 1 problems, 1 samples each at temperature 0.6" in result.stdout
+    assert "test split, 1 problem, 1 sample each at temperature 0.6" in result.stdout
     assert "evaluating test: " in result.stdout
     assert "avg@1" in result.stdout
     assert "pass@1" not in result.stdout  # It would repeat the accuracy.

@@ -25,28 +25,37 @@ SHORT = (
 )
 
 
-def test_a_grader_that_always_raises_stops_the_run_immediately(tmp_path):
-    """The multiple-choice grader raises an error because no reference answer of card shuffles is a letter."""
+STRICT = """
+def strict(response, problem):
+    if "#" in response and not response.rstrip().endswith("#" + problem.answer):
+        raise ValueError("another answer")
+    return True
+"""
+
+
+def test_a_grader_that_fails_on_most_samples_stops_the_run_immediately(tmp_path):
+    """It accepts all that the preflight tries: expert solutions, gold answers and empty responses."""
     folder = tmp_path / "run"
+    (tmp_path / "mine.py").write_text(STRICT)
     result = run_command(
-        *("trapo_jax.train", f"output_dir={folder}", "rewards.by_source={k*: multiple_choice}"),
-        *("method.name=grpo", *SHORT),
+        *("trapo_jax.train", f"output_dir={folder}", "rewards.functions=mine:strict"),
+        *("rewards.timeout_secs=60", "method.name=grpo", "rewards.max_error_rate=0.1", *SHORT),
+        cwd=tmp_path,
     )
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert (
-        "step 1: the reward function multiple_choice judged 0 of 64 rollouts (64 x ValueError: the problem's answer is "
-        "not a letter A-J); the share" in last
-    )
-    assert "rewards.max_error_rate=0.2" in last
+    assert "step 1: the reward function strict judged " in last
+    assert "x ValueError: another answer); the share" in last
+    assert "rewards.max_error_rate=0.1" in last
     assert "Traceback" not in result.stderr
     assert "WARNING" not in result.stderr
-    assert "warning: reward function multiple_choice: ValueError: the problem's" in result.stderr
+    assert "warning: reward function mine:strict: ValueError: another answer" in result.stderr
     (evaluation,) = [r for r in read_metrics(folder) if r["kind"] == "eval"]
-    assert evaluation["eval/error_rate"] == 1.0
+    assert evaluation["eval/error_rate"] > 0
     samples = read_lines(folder / "samples.jsonl")  # of the step that stopped
     assert {sample["step"] for sample in samples} == {1}
-    assert samples[0]["missing"]["multiple_choice"].startswith("ValueError: ")
+    reasons = {reason for sample in samples for reason in sample["missing"].values()}
+    assert reasons == {"ValueError: another answer"}
 
 
 def test_a_run_with_a_grader_in_processes(tmp_path):

@@ -76,9 +76,11 @@ def test_metrics_have_the_names_that_scripts_rely_on(finished_run):
     for name in (
         "reward/mean",
         "reward/sampled_mean",
+        "reward/no_answer",
         "loss/trsft",
         "loss/policy_gradient",
         "guidance/ratio_mean",
+        "guidance/ratio_max",
         "tokens/trained",
         "tokens/sampled",
         "time/sample_secs",

@@ -118,7 +118,7 @@ COMMAND_LINES = [
     ),
     (["lora.targets=[mlp]"], "lora.targets"),
     (["method.alpha=1.5"], "method.alpha=1.5: input should be less than or equal to 1"),
-    (["method.name=ppo"], "method.name='ppo': no such method; choose one of trapo, trapo_plus"),
+    (["method.name=ppo"], "method.name='ppo': no such method; choose 'trapo', 'trapo_plus'"),
     (["method.name=3"], "method.name=3: input should be a valid string"),
     (["method.alhpa=0.2"], "method.alhpa=0.2: trapo has no such constant; did you mean alpha?"),
     (["method.name=sft", "method.alpha=0.2"], "method.alpha=0.2: sft has no such constant"),

@@ -232,6 +232,30 @@ def test_malformed_row_error_names_file_row_and_column(value, columns, message):
 
 
 @pytest.mark.parametrize(
+    ("columns", "option"),
+    [
+        (Columns("q", "key", ("key",)), "solutions"),
+        (Columns("key", "key"), "prompt"),
+        (Columns("q", "key", source="key"), "source"),
+    ],
+)
+def test_the_option_of_a_wrong_value_is_the_one_that_cannot_take_it(columns, option):
+    """An answer may be a number."""
+    rows = rows_of(GOOD | {"key": 5})
+    examples_from_rows(rows, Columns("q", "key"))
+    with pytest.raises(
+        UserError, match=rf"'key': is int .*; set data\.columns\.{option} to another"
+    ):
+        examples_from_rows(rows, columns)
+
+
+def test_optional_columns_that_no_row_has_are_reported():
+    columns = Columns("q", "a", ("s?", "t?"), "u?")
+    _, report = examples_from_rows(rows_of({"q": "Q", "a": "1"}, GOOD), columns)
+    assert report.absent == ("t?", "u?")
+
+
+@pytest.mark.parametrize(
     ("columns", "path", "option"),
     [
         (Columns("question", "a"), "question", "prompt"),
@@ -269,7 +293,7 @@ def test_answers_may_be_absent_where_nothing_is_graded():
     rows = rows_of({"q": "Q", "s": "S"}, {"q": "R", "s": "S", "a": None})
     examples, _ = examples_from_rows(rows, COLUMNS, needs_answer=False)
     assert [example.answer for example in examples] == ["", ""]
-    with pytest.raises(UserError, match=r"set data.columns.answer .* \(now a\?\)"):
+    with pytest.raises(UserError, match=r"set data.columns.answer .* \(now a\)"):
         examples_from_rows(rows, Columns("q", "a?", ("s",)))
 
 
@@ -387,14 +411,18 @@ def test_a_preset_is_found_without_its_answer_where_none_is_needed():
         (
             {"input": "q", "meta": {"x": 1}},
             (),
-            "input, meta.x, which fits no preset; set data.columns.prompt, data.columns.answer, data.columns.solutions",
+            "input, meta.x, which fits no preset; set data.columns.prompt and data.columns.answer, and data.columns.solutions if there are worked solutions",
         ),
         (
             {"Question": "q", "Answers": "1"},
             (),
-            "set data.columns.prompt (perhaps to Question), data.columns.answer (perhaps to Answers), data.columns.sol",
+            "set data.columns.prompt (perhaps to Question) and data.columns.answer (perhaps to Answers), and data.columns.sol",
         ),
-        ({"q": "q", "final": "1"}, {"prompt"}, "preset; set data.columns.answer, data.columns.sol"),
+        (
+            {"q": "q", "final": "1"},
+            {"prompt"},
+            "preset; set data.columns.answer, and data.columns.sol",
+        ),
     ],
 )
 def test_columns_that_fit_no_preset_are_refused_by_name(value, given, message):

@@ -69,8 +69,8 @@ def test_good_data_are_shown(preview):
     code, output, error = preview(ROWS, "data.prompt_suffix=boxed", "data.template=auto")
     assert (code, error) == (0, "")
     assert "experts judged correct │ 16 of 16" in output
-    assert "template chat; columns: prompt prompt, answer answer, solutions solution?" in output
-    assert "solution?, source source?, extra none" in output
+    assert "template chat; columns: prompt prompt, answer answer, solutions solution," in output
+    assert "solutions solution, source none, extra none" in output
     assert "first prompt: <|im_start|>user What is" in output  # on lines of its own
     assert "put your final answer within \\boxed{}.<|im_end|> <|im_start|>assistant" in output
     assert "warning" not in output
@@ -105,7 +105,7 @@ MISUSES = {
             for i in range(20)
         ],
         [],
-        "set data.columns.answer to the column of the answers (now answer?)",
+        "set data.columns.answer to the column of the answers (now none)",
     ),
     "solutions without a box": (
         changed(solution="One more than before."),
@@ -125,7 +125,15 @@ MISUSES = {
     "solutions that are cut": (
         [row | {"solution": "I think. " * 20 + row["solution"]} for row in ROWS],
         ["sampling.max_completion_length=64"],
-        "because most others are cut at sampling.max_completion_length=64; raise it",
+        "because all are cut at sampling.max_completion_length=64; raise it\n",
+    ),
+    "most solutions are cut": (
+        [
+            row | {"solution": "I think. " * 20 * (i > 5) + row["solution"]}
+            for i, row in enumerate(ROWS)
+        ],
+        ["sampling.max_completion_length=64"],
+        "are cut at sampling.max_completion_length=64; raise it\n",
     ),
     "prompts too long": (ROWS, ["data.max_prompt_length=10"], "no problem is usable: 0 of 16 kept"),
     "most prompts too long": (
@@ -138,7 +146,11 @@ MISUSES = {
         ],
         "training prompts are longer and were dropped; raise it",
     ),
-    "no solutions": (without("solution"), [], "no training problem has one; set data.columns.sol"),
+    "no solutions": (
+        without("solution"),
+        [],
+        "no training problem has one; set data.columns.solutions to their column (now none), or",
+    ),
     "no solutions for sft": (
         without("solution"),
         ["method.name=sft"],
@@ -172,6 +184,11 @@ MISUSES = {
         "it exceeds the 2048 positions of the model (max_position_embeddings)",
     ),
     "unknown template": (ROWS, ["data.template=chatlm"], "no such template; did you mean chatml?"),
+    "unlike any template": (
+        ROWS,
+        ["data.template=x"],
+        "choose 'none', 'chat', 'chatml', 'qwen_math'",
+    ),
     "unknown template argument": (
         ROWS,
         ["data.template_arguments={enable_thinking: false}", "data.template=chat"],
@@ -192,8 +209,71 @@ def test_misuse_ends_in_one_line(what, preview):
     code, _, error = preview(rows, *overrides)
     assert code == 2
     assert message in error
-    lines = [line for line in error.splitlines() if not line.startswith("warning: reward function")]
-    assert len(lines) == 1
+    assert len(error.splitlines()) == 1
+
+
+FUNCTIONS = """
+def no_problem(response): return 1.0
+def out_of_range(response, problem): return 5 if problem.answer in response else 0
+def nothing(response, problem): problem.answer in response
+def breaks(response, problem): raise KeyError("x")
+def needs_text(response, problem): return float(response[0] == "x")
+def one_source(response, problem): return {"a": 1.0}[problem.source]
+"""
+RETURNED = "neither a number in [0, 1] nor a verdict"
+BROKEN_FUNCTIONS = {
+    "no_problem": "TypeError: no_problem() takes 1 positional argument but 2 were given); it is called as",
+    "out_of_range": f"InvalidReward: the function returned 5, which is {RETURNED}",
+    "nothing": f"InvalidReward: the function returned None, which is {RETURNED}",
+    "breaks": "2 of 2 gold answers alone, 1 of 1 empty responses (3 x KeyError: 'x'); test it on",
+}
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    """Reward functions of a user, in a module of the working directory."""
+    name = f"my_{tmp_path.name}"  # Modules are cached by name.
+    (tmp_path / f"{name}.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+@pytest.mark.parametrize("with_experts", [True, False])
+@pytest.mark.parametrize("name", BROKEN_FUNCTIONS)
+def test_a_reward_function_that_does_not_work_is_found_before_training(
+    name, with_experts, preview, functions
+):
+    rows = ROWS if with_experts else without("solution")
+    overrides = [f"rewards.functions={functions}:{name}", "rewards.timeout_secs=60"]
+    code, _, error = preview(rows, *overrides, "method.name=grpo")
+    assert code == 2
+    (line,) = error.splitlines()
+    assert line.startswith(f"error: rewards.functions: {name} failed on ")
+    assert ("16 of 16 expert solutions, " in line) == with_experts
+    if not (with_experts and name == "breaks"):
+        assert BROKEN_FUNCTIONS[name] in line
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("needs_text", "2 of 2 empty responses"), ("one_source", "2 of 4 gold answers alone, 1 of 2")],
+)
+def test_a_reward_function_that_fails_on_some_responses_has_one_warning(
+    name, counts, preview, functions
+):
+    rows = [row | {"source": "ab"[i % 2]} for i, row in enumerate(without("solution"))]
+    overrides = [f"rewards.functions={functions}:{name}", "rewards.timeout_secs=60"]
+    code, output, error = preview(rows, *overrides, "method.name=grpo")
+    assert (code, error) == (0, "")
+    assert output.count("warning") == 1
+    assert f"warning: rewards.functions: {name} failed on {counts}" in output
+
+
+def test_a_broken_reward_function_only_warns_a_method_without_rewards(preview, functions):
+    overrides = [f"rewards.functions={functions}:breaks", "rewards.timeout_secs=60"]
+    code, output, error = preview(ROWS, *overrides, "method.name=sft")
+    assert (code, error) == (0, "")
+    assert output.count("breaks failed on") == 1
 
 
 WARNINGS = {
@@ -202,6 +282,31 @@ WARNINGS = {
         [row | {"solution": "One more."} if i % 4 == 0 else row for i, row in enumerate(ROWS)],
         ["data.prompt_suffix=boxed"],
         "expert solutions are judged correct; in the first wrong one, which ends",
+    ),
+    "wrong solutions that are cut": (
+        [*ROWS[:14], *(r | {"solution": "I think. " * 60 + r["solution"]} for r in ROWS[14:])],
+        ["sampling.max_completion_length=256"],
+        "cut at sampling.max_completion_length=256; raise it, or leave them out with data.max_expert_length=256",
+    ),
+    "prompts that are dropped": (
+        [*({**row, "prompt": row["prompt"] * 9} for row in ROWS[:4]), *ROWS[4:]],
+        ["data.max_prompt_length=70", "data.num_validation=0", "data.num_test=0"],
+        "warning: train: 4 of 20 prompts are dropped, because they are longer than data.max_prompt_length=70; raise it",
+    ),
+    "prompts that are cut": (
+        [*({**row, "prompt": row["prompt"] * 9} for row in ROWS[:4]), *ROWS[4:]],
+        [
+            "data.overlong_prompts=truncate",
+            "data.max_prompt_length=70",
+            "data.num_validation=0",
+            "data.num_test=0",
+        ],
+        "warning: train: 4 of 20 prompts are cut, because they are longer than data.max_prompt_length=70; raise it",
+    ),
+    "expert solutions that are left out": (
+        [*({**row, "solution": "Hm. " * 20 + row["solution"]} for row in ROWS[:4]), *ROWS[4:]],
+        ["data.max_expert_length=64", "data.num_validation=0", "data.num_test=0"],
+        "train: 4 of 20 expert solutions are left out, because they are longer than data.max_expert_length=64; raise it",
     ),
     "lists of solutions": (
         [row | {"solution": [row["solution"], f"\\boxed{{{row['answer']}}}"]} for row in ROWS],
@@ -216,7 +321,7 @@ WARNINGS = {
     "some solutions are cut": (
         [*ROWS[:19], ROWS[19] | {"solution": "I think. " * 60 + ROWS[19]["solution"]}],
         ["sampling.max_completion_length=256", "data.num_test=1", "data.num_validation=1"],
-        "longer than sampling.max_completion_length=256 and are cut",
+        "longer than sampling.max_completion_length=256 and are cut; raise it",
     ),
     "tested on training problems": (
         ROWS,
@@ -239,6 +344,14 @@ def test_what_is_probably_a_mistake_is_said(what, preview):
     code, output, _ = preview(rows, *overrides)
     assert code == 0
     assert message in output
+
+
+def test_a_few_long_prompts_are_no_warning_but_counted(preview):
+    rows = [ROWS[0] | {"prompt": ROWS[0]["prompt"] * 9}, *ROWS[1:]]
+    sizes = ("data.num_validation=0", "data.num_test=0", "data.prompt_suffix=boxed")
+    _, output, _ = preview(rows, "data.max_prompt_length=150", *sizes)
+    assert "train: dropped 1 with a prompt over 150 tokens" in output
+    assert "warning" not in output
 
 
 @pytest.mark.parametrize(

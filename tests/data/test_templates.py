@@ -89,7 +89,7 @@ def test_chat_renders_the_tokenizer_template_with_a_fixed_date():
         (
             lambda: make_template("chat", make_tokenizer()),
             "Hi",
-            "has no chat template; choose chatml",
+            "has no chat template; choose 'chatml'",
         ),
         (
             lambda: make_template("chat", make_tokenizer(CHAT)),

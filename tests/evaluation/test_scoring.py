@@ -54,6 +54,27 @@ def test_without_answers_the_majority_is_wrong():
     assert score_samples(group("a", WRONG, WRONG)).majority == 0
 
 
+def test_no_answer_is_a_share_of_the_samples_that_were_judged():
+    right, wrong, error, silent = group("a", RIGHT, WRONG, ERROR, WRONG)
+    judged = [right._replace(found_answer=True), wrong._replace(found_answer=True), error]
+    assert score_samples([*judged, silent._replace(found_answer=False)]).no_answer == 1 / 3
+
+
+def test_no_answer_is_unknown_if_the_reward_function_looks_for_none():
+    scores = score_samples(group("a", RIGHT, WRONG))
+    assert scores.no_answer is None
+    header, _ = table_of(scores, {"s": scores})
+    assert "no answer" not in header
+
+
+def test_the_table_tells_wrong_answers_from_missing_ones():
+    samples = [sample._replace(found_answer=False) for sample in group("a", WRONG, ERROR)]
+    scores = score_samples(samples)
+    header, (row,) = table_of(scores, {"s": scores})
+    shown = dict(zip(header, row, strict=True))
+    assert (shown["no answer"], shown["grader errors"], shown["truncated"]) == ("1.000", "0.500", "0.000")  # fmt: skip
+
+
 def test_sources_are_scored_separately():
     samples = [*group("a", RIGHT, source="x"), *group("b", WRONG, source="y")]
     scores = scores_by_source(samples)

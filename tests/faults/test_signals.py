@@ -59,13 +59,15 @@ def interrupt(folder, moment, number, monkeypatch):
         signal_at(patch.setattr, *moment[:3], number)
         result = run_command("trapo_jax.train", f"output_dir={folder}", *JOB)
     assert result.returncode == 0, result.stderr
-    assert "press Ctrl-C again to stop immediately" in result.stderr
+    assert "a second Ctrl-C ends the process at once, without saving" in result.stderr
     return result.stdout
 
 
 def assert_stopped_at(folder, moment, output):
     assert "after the signal" not in output
     when = f"after step {moment.stopped_after}" if moment.stopped_after else "before the first step"
+    if moment is FINAL_EVALUATION:
+        when += "; the final evaluation and the export are missing"
     assert f"stopped {when}; the same command resumes it" in output
     assert not (folder / "summary.json").exists()
     records = [(r["kind"], r["step"]) for r in read_metrics(folder)]

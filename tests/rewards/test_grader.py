@@ -128,7 +128,7 @@ def test_async_functions_functions_with_imports_and_failing_functions():
         "returns_text": None,
     }
     assert grade.missing == {
-        "returns_text": "ValueError: a reward function returned 'splendid'; expected a number in [0, 1] or a verdict"
+        "returns_text": "InvalidReward: the function returned 'splendid'; expected a number in [0, 1] or a verdict"
     }
 
 

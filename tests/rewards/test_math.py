@@ -499,6 +499,12 @@ def test_the_lenient_reward_falls_back_to_the_last_number():
     assert grade_math_lenient(r"\boxed{2^{-98}}", Problem("", (), "2^{-99}"))[0] is Verdict.CORRECT
 
 
+def test_the_lenient_reward_evaluates_an_expression_that_is_only_repeated():
+    problem = Problem("", (), "77")
+    assert grade_math_lenient("I compute 7*11", problem)[0] is Verdict.CORRECT
+    assert grade_math("I compute 7*11", problem) == (Verdict.WRONG, None)
+
+
 def verdict(response, answer):
     return grade_math(response, Problem("", (), answer))[0]
 

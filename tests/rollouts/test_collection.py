@@ -19,7 +19,9 @@ from trapo_jax.types import (
     Completion,
     Expert,
     FinishReason,
+    Grade,
     Interrupted,
+    Judgment,
     MicroGroup,
     Problem,
     SamplingParams,
@@ -360,6 +362,21 @@ def test_the_reward_of_sampled_rollouts_does_not_include_the_whole_expert_soluti
     assert metrics["reward/mean"] == 4 / 24
     assert metrics["reward/sampled_mean"] == metrics["reward/sampled_positive"] == 1 / 21
     assert metrics["reward/unguided_mean"] == 0
+
+
+def test_sampled_rollouts_without_an_answer_are_counted():
+    """The whole expert solution and rollouts whose judge failed do not count."""
+
+    def score(completion):
+        if completion.request.sample_index == 0:
+            return at_once(ERROR)
+        found = completion.request.sample_index == 1
+        return at_once(Grade(0.0, {"test": Judgment(0.0, found_answer=found)}))
+
+    groups, _ = collect(None, score=score)
+    assert rollout_metrics(groups, num_micro_groups=4)["reward/no_answer"] == 5 / 6
+    groups, _ = collect(lambda _: 0.0)
+    assert "reward/no_answer" not in rollout_metrics(groups, num_micro_groups=4)
 
 
 def test_sft_samples_nothing():

@@ -67,7 +67,6 @@ def test_a_run_may_change_its_mesh_and_limits(folder):
         ("train.problems_per_step", "4"),
         ("rewards.timeout_secs", "9.0"),
         ("evaluation.num_samples", "4"),
-        ("train.num_steps", "374"),
     ],
 )
 def test_settings_that_affect_results_must_not_change(folder, field, value):
@@ -78,17 +77,28 @@ def test_settings_that_affect_results_must_not_change(folder, field, value):
         check_run_folder(folder, ours)
 
 
-def test_a_run_may_become_longer_if_its_learning_rate_does_not_depend_on_its_length(
-    folder, tmp_path
+@pytest.mark.parametrize("num_steps", [400, 20])
+def test_the_length_of_a_run_may_change_if_its_learning_rate_does_not_depend_on_it(
+    num_steps, folder, tmp_path
 ):
-    longer = text(train__decay_start="1", train__num_steps="400")
-    assert check_run_folder(folder, longer) == {"train.num_steps": (375, 400)}
+    (folder / "checkpoints" / "20").mkdir(parents=True, exist_ok=True)
+    other = text(train__decay_start="1", train__num_steps=str(num_steps))
+    assert check_run_folder(folder, other) == {"train.num_steps": (375, num_steps)}
     prepare_run_folder(tmp_path / "decaying", text())
     with pytest.raises(
         UserError,
-        match=r"not 400; with train.decay_start=0.5, the learning rate depends on the length",
+        match=rf"not {num_steps}; with train.decay_start=0.5, the learning rate depends on the length",
     ):
-        check_run_folder(tmp_path / "decaying", text(train__num_steps="400"))
+        check_run_folder(tmp_path / "decaying", text(train__num_steps=str(num_steps)))
+
+
+def test_a_run_must_not_become_shorter_than_what_it_has_completed(folder):
+    (folder / "checkpoints" / "20").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / "3").mkdir()
+    with pytest.raises(
+        UserError, match=r"train.num_steps=19, but the run has completed 20 steps; set train.num_s"
+    ):
+        check_run_folder(folder, text(train__decay_start="1", train__num_steps="19"))
 
 
 def test_a_run_must_not_become_longer_if_its_method_depends_on_its_length(tmp_path):
@@ -376,17 +386,40 @@ def test_a_directory_that_another_host_does_not_see_is_refused(tmp_path, monkeyp
             check_shared(folder, name)
 
 
+def pretend_length(folder, num_steps):
+    """Edits a run of 12 steps as if it had been meant to have another length, and no decay of its learning rate."""
+    config = folder / "config.yaml"
+    text = config.read_text().replace("num_steps: 12", f"num_steps: {num_steps}")
+    config.write_text(text.replace("decay_start: 0.5", "decay_start: 1.0"))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        about = {**_read_manifest(checkpoint), "run": run_identity(folder, config.read_text())}
+        about.pop("files")
+        _write_manifest(checkpoint, about)
+
+
+def test_an_unfinished_run_ends_after_its_completed_steps_if_it_is_made_shorter(
+    finished_run, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run[0], folder)
+    pretend_length(folder, 500)
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "hf")
+    result = run_command("trapo_jax.train", f"output_dir={folder}", *JOB, "train.decay_start=1")
+    assert result.returncode == 0, result.stderr
+    assert f"resuming {folder} after step 12, train.num_steps=12 (was 500)" in result.stdout
+    assert (folder / "hf" / "model.safetensors").is_file()
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["kind"], last["split"], last["step"]) == ("eval", "test", 12)
+    assert "test" in json.loads((folder / "summary.json").read_text())
+
+
 def test_a_complete_run_continues_if_it_is_made_longer(finished_run, tmp_path):
     """The folder is edited as if the run had been one step shorter, so that no longer run must be compiled."""
     folder = tmp_path / "run"
     shutil.copytree(finished_run[0], folder)
     config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
-    shorter = config.read_text().replace("num_steps: 12", "num_steps: 11")
-    config.write_text(shorter.replace("decay_start: 0.5", "decay_start: 1.0"))
-    for checkpoint in (folder / "checkpoints").iterdir():
-        about = {**_read_manifest(checkpoint), "run": run_identity(folder, config.read_text())}
-        about.pop("files")
-        _write_manifest(checkpoint, about)
+    pretend_length(folder, 11)
     job = (*JOB, "train.decay_start=1", "checkpoint.keep=1")
     result = run_command("trapo_jax.train", f"output_dir={folder}", *job)
     assert result.returncode == 0, result.stderr

@@ -14,6 +14,7 @@ from trapo_jax.runs.monitoring import (
     TrainingFailed,
     check_learned,
     check_space,
+    unanswered,
     warnings_of_run,
 )
 
@@ -119,6 +120,28 @@ def test_one_cause_has_one_warning():
     zero = {**GOOD, "reward/sampled_positive": 0.0, "reward/groups_with_signal": 0.0}
     (warning,) = [warning for step in steps for warning in watch.observe(step, zero)]
     assert "no sampled rollout was right" in warning
+
+
+def test_responses_without_answers_are_reported_once_at_the_first_evaluation_or_step():
+    silent = {**GOOD, "reward/sampled_positive": 0.04, "reward/no_answer": 0.9}
+    (warning,) = health().observe(1, silent)
+    assert warning.startswith("step 1: the reward function found no answer in 90% of the responses")
+    assert "50% are truncated" in warning
+    for way_out in ("prompt_suffix", "max_completion_length", "sampling.temperature"):
+        assert way_out in warning
+    watch = health()
+    evaluation = {"eval/accuracy_sampled": 0.0, "eval/truncated": 0.0, "eval/no_answer": 0.6}
+    (warning,) = watch.observe_evaluation(evaluation)
+    assert warning.endswith("or lower evaluation.temperature")
+    assert watch.observe_evaluation(evaluation) == watch.observe(1, silent) == []
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "no_answer"),
+    [(0.05, 0.9), (0.0, 0.5), (0.0, None)],  # None: the function looks for no answer
+)
+def test_other_causes_of_low_accuracy_are_not_blamed_on_missing_answers(accuracy, no_answer):
+    assert not unanswered("sampling", accuracy=accuracy, no_answer=no_answer, truncated=1.0)
 
 
 @pytest.mark.parametrize(

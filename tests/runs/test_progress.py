@@ -6,14 +6,25 @@ import pytest
 
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.monitoring import COMPILATION, CompilationListener
-from trapo_jax.runs.progress import MAX_SECS, MIN_SECS, Activity, LinePacer, describe_secs
+from trapo_jax.runs.progress import (
+    MAX_SECS,
+    MIN_SECS,
+    Activity,
+    LinePacer,
+    RunEstimate,
+    describe_secs,
+)
 from trapo_jax.types import SamplingProgress
 
 VALUES = {
     "loss/total": -0.05216,
-    "reward/sampled_mean": 0.5312,
-    "reward/unguided_mean": 0.4,
+    "reward/sampled_mean": 17 / 32,
+    "reward/num_sampled": 32,
+    "reward/num_right": 17,
+    "reward/unguided_mean": 5 / 12,
+    "reward/num_unguided": 12,
     "guidance/ratio_mean": 0.21,
+    "guidance/ratio_max": 0.2375,
     "completion/len_mean": 1234.5,
     "time/tokens_per_sec": 123_456.0,
 }
@@ -68,11 +79,76 @@ def test_compilations_count_neither_for_the_rate_nor_for_the_time_left():
     assert activity.describe(24.0) == "step 1: 16 of 64 samples, 75 tokens/s, 12 s left"
 
 
-def test_an_activity_without_samples_is_its_name():
+def test_an_activity_without_samples_is_its_name_and_its_time():
     activity = Activity("step 3: updating the parameters", 0, now=0.0)
     assert activity.describe(1.0) == "step 3: updating the parameters"
     activity.set_compiling(True, now=1.0)
     assert activity.describe(2.0) == "step 3: updating the parameters: compiling"
+    assert activity.describe(20.0) == "step 3: updating the parameters: compiling, 20 s"
+    activity.set_compiling(False, now=21.0)
+    assert activity.describe(30.0) == "step 3: updating the parameters: 30 s"
+
+
+def test_what_is_sampled_is_shown_until_the_first_sample_is_graded():
+    activity = Activity("evaluating test", 12, 0.0, "6 problems, 1 + 1 samples each")
+    assert activity.describe(0.0) == "evaluating test: starting, 6 problems, 1 + 1 samples each"
+    activity.advance(sampled(6, 100))
+    assert activity.describe(1.0) == "evaluating test: 6 of 12 samples, 100 tokens/s, 1 s left"
+
+
+@pytest.mark.parametrize(("num_samples", "enough"), [(12, 3), (10_000, 64)])
+def test_the_time_left_is_not_estimated_from_the_first_samples(num_samples, enough):
+    """Those that are graded first are the shortest ones."""
+    activity = Activity("evaluating test", num_samples, now=0.0)
+    activity.advance(sampled(enough - 1, 1000))
+    assert "left" not in activity.describe(10.0)
+    activity.advance(sampled(1, 10))
+    assert "left" in activity.describe(10.0)
+
+
+def test_the_rest_of_a_run_is_estimated_after_its_first_step_without_compilations():
+    estimate = RunEstimate()
+    estimate.add_final_evaluation(30.0)
+    estimate.add_compilation(90.0, 50.0)  # of the evaluation before training
+    estimate.add_compilation(120.0, 20.0)
+    assert estimate.secs_left(1, 10, step_secs=25.0, now=125.0) == 9 * 5.0 + 30.0
+    # A validation of 4 seconds after every step is included.
+    assert estimate.secs_left(2, 10, step_secs=6.0, now=135.0) == 8 * 7.5 + 30.0
+
+
+def test_a_resumed_run_is_estimated_from_the_steps_of_its_process():
+    assert RunEstimate().secs_left(8, 10, step_secs=5.0, now=100.0) == 10.0
+
+
+def test_the_estimate_of_a_run_includes_the_final_evaluation(capsys):
+    clock = Clock()
+    console = Console(3, clock=clock)
+    console.begin("evaluating test", 16)
+    console.set_compiling(True)
+    clock.now += 8.0
+    console.set_compiling(False)
+    clock.now += 12.0
+    console.evaluated(0, "test", EVALUATION)
+    clock.now += 10.0
+    console.step(1, VALUES | {"budget/progress": 1 / 3}, secs=10.0)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("  32 s left")
+
+
+def test_a_long_update_is_not_silent(capsys):
+    """Lines become rarer the longer it takes."""
+    clock = Clock()
+    console = Console(3, clock=clock)
+    console.begin("step 1: updating the parameters")
+    for _ in range(600):
+        clock.now += 1.0
+        console.tick()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "step 1: updating the parameters",
+        "step 1: updating the parameters: 10 s",
+        "step 1: updating the parameters: 20 s",
+    ]
+    assert len(lines) < 20
 
 
 def test_more_samples_than_expected_are_not_shown():
@@ -116,7 +192,8 @@ def test_a_long_evaluation_prints_few_lines(capsys):
         clock.now = float(second)
         console.advance(sampled(1, 50))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "evaluating test: 1 of 3,600 samples, 50 tokens/s, 60 min left"
+    assert lines[0] == "evaluating test: 1 of 3,600 samples, 50 tokens/s"
+    assert lines[3] == "evaluating test: 91 of 3,600 samples, 50 tokens/s, 58 min left"
     assert len(lines) <= 3600 / MAX_SECS + 1
     assert all(line.startswith("evaluating test: ") for line in lines)
 
@@ -127,12 +204,12 @@ def test_step_lines_are_printed_for_every_5_percent_or_10_seconds(capsys):
     for step in range(1, 401):
         clock.now += 0.1 if step <= 200 else 20.0
         console.begin(f"step {step}: updating the parameters")
-        console.step(step, VALUES | {"budget/progress": step / 400})
+        console.step(step, VALUES | {"budget/progress": step / 400}, secs=0.1)
     lines = capsys.readouterr().out.splitlines()
     steps = [line for line in lines if line.startswith("step") and "updating" not in line]
     assert len(steps) == 10 + 200
     assert steps[0] == (
-        "step 20/400  loss -0.052  reward 0.53 (unguided 0.40)  guided 0.21  length 1,234  38 s left"
+        "step 20/400  loss -0.052  reward 17/32 (unguided 5/12)  guided 0.21/0.24  length 1,234  38 s left"
     )
     # Every step of 20 seconds has a line, so that less than 5 % of the lines are about the activity.
     assert len(lines) - len(steps) <= 201
@@ -147,11 +224,11 @@ def test_the_panel_has_all_metrics_and_the_activity_within_80_columns(
     with Console(num_steps) as console:
         console.evaluated(5, "validation", EVALUATION)
         console.begin(f"step {num_steps}", 64)
-        console.step(num_steps, VALUES | {"budget/progress": 1.0})
+        console.step(num_steps, VALUES | {"budget/progress": 1.0}, secs=1.0)
         console.advance(sampled(12, 100))
         lines = [str(line) for line in list(console._panel.get_renderables())[1:]]
     assert lines[:2] == [
-        "loss -0.052  reward 0.53 (unguided 0.40)  guided 0.21  length 1,234",
+        "loss -0.052  reward 17/32 (unguided 5/12)  guided 0.21/0.24  length 1,234",
         "after step 5: validation accuracy 0.33",
     ]
     assert lines[2].startswith(f"step {num_steps}: 12 of 64 samples")
@@ -161,22 +238,40 @@ def test_the_panel_has_all_metrics_and_the_activity_within_80_columns(
     assert "left  123,456 tokens/s" in output
 
 
+def step_line(capsys, **values):
+    changes = {name.replace("__", "/"): value for name, value in values.items()}
+    Console(2).step(2, VALUES | {"budget/progress": 1.0} | changes, secs=1.0)
+    return capsys.readouterr().out.rstrip("\n")
+
+
+def test_rewards_between_0_and_1_are_shown_as_means(capsys):
+    line = step_line(capsys, reward__num_right=16)
+    assert "  reward 0.53 (unguided 0.42)  " in line
+    assert "  reward 17/32 (unguided 5/12)  " in step_line(capsys)
+
+
+def test_a_line_of_a_step_has_at_most_100_characters(capsys):
+    clock = Clock()
+    Console(2000, clock=clock).step(100, VALUES | {"budget/progress": 0.05}, secs=99.0)
+    line = capsys.readouterr().out.rstrip("\n")
+    assert line.startswith("step 100/2000  loss -0.052  reward 17/32 (unguided 5/12)")
+    assert len(line) <= 100
+
+
 def test_a_step_without_sampled_or_guided_rollouts_has_no_such_numbers(capsys):
-    done = {"budget/progress": 1.0, "guidance/ratio_mean": 0.0}
-    Console(2).step(2, VALUES | done)
-    sft = VALUES | done | {"guidance/ratio_mean": 1.0, "completion/len_mean": 0.0}
-    del sft["reward/sampled_mean"], sft["reward/unguided_mean"]
-    Console(2).step(2, sft)
-    grpo, sft = capsys.readouterr().out.splitlines()
-    assert grpo.startswith("step 2/2  loss -0.052  reward 0.53  guided 0.00  length 1,234")
-    assert sft.startswith("step 2/2  loss -0.052  guided 1.00")
-    assert "length" not in sft
+    grpo = step_line(capsys, guidance__ratio_mean=0.0, guidance__ratio_max=0.0)
+    assert grpo.startswith("step 2/2  loss -0.052  reward 17/32  length 1,234")
+    sampled = [name for name in VALUES if name.startswith("reward/")]
+    without = {name: value for name, value in VALUES.items() if name not in sampled}
+    done = {"budget/progress": 1.0, "completion/len_mean": 0.0, "guidance/ratio_max": 1.0}
+    Console(2).step(2, without | done, secs=1.0)
+    assert capsys.readouterr().out.startswith("step 2/2  loss -0.052  0 s left")
 
 
 def test_pass_at_1_does_not_repeat_the_accuracy(capsys):
     Console().evaluated(5, "test", EVALUATION | {"eval/num_samples": 1, "eval/pass@1": 0.333})
     out = capsys.readouterr().out
-    assert out.endswith("sampled 0.333 (1 samples each at temperature 0.6)\n")
+    assert out.endswith("sampled 0.333 (1 sample each at temperature 0.6)\n")
 
 
 def test_an_evaluation_of_several_benchmarks_shows_their_mean(capsys):
@@ -187,11 +282,24 @@ def test_an_evaluation_of_several_benchmarks_shows_their_mean(capsys):
     )
 
 
+@pytest.mark.parametrize("is_terminal", ["0", "1"])
+def test_tables_lose_no_text_and_are_not_even_wrapped_without_a_terminal(
+    is_terminal, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TTY_COMPATIBLE", is_terminal)
+    cells = ["a_rather_long_name_of_a_source", "0.002-0.731", "1234567"]
+    Console().table("title", ["", "95% CI", "n"], [cells])
+    output = capsys.readouterr().out
+    assert "…" not in output
+    assert all(cell in output for cell in cells) == (is_terminal == "0")
+
+
 def test_a_quiet_console_prints_nothing(capsys):
     console = Console(10, quiet=True)
     console.begin("evaluating test", 10)
     console.advance(sampled(1, 1))
-    console.step(10, VALUES | {"budget/progress": 1.0})
+    console.step(10, VALUES | {"budget/progress": 1.0}, secs=1.0)
     assert capsys.readouterr().out == ""
 
 

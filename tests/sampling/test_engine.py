@@ -57,7 +57,7 @@ def test_an_engine_by_import_path_gets_the_spec(spec, user_module):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vllm9", "choose jax, or pass the import path package.module:name of an engine"),
+        ("vllm9", "choose 'jax', or the import path package.module:name of your own"),
         ("no_such_module:Engine", "no module 'no_such_module'"),
         ("user_engines:Other", "does not define 'Other'"),
         (

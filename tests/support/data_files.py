@@ -91,6 +91,16 @@ MALFORMED = [
     ("utf16.jsonl", bytes_of('{"a": 1}\n'.encode("utf-16")), r", line 1: not UTF-8"),
     ("cut.jsonl", bytes_of(b'{"a": 1}\n{"a": '), r", line 2: not JSON \(Expecting value"),
     ("cut.json", bytes_of(b'[{"a": 1},\n{"a": '), r", line 2: not JSON \(Expecting value"),
+    (
+        "lines.jsonl",
+        bytes_of(b'{\n"a": 1\n}\n'),
+        r", line 1: not JSON .* at column 2\); write each object on one line, or one list of objects",
+    ),
+    (
+        "string.jsonl",
+        bytes_of(b'{"a": "b\n'),
+        r", line 1: not JSON \(Unterminated string starting at column 7\);",
+    ),
     ("deep.jsonl", bytes_of(b'{"a": ' + b"[" * 100_000), r", line 1: not JSON"),
     ("longint.jsonl", bytes_of(b'{"a": ' + b"1" * 5000 + b"}"), r", line 1: not JSON"),
     ("number.jsonl", bytes_of(b'{"a": 1}\n7\n'), r", line 2: a JSON int, not an object"),

@@ -27,8 +27,8 @@ def signal_at(set_attribute, activity, step, report, number):
                 print(f"report {num_reports} after the signal", flush=True)
             num_reports += 1
 
-    def begin_and_count(run, name, num_samples=0):
-        begin(run, name, num_samples)
+    def begin_and_count(run, name, *args, **kwargs):
+        begin(run, name, *args, **kwargs)
         count_report(run, name)
 
     def report_and_count(run, progress):

@@ -46,7 +46,7 @@ class EvaluationEngineConfig(EngineConfig):
 
 class EvaluationScoringConfig(ScoringConfig):
     num_samples: Rows = 1
-    """Number of samples per problem, for avg@k, pass@k and maj@k."""
+    """Number of samples per problem, for avg@k, pass@k and maj@k (in a tie, the share of the tied answers that are correct)."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Sample only from the most likely tokens that together have this probability; 1 for all tokens."""
     top_k: NotNegative = 0

@@ -20,6 +20,8 @@ from trapo_jax.data.layouts import (
     look_up,
     messages_in,
     parsed,
+    reading,
+    shown_path,
     wrong_type,
 )
 from trapo_jax.data.sources import Row
@@ -85,11 +87,19 @@ def examples_from_rows(
     presence.check()
     num_without = sum(not example.solutions for example in examples)
     notes = Counter({"without an expert solution": num_without, _ALTERNATIVES: num_with_list})
-    report = DataReport(num_read, len(examples), dict(dropped), dict(+notes))  # +: without zeros
+    absent = presence.absent_optional
+    report = DataReport(
+        num_read,
+        len(examples),
+        dict(dropped),
+        dict(+notes),  # +: without zeros
+        absent,
+    )
     if not examples:
         hint = ""
         if dropped[_NO_ANSWER] == num_read:
-            hint = f"; set data.columns.answer to the column of the answers (now {columns.answer})"
+            now = shown_path(columns.answer, absent)
+            hint = f"; set data.columns.answer to the column of the answers (now {now})"
         raise UserError(f"{', '.join(presence.files)}: no row is usable: {report}{hint}")
     return examples, report
 
@@ -117,26 +127,36 @@ def expert_text(solution: str, part: ExpertPart = "thought") -> str:
 def _example(
     row: Row, columns: Columns, default_source: str, expert_part: ExpertPart, needs_answer: bool
 ) -> Example:
-    answer = _answer(row, columns)
+    with reading("answer"):
+        answer = _answer(row, columns)
     if needs_answer and not answer:
         raise _UnusableRow(_NO_ANSWER)
+    with reading("source"):
+        source = _source(row, columns) or default_source
+    with reading("solutions"):
+        texts = [
+            expert_text(text, expert_part)
+            for path in columns.solutions
+            for text in _solutions(row, path)
+        ]
+    with reading("extra"):
+        extra = {
+            path.removesuffix("?").split(".")[-1]: _plain(parsed(look_up(row, path), "{"))
+            for path in columns.extra
+        }
+    with reading("prompt"):
+        prompt = _prompt(row, columns)
+    solutions = tuple(dict.fromkeys(filter(None, texts)))
+    example = Example(prompt, answer, solutions, source, extra)
+    _check_texts(example)
+    return example
+
+
+def _source(row: Row, columns: Columns) -> str:
     source = look_up(row, columns.source) if columns.source else None
     if source is not None and not isinstance(source, str):
         raise wrong_type(columns.source, source, "text")
-    solutions = [text for path in columns.solutions for text in _solutions(row, path)]
-    extra = {
-        path.removesuffix("?").split(".")[-1]: _plain(parsed(look_up(row, path), "{"))
-        for path in columns.extra
-    }
-    example = Example(
-        _prompt(row, columns),
-        answer,
-        tuple(dict.fromkeys(text for s in solutions if (text := expert_text(s, expert_part)))),
-        (source or "").strip() or default_source,
-        extra,
-    )
-    _check_texts(example)
-    return example
+    return (source or "").strip()
 
 
 def _prompt(row: Row, columns: Columns) -> Prompt:

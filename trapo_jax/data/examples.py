@@ -1,7 +1,7 @@
 """A raw example, before template and tokenizer, and what was left out on the way to it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -44,12 +44,14 @@ class DataReport:
       num_kept: of these, how many came out.
       dropped: how many did not, by reason; they sum to `num_read - num_kept`.
       notes: what else happened to those kept (prompts or experts cut, experts left out), by what.
+      absent: optional paths of columns that no row has.
     """
 
     num_read: int
     num_kept: int
     dropped: Mapping[str, int]
     notes: Mapping[str, int]
+    absent: Sequence[str] = ()
 
     def __str__(self) -> str:
         line = f"{self.num_kept} of {self.num_read} kept"

@@ -75,14 +75,25 @@ class WrongValue(Exception):
     def __init__(self, path: str, mistake: str):
         super().__init__(path, mistake)
         self._path, self._mistake = path, mistake
+        self.field: str | None = None  # of `Columns`, for which the value was read
 
     def explained(self, row: Row, columns: Columns) -> UserError:
         """Returns the error with the row, and the option that names the column."""
-        option = next(x for x in FIELDS if self._path in _paths_of(columns, x))
+        option = self.field or next(x for x in FIELDS if self._path in _paths_of(columns, x))
         return UserError(
             f"{row.file}, row {row.number}, column {self._path.removesuffix('?')!r}: {self._mistake}; set "
             f"data.columns.{option} to another column, or correct the row"
         )
+
+
+@contextlib.contextmanager
+def reading(field: str) -> Iterator[None]:
+    """Notes in a `WrongValue` for which field of `Columns` the value was read; several may have the same path."""
+    try:
+        yield
+    except WrongValue as error:
+        error.field = field
+        raise
 
 
 def find_preset(
@@ -109,9 +120,13 @@ def find_preset(
         if has_solution and _fits(row, preset, {*given, "answer"}):
             return name
     missing = [field for field in REQUIRED if field not in given and not _is_usual(row, field)]
-    options = ", ".join(_option(row, field) for field in missing or REQUIRED)
+    options = {field: _option(row, field) for field in missing or REQUIRED}
+    solutions = options.pop("solutions", None)
+    wanted = " and ".join(options.values())
+    if solutions:
+        wanted += f"{', and ' if wanted else ''}{solutions} if there are worked solutions"
     raise UserError(
-        f"{row.file}: the columns are {_listed(row)}, which fits no preset; set {options}"
+        f"{row.file}: the columns are {_listed(row)}, which fits no preset; set {wanted}"
     )
 
 
@@ -152,9 +167,12 @@ class Presence:
 
     def __init__(self, columns: Columns):
         self._paths: dict[str, str] = {}  # each with the first field that names it
+        self._absent_optional: list[str] = []
         for field in FIELDS:
             for path in _paths_of(columns, field):
-                if path and not path.endswith("?"):
+                if path.endswith("?"):
+                    self._absent_optional.append(path)
+                elif path:
                     self._paths.setdefault(path, field)
         self._absent: dict[str, list[str]] = {}
         self._first: dict[str, Row] = {}
@@ -165,7 +183,9 @@ class Presence:
             self._absent[row.file] = list(self._paths)
         absent = self._absent[row.file]
         if absent:
-            self._absent[row.file] = [path for path in absent if not _is_present(row, path)]
+            self._absent[row.file] = _absent_from(row, absent)
+        if self._absent_optional:
+            self._absent_optional = _absent_from(row, self._absent_optional)
 
     def check(self) -> None:
         for file, absent in self._absent.items():
@@ -178,9 +198,28 @@ class Presence:
                 )
 
     @property
+    def absent_optional(self) -> tuple[str, ...]:
+        """The paths ending in `?` that no row of any file has."""
+        return tuple(self._absent_optional)
+
+    @property
     def files(self) -> list[str]:
         """The files of the rows."""
         return list(self._first)
+
+
+def _absent_from(row: Row, paths: Sequence[str]) -> list[str]:
+    return [path for path in paths if not _is_present(row, path)]
+
+
+def shown_path(path: str, absent: Collection[str]) -> str:
+    """Returns a path for the user.
+
+    Args:
+      path: as in `Columns`; empty for none.
+      absent: paths that no row has.
+    """
+    return "none" if not path or path in absent else path.removesuffix("?")
 
 
 def _paths_of(columns: Columns, field: str) -> tuple[str, ...]:

@@ -5,29 +5,33 @@ to learn from.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from trapo_jax.config import Config
 from trapo_jax.data.examples import DataReport
-from trapo_jax.data.problems import EXPERTS_TOO_LONG
+from trapo_jax.data.problems import EXPERTS_TOO_LONG, PROMPT_TOO_LONG, PROMPTS_CUT
+from trapo_jax.data.reward_checks import (
+    EXPERT,
+    Tried,
+    check_experts,
+    check_functions,
+    try_rewards,
+)
 from trapo_jax.data.splits import LoadedData
 from trapo_jax.methods import Method
 from trapo_jax.rewards import (
     Grader,
     asks_for_answer,
-    describe_reason,
-    describe_reasons,
     extract_choice,
     is_text,
 )
-from trapo_jax.types import Grade, Problem
+from trapo_jax.types import Problem
 
-MAX_GRADED_EXPERTS = 200
-MIN_ACCEPTED = 0.5  # share of the expert solutions that must be judged correct
 MAX_UNUSABLE = 0.5  # share of the training problems that may be unusable
+MAX_LOST = 0.1  # share of the texts that a limit on lengths may drop or cut without a warning
 MAX_SHOWN_CHARS = 1_500
 
 
@@ -104,31 +108,19 @@ def check_data(
       grader: judges the expert solutions as it will judge responses.
     """
     train, decode = data.splits["train"], data.tokenizer.decode
-    judged: Judged = []
-    if config.rewards.functions:
-        judged = grade_experts(train, grader, decode, max_len=config.sampling.completion_len)
     counts = {
         name: _counts(data.splits[name], data.reports.get(name, []), config)
         for name in ("train", "validation", "test")
     }
-    if judged:
-        accepted = sum(grade.is_correct for _, _, grade in judged)
-        counts["train"]["experts judged correct"] = f"{accepted} of {len(judged)}"
     warnings, errors = _warnings(data, config, method), _errors(data, config, method)
-    if (
-        method.needs_rewards
-        and not judged
-        and (failed := grader.submit("", train[0]).result().missing)
-    ):
-        reasons = ", ".join(f"{name} ({describe_reason(r)})" for name, r in failed.items())
-        warnings.append(
-            f"rewards.functions: failed on an empty response to the first problem: {reasons}"
-        )
-    complaint, is_serious = _complaint(judged, config, config.sampling.completion_len)
-    if complaint:
-        # A method that learns from both would be taught two different things.
-        stops = is_serious and method.uses_experts and method.needs_rewards
-        (errors if stops else warnings).append(complaint)
+    if config.rewards.functions:
+        tried = try_rewards(train, grader, decode, max_len=config.sampling.completion_len)
+        experts = [t.grade for t in tried if t.kind == EXPERT]
+        if experts:
+            accepted = sum(grade.is_correct for grade in experts)
+            counts["train"]["experts judged correct"] = f"{accepted} of {len(experts)}"
+        if not errors:  # Otherwise, failures may be due to them.
+            _add_reward_checks(tried, config, method, warnings, errors)
     return Preflight(
         counts,
         _source(data),
@@ -139,13 +131,28 @@ def check_data(
     )
 
 
+def _add_reward_checks(
+    tried: Sequence[Tried], config: Config, method: Method, warnings: list[str], errors: list[str]
+) -> None:
+    """Appends what is wrong with reward functions, or with expert solutions that they do not judge correct."""
+    broken, fragile = check_functions(tried)
+    (errors if method.needs_rewards else warnings).extend(broken)
+    warnings.extend(fragile)
+    complaint, is_serious = check_experts(tried, config)
+    if complaint:
+        # A method that learns from both would be taught two different things.
+        stops = is_serious and method.uses_experts and method.needs_rewards
+        (errors if stops else warnings).append(complaint)
+
+
 def _notes(data: LoadedData) -> list[str]:
     """Says why rows and experts were left out, and what else was noted about them."""
     return [
-        f"{name}: {count:,} {what}"
+        f"{name}: {verb}{count:,} {what}"
         for name, stages in data.reports.items()
         for stage in stages
-        for what, count in (*stage.dropped.items(), *stage.notes.items())
+        for verb, counts in (("dropped ", stage.dropped), ("", stage.notes))
+        for what, count in counts.items()
         if "without an expert" not in what  # The table has them.
     ]
 
@@ -155,42 +162,21 @@ def _source(data: LoadedData) -> str:
     if columns is None:
         return f"template {data.template.kind}"
     used = {
-        "prompt": columns.prompt,
-        "answer": columns.answer,
-        "solutions": ", ".join(columns.solutions),
-        "source": columns.source,
-        "extra": ", ".join(columns.extra),
+        "prompt": [columns.prompt],
+        "answer": [columns.answer],
+        "solutions": columns.solutions,
+        "source": [columns.source],
+        "extra": columns.extra,
     }
-    named = ", ".join(f"{name} {path or 'none'}" for name, path in used.items())
+    named = ", ".join(f"{name} {_shown_paths(paths, data)}" for name, paths in used.items())
     return f"template {data.template.kind}; columns: {named}"
 
 
-Judged = list[tuple[Problem, str, Grade]]
-
-
-def grade_experts(
-    problems: Sequence[Problem],
-    grader: Grader,
-    decode: Callable[[Sequence[int]], str],
-    *,
-    max_len: int,
-) -> Judged:
-    """Grades the expert solutions of problems with an answer, at most `MAX_GRADED_EXPERTS` of them, evenly spread.
-
-    Args:
-      problems: training problems.
-      grader: the grader of the run.
-      decode: converts token ids to text.
-      max_len: number of tokens of a solution that are trained.
-
-    Returns:
-      The problem, text and grade of each.
-    """
-    experts = [(p, expert) for p in problems for expert in p.experts if p.answer]
-    step = max(1, -(-len(experts) // MAX_GRADED_EXPERTS))
-    texts = [(p, decode(expert.token_ids[:max_len])) for p, expert in experts[::step]]
-    futures = [grader.submit(text, problem) for problem, text in texts]
-    return [(p, text, f.result()) for (p, text), f in zip(texts, futures, strict=True)]
+def _shown_paths(paths: Sequence[str], data: LoadedData) -> str:
+    """Returns the paths that some row of the training data has."""
+    absent = [path for stage in data.reports.get("train", []) for path in stage.absent]
+    shown = [path for path in paths if path and path not in absent]
+    return ", ".join(path.removesuffix("?") for path in shown) or "none"
 
 
 def _counts(
@@ -231,7 +217,7 @@ def _warnings(data: LoadedData, config: Config, method: Method) -> list[str]:
     if num_cut := sum(length > limit for length in experts):
         warnings.append(
             f"{num_cut:,} of {len(experts):,} expert solutions are longer than "
-            f"sampling.max_completion_length={limit} and are cut"
+            f"sampling.max_completion_length={limit} and are cut; raise it"
         )
     is_asked = any(asks_for_answer(problem.prompt_text) for problem in data.splits["train"][:100])
     if config.rewards.functions[:1] == ("math",) and method.needs_rewards and not is_asked:
@@ -246,7 +232,38 @@ def _warnings(data: LoadedData, config: Config, method: Method) -> list[str]:
         warnings.append(
             "data.template=none: the tokenizer has a chat template, which is not used; consider data.template=chat"
         )
-    return warnings + _warnings_of_splits(data, config)
+    return warnings + _warnings_of_lengths(data, config) + _warnings_of_splits(data, config)
+
+
+def _warnings_of_lengths(data: LoadedData, config: Config) -> list[str]:
+    """Names the limits because of which more than `MAX_LOST` of the texts of a split are dropped or cut."""
+    warnings = []
+    for name, (*_, encoded) in data.reports.items():
+        num_read, notes = encoded.num_read, encoded.notes
+        num_experts = sum(len(problem.experts) for problem in data.splits[name])
+        left_out = _count_of(notes, EXPERTS_TOO_LONG)
+        dropped = _count_of(encoded.dropped, PROMPT_TOO_LONG)
+        for limit, num, total, fate in (
+            ("max_prompt_length", dropped, num_read, "prompts are dropped"),
+            ("max_prompt_length", _count_of(notes, PROMPTS_CUT), num_read, "prompts are cut"),
+            (
+                "max_expert_length",
+                left_out,
+                num_experts + left_out,
+                "expert solutions are left out",
+            ),
+        ):
+            if num > MAX_LOST * total:
+                value = getattr(config.data, limit)
+                warnings.append(
+                    f"{name}: {num:,} of {total:,} {fate}, because they are longer than data.{limit}={value}; raise it"
+                )
+    return warnings
+
+
+def _count_of(counts: Mapping[str, int], start: str) -> int:
+    """Returns the number of what a report counts under texts with a given start."""
+    return sum(count for what, count in counts.items() if what.startswith(start))
 
 
 def _warnings_of_splits(data: LoadedData, config: Config) -> list[str]:
@@ -300,7 +317,7 @@ def _errors(data: LoadedData, config: Config, method: Method) -> list[str]:
             f"which become {data.tokenizer.unk_token}; choose a model for this data"
         )
     (*_, encoded) = data.reports.get("train", [DataReport(0, 0, {}, {})])
-    num_overlong = sum(n for reason, n in encoded.dropped.items() if "prompt over" in reason)
+    num_overlong = _count_of(encoded.dropped, PROMPT_TOO_LONG)
     if num_overlong > MAX_UNUSABLE * max(encoded.num_read, 1):
         errors.append(
             f"data.max_prompt_length={config.data.max_prompt_length}: {num_overlong:,} of {encoded.num_read:,} training "
@@ -322,61 +339,6 @@ def _solutions_hint(data: LoadedData, config: Config, method: Method) -> str:
         hint = f"those of the data are longer than data.max_expert_length={limit}; raise it"
     else:
         columns = data.columns
-        where = f" (now {', '.join(columns.solutions) or 'none'})" if columns else ""
+        where = f" (now {_shown_paths(columns.solutions, data)})" if columns else ""
         hint = f"set data.columns.solutions to their column{where}"
     return f"{hint}, or method.name=grpo to train without experts" if method.needs_rewards else hint
-
-
-def _complaint(judged: Judged, config: Config, limit: int) -> tuple[str, bool]:
-    """Says what is wrong with expert solutions that are not judged correct; and whether those are too many.
-
-    The text is empty if all are judged correct.
-    """
-    functions, num = f"rewards.functions={list(config.rewards.functions)}", len(judged)
-    max_wrong = (1 - MIN_ACCEPTED) * num
-    missing = [grade for _, _, grade in judged if grade.reward is None]
-    wrong = [(p, text, grade) for p, text, grade in judged if not grade.is_correct]
-    if missing and (len(missing) > max_wrong or len(missing) == len(wrong)):
-        reasons = describe_reasons(reason for grade in missing for reason in grade.missing.values())
-        return (
-            f"{functions}: failed on {len(missing)} of {num} expert solutions ({reasons}); test the function on a few of "
-            "your rows"
-        ), len(missing) > max_wrong
-    if not wrong:
-        return "", False
-    start = f"{functions}: only {num - len(wrong)} of {num} expert solutions are judged correct"
-    return f"{start}{_why_wrong(wrong, config, limit)}", len(wrong) > max_wrong
-
-
-def _why_wrong(wrong: Judged, config: Config, limit: int) -> str:
-    """Says why expert solutions are not judged correct, and what to change."""
-    num_cut = sum(len(e.token_ids) > limit for p, _, _ in wrong for e in p.experts)
-    if num_cut > len(wrong) / 2:
-        return (
-            f", because most others are cut at sampling.max_completion_length={limit}; raise it, or leave them out with "
-            f"data.max_expert_length={limit}"
-        )
-    problem, text, grade = next((w for w in wrong if w[2].reward is not None), wrong[0])
-    return f"; {_explain_wrong(problem, text, grade, config.rewards.functions[0])}"
-
-
-def _explain_wrong(problem: Problem, text: str, grade: Grade, function: str) -> str:
-    """Says why an expert solution was judged wrong, and what to do."""
-    answer = f"the problem's answer is {problem.answer[:60]!r}"
-    if grade.answer is not None:
-        return (
-            f"in the first wrong one the answer {grade.answer[:60]!r} was found, but {answer}; check data.columns.answer and "
-            "data.columns.solutions"
-        )
-    ending = text.strip()[-60:]
-    if len(problem.experts) > 1:
-        way_out = (
-            "a list of solutions holds complete alternatives, so join a list of steps into one text"
-        )
-    elif ":" in function:
-        way_out = "check data.columns.answer and data.columns.solutions, and test the function on a few of your rows"
-    else:
-        way_out = "end solutions with the answer in \\boxed{}, or choose another reward function"
-    return (
-        f"in the first wrong one, which ends {ending!r}, no answer was found ({answer}); {way_out}"
-    )

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 PLAIN_TEXT = Template()  # the text as it stands
 EXTRA_PROBLEMS_STREAM = 1  # a stream of random numbers of its own, beside the order of the batches
-EXPERTS_TOO_LONG = "experts left out: over"  # the start of a note of a report
+# How reasons and notes of a report start.
+PROMPT_TOO_LONG, PROMPTS_CUT = "with a prompt over", "prompts cut to"
+EXPERTS_TOO_LONG = "experts left out: over"
 MAX_TOKEN_CHARS = 64  # Texts have 3 to 5 characters per token.
 _CHUNK_SIZE = 256  # at once; the tokenizer runs them on all cores
 
@@ -86,9 +88,9 @@ def encode_examples(
                     if overlong_prompts == "error":
                         raise _overlong_prompt(text, ids, max_prompt_length)
                     if overlong_prompts == "drop":
-                        dropped[f"with a prompt over {max_prompt_length} tokens"] += 1
+                        dropped[f"{PROMPT_TOO_LONG} {max_prompt_length} tokens"] += 1
                         continue
-                    notes[f"prompts cut to {max_prompt_length} tokens"] += 1
+                    notes[f"{PROMPTS_CUT} {max_prompt_length} tokens"] += 1
                     ids = _encode_end(text, encoder, template, max_prompt_length)
                     text = encoder.decode(ids)
                 if not ids:

@@ -272,9 +272,10 @@ def _from_files(
     ):
         if files:
             rows = _read(config, files, name)
-            columns, rows = _columns_of(config, rows, needs_answer=needs_answer)
+            of_split, rows = _columns_of(config, rows, needs_answer=needs_answer)
+            columns = columns or of_split  # those of the training data are shown
             splits[name], report = examples_from_rows(
-                rows, columns, expert_part=expert_part, needs_answer=needs_answer
+                rows, of_split, expert_part=expert_part, needs_answer=needs_answer
             )
             reports[name] = [report]
     assert columns is not None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from trapo_jax.data.examples import Message, Prompt
-from trapo_jax.import_path import did_you_mean_import, import_object
+from trapo_jax.import_path import import_object, suggest
 from trapo_jax.sandbox import child_environment
 from trapo_jax.types import UserError
 
@@ -203,10 +203,7 @@ def make_template(
             raise UserError(f"data.template={kind}: not a function of chat messages")
         return Template(kind, function=cast(Any, function))
     if kind not in TEMPLATES:
-        close = difflib.get_close_matches(kind, TEMPLATES, n=1)
-        known = f"did you mean {close[0]}?" if close else did_you_mean_import(kind)
-        known = known or f"there are {', '.join(TEMPLATES)}"
-        raise UserError(f"data.template={kind!r}: no such template; {known}")
+        raise UserError(f"data.template={kind!r}: no such template; {suggest(kind, TEMPLATES)}")
     return Template(kind)
 
 
@@ -217,7 +214,7 @@ def _make_chat_template(
     if not named:
         raise UserError(
             f"data.template={kind}: the tokenizer of {tokenizer.name_or_path} has no chat template; "
-            "choose chatml, qwen_math or none"
+            "choose 'chatml', 'qwen_math' or 'none'"
         )
     if _chat_name(kind) not in named:
         wanted = "no default chat template" if kind == "chat" else "no such chat template"

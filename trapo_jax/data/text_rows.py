@@ -183,8 +183,9 @@ class _Text:
 def _not_json(path: Path, line: int, error: Exception) -> UserError:
     """Returns the error for a value that starts in a line."""
     if isinstance(error, json.JSONDecodeError):
+        message = error.msg.removesuffix(" at")  # "Unterminated string starting at"
         return UserError(
-            f"{path}, line {line + error.lineno - 1}: not JSON ({error.msg} at column {error.colno}); one object a "
-            "line, or one list of objects"
+            f"{path}, line {line + error.lineno - 1}: not JSON ({message} at column {error.colno}); write each object on "
+            "one line, or one list of objects"
         )
     return UserError(f"{path}, line {line}: not JSON ({reason_of(error)})")

@@ -49,6 +49,10 @@ def table_of(overall: Scores, by_source: Mapping[str, Scores]) -> tuple[list[str
     if max(numbers) > 1:  # Otherwise, pass@1 and maj@1 are the accuracy.
         columns[f"pass@{k}"] = [f"{s.pass_at_k[-1]:.3f}" for _, s in counted]
         columns[f"maj@{k}"] = [f"{s.majority:.3f}" for _, s in counted]
-    columns["trunc"] = [f"{s.truncated:.3f}" for _, s in rows]
-    columns["failed"] = [f"{s.error_rate + s.timeout_rate:.3f}" for _, s in rows]
+    if overall.no_answer is not None:  # Otherwise, the reward function looks for none.
+        columns["no answer"] = [
+            "" if s.no_answer is None else f"{s.no_answer:.3f}" for _, s in rows
+        ]
+    columns["truncated"] = [f"{s.truncated:.3f}" for _, s in rows]
+    columns["grader errors"] = [f"{s.error_rate + s.timeout_rate:.3f}" for _, s in rows]
     return list(columns), [list(row) for row in zip_longest(*columns.values(), fillvalue="")]

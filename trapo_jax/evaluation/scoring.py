@@ -42,6 +42,7 @@ class Sample(NamedTuple):
       answer: the answer that was extracted from the response.
       logprob: log-probability of the whole completion under the distribution it was sampled from.
       rewards: the reward of each reward function, by name; None if it is missing.
+      found_answer: whether the first reward function found an answer; None if it looks for none or failed.
     """
 
     problem_id: str
@@ -53,6 +54,7 @@ class Sample(NamedTuple):
     answer: str | None = None
     logprob: float = 0.0
     rewards: Mapping[str, float | None] = MappingProxyType({})
+    found_answer: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Scores:
       truncated: rate of completions that reached the maximum length.
       error_rate, timeout_rate: rates of samples whose reward is missing; they count as wrong.
       completion_len_mean: mean number of tokens per completion.
+      no_answer: rate of samples in which the first reward function found no answer, among those that it judged; None
+        if it looks for none.
     """
 
     num_problems: int
@@ -81,6 +85,7 @@ class Scores:
     error_rate: float
     timeout_rate: float
     completion_len_mean: float
+    no_answer: float | None = None
 
 
 def score_samples(samples: Sequence[Sample]) -> Scores:
@@ -110,6 +115,7 @@ def score_samples(samples: Sequence[Sample]) -> Scores:
         error_rate=_error_rate(samples),
         timeout_rate=_timeout_rate(samples),
         completion_len_mean=fmean(s.completion_len for s in samples),
+        no_answer=_no_answer_rate(samples),
     )
 
 
@@ -128,11 +134,13 @@ def mean_of_sources(by_source: Mapping[str, Scores]) -> Scores:
         for field in dataclasses.fields(Scores)
         if field.type is float
     }
+    no_answer = [s.no_answer for s in scores if s.no_answer is not None]
     return Scores(
         num_problems=sum(s.num_problems for s in scores),
         num_samples=num_samples,
         interval=interval_of_mean([s.accuracy for s in scores], [s.interval for s in scores]),
         pass_at_k=tuple(fmean(s.pass_at_k[k] for s in scores) for k in range(num_samples)),
+        no_answer=fmean(no_answer) if no_answer else None,
         **means,
     )
 
@@ -170,7 +178,8 @@ def evaluate(
       are several sources, also for each source and their unweighted mean (`.../SOURCE` and `..._mean_of_sources`);
       `eval/pass@k` for k = 1, 2, 4 .. the smallest number of samples; `eval/entropy`, the mean of -log p over the tokens of
       the samples, which estimates the entropy at the temperature; over all completions, `eval/truncated`,
-      `eval/completion_len_mean`, `eval/error_rate` and `eval/timeout_rate`; and how it was sampled: `eval/temperature`,
+      `eval/completion_len_mean`, `eval/error_rate`, `eval/timeout_rate` and, if the first reward function looks for
+      answers, `eval/no_answer`; and how it was sampled: `eval/temperature`,
       `eval/num_problems`, `eval/num_samples` (the smallest), and if they differ, `eval/num_samples/SOURCE`.
 
     Raises:
@@ -207,6 +216,8 @@ def evaluate(
     metrics["eval/completion_len_mean"] = fmean(s.completion_len for s in everything)
     metrics["eval/error_rate"] = _error_rate(everything)
     metrics["eval/timeout_rate"] = _timeout_rate(everything)
+    if (no_answer := _no_answer_rate(everything)) is not None:
+        metrics["eval/no_answer"] = no_answer
     metrics |= {f"eval/rewards/{name}": mean for name, mean in mean_rewards(sampled).items()}
     return Evaluation(metrics, problem_columns(greedy, sampled))
 
@@ -267,6 +278,7 @@ def make_sample(completion: Completion, grade: Grade) -> Sample:
         answer=grade.answer,
         logprob=sum(completion.logprobs),
         rewards={name: judgment.reward for name, judgment in grade.judgments.items()},
+        found_answer=grade.found_answer,
     )
 
 
@@ -303,6 +315,11 @@ def merge_equal_answers(
                 answers.append(answer)
         merged.append(sample._replace(answer=answer))
     return merged
+
+
+def _no_answer_rate(samples: Sequence[Sample]) -> float | None:
+    found = [s.found_answer for s in samples if s.found_answer is not None]
+    return fmean(not f for f in found) if found else None
 
 
 def _error_rate(samples: Sequence[Sample]) -> float:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pydantic
 
-from trapo_jax.import_path import did_you_mean_import, import_object
+from trapo_jax.import_path import import_object, suggest
 from trapo_jax.methods.constants import Constants
 from trapo_jax.methods.family import METHODS
 from trapo_jax.methods.method import Method
@@ -106,10 +106,7 @@ def find_method(name: str) -> Any:
     if ":" in name:
         return import_object(name, "method.name")
     if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1)
-        known = f"did you mean {close[0]}?" if close else did_you_mean_import(name)
-        known = known or f"choose one of {', '.join(METHODS)}"
-        raise UserError(f"method.name={name!r}: no such method; {known}")
+        raise UserError(f"method.name={name!r}: no such method; {suggest(name, METHODS)}")
     return METHODS[name]
 
 

@@ -12,17 +12,11 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from trapo_jax.distributed.log_level import LIBTPU_ENVIRONMENT
 from trapo_jax.types import UserError
 
 GIB = 2**30
 HOST = "cpu"
-# Prevents libtpu, used only as a compiler here, from looking for TPUs and for other processes that use them.
-LIBTPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from trapo_jax.rewards.grader import (
     make_grader,
     special_tokens,
 )
-from trapo_jax.rewards.judgments import describe_reason, describe_reasons
+from trapo_jax.rewards.judgments import InvalidReward, describe_reasons, kind_of
 from trapo_jax.rewards.math import (
     asks_for_answer,
     extract_math_answer,
@@ -28,10 +28,10 @@ __all__ = [
     "REWARD_FUNCTIONS",
     "Grader",
     "GraderPool",
+    "InvalidReward",
     "WeightedFunction",
     "asks_for_answer",
     "card_shuffles_grader",
-    "describe_reason",
     "describe_reasons",
     "extract_choice",
     "extract_math_answer",
@@ -39,6 +39,7 @@ __all__ = [
     "grade_math_lenient",
     "grade_multiple_choice",
     "is_text",
+    "kind_of",
     "make_grader",
     "special_tokens",
 ]

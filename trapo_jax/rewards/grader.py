@@ -1,23 +1,23 @@
 """Grades responses with one or more reward functions, which the config selects by name."""
 
-import difflib
+import contextlib
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Self
 
-from trapo_jax.import_path import did_you_mean_import, import_object
+from trapo_jax.import_path import import_object, suggest
 from trapo_jax.rewards.card_shuffles import card_shuffles_grader
 from trapo_jax.rewards.judgments import call, reason_of
 from trapo_jax.rewards.math import grade_math, grade_math_lenient
 from trapo_jax.rewards.multiple_choice import grade_multiple_choice
 from trapo_jax.rewards.pool import (
     MAX_RESPONSE_CHARS,
+    FailureLog,
     GraderPool,
     RewardFunction,
     path_of,
-    report_failure,
 )
 from trapo_jax.types import Grade, Judgment, Problem, UserError, find_by_source
 
@@ -74,8 +74,16 @@ class Grader:
         self._special_token = re.compile("|".join(map(re.escape, tokens))) if tokens else None
         in_pool = [f.function for f in (*functions, *self._by_source.values()) if not f.is_inline]
         unique = {path_of(function): function for function in in_pool}
-        self._pool = GraderPool(*unique.values(), **pool_options) if unique else None
-        self._reported: set[tuple[str, str]] = set()
+        self._failures = FailureLog()
+        self._pool = (
+            GraderPool(*unique.values(), failures=self._failures, **pool_options)
+            if unique
+            else None
+        )
+
+    def without_warnings(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which failures are only recorded in grades, not logged."""
+        return self._failures.muted()
 
     def submit(self, response: str, problem: Problem) -> Future[Grade]:
         """Grades a response asynchronously. If a reward function fails, the grade records it and nothing is raised.
@@ -124,7 +132,7 @@ class Grader:
             future.set_result(call(function.function, response, problem))
         except Exception as error:
             reason = reason_of(error)
-            report_failure(function.name, reason, self._reported)
+            self._failures.report(function.name, reason)
             future.set_result(Judgment(None, reason=reason))
         return future
 
@@ -219,11 +227,7 @@ def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFuncti
     if name in IN_WORKERS:
         return WeightedFunction(name, IN_WORKERS[name], weight)
     if ":" not in name:
-        close = difflib.get_close_matches(name, REWARD_FUNCTIONS, n=1)
-        known = f"did you mean {close[0]}?" if close else did_you_mean_import(name)
-        known = known or (
-            f"choose one of {', '.join(REWARD_FUNCTIONS)}, or the import path package.module:name of your own function"
-        )
+        known = suggest(name, REWARD_FUNCTIONS)
         raise UserError(f"{field}={name!r}: no such reward function; {known}")
     function = import_object(name, field)
     if not callable(function):

@@ -13,11 +13,15 @@ from trapo_jax.types import Judgment, Problem, Verdict
 MAX_ANSWER_CHARS, MAX_REASON_CHARS = 500, 200
 
 
+class InvalidReward(ValueError):
+    """A reward function returned something else than a reward."""
+
+
 def call(function: Callable[..., Any], response: str, problem: Problem) -> Judgment:
     """Calls a sync or async reward function with the problem's columns that its signature accepts.
 
     Raises:
-      ValueError: if the function's result is not a valid reward.
+      InvalidReward: if the function's result is not a valid reward.
       Exception: any exception that the function raises.
     """
     value = function(response, problem, **_accepted(function, problem))
@@ -34,27 +38,31 @@ def as_judgment(value: Any) -> Judgment:
         function extracted from the response.
 
     Raises:
-      ValueError: if `value` is anything else.
+      InvalidReward: if `value` is anything else.
 
-    >>> as_judgment(0.5), as_judgment((True, "42"))
-    (Judgment(reward=0.5, answer=None, reason=''), Judgment(reward=1.0, answer='42', reason=''))
+    >>> as_judgment(0.5).found_answer, as_judgment((0.0, None)).found_answer
+    (None, False)
+    >>> as_judgment((True, "42"))
+    Judgment(reward=1.0, answer='42', reason='', found_answer=True)
     """
-    value, answer = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    looks_for_answer = isinstance(value, tuple) and len(value) == 2
+    value, answer = value if looks_for_answer else (value, None)
+    found_answer = answer is not None if looks_for_answer else None
     answer = None if answer is None else str(answer)[:MAX_ANSWER_CHARS]
     if isinstance(value, str) and value in tuple(Verdict):
         verdict = Verdict(value)
         if verdict in (Verdict.ERROR, Verdict.TIMEOUT):
             return Judgment(None, answer, str(verdict))
-        return Judgment(float(verdict is Verdict.CORRECT), answer)
+        return Judgment(float(verdict is Verdict.CORRECT), answer, found_answer=found_answer)
     try:
         reward = -1.0 if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         reward = -1.0
     if not 0.0 <= reward <= 1.0:
-        raise ValueError(
-            f"a reward function returned {value!r:.60}; expected a number in [0, 1] or a verdict"
+        raise InvalidReward(
+            f"the function returned {value!r:.60}; expected a number in [0, 1] or a verdict"
         )
-    return Judgment(reward, answer)
+    return Judgment(reward, answer, found_answer=found_answer)
 
 
 def reason_of(error: BaseException) -> str:

@@ -9,6 +9,7 @@ imports jax in the case of `python -m trapo_jax.train`; the child inherits the w
 permanently breaks pebble's pool; and results are unpickled. This module requires POSIX.
 """
 
+import contextlib
 import json
 import logging
 import queue
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
@@ -37,6 +38,37 @@ RewardFunction = Callable[..., Any]
 MAX_RESPONSE_CHARS = 100_000  # only the end of longer responses is graded
 
 
+class FailureLog:
+    """Logs why rewards are missing: a warning for the first reason of each kind, debug messages for the others."""
+
+    def __init__(self):
+        self._reported: set[tuple[str, str]] = set()
+        self._is_muted = False
+
+    def report(self, function: str, reason: str) -> None:
+        """Logs a failure, unless muted.
+
+        Args:
+          function: name of the reward function.
+          reason: see `Judgment.reason`.
+        """
+        if self._is_muted:
+            return
+        key = (function, kind_of(reason))
+        level = logging.DEBUG if key in self._reported else logging.WARNING
+        logger.log(level, f"reward function {function}: {describe_reason(reason)}")
+        self._reported.add(key)
+
+    @contextlib.contextmanager
+    def muted(self) -> Iterator[None]:
+        """Discards failures that are reported in this context, for a caller that shows them itself."""
+        self._is_muted = True
+        try:
+            yield
+        finally:
+            self._is_muted = False
+
+
 class GraderPool:
     """Calls reward functions in separate processes, with a time limit for each call.
 
@@ -48,6 +80,7 @@ class GraderPool:
       max_response_chars: maximum length of a response; only the end of longer responses is graded.
       memory_bytes: limit on a worker's address space, if the platform supports it.
       environment: names of environment variables to pass to workers in addition to the allowed ones.
+      failures: where failures are logged.
 
     Raises:
       ValueError: if a function cannot be imported by name.
@@ -61,15 +94,16 @@ class GraderPool:
         max_response_chars: int = MAX_RESPONSE_CHARS,
         memory_bytes: int = 2 * 2**30,
         environment: Sequence[str] = (),
+        failures: FailureLog | None = None,
     ):
         self._paths = [path_of(function) for function in reward_functions]
         self._max_response_chars = max_response_chars
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._closed = False
-        self._reported: set[tuple[str, str]] = set()
+        report = (failures or FailureLog()).report
         start = lambda: _Worker(self._paths, timeout_secs, memory_bytes, environment)
         self._threads = [
-            threading.Thread(target=_serve, args=(self._jobs, start, self._report), daemon=True)
+            threading.Thread(target=_serve, args=(self._jobs, start, report), daemon=True)
             for _ in range(num_workers)
         ]
         for thread in self._threads:
@@ -122,29 +156,11 @@ class GraderPool:
         for thread in self._threads:
             thread.join()
 
-    def _report(self, function: str, reason: str) -> None:
-        """Logs a warning for the first failure of each kind. The metrics count all failures."""
-        report_failure(function, reason, self._reported)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-def report_failure(function: str, reason: str, reported: set[tuple[str, str]]) -> None:
-    """Logs why a reward is missing, as a warning if it is the first reason of its kind.
-
-    Args:
-      function: name of the reward function.
-      reason: see `Judgment.reason`.
-      reported: functions and kinds of reasons that have already been logged; updated in place.
-    """
-    key = (function, kind_of(reason))
-    level = logging.DEBUG if key in reported else logging.WARNING
-    logger.log(level, f"reward function {function}: {describe_reason(reason)}")
-    reported.add(key)
 
 
 def path_of(function: RewardFunction) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -148,6 +149,7 @@ class Actor:
         num_stale, num_prefilled = (sum(column) for column in zip(*counts, strict=True))
         metrics = {
             **rollout_metrics(groups, num_micro_groups=len(method.micro_groups)),
+            "guidance/ratio_max": fmean(max_ratio(method, moment, p) for p in problems),
             "tokens/prefilled": num_prefilled,
             "sampling/slot_utilization": stats.slot_utilization,
             "sampling/stale_tokens": num_stale,
@@ -251,6 +253,13 @@ def guidance_at(
         method.second_expert_last,
         method.always_samples,
     )
+
+
+def max_ratio(method: Method, moment: Moment, problem: Problem) -> float:
+    """Returns the mean guidance ratio of a problem's rollouts if every micro-group is guided."""
+    micro_groups = method.micro_groups_at(moment, problem) if problem.experts else ()
+    size = sum(group.size for group in micro_groups)
+    return sum(group.size * group.ratio for group in micro_groups) / max(1, size)
 
 
 def grader_for(grading: GradingConfig, functions: Sequence[str], tokenizer: Any) -> Grader:

@@ -15,8 +15,11 @@ def rollout_metrics(
 
     `guidance/level_i` is the share of problems whose last guided micro-group is i; at level 0, no micro-group is
     guided. `reward/mean` includes rollouts that are whole expert solutions; `reward/sampled_mean` and
-    `reward/sampled_positive` (the share of rollouts with more than 0 from the first reward function) do not. The latter
-    two and `reward/unguided_mean` are absent if no such rollout has a reward.
+    `reward/sampled_positive` (the share of rollouts with more than 0 from the first reward function) do not, and neither
+    does `reward/no_answer`, the share of rollouts in which it found no answer. The latter three and `reward/unguided_mean`
+    are absent if no such rollout has a reward, or the function looks for no answer. `reward/num_sampled`,
+    `reward/num_right` and `reward/num_unguided` are the numbers of sampled rollouts with a reward, of those with a reward of
+    1, and of those without an expert prefix.
 
     Args:
       groups: the rollouts of each problem.
@@ -36,6 +39,7 @@ def rollout_metrics(
         "reward/mean": _mean([r.reward for group in graded for r in group]),
         **_sampled_rewards(sampled),
         **({"reward/unguided_mean": fmean(unguided)} if unguided else {}),
+        "reward/num_unguided": len(unguided),
         "reward/groups_with_signal": fmean(len({r.reward for r in group}) > 1 for group in graded),
         "reward/missing": fmean(r.grade.reward is None for r in rollouts),
         **failure_rates(rollouts),
@@ -58,9 +62,13 @@ def _sampled_rewards(sampled: Sequence[Rollout]) -> dict[str, float]:
     if not sampled:
         return {}
     firsts = [next(iter(r.grade.judgments.values())).reward for r in sampled]
+    found = [r.grade.found_answer for r in sampled if r.grade.found_answer is not None]
     return {
         "reward/sampled_mean": fmean(r.reward for r in sampled),
         "reward/sampled_positive": fmean(bool(reward) for reward in firsts),
+        "reward/num_sampled": len(sampled),
+        "reward/num_right": sum(r.reward == 1.0 for r in sampled),
+        **({"reward/no_answer": fmean(not f for f in found)} if found else {}),
     }
 
 

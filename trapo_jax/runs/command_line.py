@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
+import trapo_jax.distributed.log_level  # noqa: F401  before libtpu is loaded
 from trapo_jax.printable import printable
 from trapo_jax.types import EXIT_FAILED, TrainingFailed, UserError
 

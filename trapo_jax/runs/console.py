@@ -1,5 +1,7 @@
 """Terminal output of the commands: progress, messages and tables."""
 
+import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -9,16 +11,24 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     TextColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
 from trapo_jax.printable import printable
 from trapo_jax.runs.loggers import describe_samples
-from trapo_jax.runs.progress import MIN_SECS, Activity, LinePacer, describe_secs
+from trapo_jax.runs.progress import (
+    MIN_SECS,
+    Activity,
+    LinePacer,
+    RunEstimate,
+    counted,
+    describe_secs,
+)
 from trapo_jax.types import SamplingProgress
 
+UNLIMITED_WIDTH = 10_000
+TICK_SECS = 1.0
 NUM_PLAIN_LINES = 20  # approximate number of progress lines if the output is not a terminal
 
 
@@ -41,58 +51,91 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._rich = rich.console.Console(highlight=False, soft_wrap=True, quiet=quiet)
+        if not self._rich.is_terminal:
+            self._rich.width = UNLIMITED_WIDTH  # No table is cut or wrapped.
         self._clock = clock
         self._last_step_line = clock()
-        self._first_step: tuple[int, float] | None = None  # and the time at which it was complete
+        self._estimate = RunEstimate()
+        self._compiling_since: float | None = None
         self._activity: Activity | None = None
         self._pacer = LinePacer()
+        self._lock = threading.RLock()  # for the state of the activity
+        self._closed = threading.Event()
+        self._ticker: threading.Thread | None = None
         self._panel: _Panel | None = None
         if self._rich.is_terminal and num_steps:
             self._panel = _Panel(
                 TextColumn("training"),
                 BarColumn(bar_width=20),
                 TextColumn("{task.completed:.0f}/{task.total:.0f} "),
-                TimeRemainingColumn(),
-                TextColumn("left  {task.fields[rate]}"),
+                TextColumn("{task.fields[left]}  {task.fields[rate]}"),
                 console=self._rich,
             )
-            self._task = self._panel.add_task("", total=num_steps, completed=first_step, rate="")
+            self._task = self._panel.add_task(
+                "", total=num_steps, completed=first_step, left="", rate=""
+            )
 
     def __enter__(self) -> "Console":
         if self._panel:
             self._panel.start()
+        if not self._rich.quiet:
+            self._ticker = threading.Thread(
+                target=self._tick_until_closed, name="console", daemon=True
+            )
+            self._ticker.start()
         return self
 
     def __exit__(self, *_) -> None:
+        self._closed.set()
+        if self._ticker:
+            self._ticker.join()
         if self._panel:
             self._panel.stop()
+
+    def _tick_until_closed(self) -> None:
+        while not self._closed.wait(TICK_SECS):
+            self.tick()
+
+    def tick(self) -> None:
+        """Shows that an activity without reports of progress still continues; called every `TICK_SECS`."""
+        with self._lock:
+            if self._activity and self._activity.is_silent:
+                self._show_activity()
 
     def say(self, text: str) -> None:
         """Prints a message above the progress bar, without interpreting markup or control characters."""
         self._rich.print(Text(printable(text)))
 
-    def begin(self, name: str, num_samples: int = 0) -> None:
+    def begin(self, name: str, num_samples: int = 0, what: str = "") -> None:
         """Shows what the program does next.
 
         Args:
           name: such as "evaluating test".
           num_samples: number of completions to sample and grade for it; 0 if nothing is sampled.
+          what: what these completions are; see `Activity`.
         """
-        self._activity = Activity(name, num_samples, self._clock())
-        if not num_samples:  # Otherwise, the first report follows at once.
-            self._show_activity()
+        with self._lock:
+            self._activity = Activity(name, num_samples, self._clock(), what)
+            if not num_samples:  # Otherwise, the first report follows at once.
+                self._show_activity()
 
     def advance(self, progress: SamplingProgress) -> None:
         """Shows how far the current activity is."""
-        if self._activity:
-            self._activity.advance(progress)
-            self._show_activity()
+        with self._lock:
+            if self._activity:
+                self._activity.advance(progress)
+                self._show_activity()
 
     def set_compiling(self, is_compiling: bool) -> None:
         """Shows whether the current activity waits for a compilation."""
-        if self._activity:
-            self._activity.set_compiling(is_compiling, self._clock())
-            self._show_activity()
+        now = self._clock()
+        with self._lock:
+            if self._compiling_since is not None:
+                self._estimate.add_compilation(now, now - self._compiling_since)
+            self._compiling_since = now if is_compiling else None
+            if self._activity:
+                self._activity.set_compiling(is_compiling, now)
+                self._show_activity()
 
     def _show_activity(self) -> None:
         assert self._activity
@@ -112,32 +155,41 @@ class Console:
           split: the split that was evaluated.
           metrics: `eval/...` metrics by name.
         """
+        if step == 0 and self._activity:  # The same evaluation follows the last step.
+            self._estimate.add_final_evaluation(self._activity.secs(self._clock()))
         accuracy, num_samples = metrics["eval/accuracy_sampled"], metrics["eval/num_samples"]
         mean = metrics.get("eval/accuracy_sampled_mean_of_sources")
         if self._panel:
             self._panel.show(evaluation=f"after step {step}: {split} accuracy {accuracy:.2f}")
         pass_at_n = f", pass@{num_samples} {metrics[f'eval/pass@{num_samples}']:.3f}"
+        no_answer = (
+            f", no answer {metrics['eval/no_answer']:.3f}" if "eval/no_answer" in metrics else ""
+        )
         self.say(
-            f"step {step}: {split} split, {metrics['eval/num_problems']} problems: greedy accuracy "
+            f"step {step}: {split} split, {counted(metrics['eval/num_problems'], 'problem')}: greedy accuracy "
             f"{metrics['eval/accuracy_greedy']:.3f} (1 sample each), sampled {accuracy:.3f}"
             f"{pass_at_n if num_samples > 1 else ''}{'' if mean is None else f', mean of sources {mean:.3f}'} "
-            f"({describe_samples(metrics)})"
+            f"({describe_samples(metrics)}){no_answer}"
         )
 
-    def step(self, step: int, values: Mapping[str, float]) -> None:
+    def step(self, step: int, values: Mapping[str, float], *, secs: float) -> None:
         """Shows the progress after a step.
 
         Args:
           step: number of the step, starting at 1.
           values: metrics of the step.
+          secs: duration of the step.
         """
         status = _describe_step(values)
         # This is an estimate, because a budget may end the run before num_steps.
         total = max(step, round(step / values["budget/progress"]))
         now = self._clock()
+        left = (
+            f"{describe_secs(self._estimate.secs_left(step, total, step_secs=secs, now=now))} left"
+        )
         if self._panel:
             rate = f"{values['time/tokens_per_sec']:,.0f} tokens/s"
-            self._panel.update(self._task, completed=step, total=total, rate=rate)
+            self._panel.update(self._task, completed=step, total=total, left=left, rate=rate)
             self._panel.show(status=status)
         elif (
             step % max(1, total // NUM_PLAIN_LINES) == 0
@@ -145,41 +197,48 @@ class Console:
             or now - self._last_step_line >= MIN_SECS
         ):
             self._last_step_line = now
-            self._pacer.record_line(now)
-            self.say(f"step {step}/{total}  {status}{self._time_left(step, total, now)}")
-        self._first_step = self._first_step or (step, now)
-
-    def _time_left(self, step: int, total: int, now: float) -> str:
-        """Returns the time that the remaining steps take if they are as fast as those after the first."""
-        if self._first_step is None:
-            return ""
-        first, started = self._first_step
-        secs_left = (now - started) / (step - first) * (total - step)
-        return f"  {describe_secs(secs_left)} left"
+            with self._lock:
+                self._pacer.record_line(now)
+            self.say(f"step {step}/{total}  {status}  {left}")
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table. Cells are escaped as in `say`, because they may contain names from the data."""
         self.say(title)  # A title of the table would be wrapped at its width.
         table = Table()
         for i, name in enumerate(header):
-            table.add_column(Text(printable(name)), justify="left" if i == 0 else "right")
+            justify = "left" if i == 0 else "right"
+            table.add_column(Text(printable(name)), justify=justify, overflow="fold")
         for row in rows:
             table.add_row(*(Text(printable(cell)) for cell in row))
         self._rich.print(table)
 
 
+def table_width(console: rich.console.Console) -> int:
+    """Returns the width within which tables are printed; there is no limit without a terminal."""
+    return console.width if console.is_terminal else UNLIMITED_WIDTH
+
+
 def _describe_step(values: Mapping[str, float]) -> str:
-    """Returns the loss of a step, and the mean reward of its sampled rollouts, of which some may be guided."""
+    """Returns the loss of a step, the reward of its sampled rollouts, and how much of the experts they start from."""
     parts = [f"loss {values['loss/total']:.3f}"]
+    ratio, max_ratio = values["guidance/ratio_mean"], values["guidance/ratio_max"]
     if "reward/sampled_mean" in values:
-        reward = f"reward {values['reward/sampled_mean']:.2f}"
-        if values["guidance/ratio_mean"] > 0 and "reward/unguided_mean" in values:
-            reward += f" (unguided {values['reward/unguided_mean']:.2f})"
-        parts.append(reward)
-    parts.append(f"guided {values['guidance/ratio_mean']:.2f}")
+        parts.append(f"reward {_describe_reward(values, 'sampled')}")
+        if ratio > 0 and "reward/unguided_mean" in values:
+            parts[-1] += f" (unguided {_describe_reward(values, 'unguided')})"
     if values["completion/len_mean"]:
+        if max_ratio > 0:
+            parts.append(f"guided {ratio:.2f}/{max_ratio:.2f}")
         parts.append(f"length {values['completion/len_mean']:,.0f}")
     return "  ".join(parts)
+
+
+def _describe_reward(values: Mapping[str, float], which: str) -> str:
+    """Returns how many rollouts are right if every reward of the step is 0 or 1, otherwise the mean reward."""
+    mean, number = values[f"reward/{which}_mean"], values[f"reward/num_{which}"]
+    total = values["reward/sampled_mean"] * values["reward/num_sampled"]
+    is_binary = math.isclose(total, values["reward/num_right"], abs_tol=1e-6)
+    return f"{mean * number:.0f}/{number:.0f}" if is_binary else f"{mean:.2f}"
 
 
 class _Panel(Progress):

@@ -70,7 +70,8 @@ def check_run_folder(
 
     Returns:
       The fields that differ from those of the run in the folder, except for `output_dir`. They are all in
-      `CHANGEABLE_FIELDS`, apart from `train.num_steps`, which may increase if nothing depends on the length of the run.
+      `CHANGEABLE_FIELDS`, apart from `train.num_steps`, which may be any number that is not below that of the newest
+      checkpoint if nothing depends on the length of the run.
 
     Raises:
       UserError: if the folder contains something else or a different run, or cannot be written to.
@@ -169,17 +170,30 @@ def _changes(
         old, new = saved.get(field, ABSENT), current.get(field, ABSENT)
         if old == new:
             continue
-        is_longer = field == NUM_STEPS and isinstance(old, int) and new > old
-        dependent = _length_dependency(current, depends_on_length) if is_longer else ""
+        is_length = field == NUM_STEPS and isinstance(old, int) and isinstance(new, int)
+        dependent = _length_dependency(current, depends_on_length) if is_length else ""
         if dependent:
             reason = f"; {dependent} depends on the length of the run"
-        may_change = is_changeable(field) or (is_longer and not dependent)
+        may_change = is_changeable(field) or (is_length and not dependent)
         (changes if may_change else refused)[field] = (old, new)
     if METHOD_NAME in refused:  # The constants of another method say nothing more.
         refused = {f: v for f, v in refused.items() if f == METHOD_NAME or "method." not in f}
     if refused:
         raise UserError(_refusal(folder, refused, reason))
+    if NUM_STEPS in changes:
+        _check_length(folder, changes[NUM_STEPS][1])
     return changes
+
+
+def _check_length(folder: Path, num_steps: int) -> None:
+    """Checks that a run has not completed more steps than it is to have."""
+    names = [path.name for path in (folder / CHECKPOINTS).glob("[0-9]*")]
+    completed = max((int(name) for name in names if name.isdecimal()), default=0)
+    if num_steps < completed:
+        raise UserError(
+            f"output_dir={folder}: {NUM_STEPS}={num_steps}, but the run has completed {completed} steps; set "
+            f"{NUM_STEPS}={completed} or more, or choose a different output_dir"
+        )
 
 
 def _refusal(folder: Path, refused: Changes, reason: str) -> str:

@@ -17,6 +17,7 @@ from trapo_jax.runs.directory import (
     evaluation_file,
     write_atomically,
 )
+from trapo_jax.runs.progress import counted
 from trapo_jax.runs.tensorboard import TensorBoard, event_files
 from trapo_jax.types import UserError
 
@@ -224,8 +225,12 @@ def describe_samples(scores: Mapping[str, float]) -> str:
         for name, number in scores.items()
         if name.startswith(prefix)
     ]
-    number = ", ".join(counts) or scores[NUM_SAMPLES]
-    return f"{number} samples each at temperature {scores[TEMPERATURE]:g}"
+    number = (
+        f"samples of each problem ({', '.join(counts)})"
+        if counts
+        else f"{counted(scores[NUM_SAMPLES], 'sample')} each"
+    )
+    return f"{number} at temperature {scores[TEMPERATURE]:g}"
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, float]:

@@ -31,6 +31,28 @@ NO_SIGNAL = (
     "the rewards of every problem were all equal, so that nothing is learned from them; check rewards.functions (`trapo "
     "preview`, samples.jsonl), or choose problems that are neither too easy nor too hard"
 )
+MAX_UNANSWERED = (
+    0.5  # share of responses without an answer above which a low accuracy is due to them
+)
+MIN_ACCURACY = 0.05
+
+
+def unanswered(section: str, *, accuracy: float, no_answer: float | None, truncated: float) -> str:
+    """Says that most responses are wrong because they state no answer, and what to change; empty if that is not so.
+
+    Args:
+      section: the section of the config whose temperature was used.
+      accuracy: share of the responses that are correct.
+      no_answer: share in which the reward function found no answer; None if it looks for none.
+      truncated: share that reached the maximum length.
+    """
+    if no_answer is None or no_answer <= MAX_UNANSWERED or accuracy >= MIN_ACCURACY:
+        return ""
+    return (
+        f"the reward function found no answer in {no_answer:.0%} of the responses, and {truncated:.0%} are truncated; ask "
+        "for the answer format with data.prompt_suffix, raise sampling.max_completion_length, or lower "
+        f"{section}.temperature"
+    )
 
 
 class Health:
@@ -46,6 +68,7 @@ class Health:
         self._max_skipped_steps = max_skipped_steps
         self._streaks = {"truncated": 0, "never right": 0, "no signal": 0}
         self._absent_before: set[str] = set()  # symptoms without which there was a step
+        self._has_warned_of_answers = False
 
     def observe(self, step: int, values: Mapping[str, float]) -> list[str]:
         """Returns warnings about a step, one line each.
@@ -81,11 +104,30 @@ class Health:
                 "every completion was truncated at sampling.max_completion_length",
             )
         if "reward/sampled_positive" in values:
+            accuracy, truncated = values["reward/sampled_positive"], values["completion/truncated"]
+            no_answer = values.get("reward/no_answer")
+            found = self._check_answers("sampling", accuracy, no_answer, truncated)
+            warnings += [f"step {step}: {warning}" for warning in found]
             is_never_right, has_no_signal = _reward_symptoms(values)
             never_right = self._check_streak(step, "never right", is_never_right, NEVER_RIGHT)
             no_signal = self._check_streak(step, "no signal", has_no_signal, NO_SIGNAL)
             warnings += never_right or no_signal
         return warnings
+
+    def observe_evaluation(self, metrics: Mapping[str, float]) -> list[str]:
+        """Returns warnings about an evaluation, one line each."""
+        accuracy, truncated = metrics["eval/accuracy_sampled"], metrics["eval/truncated"]
+        return self._check_answers("evaluation", accuracy, metrics.get("eval/no_answer"), truncated)
+
+    def _check_answers(
+        self, section: str, accuracy: float, no_answer: float | None, truncated: float
+    ) -> list[str]:
+        """Returns a warning the first time that most responses state no answer."""
+        text = unanswered(section, accuracy=accuracy, no_answer=no_answer, truncated=truncated)
+        if not text or self._has_warned_of_answers:
+            return []
+        self._has_warned_of_answers = True
+        return [text]
 
     def _check_streak(self, step: int, name: str, is_bad: bool, text: str) -> list[str]:
         """Returns a warning if the step is the last of `WARN_AFTER_STEPS` or `WARN_AFTER_FIRST_STEPS` bad steps."""
@@ -258,7 +300,7 @@ class Interrupt:
         for number in self.NUMBERS:
             signal.signal(number, signal.SIG_DFL)
         print(
-            "stopping as soon as possible and saving a checkpoint if needed; press Ctrl-C again to stop immediately",
+            "stopping after saving what has been trained; a second Ctrl-C ends the process at once, without saving",
             file=sys.stderr,
         )
 

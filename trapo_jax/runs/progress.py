@@ -4,6 +4,8 @@ from trapo_jax.types import SamplingProgress
 
 # At least MIN_SECS pass between two lines of plain output, and MAX_SECS after less than MIN_SHARE of progress.
 MIN_SECS, MAX_SECS, MIN_SHARE = 10.0, 30.0, 0.05
+# The time left is not estimated from fewer graded samples than this share or this number: the first are the shortest.
+MIN_GRADED_SHARE, MIN_GRADED = 0.25, 64
 
 
 class Activity:
@@ -13,10 +15,11 @@ class Activity:
       name: what is done, such as "evaluating test".
       num_samples: number of completions to sample and grade; 0 for an activity without sampling.
       now: the current time in seconds.
+      what: what these samples are, shown until the first of them is graded; empty for their number.
     """
 
-    def __init__(self, name: str, num_samples: int, now: float):
-        self._name, self._num_samples = name, num_samples
+    def __init__(self, name: str, num_samples: int, now: float, what: str = ""):
+        self._name, self._num_samples, self._what = name, num_samples, what
         self._phase = "starting" if num_samples else ""
         self._num_graded = self._num_sampled_tokens = self._num_prefilled_tokens = 0
         self._started = now
@@ -41,22 +44,74 @@ class Activity:
         """Share of the samples that have been graded."""
         return min(1.0, self._num_graded / max(1, self._num_samples))
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether no progress is reported."""
+        return not self._num_samples
+
+    def elapsed_secs(self, now: float) -> float:
+        """Returns how long the activity has taken, with compilations."""
+        return now - self._started
+
+    def secs(self, now: float) -> float:
+        """Returns how long the activity has taken, without compilations that have ended."""
+        return self.elapsed_secs(now) - self._compile_secs
+
     def describe(self, now: float) -> str:
         """Returns one line. Rates and the time left do not include the time of compilations."""
         phase = self._phase if self._compiling_since is None else "compiling"
         details = [phase] if phase not in ("", "sampling") else []
         if self._num_samples:
-            num_graded = min(self._num_graded, self._num_samples)
-            if phase == "prefilling" and self._num_prefilled_tokens:
-                details.append(f"{self._num_prefilled_tokens:,} tokens")
-            details.append(f"{num_graded:,} of {self._num_samples:,} samples")
-            secs = now - self._started - self._compile_secs
-            if phase == "sampling" and secs > 0:
-                details.append(f"{self._num_sampled_tokens / secs:,.0f} tokens/s")
-            if phase in ("sampling", "grading") and num_graded:
-                secs_left = secs / num_graded * (self._num_samples - num_graded)
-                details.append(f"{describe_secs(secs_left)} left")
+            details += self._describe_samples(phase, self.secs(now))
+        elif self.elapsed_secs(now) >= MIN_SECS:
+            details.append(describe_secs(self.elapsed_secs(now)))
         return f"{self._name}: {', '.join(details)}" if details else self._name
+
+    def _describe_samples(self, phase: str, secs: float) -> list[str]:
+        details = []
+        num_samples, num_graded = self._num_samples, min(self._num_graded, self._num_samples)
+        if phase == "prefilling" and self._num_prefilled_tokens:
+            details.append(f"{self._num_prefilled_tokens:,} tokens")
+        count = f"{num_graded:,} of {num_samples:,} samples"
+        details.append(self._what if self._what and not num_graded else count)
+        if phase == "sampling" and secs > 0:
+            details.append(f"{self._num_sampled_tokens / secs:,.0f} tokens/s")
+        is_known = num_graded >= min(MIN_GRADED_SHARE * num_samples, MIN_GRADED)
+        if phase in ("sampling", "grading") and num_graded and is_known:
+            details.append(f"{describe_secs(secs / num_graded * (num_samples - num_graded))} left")
+        return details
+
+
+class RunEstimate:
+    """Estimates the time that the rest of a run takes, from the steps so far, without their compilations."""
+
+    def __init__(self):
+        self._first: tuple[int, float] | None = None  # completed steps, and the time, at the start
+        self._compilations: list[tuple[float, float]] = []  # end and duration of each
+        self._final_secs = 0.0
+
+    def add_compilation(self, now: float, secs: float) -> None:
+        """Adds a compilation that has ended."""
+        self._compilations.append((now, secs))
+
+    def add_final_evaluation(self, secs: float) -> None:
+        """Adds the time of an evaluation that is repeated after the last step."""
+        self._final_secs += secs
+
+    def secs_left(self, step: int, total: int, *, step_secs: float, now: float) -> float:
+        """Returns the time left after a step.
+
+        Args:
+          step: the step that is complete.
+          total: number of steps of the run.
+          step_secs: duration of this step.
+          now: the current time in seconds.
+        """
+        self._first = self._first or (step - 1, now - step_secs)
+        first, started = self._first
+        compile_secs = sum(secs for end, secs in self._compilations if end > started)
+        per_step = max(0.0, now - started - compile_secs) / (step - first)
+        return per_step * (total - step) + self._final_secs
 
 
 class LinePacer:
@@ -68,6 +123,8 @@ class LinePacer:
 
     def is_due(self, activity: Activity, now: float) -> bool:
         described, share = self._described
+        if activity.is_silent:  # fewer lines the longer it takes
+            return now - self._last >= max(MIN_SECS, activity.elapsed_secs(now) / 3)
         has_advanced = activity is not described or activity.share >= share + MIN_SHARE
         return now - self._last >= (MIN_SECS if has_advanced else MAX_SECS)
 
@@ -76,6 +133,15 @@ class LinePacer:
         self._last = now
         if activity is not None:
             self._described = (activity, activity.share)
+
+
+def counted(number: float, noun: str) -> str:
+    """Returns a number and its noun.
+
+    >>> counted(1, "sample"), counted(2000, "sample")
+    ('1 sample', '2,000 samples')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def describe_secs(secs: float) -> str:

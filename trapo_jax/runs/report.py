@@ -48,6 +48,7 @@ LEVEL_PREFIX = "guidance/level_"  # followed by the index of a micro-group; thei
 PLOTTED = (
     "reward/sampled_mean",
     "reward/unguided_mean",
+    "reward/no_answer",
     "policy/entropy",
     "completion/len_mean",
     "completion/truncated",

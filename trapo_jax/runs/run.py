@@ -187,16 +187,17 @@ class Run:
         if unknown := from_main(self._store.unknown):
             self.console.say(f"{self.folder / CHECKPOINTS}: left alone: {', '.join(unknown)}")
 
-    def begin(self, activity: str, num_samples: int = 0) -> None:
+    def begin(self, activity: str, num_samples: int = 0, what: str = "") -> None:
         """Tells the watchdog and the user what the process does next.
 
         Args:
           activity: such as "evaluating test".
           num_samples: number of completions that all processes sample and grade for it; 0 if nothing is sampled.
+          what: what these completions are.
         """
         self._activity = activity
         self._watchdog.beat(activity)
-        self.console.begin(activity, num_samples)
+        self.console.begin(activity, num_samples, what)
 
     def on_progress(self, progress: SamplingProgress) -> None:
         """Receives the progress of sampling in this process; the other processes are assumed to be as far.
@@ -279,7 +280,7 @@ class Run:
         self._log.metrics(TRAIN, self.step, values)
         self.record_samples(groups, traces)
         self._budget.check_spent(self.usage, self._method.name)
-        self.console.step(self.step, values)
+        self.console.step(self.step, values, secs=seconds)
         for warning in self._health.observe(self.step, values):
             self.console.say(f"warning: {warning}")
         self._num_completed = self.step
@@ -320,6 +321,8 @@ class Run:
         """
         self._log.evaluation(split, self.step, metrics | {"time/eval_secs": seconds}, problems)
         self.console.evaluated(self.step, split, metrics)
+        for warning in self._health.observe_evaluation(metrics):
+            self.console.say(f"warning: {warning}")
         self.pending_splits = [name for name in self.pending_splits if name != split]
         self._is_saved = False
         if self.step and split == VALIDATION:

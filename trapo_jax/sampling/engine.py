@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trapo_jax.import_path import did_you_mean_import, import_object
+from trapo_jax.import_path import import_object, suggest
 from trapo_jax.types import Completion, RolloutRequest, SamplingParams, UserError
 
 if TYPE_CHECKING:
@@ -165,10 +165,7 @@ def make_engine(name: str, spec: EngineSpec) -> RolloutEngine:
       UserError: if the name is unknown, or the import path does not refer to a rollout engine.
     """
     if name not in ENGINES and ":" not in name:
-        known = did_you_mean_import(name) or (
-            f"choose {', '.join(ENGINES)}, or pass the import path package.module:name of an engine"
-        )
-        raise UserError(f"sampling.engine={name}: unknown engine; {known}")
+        raise UserError(f"sampling.engine={name}: no such engine; {suggest(name, ENGINES)}")
     factory = import_object(ENGINES.get(name, name), "sampling.engine")
     if not callable(factory):
         raise UserError(

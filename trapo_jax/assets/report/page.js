@@ -75,6 +75,7 @@ function curves() {
       lineChart({ title: "Reward", about: "mean over the sampled rollouts, guided ones included", metric: "reward/sampled_mean", scales: SHARE }),
       lineChart({ title: "Reward without guidance", about: "mean over the rollouts without an expert prefix", metric: "reward/unguided_mean", scales: SHARE }),
       ...rewardFunctions().map((name) => lineChart({ title: `Reward: ${name}`, about: "mean of this reward function over all rollouts", metric: REWARD_PREFIX + name, scales: SHARE })),
+      lineChart({ title: "No answer", about: "share of sampled rollouts in which the reward function found no answer", metric: "reward/no_answer", scales: SHARE }),
       accuracyChart({ title: "Accuracy, sampled", about: "line: validation split; large points: test split", field: "sampled" }),
       accuracyChart({ title: "Accuracy, greedy", about: "line: validation split; large points: test split", field: "greedy" }),
       lineChart({ title: "Entropy", about: "mean entropy of the policy at completion tokens, in nats", metric: "policy/entropy" }),

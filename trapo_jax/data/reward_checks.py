@@ -1,0 +1,161 @@
+"""Whether the reward functions of a run work, and judge its expert solutions correct."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from trapo_jax.config import Config
+from trapo_jax.rewards import Grader, InvalidReward, describe_reasons, kind_of
+from trapo_jax.types import Grade, Problem
+
+MAX_GRADED_EXPERTS = 200
+MAX_PROBED_SOURCES = 20
+MIN_ACCEPTED = 0.5  # share of the expert solutions that must be judged correct
+EXPERT, ANSWER, EMPTY = "expert solutions", "gold answers alone", "empty responses"
+
+
+class Tried(NamedTuple):
+    """The grade of a response that was not sampled.
+
+    Attributes:
+      kind: EXPERT, ANSWER or EMPTY.
+      problem: its problem.
+      text: the response.
+      grade: its grade.
+      is_cut: whether it is the beginning of a longer expert solution.
+    """
+
+    kind: str
+    problem: Problem
+    text: str
+    grade: Grade
+    is_cut: bool = False
+
+
+def try_rewards(
+    problems: Sequence[Problem],
+    grader: Grader,
+    decode: Callable[[Sequence[int]], str],
+    *,
+    max_len: int,
+) -> list[Tried]:
+    """Grades expert solutions, gold answers and empty responses, as samples will be graded later.
+
+    The expert solutions are those of problems with an answer, at most `MAX_GRADED_EXPERTS`, evenly spread. The others
+    are for the first problem of each source.
+
+    Args:
+      problems: training problems.
+      grader: the grader of the run.
+      decode: converts token ids to text.
+      max_len: number of tokens of a solution that are trained.
+    """
+    problems = [problem for problem in problems if problem.answer]
+    experts = [(problem, expert.token_ids) for problem in problems for expert in problem.experts]
+    step = max(1, -(-len(experts) // MAX_GRADED_EXPERTS))
+    firsts = {problem.source: problem for problem in reversed(problems)}
+    some = [firsts[source] for source in sorted(firsts)[:MAX_PROBED_SOURCES]]
+    responses = [
+        *((EXPERT, p, decode(ids[:max_len]), len(ids) > max_len) for p, ids in experts[::step]),
+        *((ANSWER, p, text, False) for p in some for text in _answers_alone(p)),
+        *((EMPTY, p, "", False) for p in some),
+    ]
+    with grader.without_warnings():  # They are part of the preflight.
+        futures = [grader.submit(text, problem) for _, problem, text, _ in responses]
+        grades = [future.result() for future in futures]
+    return [
+        Tried(kind, problem, text, grade, is_cut)
+        for (kind, problem, text, is_cut), grade in zip(responses, grades, strict=True)
+    ]
+
+
+def _answers_alone(problem: Problem) -> tuple[str, str]:
+    return problem.answer, f"\\boxed{{{problem.answer}}}"
+
+
+def check_functions(tried: Sequence[Tried]) -> tuple[list[str], list[str]]:
+    """Returns errors and warnings about reward functions that fail, at most one line for each function.
+
+    It is an error if a function returns something else than a reward, or fails on most expert solutions, or on every
+    other response if there are none.
+    """
+    errors, warnings = [], []
+    for name in dict.fromkeys(name for t in tried for name in t.grade.judgments):
+        of_function = [t for t in tried if name in t.grade.judgments]
+        failed = [t for t in of_function if name in t.grade.missing]
+        if not failed:
+            continue
+        reasons = [t.grade.missing[name] for t in failed]
+        kinds = set(map(kind_of, reasons))
+        signature = f"it is called as {name}(response, problem); " if "TypeError" in kinds else ""
+        line = (
+            f"rewards.functions: {name} failed on {_count(failed, of_function)} ({describe_reasons(reasons)}); {signature}"
+            "test it on a few of your rows"
+        )
+        is_broken = InvalidReward.__name__ in kinds or _fails_mostly(failed, of_function)
+        (errors if is_broken else warnings).append(line)
+    return errors, warnings
+
+
+def _count(failed: Sequence[Tried], tried: Sequence[Tried]) -> str:
+    """Returns how many responses of each kind failed."""
+    counts, totals = (Counter(t.kind for t in of) for of in (failed, tried))
+    return ", ".join(f"{count} of {totals[kind]} {kind}" for kind, count in counts.items())
+
+
+def _fails_mostly(failed: Sequence[Tried], tried: Sequence[Tried]) -> bool:
+    num_experts = sum(t.kind == EXPERT for t in tried)
+    if not num_experts:
+        return len(failed) == len(tried)
+    return sum(t.kind == EXPERT for t in failed) > (1 - MIN_ACCEPTED) * num_experts
+
+
+def check_experts(tried: Sequence[Tried], config: Config) -> tuple[str, bool]:
+    """Says what is wrong with expert solutions that are not judged correct; and whether those are too many.
+
+    The text is empty if all are judged correct, or `check_functions` says why the others are not.
+    """
+    experts = [t for t in tried if t.kind == EXPERT]
+    wrong = [t for t in experts if not t.grade.is_correct]
+    judged_wrong = [t for t in wrong if t.grade.reward is not None]
+    if not judged_wrong:
+        return "", False
+    return (
+        f"rewards.functions={list(config.rewards.functions)}: only {len(experts) - len(wrong)} of {len(experts)} expert "
+        f"solutions are judged correct{_why_wrong(judged_wrong, experts, config)}"
+    ), len(wrong) > (1 - MIN_ACCEPTED) * len(experts)
+
+
+def _why_wrong(wrong: Sequence[Tried], experts: Sequence[Tried], config: Config) -> str:
+    """Says why expert solutions are not judged correct, and what to change."""
+    num_cut, limit = sum(t.is_cut for t in experts), config.sampling.completion_len
+    if sum(t.is_cut for t in wrong) <= len(wrong) / 2:
+        return f"; {_explain_wrong(wrong[0], config.rewards.functions[0])}"
+    way_out = "raise it"
+    if num_cut <= len(experts) / 2:  # Otherwise, hardly any would be left.
+        way_out += f", or leave them out with data.max_expert_length={limit}"
+    which = "all" if num_cut == len(experts) else f"{num_cut}"
+    return f", because {which} are cut at sampling.max_completion_length={limit}; {way_out}"
+
+
+def _explain_wrong(tried: Tried, function: str) -> str:
+    """Says why an expert solution was judged wrong, and what to do."""
+    problem, grade = tried.problem, tried.grade
+    answer = f"the problem's answer is {problem.answer[:60]!r}"
+    if grade.answer is not None:
+        return (
+            f"in the first wrong one the answer {grade.answer[:60]!r} was found, but {answer}; check data.columns.answer and "
+            "data.columns.solutions"
+        )
+    if len(problem.experts) > 1:
+        way_out = (
+            "a list of solutions holds complete alternatives, so join a list of steps into one text"
+        )
+    elif ":" in function:
+        way_out = "check data.columns.answer and data.columns.solutions, and test the function on a few of your rows"
+    else:
+        way_out = "end solutions with the answer in \\boxed{}, or choose another reward function"
+    ending = tried.text.strip()[-60:]
+    return (
+        f"in the first wrong one, which ends {ending!r}, no answer was found ({answer}); {way_out}"
+    )
