@@ -79,6 +79,8 @@ class Grader:
     def submit(self, response: str, problem: Problem) -> Future[Grade]:
         """Grades a response asynchronously. Failures of reward functions are recorded in the grade and do not raise.
 
+        The future raises `OSError` if the system cannot start a grading process.
+
         Args:
           response: the response with special tokens, as decoded by the tokenizer.
           problem: its problem.
@@ -239,7 +241,7 @@ def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFuncti
 def _when_all_done(
     futures: Sequence[Future[Judgment]], make: Callable[[list[Judgment]], Grade]
 ) -> Future[Grade]:
-    """Returns a future of `make(results)`, which is cancelled if any of the futures is cancelled."""
+    """Returns a future of `make(results)`, which is cancelled or raises if any of the futures does."""
     combined: Future[Grade] = Future()
     lock, num_pending = threading.Lock(), len(futures)
 
@@ -251,7 +253,10 @@ def _when_all_done(
         if future.cancelled():
             combined.cancel()
         elif is_last and combined.set_running_or_notify_cancel():
-            combined.set_result(make([f.result() for f in futures]))
+            if error := next(filter(None, (f.exception() for f in futures)), None):
+                combined.set_exception(error)
+            else:
+                combined.set_result(make([f.result() for f in futures]))
 
     for future in futures:
         future.add_done_callback(on_done)

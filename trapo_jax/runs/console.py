@@ -1,5 +1,6 @@
 """Terminal output of the commands: progress, messages and tables."""
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -17,6 +18,7 @@ from rich.text import Text
 from trapo_jax.printable import printable
 from trapo_jax.runs.loggers import describe_samples
 from trapo_jax.runs.progress import MIN_SECS, Activity, LinePacer, describe_secs
+from trapo_jax.runs.system_errors import OUTPUT, leave_lost_terminal
 from trapo_jax.types import SamplingProgress
 
 NUM_PLAIN_LINES = 20  # approximate number of progress lines if the output is not a terminal
@@ -65,11 +67,21 @@ class Console:
 
     def __exit__(self, *_) -> None:
         if self._panel:
-            self._panel.stop()
+            self._write(self._panel.stop)
 
     def say(self, text: str) -> None:
         """Prints a message above the progress bar, without interpreting markup or control characters."""
-        self._rich.print(Text(printable(text)))
+        self._write(lambda: self._rich.print(Text(printable(text))))
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Calls a function that writes to standard output. Without its terminal, the program continues silently."""
+        try:
+            write()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                error.filename = OUTPUT
+                raise
+            leave_lost_terminal()
 
     def begin(self, name: str, num_samples: int = 0) -> None:
         """Shows what the program does next.
@@ -165,7 +177,7 @@ class Console:
             table.add_column(Text(printable(name)), justify="left" if i == 0 else "right")
         for row in rows:
             table.add_row(*(Text(printable(cell)) for cell in row))
-        self._rich.print(table)
+        self._write(lambda: self._rich.print(table))
 
 
 def _describe_step(values: Mapping[str, float]) -> str:
