@@ -114,4 +114,5 @@ def test_standard_output_on_a_full_disk_is_one_line():
     code = "import sys; sys.stdout = open('/dev/full', 'w'); from trapo_jax.__main__ import main; "
     result = run_python("-c", code + "sys.argv = ['trapo']; main()")
     assert result.returncode == 1
-    assert result.stderr == "error: standard output: No space left on device\n"
+    assert result.stderr.startswith("error: standard output: No space left on device; free some")
+    assert len(result.stderr.splitlines()) == 1

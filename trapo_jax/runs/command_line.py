@@ -19,6 +19,7 @@ from trapo_jax.runs.system_errors import (
     check_limits,
     discard,
     explain,
+    named_in_errors,
     print_error,
     remedy_of_exhaustion,
     report,
@@ -101,19 +102,18 @@ def exit_code_of(main: Callable[[], int]) -> Any:
             code = main()
         except SystemExit as error:  # raised by argparse
             code = error.code
-        sys.stdout.flush()
+        with named_in_errors(OUTPUT):
+            sys.stdout.flush()
     except KeyboardInterrupt:
         code = fail("stopped", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        discard(sys.stdout)
         code = EXIT_BROKEN_PIPE
     except Exception as error:
         code = report(error)
     try:
         sys.stdout.flush()
-    except OSError as error:  # Standard output is a file on a full disk.
+    except OSError:  # a closed pipe, or a file on a full disk
         discard(sys.stdout)
-        code = code or fail(f"{OUTPUT}: {error.strerror}", EXIT_FAILED)
     return code
 
 

@@ -101,7 +101,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 @contextlib.contextmanager
-def named_in_errors(path: Path) -> Iterator[None]:
+def named_in_errors(path: Path | str) -> Iterator[None]:
     """Adds a path to system errors that name none, such as those of writing to an open file."""
     try:
         yield
