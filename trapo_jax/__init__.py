@@ -4,7 +4,13 @@
 used first, because reward workers import this package and must not import jax.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"]:  # `python -m trapo_jax.COMMAND` is about to import the command.
+    from trapo_jax.runs.system_errors import report_import_error
+
+    sys.excepthook = report_import_error
 
 if TYPE_CHECKING:
     from trapo_jax.config import load_train_config as load_config

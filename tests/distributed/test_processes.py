@@ -14,7 +14,7 @@ import time
 import jax
 import pytest
 
-import inject_faults
+from fault_harness.comparison import TOLERANCE_ON_ANOTHER_MESH, differences
 from support.commands import REPOSITORY, run_command
 from support.short_run import JOB
 from trapo_jax.data import card_shuffles_splits
@@ -147,8 +147,8 @@ def test_two_processes_train_like_one_and_one_can_continue(finished_run, tmp_pat
 
     result = run_command("trapo_jax.train", *job)
     assert re.search("resuming .* after step [2-9],", result.stdout), result.stderr
-    tolerance = inject_faults.TOLERANCE_ON_ANOTHER_MESH
-    assert inject_faults.differences(folder, finished_run[0], tolerance=tolerance) == []
+    tolerance = TOLERANCE_ON_ANOTHER_MESH
+    assert differences(folder, finished_run[0], tolerance=tolerance) == []
     records = read_metrics(folder)
     assert max(record.get("policy/logprob_gap_max", 0) for record in records) < 1e-4
     assert (folder / "samples.jsonl").read_text().count("\n") == 12 * 4 * 8

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import inject_faults
+from fault_harness.comparison import differences
 from support.commands import run_command
 from support.short_run import JOB, checkpoint_steps
 from trapo_jax.distributed.sharding import abstract_like
@@ -118,7 +118,7 @@ def test_a_run_falls_back_to_the_previous_checkpoint_with_the_same_result(finish
     _, second, *_ = sorted(int(p.name) for p in (uninterrupted / "checkpoints").iterdir())[::-1]
     assert f"resuming {folder} after step {second}" in result.stdout
     shutil.rmtree(folder / "checkpoints" / "12.damaged")
-    assert inject_faults.differences(folder, uninterrupted) == []
+    assert differences(folder, uninterrupted) == []
 
 
 def test_a_run_without_an_intact_checkpoint_is_not_modified(finished_run, tmp_path, capsys):

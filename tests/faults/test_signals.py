@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-import inject_faults
+from fault_harness.comparison import differences
 from support.commands import run_command
 from support.short_run import JOB, checkpoint_steps
 from support.signal_at import signal_at
@@ -80,7 +80,7 @@ def assert_stopped_at(folder, moment, output):
 
 
 def assert_equal_to(folder, uninterrupted):
-    assert inject_faults.differences(folder, uninterrupted) == []
+    assert differences(folder, uninterrupted) == []
     assert checkpoint_steps(folder) == checkpoint_steps(uninterrupted)
     evaluations = [path.name for path in (uninterrupted / "evaluations").iterdir()]
     for name in (

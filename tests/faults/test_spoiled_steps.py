@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-import inject_faults
+from fault_harness.comparison import read_checkpoint
 from support.commands import run_command
 from support.short_run import JOB, TINY_JOB, copy_unfinished
 from trapo_jax.rewards import Grader, WeightedFunction, card_shuffles_grader
@@ -64,7 +64,7 @@ def test_an_update_with_a_non_finite_gradient_is_skipped_and_reported(
     assert [records[step]["reward/error_rate"] * 32 for step in steps] == [0, 0, 1]
     states = {}
     for step in steps:
-        states[step] = inject_faults.read_checkpoint(folder, step)[0]
+        states[step] = read_checkpoint(folder, step)[0]
     assert len(states[before]) > 20
     for name, value in states[before].items():
         if "params" in name:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import inject_faults
+from fault_harness import jobs
+from fault_harness.comparison import differences, read_lines
 from support.event_files import scalars
 from support.short_run import JOB, checkpoint_steps, copy_unfinished
 from trapo_jax.train import main as train
@@ -25,17 +26,17 @@ SECRETS = {
 
 
 def start(folder, *more, **environment):
-    return inject_faults.start(folder, (*JOB, *more), **environment)
+    return jobs.start(folder, (*JOB, *more), environment=environment)
 
 
 def complete(folder, **environment):
-    return inject_faults.complete(folder, JOB, **environment)
+    return jobs.complete(folder, JOB, environment=environment)
 
 
 def wait_for_step(process, folder, step):
     """Waits until the record of the step has been written."""
     record = f'"step": {step}, "kind": "train"'
-    while not any(record in line for line in inject_faults.read_lines(folder / "metrics.jsonl")):
+    while not any(record in line for line in read_lines(folder / "metrics.jsonl")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
 
@@ -59,7 +60,7 @@ def test_a_run_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run
             assert "another process is writing there" in capsys.readouterr().err
         process.kill()
         process.communicate()
-        print(f"seed {SEED}: {delay:.2f} s after step {step}: {inject_faults.progress(folder)}")
+        print(f"seed {SEED}: {delay:.2f} s after step {step}: {jobs.progress(folder)}")
     process = start(folder, **environment)
     wait_for_step(process, folder, 9)
     assert not listening(process.pid)
@@ -69,7 +70,7 @@ def test_a_run_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run
     step = checkpoint_steps(folder)[-1]
     assert f"stopped after step {step}; the same command resumes it" in output
     assert f"resuming {folder} after step {step}\n" in complete(folder, **environment)
-    assert inject_faults.differences(folder, finished_run[0]) == []
+    assert differences(folder, finished_run[0]) == []
     model = Path("hf", "model.safetensors")
     assert (folder / model).read_bytes() == (finished_run[0] / model).read_bytes()
     assert [step for step, _ in scalars(folder, "loss/total")] == list(range(1, 13))
@@ -118,17 +119,29 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_can_be_restored(
     step = copy_unfinished(finished_run[0], folder)
     with open(small_disk / "filler", "wb") as filler:  # leaves less than a checkpoint needs
         filler.write(bytes(shutil.disk_usage(small_disk).free - 5 * 2**20))
-    process = start(folder)
-    output = process.communicate()[0]
-    assert process.returncode == 1, output
-    (error,) = [line for line in output.splitlines() if line.startswith("error")]
+    error = jobs.check_refusal(jobs.finish(start(folder)), 1)
     assert f"output_dir={folder}" in error
     assert "of disk space are left" in error
-    assert "Traceback" not in output
     assert checkpoint_steps(folder)[-1] == step
     (small_disk / "filler").unlink()
     assert f"after step {step}" in complete(folder)
-    assert inject_faults.differences(folder, finished_run[0]) == []
+    assert differences(folder, finished_run[0]) == []
+
+
+def test_a_disk_that_fills_up_inside_a_save_is_one_line_and_nothing_is_lost(
+    finished_run, small_disk
+):
+    """Orbax reports it from its threads, some of which then wait forever."""
+    folder, filler = small_disk / "run", small_disk / "filler"
+    step = copy_unfinished(finished_run[0], folder)
+    program = (*jobs.STRIKE_AT, "Orbax's save", "1", str(filler))
+    ended = jobs.finish(jobs.start(folder, JOB, program=program))
+    line = jobs.check_refusal(ended, 1)
+    assert "No space left on device; free some disk space" in line
+    assert checkpoint_steps(folder)[-1] == step
+    filler.unlink()
+    assert f"after step {step}" in complete(folder)
+    assert differences(folder, finished_run[0]) == []
 
 
 def test_a_stuck_step_terminates_the_process_with_a_stack_dump(tmp_path):

@@ -1,5 +1,6 @@
 """Tests the grader pool with real processes. A worker that hangs, dies or misbehaves affects only its own verdict."""
 
+import errno
 import os
 import random
 import resource
@@ -323,3 +324,17 @@ def is_running(pid):
     """Returns whether a process exists and has not terminated; zombies have terminated."""
     listing = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
     return bool(listing.stdout.strip()) and listing.stdout.strip()[0] != "Z"
+
+
+def test_a_process_that_the_system_cannot_start_is_an_error_of_the_call(monkeypatch):
+    """A missing reward in its place would make the results depend on the load of the machine."""
+
+    def fail(*_, **__):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    with GraderPool(hostile_graders.verify, **PATIENT) as pool:
+        with pytest.raises(OSError, match="a grading process"):
+            judge(pool, "42")
+        monkeypatch.undo()
+        assert judge(pool, "42") is Verdict.CORRECT

@@ -4,6 +4,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
+import time
+from subprocess import PIPE
 
 import pytest
 
@@ -189,3 +192,53 @@ def test_a_second_signal_terminates_the_process_immediately(second):
         assert process.stdout.readline() == "finishing\n"
         process.send_signal(second)
         assert process.wait() == -second
+
+
+def started(code):
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=PIPE, stderr=PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    return process
+
+
+WAITING = BUSY.replace("9**9**9", "time.sleep(0.1)")
+HANG_UP = "import signal; signal.signal(signal.SIGHUP, signal.{})\n"
+
+
+def test_a_closing_terminal_which_hangs_up_twice_is_a_request_to_stop():
+    with started(HANG_UP.format("SIG_DFL") + WAITING) as process:
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == "finishing\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.wait() == 0
+
+
+def test_a_process_started_with_nohup_ignores_a_closing_terminal():
+    with started(HANG_UP.format("SIG_IGN") + WAITING) as process:
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        assert process.returncode == 0
+
+
+def test_a_process_that_was_stopped_is_not_taken_for_a_stuck_one():
+    """The watchdog thread waits for 0.5 s at a time, and the process is stopped for longer than its limit."""
+    code = """
+        import time
+        from trapo_jax.runs.monitoring import Watchdog
+        watchdog = Watchdog(2.0)
+        print("started", flush=True)
+        input()
+        watchdog.beat("resumed")
+        print("resumed", flush=True)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdin=PIPE, stdout=PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "resumed\n"
+        assert process.wait() == 0

@@ -8,9 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from trapo_jax.runs.command_line import run_and_exit
+from trapo_jax.runs.command_line import exit_code_of
 
 REPOSITORY = Path(__file__).parents[2]
 TINY_MODEL = REPOSITORY / "trapo_jax" / "assets" / "card_shuffles_tiny"
@@ -27,13 +25,10 @@ def run_command(module, *arguments, cwd=REPOSITORY):
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as exit_,
     ):
-        run_and_exit(lambda: main(list(map(str, arguments))))
+        code = exit_code_of(lambda: main(list(map(str, arguments))))
     sys.path[:] = search_path
-    return subprocess.CompletedProcess(
-        [module, *arguments], exit_.value.code, out.getvalue(), err.getvalue()
-    )
+    return subprocess.CompletedProcess([module, *arguments], code, out.getvalue(), err.getvalue())
 
 
 def run_process(module, *arguments, cwd=REPOSITORY, **environment):

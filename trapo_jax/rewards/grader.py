@@ -88,6 +88,8 @@ class Grader:
     def submit(self, response: str, problem: Problem) -> Future[Grade]:
         """Grades a response asynchronously. If a reward function fails, the grade records it and nothing is raised.
 
+        The future raises `OSError` if the system cannot start a grading process.
+
         Args:
           response: the response with special tokens, as decoded by the tokenizer.
           problem: the problem.
@@ -244,7 +246,7 @@ def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFuncti
 def _when_all_done(
     futures: Sequence[Future[Judgment]], make: Callable[[list[Judgment]], Grade]
 ) -> Future[Grade]:
-    """Returns a future of `make(results)`. It is canceled if any of the futures is canceled."""
+    """Returns a future of `make(results)`. It is canceled or raises if any of the futures does."""
     combined: Future[Grade] = Future()
     lock, num_pending = threading.Lock(), len(futures)
 
@@ -256,7 +258,10 @@ def _when_all_done(
         if future.cancelled():
             combined.cancel()
         elif is_last and combined.set_running_or_notify_cancel():
-            combined.set_result(make([f.result() for f in futures]))
+            if error := next(filter(None, (f.exception() for f in futures)), None):
+                combined.set_exception(error)
+            else:
+                combined.set_result(make([f.result() for f in futures]))
 
     for future in futures:
         future.add_done_callback(on_done)

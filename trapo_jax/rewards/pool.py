@@ -121,7 +121,7 @@ class GraderPool:
 
         Returns:
           A future of the judgment. The reward is missing if the function raises an exception or exceeds the time limit,
-          or if its process dies.
+          or if its process dies. The future raises `OSError` if the system cannot start a process.
 
         Raises:
           RuntimeError: if the pool has been closed.
@@ -188,12 +188,17 @@ def _serve(
             if not future.set_running_or_notify_cancel():
                 continue
             if worker is None or not worker.alive:
-                worker = _start(start)
-            judgment = worker.ask(request) if worker else Judgment(None, reason="no process")
+                try:
+                    worker = start()
+                except OSError as error:
+                    worker = None
+                    future.set_exception(OSError(error.errno, error.strerror, "a grading process"))
+                    continue
+            judgment = worker.ask(request)
             if judgment.reason:
                 report(request["function"], judgment.reason)
             future.set_result(judgment)
-            if worker is not None and not worker.alive:
+            if not worker.alive:
                 worker = _start(start)  # Its imports run while this thread waits for the next job.
     finally:
         if worker is not None:
@@ -201,10 +206,10 @@ def _serve(
 
 
 def _start(start: Callable[[], "_Worker"]) -> "_Worker | None":
+    """Starts a worker; None if the system cannot. It is then started for the next job, which reports the error."""
     try:
         return start()
-    except OSError as error:  # out of memory or file descriptors
-        logger.warning("cannot start a grading process: %s", error)
+    except OSError:
         return None
 
 

@@ -12,14 +12,17 @@ Saves are synchronous. The next step overwrites the arrays, which are donated to
 asynchronous save would still be reading them.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -249,9 +252,7 @@ class CheckpointStore:
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Returns only the parameters, sharded like `abstract_params`."""
-        context = self._context()
-        context.pytree.loading.partial_load = True
-        with context:
+        with self._context(partial_load=True):
             loaded = ocp.load_checkpointables(
                 str(self._path(step)), {STATE: {"params": abstract_params}}
             )
@@ -292,10 +293,23 @@ class CheckpointStore:
             kept |= set(sorted(scores, key=lambda step: (scores[step], step))[-keep.best :])
         return kept
 
-    def _context(self) -> ocp.Context:
+    @contextlib.contextmanager
+    def _context(self, *, partial_load: bool = False) -> Iterator[None]:
+        """Configures Orbax. Errors that it raises are not logged as well, with the tracebacks of its threads."""
         context = ocp.Context()
         context.checkpointables.registry = self._registry
-        return context
+        context.pytree.loading.partial_load = partial_load
+        loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+        were_disabled = [logger.disabled for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.disabled = True
+            with context, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+                yield
+        finally:
+            for logger, was_disabled in zip(loggers, were_disabled, strict=True):
+                logger.disabled = was_disabled
 
 
 def _unused(path: Path, suffix: str) -> Path:

@@ -1,22 +1,31 @@
-"""Exit codes and error lines of the commands, and their handling of Ctrl-C and closed pipes."""
+"""Exit codes and error lines of the commands, and their handling of Ctrl-C, closed pipes and exhausted resources."""
 
 import contextlib
-import errno
 import functools
+import io
 import logging
 import os
 import sys
-import traceback
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import trapo_jax.distributed.log_level  # noqa: F401  before libtpu is loaded
 from trapo_jax.printable import printable
+from trapo_jax.runs.system_errors import (
+    EXIT_BROKEN_PIPE,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    OUTPUT,
+    check_limits,
+    discard,
+    explain,
+    named_in_errors,
+    print_error,
+    remedy_of_exhaustion,
+    report,
+)
 from trapo_jax.types import EXIT_FAILED, TrainingFailed, UserError
-
-EXIT_USER_ERROR = 2
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as in shells
 
 
 def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
@@ -31,19 +40,20 @@ def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
     def run(arguments: Sequence[str] | None = None) -> int:
         try:
             with _warnings_as_lines():
+                check_limits()
                 return main(sys.argv[1:] if arguments is None else arguments)
         except UserError as error:
+            if remedy := remedy_of_exhaustion(error):
+                return fail(f"{error}; {remedy}", EXIT_FAILED)
             return fail(str(error), EXIT_USER_ERROR)
         except TrainingFailed as error:
             return fail(str(error), EXIT_FAILED)
-        except OSError as error:
-            if error.errno not in NO_SPACE:
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            if (explained := explain(error)) is None:
                 raise
-            return fail(
-                f"{error.filename or 'output_dir'}: {error.strerror}; free some disk space and run the same command "
-                "again",
-                EXIT_FAILED,
-            )
+            return fail(*explained)
 
     return run
 
@@ -69,32 +79,52 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 def run_and_exit(main: Callable[[], int]) -> NoReturn:
-    """Runs `main` and exits with its return value, without a traceback on Ctrl-C or a closed pipe (`| head`)."""
+    """Runs `main` and exits with its return value; see `exit_code_of`."""
+    code = exit_code_of(main)
+    if isinstance(code, int) and code and "jax" in sys.modules:
+        from trapo_jax.distributed.failures import exit_failed  # imports jax, which takes a second
+
+        exit_failed(code)
+    if isinstance(code, int) and code and _has_running_threads():
+        os._exit(code)
+    sys.exit(code)
+
+
+def exit_code_of(main: Callable[[], int]) -> Any:
+    """Runs `main` and returns its exit code, without a traceback on Ctrl-C, a closed pipe (`| head`) or a lack of memory.
+
+    What standard output cannot encode is escaped.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code: Any = 0
     try:
         try:
             code = main()
         except SystemExit as error:  # raised by argparse
             code = error.code
-        sys.stdout.flush()
+        with named_in_errors(OUTPUT):
+            sys.stdout.flush()
     except KeyboardInterrupt:
         code = fail("stopped", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # Python flushes standard output at exit, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_BROKEN_PIPE
-    except Exception:
-        traceback.print_exc()
-        code = EXIT_FAILED
-    if isinstance(code, int) and code and "jax" in sys.modules:
-        from trapo_jax.distributed.failures import exit_failed  # imports jax, which takes a second
+    except Exception as error:
+        code = report(error)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a closed pipe, or a file on a full disk
+        discard(sys.stdout)
+    return code
 
-        exit_failed(code)
-    sys.exit(code)
+
+def _has_running_threads() -> bool:
+    """Whether Python would wait for threads at exit: those of Orbax wait forever for the rest of a failed save."""
+    threads = set(threading.enumerate()) - {threading.main_thread()}
+    return any(not thread.daemon for thread in threads)
 
 
 def fail(message: str, code: int) -> int:
     """Prints an error to standard error and returns the exit code."""
-    print(
-        "error:", printable(message, keep="\n"), file=sys.stderr
-    )  # config errors have several lines
+    print_error(message)
     return code

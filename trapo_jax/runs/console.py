@@ -1,5 +1,6 @@
 """Terminal output of the commands: progress, messages and tables."""
 
+import errno
 import math
 import threading
 import time
@@ -25,6 +26,7 @@ from trapo_jax.runs.progress import (
     counted,
     describe_secs,
 )
+from trapo_jax.runs.system_errors import OUTPUT, leave_lost_terminal
 from trapo_jax.types import SamplingProgress
 
 UNLIMITED_WIDTH = 10_000
@@ -90,7 +92,7 @@ class Console:
         if self._ticker:
             self._ticker.join()
         if self._panel:
-            self._panel.stop()
+            self._write(self._panel.stop)
 
     def _tick_until_closed(self) -> None:
         while not self._closed.wait(TICK_SECS):
@@ -104,7 +106,17 @@ class Console:
 
     def say(self, text: str) -> None:
         """Prints a message above the progress bar, without interpreting markup or control characters."""
-        self._rich.print(Text(printable(text)))
+        self._write(lambda: self._rich.print(Text(printable(text))))
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Calls a function that writes to standard output. Without its terminal, the program continues silently."""
+        try:
+            write()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                error.filename = OUTPUT
+                raise
+            leave_lost_terminal()
 
     def begin(self, name: str, num_samples: int = 0, what: str = "") -> None:
         """Shows what the program does next.
@@ -210,7 +222,7 @@ class Console:
             table.add_column(Text(printable(name)), justify=justify, overflow="fold")
         for row in rows:
             table.add_row(*(Text(printable(cell)) for cell in row))
-        self._rich.print(table)
+        self._write(lambda: self._rich.print(table))
 
 
 def table_width(console: rich.console.Console) -> int:

@@ -26,6 +26,7 @@ from trapo_jax.config import (
 from trapo_jax.distributed.processes import gather
 from trapo_jax.files import check_regular, read_json_object
 from trapo_jax.methods import Method, fingerprint
+from trapo_jax.runs.system_errors import named_in_errors
 from trapo_jax.types import UserError
 
 LOCK = ".lock"
@@ -363,7 +364,7 @@ def check_problems(folder: Path, data: DataConfig, *, saved: str, current: str) 
 def lock_folder(folder: Path, option: str = "output_dir") -> Iterator[None]:
     """Creates the folder and locks it for this process. The lock is released even if the process is killed.
 
-    Every command that writes to a folder over some time holds its lock.
+    Every command that writes to a folder over some time holds its lock. System errors that name no file name the folder.
 
     Args:
       folder: the folder.
@@ -383,7 +384,8 @@ def lock_folder(folder: Path, option: str = "output_dir") -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{option}={folder}: {error.strerror}") from error
     try:
-        yield
+        with named_in_errors(folder):
+            yield
     finally:
         lock.release()
 
@@ -399,17 +401,18 @@ def write_atomically(path: Path, text: str) -> None:
     If several processes write the file at the same time, the last one wins.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # Otherwise the new name may be lost in a crash of the machine.
-    finally:
-        os.close(descriptor)
+    with named_in_errors(path):
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # Otherwise the new name may be lost in a crash of the machine.
+        finally:
+            os.close(descriptor)

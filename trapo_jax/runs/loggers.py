@@ -196,7 +196,8 @@ def _are_scores(scores: Any) -> TypeGuard[dict[str, Any]]:
         isinstance(scores, dict)
         and all(name in scores for name in NEEDED_SCORES)
         and all(
-            isinstance(value, int | float) or (value is None and not is_shown(name))
+            isinstance(value, int | float)
+            or (value is None and not is_shown(name) and name not in NEEDED_SCORES)
             for name, value in scores.items()
         )
     )
@@ -217,7 +218,7 @@ def describe_samples(scores: Mapping[str, float]) -> str:
     '8 samples each at temperature 0.6'
     >>> counts = {"eval/num_samples/aime24": 32, "eval/num_samples/math500": 4}
     >>> describe_samples({"eval/num_samples": 4, "eval/temperature": 1.0, **counts})
-    'aime24: 32, math500: 4 samples each at temperature 1'
+    'samples of each problem (aime24: 32, math500: 4) at temperature 1'
     """
     prefix = f"{NUM_SAMPLES}/"
     counts = [

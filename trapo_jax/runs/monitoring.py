@@ -1,13 +1,13 @@
 """Monitoring of a run: training health, disk space, stuck processes and termination signals."""
 
 import faulthandler
+import itertools
 import math
 import os
 import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import jax
 from trapo_jax.distributed.processes import SharedFlag, from_main
 from trapo_jax.runs.directory import DATA
 from trapo_jax.runs.loggers import TRAIN, read_metrics
+from trapo_jax.runs.system_errors import leave_lost_terminal
 from trapo_jax.types import EXIT_FAILED, TrainingFailed
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.monitoring`
@@ -200,7 +201,8 @@ def _skip_reason(values: Mapping[str, Any]) -> str:
 class Watchdog:
     """Prints the stack of every thread and exits if the process makes no progress for too long.
 
-    In a multi-process job, this ends the processes that wait for one that died or hangs.
+    In a multi-process job, this ends the processes that wait for one that died or hangs. Time in which this process is
+    stopped (`SIGSTOP`, Ctrl-Z, a suspended machine) does not count.
 
     Args:
       limit_secs: maximum time between two calls of `beat`.
@@ -209,20 +211,26 @@ class Watchdog:
     def __init__(self, limit_secs: float):
         self._limit_secs = limit_secs
         self._closed = threading.Event()
+        self._beats = itertools.count()
         self.beat("starting")
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, activity: str) -> None:
         """Reports progress; `activity` is what the process does next."""
-        self._last = (time.monotonic(), activity)
+        self._last = (next(self._beats), activity)
 
     def close(self) -> None:
         self._closed.set()
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self._limit_secs / 4)):
-            since, activity = self._last
-            if time.monotonic() - since > self._limit_secs:
+        period = min(1.0, self._limit_secs / 4)
+        last, idle_secs = self._last, 0.0
+        while not self._closed.wait(period):
+            # It counts its own wake-ups: a process that was stopped finds that much time has passed at once.
+            idle_secs = idle_secs + period if self._last is last else 0.0
+            last = self._last
+            if idle_secs > self._limit_secs:
+                _, activity = last
                 print(
                     f"error: no progress for limits.stuck_after_secs={self._limit_secs:g} seconds while {activity}; "
                     "another process may have died; the threads of this process are at:",
@@ -272,14 +280,22 @@ class CompilationListener:
 
 
 class Interrupt:
-    """Handles SIGINT and SIGTERM: the first is a request to stop, the second ends the process immediately."""
+    """Handles SIGINT, SIGTERM and SIGHUP: the first is a request to stop, the second ends the process immediately.
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    A terminal that closes sends SIGHUP, often twice: further ones are ignored, and so are all if the process was started
+    with `nohup`.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self):
         self._received = False
         self._flag = SharedFlag("interrupt")
-        self._before = {number: signal.signal(number, self._receive) for number in self.NUMBERS}
+        self._before = {
+            number: signal.signal(number, self._receive)
+            for number in self.NUMBERS
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        }
 
     @property
     def received(self) -> bool:
@@ -297,8 +313,10 @@ class Interrupt:
     def _receive(self, *_) -> None:
         self._received = True
         # A second signal is left to the kernel: a Python handler would have to wait for compiled programs to return.
-        for number in self.NUMBERS:
-            signal.signal(number, signal.SIG_DFL)
+        for number in self._before:
+            is_hangup = number == signal.SIGHUP
+            signal.signal(number, signal.SIG_IGN if is_hangup else signal.SIG_DFL)
+        leave_lost_terminal()
         print(
             "stopping after saving what has been trained; a second Ctrl-C ends the process at once, without saving",
             file=sys.stderr,

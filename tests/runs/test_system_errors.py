@@ -1,0 +1,118 @@
+"""Failures of the system are one line with the way out; anything else keeps its traceback."""
+
+import errno
+import io
+import os
+import resource
+import sys
+
+import pytest
+
+from support.commands import run_process, run_python
+from trapo_jax.runs.command_line import command, exit_code_of
+from trapo_jax.runs.system_errors import explain, named_in_errors
+from trapo_jax.types import UserError
+
+TENSORSTORE = (
+    'RESOURCE_EXHAUSTED: Error writing local file "/run/checkpoints/3.writing/state/_sharding": Failed to write 8368 bytes '
+    "to file 4: No space left on device [os_error_code='28']"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "start", "end"),
+    [
+        (OSError(errno.ENOSPC, "No space left", "a.json"), "a.json: No space left", "df -i)"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files; ", "(ulimit -n)"),
+        (OSError(errno.ENOENT, "No such file", "/run"), "/run: No such file", "restore it"),
+        (ValueError(TENSORSTORE), "/run/checkpoints/3.writing/state/_sharding: No space", "df -i)"),
+        (RuntimeError("can't start new thread"), "no more threads", "ulimit -v)"),
+        (BlockingIOError(errno.EAGAIN, "try again", "a process"), "a process: try again", "-v)"),
+    ],
+)
+def test_a_failure_of_the_system_names_the_place_and_the_way_out(error, start, end):
+    line, code = explain(error)
+    assert line.startswith(start)
+    assert line.removesuffix(", then run the same command again").endswith(end)
+    assert code == 1
+
+
+def test_a_lack_of_memory_names_the_fields_that_save_some():
+    line, _ = explain(MemoryError())
+    assert "sampling.num_slots" in line
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), OSError("x"), KeyError("x")])
+def test_other_errors_keep_their_traceback(error):
+    assert explain(error) is None
+
+
+def test_an_error_without_a_path_gets_one(tmp_path):
+    with pytest.raises(OSError, match="No space") as error, named_in_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left")
+    assert error.value.filename == str(tmp_path)
+
+
+def test_a_user_error_that_a_full_disk_caused_has_the_exit_code_of_a_failed_run(capsys):
+    @command
+    def main(arguments):
+        del arguments
+        try:
+            raise OSError(errno.ENOSPC, "No space left")
+        except OSError as error:
+            raise UserError(f"output_dir=x: {error.strerror}") from error
+
+    assert main([]) == 1
+    assert capsys.readouterr().err.startswith("error: output_dir=x: No space left; free some disk")
+
+
+def test_what_a_terminal_cannot_encode_is_escaped(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert exit_code_of(lambda: print("│ 5 é")) is None
+    assert output.buffer.getvalue() == b"\\u2502 5 \\xe9\n"
+
+
+def limited(limit, value, *arguments):
+    """Runs the train command with a limit of the system and returns its exit code and error lines."""
+    code = f"import resource, runpy, sys; resource.setrlimit({limit}, ({value}, {value})); "
+    code += f"sys.argv = ['-m', *{arguments!r}]; import trapo_jax; "
+    code += "runpy.run_module('trapo_jax.train', run_name='__main__')"
+    result = run_python("-c", code)
+    return result.returncode, result.stderr.splitlines()
+
+
+@pytest.mark.parametrize("num_files", [5, 20])
+def test_too_few_open_files_are_one_line(num_files):
+    code, (line,) = limited(int(resource.RLIMIT_NOFILE), num_files, "--print-method")
+    assert code == 1
+    assert line.startswith("error: ")
+    assert "Too many open files; raise the limit on open files (ulimit -n)" in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space cannot be limited")
+def test_too_little_memory_to_import_libraries_is_one_line():
+    code, (line,) = limited(int(resource.RLIMIT_AS), 500 * 2**20, "--print-method")
+    assert code == 1
+    assert line.startswith("error: ")
+    assert "ulimit -v" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("JAX_ENABLE_X64", "maybe"), ("JAX_DEFAULT_MATMUL_PRECISION", "zz")]
+)
+def test_a_variable_that_jax_rejects_is_one_line(name, value):
+    result = run_process("trapo_jax.train", "--print-method", **{name: value})
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {name}='{value}': JAX does not accept this value")
+
+
+def test_standard_output_on_a_full_disk_is_one_line():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    code = "import sys; sys.stdout = open('/dev/full', 'w'); from trapo_jax.__main__ import main; "
+    result = run_python("-c", code + "sys.argv = ['trapo']; main()")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: standard output: No space left on device; free some")
+    assert len(result.stderr.splitlines()) == 1

@@ -1,0 +1,71 @@
+"""Files and folders of someone else in a run directory."""
+
+import os
+import random
+import stat
+from pathlib import Path
+
+from fault_harness.jobs import Failure
+from trapo_jax.runs.directory import CHECKPOINTS, EVALUATIONS, EXPORT, MODEL, TENSORBOARD
+
+SUBFOLDERS = (CHECKPOINTS, EVALUATIONS, MODEL, EXPORT, TENSORBOARD)
+FILES = (
+    "notes.txt",
+    ".hidden",
+    "12",
+    "007",
+    "5.old",
+    "results.json",
+    "config.json.bak",
+    "metrics.jsonl",
+    "a b",
+    "new\nline",
+    "ünïcode",
+    "-rf",
+    "x" * 200,
+)
+FOLDERS = ("12_backup", "4.writing", "6.expired", "8.damaged", "copy of 9")
+
+
+def plant(run: Path, rng: random.Random) -> dict[Path, object]:
+    """Puts 20 kinds of files and folders into a run's folder and subfolders; returns what each one holds."""
+    planted = []
+    for name in SUBFOLDERS:
+        folder = run / name
+        folder.mkdir(exist_ok=True)
+        for file in FILES:
+            _write(folder / file, rng)
+            planted.append(folder / file)
+        for inner in FOLDERS:
+            (folder / inner).mkdir()
+            _write(folder / inner / "kept", rng)
+            planted += [folder / inner, folder / inner / "kept"]
+        os.mkfifo(folder / "pipe")
+        (folder / "dangling").symlink_to("nowhere")
+        planted += [folder / "pipe", folder / "dangling"]
+    return {path: _content(path) for path in planted}
+
+
+def assert_untouched(planted: dict[Path, object]) -> None:
+    """Checks that everything is still there, byte for byte.
+
+    Raises:
+      Failure: naming what is not.
+    """
+    changed = [str(path) for path, content in planted.items() if _content(path) != content]
+    if changed:
+        raise Failure(f"changed or deleted: {', '.join(changed)}")
+
+
+def _write(path: Path, rng: random.Random) -> None:
+    path.write_bytes(rng.randbytes(rng.randint(0, 3000)))
+
+
+def _content(path: Path) -> object:
+    """Returns what a path holds: bytes, the target of a link, or the type of anything else; None if it is absent."""
+    if not os.path.lexists(path):
+        return None
+    mode = path.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        return os.readlink(path)
+    return path.read_bytes() if stat.S_ISREG(mode) else stat.S_IFMT(mode)

@@ -1,0 +1,80 @@
+"""Trains, and lets a fault strike at a named moment, in this process.
+
+    python strike_at.py MOMENT NUMBER ACTION FIELD=VALUE ...
+
+The moment is a key of `MOMENTS`; the fault strikes before its function is called for the NUMBERth time. ACTION is `kill`,
+`clock` (set back by an hour), or the path of a file that fills its disk.
+"""
+
+import importlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MOMENTS = {
+    "a record": "trapo_jax.runs.loggers:RunLog.metrics",
+    "samples": "trapo_jax.runs.loggers:RunLog.samples",
+    "an evaluation": "trapo_jax.runs.loggers:RunLog.evaluation",
+    "a save": "trapo_jax.runs.checkpoints:CheckpointStore.save",
+    "Orbax's save": "trapo_jax.runs.checkpoints:ocp.save_checkpointables",
+    "a commit": "trapo_jax.runs.checkpoints:CheckpointStore._commit",
+    "a manifest": "trapo_jax.runs.checkpoints:_write_manifest",
+    "a flush": "trapo_jax.runs.checkpoints:_sync",
+    "a clean-up": "trapo_jax.runs.checkpoints:CheckpointStore._clean",
+    "a deletion": "trapo_jax.runs.checkpoints:_delete_listed",
+    "an update": "trapo_jax.training.learner:Learner.update",
+    "the export": "trapo_jax.train:export_model",
+    "the report": "trapo_jax.runs.run:write_report_of_run",
+    "the summary": "trapo_jax.runs.run:write_summary",
+}
+
+
+def strike_at(moment: str, number: int, action: Callable[[], None]) -> None:
+    """Arranges that the action is taken before the function of a moment is called for the given time."""
+    module, _, path = MOMENTS[moment].partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    function, calls = getattr(owner, name), iter(range(1, sys.maxsize))
+
+    def strike_first(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            action()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, strike_first)
+
+
+def action_of(name: str) -> Callable[[], None]:
+    """Returns the function that lets a fault strike."""
+    if name == "kill":
+        return lambda: os.kill(os.getpid(), signal.SIGKILL)
+    if name == "clock":
+        now = time.time
+        return lambda: setattr(time, "time", lambda: now() - 3600)
+    return lambda: fill(Path(name))
+
+
+def fill(path: Path) -> None:
+    """Writes a file until its disk is full."""
+    for size in (2**20, 4096, 1):
+        try:
+            with open(path, "ab", buffering=0) as file:
+                while True:
+                    file.write(bytes(size))
+        except OSError:
+            continue
+
+
+if __name__ == "__main__":
+    from trapo_jax.runs.command_line import run_and_exit
+    from trapo_jax.train import main
+
+    strike_at(sys.argv[1], int(sys.argv[2]), action_of(sys.argv[3]))
+    arguments = sys.argv[4:]
+    run_and_exit(lambda: main(arguments))

@@ -1,0 +1,172 @@
+"""Trains for thousands of steps while faults strike, and checks that memory, open files and threads do not grow.
+
+    python tools/soak.py [--steps 2000] [--seed 0] [--folder DIR]
+
+The faults are those that a process survives: it is stopped for a while, its grading processes are killed, `tb/` is
+deleted, files of someone else appear in its folders, and its older checkpoints are damaged. Between two measurements of
+the process, which `/proc` provides (Linux), there are a tenth of the steps and the rest. The exit code is 1 if the run
+fails, if the resident memory has grown by more than 3 %, or if there are more open files or threads.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from subprocess import Popen
+from typing import NamedTuple
+
+from fault_harness import jobs
+from fault_harness.comparison import read_lines
+from trapo_jax.runs.directory import CHECKPOINTS, METRICS, TENSORBOARD
+
+MAX_GROWTH = 0.03
+NUM_SAMPLES = 40  # of each measurement, one for each step
+JOB = (
+    "train.problems_per_step=2",
+    "train.warmup_steps=2",
+    "checkpoint.every=20",
+    "evaluation.every=50",
+    "evaluation.num_samples=1",
+    "data.num_validation=8",
+    "data.num_test=8",
+    "rewards.functions=[card_shuffles,math]",
+    "rewards.max_error_rate=1",
+)
+
+
+class Measurement(NamedTuple):
+    """What a process uses.
+
+    Attributes:
+      mebibytes: resident memory.
+      num_files: number of open files.
+      num_threads: number of threads.
+    """
+
+    mebibytes: float
+    num_files: int
+    num_threads: int
+
+
+def measure(pid: int) -> Measurement:
+    """Measures a process."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    status = {name: values for name, *values in lines}
+    memory = int(status["VmRSS:"][0]) / 2**10  # from KiB
+    return Measurement(memory, len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads:"][0]))
+
+
+def children(pid: int) -> list[int]:
+    """Returns the processes that a process has started."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
+def median(measurements: list[Measurement]) -> Measurement:
+    """Returns the median of each value."""
+    return Measurement(*map(statistics.median, zip(*measurements, strict=True)))
+
+
+def stop_for_a_while(process: Popen, folder: Path, rng: random.Random) -> None:
+    del folder
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(rng.uniform(0.1, 3))
+    process.send_signal(signal.SIGCONT)
+
+
+def kill_a_grader(process: Popen, folder: Path, rng: random.Random) -> None:
+    del folder
+    if workers := children(process.pid):
+        os.kill(rng.choice(workers), signal.SIGKILL)
+
+
+def delete_events(process: Popen, folder: Path, rng: random.Random) -> None:
+    del process, rng
+    shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+
+
+def leave_a_file(process: Popen, folder: Path, rng: random.Random) -> None:
+    del process
+    for path in (folder, folder / CHECKPOINTS):
+        (path / f"note_{rng.randrange(100)}").write_text("mine")
+
+
+def damage_an_old_checkpoint(process: Popen, folder: Path, rng: random.Random) -> None:
+    del process, rng
+    steps = sorted(int(x.name) for x in (folder / CHECKPOINTS).iterdir() if x.name.isdecimal())
+    files = [x for x in (folder / CHECKPOINTS / str(steps[0])).rglob("*") if x.is_file()]
+    if len(steps) > 1 and files:
+        files[0].write_bytes(b"damaged")
+
+
+FAULTS: Mapping[str, Callable[[Popen, Path, random.Random], None]] = {
+    "stopped": stop_for_a_while,
+    "grader killed": kill_a_grader,
+    "tb/ deleted": delete_events,
+    "foreign files": leave_a_file,
+    "checkpoint damaged": damage_an_old_checkpoint,
+}
+
+
+def last_step(folder: Path) -> int:
+    """Returns the number of steps that the run has recorded."""
+    return sum('"kind": "train"' in line for line in read_lines(folder / METRICS))
+
+
+def soak(folder: Path, num_steps: int, rng: random.Random) -> tuple[list[Measurement], int, str]:
+    """Trains while faults strike; returns the measurement of each step, the exit code and the output."""
+    log = folder.with_suffix(".log")
+    process = jobs.start(folder, (*JOB, f"train.num_steps={num_steps}"), log=log)
+    measurements, next_fault = [], 20
+    while process.poll() is None:
+        step = last_step(folder)
+        if step > len(measurements):
+            with contextlib.suppress(OSError, KeyError):  # It has just ended.
+                measurements += [measure(process.pid)] * (step - len(measurements))
+        if step >= next_fault:
+            name = rng.choice(sorted(FAULTS))
+            print(f"step {step}: {name}", flush=True)
+            try:
+                FAULTS[name](process, folder, rng)
+            except OSError as error:  # The run is deleting the same files.
+                print(f"step {step}: {name}: {error}", flush=True)
+            next_fault = step + rng.randint(5, 25)
+        time.sleep(0.02)
+    return measurements, process.returncode, log.read_text()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000, help="number of training steps")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults")
+    parser.add_argument("--folder", type=Path, help="folder of the run (default: a new one)")
+    args = parser.parse_args()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="soak_"))
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder.absolute() / "compiled")
+    run = folder.absolute() / "run"
+    measurements, code, output = soak(run, args.steps, random.Random(args.seed))
+    if code or len(measurements) < args.steps:
+        print(f"seed {args.seed}: exit code {code} after {len(measurements)} steps\n{output}")
+        return 1
+    early_step = args.steps // 10
+    early = median(measurements[early_step : early_step + NUM_SAMPLES])
+    late = median(measurements[-NUM_SAMPLES:])
+    growth = late.mebibytes / early.mebibytes - 1
+    print(
+        f"after step {early_step}: {early}\nafter step {args.steps}: {late}\ngrowth {growth:+.2%}"
+    )
+    is_flat = growth <= MAX_GROWTH and late.num_files <= early.num_files
+    return int(not (is_flat and late.num_threads <= early.num_threads))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Failures of the operating system and of the environment: what is wrong, where, and the way out, on one line.
+
+`trapo_jax` imports this module before the module of a command, so it imports little else.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from trapo_jax.printable import printable
+from trapo_jax.types import EXIT_FAILED
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as in shells
+
+OUTPUT = "standard output"  # its name in errors
+PLATFORMS = "JAX_PLATFORMS"
+MIN_DESCRIPTORS = 40  # Checkpoints and grading processes are written and started with fewer.
+
+_AGAIN = "run the same command again"
+_SPACE = f"free some disk space (and inodes, see df -i), then {_AGAIN}"
+_FILES = f"raise the limit on open files (ulimit -n), then {_AGAIN}"
+_MEMORY = f"free some memory or raise its limit (ulimit -v), then {_AGAIN}"
+_PROCESSES = (
+    f"raise the limit on processes, or on their memory (ulimit -u, ulimit -v), then {_AGAIN}"
+)
+_WRITABLE = f"make it writable, then {_AGAIN}"
+_DISK = f"check the disk, then {_AGAIN}"
+_EXHAUSTED = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.ENOMEM: _MEMORY,
+    errno.EAGAIN: _PROCESSES,
+}
+_REMEDIES = _EXHAUSTED | {
+    errno.EROFS: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+    errno.EACCES: _WRITABLE,
+    errno.ENOENT: f"if it was deleted or moved, restore it, then {_AGAIN}",
+    errno.EIO: _DISK,
+    errno.ESTALE: _DISK,
+}
+# TensorStore and safetensors report system errors only in the text of other exceptions.
+_CODE = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")
+_PATH = re.compile(r'"(/[^"]+)"')
+_JAX_VARIABLE = re.compile(r"(?:JAX flag |environment ')(\w+)")
+_NO_BACKEND = "Unable to initialize backend"
+_NO_THREAD = "can't start new thread"
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|cannot allocate memory|failed to map segment")
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """Returns one line about a failure of the system or the environment, and the exit code; None for other exceptions."""
+    if line := _wrong_variable(error):
+        return line, EXIT_USER_ERROR
+    found = system_error(error)
+    if found and (remedy := _REMEDIES.get(found.errno or 0)):
+        where = f"{found.filename}: " if found.filename else ""
+        return f"{where}{found.strerror}; {remedy}", EXIT_FAILED
+    if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
+        return f"no more threads can be started; {_PROCESSES}", EXIT_FAILED
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        reason = _first_line(error)
+        return (
+            f"out of memory{reason and f' ({reason})'}; free some memory or raise its limit (ulimit -v), choose a smaller "
+            "model, or lower sampling.num_slots and, in training, train.per_device_rows",
+            EXIT_FAILED,
+        )
+    return None
+
+
+def remedy_of_exhaustion(error: BaseException) -> str | None:
+    """Returns the way out of a lack of disk space, memory, open files or processes; None if nothing is lacking."""
+    found = system_error(error)
+    return _EXHAUSTED.get(found.errno or 0) if found else None
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """Returns the system error that an exception is, contains in its text, or was raised from."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, OSError):
+            return current
+        if found := _CODE.search(str(current)):
+            code = int(found[1] or found[2])
+            path = _PATH.search(str(current))
+            return OSError(code, os.strerror(code), path[1] if path else None)
+        current = current.__cause__
+    return None
+
+
+@contextlib.contextmanager
+def named_in_errors(path: Path | str) -> Iterator[None]:
+    """Adds a path to system errors that name none, such as those of writing to an open file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def check_limits() -> None:
+    """Checks that as many threads and files can be opened as a command needs: native code aborts if they cannot.
+
+    Raises:
+      RuntimeError, OSError: if they cannot be opened.
+    """
+    done = threading.Event()
+    descriptors = []
+    try:
+        for _ in range(16 + 4 * (os.cpu_count() or 1)):
+            threading.Thread(target=done.wait, daemon=True).start()
+        while len(descriptors) < MIN_DESCRIPTORS:
+            descriptors += os.pipe()
+    finally:
+        done.set()
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def report_import_error(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Prints an uncaught exception and exits. A `sys.excepthook` for the imports of a command."""
+    del kind, trace
+    raise SystemExit(report(error))
+
+
+def report(error: BaseException) -> int:
+    """Prints an uncaught exception, on one line if `explain` knows it, and returns the exit code."""
+    stopped = ("stopped", EXIT_INTERRUPTED) if isinstance(error, KeyboardInterrupt) else None
+    if explained := stopped or explain(error):
+        print_error(explained[0])
+        return explained[1]
+    traceback.print_exception(error)
+    return EXIT_FAILED
+
+
+def print_error(message: str) -> None:
+    """Prints an error, which may have several lines, to standard error."""
+    with contextlib.suppress(OSError):  # Standard error may be a file on a full disk.
+        print("error:", printable(message, keep="\n"), file=sys.stderr, flush=True)
+
+
+def leave_lost_terminal() -> None:
+    """Discards standard output and standard error from now on if their terminal has been closed."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            os.write(stream.fileno(), b"")
+        except io.UnsupportedOperation:  # a stream in memory
+            continue
+        except OSError:
+            discard(stream)
+
+
+def discard(stream: TextIO) -> None:
+    """Redirects a stream to the null device. Otherwise, Python would fail when it flushes the stream at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def _wrong_variable(error: BaseException) -> str | None:
+    """Says which environment variable JAX rejects: most when it is imported, the platform at the first operation."""
+    if isinstance(error, RuntimeError) and _NO_BACKEND in str(error):
+        platforms = os.environ.get(PLATFORMS) or "any"
+        return (
+            f"{PLATFORMS}={platforms}: {_first_line(error)}; unset it to use the available devices"
+        )
+    found = _JAX_VARIABLE.search(str(error)) if isinstance(error, ValueError) else None
+    name = found[1].upper() if found else ""
+    if name not in os.environ:
+        return None
+    return f"{name}={os.environ[name]!r:.100}: JAX does not accept this value; unset the variable or correct it"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:300]
