@@ -36,8 +36,9 @@ def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str
         found.append(SAMPLES)
     if tolerance == 0:
         found += [name for name in _results(theirs) if _bytes(ours, name) != _bytes(theirs, name)]
-    state, host = read_checkpoint(ours)
-    their_state, their_host = read_checkpoint(theirs)
+    last = max(int(path.name) for path in (theirs / CHECKPOINTS).iterdir())
+    state, host = read_checkpoint(ours, last)
+    their_state, their_host = read_checkpoint(theirs, last)
     if _without_seconds(host["usage"]) != _without_seconds(their_host["usage"]):
         found.append("usage")
     if host["method_state"] != their_host["method_state"]:
