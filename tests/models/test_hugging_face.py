@@ -77,6 +77,23 @@ def test_a_failed_export_keeps_the_previous_folder(folder, tmp_path):
     assert (kept / "model.safetensors").read_bytes() == before
 
 
+def test_another_export_keeps_what_others_added_to_the_folder(folder, tmp_path):
+    config = read_config(folder)
+    params = load_params(folder, config)
+    out = tmp_path / "out"
+    export_model(params, config, source=folder, destination=out, max_file_bytes=100_000)
+    added = ("README.md", "model-00001-of-00009.safetensors", "model.safetensors.bak", "mine/a.txt")
+    for name in added:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    export_model(params, config, source=folder, destination=out)
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    export_model(params, config, source=folder, destination=tmp_path / "new")
+    assert names == {*added, *(path.name for path in (tmp_path / "new").iterdir())}
+    assert all((out / name).read_text() == "mine" for name in added)
+    assert not (tmp_path / "out.partial").exists()
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_half_precision_weights_are_read_exactly(dtype, folder):
     config = read_config(folder)

@@ -198,7 +198,7 @@ def test_keeps_the_newest_and_the_best(tmp_path):
 
 
 def test_log_is_truncated_at_the_checkpoint(tmp_path):
-    log = RunLog(tmp_path, offsets=None)
+    log = RunLog(tmp_path, offsets=None, run_id="1a")
     log.metrics("train", 1, {"a": 1.5})
     offsets = log.offsets()
     log.metrics("train", 2, {"a": float("nan")})
@@ -206,7 +206,7 @@ def test_log_is_truncated_at_the_checkpoint(tmp_path):
     log.close()
     assert read_metrics(tmp_path)[1] == {"step": 2, "kind": "train", "a": None}
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 1
-    log = RunLog(tmp_path, offsets=offsets)
+    log = RunLog(tmp_path, offsets=offsets, run_id="1a")
     log.metrics("train", 2, {"a": 2.5})
     log.close()
     assert [r["a"] for r in read_metrics(tmp_path)] == [1.5, 2.5]
@@ -215,7 +215,7 @@ def test_log_is_truncated_at_the_checkpoint(tmp_path):
 
 
 def test_log_shorter_than_at_the_checkpoint_is_refused(tmp_path):
-    log = RunLog(tmp_path, offsets=None)
+    log = RunLog(tmp_path, offsets=None, run_id="1a")
     log.metrics("train", 1, {"a": 1.5})
     offsets = log.offsets()
     log.close()
@@ -223,7 +223,7 @@ def test_log_shorter_than_at_the_checkpoint_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"metrics.jsonl: has 2 bytes, but had \d+ at the checkpoint"
     ):
-        RunLog(tmp_path, offsets=offsets)
+        RunLog(tmp_path, offsets=offsets, run_id="1a")
     assert (tmp_path / "metrics.jsonl").read_text() == "{}"
 
 

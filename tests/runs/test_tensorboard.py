@@ -14,7 +14,7 @@ from trapo_jax.types import UserError
 
 
 def test_scalars_are_read_by_tensorboard(tmp_path):
-    board = TensorBoard(tmp_path / "tb")
+    board = TensorBoard(tmp_path / "tb", "1a")
     for step in (1, 2):
         board.scalar("loss/total", 0.5 * step, step)
     for step in (0, 127, 128, 2**40):
@@ -28,7 +28,7 @@ def test_scalars_are_read_by_tensorboard(tmp_path):
 
 
 def test_a_clock_that_is_set_back_does_not_matter(tmp_path, monkeypatch):
-    board = TensorBoard(tmp_path / "tb")
+    board = TensorBoard(tmp_path / "tb", "1a")
     board.scalar("a", 1.0, 1)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 3600)
@@ -39,7 +39,7 @@ def test_a_clock_that_is_set_back_does_not_matter(tmp_path, monkeypatch):
 
 
 def test_a_failing_disk_costs_one_warning(tmp_path, monkeypatch, capsys):
-    log = RunLog(tmp_path, offsets=None)
+    log = RunLog(tmp_path, offsets=None, run_id="1a")
     log.metrics("train", 1, {"a": 1.0})
 
     def fail(event):
@@ -56,7 +56,7 @@ def test_a_failing_disk_costs_one_warning(tmp_path, monkeypatch, capsys):
         f"warning: {tmp_path / 'tb'}: no more TensorBoard events are written (No space" in warning
     )
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
-    RunLog(tmp_path, offsets=offsets).close()
+    RunLog(tmp_path, offsets=offsets, run_id="1a").close()
 
 
 @pytest.mark.parametrize("obstacle", ["file", "dangling link"])
@@ -65,7 +65,7 @@ def test_a_directory_that_cannot_be_made_costs_one_warning(obstacle, tmp_path, c
         (tmp_path / "tb").write_text("mine")
     else:
         (tmp_path / "tb").symlink_to(tmp_path / "absent" / "tb")
-    log = RunLog(tmp_path, offsets=None)
+    log = RunLog(tmp_path, offsets=None, run_id="1a")
     log.metrics("train", 1, {"a": 1.0})
     log.offsets()
     log.close()
@@ -74,7 +74,7 @@ def test_a_directory_that_cannot_be_made_costs_one_warning(obstacle, tmp_path, c
 
 
 def test_a_deleted_directory_does_not_matter(tmp_path):
-    log = RunLog(tmp_path, offsets=None)
+    log = RunLog(tmp_path, offsets=None, run_id="1a")
     log.metrics("train", 1, {"a": 1.0})
     offsets = log.offsets()
     for path in (tmp_path / "tb").iterdir():
@@ -82,7 +82,7 @@ def test_a_deleted_directory_does_not_matter(tmp_path):
     (tmp_path / "tb").rmdir()
     log.metrics("train", 2, {"a": 2.0})
     log.close()
-    log = RunLog(tmp_path, offsets=offsets)
+    log = RunLog(tmp_path, offsets=offsets, run_id="1a")
     log.metrics("train", 2, {"a": 3.0})
     log.close()
     assert [record["a"] for record in read_metrics(tmp_path)] == [1.0, 3.0]
@@ -90,7 +90,7 @@ def test_a_deleted_directory_does_not_matter(tmp_path):
 
 
 def test_damaged_metrics_are_found_on_resuming(tmp_path):
-    log = RunLog(tmp_path, offsets=None)
+    log = RunLog(tmp_path, offsets=None, run_id="1a")
     for step in (1, 2, 3):
         log.metrics("train", step, {"a": 1.0})
     offsets = log.offsets()
@@ -99,4 +99,24 @@ def test_damaged_metrics_are_found_on_resuming(tmp_path):
     content[content.index(b"\n") + 1] = 0
     (tmp_path / "metrics.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not a JSON record; restore"):
-        RunLog(tmp_path, offsets=offsets)
+        RunLog(tmp_path, offsets=offsets, run_id="1a")
+
+
+def test_event_files_that_others_added_are_left_alone(tmp_path):
+    log = RunLog(tmp_path, offsets=None, run_id="1a")
+    log.metrics("train", 1, {"a": 1.0})
+    offsets = log.offsets()
+    log.metrics("train", 2, {"a": 1.0})
+    log.close()
+    (events,) = (tmp_path / "tb").iterdir()
+    other_run = events.name.replace(".1a.", ".2b.")
+    for name in (other_run, f"{events.name}.bak", "events.out.tfevents.1.host.2", "events.txt"):
+        (tmp_path / "tb" / name).write_text("mine")
+    RunLog(tmp_path, offsets=offsets, run_id="1a").close()
+    mine = {p.name for p in (tmp_path / "tb").iterdir() if p.read_bytes() == b"mine"}
+    assert mine == {
+        other_run,
+        f"{events.name}.bak",
+        "events.out.tfevents.1.host.2",
+        "events.txt",
+    }

@@ -60,7 +60,7 @@ def run(tmp_path_factory):
     config = Config().model_dump(mode="json")
     config["data"]["train_files"] = [c for c in CORPUS if c.isprintable()]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    log = RunLog(folder, offsets=None)
+    log = RunLog(folder, offsets=None, run_id="1a")
     scores = {"eval/accuracy_greedy": 0.1, "eval/accuracy_sampled": 0.2, "time/eval_secs": 1.0}
     scores |= {"eval/num_samples": 2, "eval/temperature": 0.6}
     by_source = {f"eval/accuracy_greedy/{text}": 0.5 for text in CORPUS}

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from trapo_jax.files import read_json_object
 from trapo_jax.models.decoder import DecoderConfig
 from trapo_jax.models.generation_config import GENERATION_CONFIG, write_eos_ids
+from trapo_jax.models.tensor_files import INDEX, weight_files
 from trapo_jax.types import UserError
 
 CONFIG = "config.json"
@@ -62,7 +63,10 @@ def write_side_files(
 
 @contextlib.contextmanager
 def replaced_folder(destination: Path) -> Iterator[Path]:
-    """Yields an empty folder that replaces `destination` on exit, unless an error occurs.
+    """Yields an empty folder whose files are moved to `destination` on exit, unless an error occurs.
+
+    An existing destination keeps all files that are not overwritten, except for weights that only its own index or
+    default name makes part of the model. It has no config while it changes, so that nothing loads a mixture.
 
     Raises:
       UserError: if the folder cannot be written.
@@ -73,9 +77,22 @@ def replaced_folder(destination: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         if destination.exists():
-            shutil.rmtree(destination)
-        os.rename(staging, destination)
+            _move_files(staging, destination)
+        else:
+            os.rename(staging, destination)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{destination}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_files(source: Path, destination: Path) -> None:
+    """Moves all files of a model folder to another one, where weights that are not replaced are deleted."""
+    new = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    stale = {*map(Path, weight_files(destination)), Path(INDEX)} - {*new}
+    (destination / CONFIG).unlink(missing_ok=True)
+    for name in stale:
+        (destination / name).unlink(missing_ok=True)
+    for name in sorted(new, key=lambda name: name == Path(CONFIG)):  # The config comes last.
+        (destination / name).parent.mkdir(exist_ok=True)
+        os.replace(source / name, destination / name)

@@ -34,6 +34,7 @@ class RunLog:
       folder: the run directory.
       offsets: the result of `offsets()` that was saved in the checkpoint; None for a new run. Everything written
         after the checkpoint is deleted, including TensorBoard events, so that no step is logged twice.
+      run_id: id of the run.
 
     Raises:
       UserError: if a file is shorter than it was at the checkpoint, or metrics.jsonl is damaged.
@@ -41,17 +42,17 @@ class RunLog:
 
     FILES = (METRICS, SAMPLES)
 
-    def __init__(self, folder: Path, *, offsets: Mapping[str, int] | None):
-        self._folder = folder
+    def __init__(self, folder: Path, *, offsets: Mapping[str, int] | None, run_id: str):
+        self._folder, self._run_id = folder, run_id
         offsets = offsets or dict.fromkeys(self.FILES, 0)
-        _truncate(folder, offsets, self.FILES)
+        _truncate(folder, offsets, self.FILES, event_files(folder / TENSORBOARD, run_id))
         if (folder / METRICS).exists():
             read_metrics(folder)  # Raises now rather than at the end of the run.
         self._files = {
             name: open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
             for name in self.FILES
         }
-        self._tensorboard = TensorBoard(folder / TENSORBOARD)
+        self._tensorboard = TensorBoard(folder / TENSORBOARD, run_id)
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Writes a record with `step`, `kind` and the values to metrics.jsonl; NaN and infinity become null.
@@ -84,7 +85,7 @@ class RunLog:
             file.flush()
             os.fsync(file.fileno())
         self._tensorboard.flush()
-        events = event_files(self._folder / TENSORBOARD)
+        events = event_files(self._folder / TENSORBOARD, self._run_id)
         paths = [*(self._folder / name for name in self._files), *events]
         return {path.relative_to(self._folder).as_posix(): path.stat().st_size for path in paths}
 
@@ -123,9 +124,10 @@ class NoLog(RunLog):
         pass
 
 
-def _truncate(folder: Path, offsets: Mapping[str, int], needed: Sequence[str]) -> None:
+def _truncate(
+    folder: Path, offsets: Mapping[str, int], needed: Sequence[str], events: Sequence[Path]
+) -> None:
     """Truncates the log files to `offsets`, and deletes event files that are newer and thus have no offset."""
-    events = event_files(folder / TENSORBOARD)
     paths = {path.relative_to(folder).as_posix(): path for path in events}
     paths |= {name: folder / name for name in needed}
     for name, path in paths.items():

@@ -174,7 +174,7 @@ class Run:
         if is_main() and self._changes:
             (self.folder / SUMMARY).unlink(missing_ok=True)  # The run is no longer complete.
             record_changes(self.folder, self._config.to_yaml(), self._changes, after_step=self.step)
-        log = RunLog(self.folder, offsets=offsets) if is_main() else NoLog()
+        log = RunLog(self.folder, offsets=offsets, run_id=identity["id"]) if is_main() else NoLog()
         self._log = self._stack.enter_context(contextlib.closing(log))
         self._interrupt = self._stack.enter_context(contextlib.closing(Interrupt()))
         self.console = self._stack.enter_context(

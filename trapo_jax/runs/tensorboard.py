@@ -5,6 +5,7 @@ fills and the next scalar blocks for ever. Events are a copy of metrics.jsonl, s
 """
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -18,9 +19,10 @@ class TensorBoard:
 
     Args:
       folder: the directory of the event files; created if it does not exist.
+      run_id: id of the run; part of the names of its event files.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, run_id: str):
         from tensorboardX import event_file_writer, summary  # The import takes seconds.
         from tensorboardX.proto import event_pb2
 
@@ -31,7 +33,7 @@ class TensorBoard:
             folder.mkdir(exist_ok=True)
             # Two processes may start within a second, to which the name of the file is exact.
             self._writer = event_file_writer.EventsWriter(
-                str(folder / EVENTS), filename_suffix=f".{os.getpid()}"
+                str(folder / f"{EVENTS}.{run_id}"), filename_suffix=f".{os.getpid()}"
             )
         except OSError as error:
             self._disable(error)
@@ -68,6 +70,7 @@ class TensorBoard:
         )
 
 
-def event_files(folder: Path) -> list[Path]:
-    """Returns the event files in a directory, which may be missing."""
-    return sorted(folder.glob(f"{EVENTS}.*"))
+def event_files(folder: Path, run_id: str) -> list[Path]:
+    """Returns the event files of a run in a directory, which may be missing, but none that were added to it."""
+    name = re.compile(rf"{EVENTS}\.{re.escape(run_id)}\.out\.tfevents\.\d+\..+\.\d+")
+    return sorted(path for path in folder.glob(f"{EVENTS}.*") if name.fullmatch(path.name))
