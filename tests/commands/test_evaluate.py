@@ -157,7 +157,7 @@ MISTAKES = {
     "prompts too long": ("data.max_prompt_length=3", "no problem is usable"),
     "no samples": ("evaluation.num_samples=0", "evaluation.num_samples=0: input should be"),
     "no number": ("evaluation.temperature=hot", 'evaluation.temperature="hot": input should be'),
-    "greedy samples": ("evaluation.temperature=0", "give evaluation.num_samples=1"),
+    "greedy samples": ("evaluation.temperature=0", "set evaluation.num_samples=1"),
     "the temperature of training": (
         "sampling.temperature=1",
         "sampling.temperature: unknown field; did you mean evaluation.temperature?",
@@ -168,7 +168,7 @@ MISTAKES = {
     "nothing to evaluate": ("data={source: files}", "data.test_files: not set; give files or"),
     "files and another source": (
         "data.source=card_shuffles",
-        "data.source=card_shuffles: data.test_files are not read; give data.source=files",
+        "data.source=card_shuffles: data.test_files is not read; set data.source=files",
     ),
 }
 
@@ -187,7 +187,7 @@ def test_mistakes_are_one_line_errors_and_create_no_files(case, data, tmp_path, 
 def test_another_model_than_the_embedded_one_is_not_silently_given_the_embedded_task(capsys):
     assert main(["model.path=a/model"]) == 2
     error = capsys.readouterr().err
-    assert "data.test_files: not set; give files or Hub datasets, or data.source=" in error
+    assert "data.test_files: not set; specify files or Hub datasets, or set data.source" in error
     for model, more in (
         ("card_shuffles_tiny", []),
         ("a/model", [("data.source", "card_shuffles")]),
@@ -319,7 +319,9 @@ def test_an_evaluation_holds_out_what_the_run_held_out(tmp_path):
     config = load_evaluate_config(None, [model, ("data.num_test", "5")])
     assert (config.data.limit, config.data.num_test, config.data.seed) == (50, 5, 3)
     for field in ("limit", "num_test", "num_validation", "seed"):
-        with pytest.raises(UserError, match=rf"data\.{field}=7: the run has .*; leave it out, or"):
+        with pytest.raises(
+            UserError, match=rf"data\.{field}=7: the run has .*; omit this field or"
+        ):
             load_evaluate_config(None, [model, (f"data.{field}", "7")])
     config = load_evaluate_config(
         None, [model, ("data.test_files", "y.jsonl"), ("data.limit", "7")]

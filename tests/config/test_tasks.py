@@ -67,7 +67,9 @@ def test_test_files_make_an_evaluation_one_of_files():
 
 
 def test_lengths_that_follow_from_the_data_are_refused_where_it_is_not_read():
-    with pytest.raises(UserError, match=r"data\.max_prompt_length=null: it follows from the data"):
+    with pytest.raises(
+        UserError, match=r"data\.max_prompt_length=null: it is derived from the data"
+    ):
         _ = files_config().longest_rollout_len
     config = files_config().with_lengths(prompt=48, completion=256)
     assert (config.data.prompt_len, config.sampling.completion_len) == (48, 256)

@@ -199,7 +199,7 @@ MISUSES = {
         ["rewards.functions=multiple_choice", "method.name=grpo"],
         "16 of 16 answers are not one letter A-J, for example 'Paris'",
     ),
-    "another task": (ROWS, ["data.source=card_shuffles"], "data.train_files are not read"),
+    "another task": (ROWS, ["data.source=card_shuffles"], "data.train_files is not read"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Configurations of the commands, and how they are read from YAML files and the command line."""
+"""Defines the configurations of the commands and reads them from YAML files and the command line."""
 
 from trapo_jax.config.changes import flatten, is_changeable
 from trapo_jax.config.evaluation import (

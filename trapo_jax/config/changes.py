@@ -1,9 +1,9 @@
-"""Configurations as flat mappings, and the fields that may change when a run is resumed."""
+"""Flattens configurations and lists the fields that may change when a run is resumed."""
 
 from typing import Any
 
-# Fields that may change when a run is resumed. They do not affect the results, except through rounding and, if
-# sampling.max_staleness > 0, through the timing of the rollouts. A name that ends with a dot is a whole section.
+# Fields that may change when a run is resumed. They affect the results only through rounding and, if
+# sampling.max_staleness > 0, through the timing of the rollouts. A name that ends with a dot denotes a whole section.
 CHANGEABLE_FIELDS = (
     "output_dir",
     "log_samples",
@@ -27,12 +27,12 @@ CHANGEABLE_FIELDS = (
 
 
 def is_changeable(field: str) -> bool:
-    """Whether a field may change when a run is resumed."""
+    """Returns whether a field may change when a run is resumed."""
     return any(field.startswith(x) if x.endswith(".") else field == x for x in CHANGEABLE_FIELDS)
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested dicts into one whose keys are dotted names, as on the command line."""
+    """Flattens nested dicts into one dict with dotted names as keys, as on the command line."""
     flat = {}
     for name, value in data.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The configuration of `trapo_jax.evaluate`, built from the same sections as that of a training run."""
+"""Defines the configuration of `trapo_jax.evaluate`, built from the same sections as a training config."""
 
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -35,30 +35,30 @@ from trapo_jax.config.training import (
 from trapo_jax.paths import look_up
 from trapo_jax.types import UserError
 
-# Fields that decide which problems of the training files a run holds out.
+# Fields that determine which problems of the training files a run holds out.
 HELD_OUT_BY = ("limit", "num_test", "num_validation", "seed")
 
 
 class EvaluationEngineConfig(EngineConfig):
     max_completion_length: Length | None = None
-    """Maximum completion length in tokens. null for 2048, or what the context of the model leaves."""
+    """Maximum completion length in tokens. null for 2048, or less if the model's context is too short."""
 
 
 class EvaluationScoringConfig(ScoringConfig):
     num_samples: Rows = 1
-    """Number of samples per problem, for avg@k, pass@k and maj@k (in a tie, the share of the tied answers that are correct)."""
+    """Number of samples per problem, for avg@k, pass@k and maj@k (in a tie, the fraction of the tied answers that are correct)."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Sample only from the most likely tokens that together have this probability; 1 for all tokens."""
+    """Sample only from the most likely tokens whose combined probability reaches this value; 1 for all tokens."""
     top_k: NotNegative = 0
     """Sample only from this many of the most likely tokens; 0 for all tokens."""
 
 
 class EvaluationGradingConfig(GradingConfig):
     functions: StringList = ()
-    """Reward functions, as in training. The first decides whether a response is correct."""
+    """Reward functions, as in training. The first one decides whether a response is correct."""
 
 
-# What an evaluation takes from the config of a training run, by section.
+# Fields that an evaluation inherits from the config of a training run, keyed by section.
 INHERITED: Mapping[str, Collection[str]] = {
     "data": DataConfig.model_fields.keys(),
     "rewards": EvaluationGradingConfig.model_fields.keys(),
@@ -71,9 +71,9 @@ class EvaluateConfig(TaskConfig):
     """Everything that an evaluation depends on."""
 
     output_dir: str | None = None
-    """Directory of the results. null for evaluations/<name of the model>. An evaluation that it contains is resumed."""
+    """Directory for the results. If it contains an evaluation, that evaluation is resumed. null for evaluations/<name of the model>."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Random seed of sampling."""
+    """Random seed for sampling."""
     model: PretrainedConfig = PretrainedConfig()
     data: DataConfig = DataConfig()
     sampling: EvaluationEngineConfig = EvaluationEngineConfig()
@@ -104,11 +104,11 @@ class EvaluateConfig(TaskConfig):
 def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]) -> EvaluateConfig:
     """Loads the configuration of an evaluation.
 
-    If `model.path` is a training run, its config gives the defaults of the sections `data` and `rewards`, of
-    `sampling.max_completion_length`, and of the temperature and the numbers of samples, so that the run's own test
-    problems are evaluated as at its end unless others are given. If the run's problems were generated and files are given,
-    the task's defaults do not apply to them. If the file is the config of a training run, only these fields and those of
-    the model are used.
+    If `model.path` is a training run, its config provides the defaults of the sections `data` and `rewards`, of
+    `sampling.max_completion_length`, of the temperature, and of the numbers of samples. By default, the run's own test
+    problems are therefore evaluated as at the end of the run. If the run's problems were generated but files are
+    specified, the task's defaults do not apply to the files. If `file` is the config of a training run, only these fields
+    and the model's fields are used.
 
     Raises:
       UserError: with one line per mistake.
@@ -125,7 +125,7 @@ def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]
 
 
 def is_training_config(data: Mapping[str, Any]) -> bool:
-    """Returns whether a config, as plain data, has fields that training has and an evaluation does not."""
+    """Returns whether a config, as plain data, has fields that exist only for training, not for evaluations."""
     return bool(
         data.keys() & (Config.model_fields.keys() - EvaluateConfig.model_fields.keys())
         or flatten(dict(data)).keys() & (_names(Config) - _names(EvaluateConfig))
@@ -133,7 +133,7 @@ def is_training_config(data: Mapping[str, Any]) -> bool:
 
 
 def _without_training(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a config without what does not concern evaluations, if it is one of a training run."""
+    """Returns a config without the fields that evaluations do not use, if it is the config of a training run."""
     if not is_training_config(data):
         return data
     inherited = {**INHERITED, "model": PretrainedConfig.model_fields.keys()}
@@ -164,7 +164,8 @@ def _defaults_of_run(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     own = given.get("data")
     own = own if isinstance(own, dict) else {}
     if own.get("test_files") or own.get("train_files"):
-        for name in ("max_prompt_length", "overlong_prompts", "limit"):  # not those of these files
+        # The run's values of these fields describe other files.
+        for name in ("max_prompt_length", "overlong_prompts", "limit"):
             of_run.pop(name, None)
         if of_run.pop("source", FILES) != FILES:
             defaults["rewards"].pop("functions", None)
@@ -172,7 +173,7 @@ def _defaults_of_run(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
         for name in HELD_OUT_BY:
             if name in own and own[name] != of_run.get(name):
                 raise UserError(
-                    f"data.{name}={own[name]}: the run has {of_run.get(name)}, and with another value problems that it was "
-                    "trained on would be evaluated; leave it out, or give data.test_files"
+                    f"data.{name}={own[name]}: the run has {of_run.get(name)}; with another value, problems that it was "
+                    "trained on would be evaluated; omit this field or set data.test_files"
                 )
     return defaults

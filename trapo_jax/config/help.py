@@ -1,4 +1,4 @@
-"""The fields of a configuration, and the `--help` text of commands that are configured by one."""
+"""Lists the fields of a configuration and formats the `--help` text of the commands."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args, get_origin
@@ -16,7 +16,7 @@ usage: python -m trapo_jax.{command} [--config FILE] [FIELD=VALUE ...]
 {about}
 
   --config FILE     a YAML file, or the name of a shipped config (smoke_cpu, own_data, ...); without it, the defaults
-                    below. Relative paths of models, data and reward functions are
+                    below apply. Relative paths of models, data and reward functions are
                     looked up in the working directory, then in the folder of this file
 {options}  FIELD=VALUE       overrides a field; also --FIELD VALUE and --FIELD=VALUE
   --help            prints this text
@@ -26,7 +26,7 @@ Fields (type, default):
 
 
 class FieldHelp(NamedTuple):
-    """Describes a field: dotted name, type, default as YAML, and a help sentence."""
+    """Describes a field: its dotted name, its type, its default as YAML, and its help text."""
 
     name: str
     type: str
@@ -53,7 +53,7 @@ def list_fields(section: type[pydantic.BaseModel], prefix: str = "") -> Iterator
 
 
 def _list_constants(prefix: str) -> Iterator[FieldHelp]:
-    """Yields the constants of all methods; the default says which methods have them."""
+    """Yields the constants of all methods. Each default lists the methods that have the constant."""
     for constant in list_constants():
         by_default: dict[str, list[str]] = {}
         for method, default in constant.defaults.items():
@@ -75,12 +75,12 @@ def _as_yaml(value: Any) -> str:
 def help_text(
     config_class: type[pydantic.BaseModel], command: str, about: str, *, options: str = ""
 ) -> str:
-    """Returns the `--help` text: usage, and every field with type, default and a sentence.
+    """Returns the `--help` text: the usage, and every field with its type, default and help text.
 
     Args:
       config_class: the class of the command's configuration.
       command: the command's name.
-      about: what the command does, in a sentence.
+      about: a sentence that describes the command.
       options: help lines of the command's other options, each ending with a newline.
     """
     lines = [USAGE.format(command=command, about=about, options=options)]
@@ -100,7 +100,7 @@ def _type_name(annotation: Any) -> str:
     if get_origin(annotation) in (tuple, list):
         return f"list of {_type_name(arguments[0])}"
     if get_origin(annotation) is dict:
-        return f"{_type_name(arguments[1])} by name"
+        return f"mapping from name to {_type_name(arguments[1])}"
     if all(isinstance(argument, str) for argument in arguments):  # Literal["a", "b"]
         return "|".join(arguments)
     return "|".join(_type_name(argument) for argument in arguments)

@@ -1,7 +1,7 @@
 """Reads configurations from YAML files and `a.b=c` overrides.
 
-The file and the overrides are merged as plain data, which is validated once and strictly. Every mistake becomes one
-line that names the field, where it was set, its value and how to fix it.
+The file and the overrides are merged as plain data, which is validated once and strictly. Every mistake is reported
+in one line that names the field, where it was set, its value, and how to fix it.
 """
 
 import difflib
@@ -30,7 +30,7 @@ C = TypeVar("C", bound=TaskConfig)
 MAX_CONFIG_BYTES = MAX_CONFIG_SIZE = 2**18
 MAX_DEPTH = 50
 MAX_NUMBER_CHARS = 400
-MAX_MISTAKES, MAX_NAME_CHARS = 20, 200  # that are shown
+MAX_MISTAKES, MAX_NAME_CHARS = 20, 200  # limits on what error messages show
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 COMMAND_LINE = "command line"
 
@@ -39,8 +39,8 @@ class Layer(NamedTuple):
     """A part of a configuration as plain data.
 
     Attributes:
-      where: where it comes from, for error messages.
-      data: values by field.
+      where: the origin of the data, for error messages.
+      data: the values, keyed by field.
     """
 
     where: str
@@ -54,7 +54,7 @@ def load_config(
     *,
     defaults: Mapping[str, Any] | None = None,
 ) -> C:
-    """Merges a file and overrides and validates the result.
+    """Merges a file and overrides, and validates the result.
 
     Relative paths of models and data, and modules in import paths, are looked up in the working directory and then in
     the folder of the file.
@@ -62,7 +62,7 @@ def load_config(
     Args:
       config_class: the class of the configuration.
       file: a YAML file, or None.
-      overrides: dotted names and YAML scalars, such as `("train.num_steps", "10")`; they win over the file.
+      overrides: dotted names and YAML scalars, such as `("train.num_steps", "10")`; they take precedence over the file.
       defaults: plain data that the file is merged into, section by section.
 
     Raises:
@@ -80,12 +80,12 @@ def load_layers(
     *,
     file: Path | None,
 ) -> C:
-    """Merges layers, each of which wins over those before it, and overrides, and validates the result.
+    """Merges layers and overrides, and validates the result. Later layers take precedence over earlier ones.
 
     Args:
       config_class, overrides: see `load_config`.
       layers: plain data, as from `read_yaml`.
-      file: the config file, beside which paths and modules are looked up.
+      file: the config file, whose folder is searched for paths and modules.
 
     Raises:
       UserError: with one line per mistake.
@@ -93,11 +93,11 @@ def load_layers(
     search_beside(file)
     text = json.dumps(merge_layers(layers, overrides), default=str)
     try:
-        # Strict JSON mode accepts neither "3" for 3 nor true for 1, but lists and mappings as YAML gives them.
+        # Strict JSON mode rejects "3" for 3 and true for 1, but accepts lists and mappings as YAML produces them.
         config = config_class.model_validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         given = [*layers, Layer(COMMAND_LINE, dict(overrides))]
-        where = str(file or COMMAND_LINE)  # for what is not set anywhere
+        where = str(file or COMMAND_LINE)  # the origin of fields that are not set anywhere
         mistakes = error.errors()
         lines = [
             line
@@ -130,7 +130,7 @@ def load_train_config(
 
     Args:
       path: a YAML file, or the name of a shipped config such as `smoke_cpu`; None for the defaults.
-      overrides: values by dotted name, such as `{"train.num_steps": 10}`; they win over the file.
+      overrides: values keyed by dotted name, such as `{"train.num_steps": 10}`; they take precedence over the file.
 
     Raises:
       UserError: with one line per mistake.
@@ -143,7 +143,7 @@ def load_train_config(
 
 
 def merge_layers(layers: Sequence[Layer], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Merges layers and overrides as plain data that is not validated; see `load_layers`."""
+    """Merges layers and overrides into plain data without validating it; see `load_layers`."""
     data: dict[str, Any] = {}
     for layer in layers:
         data = _merge(data, layer.data)
@@ -158,7 +158,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """Reads a YAML mapping from a file.
 
     Raises:
-      UserError: naming the file and the line of a syntax error.
+      UserError: if the file cannot be read, or for a syntax error, naming the file and the line.
     """
     try:
         text = read_text(file, max_bytes=MAX_CONFIG_BYTES)
@@ -178,7 +178,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _check_plain(value: Any, where: str) -> None:
-    """Checks that a value can be written as JSON in UTF-8, except for values such as dates, which become text."""
+    """Checks that a value can be written as JSON in UTF-8. Values such as dates become strings."""
     try:
         json.dumps(value, default=str, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -201,7 +201,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
     """Splits a command line into the config file and the overrides, in order.
 
     Raises:
-      UserError: for an argument that is neither.
+      UserError: if an argument is neither.
     """
     file: Path | None = None
     overrides: list[tuple[str, str]] = []
@@ -221,7 +221,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
             raise UserError(f"command line: {argument!r} names no field")
         if is_option and name == "config":
             if file is not None:
-                raise UserError(f"command line: --config twice, {file} and {value}; give one file")
+                raise UserError(f"command line: two --config files, {file} and {value}; pass one")
             file = find_config(value)
         else:
             overrides.append((name, value))
@@ -229,16 +229,16 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads floats as YAML 1.2 does (`1e-6` is a number), refuses duplicate keys, and limits what a text expands to.
+    """Reads floats as in YAML 1.2 (`1e-6` is a number), rejects duplicate keys, and limits the size of the expanded data.
 
-    An alias counts as much as what it repeats, since a few nested ones would otherwise fill any memory.
+    An alias counts as much as the node that it repeats, because a few nested aliases could otherwise fill any memory.
     """
 
     def __init__(self, stream):
         super().__init__(stream)
         self._depth = 0
-        self._size = 0  # of everything so far, in characters and nodes
-        self._sizes: dict[int, int] = {}  # by id of the node
+        self._size = 0  # size of the data read so far, in characters and nodes
+        self._sizes: dict[int, int] = {}  # sizes of nodes, keyed by `id(node)`
 
     def compose_node(self, parent, index):
         event = self.peek_event()
@@ -250,13 +250,13 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise _error("an alias inside of what it repeats", event)
+                raise _error("an alias inside the node that it repeats", event)
             self._size += self._sizes[id(node)]
         else:
             self._size += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
             self._sizes[id(node)] = self._size - before
         if self._size > MAX_CONFIG_SIZE:
-            raise _error(f"it expands to more than {MAX_CONFIG_SIZE:,} characters", event)
+            raise _error(f"expands to more than {MAX_CONFIG_SIZE:,} characters", event)
         return node
 
     def construct_scalar(self, node):
@@ -270,7 +270,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                raise _error(f"{_shorten(key)} cannot be a field", key_node)
+                raise _error(f"{_shorten(key)} cannot be a field name", key_node)
             if key in seen:
                 raise _error(f"duplicate key {shown(key)}", key_node)
             seen.add(key)
@@ -289,21 +289,21 @@ _Loader.add_implicit_resolver(
 
 
 def _parse_yaml(text: str) -> Any:
-    """Parses a text; raises `yaml.MarkedYAMLError` for every text that is not valid."""
+    """Parses YAML text; raises `yaml.MarkedYAMLError` for any invalid text."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError:
         raise
     except yaml.YAMLError as error:  # a control character
         raise yaml.MarkedYAMLError(problem=str(error).splitlines()[0]) from error
-    # 5,000 digits, February 31, tags that do not fit their values
+    # numbers with 5,000 digits, February 31, tags that do not fit their values
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise yaml.MarkedYAMLError(problem=reason_of(error)) from error
 
 
 def _parse_scalar(name: str, text: str) -> Any:
     if len(name) > MAX_NAME_CHARS:
-        raise UserError(f"{COMMAND_LINE}: {shown(name)}: a name of {len(name)} characters")
+        raise UserError(f"{COMMAND_LINE}: {shown(name)}: a name with {len(name)} characters")
     _check_plain(name, f"{COMMAND_LINE}: {shown(name)}")
     try:
         value = _parse_yaml(text)
@@ -313,11 +313,11 @@ def _parse_scalar(name: str, text: str) -> Any:
     is_plain = (value is None or isinstance(value, str)) and not text.lstrip().startswith(
         ("'", '"')
     )
-    return text.strip() if is_plain and "#" in text else value  # There are no comments here.
+    return text.strip() if is_plain and "#" in text else value  # Overrides have no comments.
 
 
 def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `first` updated by `second`, section by section, in new mappings."""
+    """Returns a copy of `first` updated with `second`, section by section."""
     merged = {}
     for name in {**first, **second}:
         old, new = first.get(name), second.get(name, first.get(name))
@@ -328,7 +328,7 @@ def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 
 
 def _drop_constants_of_another_method(data: dict[str, Any], name: Any) -> None:
-    """Drops the file's method constants that the method named on the command line does not have."""
+    """Drops method constants from the file that the method set on the command line does not have."""
     section = data.get("method")
     if not isinstance(section, dict) or not isinstance(name, str):
         return
@@ -356,10 +356,10 @@ def _set_field(data: dict[str, Any], name: str, value: Any, layers: Sequence[Lay
 def _explain(
     error: Any, config_class: type[TaskConfig], layers: Sequence[Layer], *, otherwise: str
 ) -> list[str]:
-    """Returns lines with the place, the field, its value, what is wrong and how to fix it; usually a single one."""
+    """Returns lines, usually one, with the origin, the field, its value, the problem, and how to fix it."""
     name = ".".join(str(part) for part in error["loc"])[:MAX_NAME_CHARS]
     fields = [name]
-    if error["type"] == "value_error":  # raised by a check of a section, or of several fields
+    if error["type"] == "value_error":  # raised by a check of a section or of several fields
         problem = error["ctx"]["error"]
         cause = problem.__cause__
         lines = cause.lines if isinstance(cause, UserError) else [str(problem)]
@@ -375,14 +375,14 @@ def _explain(
 
 
 def _known_field(config_class: type[Section], name: str) -> str:
-    """Returns a hint for an unknown field: the one that it resembles, or else where they are listed."""
+    """Returns a hint for an unknown field: a similar field, or otherwise the option that lists all fields."""
     names = [field.name for field in list_fields(config_class)]
     parent, _, leaf = name.rpartition(".")
     sections = sorted(
         {n.rsplit(".", 1)[0] for n in names if "." in n} - ({parent} if leaf else set())
     )
     matches = difflib.get_close_matches(name, names + sections, n=1, cutoff=0.6)
-    if not matches:  # perhaps the right name in the wrong section
+    if not matches:  # The name may be right, but in the wrong section.
         leaves = {n.rsplit(".", 1)[-1]: n for n in names}
         close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
         matches = [leaves[m] for m in close]
@@ -390,12 +390,12 @@ def _known_field(config_class: type[Section], name: str) -> str:
 
 
 def _fields_in(text: str, config_class: type[TaskConfig]) -> list[str]:
-    """Returns the fields of which a message names the values."""
+    """Returns the fields whose values appear in a message."""
     return re.findall(rf"\b(?:{'|'.join(config_class.model_fields)})(?:\.\w+)*(?==)", text)
 
 
 def _origin(layers: Sequence[Layer], fields: Sequence[str]) -> str | None:
-    """Returns where the last layer that sets one of some fields, or a part of one, comes from; None if none does."""
+    """Returns the origin of the last layer that sets any of the fields, or part of one; None if no layer does."""
     for layer in reversed(layers):
         for given in flatten(dict(layer.data)):
             if any(f"{given}.".startswith(f"{x}.") or x.startswith(f"{given}.") for x in fields):

@@ -1,4 +1,4 @@
-"""Defaults that belong to a task. They replace the general ones of the schema, which suit a language model."""
+"""Defines the defaults of each task. They replace the schema's general defaults, which suit a language model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 FILES = "files"
 EMBEDDED_MODEL = "card_shuffles_tiny"
 
-# By `data.source`: section, field, default.
+# Defaults by section and field, keyed by `data.source`.
 TASKS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "card_shuffles": {
         "model": {"path": EMBEDDED_MODEL},

@@ -1,4 +1,4 @@
-"""The configuration of a training run."""
+"""Defines the configuration of a training run."""
 
 import hashlib
 import json
@@ -36,11 +36,11 @@ from trapo_jax.types import UserError
 
 
 class TaskConfig(Section):
-    """A configuration with the sections `data`, whose source decides defaults (see `TASKS`), `model` and `sampling`."""
+    """A configuration with the sections `data`, `model` and `sampling`. `data.source` selects defaults; see `TASKS`."""
 
     if TYPE_CHECKING:
         data: DataConfig
-        # A `PretrainedConfig` and an `EngineConfig`; every subclass has its own.
+        # Subclasses declare a `PretrainedConfig` and an `EngineConfig` of their own.
         model: Any
         sampling: Any
 
@@ -52,7 +52,7 @@ class TaskConfig(Section):
         data = dict(data)
         given = _as_mapping(data.get("data", {}))
         if given is None:
-            return data  # Validation of the fields says what is wrong.
+            return data  # Field validation reports the mistake.
         source = given.get("source", cls._default_source(given, _as_mapping(data.get("model", {}))))
         data["data"] = {**given, "source": source}
         for section, fields in TASKS.get(source, {}).items() if isinstance(source, str) else ():
@@ -65,7 +65,7 @@ class TaskConfig(Section):
 
     @classmethod
     def _default_source(cls, data: Mapping[str, Any], model: Mapping[str, Any] | None) -> str:
-        """Returns the default of `data.source`. The embedded task is only for the embedded model."""
+        """Returns the default of `data.source`. The embedded task is the default only for the embedded model."""
         is_embedded = (model or {}).get("path") in (None, "", EMBEDDED_MODEL)
         return FILES if data.get("train_files") or not is_embedded else "card_shuffles"
 
@@ -74,12 +74,12 @@ class TaskConfig(Section):
         """Length of the longest possible rollout in tokens, prompt included.
 
         Raises:
-          UserError: if a length is left to the data and has not been determined yet; see `with_lengths`.
+          UserError: if a length is null because it has not been derived from the data yet; see `with_lengths`.
         """
         return self.data.prompt_len + self.sampling.completion_len
 
     def with_lengths(self, *, prompt: int, completion: int) -> Self:
-        """Returns the config with these lengths in place of null."""
+        """Returns the config with lengths that are null replaced by these."""
         data = self.model_dump(mode="json")
         if data["data"]["max_prompt_length"] is None:
             data["data"]["max_prompt_length"] = prompt
@@ -92,7 +92,7 @@ class TaskConfig(Section):
 
 
 def _as_mapping(section: Any) -> dict[str, Any] | None:
-    """Returns the fields of a section that were given; None if it is not a section."""
+    """Returns the fields that were set explicitly in a section; None if it is not a section."""
     if isinstance(section, Section):
         return section.model_dump(mode="json", exclude_unset=True)
     return section if isinstance(section, dict) else None
@@ -102,9 +102,9 @@ class Config(TaskConfig):
     """Everything that a training run depends on."""
 
     output_dir: Annotated[str, Field(min_length=1)] | None = None
-    """Run directory. A run that it contains is resumed. null for runs/TASK_METHOD, followed by a hash of the fields that differ from their defaults."""
+    """Run directory. If it contains a run, that run is resumed. null for runs/TASK_METHOD, followed by a hash of the fields that differ from their defaults, if any."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Random seed of the data order and of sampling."""
+    """Random seed for the data order and for sampling."""
     log_samples: NotNegative = 4
     """Number of problems per step whose rollouts are written to samples.jsonl."""
     model: ModelConfig = ModelConfig()
@@ -124,7 +124,7 @@ class Config(TaskConfig):
         train, data = self.train, self.data
         if train.budget is None and train.budget_unit != "steps":
             raise ValueError(
-                f"train.budget=null: train.budget_unit={train.budget_unit} needs an amount; give a number"
+                f"train.budget=null: train.budget_unit={train.budget_unit} needs an amount; set a number"
             )
         check_files(data, "train_files")
         check_model(self.model)
@@ -133,17 +133,17 @@ class Config(TaskConfig):
         if data.source != FILES and train.problems_per_step > (data.num_train or 0):
             raise ValueError(
                 f"train.problems_per_step={train.problems_per_step}: larger than "
-                f"data.num_train={data.num_train}, so that a batch would repeat problems"
+                f"data.num_train={data.num_train}, so a batch would repeat problems"
             )
         check_weights(self.rewards, self.rewards.functions)
         if self.mesh.fsdp == 0:
             raise ValueError(
-                "mesh.fsdp=0: give a number of devices, or -1 for all that mesh.tp leaves"
+                "mesh.fsdp=0: set a number of devices, or -1 for all that mesh.tp leaves"
             )
         if self.checkpoint.keep_best and not self.evaluation.every:
             raise ValueError(
                 f"checkpoint.keep_best={self.checkpoint.keep_best}: evaluation.every=0 never finds a best "
-                "checkpoint; give an interval"
+                "checkpoint; set an interval"
             )
         if self.checkpoint.load_best_model_at_end and not self.checkpoint.keep_best:
             raise ValueError(
@@ -154,7 +154,7 @@ class Config(TaskConfig):
         ):
             raise ValueError(
                 f"train.row_length={train.row_length}: less than data.max_prompt_length + "
-                f"sampling.max_completion_length = {self.longest_rollout_len}, so that a rollout might not fit"
+                f"sampling.max_completion_length = {self.longest_rollout_len}, so a rollout might not fit"
             )
         return self
 
@@ -183,17 +183,17 @@ class Config(TaskConfig):
         return self.train.row_length or self.longest_rollout_len
 
     def with_lengths(self, *, prompt: int, completion: int) -> Self:
-        """See `TaskConfig`. The run directory is spelled out, since its default depends on the lengths."""
+        """See `TaskConfig`. Also sets `output_dir`, because its default depends on the lengths."""
         named = self.model_copy(update={"output_dir": str(self.run_folder)})
         return super(Config, named).with_lengths(prompt=prompt, completion=completion)
 
     def to_yaml(self) -> str:
-        """Returns every field as YAML that `load_config` reads."""
+        """Returns all fields as YAML that `load_config` can read."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def default_settings(source: str, method: str) -> dict[str, Any]:
-    """Returns the value of every field, by dotted name, if only `data.source` and `method.name` were given."""
+    """Returns the value of every field, keyed by dotted name, if only `data.source` and `method.name` are set."""
     given = {name: dict(fields) for name, fields in TASKS[source].items()}
     given.setdefault("data", {})["source"] = source
     given["method"] = {"name": method}
@@ -207,47 +207,47 @@ def default_settings(source: str, method: str) -> dict[str, Any]:
 
 
 def check_files(data: DataConfig, *needed: str) -> None:
-    """Checks that there are files if they are the source of the problems, and only then.
+    """Checks that data files are set if and only if they are the source of the problems.
 
     Args:
-      data: the section of the data.
-      needed: fields of which one must be set; errors name the first.
+      data: the data section.
+      needed: the fields, at least one of which must be set; errors name the first.
 
     Raises:
       ValueError: naming the field.
     """
     if data.source == FILES and not any(getattr(data, field) for field in needed):
         raise ValueError(
-            f"data.{needed[0]}: not set; give files or Hub datasets, or data.source=card_shuffles or gsm_symbolic for "
-            "generated problems"
+            f"data.{needed[0]}: not set; specify files or Hub datasets, or set data.source to card_shuffles or gsm_symbolic "
+            "for generated problems"
         )
     unread = [field for field in DATA_FILES if data.source != FILES and getattr(data, field)]
     if unread:
         raise ValueError(
-            f"data.source={data.source}: data.{unread[0]} are not read; give data.source=files"
+            f"data.source={data.source}: data.{unread[0]} is not read; set data.source=files"
         )
 
 
 def check_model(model: PretrainedConfig) -> None:
-    """Checks that a model is named.
+    """Checks that a model is specified.
 
     Raises:
       ValueError: naming the field.
     """
     if not model.path:
-        raise ValueError("model.path: not set; give a Hugging Face model folder or a Hub id")
+        raise ValueError("model.path: not set; specify a Hugging Face model folder or a Hub id")
 
 
 def check_functions(functions: Sequence[str], source: str) -> None:
-    """Checks that there is a reward function.
+    """Checks that there is at least one reward function.
 
     Raises:
       ValueError: naming the field.
     """
     if not functions:
         raise ValueError(
-            f"rewards.functions: not set, and data.source={source} has no default; give math for mathematical answers, "
-            "multiple_choice for letters, or the import path of a function of your own"
+            f"rewards.functions: not set, and data.source={source} has no default; use math for mathematical answers, "
+            "multiple_choice for letters, or the import path of your own function"
         )
 
 
@@ -259,6 +259,6 @@ def check_weights(grading: GradingConfig, functions: Sequence[str]) -> None:
     """
     if grading.weights is not None and len(grading.weights) != len(functions):
         raise ValueError(
-            f"rewards.weights={list(grading.weights)}: rewards.functions has {len(functions)} entries; give one weight "
+            f"rewards.weights={list(grading.weights)}: rewards.functions has {len(functions)} entries; set one weight "
             "for each"
         )

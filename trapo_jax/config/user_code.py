@@ -1,4 +1,4 @@
-"""The user's code that a config names by import path, and its fingerprints."""
+"""Finds and hashes the user code that a config refers to by import path."""
 
 import hashlib
 import sys
@@ -14,12 +14,12 @@ PACKAGE = "trapo_jax"
 
 
 class SourceFile(NamedTuple):
-    """A module of the user's.
+    """A source file of user code.
 
     Attributes:
-      module: its name.
-      path: its file.
-      sha256: a hash of the file.
+      module: the name of the module.
+      path: the path of the file.
+      sha256: the SHA-256 hash of the file.
     """
 
     module: str
@@ -28,9 +28,9 @@ class SourceFile(NamedTuple):
 
 
 def user_code(config: Config | EvaluateConfig) -> list[SourceFile]:
-    """Returns the modules of the reward functions and of the method that a config names by import path.
+    """Returns the modules of the reward functions and the method that a config refers to by import path.
 
-    Modules that they import are not included, except the one in which the function or class itself is defined.
+    Modules that they import are not included, except for the module that defines the function or class itself.
 
     Raises:
       UserError: if one of them cannot be imported.
@@ -51,7 +51,7 @@ def user_code(config: Config | EvaluateConfig) -> list[SourceFile]:
 
 
 def _import_paths(config: Config | EvaluateConfig) -> Iterator[tuple[str, str]]:
-    """Yields fields and import paths."""
+    """Yields pairs of a field and the import path that it contains."""
     rewards = config.rewards
     yield from (("rewards.functions", name) for name in rewards.functions if ":" in name)
     by_source = (rewards.by_source or {}).items()
