@@ -1,7 +1,7 @@
 """TRAPO (Trust-Region Adaptive Policy Optimization, arXiv 2512.17636) in JAX.
 
-`trapo_jax.losses` is the loss library; `python -m trapo_jax.train` trains. The names here are imported when they are
-used first, because reward workers import this package and must not import jax.
+`trapo_jax.losses` is the loss library; `python -m trapo_jax.train` trains. The names here are imported
+lazily, because reward workers import this package and must not import jax.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The console script: `trapo COMMAND ...` does the same as `python -m trapo_jax.COMMAND ...`."""
+"""Implements the console script: `trapo COMMAND ...` is equivalent to `python -m trapo_jax.COMMAND ...`."""
 
 import ast
 import difflib
@@ -34,13 +34,13 @@ def dispatch(arguments: Sequence[str]) -> int:
         return 0
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(COMMANDS)}"
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
         return fail(f"{command}: no such command; {hint}", EXIT_USER_ERROR)
     return importlib.import_module(f"trapo_jax.{command}").main(rest)
 
 
 def help_text() -> str:
-    """Returns the list of commands, each with the first sentence of its module."""
+    """Returns the list of commands, each with the first sentence of its module docstring."""
     width = max(map(len, COMMANDS))
     lines = ["usage: trapo COMMAND [--help] ..., or trapo --version", ""]
     lines += [f"  {command:{width}}  {_first_sentence(command)}" for command in COMMANDS]
@@ -48,7 +48,7 @@ def help_text() -> str:
 
 
 def _first_sentence(command: str) -> str:
-    """Reads the docstring from the source, because importing a command takes seconds."""
+    """Reads a docstring from the source, because importing a command takes seconds."""
     source = Path(__file__).with_name(f"{command}.py").read_text(encoding="utf-8")
     docstring = ast.get_docstring(ast.parse(source)) or ""
     return docstring.split("\n")[0].partition(". ")[0].removesuffix(".") + "."

@@ -2,8 +2,8 @@
 
     python -m trapo_jax.evaluate model.path=DIR_OR_RUN data.test_files=math.parquet evaluation.num_samples=32
 
-Every sample is appended to samples.jsonl as soon as it is graded; the same command resumes an evaluation that was
-stopped.
+Every sample is appended to samples.jsonl as soon as it is graded. To resume an evaluation that was stopped, run the
+same command again.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ SCORES, PLOT = "scores.json", "pass_at_k.png"
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationResult:
-    """The outcome of `evaluate`.
+    """The result of `evaluate`.
 
     Attributes:
       folder: directory with samples.jsonl, scores.json and a plot.
@@ -99,7 +99,7 @@ class EvaluationResult:
 
     @property
     def mean_of_sources(self) -> Scores:
-        """Unweighted mean of the scores of the sources, as papers report it for several benchmarks."""
+        """Unweighted mean of the scores of the sources, as reported in papers for several benchmarks."""
         return mean_of_sources(self.by_source)
 
 
@@ -144,9 +144,10 @@ def write_result(result: EvaluationResult, settings: Mapping[str, Any]) -> None:
 
 
 def load_model(config: EvaluateConfig, console: Console) -> tuple[PretrainedModel, Params]:
-    """Loads a Hugging Face folder, or of a training run its exported model, or its newest checkpoint if it is unfinished.
+    """Loads a model from a Hugging Face folder, or from a training run: the exported model of a finished run, otherwise
+    the newest checkpoint.
 
-    A run that is extended has the model of its former end and newer checkpoints.
+    A run that is being extended still has the model exported at its previous end, but newer checkpoints.
     """
     path = Path(config.model.path).expanduser()
     model = ModelConfig(path=config.model.path, dtype=config.model.dtype)
@@ -154,7 +155,7 @@ def load_model(config: EvaluateConfig, console: Console) -> tuple[PretrainedMode
         steps = CheckpointStore(path / CHECKPOINTS).steps()
         if not (path / EXPORT).is_dir() or (steps and not (path / SUMMARY).exists()):
             if not steps:
-                raise UserError(f"model.path={path}: a run without a checkpoint yet")
+                raise UserError(f"model.path={path}: this run has no checkpoint yet")
             console.say(f"{path}: this run is not complete; evaluating it after step {steps[-1]}")
             params, decoder, source = load_checkpoint(path / CHECKPOINTS / str(steps[-1]))
             decoder = dataclasses.replace(decoder, dtype=config.model.dtype)
@@ -166,7 +167,7 @@ def load_model(config: EvaluateConfig, console: Console) -> tuple[PretrainedMode
 
 
 def weights_fingerprint(params: Params) -> str:
-    """Returns a hash of a few numbers of every parameter; training changes all of them."""
+    """Returns a hash of a few elements of every parameter; training changes all parameters."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         digest.update(jax.tree_util.keystr(path).encode())
@@ -177,7 +178,7 @@ def weights_fingerprint(params: Params) -> str:
 def load_problems(
     config: EvaluateConfig, model: PretrainedModel, console: Console
 ) -> tuple[EvaluateConfig, list[Problem], str]:
-    """Returns the config with lengths for the problems, the problems, and the hash of the chat template."""
+    """Returns the config with lengths that suit the problems, the problems, and the hash of the chat template."""
     data, config = load_test_data(config, model.tokenizer, context_len=model.max_context_len)
     functions = ", ".join(config.rewards.functions)
     console.say(f"template {data.template.kind}; reward functions {functions}")
@@ -193,7 +194,7 @@ def sample_all(
     problems: Sequence[Problem],
     console: Console,
 ) -> list[Sample]:
-    """Samples and grades what is not in samples.jsonl yet, and returns all samples."""
+    """Samples and grades whatever is not yet in samples.jsonl, and returns all samples."""
     path, scoring = config.folder / SAMPLES, config.evaluation
     records = read_samples(path)
     wanted = {
@@ -227,8 +228,8 @@ def sample_all(
     num_shared, num_problems = count_shared_noise(records)
     if num_shared:
         console.say(
-            f"warning: {num_shared} of {num_problems} problems have equal samples that are too unlikely to be drawn "
-            "twice; their random keys were the same"
+            f"warning: {num_shared} of {num_problems} problems have equal samples that are too unlikely to be a "
+            "coincidence; they used the same random key"
         )
     return samples
 
@@ -236,7 +237,7 @@ def sample_all(
 def make_evaluation_actor(
     config: EvaluateConfig, model: PretrainedModel, console: Console, *, num_samples: int
 ) -> Actor:
-    """Builds the actor of an evaluation, with no more slots than there are samples, which shows its progress."""
+    """Builds an actor that shows its progress, with at most as many slots as there are samples."""
     sampling, scoring = config.sampling, config.evaluation
     num_slots = min(sampling.num_slots, num_samples)
     return make_actor(
@@ -261,8 +262,8 @@ def main(arguments: Sequence[str]) -> int:
         config = load_evaluate_config(file, overrides)
         if file and is_training_config(read_yaml(file)):
             Console().say(
-                f"{file}: a config of a training run, of which an evaluation uses model, data, rewards, "
-                "sampling.max_completion_length, and the temperature and numbers of samples of evaluation"
+                f"{file}: this is a training config; an evaluation uses only model, data, rewards, "
+                "sampling.max_completion_length, and the temperature and numbers of samples in evaluation"
             )
         folder = config.folder
         result = evaluate(config, show_progress=True)
@@ -270,7 +271,7 @@ def main(arguments: Sequence[str]) -> int:
         if folder is None:
             raise
         return fail(
-            f"stopped; graded samples are in {folder / SAMPLES}, and the same command resumes",
+            f"stopped; graded samples are in {folder / SAMPLES}; the same command resumes the evaluation",
             EXIT_INTERRUPTED,
         )
     console = Console()

@@ -1,6 +1,6 @@
-"""Reads files that may come from elsewhere, within limits of size.
+"""Reads untrusted files within size limits.
 
-Such a file may be larger than memory, or a named pipe or a device, from which reading never ends.
+Such a file may be larger than memory, or a named pipe or a device that can be read forever.
 """
 
 import json
@@ -12,8 +12,9 @@ from typing import IO, Any
 from trapo_jax.paths import USE_LFS, is_lfs_pointer
 from trapo_jax.types import UserError
 
-MAX_BYTES = 16 * 2**20  # of a text file and of a line
-MAX_CONTAINERS = 2_000_000  # of a JSON file: an empty list takes 3 bytes there, and 64 in memory
+MAX_BYTES = 16 * 2**20  # size limit of a text file or line
+# Limit for a JSON file, because an empty list takes 3 bytes in the file, but 64 in memory.
+MAX_CONTAINERS = 2_000_000
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -27,21 +28,21 @@ def check_regular(path: Path) -> None:
     """Checks that a path is a regular file, or a link to one, without opening it.
 
     Raises:
-      UserError: naming the path and what it is.
+      UserError: if it is not. The error names the path and the kind of file.
     """
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
     except (OSError, ValueError) as error:  # ValueError: the name contains a NUL character.
         raise UserError(f"{path}: cannot be read ({reason_of(error)})") from error
     if kind != stat.S_IFREG:
-        raise UserError(f"{path}: {KINDS.get(kind, 'something else')}, not a regular file")
+        raise UserError(f"{path}: {KINDS.get(kind, 'a special file')}, not a regular file")
 
 
 def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """Reads a regular file.
 
     Raises:
-      UserError: if the file cannot be read or is larger than `max_bytes`. The one-line error names it.
+      UserError: if the file cannot be read or is larger than `max_bytes`. The one-line error names the file.
     """
     check_regular(path)
     try:
@@ -55,7 +56,7 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
-    """Reads a text file in UTF-8; see `read_bytes`."""
+    """Reads a UTF-8 text file; see `read_bytes`."""
     try:
         return read_bytes(path, max_bytes=max_bytes).decode()
     except UnicodeDecodeError as error:
@@ -93,15 +94,15 @@ def read_lines(path: Path, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int,
 def split_lines(
     file: IO[bytes], unit: str, *, max_bytes: int = MAX_BYTES
 ) -> Iterator[tuple[int, bytes]]:
-    """Yields the number and the bytes of each line, including its line break, which the last one may lack.
+    """Yields the number and the bytes of each line, including its line break, if it has one.
 
     Args:
-      file: what to read from.
-      unit: what the lines are, for the error message, such as "rows.jsonl, line".
+      file: the file to read from.
+      unit: a description of the lines for the error message, such as "rows.jsonl, line".
       max_bytes: maximum length of a line.
 
     Raises:
-      UserError: if a line is longer.
+      UserError: if a line is longer than `max_bytes`.
     """
     number = 0
     while line := file.readline(max_bytes + 1):
@@ -117,13 +118,13 @@ def shown(value: object, *, max_chars: int = 60) -> str:
         return repr(value[:max_chars]) + "..."
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # nested deeply, or an integer of more than 4,300 digits
+    except (RecursionError, ValueError):  # deeply nested, or an integer with more than 4,300 digits
         return f"a {type(value).__name__}"
     return text if len(text) <= max_chars else text[:max_chars] + "..."
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns the first line of an error's message, without the name of the file that an `OSError` contains."""
+    """Returns the first line of an error's message, without the file name that an `OSError` contains."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__

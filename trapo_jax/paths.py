@@ -1,4 +1,4 @@
-"""Paths that users give: where relative ones are looked up, and what a misspelled one may have meant."""
+"""Looks up paths that users specify, and suggests corrections of misspelled paths."""
 
 import difflib
 import os
@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 
 HUB_PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
-SHIPPED_CONFIGS = (  # in an installed package, and in a clone
+SHIPPED_CONFIGS = (  # for an installed package and for a clone
     Path(__file__).parent / "configs",
     Path(__file__).parents[1] / "configs",
 )
@@ -16,20 +16,20 @@ USE_LFS = "a Git-LFS pointer, not the file itself; run `git lfs pull` in its fol
 
 
 def look_up(path: str, folder: Path) -> str:
-    """Returns where a path is: as it is given if that exists, and otherwise in a folder, if it exists there.
+    """Returns a path unchanged if it exists, and otherwise its location in a folder, if it exists there.
 
-    An absolute path, and one that exists in neither place, is returned as it is given.
+    Absolute paths, and paths that exist in neither place, are returned unchanged.
 
     Args:
       path: a file or folder, a glob, or one of these with `#split` at the end.
-      folder: where to look after the working directory.
+      folder: the folder to search after the working directory.
     """
     beside = str(folder / Path(path).expanduser())
     return beside if not _exists(path) and _exists(beside) else path
 
 
 def find_config(path: str | Path) -> Path:
-    """Returns a config file: the path itself if it exists, otherwise the shipped config with that name, if there is one.
+    """Returns the path itself if it exists, otherwise the path of the shipped config with that name, if there is one.
 
     >>> find_config("smoke_cpu").name
     'smoke_cpu.yaml'
@@ -46,8 +46,8 @@ def find_config(path: str | Path) -> Path:
 def did_you_mean(path: str) -> str:
     """Returns a hint for a path that does not exist, such as `"; did you mean data/train.jsonl?"`.
 
-    The hint is a path that exists and resembles it, the Hub id for the address of a page of the Hub, or a list for several
-    paths that exist; the text is empty if there is none of these.
+    The hint is a similar path that exists, the Hub id if the path is the URL of a Hub page, or a YAML list if the path
+    is several existing paths separated by commas. It is empty if none of these applies.
     """
     if page := HUB_PAGE.match(path):
         return f"; did you mean {page[1]}?"
@@ -72,7 +72,7 @@ def did_you_mean(path: str) -> str:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Returns whether a file is a pointer of Git LFS, which stands for a file that was not downloaded."""
+    """Returns whether a file is a Git LFS pointer, a placeholder for a file that was not downloaded."""
     try:
         with path.open("rb") as file:
             return file.read(len(LFS_POINTER)) == LFS_POINTER
@@ -81,7 +81,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def working_directory(path: Path) -> str:
-    """Returns `" in DIRECTORY"` for an error about a relative path; empty for an absolute one."""
+    """Returns `" in DIRECTORY"` for an error about a relative path, or an empty string for an absolute path."""
     return "" if path.is_absolute() else f" in {os.getcwd()}"
 
 

@@ -2,8 +2,9 @@
 
     python -m trapo_jax.preview [--config FILE] [FIELD=VALUE ...]
 
-Reads the data, renders the prompts, and grades the expert solutions: what `trapo_jax.train` shows before it starts, for
-the first rows of each file, and the first problem in full. Only the model's config and tokenizer are read.
+Reads the data, renders the prompts, and grades the expert solutions. For the first rows of each file, it shows what
+`trapo_jax.train` shows before it starts, and then the first problem in full. Only the model's config and tokenizer are
+read.
 """
 
 from collections.abc import Sequence
@@ -17,9 +18,7 @@ from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.runs.console import Console
 from trapo_jax.types import UserError
 
-ABOUT = (
-    "Shows the problems of a run as training would see them; takes the fields of trapo_jax.train."
-)
+ABOUT = "Shows the problems of a run as training would see them; takes the same fields as trapo_jax.train."
 DEFAULTS = {"data": {"limit": 100}}
 
 

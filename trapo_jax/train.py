@@ -1,25 +1,26 @@
-"""Trains a language model with TRAPO or another method of the family.
+"""Trains a language model with TRAPO or a related method.
 
     python -m trapo_jax.train [--config FILE] [FIELD=VALUE ...]
 
-In every step the actor samples and grades a group of rollouts for each problem, the method selects what is trained,
-and the learner updates the parameters. The run decides when to stop and writes everything down. Where to look:
+At each step, the actor samples and grades a group of rollouts for each problem, the method selects what to train on,
+and the learner updates the parameters. The run decides when to stop and writes the output files. Where to look:
 
-    config/     every option, its default and its help: schema.py; configs/ holds examples
-    data/       problems from files, the Hub or generators. layouts.py: presets of columns; templates.py: chat templates;
+    config/     all options, with their defaults and help texts: schema.py; configs/ holds examples
+    data/       problems from files, the Hub or generators. layouts.py: column presets; templates.py: chat templates;
                 splits.py: splits
     methods/    the methods: selection, advantages and objective. micro_grouped.py: TRAPO and the micro-groups, which
-                decide how many rollouts are guided; terms.py: the loss terms, made of the functions in losses/
-    rollouts/   the actor, which collects rollouts as the micro-groups demand. metrics.py: the metrics of rollouts
+                determine how many rollouts are guided; terms.py: the loss terms, built from the functions in losses/
+    rollouts/   the actor, which collects rollouts as the micro-groups require. metrics.py: the metrics of rollouts
     sampling/   rollout engines. engine.py: the interface and the list of engines
-    rewards/    graders and reward functions. grader.py: the list of those that can be named
+    rewards/    graders and reward functions. grader.py: the list of built-in reward functions
     training/   the learner: packing and the train step. optimizer.py: the optimizer and its schedule; diagnostics.py:
                 the metrics of updates
-    models/     decoder.py: the transformer; hugging_face_config.py: the model families; Hugging Face folders in and out
-    runs/       run.py: resuming, and when checkpoints are saved; checkpoints.py: how long they are kept; loggers.py:
-                metrics.jsonl and TensorBoard; the console and monitoring
+    models/     decoder.py: the transformer; hugging_face_config.py: the model families; import and export of Hugging
+                Face folders
+    runs/       run.py: resuming, and when checkpoints are saved; checkpoints.py: how long checkpoints are kept;
+                loggers.py: metrics.jsonl and TensorBoard; the console and monitoring
     evaluation/ the metrics of evaluations
-    distributed/  sharding.py: the mesh, and the mesh axes over which parameters and batches are sharded; several hosts
+    distributed/  sharding.py: the mesh, and the mesh axes that parameters and batches are sharded over; multiple hosts
 """
 
 import trapo_jax.distributed.log_level  # noqa: F401  must be imported before jax
@@ -64,23 +65,23 @@ from trapo_jax.types import Interrupted, Problem, Rollout, TrainingFailed, UserE
 
 ABOUT = "Trains a language model with TRAPO or another method, or resumes the run in output_dir."
 PRINT_METHOD = "--print-method"
-OPTIONS = f"  {PRINT_METHOD}    prints the method's formulas, constants and source, and does nothing else\n"
+OPTIONS = f"  {PRINT_METHOD}    prints the method's formulas, constants and source, and exits\n"
 
 Splits = Mapping[str, Sequence[Problem]]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """The outcome of `train`.
+    """The result of `train`.
 
     Attributes:
       folder: the run directory.
       step: number of completed steps; 0 if the run was already complete when it was opened.
-      summary: for each evaluated split the scores before and after training; None if the run was interrupted, and in
-        all processes but the first.
-      warnings: what was wrong with the rewards in all steps of a complete run.
+      summary: the scores before and after training, keyed by evaluated split; None if the run was interrupted, and in
+        all processes except process 0.
+      warnings: problems with the rewards that were present in all steps of a complete run.
       was_complete: whether the run was already complete, so that nothing was done.
-      is_trained: whether a run that was interrupted had completed all steps.
+      is_trained: whether an interrupted run had completed all steps.
     """
 
     folder: Path
@@ -98,7 +99,7 @@ def train(
 
     Args:
       config: the configuration of the run.
-      method: a method of your own; the one that the config names if None.
+      method: a custom method; None for the method specified in the config.
       show_progress: whether to print progress to the terminal.
 
     Raises:
@@ -113,7 +114,7 @@ def train(
 
 
 def train_in_this_process(config: Config, method: Method, *, show_progress: bool) -> TrainResult:
-    """Does the part of this process; see `train`."""
+    """Does this process's share of the work; see `train`."""
     console = Console(quiet=not (show_progress and is_main()))
     files = find_saved_model_files(config.run_folder)  # None for a new run
     model = open_model(config.model, config.lora, files=files)
@@ -125,7 +126,7 @@ def train_in_this_process(config: Config, method: Method, *, show_progress: bool
             return complete_result(run, was_complete=True)
         with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
             data_summary = check_problems(config, method, data, grader, run, console)
-            if files is None or method.needs_reference:  # A checkpoint has the weights otherwise.
+            if files is None or method.needs_reference:  # Otherwise, a checkpoint has the weights.
                 model = with_weights(model)
             learner = make_learner(config, method, model, with_state=files is None)
             actor = make_actor(
@@ -147,7 +148,7 @@ def train_in_this_process(config: Config, method: Method, *, show_progress: bool
 
 
 def find_saved_model_files(run_folder: Path) -> Path | None:
-    """Returns the run's copy of the small files of its model, if process 0 finds one."""
+    """Returns the folder of the run's copy of its model's small files, or None if process 0 does not find it."""
 
     def find() -> str | None:
         files = saved_model_files(run_folder)
@@ -165,7 +166,7 @@ def check_same_model(model: PretrainedModel) -> None:
     """
     if len(set(gather(str(model.repo)))) > 1:
         raise UserError(
-            "model.path: the hosts have different commits of this model in their caches; name one, as in "
+            "model.path: the hosts have different commits of this model in their caches; specify one, as in "
             f"owner/name@{model.repo.revision if model.repo else 'COMMIT'}"
         )
 
@@ -178,7 +179,7 @@ def check_same_problems(data: LoadedData) -> None:
     """
     prints = {f"the {name} problems": fingerprint(x) for name, x in data.splits.items()}
     prints["the chat template"] = data.template.hash
-    check_equal(gather(prints), "give every host the same files")
+    check_equal(gather(prints), "use the same files on all hosts")
 
 
 def check_problems(
@@ -189,7 +190,7 @@ def check_problems(
     run: Run,
     console: Console,
 ) -> dict[str, Any]:
-    """Checks the problems of a new run and shows what was found; returns the contents of data.json."""
+    """Checks the problems of a new run, shows the findings, and returns the contents of data.json."""
     summary = data.summary()
     if not run.is_new:
         return summary
@@ -213,11 +214,12 @@ def train_to_the_end(
     actor: Actor,
     learner: Learner,
 ) -> TrainResult:
-    """Makes the remaining steps of a run that has been started, evaluates, and exports the model."""
+    """Runs the remaining steps of a run that has been started, evaluates, and exports the model."""
     if run.step == 0:
         run.console.say(describe_memory(actor, learner))
     try:
-        finish_step(splits, run, actor, learner)  # what step 0 or an interrupted step still lacks
+        # Step 0 or an interrupted step may still have to be evaluated and saved.
+        finish_step(splits, run, actor, learner)
         train_loop(config, method, splits, run, actor, learner)
         check_learned(run.folder, run.step, run.usage.tokens_trained, learner.state)
         evaluate_pending(splits, run, actor, learner)
@@ -230,7 +232,7 @@ def train_to_the_end(
         source, destination = run.folder / MODEL, run.folder / EXPORT
         export_model(params, model.decoder, source=source, destination=destination)
         run.finish()
-    wait_for_all("run finished")  # JAX would end a process that waits for long at its exit.
+    wait_for_all("run finished")  # JAX would kill a process that waits long at exit.
     return complete_result(run)
 
 
@@ -245,7 +247,7 @@ def complete_result(run: Run, *, was_complete: bool = False) -> TrainResult:
 def train_loop(
     config: Config, method: Method, splits: Splits, run: Run, actor: Actor, learner: Learner
 ) -> None:
-    """Makes the remaining steps of a run, with evaluations and checkpoints."""
+    """Runs the remaining steps of a run, with evaluations and checkpoints."""
     batches = problem_batches(
         splits["train"], batch_size=config.train.problems_per_step, seed=config.seed
     )
@@ -283,7 +285,7 @@ def train_loop(
 
 
 def check_rewards(groups: Sequence[Sequence[Rollout]], config: Config, run: Run) -> None:
-    """Checks that every reward function judged enough rollouts of a step; keeps samples of the step if it did not.
+    """Checks that every reward function judged enough rollouts of a step; if not, saves samples of the step.
 
     Raises:
       TrainingFailed: see `check_grades`.
@@ -296,7 +298,7 @@ def check_rewards(groups: Sequence[Sequence[Rollout]], config: Config, run: Run)
 
 
 def finish_step(splits: Splits, run: Run, actor: Actor, learner: Learner) -> None:
-    """Evaluates and saves as far as that is due after the current step."""
+    """Runs the evaluations and saves the checkpoint that are due after the current step."""
     if not run.is_over:  # The last step is saved before the final evaluation.
         evaluate_pending(splits, run, actor, learner)
     run.save_if_due(learner)
@@ -330,7 +332,7 @@ def evaluate_pending(splits: Splits, run: Run, actor: Actor, learner: Learner) -
 
 
 def describe_memory(actor: Actor, learner: Learner) -> str:
-    """Returns what the run keeps in memory."""
+    """Returns a description of what the run keeps in memory."""
     return (
         f"parameters and optimizer {learner.num_bytes / 2**20:,.0f} MiB; KV cache of the rollout engine "
         f"{actor.kv_bytes / 2**20:,.0f} MiB per device"
@@ -341,7 +343,9 @@ def show_result(result: TrainResult) -> None:
     """Prints the scores before and after training and the files of the run."""
     console = Console()
     if result.was_complete:
-        console.say(f"{result.folder}: this run is complete; for another give another output_dir")
+        console.say(
+            f"{result.folder}: this run is complete; for a new run, set a different output_dir"
+        )
     if result.summary is None:
         when = f"after step {result.step}" if result.step else "before the first step"
         missing = "; the final evaluation and the export are missing" if result.is_trained else ""
@@ -361,8 +365,8 @@ def show_result(result: TrainResult) -> None:
         console.say(f"warning: {warning}")
     for name, description in (
         (EXPORT, "the model, for transformers and vLLM"),
-        (REPORT, "curves and a reader for rollouts; open it in a browser"),
-        (METRICS, "metrics of every step; tb/ holds the same for TensorBoard"),
+        (REPORT, "training curves and a rollout viewer; open it in a browser"),
+        (METRICS, "metrics of every step; tb/ has the same metrics for TensorBoard"),
         (SAMPLES, "rollouts, token by token"),
     ):
         console.say(f"{result.folder / name}: {description}")

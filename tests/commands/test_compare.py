@@ -1,4 +1,4 @@
-"""`trapo_jax.compare`: a small grid of real runs, and mistakes on the command line."""
+"""Tests `trapo_jax.compare` with a small grid of real runs and with mistakes on the command line."""
 
 import csv
 import json

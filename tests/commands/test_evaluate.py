@@ -1,4 +1,4 @@
-"""`python -m trapo_jax.evaluate`: complete evaluations, resumed evaluations, evaluations of runs, and mistakes."""
+"""Tests `python -m trapo_jax.evaluate`: complete and resumed evaluations, evaluations of runs, and mistakes."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from trapo_jax.types import UserError
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Problems in verl's layout: chat messages, a ground truth, and two sources."""
+    """A file of problems in verl's layout, with chat messages, ground truths, and two sources."""
     file = tmp_path_factory.mktemp("data") / "problems.jsonl"
     split = card_shuffles_splits(seed=3, num_train=1, num_validation=1, num_test=12)["test"]
     with open(file, "w") as lines:
@@ -91,7 +91,7 @@ def test_a_resumed_evaluation_gives_the_same_results(whole, data, tmp_path, caps
     again.mkdir()
     (again / "config.yaml").write_text((out / "config.yaml").read_text())
     lines = (out / "samples.jsonl").read_bytes().splitlines(keepends=True)
-    # The evaluation was killed while it wrote a line.
+    # The evaluation was killed while writing a line.
     (again / "samples.jsonl").write_bytes(b"".join(lines[:20]) + lines[20][:30])
     # Samples do not depend on the number of slots.
     assert main(arguments(data, again, "sampling.num_slots=5")) == 0
@@ -112,7 +112,7 @@ def test_other_settings_in_the_same_folder_are_refused(whole, data, capsys):
 
 
 def test_a_second_evaluation_in_the_same_folder_is_refused(whole, data, capsys):
-    """Otherwise, both would append their samples to one file."""
+    """Two evaluations at once would append their samples to the same file."""
     samples = (whole[0] / "samples.jsonl").read_bytes()
     with lock_folder(whole[0]):
         assert main(arguments(data, whole[0])) == 2
@@ -121,7 +121,7 @@ def test_a_second_evaluation_in_the_same_folder_is_refused(whole, data, capsys):
 
 
 def test_other_weights_in_the_same_folder_are_refused(whole, data, monkeypatch, capsys):
-    """For example, if the run has been trained further."""
+    """The weights of a run change, for example, if it is trained further."""
     original = evaluate.load_model
 
     def trained_further(config, console):
@@ -165,7 +165,7 @@ MISTAKES = {
     "no row": ("data.limit=-1", "data.limit=-1: input should be"),
     "no probability": ("evaluation.top_p=0", "evaluation.top_p=0: input should be"),
     "no token": ("evaluation.top_k=-1", "evaluation.top_k=-1: input should be"),
-    "nothing to evaluate": ("data={source: files}", "data.test_files: not set; give files or"),
+    "nothing to evaluate": ("data={source: files}", "data.test_files: not set; specify files or"),
     "files and another source": (
         "data.source=card_shuffles",
         "data.source=card_shuffles: data.test_files is not read; set data.source=files",
@@ -220,7 +220,7 @@ def test_a_training_config_gives_model_data_and_rewards(tmp_path):
     assert config.evaluation.temperature == 0.8
     assert config.evaluation.num_samples_by_source == {"aime*": 32}
     assert config.evaluation.num_samples == 1
-    # These are of the run.
+    # These fields are not inherited from the training config.
     assert (config.output_dir, config.seed) == (None, 0)
     assert config.sampling.num_slots == 5
 
@@ -251,7 +251,7 @@ def test_a_mistake_in_the_config_of_a_run_is_reported_there(tmp_path):
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {source: card_shuffles}\n")
     config = load_evaluate_config(None, [("model.path", str(tmp_path))])
-    with pytest.raises(UserError, match="a run without a checkpoint yet"):
+    with pytest.raises(UserError, match="this run has no checkpoint yet"):
         load_model(config, Console())
 
 
@@ -259,7 +259,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
 def test_an_unfinished_run_is_evaluated_after_its_newest_checkpoint_which_is_named(
     finished_run, tmp_path, capsys
 ):
-    """Also one with an exported model, which was extended after it had been complete."""
+    """The run also has an exported model, because it was extended after it was complete."""
     folder = tmp_path / "run"
     shutil.copytree(finished_run[0], folder)
     config = load_evaluate_config(None, [("model.path", str(folder))])
@@ -293,7 +293,7 @@ def test_data_and_grading_default_to_the_settings_of_the_run(tmp_path):
 
 
 def test_files_do_not_inherit_the_grader_of_a_generated_task(tmp_path):
-    """Otherwise, answers from the files would be graded by the rules of the run's task."""
+    """The grader of the run's task does not suit answers from files."""
     run = {
         "data": {"source": "card_shuffles", "max_prompt_length": 16, "prompt_suffix": "boxed"},
         "rewards": {"functions": ["card_shuffles"]},
@@ -311,7 +311,7 @@ def test_files_do_not_inherit_the_grader_of_a_generated_task(tmp_path):
 
 
 def test_an_evaluation_holds_out_what_the_run_held_out(tmp_path):
-    """With other values, problems that the run was trained on would be evaluated."""
+    """Different values would put problems that the run was trained on into the test split."""
     data = {"source": "files", "train_files": ["x.jsonl"], "limit": 50, "num_test": 5, "seed": 3}
     run = {"data": data, "rewards": {"functions": ["math"]}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))

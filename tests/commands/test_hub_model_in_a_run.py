@@ -1,4 +1,4 @@
-"""A run from a Hub id, with a made cache and no network."""
+"""Tests runs whose model is a Hub id, with a fake cache and no network."""
 
 import json
 import shutil

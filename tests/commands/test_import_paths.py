@@ -1,4 +1,4 @@
-"""User-defined methods, reward functions, templates and engines, selected by import path."""
+"""Tests user-defined methods, reward functions, templates and engines that are selected by import path."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The dispatcher `trapo COMMAND ...`, as a console script and as `python -m trapo_jax`."""
+"""Tests the dispatcher `trapo COMMAND ...`, both as a console script and as `python -m trapo_jax`."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def test_an_unknown_command_is_a_one_line_error_with_a_suggestion(capsys):
     assert dispatch(["trian"]) == 2
     assert capsys.readouterr().err == "error: trian: no such command; did you mean train?\n"
     assert dispatch(["x"]) == 2
-    assert capsys.readouterr().err.endswith(f"give one of {', '.join(COMMANDS)}\n")
+    assert capsys.readouterr().err.endswith(f"choose one of {', '.join(COMMANDS)}\n")
 
 
 def test_the_console_script_and_the_modules_behave_the_same(tmp_path):

@@ -1,4 +1,4 @@
-"""Malformed models, data and templates: commands print a one-line error, exit with code 2, and write no files."""
+"""Tests that malformed models, data and templates cause a one-line error and exit code 2, and that no files are written."""
 
 import json
 import shutil

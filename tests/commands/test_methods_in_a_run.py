@@ -1,4 +1,4 @@
-"""Whole runs in this process: a custom method, a budget, and the state of a method after a resume."""
+"""Tests whole runs in this process: a custom method, a budget, and the method's state after a resume."""
 
 import inspect
 import json
@@ -63,7 +63,7 @@ def test_a_custom_method_takes_at_most_25_lines():
 
 
 def test_a_budget_ends_a_run_and_the_buffer_is_restored_after_a_resume(tmp_path):
-    """ReLIFT, which has its own optimizer state and buffer, gives bitwise equal results after a resume."""
+    """ReLIFT, with its own optimizer state and buffer, yields bitwise identical results after a resume."""
     folder = tmp_path / "relift"
     config = small_config(
         folder,
@@ -87,8 +87,8 @@ def test_a_budget_ends_a_run_and_the_buffer_is_restored_after_a_resume(tmp_path)
     assert rates[3] == pytest.approx(
         2e-4 * (0.1 + 0.9 * 0.5)
     )  # three quarters of the run is complete
-    # The test is meaningful: the buffer's optimizer is used before and after the checkpoint, with problems in the
-    # buffer.
+    # The test covers the buffer: its optimizer is used before and after the checkpoint, and the buffer is not empty
+    # at the checkpoint.
     assert ["buffer/loss/total" in r for r in expected] == [True] * 4
     host = json.loads((folder / "checkpoints" / "2" / "host" / "data.json").read_text())
     assert len(host["method_state"]["unsolved"]) == 1

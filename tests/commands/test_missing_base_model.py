@@ -1,4 +1,4 @@
-"""Runs can be resumed, exported and evaluated after the model folder that they started from has been deleted."""
+"""Tests that runs can be resumed, exported and evaluated after their initial model folder has been deleted."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from support.short_run import TINY_JOB
 
 @pytest.fixture(scope="module")
 def run_without_base(tmp_path_factory):
-    """A finished run whose model folder, with several EOS ids, has been deleted, and the options of the run."""
+    """A finished run, whose model folder, with several EOS ids, has been deleted, and the run's options."""
     root = tmp_path_factory.mktemp("missing_base")
     base = shutil.copytree(TINY_MODEL, root / "base")
     (base / "generation_config.json").write_text('{"eos_token_id": 7, "top_p": 0.9}')
@@ -23,7 +23,7 @@ def run_without_base(tmp_path_factory):
 
 
 def unfinished(run, folder, last_step):
-    """Copies the state of a run after a step."""
+    """Copies a run in the state that it had after step `last_step`."""
     shutil.copytree(run, folder)
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "hf")

@@ -1,4 +1,4 @@
-"""From a user's file and model to a trained model, which `evaluate` understands and `transformers` loads."""
+"""Tests training on a user's own file and model, and evaluation of the resulting run."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def train(cwd, model, file, *overrides):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of the default method whose model folder is gone, and the output of the command."""
+    """A run of the default method whose model folder has been deleted, and the command's output."""
     folder = tmp_path_factory.mktemp("own")
     model = make_text_model(folder / "model")
     file = write_rows(folder / "sums.jsonl")
@@ -63,7 +63,7 @@ def test_the_run_names_itself_and_keeps_the_preflight(trained):
     assert data["preflight"]["counts"]["train"]["experts judged correct"] == "8 of 8"
     assert data["template"]["kind"] == "chat"
     config = (run / "config.yaml").read_text()
-    assert "max_prompt_length: 112" in config  # follows from the data
+    assert "max_prompt_length: 112" in config  # derived from the data
 
 
 def test_the_same_command_finds_the_complete_run(trained):

@@ -1,4 +1,4 @@
-"""`trapo_jax.plan`: the programs of a run, compiled for devices that are not available."""
+"""Tests `trapo_jax.plan`, which compiles the programs of a run for devices that are not available."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
-    """The 7B model's architecture with fewer and smaller layers; heads have width 128, as the TPU kernel requires."""
+    """The 7B model's architecture with fewer and smaller layers. The TPU kernel requires a head width of 128."""
     folder = tmp_path_factory.mktemp("small")
     config = json.loads((ARCHITECTURE / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **SMALL}))
@@ -33,7 +33,7 @@ def small_model(tmp_path_factory):
 
 
 def plan(model, topology, *arguments):
-    # In a process of its own, since the number of host devices of a process is fixed.
+    # A separate process is needed because the number of host devices of a process is fixed.
     result = run_process(
         "trapo_jax.plan",
         *("--config", REPOSITORY / "configs" / "qwen2_5_math_7b_openr1.yaml", "--json"),
@@ -53,13 +53,13 @@ def test_host_devices(small_model):
     num_params = 3 * layer + 2 * 2048 * 512 + 512
     assert found["num_params"] == num_params
     step = found["programs"]["train step"]
-    # Parameters and two moments in float32, sharded over four devices except for the norms, and the batch.
+    # Parameters and two moments in float32, sharded over four devices (except norms), plus the batch.
     assert step["arguments"] == pytest.approx(12 * num_params / 4, rel=0.05)
-    multiplied = num_params - 2048 * 512  # all but the input embedding
+    multiplied = num_params - 2048 * 512  # all parameters except the input embedding
     tokens = 4 * 8 * 1024
     pairs = 3 * tokens * 1025 / 2 * 4 * 128
     assert step["useful_flops"] == pytest.approx((6 * multiplied * tokens + 12 * pairs) / 4)
-    # Full rematerialization adds a forward pass, and attention computes whole squares instead of triangles.
+    # Full rematerialization adds a forward pass, and attention computes full squares instead of triangles.
     assert 8 / 6 * 0.9 < step["flops"] / step["useful_flops"] < 8 / 6 * 1.6
     assert step["traffic"]["collectives"]["all-gather"] > 0
     assert found["fits"] is None  # The memory size of host devices is unknown.
@@ -75,8 +75,9 @@ def test_a_tpu_topology(small_model):
     assert found["fits"] is True
     assert found["attention"] == "splash"
     step = found["programs"]["train step"]
-    scores = 4 * 1024 * 1024 * 4  # the heads of one row, in float32
-    assert step["temporaries"] < 16 * scores + 2**25  # Three layers would store 12 of them.
+    scores = 4 * 1024 * 1024 * 4  # bytes of one row's attention scores in float32
+    # Three layers would store 12 arrays of scores.
+    assert step["temporaries"] < 16 * scores + 2**25
     gathered = (
         2 * found["num_params"] * 8 * 3
     )  # bfloat16, in eight micro-batches of three passes each

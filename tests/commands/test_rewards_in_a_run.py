@@ -1,4 +1,4 @@
-"""Grading in whole runs: failures are counted and logged, and a grader that fails too often stops the run."""
+"""Tests grading in whole runs: failures are counted and logged, and a grader that fails too often stops the run."""
 
 import json
 
@@ -34,7 +34,7 @@ def strict(response, problem):
 
 
 def test_a_grader_that_fails_on_most_samples_stops_the_run_immediately(tmp_path):
-    """It accepts all that the preflight tries: expert solutions, gold answers and empty responses."""
+    """The grader accepts everything that the preflight tries: expert solutions, gold answers and empty responses."""
     folder = tmp_path / "run"
     (tmp_path / "mine.py").write_text(STRICT)
     result = run_command(
@@ -52,21 +52,21 @@ def test_a_grader_that_fails_on_most_samples_stops_the_run_immediately(tmp_path)
     assert "warning: reward function mine:strict: ValueError: another answer" in result.stderr
     (evaluation,) = [r for r in read_metrics(folder) if r["kind"] == "eval"]
     assert evaluation["eval/error_rate"] > 0
-    samples = read_lines(folder / "samples.jsonl")  # of the step that stopped
+    samples = read_lines(folder / "samples.jsonl")  # samples of the step that stopped the run
     assert {sample["step"] for sample in samples} == {1}
     reasons = {reason for sample in samples for reason in sample["missing"].values()}
     assert reasons == {"ValueError: another answer"}
 
 
 def test_a_run_with_a_grader_in_processes(tmp_path):
-    """The math grader finds no answers in card shuffles, so that every verdict is WRONG and none is an error."""
+    """The math grader finds no answers in card shuffles, so every verdict is WRONG and none is an error."""
     folder = tmp_path / "run"
     result = run_command(
         "trapo_jax.train",
         f"output_dir={folder}",
         "rewards.functions=math",
         "rewards.timeout_secs=60",
-        "method.name=grpo",  # TRAPO would refuse expert solutions that are all judged wrong.
+        "method.name=grpo",  # TRAPO would reject a dataset whose expert solutions are all judged wrong.
         *SHORT,
     )
     assert result.returncode == 0, result.stderr
@@ -135,7 +135,7 @@ evaluation: {num_samples: 2}
 
 
 def test_functions_in_the_config_folder_are_weighted_and_selected_by_source(tmp_path):
-    """In `train`, and in `evaluate`, which uses those of the run. A crash affects only the rewards of its function."""
+    """`evaluate` uses the same functions as `train`. If a function crashes, only its own rewards are missing."""
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "my_rewards.py").write_text(REWARDS)
     config = tmp_path / "conf" / "mine.yaml"
@@ -149,7 +149,7 @@ def test_functions_in_the_config_folder_are_weighted_and_selected_by_source(tmp_
         *(f"output_dir={tmp_path / 'scores'}", "evaluation.num_samples=2"),
     )
     assert result.returncode == 0, result.stderr
-    assert f"{config}: a config of a training run, of which an evaluation uses" in result.stdout
+    assert f"{config}: this is a training config; an evaluation uses only" in result.stdout
     samples += read_lines(tmp_path / "scores" / "samples.jsonl")
     for folder in (run, tmp_path / "scores"):
         assert list(json.loads((folder / "user_code.json").read_text())) == ["my_rewards"]

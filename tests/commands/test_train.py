@@ -1,6 +1,6 @@
-"""Whole runs: output files, other methods and export.
+"""Tests whole runs: output files, other methods, and export.
 
-`tests/faults/test_stopped_runs.py` tests that runs with the same seed are equal bit for bit.
+`tests/faults/test_stopped_runs.py` tests that runs with the same seed are bitwise identical.
 """
 
 import json
@@ -16,7 +16,7 @@ from trapo_jax.config import Config, load_config, parse_command_line
 from trapo_jax.evaluation import scoring
 from trapo_jax.runs.loggers import read_metrics
 
-NUM_VALIDATION = 6  # unlike the size of the other splits
+NUM_VALIDATION = 6  # different from the sizes of the other splits
 
 
 def train(folder, *arguments):
@@ -24,7 +24,7 @@ def train(folder, *arguments):
 
 
 def untimed(folder):
-    """Returns the metrics without measured times."""
+    """Returns the metrics without the measured times."""
     return [
         {k: v for k, v in record.items() if not k.startswith("time/")}
         for record in read_metrics(folder)
@@ -55,7 +55,7 @@ def test_a_run_writes_the_documented_files(finished_run):
         for r in read_metrics(folder)
         if r["kind"] == "eval" and r["split"] == "validation"
     }
-    best = max(scores, key=lambda step: (scores[step], -step))  # the first one in a tie
+    best = max(scores, key=lambda step: (scores[step], -step))  # The first step wins a tie.
     saved = {3, 6, 9, 12} | {step for step in scores if scores[step] > scores.get(step - 5, -1)}
     kept = {best, *sorted(saved)[-2:]}
     assert {int(p.name) for p in (folder / "checkpoints").iterdir()} == kept
@@ -171,7 +171,7 @@ def test_several_updates_per_batch_change_the_policy_ratio(tmp_path):
     assert result.returncode == 0, result.stderr
     first, second = (r for r in read_metrics(tmp_path / "r") if r["kind"] == "train")
     assert first["policy/ratio_max"] > 1.001
-    assert first["policy/logprob_gap_max"] < 1e-4  # between the sampler and the old policy
+    assert first["policy/logprob_gap_max"] < 1e-4  # the gap between the sampler and the old policy
     assert 0 < first["loss/kl"] < second["loss/kl"] < 0.1
 
 
@@ -259,7 +259,7 @@ def test_an_exported_checkpoint_equals_the_model_of_the_run(finished_run, tmp_pa
     ("accuracies", "best"), [((0.1, 0.5, 0.3, 0.4), 2), ((0.1, 0.2, 0.3, 0.4), 4)]
 )
 def test_the_best_checkpoint_is_tested_and_exported(accuracies, best, tmp_path, monkeypatch):
-    """The accuracies of the validation split after each step are made up."""
+    """The accuracies on the validation split after each step are fabricated."""
     remaining = iter([0.0, *accuracies])
 
     def evaluate(sample, problems, **options):
@@ -305,7 +305,7 @@ def test_exporting_anything_but_a_checkpoint_is_a_one_line_error(
 
 
 def test_training_on_files(tmp_path, capsys):
-    """The embedded task, written as JSONL with TRL's columns, has the same problems and hence the same first step."""
+    """Training on the embedded task written as JSONL with TRL's columns equals training on the task itself."""
     from trapo_jax.data import card_shuffles_splits
     from trapo_jax.train import main
 
@@ -331,7 +331,7 @@ def test_training_on_files(tmp_path, capsys):
     data = json.loads((tmp_path / "b" / "data.json").read_text())
     assert data["template"]["kind"] == "none"
     assert [stage["num_kept"] for stage in data["splits"]["train"]] == [16, 16]
-    # The run cannot be continued with other data.
+    # The run cannot be resumed with different data.
     (tmp_path / "b" / "summary.json").unlink()
     file = tmp_path / "train.jsonl"
     file.write_text(file.read_text().replace('"answer": "', '"answer": "1', 1))

@@ -1,4 +1,4 @@
-"""The wheel works outside of a clone."""
+"""Tests that the wheel works outside a clone."""
 
 import os
 import subprocess

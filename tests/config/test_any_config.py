@@ -1,4 +1,4 @@
-"""Any config file and any overrides give a config, or lines that name what is wrong."""
+"""Tests that any config file and overrides yield a config, or error lines that name the mistakes."""
 
 import json
 
@@ -14,7 +14,7 @@ from trapo_jax.config.loading import MAX_MISTAKES
 MAX_LINES = MAX_MISTAKES + 1
 DEFAULTS = yaml.safe_load(Config().to_yaml())
 FIELDS = [field.name for field in list_fields(Config)]
-# Pieces of YAML, including those of anchors, aliases, tags, comments and long or strange scalars.
+# Pieces of YAML, including parts of anchors, aliases, tags, comments, and long or unusual scalars.
 PIECES = st.sampled_from(
     [
         *"[]{}:,-?|>#%@!&*'\"\\ \n\t\0\ud800\u2028=~a",

@@ -1,4 +1,4 @@
-"""Configuration: the defaults are the shipped file; every mistake is one clear line."""
+"""Tests that the defaults equal the shipped config, and that every mistake is reported in one clear line."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def load(*arguments):
 def test_shipped_config_lists_every_default():
     file = REPOSITORY / "configs" / "smoke_cpu.yaml"
     assert load_config(Config, file, []) == Config()
-    # ... and every field stands in it, so that it can be read and copied.
+    # The file contains every field explicitly, so that it can be read and copied.
     assert yaml.safe_load(file.read_text()) == yaml.safe_load(Config().to_yaml())
 
 
@@ -77,7 +77,7 @@ def test_help_lists_every_field_with_type_default_and_sentence():
 
 CARDS = "data.source=card_shuffles"
 
-# What a user might type, and what the one line says.
+# Mistakes that a user might type, and the message of the one-line error.
 COMMAND_LINES = [
     (["train.num_step=3"], "train.num_step: unknown field; did you mean train.num_steps?"),
     (["trian.num_steps=3"], "trian: unknown field; did you mean train"),
@@ -199,7 +199,7 @@ COMMAND_LINES = [
 
 
 def nested_aliases(opening, closing, comma=", "):
-    """YAML in which every line repeats the line before twice."""
+    """Returns YAML in which every line repeats the previous line twice."""
     lines = [f"a{i}: &a{i} {opening}*a{i - 1}{comma}*a{i - 1}{closing}" for i in range(1, 40)]
     return "\n".join(["a0: &a0 x", *lines])
 
@@ -235,7 +235,7 @@ FILES = [
 
 
 def assert_refused(capsys, arguments, message, folder):
-    """One line, exit code 2, nothing created."""
+    """Checks that the command prints one error line, exits with code 2, and creates no files."""
     before = sorted(folder.rglob("*"))
     assert train([f"output_dir={folder / 'run'}", *arguments]) == 2
     output, error = capsys.readouterr()
@@ -273,7 +273,7 @@ def test_mistake_in_a_file_is_reported_in_one_line_that_names_it(text, message, 
         ("train: {num_step: 3}", "train.num_steps=3", "train.num_step: unknown", True),
         ("train: 3", "log_samples=3", "train=3", True),
         ("train: 3", "train.num_steps=3", "train=3: not a section, but the", True),
-        # Checks of a section, and of several fields together.
+        # Checks of a section and of several fields together.
         ("method: {alpha: 7}", "method.name=trapo", "method.alpha=7", True),
         ("method: {name: trapo}", "method.alpha=7", "method.alpha=7", False),
         ("method: {name: trapo}", "method.alhpa=1", "method.alhpa=1", False),
@@ -385,6 +385,6 @@ def test_command_never_ends_with_a_traceback(main, code, error):
     program = f"from trapo_jax.runs.command_line import run_and_exit\ndef main():\n    {main}\nrun_and_exit(main)"
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
-    process.stdout.close()  # as `| head` does
+    process.stdout.close()  # like `| head`
     assert process.stderr.read() == error
     assert process.wait() == code

@@ -1,4 +1,4 @@
-"""Defaults that belong to a task, lengths left to the data, and the run directory that follows from a config."""
+"""Tests the defaults of tasks, lengths that are derived from the data, and the default run directory of a config."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The executed notebooks are those of the sources beside them; nbmake runs them in CI."""
+"""Tests that the executed notebooks match the sources beside them; nbmake runs them in CI."""
 
 import json
 import re
@@ -11,7 +11,7 @@ SOURCES = sorted((REPOSITORY / "notebooks").glob("*.py"))
 
 
 def percent_cells(text):
-    """(kind, source) of the cells of a jupytext `py:percent` file."""
+    """Yields the kind and source of each cell in a jupytext `py:percent` file."""
     body = text.split("# ---\n", 2)[-1]
     for cell in re.split(r"^# %%", body, flags=re.MULTILINE)[1:]:
         header, _, source = cell.partition("\n")

@@ -1,4 +1,4 @@
-"""The commands of docs/paper_tables.md, of which nothing is trained: each is parsed, and its runs are planned."""
+"""Tests the commands of docs/paper_tables.md without training: each is parsed, and its runs are planned."""
 
 import re
 import shlex
@@ -18,14 +18,14 @@ SIZES = {"1_5b": "models/qwen2_5_math_1_5b", "7b": "models/qwen2_5_math_7b"}
 
 
 def arguments_of(program, size):
-    """Returns the arguments of each command of a program, as a shell gives them."""
+    """Returns the arguments of each command of a program, split as a shell would."""
     commands = [command for command in COMMANDS if command.startswith(program)]
     texts = [command.replace("${SIZE}", size).replace("\\\n", " ") for command in commands]
     return [shlex.split(text)[len(program.split()) :] for text in texts]
 
 
 def grids_of(size):
-    """Returns the grid of each comparison by the name of its table."""
+    """Returns the grid of each comparison, keyed by the name of its table."""
     grids = {}
     for arguments in arguments_of("python -m trapo_jax.compare", size):
         args = parse(arguments)
@@ -86,7 +86,7 @@ def test_the_methods_are_those_of_the_tables():
     assert [method.constants["alpha"] for method in alphas.values()] == [
         *(1e-6, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0),
     ]
-    # All have the other constants of the table above.
+    # All methods have the other constants of the table above.
     of_table = method_of(grids["table1"], "trapo")
     assert alphas["alpha_0_1"] == of_table
 

@@ -1,4 +1,4 @@
-"""README's code runs as it stands; its file tree is the tree."""
+"""Tests that the README's code runs unchanged and that its file tree matches the repository."""
 
 import re
 import subprocess
@@ -27,7 +27,7 @@ def test_loss_example_runs_and_learns(tmp_path):
     script.write_text(code)
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout.split()[-1]) < 2.0  # from log 16 = 2.77
+    assert float(result.stdout.split()[-1]) < 2.0  # The initial loss is log 16 = 2.77.
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The documentation site: it builds without warnings, and its references are complete."""
+"""Tests that the documentation site builds without warnings and that its references are complete."""
 
 import re
 import subprocess
@@ -12,8 +12,8 @@ from trapo_jax.runs.loggers import read_metrics
 DOCS = REPOSITORY / "docs"
 NAMES = {"LEVEL": r"\d+", "K": r"\d+", "X": r"0\.\d", "NAME": ".+"}
 
-# Metrics of several reward functions, of sources with different numbers of samples, of stages that end by patience, and
-# of ReLIFT.
+# Names of metrics for several reward functions, sources with different numbers of samples, stages that end by
+# patience, and ReLIFT.
 IN_OTHER_RUNS = {
     *("rewards/FUNCTION", "eval/rewards/FUNCTION", "eval/num_samples/SOURCE"),
     *("eval/expert_loss", "buffer/NAME"),

@@ -1,4 +1,4 @@
-"""Scores of samples, compared with hand-computed values."""
+"""Tests scores of samples against values computed by hand."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_scores_equal_hand_computed_values():
     scores = score_samples(samples)
     assert (scores.num_problems, scores.num_samples) == (2, 4)
     assert scores.accuracy == 3 / 8
-    # a: 1 - C(2, k) / C(4, k); b: 1 - C(3, k) / C(4, k)
+    # pass@k of problem a is 1 - C(2, k) / C(4, k); of problem b, 1 - C(3, k) / C(4, k).
     assert scores.pass_at_k == pytest.approx((3 / 8, (5 / 6 + 1 / 2) / 2, (1 + 3 / 4) / 2, 1))
     assert scores.majority == 0.5
     assert (scores.error_rate, scores.timeout_rate, scores.truncated) == (1 / 8, 1 / 8, 1 / 8)
@@ -98,7 +98,7 @@ def test_without_samples_there_are_no_scores():
 
 
 def benchmarks(num_samples=2):
-    """One problem of the source `large`, of which a quarter is solved, for each of `small`, which is all solved."""
+    """Returns samples of a source `large`, with 4 problems and 1 solved, and of `small`, with 1 solved problem."""
     large = [group(f"l{i}", RIGHT if i == 0 else WRONG, source="large") for i in range(4)]
     small = group("s", *[RIGHT] * num_samples, source="small")
     return [*small, *(sample for samples in large for sample in samples)]

@@ -1,4 +1,4 @@
-"""The interval of an accuracy, compared with SciPy and by simulation."""
+"""Tests the confidence interval of an accuracy against SciPy and by simulation."""
 
 import numpy as np
 import pytest
@@ -38,4 +38,4 @@ def test_the_interval_has_the_nominal_coverage(a, b, num_samples):
     coverage = simulate_intervals.coverage(
         a, b, num_problems=60, num_samples=num_samples, repeats=4000
     )
-    assert 0.935 <= coverage <= 0.97  # 95% plus the error of 4,000 repeats
+    assert 0.935 <= coverage <= 0.97  # 95%, with a margin for the error of 4,000 repeats

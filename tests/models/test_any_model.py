@@ -1,4 +1,4 @@
-"""Tests that any config, generation config, tokenizer, or safetensors header is read as is, or refused in one line."""
+"""Tests that any config, generation config, tokenizer or safetensors header is read or rejected in one line."""
 
 import json
 import shutil

@@ -107,8 +107,8 @@ def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]
     If `model.path` is a training run, its config provides the defaults of the sections `data` and `rewards`, of
     `sampling.max_completion_length`, of the temperature, and of the numbers of samples. By default, the run's own test
     problems are therefore evaluated as at the end of the run. If the run's problems were generated but files are
-    specified, the task's defaults do not apply to the files. If `file` is the config of a training run, only these fields
-    and the model's fields are used.
+    specified, the task's defaults do not apply to the files. If `file` is the config of a training run, only these
+    fields and the model's fields are used.
 
     Raises:
       UserError: with one line per mistake.

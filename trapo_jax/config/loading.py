@@ -229,7 +229,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads floats as in YAML 1.2 (`1e-6` is a number), rejects duplicate keys, and limits the size of the expanded data.
+    """Reads floats as in YAML 1.2 (`1e-6` is a number), rejects duplicate keys, and limits the expanded size.
 
     An alias counts as much as the node that it repeats, because a few nested aliases could otherwise fill any memory.
     """

@@ -1,4 +1,4 @@
-"""Records of an evaluation: one line of samples.jsonl per graded sample."""
+"""Makes and reads the records of an evaluation: one line of samples.jsonl per graded sample."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     """Reads samples.jsonl. If the last line is incomplete, it is removed from the file.
 
     Raises:
-      UserError: if the file does not contain the samples of an evaluation.
+      UserError: if the file does not contain samples of an evaluation.
     """
     records: list[dict[str, Any]] = []
     num_bytes = 0
@@ -66,7 +66,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
             ValueError,
         ) as error:
             raise UserError(
-                f"{path}, line {number}: not a sample of an evaluation; give another output_dir"
+                f"{path}, line {number}: not a sample of an evaluation; choose a different output_dir"
             ) from error
     return records
 
@@ -86,7 +86,7 @@ def count_shared_noise(records: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     Every sample has its own random key. If two samples shared a key, the scores would be wrong.
 
     Returns:
-      The number of these problems, and the total number of problems.
+      The number of such problems, and the total number of problems.
     """
     groups: dict[str, list[tuple[tuple[int, ...], float]]] = {}
     for record in records:

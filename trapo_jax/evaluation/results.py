@@ -1,4 +1,4 @@
-"""Presentation of the results of an evaluation: the plot of pass@k, and the table on the terminal."""
+"""Presents the results of an evaluation: plots pass@k and makes the table for the terminal."""
 
 from collections.abc import Mapping
 from itertools import zip_longest
@@ -8,7 +8,7 @@ from trapo_jax.evaluation.scoring import Scores, mean_of_sources, powers_of_2_up
 
 
 def plot_pass_at_k(path: Path, overall: Scores, by_source: Mapping[str, Scores]) -> None:
-    """Plots pass@k as a function of k, also for each source if there are several."""
+    """Plots pass@k as a function of k, overall and, if there are several sources, for each source."""
     from matplotlib.figure import Figure  # takes seconds to import
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -28,10 +28,10 @@ def plot_pass_at_k(path: Path, overall: Scores, by_source: Mapping[str, Scores])
 
 
 def table_of(overall: Scores, by_source: Mapping[str, Scores]) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and the rows of the score table: one row per source, their mean, and all problems.
+    """Returns the header and the rows of the score table: one row per source, the mean of sources, and all problems.
 
-    If the number k of samples per problem differs between sources, the last two rows have no pass@k and maj@k, because a
-    mean of pass@32 and pass@1 has no meaning.
+    If the number k of samples per problem differs between sources, the last two rows have no pass@k or maj@k, because
+    a mean of pass@32 and pass@1 is meaningless.
     """
     sources = list(by_source.items()) if len(by_source) > 1 else []
     rows = [*sources, ("mean", mean_of_sources(by_source))] if sources else []
@@ -49,7 +49,7 @@ def table_of(overall: Scores, by_source: Mapping[str, Scores]) -> tuple[list[str
     if max(numbers) > 1:  # Otherwise, pass@1 and maj@1 are the accuracy.
         columns[f"pass@{k}"] = [f"{s.pass_at_k[-1]:.3f}" for _, s in counted]
         columns[f"maj@{k}"] = [f"{s.majority:.3f}" for _, s in counted]
-    if overall.no_answer is not None:  # Otherwise, the reward function looks for none.
+    if overall.no_answer is not None:  # None if the reward function does not extract answers.
         columns["no answer"] = [
             "" if s.no_answer is None else f"{s.no_answer:.3f}" for _, s in rows
         ]

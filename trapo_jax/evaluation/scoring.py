@@ -1,4 +1,4 @@
-"""Evaluation of a policy on a set of problems: graded samples and the scores computed from them.
+"""Evaluates a policy on a set of problems: grades samples and computes scores from them.
 
 Evaluations during training and `python -m trapo_jax.evaluate` share this code.
 """
@@ -23,9 +23,9 @@ from trapo_jax.types import (
     Verdict,
 )
 
-# Equal samples with a lower log-probability are no coincidence, but used the same random key.
+# Equal samples with a lower log-probability cannot be a coincidence: they used the same random key.
 MIN_COINCIDENCE_LOGPROB = -20.0
-NO_SOURCE = "no_source"  # the name of the group of problems without a source
+NO_SOURCE = "no_source"  # source name for problems without a source
 
 Sampler = Callable[[Sequence[RolloutRequest], SamplingParams], Iterator[tuple[Completion, Grade]]]
 
@@ -34,15 +34,15 @@ class Sample(NamedTuple):
     """A graded completion.
 
     Attributes:
-      problem_id, source: the problem, and the source by which results are grouped.
+      problem_id, source: the problem's id, and its source, which results are grouped by.
       is_correct: whether the reward of the first reward function is 1.
-      missing: why the reward of the first reward function is missing; empty if it is not.
+      missing: the reason why the reward of the first reward function is missing; empty if it is not missing.
       truncated: whether the completion reached the maximum length.
       completion_len: number of tokens of the completion.
-      answer: the answer that was extracted from the response.
-      logprob: log-probability of the whole completion under the distribution it was sampled from.
-      rewards: the reward of each reward function, by name; None if it is missing.
-      found_answer: whether the first reward function found an answer; None if it looks for none or failed.
+      answer: the answer extracted from the response.
+      logprob: log-probability of the whole completion under the distribution that it was sampled from.
+      rewards: the reward of each reward function, keyed by its name; None if it is missing.
+      found_answer: whether the first reward function found an answer; None if it does not look for answers or failed.
     """
 
     problem_id: str
@@ -62,17 +62,18 @@ class Scores:
     """Scores of a set of problems with n samples each. Rates are fractions of all samples.
 
     Attributes:
-      num_problems, num_samples: number of problems, and the smallest number n of samples that a problem has.
-      accuracy: mean over problems of the fraction of samples that are correct; avg@n if each has n samples.
+      num_problems, num_samples: number of problems, and the smallest number n of samples of any problem.
+      accuracy: mean over problems of the fraction of samples that are correct; avg@n if each problem has n samples.
       interval: 95% confidence interval of the accuracy over problems; see `accuracy_interval`.
       pass_at_k: for k = 1 .. n, the unbiased estimate of the probability that one of k samples is correct.
       majority: fraction of problems whose most frequent answer is correct, also called maj@n; in a tie, the fraction
         of the tied answers that are correct. Answers are compared as strings; see `merge_equal_answers`.
       truncated: rate of completions that reached the maximum length.
-      error_rate, timeout_rate: rates of samples whose reward is missing; they count as wrong.
+      error_rate, timeout_rate: rates of samples whose reward is missing because of an error or a timeout. These
+        samples count as wrong.
       completion_len_mean: mean number of tokens per completion.
-      no_answer: rate of samples in which the first reward function found no answer, among those that it judged; None
-        if it looks for none.
+      no_answer: fraction of the samples judged by the first reward function in which it found no answer; None if it does
+        not look for answers.
     """
 
     num_problems: int
@@ -89,7 +90,7 @@ class Scores:
 
 
 def score_samples(samples: Sequence[Sample]) -> Scores:
-    """Computes the scores of the problems of some samples.
+    """Computes scores from samples.
 
     Raises:
       ValueError: if there are no samples.
@@ -149,9 +150,9 @@ class Evaluation(NamedTuple):
     """The result of an evaluation.
 
     Attributes:
-      metrics: metrics over all problems, by name.
+      metrics: metrics over all problems, keyed by name.
       problems: columns with one entry per problem: `id`, `source`, `greedy` (1 if the greedy sample is correct),
-        `correct` (number of correct samples, apart from the greedy one), `len` (their mean number of tokens).
+        `correct` (number of correct samples, excluding the greedy one), `len` (mean number of tokens of the samples).
     """
 
     metrics: dict[str, float]
@@ -165,29 +166,29 @@ def evaluate(
     num_samples_of: Callable[[str], int],
     temperature: float,
 ) -> Evaluation:
-    """Samples each problem greedily once and several times at a temperature, unguided.
+    """Samples each problem without guidance: once greedily, and several times at a temperature.
 
     Args:
-      sample: samples and grades requests with the given sampling parameters; see `Actor.sampler`.
+      sample: a function that samples and grades requests with given sampling parameters; see `Actor.sampler`.
       problems: distinct problems.
-      num_samples_of: returns the number of samples at the temperature for each problem of a source.
-      temperature: the temperature, which the results call sampled.
+      num_samples_of: a function that returns the number of samples per problem of a source.
+      temperature: the temperature of the samples whose metrics are called sampled.
 
     Returns:
-      The results of each problem, and these metrics: `eval/accuracy_greedy` and `eval/accuracy_sampled`, and if there
-      are several sources, also for each source and their unweighted mean (`.../SOURCE` and `..._mean_of_sources`);
-      `eval/pass@k` for k = 1, 2, 4 .. the smallest number of samples; `eval/entropy`, the mean of -log p over the tokens of
-      the samples, which estimates the entropy at the temperature; over all completions, `eval/truncated`,
+      The results of each problem, and these metrics: `eval/accuracy_greedy` and `eval/accuracy_sampled`; if there are
+      several sources, the accuracies of each source and their unweighted mean (`.../SOURCE` and `..._mean_of_sources`);
+      `eval/pass@k` for k = 1, 2, 4, ... up to the smallest number of samples; `eval/entropy`, the mean of -log p over
+      the tokens of the samples, which estimates the entropy at the temperature; over all completions, `eval/truncated`,
       `eval/completion_len_mean`, `eval/error_rate`, `eval/timeout_rate` and, if the first reward function looks for
-      answers, `eval/no_answer`; and how it was sampled: `eval/temperature`,
-      `eval/num_problems`, `eval/num_samples` (the smallest), and if they differ, `eval/num_samples/SOURCE`.
+      answers, `eval/no_answer`; and the sampling settings `eval/temperature`, `eval/num_problems`, `eval/num_samples`
+      (the smallest number) and, if the numbers differ, `eval/num_samples/SOURCE`.
 
     Raises:
-      Interrupted: if `sample` raises it in any process.
+      Interrupted: if `sample` raises `Interrupted` in any process.
     """
 
     def sample_all(requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Sample]:
-        """Samples the requests of this process, and returns the samples of all processes."""
+        """Samples the requests of this process and returns the samples of all processes."""
         mine = interrupt_together(
             lambda: [make_sample(*graded) for graded in sample(requests, params)]
         )
@@ -223,7 +224,7 @@ def evaluate(
 
 
 def _accuracies(kind: str, samples: Sequence[Sample]) -> dict[str, float]:
-    """Returns the accuracy, and with several sources that of each source and their mean."""
+    """Returns the accuracy and, if there are several sources, the accuracy of each source and the mean of sources."""
     name = f"eval/accuracy_{kind}"
     accuracies = {name: score_samples(samples).accuracy}
     by_source = scores_by_source(samples)
@@ -234,7 +235,7 @@ def _accuracies(kind: str, samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def _sample_counts(samples: Sequence[Sample]) -> dict[str, int]:
-    """Returns the smallest number of samples per problem, and that of each source if they differ."""
+    """Returns the smallest number of samples per problem and, if the sources differ, the number for each source."""
     name = "eval/num_samples"
     by_source = {source: s.num_samples for source, s in scores_by_source(samples).items()}
     counts = {name: min(by_source.values())}
@@ -244,7 +245,7 @@ def _sample_counts(samples: Sequence[Sample]) -> dict[str, int]:
 
 
 def problem_columns(greedy: Sequence[Sample], sampled: Sequence[Sample]) -> dict[str, list]:
-    """Returns the results of each problem, in the order of problem ids; see `Evaluation.problems`.
+    """Returns the results of each problem, sorted by problem id; see `Evaluation.problems`.
 
     Args:
       greedy: one greedy sample per problem.
@@ -265,7 +266,7 @@ def problem_columns(greedy: Sequence[Sample], sampled: Sequence[Sample]) -> dict
 
 
 def make_sample(completion: Completion, grade: Grade) -> Sample:
-    """Returns the part of a graded completion that the scores depend on."""
+    """Extracts the data that the scores depend on from a graded completion."""
     problem = completion.request.problem
     first = next(iter(grade.judgments.values()))
     return Sample(
@@ -283,7 +284,7 @@ def make_sample(completion: Completion, grade: Grade) -> Sample:
 
 
 def mean_rewards(samples: Sequence[Sample]) -> dict[str, float]:
-    """Returns the mean reward of each reward function by name, or an empty dict if there is only one function."""
+    """Returns the mean reward of each reward function, keyed by name; empty if there is only one function."""
     names = dict.fromkeys(name for sample in samples for name in sample.rewards)
     if len(names) < 2:
         return {}
@@ -297,11 +298,11 @@ def mean_rewards(samples: Sequence[Sample]) -> dict[str, float]:
 def merge_equal_answers(
     samples: Sequence[Sample], are_equal: Callable[[str, str], bool]
 ) -> list[Sample]:
-    """Replaces equivalent answers to the same problem with the first of them, for the majority vote.
+    """Replaces each answer with the first equivalent answer to the same problem, for the majority vote.
 
     Args:
       samples: the samples. All correct answers to a problem are considered equivalent.
-      are_equal: returns whether two different strings are equivalent answers.
+      are_equal: a function that returns whether two different strings are equivalent answers.
     """
     merged = []
     known: dict[tuple[str, bool], list[str]] = {}
@@ -331,7 +332,7 @@ def _timeout_rate(samples: Sequence[Sample]) -> float:
 
 
 def scores_by_source(samples: Sequence[Sample]) -> dict[str, Scores]:
-    """Returns the scores of each source's problems, by name of the source; `NO_SOURCE` for those without one."""
+    """Returns the scores of each source's problems, keyed by source (`NO_SOURCE` for problems without a source)."""
     return {
         source or NO_SOURCE: score_samples([s for s in samples if s.source == source])
         for source in sorted({s.source for s in samples})
@@ -349,8 +350,8 @@ def powers_of_2_up_to(number: int) -> list[int]:
 
 
 def shares_noise(completions: Sequence[tuple[tuple[int, ...], float]]) -> bool:
-    """Returns whether two of a problem's samples (token ids, total log-probability) are equal although they
-    are far too unlikely to be a coincidence, so that they must have used the same random key."""
+    """Returns whether two of a problem's samples (token ids, total log-probability) are equal although they are
+    too unlikely for a coincidence, which means that they used the same random key."""
     seen = Counter(ids for ids, logprob in completions if logprob < MIN_COINCIDENCE_LOGPROB)
     return any(count > 1 for count in seen.values())
 

@@ -1,4 +1,4 @@
-"""The interval of an accuracy over problems, and pass@k."""
+"""Computes confidence intervals of accuracies over problems, and pass@k."""
 
 import math
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
 
     This is the score interval of Wilson (1927) with an effective sample size, as for surveys (Korn and Graubard 1998):
     the variance s^2 between problems, which includes the noise of sampling few answers, is compared with the variance
-    of a Bernoulli variable, p (1 - p). Their ratio, shrunk toward 1 by one pseudo-problem, is the design effect, by
-    which the number of problems is divided. The normal quantile is replaced with that of Student's t distribution. The
+    of a Bernoulli variable, p (1 - p). Their ratio, shrunk toward 1 by one pseudo-problem, is the design effect;
+    the number of problems is divided by it. The quantile of Student's t distribution replaces the normal quantile. The
     width of the interval is positive even if all answers are correct or all are wrong. `tools/simulate_intervals.py`
     measures its coverage.
 
@@ -49,10 +49,10 @@ def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
 def interval_of_mean(
     means: Sequence[float], intervals: Sequence[tuple[float, float]]
 ) -> tuple[float, float]:
-    """Returns the confidence interval of the mean of independent estimates, from the interval of each.
+    """Returns the confidence interval of the mean of independent estimates, given the interval of each estimate.
 
-    The distances from the mean to its limits are the root mean squares of the distances of the estimates to theirs,
-    divided by the square root of their number (Zou and Donner 2008, "MOVER"), so that the interval may be asymmetric.
+    The distance from the mean to each limit is the root mean square of the estimates' distances to their own limits,
+    divided by the square root of the number of estimates (Zou and Donner 2008, "MOVER"). It may be asymmetric.
 
     >>> low, high = interval_of_mean([0.5, 0.7], [(0.2, 0.8), (0.3, 0.8)])
     >>> round(low, 3), round(high, 3)
