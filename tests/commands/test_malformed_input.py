@@ -1,4 +1,4 @@
-"""Tests that malformed models, data and templates cause a one-line error and exit code 2, and that no files are written."""
+"""Tests that malformed models, data and templates cause a one-line error with exit code 2, and write no files."""
 
 import json
 import shutil

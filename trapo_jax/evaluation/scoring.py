@@ -72,8 +72,8 @@ class Scores:
       error_rate, timeout_rate: rates of samples whose reward is missing because of an error or a timeout. These
         samples count as wrong.
       completion_len_mean: mean number of tokens per completion.
-      no_answer: fraction of the samples judged by the first reward function in which it found no answer; None if it does
-        not look for answers.
+      no_answer: fraction of the samples judged by the first reward function in which it found no answer; None if it
+        does not look for answers.
     """
 
     num_problems: int
@@ -123,7 +123,7 @@ def score_samples(samples: Sequence[Sample]) -> Scores:
 def mean_of_sources(by_source: Mapping[str, Scores]) -> Scores:
     """Returns the unweighted mean of the scores of several sources, such as benchmarks of different sizes.
 
-    The number of problems is the sum, and the number of samples is the smallest.
+    The number of problems is the sum over sources, and the number of samples is the minimum.
 
     Args:
       by_source: the scores of at least one source, as from `scores_by_source`.
@@ -351,7 +351,7 @@ def powers_of_2_up_to(number: int) -> list[int]:
 
 def shares_noise(completions: Sequence[tuple[tuple[int, ...], float]]) -> bool:
     """Returns whether two of a problem's samples (token ids, total log-probability) are equal although they are
-    too unlikely for a coincidence, which means that they used the same random key."""
+    too unlikely to be a coincidence, which means that they used the same random key."""
     seen = Counter(ids for ids, logprob in completions if logprob < MIN_COINCIDENCE_LOGPROB)
     return any(count > 1 for count in seen.values())
 

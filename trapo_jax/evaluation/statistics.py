@@ -52,7 +52,8 @@ def interval_of_mean(
     """Returns the confidence interval of the mean of independent estimates, given the interval of each estimate.
 
     The distance from the mean to each limit is the root mean square of the estimates' distances to their own limits,
-    divided by the square root of the number of estimates (Zou and Donner 2008, "MOVER"). It may be asymmetric.
+    divided by the square root of the number of estimates (Zou and Donner 2008, "MOVER"). The interval may be
+    asymmetric.
 
     >>> low, high = interval_of_mean([0.5, 0.7], [(0.2, 0.8), (0.3, 0.8)])
     >>> round(low, 3), round(high, 3)
