@@ -86,7 +86,7 @@ def test_a_budget_ends_a_run_and_the_buffer_is_restored_after_a_resume(tmp_path)
     assert rates[0] == rates[1] == pytest.approx(2e-4)
     assert rates[3] == pytest.approx(
         2e-4 * (0.1 + 0.9 * 0.5)
-    )  # three quarters of the run is complete
+    )  # Three quarters of the run are complete.
     # The test covers the buffer: its optimizer is used before and after the checkpoint, and the buffer is not empty
     # at the checkpoint.
     assert ["buffer/loss/total" in r for r in expected] == [True] * 4

@@ -80,7 +80,7 @@ def test_a_tpu_topology(small_model):
     assert step["temporaries"] < 16 * scores + 2**25
     gathered = (
         2 * found["num_params"] * 8 * 3
-    )  # bfloat16, in eight micro-batches of three passes each
+    )  # bfloat16, gathered in each of three passes over eight micro-batches
     moved = sum(step["traffic"]["collectives"].values())
     assert 0.5 * gathered < moved < 2 * gathered
     assert 0 < step["mfu_bound"] < 1

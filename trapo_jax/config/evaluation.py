@@ -68,7 +68,7 @@ INHERITED: Mapping[str, Collection[str]] = {
 
 
 class EvaluateConfig(TaskConfig):
-    """Everything that an evaluation depends on."""
+    """All settings of an evaluation."""
 
     output_dir: str | None = None
     """Directory for the results. If it contains an evaluation, that evaluation is resumed. null for evaluations/<name of the model>."""
@@ -111,7 +111,7 @@ def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]
     fields and the model's fields are used.
 
     Raises:
-      UserError: with one line per mistake.
+      UserError: if there are mistakes. The message has one line per mistake.
     """
     layers = [Layer(str(file), _without_training(read_yaml(file)))] if file else []
     given = merge_layers(layers, overrides)

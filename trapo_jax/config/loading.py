@@ -66,7 +66,7 @@ def load_config(
       defaults: plain data that the file is merged into, section by section.
 
     Raises:
-      UserError: with one line per mistake.
+      UserError: if there are mistakes. The message has one line per mistake.
     """
     layers = [Layer("defaults", defaults or {})]
     layers += [Layer(str(file), read_yaml(file))] if file else []
@@ -88,7 +88,7 @@ def load_layers(
       file: the config file, whose folder is searched for paths and modules.
 
     Raises:
-      UserError: with one line per mistake.
+      UserError: if there are mistakes. The message has one line per mistake.
     """
     search_beside(file)
     text = json.dumps(merge_layers(layers, overrides), default=str)
@@ -105,7 +105,7 @@ def load_layers(
             for line in _explain(mistake, config_class, given, otherwise=where)
         ]
         if num_more := len(mistakes[MAX_MISTAKES:]):
-            lines.append(f"{num_more} more mistakes like these")
+            lines.append(f"and {num_more} more mistakes")
         raise UserError(*lines) from error
     return _look_up_paths(config, file.parent) if file else config
 
@@ -133,7 +133,7 @@ def load_train_config(
       overrides: values keyed by dotted name, such as `{"train.num_steps": 10}`; they take precedence over the file.
 
     Raises:
-      UserError: with one line per mistake.
+      UserError: if there are mistakes. The message has one line per mistake.
 
     >>> load_train_config(overrides={"train.num_steps": 10}).train.num_steps
     10
@@ -185,7 +185,7 @@ def _check_plain(value: Any, where: str) -> None:
         fields = flatten(value) if isinstance(value, dict) else {}
         name = next((shown(x) for x, inner in fields.items() if not _is_unicode(x, inner)), "")
         raise UserError(f"{where}: {name + ': ' if name else ''}not Unicode text") from error
-    except (TypeError, ValueError) as error:  # a date as a key
+    except (TypeError, ValueError) as error:  # for example, a date as a key
         raise UserError(f"{where}: not plain fields and values ({error})") from error
 
 
@@ -201,7 +201,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
     """Splits a command line into the config file and the overrides, in order.
 
     Raises:
-      UserError: if an argument is neither.
+      UserError: if an argument is neither an option nor an override.
     """
     file: Path | None = None
     overrides: list[tuple[str, str]] = []
@@ -218,7 +218,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
                 raise UserError(f"command line: --{name} has no value")
             value = rest.pop(0)
         if not name:
-            raise UserError(f"command line: {argument!r} names no field")
+            raise UserError(f"command line: {argument!r} has no field name")
         if is_option and name == "config":
             if file is not None:
                 raise UserError(f"command line: two --config files, {file} and {value}; pass one")
@@ -262,7 +262,7 @@ class _Loader(yaml.SafeLoader):
     def construct_scalar(self, node):
         if node.tag in _NUMBERS and len(node.value) > MAX_NUMBER_CHARS:
             # Reading a long number in base 60 takes minutes.
-            raise _error(f"a number of {len(node.value)} characters", node)
+            raise _error(f"a number with {len(node.value)} characters", node)
         return super().construct_scalar(node)
 
     def construct_mapping(self, node, deep=False):
@@ -294,7 +294,7 @@ def _parse_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError:
         raise
-    except yaml.YAMLError as error:  # a control character
+    except yaml.YAMLError as error:  # for example, a control character
         raise yaml.MarkedYAMLError(problem=str(error).splitlines()[0]) from error
     # numbers with 5,000 digits, February 31, tags that do not fit their values
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -75,7 +75,7 @@ class LoraConfig(Section):
     targets: Annotated[
         tuple[Literal["qkv", "output", "gate_up", "down"], ...], _to_tuple, Field(min_length=1)
     ] = ("qkv", "output", "gate_up", "down")
-    """Weight matrices of every layer that receive an adapter: qkv and output of the attention, gate_up and down of the MLP."""
+    """Weight matrices of every layer that receive an adapter: qkv and output of attention, gate_up and down of the MLP."""
 
 
 class ColumnsConfig(Section):
@@ -104,7 +104,7 @@ class DataConfig(Section):
     seed: NotNegative = 0
     """Random seed for generated problems and held-out splits. It is independent of the run's seed, so that runs with different seeds can be compared."""
     difficulty: Literal["late", "early"] = "late"
-    """Card shuffles only: where a solution becomes hard: after the third operation (late) or at an unfamiliar first operation (early)."""
+    """Card shuffles only: where a solution becomes hard, either after the third operation (late) or at an unfamiliar first operation (early)."""
     expert_style: Literal["careless", "clean"] = "careless"
     """Card shuffles only: whether expert solutions contain filler words and skipped steps (careless) or only the exact steps (clean)."""
     num_train: Positive | None = None
@@ -121,7 +121,7 @@ class DataConfig(Section):
     """Test data, in the same formats. The default split is test. If empty, problems are held out from the training data."""
     columns: ColumnsConfig = ColumnsConfig()
     limit: Positive | None = None
-    """Maximum number of rows to read from each file or dataset; null for all rows, up to 2 million."""
+    """Maximum number of rows to read from each entry of the file lists; null for all rows, up to 2 million."""
     template: str = "auto"
     """Chat template of prompts: chat (the tokenizer's own; chat/NAME for a named one), chatml, qwen_math, none, or the import path `package.module:name` of your own function. auto selects chat if the tokenizer has a template; otherwise, it selects chatml for chat messages and none for text."""
     template_arguments: dict[str, Any] = {}
@@ -357,6 +357,6 @@ class LimitsConfig(Section):
 
 class MeshConfig(Section):
     fsdp: Annotated[int, Field(ge=-1)] = 1
-    """Number of devices over which the batch, the parameters and the optimizer state are sharded; -1 for all devices that mesh.tp leaves."""
+    """Number of devices over which the batch, the parameters and the optimizer state are sharded; -1 to use all devices that remain after mesh.tp."""
     tp: Positive = 1
     """Number of devices over which attention heads, MLPs and the vocabulary are sharded. Only the batch is sharded over the remaining devices."""

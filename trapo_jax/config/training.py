@@ -79,7 +79,7 @@ class TaskConfig(Section):
         return self.data.prompt_len + self.sampling.completion_len
 
     def with_lengths(self, *, prompt: int, completion: int) -> Self:
-        """Returns the config with lengths that are null replaced by these."""
+        """Returns a copy of the config in which these lengths replace null."""
         data = self.model_dump(mode="json")
         if data["data"]["max_prompt_length"] is None:
             data["data"]["max_prompt_length"] = prompt
@@ -99,7 +99,7 @@ def _as_mapping(section: Any) -> dict[str, Any] | None:
 
 
 class Config(TaskConfig):
-    """Everything that a training run depends on."""
+    """All settings of a training run."""
 
     output_dir: Annotated[str, Field(min_length=1)] | None = None
     """Run directory. If it contains a run, that run is resumed. null for runs/TASK_METHOD, followed by a hash of the fields that differ from their defaults, if any."""
@@ -138,7 +138,7 @@ class Config(TaskConfig):
         check_weights(self.rewards, self.rewards.functions)
         if self.mesh.fsdp == 0:
             raise ValueError(
-                "mesh.fsdp=0: set a number of devices, or -1 for all that mesh.tp leaves"
+                "mesh.fsdp=0: set a number of devices, or -1 for all devices that remain after mesh.tp"
             )
         if self.checkpoint.keep_best and not self.evaluation.every:
             raise ValueError(
@@ -214,7 +214,7 @@ def check_files(data: DataConfig, *needed: str) -> None:
       needed: the fields, at least one of which must be set; errors name the first.
 
     Raises:
-      ValueError: naming the field.
+      ValueError: if the check fails. The message names the field.
     """
     if data.source == FILES and not any(getattr(data, field) for field in needed):
         raise ValueError(
@@ -232,7 +232,7 @@ def check_model(model: PretrainedConfig) -> None:
     """Checks that a model is specified.
 
     Raises:
-      ValueError: naming the field.
+      ValueError: if the check fails. The message names the field.
     """
     if not model.path:
         raise ValueError("model.path: not set; specify a Hugging Face model folder or a Hub id")
@@ -242,7 +242,7 @@ def check_functions(functions: Sequence[str], source: str) -> None:
     """Checks that there is at least one reward function.
 
     Raises:
-      ValueError: naming the field.
+      ValueError: if the check fails. The message names the field.
     """
     if not functions:
         raise ValueError(
@@ -255,7 +255,7 @@ def check_weights(grading: GradingConfig, functions: Sequence[str]) -> None:
     """Checks that there is one weight for each reward function.
 
     Raises:
-      ValueError: naming the field.
+      ValueError: if the check fails. The message names the field.
     """
     if grading.weights is not None and len(grading.weights) != len(functions):
         raise ValueError(
