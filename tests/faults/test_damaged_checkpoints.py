@@ -155,7 +155,7 @@ def test_swapped_checkpoints_are_refused_and_a_copied_one_is_passed_over(
     output = capsys.readouterr()
     assert f"checkpoint 99: it was saved after step {old}; restore its original name" in output.err
     assert f"resuming {folder} after step {new}" in output.out
-    assert "left alone: notes" in output.out
+    assert "ignoring notes" in output.out
     assert {p.name for p in checkpoints.iterdir()} >= {"99", "notes"}
 
     (folder / "summary.json").unlink()

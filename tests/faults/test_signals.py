@@ -61,7 +61,7 @@ def interrupt(folder, moment, number, monkeypatch):
         signal_at(patch.setattr, *moment[:3], number)
         result = run_command("trapo_jax.train", f"output_dir={folder}", *JOB)
     assert result.returncode == 0, result.stderr
-    assert "a second Ctrl-C ends the process at once, without saving" in result.stderr
+    assert "a second Ctrl-C ends the process immediately, without saving" in result.stderr
     return result.stdout
 
 

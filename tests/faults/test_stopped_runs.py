@@ -123,7 +123,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_can_be_restored(
         filler.write(bytes(shutil.disk_usage(small_disk).free - 5 * 2**20))
     error = jobs.check_refusal(jobs.finish(start(folder)), 1)
     assert f"output_dir={folder}" in error
-    assert "of disk space are left" in error
+    assert "of disk space is left" in error
     assert checkpoint_steps(folder)[-1] == step
     (small_disk / "filler").unlink()
     assert f"after step {step}" in complete(folder)

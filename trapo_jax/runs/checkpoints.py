@@ -325,9 +325,8 @@ def _unused(path: Path, suffix: str) -> Path:
 def _delete_listed(folder: Path) -> None:
     """Deletes the files listed in a checkpoint's manifest, then the manifest and directories left empty."""
     listed = _read_manifest(folder)["files"]
-    inside = sorted(
-        folder.rglob("*"), reverse=True
-    )  # Files come before the directory that contains them.
+    # In reverse order, files come before the directory that contains them.
+    inside = sorted(folder.rglob("*"), reverse=True)
     for path in inside:
         if path.is_dir():
             _remove_if_empty(path)

@@ -95,10 +95,7 @@ def check_run_folder(
                 f"output_dir={folder}: neither empty nor a run directory; choose a different output_dir"
             )
         parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # ValueError means that the name contains a NUL character.
+    except (OSError, ValueError) as error:  # ValueError if the name contains a NUL character.
         raise UserError(f"output_dir={folder}: {getattr(error, 'strerror', error)}") from error
     if not parent.is_dir():
         raise UserError(f"output_dir={folder}: {parent} is a file")
