@@ -19,7 +19,7 @@ from trapo_jax.runs.loggers import read_metrics
 
 
 class Moment(NamedTuple):
-    """When a signal is sent, and what must be on disk afterwards.
+    """Specifies when a signal is sent and what must be on disk afterwards.
 
     Attributes:
       activity, step, report: see `support/signal_at.py`.

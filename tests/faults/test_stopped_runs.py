@@ -34,7 +34,7 @@ def complete(folder, **environment):
 
 
 def wait_for_step(process, folder, step):
-    """Waits until the record of the step has been written."""
+    """Waits until the step's record has been written."""
     record = f'"step": {step}, "kind": "train"'
     while not any(record in line for line in read_lines(folder / "metrics.jsonl")):
         assert process.poll() is None, process.communicate()[0]
@@ -84,7 +84,7 @@ def test_a_run_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run
 
 
 def listening(pid):
-    """Returns the sockets on which a process accepts connections, according to /proc (Linux)."""
+    """Returns the listening sockets of a process, according to /proc (Linux)."""
     rows = [
         line.split()
         for name in ("tcp", "tcp6")

@@ -272,7 +272,7 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pipe_in_place_of_an_entry_of_a_run_is_refused(folder, name):
-    """Without the check, the run would wait forever, or fail only after it has trained."""
+    """Without the check, the run would wait forever or fail only after training."""
     shutil.rmtree(folder / name, ignore_errors=True)
     os.mkfifo(folder / name)
     with pytest.raises(UserError, match=rf"/{name}: .*not a (folder|regular file)"):
@@ -303,7 +303,7 @@ def test_an_impossible_folder_is_refused_before_anything_is_created(tmp_path):
 
 @pytest.fixture
 def read_only_folder(tmp_path):
-    """A folder that not even root can write to."""
+    """Mounts a folder that not even root can write to, and returns it."""
     folder = tmp_path / "sealed"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)]
@@ -368,7 +368,7 @@ for _ in range(300):
 
 
 def test_two_processes_may_write_the_same_file(tmp_path):
-    """For example, a run may end and write its report while the report command is also writing it."""
+    """A run may end and write its report while the report command is writing the same file."""
     file = tmp_path / "report.html"
     command = [sys.executable, "-c", WRITER, str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:

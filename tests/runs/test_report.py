@@ -108,7 +108,9 @@ def test_an_incomplete_last_line_is_ignored_and_a_damaged_line_is_reported(tmp_p
     with pytest.raises(UserError, match=r"samples\.jsonl, line 2: not a JSON record"):
         read_samples(path, max_bytes=10**9)
     write_lines(path, [{"step": 1, "problem_id": "p"}])
-    with pytest.raises(UserError, match=r"samples\.jsonl, line 1: not a rollout of this version"):
+    with pytest.raises(
+        UserError, match=r"samples\.jsonl, line 1: not a rollout written by this version"
+    ):
         read_samples(path, max_bytes=10**9)
 
 
@@ -126,7 +128,7 @@ def test_a_folder_that_is_not_a_run_gives_a_one_line_error_and_exit_code_2(name,
     assert main([str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"{name}: not a run directory of this version" in error
+    assert f"{name}: not a run directory written by this version" in error
     assert not list(tmp_path.rglob("report.html"))
 
 

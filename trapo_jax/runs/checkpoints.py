@@ -8,7 +8,7 @@ corrupted data. In a multi-process job, all processes save and restore together 
 This module deletes only what it wrote: the files listed in an expired checkpoint's manifest, and the directory of an
 interrupted save, which is named in a journal. Other files in the directory are left alone.
 
-Saves are synchronous. The next step overwrites the arrays, which are donated to it, and on the CPU backend an
+Saves are synchronous because the arrays are donated to the next step, which overwrites them. On the CPU backend, an
 asynchronous save would still be reading them.
 """
 
@@ -108,7 +108,7 @@ class CheckpointStore:
         )
 
     def unknown(self) -> list[str]:
-        """Returns the names of directory entries that this module did not create."""
+        """Returns the directory entries whose names this module does not use."""
         if not self._directory.is_dir():
             return []
         return sorted(p.name for p in self._directory.iterdir() if not _OURS.fullmatch(p.name))
@@ -362,7 +362,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """Returns a dict with `step`, `run`, `score`, and `files`, which maps relative paths to SHA-256 checksums.
 
     Raises:
-      DamagedCheckpoint: if the manifest is not exactly what `_write_manifest` wrote.
+      DamagedCheckpoint: if the manifest is missing or differs from what `_write_manifest` wrote.
     """
     if not (folder / MANIFEST).exists():
         raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is missing")

@@ -308,7 +308,7 @@ def run_identity(folder: Path, config_text: str) -> dict[str, str]:
 
 
 def check_shared(folder: Path, run_id: str) -> None:
-    """Checks that all processes of the job see the run directory prepared by process 0. All must call this together.
+    """Checks that all processes of the job see the run directory prepared by process 0. All must call this.
 
     Raises:
       UserError: in all processes, if any process does not see the directory.
@@ -319,7 +319,7 @@ def check_shared(folder: Path, run_id: str) -> None:
         time.sleep(1)
     if not all(gather(is_same)):
         raise UserError(
-            f"output_dir={folder}: not the same directory in all processes; choose one on storage that all hosts share"
+            f"output_dir={folder}: not the same directory in all processes; choose one on storage shared by all hosts"
         )
 
 
@@ -348,14 +348,14 @@ def check_problems(folder: Path, data: DataConfig, *, saved: str, current: str) 
       current: the fingerprint of the current problems.
 
     Raises:
-      UserError: if they differ, naming the config field that selects the data.
+      UserError: if the fingerprints differ. The message names the config field that selects the data.
     """
     if saved == current:
         return
     is_generated = data.source != "files"
     name = f"source={data.source}" if is_generated else f"train_files={', '.join(data.train_files)}"
     raise UserError(
-        f"output_dir={folder}: the problems of data.{name} changed since the run started ({DATA}); restore the data or "
+        f"output_dir={folder}: the problems of data.{name} changed since the run started (see {DATA}); restore the data or "
         "choose a different output_dir"
     )
 
@@ -364,8 +364,8 @@ def check_problems(folder: Path, data: DataConfig, *, saved: str, current: str) 
 def lock_folder(folder: Path, option: str = "output_dir") -> Iterator[None]:
     """Creates the folder and locks it for this process. The lock is released even if the process is killed.
 
-    Every command that writes to a folder for more than a moment holds its lock. System errors without a file name are
-    given the folder's name.
+    Commands hold the lock of a folder for as long as they write to it. System errors without a file name are given the
+    folder's name.
 
     Args:
       folder: the folder.

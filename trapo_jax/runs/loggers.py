@@ -149,7 +149,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_summary(folder: Path, splits: Sequence[str], *, model_step: int) -> dict[str, Any]:
-    """Writes the summary of a run, which marks it as complete.
+    """Writes the summary of a run, which marks the run as complete.
 
     Args:
       folder: the run directory.
@@ -176,7 +176,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """Returns the summary of a complete run; see `write_summary`.
 
     Raises:
-      UserError: if it is damaged.
+      UserError: if the summary is damaged.
     """
     path = folder / SUMMARY
     way_out = "delete the file and run the same command to write it again"

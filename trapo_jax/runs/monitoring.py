@@ -130,7 +130,7 @@ class Health:
         return [text]
 
     def _check_streak(self, step: int, name: str, is_bad: bool, text: str) -> list[str]:
-        """Returns a warning once `WARN_AFTER_STEPS` or `WARN_AFTER_FIRST_STEPS` consecutive steps were bad."""
+        """Returns a warning once `WARN_AFTER_STEPS` or `WARN_AFTER_FIRST_STEPS` consecutive steps have been bad."""
         self._streaks[name] = self._streaks[name] + 1 if is_bad else 0
         if not is_bad:
             self._absent_before.add(name)
@@ -317,7 +317,7 @@ class Interrupt:
             signal.signal(number, signal.SIG_IGN if is_hangup else signal.SIG_DFL)
         leave_lost_terminal()
         print(
-            "saving a checkpoint before stopping; a second Ctrl-C ends the process immediately, without saving",
+            "stopping after saving the training state; a second Ctrl-C ends the process immediately, without saving",
             file=sys.stderr,
         )
 

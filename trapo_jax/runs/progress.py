@@ -1,4 +1,4 @@
-"""Describes the progress of an evaluation or a step: its current phase, completed share, rate and time left."""
+"""Describes the progress of an evaluation or a step: its current phase, sample count, rate and time left."""
 
 from trapo_jax.types import SamplingProgress
 
@@ -115,7 +115,7 @@ class RunEstimate:
 
 
 class LinePacer:
-    """Decides when to print a line of plain output: immediately for a new activity, then rarely enough for a log."""
+    """Decides when to print a line of plain output: the first immediately, later lines at a rate suitable for a log."""
 
     def __init__(self):
         self._last = float("-inf")

@@ -30,8 +30,10 @@ from trapo_jax.runs.loggers import (
 )
 from trapo_jax.types import UserError
 
-MAX_POINTS = 400  # Maximum points per curve; consecutive steps are averaged to stay below it.
-MAX_BYTES = 3_000_000  # Maximum size of the rollouts in a report; whole groups are omitted to stay below it.
+# Maximum number of points per curve. If there are more steps, consecutive steps are averaged.
+MAX_POINTS = 400
+# Maximum size in bytes of the rollouts in a report. If they are larger, whole groups are omitted.
+MAX_BYTES = 3_000_000
 MAX_TOKENS = 1_500  # Maximum tokens per response; the middle of longer responses is omitted.
 MAX_CHARACTERS = 20_000  # Maximum characters per string; the end of longer strings is omitted.
 STYLES = ("uplot.min.css", "report.css")
@@ -132,7 +134,7 @@ def embedded_json(data: Any) -> str:
     text = json.dumps(
         _make_visible(data), ensure_ascii=True, allow_nan=False, separators=(",", ":")
     )
-    for character in "<>&":  # These occur only inside JSON strings.
+    for character in "<>&":  # These characters occur only inside JSON strings.
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
@@ -174,7 +176,7 @@ def read_run(folder: Path, name: str, *, max_bytes: int) -> dict[str, Any]:
         return run
     except DAMAGED as error:
         raise UserError(
-            f"{folder}: not a run directory of this version: config.yaml, metrics.jsonl or samples.jsonl is missing or "
+            f"{folder}: not a run directory written by this version: config.yaml, metrics.jsonl or samples.jsonl is missing or "
             f"damaged ({shown(error)})"
         ) from error
 
@@ -183,7 +185,9 @@ def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
     try:
         settings = flatten(read_yaml(folder / CONFIG))
     except UserError as error:
-        raise UserError(f"{folder}: not a run directory of this version ({error})") from error
+        raise UserError(
+            f"{folder}: not a run directory written by this version ({error})"
+        ) from error
     records = list(read_records(folder / METRICS))
     steps = [r for r in records if r["kind"] == TRAIN]
     evaluations = [r for r in records if r["kind"] == EVAL]
@@ -328,7 +332,9 @@ def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
             kept["tokens"] = {name: _cut_middle(values) for name, values in tokens.items()}
             kept["tokens"]["pieces"] = [_cut_end(p) for p in kept["tokens"]["pieces"]]
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: not a rollout of this version") from error
+            raise UserError(
+                f"{path}, line {number}: not a rollout written by this version"
+            ) from error
         yield kept
 
 

@@ -104,7 +104,7 @@ class Run:
         self.pending_splits: Sequence[str] = config.evaluation.splits
         self._score: float | None = None  # Score of the current step, used to compare checkpoints.
         self._model_step = 0  # Step of the best checkpoint if it was loaded; 0 otherwise.
-        self._is_saved = True  # Whether nothing was recorded since the last checkpoint.
+        self._is_saved = True  # Whether the last checkpoint contains all results.
 
     @classmethod
     def open(cls, config: Config, method: Method, *, show_progress: bool = False) -> "Run":
@@ -225,7 +225,7 @@ class Run:
     def steps(
         self, batches: Sequence[Sequence[Problem]]
     ) -> Iterator[tuple[Sequence[Problem], Sequence[Problem]]]:
-        """Yields the problems of each remaining step and of the step after it.
+        """Yields pairs of the problems of a remaining step and the problems of the step after it.
 
         Args:
           batches: the problems of every step of the run.
@@ -378,7 +378,7 @@ class Run:
             self._load(step, learner)
             self._model_step = step
             self.console.say(
-                f"loaded the checkpoint of step {step}, the best on the validation split"
+                f"loaded the checkpoint from step {step}, the best on the validation split"
             )
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Explains failures of the operating system and the environment on one line: the cause, the place and the way out.
+"""Explains failures of the operating system and the environment on one line: cause, location and remedy.
 
 `trapo_jax` imports this module before a command's module, so this module imports little itself.
 """

@@ -1,7 +1,8 @@
 """Writes TensorBoard events synchronously, and only warns about failures.
 
-`tensorboardX.SummaryWriter` writes from a thread. If that thread dies (a full disk, a clock set back), its queue fills
-and the next scalar blocks forever. Events only duplicate metrics.jsonl, so a warning is enough if they fail.
+`tensorboardX.SummaryWriter` writes from a thread. If that thread dies (for example because the disk is full or the
+clock is set back), its queue fills up and the next scalar blocks forever. The events only duplicate metrics.jsonl, so
+failures to write them are not fatal.
 """
 
 import os
@@ -31,7 +32,7 @@ class TensorBoard:
         self._writer: Any = None
         try:
             folder.mkdir(exist_ok=True)
-            # Two processes may start within the same second, which is the resolution of file names.
+            # File names contain the time in seconds, and two processes may start within the same second.
             self._writer = event_file_writer.EventsWriter(
                 str(folder / f"{EVENTS}.{run_id}"), filename_suffix=f".{os.getpid()}"
             )
