@@ -90,7 +90,7 @@ def test_a_second_comparison_in_the_same_folder_is_refused(locked, tmp_path, cap
     with lock_folder(folders[locked]):
         assert main(["--methods", "sft", "--budget", "10", *arguments]) == 2
     error = capsys.readouterr().err
-    assert f"error: {locked}={folders[locked]}: another process is writing there" in error
+    assert f"error: {locked}={folders[locked]}: another process is writing to it" in error
 
 
 @pytest.mark.parametrize("budget", ["0", "many", "inf"])

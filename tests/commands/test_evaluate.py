@@ -116,7 +116,7 @@ def test_a_second_evaluation_in_the_same_folder_is_refused(whole, data, capsys):
     samples = (whole[0] / "samples.jsonl").read_bytes()
     with lock_folder(whole[0]):
         assert main(arguments(data, whole[0])) == 2
-    assert f"output_dir={whole[0]}: another process is writing there" in capsys.readouterr().err
+    assert f"output_dir={whole[0]}: another process is writing to it" in capsys.readouterr().err
     assert (whole[0] / "samples.jsonl").read_bytes() == samples
 
 

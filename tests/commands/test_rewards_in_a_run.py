@@ -74,7 +74,7 @@ def test_a_run_with_a_grader_in_processes(tmp_path):
         prefix = "eval" if record["kind"] == "eval" else "reward"
         assert record[f"{prefix}/error_rate"] == record[f"{prefix}/timeout_rate"] == 0.0
         assert record.get("reward/mean", 0.0) == 0.0
-    assert "warning: in all 2 steps, no sampled rollout was right; check rewards" in result.stdout
+    assert "warning: in all 2 steps, no sampled rollout was correct; check rewards" in result.stdout
 
 
 def groups(num_errors, num_timeouts):

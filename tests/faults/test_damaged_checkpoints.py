@@ -1,4 +1,4 @@
-"""Damaged checkpoints: flipped bits, truncated and missing files are detected and named, and a run falls back."""
+"""Checks that flipped bits and truncated or missing checkpoint files are detected and named, and that a run falls back."""
 
 import random
 import shutil
@@ -84,7 +84,7 @@ def test_every_deleted_file_is_detected_and_named(store, tmp_path):
 
 def test_an_unexpected_file_is_detected(store, tmp_path):
     (tmp_path / "checkpoints" / "6" / "more").write_text("")
-    with pytest.raises(DamagedCheckpoint, match="checkpoint 6: more is not in its manifest"):
+    with pytest.raises(DamagedCheckpoint, match="checkpoint 6: more is not listed in its manifest"):
         store.verify(6)
 
 
@@ -129,7 +129,7 @@ def test_a_run_without_an_intact_checkpoint_is_not_modified(finished_run, tmp_pa
         (checkpoint / MANIFEST).unlink()
     files = ("metrics.jsonl", "samples.jsonl", "config.yaml")
     before = [(folder / name).read_bytes() for name in files]
-    for _ in range(2):  # it is not restarted the second time either
+    for _ in range(2):  # The second attempt does not restart the run either.
         assert train([f"output_dir={folder}", *JOB, "checkpoint.keep=3"]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert "all checkpoints are damaged (" in error
@@ -141,7 +141,7 @@ def test_a_run_without_an_intact_checkpoint_is_not_modified(finished_run, tmp_pa
 def test_swapped_checkpoints_are_refused_and_a_copied_one_is_passed_over(
     finished_run, tmp_path, capsys
 ):
-    """Names that do not fit their content would make a run continue from the wrong state without a warning."""
+    """If checkpoint names did not match their contents, a run would silently continue from the wrong state."""
     folder = tmp_path / "run"
     shutil.copytree(finished_run[0], folder)
     (folder / "summary.json").unlink()
@@ -153,9 +153,9 @@ def test_swapped_checkpoints_are_refused_and_a_copied_one_is_passed_over(
     shutil.copytree(checkpoints / str(old), checkpoints / "99")
     assert train([f"output_dir={folder}", *JOB]) == 0
     output = capsys.readouterr()
-    assert f"checkpoint 99: it was saved after step {old}; give it its name back" in output.err
+    assert f"checkpoint 99: it was saved after step {old}; restore its original name" in output.err
     assert f"resuming {folder} after step {new}" in output.out
-    assert "left alone: notes" in output.out
+    assert "ignoring notes" in output.out
     assert {p.name for p in checkpoints.iterdir()} >= {"99", "notes"}
 
     (folder / "summary.json").unlink()
@@ -163,4 +163,4 @@ def test_swapped_checkpoints_are_refused_and_a_copied_one_is_passed_over(
     for a, b in ((old, "x"), (new, old), ("x", new)):
         (checkpoints / str(a)).rename(checkpoints / str(b))
     assert train([f"output_dir={folder}", *JOB]) == 2
-    assert "none of its checkpoints was saved by this run" in capsys.readouterr().err
+    assert "this run saved none of its checkpoints" in capsys.readouterr().err

@@ -1,5 +1,7 @@
-"""A signal stops a run at the next step of the rollout engine, whatever it is doing. What was interrupted is repeated
-when the run is resumed, and the end is that of an uninterrupted run, bit for bit."""
+"""Checks that a signal stops a run at the rollout engine's next step, whatever the run is doing.
+
+A resumed run repeats the interrupted work, and its result equals an uninterrupted run's result bit for bit.
+"""
 
 import filecmp
 import json
@@ -17,13 +19,13 @@ from trapo_jax.runs.loggers import read_metrics
 
 
 class Moment(NamedTuple):
-    """When a signal comes, and what must be on disk afterwards.
+    """Specifies when a signal is sent and what must be on disk afterwards.
 
     Attributes:
       activity, step, report: see `support/signal_at.py`.
       stopped_after: number of completed steps.
       checkpoint: the newest checkpoint; None if there is none.
-      last_record: kind and step of the last record of metrics.jsonl; None if there is none.
+      last_record: kind and step of the last record in metrics.jsonl; None if there is none.
     """
 
     activity: str
@@ -39,7 +41,7 @@ FIRST_SAMPLING = Moment("step 1", 1, 2, 0, 0, ("eval", 0))
 UPDATE = Moment("step 2: updating the parameters", 2, 0, 2, 2, ("train", 2))
 EVALUATION = Moment("evaluating validation", 5, 1, 5, 5, ("train", 5))
 SAMPLING = Moment("step 8", 8, 3, 7, 7, ("train", 7))
-# Step 9 has a checkpoint, so that nothing has to be saved.
+# Step 9 already has a checkpoint, so nothing has to be saved.
 SAMPLING_AFTER_CHECKPOINT = Moment("step 10", 10, 1, 9, 9, ("train", 9))
 FINAL_EVALUATION = Moment("evaluating test", 12, 2, 12, 12, ("train", 12))
 SIGNALS = (
@@ -54,12 +56,12 @@ SIGNALS = (
 
 
 def interrupt(folder, moment, number, monkeypatch):
-    """Runs the job until the moment and returns its output."""
+    """Runs the job, sends the signal at the given moment, and returns the job's output."""
     with monkeypatch.context() as patch:
         signal_at(patch.setattr, *moment[:3], number)
         result = run_command("trapo_jax.train", f"output_dir={folder}", *JOB)
     assert result.returncode == 0, result.stderr
-    assert "a second Ctrl-C ends the process at once, without saving" in result.stderr
+    assert "a second Ctrl-C ends the process immediately, without saving" in result.stderr
     return result.stdout
 
 

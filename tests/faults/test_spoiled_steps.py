@@ -1,4 +1,4 @@
-"""A run with a non-finite gradient and a grader that occasionally fails continues and reports both."""
+"""Checks that a run with a non-finite gradient and an occasionally failing grader continues and reports both."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def make_grader_unreliable(monkeypatch):
 def test_an_update_with_a_non_finite_gradient_is_skipped_and_reported(
     finished_run, tmp_path, monkeypatch
 ):
-    """Of the first two steps after a resume, with a grader that fails once per fifty calls, which is counted."""
+    """The first step after resuming has a non-finite gradient. The grader fails once every 50 calls."""
     folder = tmp_path / "run"
     before = copy_unfinished(finished_run[0], folder)
     spoiled, after = before + 1, before + 2
@@ -76,7 +76,7 @@ def test_an_update_with_a_non_finite_gradient_is_skipped_and_reported(
 
 
 def test_a_run_that_applied_no_update_fails(tmp_path, monkeypatch, capsys):
-    """It fails in the same way when it is resumed, and exports nothing."""
+    """The run fails in the same way when it is resumed, and exports nothing."""
     build_batch = learner.build_batch
 
     def corrupt(rows, **options):

@@ -1,4 +1,4 @@
-"""A subset of `tools/inject_faults.py`, with real processes, real signals and a disk that is really full."""
+"""Runs a subset of the faults in `tools/inject_faults.py` with real processes, real signals and a full disk."""
 
 import os
 import random
@@ -34,7 +34,7 @@ def complete(folder, **environment):
 
 
 def wait_for_step(process, folder, step):
-    """Waits until the record of the step has been written."""
+    """Waits until the step's record has been written."""
     record = f'"step": {step}, "kind": "train"'
     while not any(record in line for line in read_lines(folder / "metrics.jsonl")):
         assert process.poll() is None, process.communicate()[0]
@@ -42,8 +42,10 @@ def wait_for_step(process, folder, step):
 
 
 def test_a_run_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run, tmp_path, capsys):
-    """The run is killed before the first checkpoint, killed at a random time, and terminated. It opens no listening
-    sockets, stores no secrets, and writes to no other folders."""
+    """The run is killed before its first checkpoint, killed again at a random time, and then terminated with SIGTERM.
+
+    The test also checks that the run opens no listening sockets, stores no secrets, and writes to no other folders.
+    """
     folder, rng = tmp_path / "run", random.Random(SEED)
     elsewhere = [tmp_path / name for name in ("home", "tmp")]
     for other in elsewhere:
@@ -55,9 +57,9 @@ def test_a_run_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run
         wait_for_step(process, folder, step)
         time.sleep(delay)
         if step == 1:
-            process.send_signal(signal.SIGSTOP)  # the process still holds the lock
+            process.send_signal(signal.SIGSTOP)  # The process still holds the lock.
             assert train([f"output_dir={folder}", *JOB]) == 2
-            assert "another process is writing there" in capsys.readouterr().err
+            assert "another process is writing to it" in capsys.readouterr().err
         process.kill()
         process.communicate()
         print(f"seed {SEED}: {delay:.2f} s after step {step}: {jobs.progress(folder)}")
@@ -82,7 +84,7 @@ def test_a_run_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run
 
 
 def listening(pid):
-    """Returns the sockets on which a process accepts connections, according to /proc (Linux)."""
+    """Returns the listening sockets of a process, according to /proc (Linux)."""
     rows = [
         line.split()
         for name in ("tcp", "tcp6")
@@ -102,7 +104,7 @@ def test_a_listening_socket_is_found():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A separate file system of 60 MB."""
+    """Mounts a separate 60 MB file system and returns its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(folder)]
@@ -117,11 +119,11 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_can_be_restored(
 ):
     folder = small_disk / "run"
     step = copy_unfinished(finished_run[0], folder)
-    with open(small_disk / "filler", "wb") as filler:  # leaves less than a checkpoint needs
+    with open(small_disk / "filler", "wb") as filler:  # Leaves less space than a checkpoint needs.
         filler.write(bytes(shutil.disk_usage(small_disk).free - 5 * 2**20))
     error = jobs.check_refusal(jobs.finish(start(folder)), 1)
     assert f"output_dir={folder}" in error
-    assert "of disk space are left" in error
+    assert "of disk space is left" in error
     assert checkpoint_steps(folder)[-1] == step
     (small_disk / "filler").unlink()
     assert f"after step {step}" in complete(folder)
@@ -131,7 +133,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_can_be_restored(
 def test_a_disk_that_fills_up_inside_a_save_is_one_line_and_nothing_is_lost(
     finished_run, small_disk
 ):
-    """Orbax reports it from its threads, some of which then wait forever."""
+    """Orbax reports the full disk from its threads, and some of these threads then wait forever."""
     folder, filler = small_disk / "run", small_disk / "filler"
     step = copy_unfinished(finished_run[0], folder)
     program = (*jobs.STRIKE_AT, "Orbax's save", "1", str(filler))

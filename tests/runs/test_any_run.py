@@ -1,4 +1,4 @@
-"""Any content of the files of a run or an evaluation is read as it is, or refused in one line."""
+"""Checks that arbitrary content in a run's or an evaluation's files is either read or refused with a one-line error."""
 
 import json
 

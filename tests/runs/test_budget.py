@@ -1,4 +1,4 @@
-"""Resource usage and budgets of runs."""
+"""Tests the resource usage and budgets of runs."""
 
 import pytest
 
@@ -37,8 +37,8 @@ COST = TokenCost(num_params=1000, num_trained=1000, per_pair=10)
 
 def test_usage_of_rollouts_equals_hand_computed_values():
     usage = rollout_usage([GROUP], num_prefilled=4, cost=COST)
-    # Completion tokens attend to themselves and all tokens before them: 3 + 4 + 5, 5, 5 + 6 pairs. The prompt and the
-    # longest prefix that is completed have 2 + 2 tokens: 10 pairs.
+    # Completion tokens attend to themselves and to all tokens before them: 3 + 4 + 5, 5, and 5 + 6 pairs. The prompt and
+    # the longest completed prefix have 2 + 2 tokens: 10 pairs.
     flops = 2 * 1000 * (6 + 4) + 10 * (12 + 5 + 11 + 10)
     assert usage == Usage(tokens_sampled=6, problems_seen=1, flops=flops)
 
@@ -64,7 +64,7 @@ def test_usage_is_added_by_field():
     [
         ("steps", None, 0.3),
         ("steps", 6.0, 0.5),
-        ("steps", 20.0, 0.3),  # num_steps is reached first
+        ("steps", 20.0, 0.3),  # The run reaches num_steps first.
         ("trained_tokens", 200.0, 0.5),
         ("sampled_tokens", 100.0, 0.8),
         ("flops", 1e4, 0.7),

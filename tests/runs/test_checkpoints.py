@@ -1,4 +1,4 @@
-"""Checkpoints: retention, cleanup and exact restoration; the run log is truncated at the restored offsets."""
+"""Tests retention, cleanup and exact restoration of checkpoints, and that logs are truncated at the restored offsets."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def test_a_checkpoint_before_the_first_step_counts(tmp_path):
 
 
 def leave_an_interrupted_save(directory, step):
-    """What a process leaves that is killed while it saves."""
+    """Writes the files that a process killed during a save leaves behind."""
     (directory / ".saving").write_text(f"{step}.writing")
     partial = directory / f"{step}.writing.orbax-checkpoint-tmp"
     (partial / "state").mkdir(parents=True)
@@ -147,7 +147,7 @@ def test_a_manifest_of_another_version_is_no_checkpoint(tmp_path):
     store.save(1, STATE, HOST)
     (tmp_path / "c" / "1" / "manifest.json").unlink()
     _write_manifest(tmp_path / "c" / "1", {"score": None})
-    with pytest.raises(DamagedCheckpoint, match="is of another version"):
+    with pytest.raises(DamagedCheckpoint, match="has a different version"):
         store.verify(1)
 
 
@@ -168,11 +168,15 @@ def test_a_renamed_swapped_or_copied_checkpoint_is_recognized(tmp_path):
         (8, "checkpoint 8: it was saved after step 12"),
         (12, "checkpoint 12: it was saved after step 8"),
         (16, "checkpoint 16: it was saved after step 8"),
-        (20, r"checkpoint 20: it was saved by another run, or with another config \(id differs\)"),
+        (
+            20,
+            r"checkpoint 20: it was saved by a different run or with a different config \(id differs\)",
+        ),
     ):
         with pytest.raises(ForeignCheckpoint, match=message):
             ours.verify(step)
-    CheckpointStore(tmp_path / "c").verify(20)  # for commands that do not resume the run
+    # Commands that do not resume the run accept checkpoints of any run.
+    CheckpointStore(tmp_path / "c").verify(20)
 
 
 def test_a_checkpoint_of_another_run_is_moved_aside_and_not_overwritten(tmp_path):
@@ -191,9 +195,10 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     store = CheckpointStore(tmp_path / "c", Retention(newest=1, best=1))
     for step, score in ((2, 0.1), (3, 0.9), (4, None), (5, 0.5), (6, 0.9), (7, None)):
         store.save(step, STATE, HOST, score=score)
-    assert store.steps() == [6, 7]  # the later one of equal scores
+    assert store.steps() == [6, 7]  # Steps 3 and 6 have equal scores, so the later one is kept.
     assert store.best_score() == 0.9
-    store.save(7, STATE, HOST, score=1.0)  # saved again by a run that resumed from an earlier step
+    # A run that resumed from an earlier step saves the checkpoint again.
+    store.save(7, STATE, HOST, score=1.0)
     assert store.steps() == [7]
 
 
@@ -235,7 +240,7 @@ def test_advantages_equal_hand_computed_values():
     )
     np.testing.assert_array_equal(group_advantages(np.ones(3), scale_by_std=True), 0.0)
     scaled = group_advantages(np.array([1.0, 0.0]), scale_by_std=True)
-    half = np.sqrt(0.5)  # the sample standard deviation, with n - 1, is sqrt(0.5)
+    half = np.sqrt(0.5)  # The sample standard deviation (with n - 1) is sqrt(0.5).
     np.testing.assert_allclose(scaled, [half, -half], rtol=1e-5)
     alone = group_advantages(np.array([1.0]), scale_by_std=True)
     np.testing.assert_array_equal(alone, 0.0)

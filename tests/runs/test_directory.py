@@ -1,4 +1,4 @@
-"""Run directories: each belongs to one run and one process at a time. Settings that a resumed run may change."""
+"""Checks that a run directory belongs to one run and one process at a time, and which settings may change on resuming."""
 
 import dataclasses
 import json
@@ -125,7 +125,7 @@ def test_a_run_without_a_readable_method_is_a_one_line_error(tmp_path, content):
 
 
 def module_of(tmp_path, monkeypatch, name):
-    """Writes a module of a user's with a reward function and a method, and returns its file."""
+    """Writes a user module with a reward function and a method, and returns its path."""
     file = tmp_path / f"{name}.py"
     file.write_text(
         "from trapo_jax.methods import Constants, make_method\n"
@@ -157,7 +157,7 @@ def test_a_run_is_not_resumed_with_other_code_of_the_user(tmp_path, monkeypatch,
         check_run_folder(folder, config.to_yaml(), **{**written, "code": user_code(config)})
 
     file.write_text(content + "# edited\n")
-    check()  # There is no checkpoint: the run starts from the beginning.
+    check()  # Without a checkpoint, the run starts from the beginning.
     (folder / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(UserError, match="changed since the run started") as caught:
         check()
@@ -213,16 +213,16 @@ def test_a_refusal_to_resume_names_every_field_that_differs(tmp_path):
 
 
 def test_a_run_of_another_method_is_refused_by_name(tmp_path):
-    """Methods defined by users are not in the config, so they are identified by their fingerprints."""
+    """The config does not contain methods defined by users, so fingerprints identify them."""
     folder, trapo = tmp_path / "run", fingerprint(make_method("trapo"))
     prepare_run_folder(folder, text(), method=trapo)
     assert check_run_folder(folder, text(), method=trapo) == {}
     mine = dataclasses.replace(make_method("trapo"), name="mine")
-    with pytest.raises(UserError, match="a run of the method trapo, not mine; choose a different"):
+    with pytest.raises(UserError, match="a run of method trapo, not mine; choose a different"):
         check_run_folder(folder, text(), method=fingerprint(mine))
     changed = dataclasses.replace(make_method("trapo"), second_expert_last=False)
     with pytest.raises(
-        UserError, match=r"a different version of the method trapo \(second_expert_last"
+        UserError, match=r"a different version of method trapo \(differs in second_expert_last"
     ):
         check_run_folder(folder, text(), method=fingerprint(changed))
     with pytest.raises(UserError, match=r"contains a run with method\.name=trapo, not grpo"):
@@ -237,7 +237,8 @@ def test_a_run_of_another_version_may_lack_only_changeable_fields(folder):
     assert check_run_folder(folder, ours) == {"limits.stuck_after_secs": ("absent", 3600.0)}
     config.write_text(whole.replace("  adam_b1: 0.9\n", ""))
     with pytest.raises(
-        UserError, match=r"a different version \(its config lacks the field train.adam_b1\); choose"
+        UserError,
+        match=r"a different version of trapo_jax \(its config lacks the field train.adam_b1\)",
     ):
         check_run_folder(folder, ours)
 
@@ -271,7 +272,7 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pipe_in_place_of_an_entry_of_a_run_is_refused(folder, name):
-    """Whether a file or a folder belongs there, the run would only notice when it has trained, or wait forever."""
+    """Without the check, the run would wait forever or fail only after training."""
     shutil.rmtree(folder / name, ignore_errors=True)
     os.mkfifo(folder / name)
     with pytest.raises(UserError, match=rf"/{name}: .*not a (folder|regular file)"):
@@ -280,7 +281,9 @@ def test_a_pipe_in_place_of_an_entry_of_a_run_is_refused(folder, name):
 
 def test_a_file_in_place_of_a_folder_of_a_run_is_refused(folder):
     (folder / "evaluations").write_text("")
-    with pytest.raises(UserError, match="evaluations: not a folder, but a run has one there"):
+    with pytest.raises(
+        UserError, match="evaluations: not a folder, but a run needs a folder there"
+    ):
         check_run_folder(folder, text(train__decay_start="1"))
 
 
@@ -300,7 +303,7 @@ def test_an_impossible_folder_is_refused_before_anything_is_created(tmp_path):
 
 @pytest.fixture
 def read_only_folder(tmp_path):
-    """A folder that not even root can write to."""
+    """Mounts a folder that not even root can write to, and returns it."""
     folder = tmp_path / "sealed"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)]
@@ -340,13 +343,15 @@ def test_a_second_process_is_refused_until_the_first_exits_or_is_killed(tmp_path
     )
     assert holder.stdout.readline() == "locked\n"
     with (
-        pytest.raises(UserError, match="another process is writing there"),
+        pytest.raises(UserError, match="another process is writing to it"),
         lock_folder(tmp_path),
     ):
         raise AssertionError("two processes in one folder")
     holder.kill()
     holder.wait()
-    for _ in range(2):  # twice in the same process, although `error` keeps the frame alive
+    for _ in range(
+        2
+    ):  # The lock can be taken twice in one process, although `error` keeps the frame alive.
         with pytest.raises(KeyError) as error, lock_folder(tmp_path):
             raise KeyError
         assert error.tb
@@ -363,7 +368,7 @@ for _ in range(300):
 
 
 def test_two_processes_may_write_the_same_file(tmp_path):
-    """For example, the report of a run that ends while the report command writes it."""
+    """A run may end and write its report while the report command is writing the same file."""
     file = tmp_path / "report.html"
     command = [sys.executable, "-c", WRITER, str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
@@ -376,7 +381,7 @@ def test_two_processes_may_write_the_same_file(tmp_path):
 
 
 def test_a_directory_that_another_host_does_not_see_is_refused(tmp_path, monkeypatch):
-    """The other host has no directory there, or one of another run, for example because the path is relative."""
+    """On the other host, the directory is missing or belongs to another run, for example if the path is relative."""
     monkeypatch.setattr(directory, "SHARED_AFTER_SECS", 0)
     prepare_run_folder(tmp_path / "run", text(), method=fingerprint(make_method("trapo")))
     run_id = run_identity(tmp_path / "run", text())["id"]
@@ -387,7 +392,7 @@ def test_a_directory_that_another_host_does_not_see_is_refused(tmp_path, monkeyp
 
 
 def pretend_length(folder, num_steps):
-    """Edits a run of 12 steps as if it had been meant to have another length, and no decay of its learning rate."""
+    """Edits a run of 12 steps as if it had been started with a different length and a constant learning rate."""
     config = folder / "config.yaml"
     text = config.read_text().replace("num_steps: 12", f"num_steps: {num_steps}")
     config.write_text(text.replace("decay_start: 0.5", "decay_start: 1.0"))
@@ -415,7 +420,7 @@ def test_an_unfinished_run_ends_after_its_completed_steps_if_it_is_made_shorter(
 
 
 def test_a_complete_run_continues_if_it_is_made_longer(finished_run, tmp_path):
-    """The folder is edited as if the run had been one step shorter, so that no longer run must be compiled."""
+    """The folder is edited as if the run had been one step shorter, which avoids running additional steps."""
     folder = tmp_path / "run"
     shutil.copytree(finished_run[0], folder)
     config, metrics = folder / "config.yaml", folder / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""Monitoring of runs: when each symptom causes a warning, and when it stops the run."""
+"""Tests when each symptom causes a warning, and when it stops the run."""
 
 import shutil
 import signal
@@ -60,7 +60,7 @@ def test_a_skipped_update_is_reported_with_its_cause():
     (warning,) = health().observe(7, {**all_finite, "optimizer/grad_norm": float("inf")})
     assert warning == "step 7: the update was skipped because the gradient was not finite"
     (warning,) = health().observe(7, all_finite)
-    assert "the gradient norm of 99 exceeds the limit of the method" in warning
+    assert "the gradient norm of 99 exceeds the method's limit" in warning
     with pytest.raises(
         TrainingFailed, match=r"step 9: train.max_skipped_steps=3 .*loss/trsft was not finite"
     ):
@@ -68,12 +68,12 @@ def test_a_skipped_update_is_reported_with_its_cause():
 
 
 def test_a_run_without_a_trained_token_fails(tmp_path):
-    with pytest.raises(TrainingFailed, match=r"step 9: no token has been trained, .*data\.json"):
+    with pytest.raises(TrainingFailed, match=r"step 9: no tokens were trained on, .*data\.json"):
         check_learned(tmp_path, 9, 0, state=None)
 
 
 def test_a_large_logprob_gap_stops_the_run():
-    """If the batch contains stale tokens, the error mentions them as a possible cause."""
+    """If the batch contains stale tokens, the error names them as a possible cause."""
     stale = {**GOOD, "policy/logprob_gap_mean": 0.3, "sampling/stale_tokens": 12}
     with pytest.raises(TrainingFailed, match=r"0.2; 12 tokens .* sampling.max_staleness=0"):
         health().observe(2, stale)
@@ -86,7 +86,7 @@ def test_a_large_logprob_gap_stops_the_run():
     [
         ("completion/truncated", 1.0, "sampling.max_completion_length"),
         ("reward/groups_with_signal", 0.0, "nothing is learned from them"),
-        ("reward/sampled_positive", 0.0, "no sampled rollout was right"),
+        ("reward/sampled_positive", 0.0, "no sampled rollout was correct"),
     ],
 )
 def test_persistent_symptoms_are_reported_once(name, value, text):
@@ -118,11 +118,11 @@ def test_steps_without_sampling_give_no_warnings():
 
 
 def test_one_cause_has_one_warning():
-    """Without guidance, rewards that are all 0 are also all equal."""
+    """Without guidance, rewards of 0 for all rollouts also mean that all rewards are equal."""
     watch, steps = health(), range(1, WARN_AFTER_FIRST_STEPS + 2)
     zero = {**GOOD, "reward/sampled_positive": 0.0, "reward/groups_with_signal": 0.0}
     (warning,) = [warning for step in steps for warning in watch.observe(step, zero)]
-    assert "no sampled rollout was right" in warning
+    assert "no sampled rollout was correct" in warning
 
 
 def test_responses_without_answers_are_reported_once_at_the_first_evaluation_or_step():
@@ -141,7 +141,8 @@ def test_responses_without_answers_are_reported_once_at_the_first_evaluation_or_
 
 @pytest.mark.parametrize(
     ("accuracy", "no_answer"),
-    [(0.05, 0.9), (0.0, 0.5), (0.0, None)],  # None: the function looks for no answer
+    # None means that the reward function does not look for an answer.
+    [(0.05, 0.9), (0.0, 0.5), (0.0, None)],
 )
 def test_other_causes_of_low_accuracy_are_not_blamed_on_missing_answers(accuracy, no_answer):
     assert not unanswered("sampling", accuracy=accuracy, no_answer=no_answer, truncated=1.0)
@@ -150,9 +151,9 @@ def test_other_causes_of_low_accuracy_are_not_blamed_on_missing_answers(accuracy
 @pytest.mark.parametrize(
     ("positive", "with_signal", "text"),
     [
-        ([0.0, 0.0], [1.0, 1.0], "in all 2 steps, no sampled rollout was right"),
-        ([0.0, 0.0], [0.0, 0.0], "in all 2 steps, no sampled rollout was right"),
-        ([0.0, 1.0], [0.0, 0.0], "in all 2 steps, the rewards of every problem were all equal"),
+        ([0.0, 0.0], [1.0, 1.0], "in all 2 steps, no sampled rollout was correct"),
+        ([0.0, 0.0], [0.0, 0.0], "in all 2 steps, no sampled rollout was correct"),
+        ([0.0, 1.0], [0.0, 0.0], "in all 2 steps, all rewards of each problem were equal"),
         ([0.0, 0.1], [0.0, 0.1], None),
     ],
 )
@@ -178,7 +179,7 @@ print("started", flush=True)
 while not interrupt.received:
     time.sleep(0.01)
 print("finishing", flush=True)
-9**9**9  # like a compiled program, this handles no signals until it is done
+9**9**9  # Like a compiled program, this handles no signals until it finishes.
 """
 
 
@@ -221,7 +222,7 @@ def test_a_process_started_with_nohup_ignores_a_closing_terminal():
 
 
 def test_a_process_that_was_stopped_is_not_taken_for_a_stuck_one():
-    """The watchdog thread waits for 0.5 s at a time, and the process is stopped for longer than its limit."""
+    """The watchdog thread waits for 0.5 s at a time, and the process is stopped for longer than the watchdog's limit."""
     code = """
         import time
         from trapo_jax.runs.monitoring import Watchdog

@@ -1,4 +1,4 @@
-"""The lines that say what the program waits for, how far it is, its rate and the time left, with a clock that tests set."""
+"""Tests progress output (phase, count, rate and time left) with a clock that the tests control."""
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def test_what_is_sampled_is_shown_until_the_first_sample_is_graded():
 
 @pytest.mark.parametrize(("num_samples", "enough"), [(12, 3), (10_000, 64)])
 def test_the_time_left_is_not_estimated_from_the_first_samples(num_samples, enough):
-    """Those that are graded first are the shortest ones."""
+    """The first samples to be graded are the shortest."""
     activity = Activity("evaluating test", num_samples, now=0.0)
     activity.advance(sampled(enough - 1, 1000))
     assert "left" not in activity.describe(10.0)
@@ -109,7 +109,7 @@ def test_the_time_left_is_not_estimated_from_the_first_samples(num_samples, enou
 def test_the_rest_of_a_run_is_estimated_after_its_first_step_without_compilations():
     estimate = RunEstimate()
     estimate.add_final_evaluation(30.0)
-    estimate.add_compilation(90.0, 50.0)  # of the evaluation before training
+    estimate.add_compilation(90.0, 50.0)  # Compilation for the evaluation before training.
     estimate.add_compilation(120.0, 20.0)
     assert estimate.secs_left(1, 10, step_secs=25.0, now=125.0) == 9 * 5.0 + 30.0
     # A validation of 4 seconds after every step is included.
@@ -135,7 +135,7 @@ def test_the_estimate_of_a_run_includes_the_final_evaluation(capsys):
 
 
 def test_a_long_update_is_not_silent(capsys):
-    """Lines become rarer the longer it takes."""
+    """The longer the update takes, the less frequent the lines become."""
     clock = Clock()
     console = Console(3, clock=clock)
     console.begin("step 1: updating the parameters")
@@ -152,7 +152,7 @@ def test_a_long_update_is_not_silent(capsys):
 
 
 def test_more_samples_than_expected_are_not_shown():
-    """Several processes may have unequal shares, and a group may be smaller than its maximum."""
+    """Processes may have unequal shares of the samples, and a group may be smaller than the maximum size."""
     activity = Activity("step 3", 64, now=0.0)
     activity.advance(sampled(66, 100))
     assert activity.describe(1.0) == "step 3: 64 of 64 samples, 100 tokens/s, 0 s left"
@@ -179,12 +179,12 @@ def test_the_first_line_is_due_at_once_and_the_others_at_a_sensible_rate():
     assert not pacer.is_due(activity, MIN_SECS - 0.1)
     assert pacer.is_due(activity, MIN_SECS)
     pacer.record_line(MIN_SECS, activity)
-    assert not pacer.is_due(activity, 2 * MIN_SECS)  # less than 5 % since then
+    assert not pacer.is_due(activity, 2 * MIN_SECS)  # Progress since then is less than 5%.
     assert pacer.is_due(Activity("step 1", 64, now=0.0), 2 * MIN_SECS)
 
 
 def test_a_long_evaluation_prints_few_lines(capsys):
-    """A report every second for an hour: at first every 30 seconds, then one for every 5 %."""
+    """Progress is reported every second for an hour, but lines are printed at most every 30 seconds."""
     clock = Clock()
     console = Console(clock=clock)
     console.begin("evaluating test", 3600)
@@ -211,7 +211,7 @@ def test_step_lines_are_printed_for_every_5_percent_or_10_seconds(capsys):
     assert steps[0] == (
         "step 20/400  loss -0.052  reward 17/32 (unguided 5/12)  guided 0.21/0.24  length 1,234  38 s left"
     )
-    # Every step of 20 seconds has a line, so that less than 5 % of the lines are about the activity.
+    # Every 20-second step prints a line, and at most one line about its activity.
     assert len(lines) - len(steps) <= 201
 
 
@@ -304,7 +304,7 @@ def test_a_quiet_console_prints_nothing(capsys):
 
 
 def test_a_compilation_is_announced_before_it_ends(capsys):
-    """The events come from JAX. Programs that are compiled at the same time count once."""
+    """JAX sends the events. Programs compiled at the same time count once."""
     changes = []
     console = Console()
     console.begin("evaluating test", 8)

@@ -1,4 +1,4 @@
-"""The report of a run: its data, and the page of a real run in a browser."""
+"""Tests a report's data, and the page of a real run in a browser."""
 
 import json
 import shutil
@@ -108,7 +108,9 @@ def test_an_incomplete_last_line_is_ignored_and_a_damaged_line_is_reported(tmp_p
     with pytest.raises(UserError, match=r"samples\.jsonl, line 2: not a JSON record"):
         read_samples(path, max_bytes=10**9)
     write_lines(path, [{"step": 1, "problem_id": "p"}])
-    with pytest.raises(UserError, match=r"samples\.jsonl, line 1: not a rollout of this version"):
+    with pytest.raises(
+        UserError, match=r"samples\.jsonl, line 1: not a rollout written by this version"
+    ):
         read_samples(path, max_bytes=10**9)
 
 
@@ -126,7 +128,7 @@ def test_a_folder_that_is_not_a_run_gives_a_one_line_error_and_exit_code_2(name,
     assert main([str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"{name}: not a run directory of this version" in error
+    assert f"{name}: not a run directory written by this version" in error
     assert not list(tmp_path.rglob("report.html"))
 
 
@@ -156,7 +158,7 @@ def test_a_run_whose_budget_is_spent_is_complete(finished_run, tmp_path):
 
 
 def test_a_run_writes_its_report_at_the_end(finished_run):
-    """The report command creates the same page again."""
+    """The report command writes an identical page."""
     folder, output = finished_run
     page = (folder / "report.html").read_text()
     assert f"{folder / 'report.html'}: " in output
@@ -166,7 +168,7 @@ def test_a_run_writes_its_report_at_the_end(finished_run):
 
 @pytest.fixture(scope="module")
 def two_runs(finished_run, tmp_path_factory):
-    """The report of a finished run and of an unfinished run with the same name."""
+    """Writes the report of a finished run and an unfinished run with the same name, and returns its path."""
     folder = finished_run[0]
     unfinished = tmp_path_factory.mktemp("unfinished") / folder.name
     unfinished.mkdir()
@@ -197,7 +199,7 @@ def test_the_page_of_two_runs_makes_no_requests_and_passes_axe(two_runs):
 
 
 def test_filters_keyboard_and_tables_show_the_contents_of_the_files(two_runs, finished_run):
-    """Elements are located by their accessible names and operated by keyboard, as with a screen reader."""
+    """Elements are located by accessible name and operated by keyboard, as with a screen reader."""
     folder = finished_run[0]
     samples = list(read_records(folder / "samples.jsonl"))
     with opened(two_runs, color_scheme="light") as seen:
@@ -225,7 +227,7 @@ def test_filters_keyboard_and_tables_show_the_contents_of_the_files(two_runs, fi
         page.keyboard.press("End")
         assert chart.locator(".readout").text_content().startswith("step 12")
         chart.locator("summary").click()
-        chart.get_by_role("row").nth(12).wait_for()  # The table is created when it is opened.
+        chart.get_by_role("row").nth(12).wait_for()  # The page builds the table when it is opened.
         assert chart.get_by_role("row").count() == 13
         page.get_by_role("button", name="Theme").click()
         page.get_by_role("button", name="Theme").click()

@@ -1,4 +1,4 @@
-"""The per-token values in samples.jsonl are those that the update computed."""
+"""Checks that samples.jsonl contains the per-token values computed by the update."""
 
 import jax.numpy as jnp
 import pytest
@@ -41,7 +41,7 @@ GROUP = [
     rollout(3, 3, ()),
 ]
 
-# Of the two rollouts with the same prefix, only the first trains on it.
+# Only the first of the two rollouts with the same prefix trains on that prefix.
 ROWS = [
     TrainRow(r.completion, advantage, trains_expert, r.request.key)
     for r, advantage, trains_expert in zip(
@@ -92,7 +92,7 @@ def test_a_record_has_one_entry_per_token_and_null_for_untrained_tokens():
 
 
 def test_a_row_with_only_an_expert_solution_is_not_mistaken_for_a_rollout():
-    """ReLIFT's buffer may contain the problem of a rollout, whose expert row has the same sample index."""
+    """ReLIFT's buffer may contain a rollout's problem, and the expert row then has the rollout's sample index."""
     expert = TrainRow(GROUP[0].completion, 0.0, True)
     batch = build_batch([expert, ROWS[0]], row_len=9, micro_batch_rows=2)
     values = jnp.asarray(batch.token_ids, jnp.float32)

@@ -1,4 +1,4 @@
-"""When the stages of a run begin and end."""
+"""Tests when the stages of a run begin and end."""
 
 import json
 
@@ -10,7 +10,7 @@ from trapo_jax.types import StagePosition
 
 
 def follow(stages: list[Stage], progress: list[float]) -> list[StagePosition]:
-    """Positions of the steps of a run whose progress before each step is given."""
+    """Returns the position of each step of a run, given the progress before each step."""
     tracker, positions = StageTracker(stages), []
     for step, before in enumerate(progress, start=1):
         tracker.advance(step - 1, before)
@@ -30,7 +30,7 @@ def test_stage_ends_at_its_share_of_the_budget():
 
 
 def test_stage_that_overshoots_leaves_the_rest_to_the_next():
-    # A step is not divided: the second stage begins at progress 0.6, of which 0.8 is halfway to the end.
+    # Steps are not split: the second stage begins at progress 0.6, so progress 0.8 is halfway through it.
     positions = follow([Stage("sft", share=0.4), Stage("rl")], [0.0, 0.6, 0.8])
     assert [p.progress for p in positions] == pytest.approx([0.0, 0.0, 0.5])
     assert [p.index for p in positions] == [0, 1, 1]

@@ -1,4 +1,4 @@
-"""Failures of the system are one line with the way out; anything else keeps its traceback."""
+"""Checks that system failures are reported on one line with a remedy, and that other errors keep their tracebacks."""
 
 import errno
 import io
@@ -74,7 +74,7 @@ def test_what_a_terminal_cannot_encode_is_escaped(monkeypatch):
 
 
 def limited(limit, value, *arguments):
-    """Runs the train command with a limit of the system and returns its exit code and error lines."""
+    """Runs the train command under a system resource limit and returns its exit code and error lines."""
     code = f"import resource, runpy, sys; resource.setrlimit({limit}, ({value}, {value})); "
     code += f"sys.argv = ['-m', *{arguments!r}]; import trapo_jax; "
     code += "runpy.run_module('trapo_jax.train', run_name='__main__')"

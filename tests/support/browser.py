@@ -12,11 +12,11 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), 
 
 @dataclasses.dataclass
 class Opened:
-    """An open page, and a record of everything that a page must not do."""
+    """An open page and a record of everything that a page must not do."""
 
     page: object
-    complaints: list  # console messages, errors and dialogs
-    requests: list  # URLs of all requests except the file itself
+    complaints: list  # Console messages, errors and dialogs.
+    requests: list  # URLs of all requests except the request for the file itself.
 
 
 @contextlib.contextmanager

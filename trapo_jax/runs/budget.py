@@ -1,4 +1,4 @@
-"""The length of a run, in steps or as a budget, and when recurring events are due in it."""
+"""Defines the length of a run, in steps or as a budget, and when its recurring events are due."""
 
 import dataclasses
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Unit(NamedTuple):
 
     Attributes:
       field: field of `Usage`; None for steps.
-      label: name of the unit in charts and tables.
+      label: the unit's name in charts and tables.
     """
 
     field: str | None
@@ -70,10 +70,10 @@ class Budget:
         return max(share, spent / self.amount)
 
     def check_spent(self, usage: Usage, method_name: str) -> None:
-        """Checks after a step that the method spends the budget's unit.
+        """Checks after a step that the method consumes the budget's unit.
 
         Raises:
-          UserError: if the budget is in sampled tokens and the method has not sampled any.
+          UserError: if the budget is in sampled tokens and the method has sampled none.
         """
         if self.amount is not None and self.unit == "sampled_tokens" and not usage.tokens_sampled:
             raise UserError(
@@ -83,7 +83,7 @@ class Budget:
 
 
 def usage_metrics(usage: Usage) -> dict[str, float]:
-    """Returns the amounts spent since the start of the run, by name of the metric."""
+    """Returns the amounts spent since the start of the run, keyed by metric name."""
     return {metric: getattr(usage, field) for field, metric in USAGE_METRICS.items()}
 
 

@@ -1,14 +1,14 @@
-"""Checkpoints: device state and host state, committed atomically together with a checksum of every file.
+"""Saves and restores checkpoints: device and host state, committed atomically with a checksum of every file.
 
 A checkpoint is written under a temporary name and renamed to `<directory>/<step>/` once it is complete and on disk,
-manifest included. The manifest names the step, the run and its config, so that a checkpoint that was renamed or copied
-from another run is recognized. Call `verify` before restoring, because Orbax does not detect corrupted data. In a
-multi-process job, all processes save and restore together in a directory that they share.
+including its manifest. The manifest identifies the step, the run and its config, so that renamed checkpoints and
+checkpoints copied from another run are detected. Call `verify` before restoring, because Orbax does not detect
+corrupted data. In a multi-process job, all processes save and restore together in a shared directory.
 
-Only what this module wrote is deleted: the files that the manifest of an expired checkpoint lists, and the directory of
-an interrupted save, which a journal names. Other files in the directory are left alone.
+This module deletes only what it wrote: the files listed in an expired checkpoint's manifest, and the directory of an
+interrupted save, which is named in a journal. Other files in the directory are left alone.
 
-Saves are synchronous. The next step overwrites the arrays, which are donated to it, and on the CPU backend an
+Saves are synchronous because the arrays are donated to the next step, which overwrites them. On the CPU backend, an
 asynchronous save would still be reading them.
 """
 
@@ -37,8 +37,8 @@ STATE, HOST = "state", "host"
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged"
 WRITING, EXPIRED = ".writing", ".expired"
-ASIDE = ".aside"  # suffix of a directory of someone else that stood where a checkpoint had to be written
-JOURNAL = ".saving"  # a file with the name of the directory of the save in progress
+ASIDE = ".aside"  # Suffix for a foreign directory that occupied a checkpoint's path.
+JOURNAL = ".saving"  # File that contains the directory name of the save in progress.
 _STEP = re.compile(r"(?:0|[1-9][0-9]*)")
 _OURS = re.compile(rf"{_STEP.pattern}(\{EXPIRED}|\{DAMAGED}[0-9]*|\{WRITING}.*)?|\{JOURNAL}")
 
@@ -54,20 +54,20 @@ class Trainable(Protocol):
 
 
 class DamagedCheckpoint(Exception):
-    """The files of a checkpoint do not match its manifest. The message names the step and the file."""
+    """Raised if a checkpoint's files do not match its manifest. The message names the step and the file."""
 
 
 class ForeignCheckpoint(Exception):
-    """A checkpoint is not what its name or its place says. The message names both."""
+    """Raised if a checkpoint belongs to another step or run than its path suggests. The message names both."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Which checkpoints to keep. A checkpoint is kept if any of the rules applies.
+    """Specifies which checkpoints to keep. A checkpoint is kept if either rule applies.
 
     Attributes:
-      newest: number of the most recent checkpoints to keep.
-      best: number of the checkpoints with the highest scores to keep.
+      newest: number of most recent checkpoints to keep.
+      best: number of highest-scoring checkpoints to keep.
     """
 
     newest: int = 2
@@ -78,9 +78,9 @@ class CheckpointStore:
     """The checkpoints of a run.
 
     Args:
-      directory: the directory of the checkpoints; created on the first save.
+      directory: the checkpoint directory; created on the first save.
       retention: which checkpoints to keep.
-      identity: what the manifests say about the run, by name; None to accept and to read checkpoints of any run.
+      identity: values that identify the run in manifests, keyed by name; None to accept checkpoints of any run.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class CheckpointStore:
         )
 
     def unknown(self) -> list[str]:
-        """Returns the names in the directory that this module does not use."""
+        """Returns the directory entries whose names this module does not use."""
         if not self._directory.is_dir():
             return []
         return sorted(p.name for p in self._directory.iterdir() if not _OURS.fullmatch(p.name))
@@ -116,10 +116,10 @@ class CheckpointStore:
     def save(
         self, step: int, state: Any, host: dict[str, Any], *, score: float | None = None
     ) -> None:
-        """Saves a checkpoint, then deletes expired checkpoints. Before, it deletes the files of an interrupted save.
+        """Deletes the remains of an interrupted save, saves a checkpoint, and deletes expired checkpoints.
 
         Args:
-          step: the last step that contributed to the state.
+          step: number of completed steps.
           state: a pytree of arrays.
           host: JSON-serializable host state.
           score: score of the state, for `Retention.best`.
@@ -147,12 +147,12 @@ class CheckpointStore:
         _sync(self._directory)
         (self._directory / JOURNAL).unlink()
         for expired in set(self._own_steps()) - self._kept():
-            # Rename first, so that an interrupted deletion does not leave an incomplete checkpoint.
+            # Rename it first, so that an interrupted deletion does not leave an incomplete checkpoint.
             self._path(expired).rename(self._path(expired).with_suffix(EXPIRED))
         self._clean()
 
     def _clean(self) -> None:
-        """Deletes the directory of an interrupted save, and expired checkpoints."""
+        """Deletes expired checkpoints and the directory of an interrupted save."""
         journal = self._directory / JOURNAL
         if journal.is_file():
             name = journal.read_text(encoding="utf-8")
@@ -165,7 +165,7 @@ class CheckpointStore:
                 _delete_listed(expired)
 
     def _is_ours(self, folder: Path) -> bool:
-        """Whether a directory is a checkpoint of this run, under its own name."""
+        """Returns whether a directory is a checkpoint of this run and has its original name."""
         try:
             self._check_identity(folder, _read_manifest(folder))
         except (DamagedCheckpoint, ForeignCheckpoint):
@@ -178,12 +178,12 @@ class CheckpointStore:
     def _check_identity(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         if manifest["step"] != int(folder.stem):
             raise ForeignCheckpoint(
-                f"checkpoint {folder.name}: it was saved after step {manifest['step']}; give it its name back"
+                f"checkpoint {folder.name}: it was saved after step {manifest['step']}; restore its original name"
             )
         for name, value in self._identity.items():
             if manifest["run"].get(name) != value:
                 raise ForeignCheckpoint(
-                    f"checkpoint {folder.name}: it was saved by another run, or with another config ({name} differs)"
+                    f"checkpoint {folder.name}: it was saved by a different run or with a different config ({name} differs)"
                 )
 
     def verify(self, step: int) -> None:
@@ -191,7 +191,7 @@ class CheckpointStore:
 
         Raises:
           DamagedCheckpoint: if a file is missing, unexpected or damaged.
-          ForeignCheckpoint: if it is the checkpoint of another step or run.
+          ForeignCheckpoint: if the checkpoint belongs to another step or run.
         """
         folder = self._path(step)
         manifest = _read_manifest(folder)
@@ -202,29 +202,29 @@ class CheckpointStore:
             if name not in actual:
                 raise DamagedCheckpoint(f"checkpoint {step}: {name} is missing")
             if name not in expected:
-                raise DamagedCheckpoint(f"checkpoint {step}: {name} is not in its manifest")
+                raise DamagedCheckpoint(f"checkpoint {step}: {name} is not listed in its manifest")
             if expected[name] != actual[name]:
                 raise DamagedCheckpoint(f"checkpoint {step}: {name} is damaged (SHA-256 differs)")
 
     def newest_intact(self) -> int | None:
-        """Returns the step of the newest intact checkpoint, None if there are none; damaged ones are renamed.
+        """Returns the step of the newest intact checkpoint and renames damaged ones; None if there are no checkpoints.
 
         Raises:
-          UserError: if all checkpoints are damaged.
+          UserError: if there are checkpoints, but none of them is an intact checkpoint of this run.
         """
         for step in reversed(self.steps()):
             try:
                 self.verify(step)
                 return step
             except ForeignCheckpoint as error:
-                print(f"warning: {error}; it is left alone", file=sys.stderr)
+                print(f"warning: {error}; it is ignored", file=sys.stderr)
             except DamagedCheckpoint as error:
                 renamed = self.mark_damaged(step)
                 print(f"warning: {error}; it was renamed to {renamed}", file=sys.stderr)
         if self.steps():
             raise UserError(
-                f"output_dir={self._directory.parent}: none of its checkpoints was saved by this run; restore them or "
-                "choose a different output_dir"
+                f"output_dir={self._directory.parent}: this run saved none of its checkpoints; restore the original "
+                "checkpoints or choose a different output_dir"
             )
         if damaged := self.damaged():
             names = ", ".join(path.name for path in damaged)
@@ -234,11 +234,11 @@ class CheckpointStore:
         return None
 
     def damaged(self) -> list[Path]:
-        """Returns the paths of the checkpoints that were marked as damaged."""
+        """Returns the paths of the checkpoints marked as damaged."""
         return sorted(self._directory.glob(f"*{DAMAGED}*"))
 
     def mark_damaged(self, step: int) -> Path:
-        """Renames a damaged checkpoint, so that it is ignored but never deleted, and returns its new path."""
+        """Renames a damaged checkpoint so that it is ignored but never deleted, and returns its new path."""
         path = self._path(step)
         return path.rename(_unused(path, DAMAGED))
 
@@ -259,11 +259,11 @@ class CheckpointStore:
         return loaded[STATE]["params"]
 
     def best_score(self) -> float | None:
-        """Returns the highest score of a checkpoint; None if no checkpoint has a score."""
+        """Returns the highest checkpoint score; None if no checkpoint has a score."""
         return max(self._scores().values(), default=None)
 
     def best_intact(self, above: float) -> int | None:
-        """Returns the step of the best intact checkpoint whose score is higher than a number; None if there is none."""
+        """Returns the step of the best intact checkpoint that scores higher than `above`; None if there is none."""
         scores = {step: score for step, score in self._scores().items() if score > above}
         for step in sorted(scores, key=lambda step: (scores[step], step), reverse=True):
             try:
@@ -277,7 +277,7 @@ class CheckpointStore:
         return self._directory / str(step)
 
     def _scores(self) -> dict[int, float]:
-        """Returns scores by step; checkpoints without a score or with a damaged manifest are omitted."""
+        """Returns scores keyed by step, omitting checkpoints without a score or with a damaged manifest."""
         scores = {}
         for step in self._own_steps():
             score = _read_manifest(self._path(step))["score"]
@@ -295,7 +295,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _context(self, *, partial_load: bool = False) -> Iterator[None]:
-        """Configures Orbax. Errors that it raises are not logged as well, with the tracebacks of its threads."""
+        """Configures Orbax, and keeps it from logging errors (with thread tracebacks) that it also raises."""
         context = ocp.Context()
         context.checkpointables.registry = self._registry
         context.pytree.loading.partial_load = partial_load
@@ -313,7 +313,7 @@ class CheckpointStore:
 
 
 def _unused(path: Path, suffix: str) -> Path:
-    """Returns a path with a suffix, to which a number is added if the path is in use."""
+    """Returns a path with a suffix, followed by a number if the path is already in use."""
     candidate = path.with_suffix(suffix)
     number = 2
     while candidate.exists():
@@ -323,11 +323,10 @@ def _unused(path: Path, suffix: str) -> Path:
 
 
 def _delete_listed(folder: Path) -> None:
-    """Deletes the files that the manifest of a checkpoint lists, then the manifest, and directories that become empty."""
+    """Deletes the files listed in a checkpoint's manifest, then the manifest and directories left empty."""
     listed = _read_manifest(folder)["files"]
-    inside = sorted(
-        folder.rglob("*"), reverse=True
-    )  # the files of a directory before the directory
+    # In reverse order, files come before the directory that contains them.
+    inside = sorted(folder.rglob("*"), reverse=True)
     for path in inside:
         if path.is_dir():
             _remove_if_empty(path)
@@ -343,7 +342,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
-    """Writes the manifest after everything else in the folder is on disk."""
+    """Writes the manifest after flushing everything else in the folder to disk."""
     for path in sorted(folder.rglob("*")):
         _sync(path)
     content = {**about, "files": _checksums(folder)}
@@ -363,7 +362,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """Returns a dict with `step`, `run`, `score`, and `files`, which maps relative paths to SHA-256 checksums.
 
     Raises:
-      DamagedCheckpoint: if the manifest is not exactly what `_write_manifest` wrote.
+      DamagedCheckpoint: if the manifest is missing or differs from what `_write_manifest` wrote.
     """
     if not (folder / MANIFEST).exists():
         raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is missing")
@@ -380,12 +379,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not is_intact or expected != _checksum_of(content):
         raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is damaged")
     if content.keys() != {"step", "run", "score", "files"}:
-        raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is of another version")
+        raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} has a different version")
     return content
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Returns the SHA-256 checksum of every file except the manifest, by relative path."""
+    """Returns the SHA-256 checksum of every file except the manifest, keyed by relative path."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     with ThreadPoolExecutor() as pool:
         return dict(
@@ -407,7 +406,7 @@ def _checksum_of(content: dict[str, Any]) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Flushes a file, or the entries of a directory, to disk."""
+    """Flushes a file or the entries of a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Exit codes and error lines of the commands, and their handling of Ctrl-C, closed pipes and exhausted resources."""
+"""Turns errors, Ctrl-C, closed pipes and exhausted resources into the commands' exit codes and one-line messages."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-import trapo_jax.distributed.log_level  # noqa: F401  before libtpu is loaded
+import trapo_jax.distributed.log_level  # noqa: F401  must precede loading libtpu
 from trapo_jax.printable import printable
 from trapo_jax.runs.system_errors import (
     EXIT_BROKEN_PIPE,
@@ -29,11 +29,11 @@ from trapo_jax.types import EXIT_FAILED, TrainingFailed, UserError
 
 
 def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
-    """Decorates the main function of a command to turn errors into a line on standard error and an exit code.
+    """Decorates a command's main function to turn errors into one line on standard error and an exit code.
 
-    Warnings of the package become lines as well.
+    Warnings logged by the package are also printed, one per line.
 
-    The decorated function takes the command-line arguments; they default to those of the process.
+    The decorated function takes the command-line arguments, by default `sys.argv[1:]`.
     """
 
     @functools.wraps(main)
@@ -59,7 +59,7 @@ def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
 
 
 class _LineHandler(logging.Handler):
-    """Prints a log record on one line, without the name of the logger."""
+    """Prints a log record on one line, without the logger's name."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"{record.levelname.lower()}: {printable(record.getMessage())}", file=sys.stderr)
@@ -67,7 +67,7 @@ class _LineHandler(logging.Handler):
 
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Prints what the package logs, which other handlers, such as those of imported libraries, do not print again."""
+    """Prints the package's log records, and keeps other handlers, such as those of libraries, from repeating them."""
     logger, handler = logging.getLogger("trapo_jax"), _LineHandler(logging.WARNING)
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
@@ -82,7 +82,7 @@ def run_and_exit(main: Callable[[], int]) -> NoReturn:
     """Runs `main` and exits with its return value; see `exit_code_of`."""
     code = exit_code_of(main)
     if isinstance(code, int) and code and "jax" in sys.modules:
-        from trapo_jax.distributed.failures import exit_failed  # imports jax, which takes a second
+        from trapo_jax.distributed.failures import exit_failed  # Imports JAX, which takes a second.
 
         exit_failed(code)
     if isinstance(code, int) and code and _has_running_threads():
@@ -91,9 +91,9 @@ def run_and_exit(main: Callable[[], int]) -> NoReturn:
 
 
 def exit_code_of(main: Callable[[], int]) -> Any:
-    """Runs `main` and returns its exit code, without a traceback on Ctrl-C, a closed pipe (`| head`) or a lack of memory.
+    """Runs `main` and returns its exit code, without a traceback on Ctrl-C, a closed pipe (`| head`) or lack of memory.
 
-    What standard output cannot encode is escaped.
+    Characters that standard output cannot encode are escaped.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -101,7 +101,7 @@ def exit_code_of(main: Callable[[], int]) -> Any:
     try:
         try:
             code = main()
-        except SystemExit as error:  # raised by argparse
+        except SystemExit as error:  # Raised by argparse.
             code = error.code
         with named_in_errors(OUTPUT):
             sys.stdout.flush()
@@ -113,13 +113,13 @@ def exit_code_of(main: Callable[[], int]) -> Any:
         code = report(error)
     try:
         sys.stdout.flush()
-    except OSError:  # a closed pipe, or a file on a full disk
+    except OSError:  # The output is a closed pipe or a file on a full disk.
         discard(sys.stdout)
     return code
 
 
 def _has_running_threads() -> bool:
-    """Whether Python would wait for threads at exit: those of Orbax wait forever for the rest of a failed save."""
+    """Returns whether Python would wait for threads at exit. After a failed save, Orbax's threads never end."""
     threads = set(threading.enumerate()) - {threading.main_thread()}
     return any(not thread.daemon for thread in threads)
 

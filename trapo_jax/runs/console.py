@@ -1,4 +1,4 @@
-"""Terminal output of the commands: progress, messages and tables."""
+"""Prints the progress, messages and tables of the commands."""
 
 import errno
 import math
@@ -31,14 +31,14 @@ from trapo_jax.types import SamplingProgress
 
 UNLIMITED_WIDTH = 10_000
 TICK_SECS = 1.0
-NUM_PLAIN_LINES = 20  # approximate number of progress lines if the output is not a terminal
+NUM_PLAIN_LINES = 20  # Approximate number of progress lines if the output is not a terminal.
 
 
 class Console:
     """Shows live progress on a terminal, and prints plain lines otherwise.
 
     Args:
-      num_steps: number of training steps, for the progress bar; 0 without one.
+      num_steps: number of training steps, for the progress bar; 0 to show no progress bar.
       first_step: number of steps completed before this process; 0 for a new run.
       quiet: whether to print nothing.
       clock: returns the time in seconds.
@@ -54,14 +54,14 @@ class Console:
     ):
         self._rich = rich.console.Console(highlight=False, soft_wrap=True, quiet=quiet)
         if not self._rich.is_terminal:
-            self._rich.width = UNLIMITED_WIDTH  # No table is cut or wrapped.
+            self._rich.width = UNLIMITED_WIDTH  # Tables are neither truncated nor wrapped.
         self._clock = clock
         self._last_step_line = clock()
         self._estimate = RunEstimate()
         self._compiling_since: float | None = None
         self._activity: Activity | None = None
         self._pacer = LinePacer()
-        self._lock = threading.RLock()  # for the state of the activity
+        self._lock = threading.RLock()  # Guards the state of the activity.
         self._closed = threading.Event()
         self._ticker: threading.Thread | None = None
         self._panel: _Panel | None = None
@@ -99,7 +99,7 @@ class Console:
             self.tick()
 
     def tick(self) -> None:
-        """Shows that an activity without reports of progress still continues; called every `TICK_SECS`."""
+        """Shows that an activity that reports no progress is still running. Called every `TICK_SECS`."""
         with self._lock:
             if self._activity and self._activity.is_silent:
                 self._show_activity()
@@ -109,7 +109,7 @@ class Console:
         self._write(lambda: self._rich.print(Text(printable(text))))
 
     def _write(self, write: Callable[[], None]) -> None:
-        """Calls a function that writes to standard output. Without its terminal, the program continues silently."""
+        """Calls a function that writes to standard output. If its terminal is gone, the program continues silently."""
         try:
             write()
         except OSError as error:
@@ -119,12 +119,12 @@ class Console:
             leave_lost_terminal()
 
     def begin(self, name: str, num_samples: int = 0, what: str = "") -> None:
-        """Shows what the program does next.
+        """Shows the activity that the program starts.
 
         Args:
-          name: such as "evaluating test".
-          num_samples: number of completions to sample and grade for it; 0 if nothing is sampled.
-          what: what these completions are; see `Activity`.
+          name: name of the activity, such as "evaluating test".
+          num_samples: number of completions to sample and grade; 0 if nothing is sampled.
+          what: description of these completions; see `Activity`.
         """
         with self._lock:
             self._activity = Activity(name, num_samples, self._clock(), what)
@@ -132,14 +132,14 @@ class Console:
                 self._show_activity()
 
     def advance(self, progress: SamplingProgress) -> None:
-        """Shows how far the current activity is."""
+        """Shows the progress of the current activity."""
         with self._lock:
             if self._activity:
                 self._activity.advance(progress)
                 self._show_activity()
 
     def set_compiling(self, is_compiling: bool) -> None:
-        """Shows whether the current activity waits for a compilation."""
+        """Shows whether the current activity is waiting for a compilation."""
         now = self._clock()
         with self._lock:
             if self._compiling_since is not None:
@@ -160,12 +160,12 @@ class Console:
             self.say(text)
 
     def evaluated(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Prints the scores of an evaluation, and keeps its accuracy in the panel.
+        """Prints the scores of an evaluation and shows its accuracy in the panel.
 
         Args:
           step: number of completed steps.
           split: the split that was evaluated.
-          metrics: `eval/...` metrics by name.
+          metrics: `eval/...` metrics, keyed by name.
         """
         if step == 0 and self._activity:  # The same evaluation follows the last step.
             self._estimate.add_final_evaluation(self._activity.secs(self._clock()))
@@ -193,7 +193,7 @@ class Console:
           secs: duration of the step.
         """
         status = _describe_step(values)
-        # This is an estimate, because a budget may end the run before num_steps.
+        # The total is an estimate, because a budget may end the run before num_steps.
         total = max(step, round(step / values["budget/progress"]))
         now = self._clock()
         left = (
@@ -215,7 +215,7 @@ class Console:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table. Cells are escaped as in `say`, because they may contain names from the data."""
-        self.say(title)  # A title of the table would be wrapped at its width.
+        self.say(title)  # Rich would wrap a table title at the table's width.
         table = Table()
         for i, name in enumerate(header):
             justify = "left" if i == 0 else "right"
@@ -226,12 +226,12 @@ class Console:
 
 
 def table_width(console: rich.console.Console) -> int:
-    """Returns the width within which tables are printed; there is no limit without a terminal."""
+    """Returns the maximum width of tables, which is unlimited if the output is not a terminal."""
     return console.width if console.is_terminal else UNLIMITED_WIDTH
 
 
 def _describe_step(values: Mapping[str, float]) -> str:
-    """Returns the loss of a step, the reward of its sampled rollouts, and how much of the experts they start from."""
+    """Describes a step's loss, the reward of its sampled rollouts, and the share of expert solutions given to them."""
     parts = [f"loss {values['loss/total']:.3f}"]
     ratio, max_ratio = values["guidance/ratio_mean"], values["guidance/ratio_max"]
     if "reward/sampled_mean" in values:
@@ -246,7 +246,7 @@ def _describe_step(values: Mapping[str, float]) -> str:
 
 
 def _describe_reward(values: Mapping[str, float], which: str) -> str:
-    """Returns how many rollouts are right if every reward of the step is 0 or 1, otherwise the mean reward."""
+    """Returns the number of correct rollouts if every reward of the step is 0 or 1, otherwise the mean reward."""
     mean, number = values[f"reward/{which}_mean"], values[f"reward/num_{which}"]
     total = values["reward/sampled_mean"] * values["reward/num_sampled"]
     is_binary = math.isclose(total, values["reward/num_right"], abs_tol=1e-6)
@@ -254,14 +254,14 @@ def _describe_reward(values: Mapping[str, float], which: str) -> str:
 
 
 class _Panel(Progress):
-    """A progress bar with lines of text below it, so that it fits into 80 columns."""
+    """A progress bar with lines of text below it, so that the panel fits in 80 columns."""
 
     def __init__(self, *columns: ProgressColumn, console: rich.console.Console):
         self._lines = dict.fromkeys(("status", "evaluation", "activity"), "")
         super().__init__(*columns, console=console)
 
     def show(self, **lines: str) -> None:
-        """Replaces lines by name: `status`, `evaluation` or `activity`."""
+        """Replaces the named lines: `status`, `evaluation` or `activity`."""
         self._lines |= lines
 
     def get_renderables(self) -> Iterator[rich.console.RenderableType]:

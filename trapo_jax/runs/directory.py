@@ -1,4 +1,4 @@
-"""The run directory: its files, its lock, and the checks that decide whether a run may be resumed in it."""
+"""Defines the run directory: its files, its lock, and the checks that decide whether a run may be resumed in it."""
 
 import contextlib
 import hashlib
@@ -31,25 +31,25 @@ from trapo_jax.types import UserError
 
 LOCK = ".lock"
 METHOD, CHANGES = "method.json", "changes.jsonl"
-USER_CODE = "user_code.json"  # hashes of the user's modules that the config names, if there are any
+USER_CODE = "user_code.json"  # Hashes of the user's modules that the config refers to, if any.
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-IDENTITY = "run.json"  # a random id, by which checkpoints of other runs are recognized
-DATA = "data.json"  # fingerprint of the training data, chat template, dropped problems
-CHECKPOINTS = "checkpoints"  # a directory with one subdirectory per checkpoint
-EVALUATIONS = "evaluations"  # a directory with one file per evaluation; see `evaluation_file`
-MODEL = "model"  # a copy of the model's config and tokenizer, without weights
-EXPORT = "hf"  # the trained model in Hugging Face format
-SUMMARY = "summary.json"  # written last; marks a run as complete
+IDENTITY = "run.json"  # A random run id, used to detect checkpoints of other runs.
+DATA = "data.json"  # The training-data fingerprint, chat template and dropped problems.
+CHECKPOINTS = "checkpoints"  # A directory with one subdirectory per checkpoint.
+EVALUATIONS = "evaluations"  # A directory with one file per evaluation; see `evaluation_file`.
+MODEL = "model"  # A copy of the model's config and tokenizer, without weights.
+EXPORT = "hf"  # The trained model in Hugging Face format.
+SUMMARY = "summary.json"  # Written last; marks a run as complete.
 REPORT = "report.html"
 TENSORBOARD = "tb"
 FOLDERS = (CHECKPOINTS, EVALUATIONS, MODEL, EXPORT, TENSORBOARD)
 FILES = (LOCK, METHOD, USER_CODE, CHANGES, METRICS, SAMPLES, IDENTITY, DATA, SUMMARY, REPORT)
 
-ABSENT = "absent"  # in place of the value of a field that a config lacks
-SHARED_AFTER_SECS = 60  # maximum time until all hosts see a new file on shared storage
+ABSENT = "absent"  # Stands for the value of a field that is missing from a config.
+SHARED_AFTER_SECS = 60  # Maximum time until all hosts see a new file on shared storage.
 NUM_STEPS, DECAY_START, METHOD_NAME = "train.num_steps", "train.decay_start", "method.name"
 
-Changes = dict[str, tuple[Any, Any]]  # old and new value by field
+Changes = dict[str, tuple[Any, Any]]  # Old and new values, keyed by field.
 
 
 def check_run_folder(
@@ -70,12 +70,12 @@ def check_run_folder(
       code: the user's modules; empty to skip their comparison.
 
     Returns:
-      The fields that differ from those of the run in the folder, except for `output_dir`. They are all in
-      `CHANGEABLE_FIELDS`, apart from `train.num_steps`, which may be any number that is not below that of the newest
-      checkpoint if nothing depends on the length of the run.
+      The fields that differ from the config of the run in the folder, except for `output_dir`. All of them are in
+      `CHANGEABLE_FIELDS`, apart from `train.num_steps`. If nothing depends on the length of the run, it may be any
+      number that is not below the step of the newest checkpoint.
 
     Raises:
-      UserError: if the folder contains something else or a different run, or cannot be written to.
+      UserError: if the folder contains a different run or other files, or cannot be written to.
     """
     saved = folder / CONFIG
     changes: Changes = {}
@@ -95,7 +95,7 @@ def check_run_folder(
                 f"output_dir={folder}: neither empty nor a run directory; choose a different output_dir"
             )
         parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    except (OSError, ValueError) as error:  # ValueError: the name contains a NUL character.
+    except (OSError, ValueError) as error:  # ValueError if the name contains a NUL character.
         raise UserError(f"output_dir={folder}: {getattr(error, 'strerror', error)}") from error
     if not parent.is_dir():
         raise UserError(f"output_dir={folder}: {parent} is a file")
@@ -105,7 +105,7 @@ def check_run_folder(
 
 
 def check_run(config: Config, method: Method) -> Changes:
-    """Checks that a run with this config and method can be started or resumed in its folder; see `check_run_folder`."""
+    """Checks that a run can be started or resumed with this config and method; see `check_run_folder`."""
     return check_run_folder(
         config.run_folder,
         config.to_yaml(),
@@ -116,7 +116,7 @@ def check_run(config: Config, method: Method) -> Changes:
 
 
 def _check_method(folder: Path, method: dict[str, Any] | None) -> None:
-    """Checks that the run in a folder was trained with the same method, and not only one of the same name."""
+    """Checks that the run in a folder was trained with the same method, not just one of the same name."""
     if method is None:
         return
     try:
@@ -128,20 +128,20 @@ def _check_method(folder: Path, method: dict[str, Any] | None) -> None:
         return
     if name != method["name"]:
         raise UserError(
-            f"output_dir={folder}: contains a run of the method {name}, not {method['name']}; choose a different "
+            f"output_dir={folder}: contains a run of method {name}, not {method['name']}; choose a different "
             "output_dir"
         )
     different = ", ".join(name for name in method if saved.get(name) != method[name])
     raise UserError(
-        f"output_dir={folder}: contains a run of a different version of the method {method['name']} ({different}); "
+        f"output_dir={folder}: contains a run of a different version of method {method['name']} (differs in {different}); "
         "choose a different output_dir"
     )
 
 
 def _check_code(folder: Path, code: Sequence[SourceFile]) -> None:
-    """Checks that the user's modules are those with which the results in a folder were made, if it has their hashes.
+    """Checks that the user's modules have not changed since they produced the results in a folder.
 
-    A run without a checkpoint has no results, since it starts from the beginning.
+    The check is skipped if the folder has no hashes, or has a run without checkpoints, which starts from the beginning.
     """
     file = folder / USER_CODE
     is_run = (folder / IDENTITY).exists()
@@ -154,8 +154,8 @@ def _check_code(folder: Path, code: Sequence[SourceFile]) -> None:
     if changed := [source.path for source in code if saved.get(source.module) != source.sha256]:
         names = " and ".join(map(str, changed))
         raise UserError(
-            f"output_dir={folder}: {names} changed since the run started; undo that or choose a different output_dir, or "
-            f"delete {file} to continue with the changed code"
+            f"output_dir={folder}: {names} changed since the run started; undo the changes, choose a different "
+            f"output_dir, or delete {file} to continue with the changed code"
         )
 
 
@@ -165,7 +165,7 @@ def _changes(
     changes: Changes = {}
     refused: Changes = {}
     reason = ""
-    # The method comes first: if it differs, so do its constants, and the error should name the method.
+    # The method comes first: if it differs, so do its constants, but the error should name only the method.
     fields = sorted({*saved, *current} - {"output_dir"}, key=lambda x: (x != METHOD_NAME, x))
     for field in fields:
         old, new = saved.get(field, ABSENT), current.get(field, ABSENT)
@@ -177,7 +177,7 @@ def _changes(
             reason = f"; {dependent} depends on the length of the run"
         may_change = is_changeable(field) or (is_length and not dependent)
         (changes if may_change else refused)[field] = (old, new)
-    if METHOD_NAME in refused:  # The constants of another method say nothing more.
+    if METHOD_NAME in refused:  # Listing the other method's constants would add nothing.
         refused = {f: v for f, v in refused.items() if f == METHOD_NAME or "method." not in f}
     if refused:
         raise UserError(_refusal(folder, refused, reason))
@@ -187,7 +187,7 @@ def _changes(
 
 
 def _check_length(folder: Path, num_steps: int) -> None:
-    """Checks that a run has not completed more steps than it is to have."""
+    """Checks that a run has not already completed more than `num_steps` steps."""
     names = [path.name for path in (folder / CHECKPOINTS).glob("[0-9]*")]
     completed = max((int(name) for name in names if name.isdecimal()), default=0)
     if num_steps < completed:
@@ -198,7 +198,7 @@ def _check_length(folder: Path, num_steps: int) -> None:
 
 
 def _refusal(folder: Path, refused: Changes, reason: str) -> str:
-    """Returns the message that names every field because of which a run cannot be resumed."""
+    """Returns an error message that names every field that keeps a run from being resumed."""
     versions = [field for field, values in refused.items() if ABSENT in values]
     if versions:
         listed = ", ".join(
@@ -206,8 +206,8 @@ def _refusal(folder: Path, refused: Changes, reason: str) -> str:
             for field in versions
         )
         return (
-            f"output_dir={folder}: contains a run of a different version (its config {listed}); choose a different "
-            "output_dir"
+            f"output_dir={folder}: contains a run of a different version of trapo_jax (its config {listed}); choose a "
+            "different output_dir"
         )
     differences = ", ".join(
         f"{field}={_as_yaml(old)}, not {_as_yaml(new)}" for field, (old, new) in refused.items()
@@ -220,12 +220,12 @@ def _refusal(folder: Path, refused: Changes, reason: str) -> str:
 
 
 def _as_yaml(value: Any) -> str:
-    """Returns a value as the command line takes it: null, true and false rather than Python's names."""
+    """Formats a value for the command line: null, true and false rather than Python's names."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _length_dependency(config: dict[str, Any], depends_on_length: bool) -> str:
-    """Returns what depends on the length of the run, for an error message; empty if nothing does."""
+    """Names the setting that depends on the length of the run, for an error message; empty if none does."""
     if depends_on_length:
         return f"{METHOD_NAME}={config[METHOD_NAME]}"
     start = config[DECAY_START]
@@ -233,7 +233,7 @@ def _length_dependency(config: dict[str, Any], depends_on_length: bool) -> str:
 
 
 def _damaged(path: Path, error: UserError | KeyError) -> UserError:
-    """Returns the error for a file without which a run cannot be resumed."""
+    """Returns the error for a missing or damaged file that is needed to resume a run."""
     what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
     what = what.removeprefix(f"{path}: ")
     return UserError(
@@ -243,12 +243,12 @@ def _damaged(path: Path, error: UserError | KeyError) -> UserError:
 
 
 def _check_entries(folder: Path) -> None:
-    """Checks that the files and folders of a run are such; opening a named pipe, for example, would never end."""
+    """Checks that a run's files and folders have the right type. Opening a named pipe, for example, would block."""
     for name in FOLDERS:
         path = folder / name
         if path.exists() and not path.is_dir():
             raise UserError(
-                f"{path}: not a folder, but a run has one there; rename it or choose a different output_dir"
+                f"{path}: not a folder, but a run needs a folder there; rename it or choose a different output_dir"
             )
     for name in FILES:
         if (folder / name).exists():
@@ -263,13 +263,13 @@ def prepare_run_folder(
     data_summary: Mapping[str, Any] | None = None,
     code: Sequence[SourceFile] = (),
 ) -> None:
-    """Creates the folder and writes those of its files that do not exist yet, and the hashes of the user's modules.
+    """Creates the folder, writes its missing files, and updates the hashes of the user's modules.
 
     Args:
       folder: the run directory.
       config_text: the resolved config as YAML.
       method: the fingerprint of the method, if there is one.
-      data_summary: the contents of data.json, if it is wanted.
+      data_summary: the contents of data.json; None to write no such file.
       code: the user's modules.
     """
     try:
@@ -289,10 +289,10 @@ def prepare_run_folder(
 
 
 def run_identity(folder: Path, config_text: str) -> dict[str, str]:
-    """Returns the id of a run, and a hash of the fields of its config that cannot change.
+    """Returns the id of a run and a hash of the config fields that cannot change.
 
     Raises:
-      UserError: if the file with the id is missing or damaged.
+      UserError: if the file that contains the id is missing or damaged.
     """
     try:
         name = read_json_object(folder / IDENTITY)["id"]
@@ -308,18 +308,18 @@ def run_identity(folder: Path, config_text: str) -> dict[str, str]:
 
 
 def check_shared(folder: Path, run_id: str) -> None:
-    """Checks that all processes of the job see the run directory that process 0 has prepared. All must call it.
+    """Checks that all processes of the job see the run directory prepared by process 0. All must call this.
 
     Raises:
-      UserError: in all processes, if one does not.
+      UserError: in all processes, if any process does not see the directory.
     """
-    # Network file systems cache for a while that a file does not exist.
+    # Network file systems cache the absence of a file for a while.
     deadline = time.monotonic() + SHARED_AFTER_SECS
     while not (is_same := _is_run(folder, run_id)) and time.monotonic() < deadline:
         time.sleep(1)
     if not all(gather(is_same)):
         raise UserError(
-            f"output_dir={folder}: not the same directory in all processes; choose one on storage that all hosts share"
+            f"output_dir={folder}: not the same directory in all processes; choose one on storage shared by all hosts"
         )
 
 
@@ -339,24 +339,24 @@ def record_changes(folder: Path, config_text: str, changes: Changes, *, after_st
 
 
 def check_problems(folder: Path, data: DataConfig, *, saved: str, current: str) -> None:
-    """Checks that the training problems are those that a run started with.
+    """Checks that the training problems have not changed since a run started.
 
     Args:
       folder: the run directory.
-      data: the config of the data.
-      saved: the fingerprint of the problems in the checkpoint.
-      current: that of the problems at hand.
+      data: the data config.
+      saved: the problem fingerprint in the checkpoint.
+      current: the fingerprint of the current problems.
 
     Raises:
-      UserError: if they differ, naming the config field that selects the data.
+      UserError: if the fingerprints differ. The message names the config field that selects the data.
     """
     if saved == current:
         return
     is_generated = data.source != "files"
     name = f"source={data.source}" if is_generated else f"train_files={', '.join(data.train_files)}"
     raise UserError(
-        f"output_dir={folder}: the problems of data.{name} are not those that the run "
-        f"started with ({DATA}); restore the data or choose a different output_dir"
+        f"output_dir={folder}: the problems of data.{name} changed since the run started (see {DATA}); restore the data or "
+        "choose a different output_dir"
     )
 
 
@@ -364,11 +364,12 @@ def check_problems(folder: Path, data: DataConfig, *, saved: str, current: str) 
 def lock_folder(folder: Path, option: str = "output_dir") -> Iterator[None]:
     """Creates the folder and locks it for this process. The lock is released even if the process is killed.
 
-    Every command that writes to a folder over some time holds its lock. System errors that name no file name the folder.
+    Commands hold the lock of a folder for as long as they write to it. System errors without a file name are given the
+    folder's name.
 
     Args:
       folder: the folder.
-      option: the field or option of the command with which it was chosen, for errors.
+      option: the config field or command-line option that selected the folder, for error messages.
 
     Raises:
       UserError: if another process holds the lock.
@@ -379,7 +380,7 @@ def lock_folder(folder: Path, option: str = "output_dir") -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise UserError(
-            f"{option}={folder}: another process is writing there; wait until it ends or choose a different {option}"
+            f"{option}={folder}: another process is writing to it; wait until it ends or choose a different {option}"
         ) from error
     except OSError as error:
         raise UserError(f"{option}={folder}: {error.strerror}") from error
@@ -391,12 +392,12 @@ def lock_folder(folder: Path, option: str = "output_dir") -> Iterator[None]:
 
 
 def evaluation_file(folder: Path, split: str, step: int) -> Path:
-    """Returns the path of the results of evaluating a split after a step."""
+    """Returns the path of the file with the results of evaluating a split after a step."""
     return folder / EVALUATIONS / f"{split}_{step}.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file such that readers see either the old or the new content, never a part.
+    """Writes a text file so that readers see either the old or the new content, never a mixture.
 
     If several processes write the file at the same time, the last one wins.
     """
@@ -413,6 +414,6 @@ def write_atomically(path: Path, text: str) -> None:
             raise
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # Otherwise the new name may be lost in a crash of the machine.
+            os.fsync(descriptor)  # Otherwise, the new name may be lost if the machine crashes.
         finally:
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The logs of a run: metrics.jsonl (the source of truth), TensorBoard and samples.jsonl."""
+"""Writes and reads the logs of a run: metrics.jsonl (the source of truth), TensorBoard and samples.jsonl."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from trapo_jax.types import UserError
 TRAIN, EVAL = "train", "eval"
 NUM_SAMPLES, TEMPERATURE = "eval/num_samples", "eval/temperature"
 NEEDED_SCORES = ("eval/num_problems", NUM_SAMPLES, TEMPERATURE)
-MAX_RECORD_BYTES = 2**25  # The longest rollout that a config allows takes less.
+MAX_RECORD_BYTES = 2**25  # Exceeds the size of the longest rollout that a config allows.
 
 
 class RunLog:
@@ -32,8 +32,8 @@ class RunLog:
 
     Args:
       folder: the run directory.
-      offsets: the result of `offsets()` that was saved in the checkpoint; None for a new run. Everything written
-        after the checkpoint is deleted, including TensorBoard events, so that no step is logged twice.
+      offsets: the result of `offsets()` saved in the checkpoint; None for a new run. Everything written after the
+        checkpoint is deleted, including TensorBoard events, so that no step is logged twice.
       run_id: id of the run.
 
     Raises:
@@ -57,7 +57,7 @@ class RunLog:
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Writes a record with `step`, `kind` and the values to metrics.jsonl; NaN and infinity become null.
 
-        Numbers are also written to TensorBoard, prefixed with the split if there is one.
+        Numbers are also written to TensorBoard, with their names prefixed by the split if there is one.
         """
         self._write(METRICS, {"step": step, "kind": kind, **values})
         prefix = f"{values['split']}/" if "split" in values else ""
@@ -68,7 +68,7 @@ class RunLog:
     def evaluation(
         self, split: str, step: int, values: Mapping[str, Any], problems: Mapping[str, list]
     ) -> None:
-        """Writes the results of each problem to a file in evaluations/, then a record to metrics.jsonl."""
+        """Writes per-problem results to a file in evaluations/, then a record to metrics.jsonl."""
         path = evaluation_file(self._folder, split, step)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(problems) + "\n")
@@ -80,7 +80,7 @@ class RunLog:
             self._write(SAMPLES, record)
 
     def offsets(self) -> dict[str, int]:
-        """Flushes the files to disk and returns their sizes in bytes, by path relative to the run directory."""
+        """Flushes the files to disk and returns their sizes in bytes, keyed by path relative to the run directory."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -101,7 +101,7 @@ class RunLog:
 
 
 class NoLog(RunLog):
-    """Discards everything. Used by all processes except the main one."""
+    """A `RunLog` that discards everything. Used by all processes except the main one."""
 
     def __init__(self):
         pass
@@ -127,7 +127,7 @@ class NoLog(RunLog):
 def _truncate(
     folder: Path, offsets: Mapping[str, int], needed: Sequence[str], events: Sequence[Path]
 ) -> None:
-    """Truncates the log files to `offsets`, and deletes event files that are newer and thus have no offset."""
+    """Truncates the log files to `offsets` and deletes event files without an offset, which are newer."""
     paths = {path.relative_to(folder).as_posix(): path for path in events}
     paths |= {name: folder / name for name in needed}
     for name, path in paths.items():
@@ -149,15 +149,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_summary(folder: Path, splits: Sequence[str], *, model_step: int) -> dict[str, Any]:
-    """Writes the summary of a run, which marks it as complete.
+    """Writes the summary of a run, which marks the run as complete.
 
     Args:
       folder: the run directory.
-      splits: the splits that are evaluated before and after training.
-      model_step: step of the parameters that were evaluated last.
+      splits: the splits evaluated before and after training.
+      model_step: step of the most recently evaluated parameters.
 
     Returns:
-      The scores before and after training, by split.
+      The scores before and after training, keyed by split.
     """
     evaluations = [record for record in read_metrics(folder) if record["kind"] == EVAL]
     first = {record["split"]: record for record in reversed(evaluations)}
@@ -176,10 +176,10 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """Returns the summary of a complete run; see `write_summary`.
 
     Raises:
-      UserError: if it is damaged.
+      UserError: if the summary is damaged.
     """
     path = folder / SUMMARY
-    way_out = "delete the file, and the same command writes it again"
+    way_out = "delete the file and run the same command to write it again"
     try:
         summary = read_json_object(path)
     except UserError as error:
@@ -206,15 +206,15 @@ def _are_scores(scores: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def is_shown(name: str) -> bool:
-    """Whether a score is shown in tables: never null, unlike the others."""
+    """Returns whether tables show a score. Such scores are never null, unlike the others."""
     return "accuracy" in name or "pass@" in name
 
 
 def describe_samples(scores: Mapping[str, float]) -> str:
-    """Returns how many samples of each problem were scored, and at which temperature.
+    """Describes the number of scored samples per problem and their temperature.
 
     Args:
-      scores: `eval/...` metrics by name.
+      scores: `eval/...` metrics, keyed by name.
 
     >>> describe_samples({"eval/num_samples": 8, "eval/temperature": 0.6})
     '8 samples each at temperature 0.6'
@@ -261,7 +261,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
-    """Replaces NaN and infinity with None, because JSON cannot represent them."""
+    """Replaces NaN and infinity with None because JSON cannot represent them."""
     if isinstance(value, Mapping):
         return {name: _finite(v) for name, v in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Monitoring of a run: training health, disk space, stuck processes and termination signals."""
+"""Monitors a run: training health, disk space, stuck processes and termination signals."""
 
 import faulthandler
 import itertools
@@ -20,32 +20,31 @@ from trapo_jax.runs.loggers import TRAIN, read_metrics
 from trapo_jax.runs.system_errors import leave_lost_terminal
 from trapo_jax.types import EXIT_FAILED, TrainingFailed
 
-COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.monitoring`
-# Number of consecutive steps with a symptom, such as every completion truncated, after which there is a warning. Fewer
-# if no step was without it, because a mistake in the config shows at once.
+COMPILATION = "/jax/core/compile/backend_compile_duration"  # Name of a `jax.monitoring` event.
+# Number of consecutive steps with a symptom, such as all completions being truncated, before a warning is printed. The
+# second number applies if every step so far had the symptom, because mistakes in the config show immediately.
 WARN_AFTER_STEPS, WARN_AFTER_FIRST_STEPS = 20, 5
 NEVER_RIGHT = (
-    "no sampled rollout was right; check rewards.functions, data.template and sampling.max_completion_length: "
-    "`trapo preview` shows a prompt and how the expert solutions are graded, samples.jsonl what the grader read"
+    "no sampled rollout was correct; check rewards.functions, data.template and sampling.max_completion_length: "
+    "`trapo preview` shows a prompt and how expert solutions are graded, and samples.jsonl shows what the grader read"
 )
 NO_SIGNAL = (
-    "the rewards of every problem were all equal, so that nothing is learned from them; check rewards.functions (`trapo "
-    "preview`, samples.jsonl), or choose problems that are neither too easy nor too hard"
+    "all rewards of each problem were equal, so nothing is learned from them; check rewards.functions (`trapo preview`, "
+    "samples.jsonl), or choose problems that are neither too easy nor too hard"
 )
-MAX_UNANSWERED = (
-    0.5  # share of responses without an answer above which a low accuracy is due to them
-)
+# Above this share, responses without an answer are reported as the cause of low accuracy.
+MAX_UNANSWERED = 0.5
 MIN_ACCURACY = 0.05
 
 
 def unanswered(section: str, *, accuracy: float, no_answer: float | None, truncated: float) -> str:
-    """Says that most responses are wrong because they state no answer, and what to change; empty if that is not so.
+    """Returns a warning if most responses are wrong because they state no answer; an empty string otherwise.
 
     Args:
-      section: the section of the config whose temperature was used.
-      accuracy: share of the responses that are correct.
-      no_answer: share in which the reward function found no answer; None if it looks for none.
-      truncated: share that reached the maximum length.
+      section: the config section whose temperature was used.
+      accuracy: share of correct responses.
+      no_answer: share of responses in which the reward function found no answer; None if it does not look for one.
+      truncated: share of responses that reached the maximum length.
     """
     if no_answer is None or no_answer <= MAX_UNANSWERED or accuracy >= MIN_ACCURACY:
         return ""
@@ -60,15 +59,15 @@ class Health:
     """Checks the metrics of every step for signs of failure.
 
     Args:
-      max_logprob_gap: maximum mean difference between the log-probabilities of the sampler and the trainer.
-      max_skipped_steps: number of consecutive skipped updates that end the run.
+      max_logprob_gap: maximum mean difference between the sampler's and the trainer's log-probabilities.
+      max_skipped_steps: number of consecutive skipped updates after which the run ends.
     """
 
     def __init__(self, *, max_logprob_gap: float, max_skipped_steps: int):
         self._max_logprob_gap = max_logprob_gap
         self._max_skipped_steps = max_skipped_steps
         self._streaks = {"truncated": 0, "never right": 0, "no signal": 0}
-        self._absent_before: set[str] = set()  # symptoms without which there was a step
+        self._absent_before: set[str] = set()  # Symptoms that at least one step did not have.
         self._has_warned_of_answers = False
 
     def observe(self, step: int, values: Mapping[str, float]) -> list[str]:
@@ -87,14 +86,14 @@ class Health:
                     f"the last one because {reason}; lower train.learning_rate"
                 )
         if (gap := values["policy/logprob_gap_mean"]) > self._max_logprob_gap:
-            consequence = "the completions were not sampled from the policy that is trained"
+            consequence = "the completions were not sampled from the policy being trained"
             if num_stale := values["sampling/stale_tokens"]:
                 consequence = (
                     f"{num_stale:.0f} tokens were sampled before the last update; set sampling.max_staleness=0 or lower "
                     "train.learning_rate"
                 )
             raise TrainingFailed(
-                f"step {step}: the log-probabilities of the sampler and the trainer differ by {gap:.3g} on average, more "
+                f"step {step}: the sampler's and the trainer's log-probabilities differ by {gap:.3g} on average, more "
                 f"than limits.max_logprob_gap={self._max_logprob_gap}; {consequence}"
             )
         if values["batch/completion_tokens"]:
@@ -123,7 +122,7 @@ class Health:
     def _check_answers(
         self, section: str, accuracy: float, no_answer: float | None, truncated: float
     ) -> list[str]:
-        """Returns a warning the first time that most responses state no answer."""
+        """Returns a warning the first time most responses state no answer."""
         text = unanswered(section, accuracy=accuracy, no_answer=no_answer, truncated=truncated)
         if not text or self._has_warned_of_answers:
             return []
@@ -131,7 +130,7 @@ class Health:
         return [text]
 
     def _check_streak(self, step: int, name: str, is_bad: bool, text: str) -> list[str]:
-        """Returns a warning if the step is the last of `WARN_AFTER_STEPS` or `WARN_AFTER_FIRST_STEPS` bad steps."""
+        """Returns a warning once `WARN_AFTER_STEPS` or `WARN_AFTER_FIRST_STEPS` consecutive steps have been bad."""
         self._streaks[name] = self._streaks[name] + 1 if is_bad else 0
         if not is_bad:
             self._absent_before.add(name)
@@ -140,12 +139,12 @@ class Health:
 
 
 def _reward_symptoms(values: Mapping[str, float]) -> tuple[bool, bool]:
-    """Returns whether no sampled rollout was right, and whether the rewards of every problem were all equal."""
+    """Returns whether no sampled rollout was correct, and whether all rewards of each problem were equal."""
     return values["reward/sampled_positive"] == 0, values["reward/groups_with_signal"] == 0
 
 
 def warnings_of_run(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns what was wrong with the rewards in all steps of a run, in at most one line.
+    """Returns at most one warning about a problem with the rewards in all steps of a run.
 
     Args:
       records: the records of metrics.jsonl.
@@ -160,21 +159,21 @@ def warnings_of_run(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def check_learned(folder: Path, step: int, tokens_trained: int, state: Any) -> None:
-    """Checks, after the last step of a run, that it has changed the parameters.
+    """Checks, after the last step of a run, that the run has changed the parameters.
 
     Args:
       folder: the run directory.
       step: the last step.
-      tokens_trained: number of tokens that the run has trained.
+      tokens_trained: number of tokens that the run has trained on.
       state: the train state.
 
     Raises:
-      TrainingFailed: if no token was trained, or every update was skipped.
+      TrainingFailed: if no token was trained on, or every update was skipped.
     """
     if not tokens_trained:
         raise TrainingFailed(
-            f"step {step}: no token has been trained, so the model is unchanged; {DATA} in {folder} says how many "
-            "expert solutions there are"
+            f"step {step}: no tokens were trained on, so the model is unchanged; {DATA} in {folder} states the number "
+            "of expert solutions"
         )
     if int(state.num_skipped_in_a_row) < int(state.step):
         return
@@ -188,21 +187,21 @@ def check_learned(folder: Path, step: int, tokens_trained: int, state: Any) -> N
 
 
 def _skip_reason(values: Mapping[str, Any]) -> str:
-    """Names the loss terms that were not finite, else the gradient, which was not finite or too large."""
+    """Names the loss terms that were not finite, or says that the gradient was not finite or too large."""
     names = [name for name in values if name.startswith("loss/") and name != "loss/total"]
     if terms := [name for name in names if not math.isfinite(values[name])]:
         return f"{' and '.join(terms)} {'was' if len(terms) == 1 else 'were'} not finite"
     norm = values["optimizer/grad_norm"]
     if not math.isfinite(norm):
         return "the gradient was not finite"
-    return f"the gradient norm of {norm:.3g} exceeds the limit of the method"
+    return f"the gradient norm of {norm:.3g} exceeds the method's limit"
 
 
 class Watchdog:
     """Prints the stack of every thread and exits if the process makes no progress for too long.
 
-    In a multi-process job, this ends the processes that wait for one that died or hangs. Time in which this process is
-    stopped (`SIGSTOP`, Ctrl-Z, a suspended machine) does not count.
+    In a multi-process job, this ends processes that are waiting for a dead or stuck process. Time during which this
+    process is stopped (`SIGSTOP`, Ctrl-Z, a suspended machine) does not count.
 
     Args:
       limit_secs: maximum time between two calls of `beat`.
@@ -216,7 +215,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, activity: str) -> None:
-        """Reports progress; `activity` is what the process does next."""
+        """Reports progress; `activity` describes what the process does next."""
         self._last = (next(self._beats), activity)
 
     def close(self) -> None:
@@ -226,14 +225,14 @@ class Watchdog:
         period = min(1.0, self._limit_secs / 4)
         last, idle_secs = self._last, 0.0
         while not self._closed.wait(period):
-            # It counts its own wake-ups: a process that was stopped finds that much time has passed at once.
+            # Idle time is measured in wake-ups, because the clock keeps running while the process is stopped.
             idle_secs = idle_secs + period if self._last is last else 0.0
             last = self._last
             if idle_secs > self._limit_secs:
                 _, activity = last
                 print(
                     f"error: no progress for limits.stuck_after_secs={self._limit_secs:g} seconds while {activity}; "
-                    "another process may have died; the threads of this process are at:",
+                    "another process may have died; the stacks of this process's threads follow:",
                     file=sys.stderr,
                 )
                 faulthandler.dump_traceback(sys.stderr)
@@ -242,12 +241,12 @@ class Watchdog:
 
 
 class CompilationListener:
-    """Calls a function when the process starts to compile a program, and when it is done.
+    """Calls a function when the process starts and finishes compiling.
 
-    Programs for several devices are compiled in several threads; only the first start and the last end count.
+    Several threads may compile programs at the same time; only the first start and the last end are reported.
 
     Args:
-      on_change: called with whether a compilation is in progress.
+      on_change: called with True when compilation starts and with False when it ends.
     """
 
     def __init__(self, on_change: Callable[[bool], None]):
@@ -280,10 +279,10 @@ class CompilationListener:
 
 
 class Interrupt:
-    """Handles SIGINT, SIGTERM and SIGHUP: the first is a request to stop, the second ends the process immediately.
+    """Handles SIGINT, SIGTERM and SIGHUP: the first signal requests a stop; the second ends the process immediately.
 
-    A terminal that closes sends SIGHUP, often twice: further ones are ignored, and so are all if the process was started
-    with `nohup`.
+    A closing terminal often sends SIGHUP twice, so SIGHUP is ignored after the first signal. If the process was started
+    with `nohup`, SIGHUP is always ignored.
     """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -300,7 +299,7 @@ class Interrupt:
     @property
     def received(self) -> bool:
         """Whether this or another process of the job has received a signal."""
-        if self._received:  # Not in the signal handler, which may interrupt any code.
+        if self._received:  # Not set in the signal handler, which may interrupt any code.
             self._flag.set()
         return self._flag.is_set
 
@@ -312,13 +311,13 @@ class Interrupt:
 
     def _receive(self, *_) -> None:
         self._received = True
-        # A second signal is left to the kernel: a Python handler would have to wait for compiled programs to return.
+        # The kernel handles a second signal, because a Python handler would wait for compiled programs to return.
         for number in self._before:
             is_hangup = number == signal.SIGHUP
             signal.signal(number, signal.SIG_IGN if is_hangup else signal.SIG_DFL)
         leave_lost_terminal()
         print(
-            "stopping after saving what has been trained; a second Ctrl-C ends the process at once, without saving",
+            "stopping after saving the training state; a second Ctrl-C ends the process immediately, without saving",
             file=sys.stderr,
         )
 
@@ -327,11 +326,11 @@ def check_space(folder: Path, needed_bytes: int, what: str) -> None:
     """Checks that the disk has enough free space for a write.
 
     Raises:
-      TrainingFailed: if it does not.
+      TrainingFailed: if there is too little free space.
     """
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise TrainingFailed(
-            f"output_dir={folder}: only {free / 2**20:.1f} MiB of disk space are left, but {what} needs "
+            f"output_dir={folder}: only {free / 2**20:.1f} MiB of disk space is left, but {what} needs "
             f"{needed_bytes / 2**20:.1f} MiB; free some space and run the same command to resume from the last checkpoint"
         )

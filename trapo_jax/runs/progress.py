@@ -1,10 +1,10 @@
-"""The progress of an evaluation or a step: what the program waits for, how far it is, its rate and the time left."""
+"""Describes the progress of an evaluation or a step: its current phase, sample count, rate and time left."""
 
 from trapo_jax.types import SamplingProgress
 
-# At least MIN_SECS pass between two lines of plain output, and MAX_SECS after less than MIN_SHARE of progress.
+# Minimum time between lines of plain output: MIN_SECS, or MAX_SECS if the share has grown by less than MIN_SHARE.
 MIN_SECS, MAX_SECS, MIN_SHARE = 10.0, 30.0, 0.05
-# The time left is not estimated from fewer graded samples than this share or this number: the first are the shortest.
+# Minimum share or number of graded samples before the time left is estimated. The first graded samples are the shortest.
 MIN_GRADED_SHARE, MIN_GRADED = 0.25, 64
 
 
@@ -12,10 +12,10 @@ class Activity:
     """Something that takes a while, such as an evaluation.
 
     Args:
-      name: what is done, such as "evaluating test".
+      name: name of the activity, such as "evaluating test".
       num_samples: number of completions to sample and grade; 0 for an activity without sampling.
       now: the current time in seconds.
-      what: what these samples are, shown until the first of them is graded; empty for their number.
+      what: description of these samples, shown until the first one is graded; empty to show their number instead.
     """
 
     def __init__(self, name: str, num_samples: int, now: float, what: str = ""):
@@ -27,7 +27,7 @@ class Activity:
         self._compile_secs = 0.0
 
     def advance(self, progress: SamplingProgress) -> None:
-        """Adds what was sampled and graded since the last call."""
+        """Adds the samples and tokens processed since the last call."""
         self._phase = progress.phase
         self._num_graded += progress.num_graded
         self._num_sampled_tokens += progress.num_sampled_tokens
@@ -41,24 +41,24 @@ class Activity:
 
     @property
     def share(self) -> float:
-        """Share of the samples that have been graded."""
+        """Share of samples that have been graded."""
         return min(1.0, self._num_graded / max(1, self._num_samples))
 
     @property
     def is_silent(self) -> bool:
-        """Whether no progress is reported."""
+        """Whether the activity reports no progress."""
         return not self._num_samples
 
     def elapsed_secs(self, now: float) -> float:
-        """Returns how long the activity has taken, with compilations."""
+        """Returns the duration of the activity so far, including compilation."""
         return now - self._started
 
     def secs(self, now: float) -> float:
-        """Returns how long the activity has taken, without compilations that have ended."""
+        """Returns the duration of the activity so far, excluding completed compilations."""
         return self.elapsed_secs(now) - self._compile_secs
 
     def describe(self, now: float) -> str:
-        """Returns one line. Rates and the time left do not include the time of compilations."""
+        """Returns a one-line description. Rates and the time left exclude compilation time."""
         phase = self._phase if self._compiling_since is None else "compiling"
         details = [phase] if phase not in ("", "sampling") else []
         if self._num_samples:
@@ -83,27 +83,27 @@ class Activity:
 
 
 class RunEstimate:
-    """Estimates the time that the rest of a run takes, from the steps so far, without their compilations."""
+    """Estimates a run's remaining time from the steps so far, excluding compilation."""
 
     def __init__(self):
-        self._first: tuple[int, float] | None = None  # completed steps, and the time, at the start
-        self._compilations: list[tuple[float, float]] = []  # end and duration of each
+        self._first: tuple[int, float] | None = None  # Completed steps and time at the start.
+        self._compilations: list[tuple[float, float]] = []  # End and duration of each compilation.
         self._final_secs = 0.0
 
     def add_compilation(self, now: float, secs: float) -> None:
-        """Adds a compilation that has ended."""
+        """Adds a completed compilation."""
         self._compilations.append((now, secs))
 
     def add_final_evaluation(self, secs: float) -> None:
-        """Adds the time of an evaluation that is repeated after the last step."""
+        """Adds the duration of an evaluation that will be repeated after the last step."""
         self._final_secs += secs
 
     def secs_left(self, step: int, total: int, *, step_secs: float, now: float) -> float:
         """Returns the time left after a step.
 
         Args:
-          step: the step that is complete.
-          total: number of steps of the run.
+          step: number of the completed step.
+          total: number of steps in the run.
           step_secs: duration of this step.
           now: the current time in seconds.
         """
@@ -115,7 +115,7 @@ class RunEstimate:
 
 
 class LinePacer:
-    """Decides when a line of plain output about an activity is due: the first at once, then few enough for a log."""
+    """Decides when to print a line of plain output: the first immediately, later lines at a rate suitable for a log."""
 
     def __init__(self):
         self._last = float("-inf")
@@ -123,20 +123,20 @@ class LinePacer:
 
     def is_due(self, activity: Activity, now: float) -> bool:
         described, share = self._described
-        if activity.is_silent:  # fewer lines the longer it takes
+        if activity.is_silent:  # Lines become less frequent over time.
             return now - self._last >= max(MIN_SECS, activity.elapsed_secs(now) / 3)
         has_advanced = activity is not described or activity.share >= share + MIN_SHARE
         return now - self._last >= (MIN_SECS if has_advanced else MAX_SECS)
 
     def record_line(self, now: float, activity: Activity | None = None) -> None:
-        """Records that a line was printed, about this activity or about something else."""
+        """Records that a line was printed, either about `activity` or about something else."""
         self._last = now
         if activity is not None:
             self._described = (activity, activity.share)
 
 
 def counted(number: float, noun: str) -> str:
-    """Returns a number and its noun.
+    """Returns a number followed by a noun in the singular or plural.
 
     >>> counted(1, "sample"), counted(2000, "sample")
     ('1 sample', '2,000 samples')
@@ -145,7 +145,7 @@ def counted(number: float, noun: str) -> str:
 
 
 def describe_secs(secs: float) -> str:
-    """Returns a duration in a unit in which it has at most three digits.
+    """Formats a duration in a unit that keeps it to at most three digits.
 
     >>> [describe_secs(s) for s in (95.4, 250, 30_000)]
     ['95 s', '4 min', '8 h']

@@ -1,7 +1,7 @@
-"""The report of one or more runs: a self-contained HTML file that opens offline.
+"""Writes the report of one or more runs: a self-contained HTML file that opens offline.
 
-The contents of run directories are not trusted. They are embedded as JSON and only inserted into the document as text.
-The Content-Security-Policy of the page allows only the scripts of `assets/report` and no network requests.
+The contents of run directories are not trusted. They are embedded as JSON and inserted into the document only as text.
+The page's Content-Security-Policy allows only the scripts in `assets/report` and no network requests.
 """
 
 import base64
@@ -30,21 +30,21 @@ from trapo_jax.runs.loggers import (
 )
 from trapo_jax.types import UserError
 
-MAX_POINTS = 400  # points per curve; consecutive steps are averaged if there are more
-MAX_BYTES = (
-    3_000_000  # size of the rollouts in a report; whole groups are omitted if there are more
-)
-MAX_TOKENS = 1_500  # tokens per response; the middle of longer ones is omitted
-MAX_CHARACTERS = 20_000  # characters per text; the end of longer ones is omitted
+# Maximum number of points per curve. If there are more steps, consecutive steps are averaged.
+MAX_POINTS = 400
+# Maximum size in bytes of the rollouts in a report. If they are larger, whole groups are omitted.
+MAX_BYTES = 3_000_000
+MAX_TOKENS = 1_500  # Maximum tokens per response; the middle of longer responses is omitted.
+MAX_CHARACTERS = 20_000  # Maximum characters per string; the end of longer strings is omitted.
 STYLES = ("uplot.min.css", "report.css")
 SCRIPTS = ("uplot.min.js", "dom.js", "charts.js", "reader.js", "page.js")
-# Raised by data that a run does not write.
+# Exceptions raised when the data is not what a run writes.
 DAMAGED = (
     *(ArithmeticError, AttributeError, LookupError),
     *(OSError, RecursionError, TypeError, ValueError),
 )
-REWARD_PREFIX = "rewards/"  # followed by the name of a reward function, if a run has several
-LEVEL_PREFIX = "guidance/level_"  # followed by the index of a micro-group; their number varies
+REWARD_PREFIX = "rewards/"  # Followed by a reward function's name, if a run has several.
+LEVEL_PREFIX = "guidance/level_"  # Followed by the index of a micro-group.
 PLOTTED = (
     "reward/sampled_mean",
     "reward/unguided_mean",
@@ -61,7 +61,7 @@ PLOTTED = (
     "time/train_secs",
     "time/tokens_per_sec",
 )
-CORE_SETTINGS = (  # always shown; other settings are shown if they differ from the default
+CORE_SETTINGS = (  # Always shown. Other settings are shown if they differ from their defaults.
     "model.path",
     "data.source",
     "method.name",
@@ -74,10 +74,10 @@ CORE_SETTINGS = (  # always shown; other settings are shown if they differ from 
 
 
 def write_report_of_run(folder: Path) -> str:
-    """Writes the report of a run into its directory.
+    """Writes the report of a run to its directory.
 
     Returns:
-      A warning if the report cannot be written, because a run is complete without it; empty otherwise.
+      A warning if the report cannot be written, since a run is complete without it; an empty string otherwise.
     """
     try:
         write_report([folder], folder / REPORT)
@@ -94,7 +94,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
       out: path of the HTML file.
 
     Raises:
-      UserError: if a folder is not a run directory, or a line of its logs is damaged.
+      UserError: if a folder is not a run directory, or a line in its logs is damaged.
       OSError: if the file cannot be written.
     """
     names = _short_names(folders)
@@ -106,7 +106,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
 
 
 def make_page(data: Mapping[str, Any], *, title: str) -> str:
-    """Returns an HTML page that shows `data`; see `assets/report/page.js` for its fields."""
+    """Returns an HTML page that shows `data`; see `read_run` for the contents of `data["runs"]`."""
     assets = resources.files("trapo_jax") / "assets" / "report"
     style = "\n".join((assets / name).read_text() for name in STYLES)
     script = "\n".join((assets / name).read_text() for name in SCRIPTS)
@@ -126,7 +126,7 @@ def make_page(data: Mapping[str, Any], *, title: str) -> str:
 
 
 def embedded_json(data: Any) -> str:
-    """Returns JSON that is safe inside a script element: ASCII without `<`, `>`, `&` and invisible characters.
+    """Returns JSON that is safe inside a script element: ASCII without `<`, `>`, `&` or invisible characters.
 
     >>> print(embedded_json("</script>\\u2028"))
     "\\u003c/script\\u003e\\\\u2028"
@@ -134,7 +134,7 @@ def embedded_json(data: Any) -> str:
     text = json.dumps(
         _make_visible(data), ensure_ascii=True, allow_nan=False, separators=(",", ":")
     )
-    for character in "<>&":  # These occur only inside JSON strings.
+    for character in "<>&":  # These characters occur only inside JSON strings.
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
@@ -149,7 +149,7 @@ def _make_visible(value: Any) -> Any:
 
 
 def _content_hash(text: str) -> str:
-    """Returns the source expression of an inline script or style in a Content-Security-Policy."""
+    """Returns the Content-Security-Policy source expression for an inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -160,7 +160,7 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def read_run(folder: Path, name: str, *, max_bytes: int) -> dict[str, Any]:
-    """Returns the contents of the report for one run, as JSON-serializable data.
+    """Returns one run's part of the report as JSON-serializable data.
 
     Args:
       folder: the run directory.
@@ -168,15 +168,15 @@ def read_run(folder: Path, name: str, *, max_bytes: int) -> dict[str, Any]:
       max_bytes: maximum size of the rollouts as JSON.
 
     Raises:
-      UserError: if the folder is not a run directory, or a line of its logs is damaged.
+      UserError: if the folder is not a run directory, or a line in its logs is damaged.
     """
     try:
         run = _read_run(folder, name, max_bytes)
-        embedded_json(run)  # Numbers that are not finite and deep nesting cannot be embedded.
+        embedded_json(run)  # Raises for non-finite numbers and deep nesting.
         return run
     except DAMAGED as error:
         raise UserError(
-            f"{folder}: not a run directory of this version: config.yaml, metrics.jsonl or samples.jsonl is missing or "
+            f"{folder}: not a run directory written by this version: config.yaml, metrics.jsonl or samples.jsonl is missing or "
             f"damaged ({shown(error)})"
         ) from error
 
@@ -185,7 +185,9 @@ def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
     try:
         settings = flatten(read_yaml(folder / CONFIG))
     except UserError as error:
-        raise UserError(f"{folder}: not a run directory of this version ({error})") from error
+        raise UserError(
+            f"{folder}: not a run directory written by this version ({error})"
+        ) from error
     records = list(read_records(folder / METRICS))
     steps = [r for r in records if r["kind"] == TRAIN]
     evaluations = [r for r in records if r["kind"] == EVAL]
@@ -237,7 +239,7 @@ def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
 
 
 def shown_settings(settings: Mapping[str, Any]) -> list[str]:
-    """Returns the fields to show: `CORE_SETTINGS` and those that differ from their defaults."""
+    """Returns the fields to show: `CORE_SETTINGS` and all fields that differ from their defaults."""
     defaults = default_settings(settings["data.source"], settings["method.name"])
     changed = [
         field
@@ -260,8 +262,8 @@ def downsample(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, lis
     """Averages consecutive steps, so that a curve has at most `MAX_POINTS` points.
 
     Returns:
-      The number of steps per point, and columns with one entry per point: `step`, the last step of the point, and the
-      mean of each plotted metric; None if no step has a value.
+      The number of steps per point, and columns with one entry per point: the point's last step (`step`), and the mean
+      of each plotted metric, or None if none of the steps has a value.
     """
     steps_per_point = max(1, math.ceil(len(records) / MAX_POINTS))
     blocks = [records[i : i + steps_per_point] for i in range(0, len(records), steps_per_point)]
@@ -277,18 +279,18 @@ def downsample(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, lis
 
 
 def _has_value(name: str, record: Mapping[str, Any]) -> bool:
-    """Returns whether a metric is meaningful in a record. Expert metrics are not if no expert token was trained."""
+    """Returns whether a record has a meaningful value of a metric. Expert metrics need a trained expert token."""
     return record.get(name) is not None and (
         not name.startswith("expert/") or record.get("batch/expert_trained_tokens", 0) > 0
     )
 
 
 def read_samples(path: Path, *, max_bytes: int) -> tuple[list[dict[str, Any]], int]:
-    """Reads evenly spaced groups of rollouts, each the rollouts of one problem in one step.
+    """Reads evenly spaced rollout groups. A group consists of the rollouts of one problem in one step.
 
     Args:
-      path: a samples.jsonl file.
-      max_bytes: maximum size of the rollouts as JSON. One group is read even if it is larger.
+      path: path of a samples.jsonl file.
+      max_bytes: maximum size of the rollouts as JSON. At least one group is read, even if it is larger.
 
     Returns:
       The rollouts, and the number of groups in the file.
@@ -305,7 +307,7 @@ def read_samples(path: Path, *, max_bytes: int) -> tuple[list[dict[str, Any]], i
 
 
 def _choose_groups(groups: Sequence[Any], sizes: Mapping[Any, int], max_bytes: int) -> list[Any]:
-    """Returns evenly spaced groups, from the first to the last, of at most `max_bytes` in total, or the last group."""
+    """Returns evenly spaced groups of at most `max_bytes` in total, or only the last group if no more fit."""
     number = len(groups)
     while number > 1:
         chosen = [groups[i] for i in np.linspace(0, len(groups) - 1, number).astype(int)]
@@ -317,7 +319,7 @@ def _choose_groups(groups: Sequence[Any], sizes: Mapping[Any, int], max_bytes: i
 
 
 def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of samples.jsonl, with long texts shortened and without texts that repeat the tokens."""
+    """Yields the records of samples.jsonl, shortening long strings and omitting strings that repeat the tokens."""
     omitted = ("prefix", "completion")
     for number, record in enumerate(read_records(path), start=1):
         try:
@@ -330,7 +332,9 @@ def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
             kept["tokens"] = {name: _cut_middle(values) for name, values in tokens.items()}
             kept["tokens"]["pieces"] = [_cut_end(p) for p in kept["tokens"]["pieces"]]
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: not a rollout of this version") from error
+            raise UserError(
+                f"{path}, line {number}: not a rollout written by this version"
+            ) from error
         yield kept
 
 
@@ -342,7 +346,7 @@ def _cut_middle(values: Any) -> Any:
 
 
 def _cut_end(text: str) -> str:
-    """Removes the end of a long text."""
+    """Removes the end of a long string."""
     return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " …"
 
 

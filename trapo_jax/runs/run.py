@@ -1,7 +1,7 @@
-"""A training run on disk and on screen: its directory, progress, checkpoints, logs and monitoring.
+"""Manages a training run on disk and on screen: its directory, progress, checkpoints, logs and monitoring.
 
 A `Run` does not sample rollouts or update parameters. It receives the results of each step, decides when the run ends,
-and resumes a run that an earlier process started.
+and can resume a run that an earlier process started.
 """
 
 import contextlib
@@ -53,9 +53,9 @@ from trapo_jax.types import (
     Usage,
 )
 
-VALIDATION = "validation"  # the split that is evaluated during training
-EXPERT_LOSS = "eval/expert_loss"  # mean cross-entropy of expert tokens in nats
-LOG_BYTES = 4 * 2**20  # generous upper bound on the size of the records of one step
+VALIDATION = "validation"  # The split that is evaluated during training.
+EXPERT_LOSS = "eval/expert_loss"  # Mean cross-entropy of expert tokens, in nats.
+LOG_BYTES = 4 * 2**20  # Generous upper bound on the size of one step's log records.
 
 
 class Run:
@@ -66,7 +66,7 @@ class Run:
       is_complete: whether the run was already complete when it was opened.
       is_new: whether the run directory was empty when it was opened.
       step: number of the current step, starting at 1; 0 before the first step.
-      moment: the current step as methods see it.
+      moment: the current step, in the form passed to methods.
       usage: tokens, problems, FLOPs and seconds spent since the start of the run.
       method_state: JSON-serializable state of the method.
       pending_splits: splits that remain to be evaluated before the next step, or after the last one.
@@ -102,13 +102,13 @@ class Run:
         self._activity = "starting"
         self._progress_before = self._progress = self._step_started = 0.0
         self.pending_splits: Sequence[str] = config.evaluation.splits
-        self._score: float | None = None  # of the current step, by which checkpoints are compared
-        self._model_step = 0  # step of the loaded best checkpoint, if there is one
-        self._is_saved = True  # Nothing has been recorded since the last checkpoint.
+        self._score: float | None = None  # Score of the current step, used to compare checkpoints.
+        self._model_step = 0  # Step of the best checkpoint if it was loaded; 0 otherwise.
+        self._is_saved = True  # Whether the last checkpoint contains all results.
 
     @classmethod
     def open(cls, config: Config, method: Method, *, show_progress: bool = False) -> "Run":
-        """Opens a new run, or an existing one to resume it. Nothing is written yet.
+        """Opens a new run, or an existing run to resume it. Nothing is written yet.
 
         Args:
           config: config of the run, including its directory.
@@ -116,7 +116,7 @@ class Run:
           show_progress: whether to print progress to the terminal.
 
         Raises:
-          UserError: if the directory contains something else, or a run with a different config or method.
+          UserError: if the directory contains other files, or a run with a different config or method.
         """
 
         def check() -> tuple[Changes, bool, bool]:
@@ -150,7 +150,7 @@ class Run:
 
         Args:
           learner: the learner; its state is restored if there is a checkpoint.
-          data_summary: contents of `data.json`; its `fingerprint` identifies the training problems.
+          data_summary: contents of `data.json`; their `fingerprint` identifies the training problems.
           decode: converts token ids to text.
 
         Raises:
@@ -161,7 +161,7 @@ class Run:
         self._data_fingerprint = data_summary["fingerprint"]
         if is_main():
             self._stack.enter_context(lock_folder(self.folder))
-            check_run(self._config, self._method)  # Another process may have written to it.
+            check_run(self._config, self._method)  # Another process may have written to the folder.
             text, code = self._config.to_yaml(), user_code(self._config)
             contents = {"method": fingerprint(self._method), "data_summary": data_summary}
             prepare_run_folder(self.folder, text, **contents, code=code)
@@ -185,22 +185,22 @@ class Run:
         self._state_bytes = sum(x.nbytes for x in jax.tree.leaves(learner.state))
         self.console.say(self._describe_start())
         if unknown := from_main(self._store.unknown):
-            self.console.say(f"{self.folder / CHECKPOINTS}: left alone: {', '.join(unknown)}")
+            self.console.say(f"{self.folder / CHECKPOINTS}: ignoring {', '.join(unknown)}")
 
     def begin(self, activity: str, num_samples: int = 0, what: str = "") -> None:
-        """Tells the watchdog and the user what the process does next.
+        """Tells the watchdog and the user which activity the process starts.
 
         Args:
-          activity: such as "evaluating test".
-          num_samples: number of completions that all processes sample and grade for it; 0 if nothing is sampled.
-          what: what these completions are.
+          activity: name of the activity, such as "evaluating test".
+          num_samples: number of completions that all processes together sample and grade; 0 if nothing is sampled.
+          what: description of these completions.
         """
         self._activity = activity
         self._watchdog.beat(activity)
         self.console.begin(activity, num_samples, what)
 
     def on_progress(self, progress: SamplingProgress) -> None:
-        """Receives the progress of sampling in this process; the other processes are assumed to be as far.
+        """Receives this process's sampling progress; the other processes are assumed to have made the same progress.
 
         Raises:
           Interrupted: if this or another process has received a signal.
@@ -213,7 +213,7 @@ class Run:
 
     @property
     def moment(self) -> Moment:
-        """The current step as methods see it."""
+        """The current step, in the form passed to methods."""
         stage = self._stages.position(self.step, self._progress_before)
         return Moment(self.step, self._progress_before, self._config.seed, stage)
 
@@ -225,7 +225,7 @@ class Run:
     def steps(
         self, batches: Sequence[Sequence[Problem]]
     ) -> Iterator[tuple[Sequence[Problem], Sequence[Problem]]]:
-        """Yields the problems of each remaining step and those of the step after it.
+        """Yields pairs of the problems of a remaining step and the problems of the step after it.
 
         Args:
           batches: the problems of every step of the run.
@@ -256,15 +256,15 @@ class Run:
         """Records the results of the current step in the logs and on screen.
 
         Args:
-          groups: the rollouts of each problem; those of the first `log_samples` problems are logged.
-          metrics: metrics of sampling and training, by name.
-          usage: usage of the step, except for the seconds, which are measured here.
+          groups: the rollouts of each problem; only the first `log_samples` problems' rollouts are logged.
+          metrics: sampling and training metrics, keyed by name.
+          usage: usage of the step without the seconds, which are measured here.
           traces: per-token results of the updates.
           method_state: state of the method after the step.
 
         Raises:
           TrainingFailed: if the metrics show that training should not continue.
-          UserError: if the method does not spend the unit of the budget.
+          UserError: if the method does not consume the budget's unit.
         """
         seconds = from_main(lambda: time.perf_counter() - self._step_started)
         self.usage += usage + Usage(seconds=seconds)
@@ -290,7 +290,7 @@ class Run:
     def record_samples(
         self, groups: Sequence[Sequence[Rollout]], traces: Sequence[UpdateTrace] = ()
     ) -> None:
-        """Writes rollouts of the current step to samples.jsonl; `record` does so for a step that succeeds."""
+        """Writes rollouts of the current step to samples.jsonl; `record` calls this for a successful step."""
         logged = [rollout for group in groups[: self._config.log_samples] for rollout in group]
         self._log.samples(sample_records(logged, traces, decode=self._decode, step=self.step))
 
@@ -299,13 +299,14 @@ class Run:
         if self.is_over:
             if not self._config.checkpoint.load_best_model_at_end:
                 return evaluation.splits
-            return tuple(dict.fromkeys((VALIDATION, *evaluation.splits)))  # decides which is tested
+            # The validation score decides which checkpoint is tested.
+            return tuple(dict.fromkeys((VALIDATION, *evaluation.splits)))
         due = is_due(self.step, self._progress_before, self._progress, evaluation.every)
         return (VALIDATION,) if due else ()
 
     @property
     def scoring(self) -> ScoringConfig:
-        """How evaluations sample."""
+        """Sampling settings of evaluations."""
         return self._config.evaluation
 
     def record_evaluation(
@@ -315,7 +316,7 @@ class Run:
 
         Args:
           split: the split that was evaluated.
-          metrics: `eval/...` metrics by name.
+          metrics: `eval/...` metrics, keyed by name.
           problems: columns with one entry per problem; see `Evaluation.problems`.
           seconds: duration of the evaluation.
         """
@@ -339,14 +340,14 @@ class Run:
             self._save(learner, score=self._score)
 
     def stop(self, learner: Trainable) -> None:
-        """Saves what the last checkpoint lacks, after `Interrupted` was raised.
+        """Saves a checkpoint after `Interrupted` was raised, unless the last checkpoint is up to date.
 
-        A step that was interrupted is repeated when the run is resumed, and so is an evaluation. The last step is saved
-        before the final evaluation.
+        A resumed run repeats the interrupted step or evaluation. The last step has already been saved before the final
+        evaluation.
         """
         self.step = self._num_completed
         if not (self._is_saved or self.is_over):
-            # Without the signal, there would be no such checkpoint: it is not compared with others.
+            # An uninterrupted run would not save this checkpoint, so it has no score and is never the best.
             self._save(learner, score=None)
 
     def _save(self, learner: Trainable, *, score: float | None) -> None:
@@ -358,7 +359,7 @@ class Run:
             "stage": self._stages.state,
             "offsets": self._log.offsets(),
             "data_fingerprint": self._data_fingerprint,
-            # A longer run, to which `train.num_steps` is raised later, has no evaluation here.
+            # If `train.num_steps` is raised later, no evaluation is due at this step.
             "pending_splits": [] if self.is_over else list(self.pending_splits),
         }
         self._store.save(self.step, learner.state, host, score=score)
@@ -369,7 +370,7 @@ class Run:
         return self._score is not None and (best is None or self._score > best)
 
     def load_best(self, learner: Trainable) -> None:
-        """Loads the best checkpoint if its score is higher than that of the last step and the config asks for it."""
+        """Loads the best checkpoint if the config asks for it and it scores higher than the last step."""
         if not self._config.checkpoint.load_best_model_at_end or self._score is None:
             return
         step = from_main(lambda: self._store.best_intact(above=self._score or 0.0))
@@ -377,7 +378,7 @@ class Run:
             self._load(step, learner)
             self._model_step = step
             self.console.say(
-                f"loaded the checkpoint of step {step}, the best on the validation split"
+                f"loaded the checkpoint from step {step}, the best on the validation split"
             )
 
     def finish(self) -> None:
@@ -389,11 +390,11 @@ class Run:
         write_summary(self.folder, splits, model_step=self._model_step or self.step)
 
     def summary(self) -> dict[str, Any]:
-        """Returns the scores of a complete run before and after training, by split."""
+        """Returns a complete run's scores before and after training, keyed by split."""
         return read_summary(self.folder)
 
     def _restore(self, learner: Trainable) -> dict[str, int] | None:
-        """Restores the newest intact checkpoint and returns the log offsets saved in it; None if there is none."""
+        """Restores the newest intact checkpoint and returns its log offsets; None if there is no checkpoint."""
         step = from_main(self._store.newest_intact)
         if step is None:
             return None
@@ -408,7 +409,7 @@ class Run:
         return host["offsets"]
 
     def _load(self, step: int, learner: Trainable) -> dict[str, Any]:
-        """Loads the state of a checkpoint into the learner and returns its host state."""
+        """Loads a checkpoint's state into the learner and returns the checkpoint's host state."""
         abstract = learner.abstract_state()
         learner.free()
         learner.state, host = self._store.restore(step, abstract)

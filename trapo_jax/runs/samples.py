@@ -1,4 +1,4 @@
-"""Records for samples.jsonl: rollouts token by token, with log-probabilities and gradient weights from the update."""
+"""Builds records for samples.jsonl: rollouts with per-token log-probabilities and gradient weights from the update."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,17 +10,16 @@ from trapo_jax.distributed.processes import fetch
 from trapo_jax.types import Rollout, TokenKind, UpdateTrace
 
 TRAINED = (TokenKind.EXPERT_TRAINED, TokenKind.COMPLETION)
-MAX_CHARACTER_TOKENS = (
-    8  # tokens without a complete character after which their bytes are considered invalid
-)
+# After this many tokens without a complete character, their bytes are considered invalid.
+MAX_CHARACTER_TOKENS = 8
 
 
 class ResponseTrace(NamedTuple):
-    """Per-token results of the update on one response, as arrays of shape `[response length]`."""
+    """Per-token update results of one response, as arrays of shape `[response length]`."""
 
-    kinds: np.ndarray  # int8, TokenKind
-    logprobs: np.ndarray  # float32; 0 where not trained
-    gradient_weights: np.ndarray  # float32, |d objective / d logprob|; 0 where not trained
+    kinds: np.ndarray  # int8 TokenKind values.
+    logprobs: np.ndarray  # float32; 0 for untrained tokens.
+    gradient_weights: np.ndarray  # float32 |d objective / d logprob|; 0 for untrained tokens.
 
 
 def sample_records(
@@ -34,7 +33,7 @@ def sample_records(
 
     Args:
       rollouts: rollouts of the step.
-      traces: traces of the updates of the step. For a rollout in several updates, the first one counts.
+      traces: traces of the step's updates. If several updates contain a rollout, the first one counts.
       decode: converts token ids to text.
       step: number of the step.
     """
@@ -58,7 +57,7 @@ def fetch_response_traces(
 
     Args:
       update: the trace of an update. Only the batch rows that contain the rollouts are fetched.
-      keys: keys of the rollouts. Rollouts without a trained token in the update are missing in the result.
+      keys: keys of the rollouts. The result omits rollouts without a trained token in the update.
     """
     if not keys:
         return {}
@@ -68,7 +67,7 @@ def fetch_response_traces(
     m, b, t = np.nonzero(batch.segment_ids)
     found, first = np.unique(batch.segment_ids[m, b, t], return_index=True)
     row_of = dict(zip(found.tolist(), zip(m[first], b[first], strict=True), strict=True))
-    # One row per key, whether it is in the batch or not: a fixed number of rows compiles only once.
+    # Fetch one row per key, whether it is in the batch or not, so that `_take_rows` compiles only once.
     rows = np.array([row_of.get(segment, (0, 0)) for segment in segments]).T
     logprobs, gradient_weights = fetch(_take_rows(tuple(update.trace), *rows))
     responses = {}
@@ -128,7 +127,7 @@ def sample_record(
                 *token_pieces(request.prefix_ids, decode),
                 *token_pieces(completion_ids, decode),
             ],
-            "kinds": "".join(str(int(kind)) for kind in trace.kinds),  # one digit per token
+            "kinds": "".join(str(int(kind)) for kind in trace.kinds),  # One digit per token.
             "logprobs": _rounded(trace.logprobs, trained),
             "gradient_weights": _rounded(trace.gradient_weights, trained),
         },
@@ -147,18 +146,15 @@ def _untrained(rollout: Rollout) -> ResponseTrace:
 def token_pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
     """Returns the text of each token; their concatenation is `decode(ids)`.
 
-    A character that consists of several tokens belongs to the last of them; the text of the others is empty. Each
-    token is decoded together with the tokens before it, because decoders treat the start of a text specially.
+    A character that spans several tokens is assigned to the last one, and the text of the others is empty. Each token
+    is decoded together with the tokens before it, because decoders treat the start of a string specially.
 
     >>> token_pieces([104, 195, 164, 33], lambda ids: bytes(ids).decode(errors="replace"))
     ['h', '', 'ä', '!']
     """
     text = decode(ids)
-    ends, context, done = (
-        [],
-        0,
-        0,
-    )  # ids[context:done] precede the current character and are already assigned
+    # ids[context:done] precede the current character and have already been assigned.
+    ends, context, done = [], 0, 0
     end = 0
     for i in range(1, len(ids) + 1):
         before, after = decode(ids[context:done]), decode(ids[context:i])
@@ -171,5 +167,5 @@ def token_pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> 
 
 
 def _rounded(values: np.ndarray, where: np.ndarray) -> list[float | None]:
-    """Rounds values to four significant digits; None where `where` is false."""
+    """Rounds values to four significant digits and replaces them with None where `where` is false."""
     return [float(f"{v:.4g}") if w else None for v, w in zip(values, where, strict=True)]

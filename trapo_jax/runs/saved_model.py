@@ -1,4 +1,4 @@
-"""Loads the model of a checkpoint without the rest of the train state."""
+"""Loads a checkpoint's model without the rest of the train state."""
 
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
       path: `RUN/checkpoints/STEP`.
 
     Returns:
-      The parameters on the default device, the config of their decoder, and the folder with the config and the tokenizer
-      of the model: the run's copy, or for older runs the folder that the run started from.
+      The parameters on the default device, the decoder config, and the folder that contains the model's config and
+      tokenizer: the run's copy or, for older runs, the folder that the run started from.
 
     Raises:
       UserError: if the path is not a checkpoint of a run, or the checkpoint is damaged.
@@ -30,7 +30,7 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
     saved_config = path.absolute().parents[1] / CONFIG
     if not path.name.isdecimal() or not saved_config.is_file():
         raise UserError(
-            f"{path}: not a checkpoint of a run; give a path of the form RUN/checkpoints/STEP"
+            f"{path}: not a checkpoint of a run; specify a path of the form RUN/checkpoints/STEP"
         )
     step = int(path.name)
     if step not in store.steps():
@@ -51,9 +51,9 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
 
 
 def saved_model_files(folder: Path) -> Path | None:
-    """Returns a run's copy of the config and the tokenizer of its model; None before the first checkpoint."""
+    """Returns the folder with a run's copy of the model config and tokenizer; None before the first checkpoint."""
     copy = folder / MODEL
     try:
         return copy if copy.is_dir() and CheckpointStore(folder / CHECKPOINTS).steps() else None
-    except OSError:  # `check_run_folder` says what is wrong with the name.
+    except OSError:  # `check_run_folder` reports what is wrong with the name.
         return None

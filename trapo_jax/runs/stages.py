@@ -1,4 +1,4 @@
-"""The stages of a run: which one a step belongs to, and when the next begins. Runs on the host, without jax."""
+"""Tracks the stages of a run: which stage a step belongs to, and when the next one begins. Does not use JAX."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from trapo_jax.types import StagePosition
 
 @dataclasses.dataclass(frozen=True)
 class StageState:
-    """Where a run is in its stages; JSON-serializable as a dict, since it is part of checkpoints.
+    """A run's position within its stages. Checkpoints store it as a JSON-serializable dict.
 
     Attributes:
       index: number of the current stage, starting at 0.
       start_step: number of completed steps when the stage began.
       start: fraction of the run that was complete when the stage began.
-      best_loss: lowest expert loss of the validation problems in the stage so far; None before the first.
-      num_not_better: number of validations since then.
+      best_loss: lowest validation expert loss in the stage so far; None before the first validation.
+      num_not_better: number of validations since the lowest loss.
     """
 
     index: int = 0
@@ -40,7 +40,7 @@ class StageTracker:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The state that a checkpoint saves."""
+        """The state to save in a checkpoint."""
         return dataclasses.asdict(self._state)
 
     @state.setter
@@ -53,7 +53,7 @@ class StageTracker:
         return self._stages[self._state.index]
 
     def position(self, step: int, progress: float) -> StagePosition:
-        """Returns the position of a step of the current stage.
+        """Returns the position of a step within the current stage.
 
         Args:
           step: number of the step within the run, starting at 1.
@@ -64,7 +64,7 @@ class StageTracker:
         return StagePosition(state.index, step - state.start_step, min(1.0, completed))
 
     def advance(self, num_steps: int, progress: float) -> bool:
-        """Moves to the next stage if the current one is over, and returns whether it was.
+        """Moves to the next stage if the current one is over, and returns whether the stage changed.
 
         Args:
           num_steps: number of completed steps of the run.
@@ -76,7 +76,7 @@ class StageTracker:
         return self._state.index > state.index
 
     def observe(self, expert_loss: float) -> None:
-        """Receives the expert loss of a validation."""
+        """Receives the expert loss measured by a validation."""
         state = self._state
         if state.best_loss is None or expert_loss < state.best_loss:
             self._state = dataclasses.replace(state, best_loss=expert_loss, num_not_better=0)

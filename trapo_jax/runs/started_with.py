@@ -1,4 +1,4 @@
-"""What a process was started with: the processes of a job compare it, because they must not differ."""
+"""Describes what a process was started with, so that the processes of a job can check that they agree."""
 
 import hashlib
 from pathlib import Path
@@ -12,7 +12,7 @@ from trapo_jax.methods import Method, fingerprint
 
 
 def started_with(config: Config, method: Method) -> dict[str, Any]:
-    """Returns the versions of the code, the config and the method by name, as JSON-serializable values."""
+    """Returns the code versions, config fields and method fields as JSON-serializable values, keyed by name."""
     return {
         "trapo_jax": code_version(),
         "jax": jax.__version__,
@@ -22,7 +22,7 @@ def started_with(config: Config, method: Method) -> dict[str, Any]:
 
 
 def code_version() -> str:
-    """Returns the version of trapo_jax with a hash of its source files, which differs between two checkouts."""
+    """Returns the version of trapo_jax with a hash of its source files, which tells checkouts apart."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):

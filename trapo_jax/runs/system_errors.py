@@ -1,6 +1,6 @@
-"""Failures of the operating system and of the environment: what is wrong, where, and the way out, on one line.
+"""Explains failures of the operating system and the environment on one line: cause, location and remedy.
 
-`trapo_jax` imports this module before the module of a command, so it imports little else.
+`trapo_jax` imports this module before a command's module, so this module imports little itself.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from trapo_jax.printable import printable
 from trapo_jax.types import EXIT_FAILED
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as in shells
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as in shells.
 
-OUTPUT = "standard output"  # its name in errors
+OUTPUT = "standard output"  # Name of standard output in error messages.
 PLATFORMS = "JAX_PLATFORMS"
-MIN_DESCRIPTORS = 40  # Checkpoints and grading processes are written and started with fewer.
+MIN_DESCRIPTORS = 40  # Enough file descriptors to save checkpoints and start grading processes.
 
 _AGAIN = "run the same command again"
 _SPACE = f"free some disk space (and inodes, see df -i), then {_AGAIN}"
@@ -61,7 +61,7 @@ _NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|cannot allocate memory|failed to ma
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """Returns one line about a failure of the system or the environment, and the exit code; None for other exceptions."""
+    """Returns a one-line message and exit code for a system or environment failure; None for other exceptions."""
     if line := _wrong_variable(error):
         return line, EXIT_USER_ERROR
     found = system_error(error)
@@ -81,13 +81,13 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
 
 def remedy_of_exhaustion(error: BaseException) -> str | None:
-    """Returns the way out of a lack of disk space, memory, open files or processes; None if nothing is lacking."""
+    """Returns the remedy for a lack of disk space, memory, open files or processes; None for other errors."""
     found = system_error(error)
     return _EXHAUSTED.get(found.errno or 0) if found else None
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """Returns the system error that an exception is, contains in its text, or was raised from."""
+    """Returns the system error that an exception is, mentions in its message, or was raised from."""
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, OSError):
@@ -102,7 +102,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 @contextlib.contextmanager
 def named_in_errors(path: Path | str) -> Iterator[None]:
-    """Adds a path to system errors that name none, such as those of writing to an open file."""
+    """Adds a path to system errors without one, such as errors from writing to an open file."""
     try:
         yield
     except OSError as error:
@@ -111,10 +111,11 @@ def named_in_errors(path: Path | str) -> Iterator[None]:
 
 
 def check_limits() -> None:
-    """Checks that as many threads and files can be opened as a command needs: native code aborts if they cannot.
+    """Checks that a command can start enough threads and open enough files, because native code aborts otherwise.
 
     Raises:
-      RuntimeError, OSError: if they cannot be opened.
+      RuntimeError: if the threads cannot be started.
+      OSError: if the files cannot be opened.
     """
     done = threading.Event()
     descriptors = []
@@ -132,13 +133,13 @@ def check_limits() -> None:
 def report_import_error(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Prints an uncaught exception and exits. A `sys.excepthook` for the imports of a command."""
+    """Prints an uncaught exception and exits. Used as `sys.excepthook` while a command's modules are imported."""
     del kind, trace
     raise SystemExit(report(error))
 
 
 def report(error: BaseException) -> int:
-    """Prints an uncaught exception, on one line if `explain` knows it, and returns the exit code."""
+    """Prints an uncaught exception, on one line if `explain` recognizes it, and returns the exit code."""
     stopped = ("stopped", EXIT_INTERRUPTED) if isinstance(error, KeyboardInterrupt) else None
     if explained := stopped or explain(error):
         print_error(explained[0])
@@ -148,7 +149,7 @@ def report(error: BaseException) -> int:
 
 
 def print_error(message: str) -> None:
-    """Prints an error, which may have several lines, to standard error."""
+    """Prints an error message, which may have several lines, to standard error."""
     with contextlib.suppress(OSError):  # Standard error may be a file on a full disk.
         print("error:", printable(message, keep="\n"), file=sys.stderr, flush=True)
 
@@ -158,7 +159,7 @@ def leave_lost_terminal() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             os.write(stream.fileno(), b"")
-        except io.UnsupportedOperation:  # a stream in memory
+        except io.UnsupportedOperation:  # The stream is in memory.
             continue
         except OSError:
             discard(stream)
@@ -172,7 +173,10 @@ def discard(stream: TextIO) -> None:
 
 
 def _wrong_variable(error: BaseException) -> str | None:
-    """Says which environment variable JAX rejects: most when it is imported, the platform at the first operation."""
+    """Returns a message naming the environment variable that JAX rejects; None for other exceptions.
+
+    JAX rejects most variables when it is imported, but `JAX_PLATFORMS` at the first operation.
+    """
     if isinstance(error, RuntimeError) and _NO_BACKEND in str(error):
         platforms = os.environ.get(PLATFORMS) or "any"
         return (

@@ -1,7 +1,8 @@
-"""TensorBoard events, written synchronously and allowed to fail.
+"""Writes TensorBoard events synchronously, and only warns about failures.
 
-`tensorboardX.SummaryWriter` writes from a thread. If that thread dies (a full disk, a clock that is set back), its queue
-fills and the next scalar blocks for ever. Events are a copy of metrics.jsonl, so a failure costs no more than a warning.
+`tensorboardX.SummaryWriter` writes from a thread. If that thread dies (for example because the disk is full or the
+clock is set back), its queue fills up and the next scalar blocks forever. The events only duplicate metrics.jsonl, so
+failures to write them are not fatal.
 """
 
 import os
@@ -11,15 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-EVENTS = "events"  # the beginning of the names of event files
+EVENTS = "events"  # Prefix of event file names.
 
 
 class TensorBoard:
     """Writes scalars to an event file; after the first failure it warns once and discards them.
 
     Args:
-      folder: the directory of the event files; created if it does not exist.
-      run_id: id of the run; part of the names of its event files.
+      folder: the directory for event files; created if it does not exist.
+      run_id: id of the run, used in the names of its event files.
     """
 
     def __init__(self, folder: Path, run_id: str):
@@ -31,7 +32,7 @@ class TensorBoard:
         self._writer: Any = None
         try:
             folder.mkdir(exist_ok=True)
-            # Two processes may start within a second, to which the name of the file is exact.
+            # File names contain the time in seconds, and two processes may start within the same second.
             self._writer = event_file_writer.EventsWriter(
                 str(folder / f"{EVENTS}.{run_id}"), filename_suffix=f".{os.getpid()}"
             )
@@ -64,13 +65,13 @@ class TensorBoard:
     def _disable(self, error: Exception) -> None:
         self._writer = None
         print(
-            f"warning: {self._folder}: no more TensorBoard events are written ({getattr(error, 'strerror', error)}); "
-            "metrics.jsonl has the same values",
+            f"warning: {self._folder}: no more TensorBoard events will be written "
+            f"({getattr(error, 'strerror', error)}); metrics.jsonl contains the same values",
             file=sys.stderr,
         )
 
 
 def event_files(folder: Path, run_id: str) -> list[Path]:
-    """Returns the event files of a run in a directory, which may be missing, but none that were added to it."""
+    """Returns the event files that a run wrote to a directory; empty if the directory does not exist."""
     name = re.compile(rf"{EVENTS}\.{re.escape(run_id)}\.out\.tfevents\.\d+\..+\.\d+")
     return sorted(path for path in folder.glob(f"{EVENTS}.*") if name.fullmatch(path.name))

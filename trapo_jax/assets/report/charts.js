@@ -1,9 +1,9 @@
 "use strict";
-// Charts over the steps of runs, drawn by uPlot. Each chart has a text summary, a readout for pointer and keyboard, and a table.
+// Draws charts over training steps with uPlot. Each chart has a text summary, a readout for pointer and keyboard, and a table.
 
 const RUN_COLORS = 6;
 const DASHES = [[], [8, 4], [2, 3], [12, 3, 2, 3]];
-const charts = []; // {chart, runs}: a uPlot instance and the run index of each of its series
+const charts = []; // Entries are {chart, runs}: a uPlot instance and the run index of each of its series.
 
 const runColor = (run) => `--run-${run % RUN_COLORS}`;
 const runDash = (run) => DASHES[run % DASHES.length];
@@ -14,7 +14,7 @@ function swatch(run) {
   return line;
 }
 
-// Returns the moving average of a curve, which makes the trend visible.
+// Returns a curve's moving average, which makes its trend visible.
 function smooth(values) {
   const reach = Math.floor(values.length / 40);
   if (reach === 0) return values;
@@ -38,14 +38,14 @@ function axes() {
   return [{ ...common, size: 26, grid: { show: false } }, { ...common, size: 52, values: (_, marks) => marks.map(number) }];
 }
 
-// Builds a chart. `lines` are {name, values, run} for the summary, readout and table; `draw` contains options for uPlot.
+// Builds a chart. `lines` contains {name, values, run} for the summary, readout and table; `draw` contains uPlot options.
 function frame({ title, about, steps, lines, parts = null, data, draw }) {
   const trends = lines.map((line) => `${line.name}: ${describeTrend(steps, line.values)}`).join(". ");
   const plot = make("div", { class: "plot", "aria-hidden": "true" });
   const readout = make("p", { class: "readout" });
   const box = make("figure", { class: "chart" }, make("h3", {}, title), make("p", { class: "muted" }, about), parts,
     make("div", { tabindex: 0, role: "application", "aria-roledescription": "chart",
-      "aria-label": `${title}. ${trends}. Arrow keys read the values step by step.`, keydown: (e) => move(e) }, plot),
+      "aria-label": `${title}. ${trends}. Use the arrow keys to read the values step by step.`, keydown: (e) => move(e) }, plot),
     readout,
     folded("Data table", () => table(title, ["step", ...lines.map((l) => l.name)],
       steps.map((step, i) => [step, ...lines.map((l) => l.values[i] ?? null)]))));
@@ -79,7 +79,7 @@ function frame({ title, about, steps, lines, parts = null, data, draw }) {
 }
 
 const fromZero = (_, low, high) => [Math.min(0, low ?? 0), (high ?? 1) * 1.05 || 1];
-// Returns an upper limit for an axis that covers all values except outliers.
+// Returns an upper axis limit that covers all values except outliers.
 const nearlyAll = (values) => 1.4 * ([...values].sort((a, b) => a - b)[Math.floor(0.95 * (values.length - 1))] || 1);
 const SHARE = { y: { range: [0, 1] } };
 
@@ -121,13 +121,13 @@ function accuracyChart({ title, about, field }) {
   return frame({ title, about, steps: data[0], lines, data, draw: { series, scales: SHARE } });
 }
 
-// Shows the parts of a whole in one run, as stacked moving averages.
+// Shows the parts of one run's total as stacked moving averages.
 function stackChart({ title, about, run, parts, scales = SHARE }) {
   const { step } = DATA.runs[run].columns;
   const lines = parts.map((part) => ({ name: part.name, values: part.values, run }));
   const means = parts.map((part) => smooth(part.values));
   const upTo = means.map((_, k) => step.map((_, i) => means.slice(0, k + 1).reduce((sum, mean) => sum + (mean[i] ?? 0), 0)));
-  const data = [step, ...[...upTo].reverse()]; // Highest first, because each series is drawn over the previous ones.
+  const data = [step, ...[...upTo].reverse()]; // The highest curve comes first, because each series is drawn over the previous ones.
   const series = [{}, ...[...parts].reverse().map((part) => ({ run, stroke: () => color(part.color), width: 1,
     fill: () => color(part.color), points: { show: false } }))];
   const list = make("ul", { class: "parts" }, ...parts.map((part) => make("li", {}, patch(`var(${part.color})`), part.name)));

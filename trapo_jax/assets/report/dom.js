@@ -13,7 +13,7 @@ function make(tag, attributes = {}, ...children) {
   return node;
 }
 
-// Formats a number with up to four significant digits, and a missing one as "–".
+// Formats a number with up to four significant digits; missing numbers become "–".
 function number(value) {
   if (value === null || value === undefined) return "–";
   if (Number.isInteger(value)) return value.toLocaleString("en");
@@ -30,7 +30,7 @@ function seconds(value) {
 // Formats an accuracy.
 const fixed = (value) => make("span", {}, value === null ? "–" : value.toFixed(3));
 
-// Returns a table that scrolls horizontally, also by keyboard. The first cell of each row is its header.
+// Returns a table that can be scrolled horizontally by pointer or keyboard. The first cell of each row is its header.
 function table(caption, header, rows) {
   const cell = (content) =>
     content instanceof Node ? make("td", {}, content)

@@ -1,8 +1,8 @@
 "use strict";
-// Builds the page from DATA.runs; `read_run` in runs/report.py defines the fields of a run.
+// Builds the page from DATA.runs; `read_run` in runs/report.py defines each run's fields.
 
-const REWARD_PREFIX = "rewards/"; // followed by the name of a reward function
-const LEVEL_PREFIX = "guidance/level_"; // followed by the index of a micro-group
+const REWARD_PREFIX = "rewards/"; // Followed by a reward function's name.
+const LEVEL_PREFIX = "guidance/level_"; // Followed by the index of a micro-group.
 const PART_COLORS = 4;
 
 function state(run) {
@@ -30,7 +30,7 @@ function summary() {
   ];
 }
 
-// Returns how the scores were sampled: once if all runs agree, otherwise for each run.
+// Returns paragraphs that describe how the scores were sampled: one if all runs agree, otherwise one per run.
 function sampling() {
   const scored = DATA.runs.filter((run) => run.scored_samples);
   const same = new Set(scored.map((run) => run.scored_samples)).size === 1;
@@ -50,7 +50,7 @@ function runToggles() {
 function timeTable() {
   const rows = DATA.runs.map((run) => {
     const total = Object.values(run.seconds).reduce((a, b) => a + b) || 1;
-    return [run.name, ...Object.values(run.seconds).map((s) => `${seconds(s)} (${Math.round((100 * s) / total)} %)`)];
+    return [run.name, ...Object.values(run.seconds).map((s) => `${seconds(s)} (${Math.round((100 * s) / total)}%)`)];
   });
   return table("Time spent", ["run", ...Object.keys(DATA.runs[0].seconds)], rows);
 }
@@ -69,11 +69,11 @@ function curves() {
   const part = (name, tone, values) => ({ name, color: `--part-${tone}`, values });
   return [
     make("p", { class: "muted" }, "Thin line: " + (stepsPerPoint > 1 ? `means of ${stepsPerPoint} steps` : "each step")
-      + ". Bold line: moving average. Drag over a chart to zoom in; double-click to reset."),
+      + ". Bold line: moving average. Drag across a chart to zoom in; double-click to reset."),
     DATA.runs.length > 1 ? runToggles() : null,
     make("div", { class: "charts" }, ...[
-      lineChart({ title: "Reward", about: "mean over the sampled rollouts, guided ones included", metric: "reward/sampled_mean", scales: SHARE }),
-      lineChart({ title: "Reward without guidance", about: "mean over the rollouts without an expert prefix", metric: "reward/unguided_mean", scales: SHARE }),
+      lineChart({ title: "Reward", about: "mean over sampled rollouts, including guided ones", metric: "reward/sampled_mean", scales: SHARE }),
+      lineChart({ title: "Reward without guidance", about: "mean over rollouts without an expert prefix", metric: "reward/unguided_mean", scales: SHARE }),
       ...rewardFunctions().map((name) => lineChart({ title: `Reward: ${name}`, about: "mean of this reward function over all rollouts", metric: REWARD_PREFIX + name, scales: SHARE })),
       lineChart({ title: "No answer", about: "share of sampled rollouts in which the reward function found no answer", metric: "reward/no_answer", scales: SHARE }),
       accuracyChart({ title: "Accuracy, sampled", about: "line: validation split; large points: test split", field: "sampled" }),
@@ -82,7 +82,7 @@ function curves() {
       lineChart({ title: "Completion length", about: "mean, in tokens", metric: "completion/len_mean" }),
       lineChart({ title: "Truncated", about: "share of rollouts that reached the length limit", metric: "completion/truncated", scales: SHARE }),
       ...each(some("guidance/ratio_mean"), (c, i, of) => stackChart({ run: i, title: `Guidance level${of}`,
-        about: "share of problems, by their last guided micro-group",
+        about: "share of problems by last guided micro-group",
         parts: Object.keys(c).filter((name) => name.startsWith(LEVEL_PREFIX)).map((name, k) =>
           part(k ? `micro-group ${k + 1}` : "unguided", k % PART_COLORS, c[name])) })),
       ...each(some("batch/expert_trained_tokens"), (c, i, of) => stackChart({ run: i, title: `Expert gradient${of}`,
@@ -93,7 +93,7 @@ function curves() {
         about: "a stronger color means a larger share of the trained expert tokens",
         bins: [...Array(10).keys()].map((k) => c[`expert/prob_from_${(k / 10).toFixed(1)}`]) })),
       lineChart({ title: "Throughput", about: "trained tokens per second, including sampling and grading", metric: "time/tokens_per_sec" }),
-      ...each(some("time/train_secs"), (c, i, of) => stackChart({ run: i, title: `Seconds per step${of}`, about: "excluding evaluation and checkpoints; steps that include compilation are cut off",
+      ...each(some("time/train_secs"), (c, i, of) => stackChart({ run: i, title: `Seconds per step${of}`, about: "excluding evaluation and checkpoints; the axis cuts off steps that include compilation",
         scales: { y: { range: () => [0, nearlyAll(c["time/train_secs"].map((s, k) => s + c["time/sample_secs"][k] + c["time/reward_secs"][k]))] } },
         parts: [part("sampling", 1, c["time/sample_secs"]), part("waiting for rewards", 2, c["time/reward_secs"]), part("training", 3, c["time/train_secs"])] })),
     ].filter((chart) => chart !== null)),

@@ -1,14 +1,14 @@
 "use strict";
-// The rollout reader. Tokens are colored by their kind or by their role in the update.
+// Builds the rollout reader. Tokens can be colored by kind or by their role in the update.
 
 const KINDS = { 1: "prompt", 2: "expert, context only", 3: "expert, trained", 4: "completion" };
-const PAGE = 8; // rollouts per page
+const PAGE = 8; // Rollouts per page.
 
 const COLORINGS = {
-  kind: { label: "kind of token", legend: () => [1, 2, 3, 4].map((kind) => make("span", { class: `kind-${kind}` }, KINDS[kind])) },
-  probability: { label: "probability", legend: () => caption("A stronger color means a less likely token under the policy.") },
+  kind: { label: "token kind", legend: () => [1, 2, 3, 4].map((kind) => make("span", { class: `kind-${kind}` }, KINDS[kind])) },
+  probability: { label: "probability", legend: () => caption("A stronger color means that the token is less likely under the policy.") },
   advantage: { label: "advantage", legend: () => [tinted("--for", 0.6, "above the group mean"), tinted("--against", 0.6, "below the group mean")] },
-  gradient: { label: "gradient weight", legend: () => caption("A stronger color means that the log-probability of the token has a larger weight in the update, relative to the largest weight in its group.") },
+  gradient: { label: "gradient weight", legend: () => caption("A stronger color means that the token's log-probability has a larger weight in the update, relative to the largest weight in its group.") },
 };
 
 const caption = (text) => [make("span", {}, text)];
@@ -23,7 +23,7 @@ function tint(node, name, strength) {
   node.style.backgroundColor = `rgb(var(${name}) / calc(var(--strongest) * ${strength.toFixed(3)}))`;
 }
 
-// Returns the rollouts of all runs, newest step first, each with the largest gradient weight of its group.
+// Returns the rollouts of all runs, newest step first, each with the largest gradient weight in its group.
 function allRollouts() {
   const rollouts = DATA.runs.flatMap((run, i) => run.samples.map((sample) => ({ ...sample, run: i })));
   const largest = new Map();
@@ -54,7 +54,7 @@ function describeToken(rollout, i) {
   return `${text}, probability ${number(Math.exp(logprobs[i]))}${advantage}, gradient weight ${number(weights[i])}`;
 }
 
-// Returns a card that shows one rollout. Arrow keys or the pointer select a token, which is described below the text.
+// Returns a card that shows one rollout. Selecting a token with the arrow keys or the pointer describes it below the text.
 function card(rollout, coloring) {
   const { pieces } = rollout.tokens;
   const spans = pieces.map((piece, i) => {
@@ -72,7 +72,7 @@ function card(rollout, coloring) {
     about.textContent = describeToken(rollout, i);
   };
   const text = make("div", { class: "text-of-rollout", tabindex: 0, role: "group",
-    "aria-label": `Response to problem ${rollout.problem_id}, sample ${rollout.sample_index}; arrow keys move from token to token`,
+    "aria-label": `Response to problem ${rollout.problem_id}, sample ${rollout.sample_index}; use the arrow keys to move between tokens`,
     pointerover: (e) => show(spans.indexOf(e.target), false),
     keydown: (e) => {
       const by = { ArrowLeft: -1, ArrowRight: 1 }[e.key];
@@ -96,7 +96,7 @@ function card(rollout, coloring) {
         rollout.tokens.logprobs[i] === null ? null : Math.exp(rollout.tokens.logprobs[i]), rollout.tokens.gradient_weights[i]]))));
 }
 
-// Describes the grade, for example "correct, reward 0.9 (math 1, length 0.5)", including why a reward is missing.
+// Describes the grade, for example "correct, reward 0.9 (math 1, length 0.5)", including the reason for a missing reward.
 function gradeText(rollout) {
   const names = Object.keys(rollout.rewards);
   const each = names.map((name) => `${name} ${rollout.missing[name] ? `missing: ${rollout.missing[name]}` : number(rollout.rewards[name])}`);
@@ -148,9 +148,9 @@ function reader() {
 
   update();
   const held = DATA.runs.map((run) => new Set(run.samples.map((s) => `${s.step} ${s.problem_id}`)).size);
-  const selection = DATA.runs.map((run, i) => `${held[i]} of the ${run.num_groups} logged groups of ${run.name}`).join(", ");
+  const selection = DATA.runs.map((run, i) => `${held[i]} of the ${run.num_groups} logged rollout groups of ${run.name}`).join(", ");
   return make("div", {},
-    make("p", { class: "muted" }, `This report contains ${selection}, evenly spaced over the run. A group consists of the rollouts of one problem in one step.`),
+    make("p", { class: "muted" }, `This report contains ${selection}, evenly spaced over each run. A group consists of the rollouts of one problem in one step.`),
     make("form", { class: "filters", submit: (e) => e.preventDefault() }, ...filters.map((f) => f.label), coloring.label),
     make("div", { class: "pager" }, earlier, later, status), legend, cards);
 }
