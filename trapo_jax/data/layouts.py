@@ -128,7 +128,7 @@ def find_preset(
     if solutions:
         wanted += f"{', and ' if wanted else ''}{solutions} if there are worked solutions"
     raise UserError(
-        f"{row.file}: the columns are {_listed(row)}, which fits no preset; set {wanted}"
+        f"{row.file}: the columns are {_listed(row)}, which fit no preset; set {wanted}"
     )
 
 

@@ -89,7 +89,7 @@ def _rows(
                 raise _too_many_rows(location, "the number of rows is ")
             yield Row(str(location), number, values)
         if number == 0:
-            raise UserError(f"{location}: holds no rows")
+            raise UserError(f"{location}: contains no rows")
 
 
 def _locate(entry: str, split: str) -> list[tuple[Path | HubDataset, str]]:
