@@ -125,7 +125,7 @@ def test_clean_experts_solve_the_same_problems_step_by_step():
         ("#38174;<eos>", Verdict.WRONG),
         ("#38174<eos>\n", Verdict.WRONG),
         ("", Verdict.WRONG),
-        ("#٣٨١٧٤<eos>", Verdict.WRONG),  # other scripts' digits
+        ("#٣٨١٧٤<eos>", Verdict.WRONG),  # digits of another script
     ],
 )
 def test_grades_of_responses(response, verdict):

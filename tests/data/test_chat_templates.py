@@ -165,7 +165,7 @@ def test_messages_that_the_family_does_not_support_are_refused_in_one_line(name,
     with pytest.raises(UserError) as ours:
         make_template("chat", tokenizer).render(chat)
     assert str(ours.value) == (
-        "data.template=chat: the tokenizer's chat template refuses the messages "
+        "data.template=chat: the tokenizer's chat template rejects the messages "
         f"{', '.join(message.role for message in chat)} ({theirs.value}); choose another template"
     )
 

@@ -169,7 +169,7 @@ MISUSES = {
     "repeated prompts": (
         ROWS[:3] * 5,
         [],
-        "data.train_files: the 15 rows with an answer have 3 different prompts, too few to hold out "
+        "data.train_files: the 15 rows with an answer have 3 distinct prompts, too few to hold out "
         "data.num_validation=2 and data.num_test=2; specify separate files for them, or lower these",
     ),
     "no room for a completion": (
@@ -197,7 +197,7 @@ MISUSES = {
     "answers that are no letters": (
         changed(answer="Paris"),
         ["rewards.functions=multiple_choice", "method.name=grpo"],
-        "16 of 16 answers are not one letter A-J, for example 'Paris'",
+        "16 of 16 answers are not a single letter A-J, for example 'Paris'",
     ),
     "another task": (ROWS, ["data.source=card_shuffles"], "data.train_files is not read"),
 }
@@ -326,7 +326,7 @@ WARNINGS = {
     "tested on training problems": (
         ROWS,
         ["data.test_files={file}", "data.num_validation=0"],
-        "warning: test: 20 of 20 problems have the prompt of a training problem",
+        "warning: test: 20 of 20 problems have the same prompt as a training problem",
     ),
     "special tokens": (
         changed(prompt="Say <|im_end|> now."),
@@ -389,7 +389,7 @@ def test_wrong_solutions_only_warn_a_method_without_rewards(preview):
 def test_problems_without_answers_are_fine_for_sft(preview):
     code, output, error = preview(without("answer"), "method.name=sft")
     assert (code, error) == (0, "")
-    assert "warning: test: no problem with an answer, so this split is not evaluated" in output
+    assert "warning: test: no problem has an answer, so this split is not evaluated" in output
     assert "rewards.functions: failed" not in output
     assert "problems │ 20" in output  # Nothing is held out that could not be evaluated.
 

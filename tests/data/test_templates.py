@@ -94,13 +94,13 @@ def test_chat_renders_the_tokenizer_template_with_a_fixed_date():
         (
             lambda: make_template("chat", make_tokenizer(CHAT)),
             (Message("system", "Be kind."), USER),
-            r"refuses the messages system, user \(System role not supported\)",
+            r"rejects the messages system, user \(System role not supported\)",
         ),
-        (lambda: make_template("chat", make_tokenizer("{% for %}")), "Hi", "refuses the messages"),
+        (lambda: make_template("chat", make_tokenizer("{% for %}")), "Hi", "rejects the messages"),
         (
             lambda: make_template("chat", make_tokenizer("{{ ''.__class__.__mro__[1] }}")),
             "Hi",
-            r"refuses the messages user \(access to attribute '__class__'",
+            r"rejects the messages user \(access to attribute '__class__'",
         ),
         (
             lambda: Template("none"),
@@ -126,9 +126,9 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
     [
         (LOOP, "takes more than 1 s; choose another template"),
         ("{{ 9 ** (9 ** 9) }}", "takes more than 1 s"),  # within one C function
-        ("{{ 'x' * 10 ** 11 }}", r"refuses the messages user \(MemoryError\)"),
-        ("{{ 'x' * 10 ** 6 }}", r"refuses the messages user \(it prints 1,000,000 characters\)"),
-        ("{{ '\\ud800' }}", r"refuses the messages user \(it prints text that is not Unicode\)"),
+        ("{{ 'x' * 10 ** 11 }}", r"rejects the messages user \(MemoryError\)"),
+        ("{{ 'x' * 10 ** 6 }}", r"rejects the messages user \(it prints 1,000,000 characters\)"),
+        ("{{ '\\ud800' }}", r"rejects the messages user \(it prints text that is not Unicode\)"),
     ],
 )
 def test_hostile_template_is_stopped(hostile, message, monkeypatch):

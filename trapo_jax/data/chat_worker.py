@@ -17,7 +17,7 @@ the template access nothing but its variables. Apart from repeating its input a 
 most MAX_CHARS characters.
 
 The kernel ends the process when its CPU time is up, even inside a C function that never returns. The process starts
-with SECS; each request adds SECS_PER_REQUEST to the time left, up to SECS, so that many slow requests do not take hours.
+with SECS; each request adds SECS_PER_REQUEST to the time left, up to SECS, so that many slow ones do not take hours.
 """
 
 import json
@@ -64,14 +64,14 @@ def _reply(
         return {"text": text}
     except UnicodeEncodeError:
         return {"refusal": "it prints text that is not Unicode"}
-    # The template refuses the messages, the sandbox forbids an operation, memory runs out, and so on.
+    # The template rejects the messages, the sandbox forbids an operation, memory runs out, and so on.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return {"refusal": reason[:MAX_REASON_CHARS]}
 
 
 def _compile(template: str, date: str) -> Template:
-    """Compiles the template in transformers' environment, which caches it, with a clock fixed at the date's midnight."""
+    """Compiles the template in transformers' environment, which caches it, with the clock at midnight of the date."""
     compiled = chat_template_utils._compile_jinja_template(template)
     compiled.environment.globals["strftime_now"] = datetime.strptime(date, "%d %b %Y").strftime
     return compiled

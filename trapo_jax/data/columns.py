@@ -37,7 +37,7 @@ _ALTERNATIVES = (
 
 
 class _UnusableRow(Exception):
-    """Gives the reason why a row is dropped; caught and counted."""
+    """Raised with the reason for dropping a row; caught and counted."""
 
 
 def examples_from_rows(
@@ -64,8 +64,8 @@ def examples_from_rows(
       The examples in the order of the rows, and a report of what was dropped.
 
     Raises:
-      UserError: for a value of the wrong type or a column that no row of a file has, naming the file, row and column; or
-        if no row is usable, with the counts.
+      UserError: for a value of the wrong type or a column that no row of a file has, naming the file, row and column;
+        or if no row is usable, with the counts.
     """
     if not needs_answer and not columns.answer.endswith("?"):
         columns = dataclasses.replace(columns, answer=columns.answer + "?")

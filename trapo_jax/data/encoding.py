@@ -27,7 +27,7 @@ Ids = tuple[int, ...]
 
 @contextlib.contextmanager
 def as_encoder(tokenizer: "PreTrainedTokenizerFast | Encoder") -> Iterator["Encoder"]:
-    """Yields an encoder unchanged, or a new one for a tokenizer, whose process ends with the context."""
+    """Yields an encoder unchanged; for a tokenizer, yields a new encoder, whose process ends with the context."""
     if isinstance(tokenizer, Encoder):
         yield tokenizer
         return
@@ -140,7 +140,7 @@ class Encoder:
         return ids[:num_kept_first] + ids[len(ids) - length + num_kept_first :]
 
     def paragraph_ends(self, ids: Ids) -> Ids:
-        """Returns the ends of tokens that contain or complete a blank line (in some vocabularies, none contains one)."""
+        """Returns the positions after tokens that contain a blank line, or complete one begun by the previous token."""
         return tuple(
             i + 1
             for i, token in enumerate(ids)

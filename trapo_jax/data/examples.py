@@ -1,4 +1,4 @@
-"""Defines raw examples, before templating and tokenization, and reports on what was dropped."""
+"""Defines raw examples, before templating and tokenization, and the report of what was dropped."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ class DataReport:
     Attributes:
       num_read: number of rows or examples read.
       num_kept: number of rows or examples kept.
-      dropped: numbers of rows or examples dropped, keyed by reason; they sum to `num_read - num_kept`.
+      dropped: number of rows or examples dropped, keyed by reason; the values sum to `num_read - num_kept`.
       notes: other counts for the kept ones (prompts or experts cut, experts left out), keyed by description.
       absent: optional column paths that no row has.
     """

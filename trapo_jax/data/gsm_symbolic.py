@@ -1,8 +1,8 @@
 """Generates grade-school word problems with reasoning-gym's `gsm_symbolic` (extra `tasks`).
 
 The user text is the question and, on its own line, the `qwen_math` template's instruction: reason step by step, final
-answer in `\\boxed{}`. The expert is reasoning-gym's worked solution with its last line, `#### 42`,
-rewritten as `The final answer is \\boxed{42}.`, the form that the prompt asks for.
+answer in `\\boxed{}`. The expert is reasoning-gym's worked solution with its last line, `#### 42`, rewritten as
+`The final answer is \\boxed{42}.`, the form that the prompt asks for.
 """
 
 import random
@@ -24,7 +24,7 @@ def gsm_symbolic_splits(
 ) -> dict[str, list[Example]]:
     """Returns train, validation and test examples with disjoint prompts.
 
-    All splits share reasoning-gym's few dozen stories; names, things and numbers differ.
+    All splits share reasoning-gym's few dozen stories; names, objects and numbers differ.
 
     Args:
       seed: determines everything for a given version of reasoning-gym.

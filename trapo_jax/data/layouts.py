@@ -2,7 +2,8 @@
 
 A path is the name of a column, which may contain dots, or a column and fields inside it, separated by dots
 (`reward_model.ground_truth`). Objects and chats that a column stores as JSON text are parsed. A field that is absent
-from a row counts as null. A path that ends in `?` may be absent from every row of a file; all other paths must be in at least one row.
+from a row counts as null. A path that ends in `?` may be absent from every row of a file; all other paths
+must be in at least one row.
 """
 
 import contextlib
@@ -105,8 +106,8 @@ def find_preset(
 
     Args:
       row: the first row of the data.
-      given: fields of `Columns` that the config sets itself; the row need not have the preset's columns for them. If they
-        include the prompt or the answer, the simplest layout, `trl`, is preferred if it fits.
+      given: fields of `Columns` that the config sets itself; the row need not have the preset's columns for them. If
+        they include the prompt or the answer, the simplest layout, `trl`, is preferred if it fits.
       needs_answer: whether an answer is needed; if not, and no preset fits, a preset may fit without its answer.
 
     Raises:
@@ -165,7 +166,7 @@ def _fits(row: Row, preset: Columns, given: Collection[str]) -> bool:
 
 
 class Presence:
-    """Checks that every path is in some row of each file, so that a misspelled column is not taken for a missing value."""
+    """Checks that every path is in some row of each file, so that a misspelled column is not read as missing."""
 
     def __init__(self, columns: Columns):
         self._paths: dict[str, str] = {}  # each path with the first field that names it

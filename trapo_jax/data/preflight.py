@@ -271,7 +271,7 @@ def _count_of(counts: Mapping[str, int], start: str) -> int:
 def _warnings_of_splits(data: LoadedData, config: Config) -> list[str]:
     warnings = []
     trained = {problem.prompt_text for problem in data.splits["train"]}
-    reason = "no problem with an answer"
+    reason = "no problem has an answer"
     if not config.rewards.functions:
         reason = "rewards.functions is not set"
     for name in ("validation", "test"):
@@ -280,7 +280,7 @@ def _warnings_of_splits(data: LoadedData, config: Config) -> list[str]:
             warnings.append(f"{name}: {reason}, so this split is not evaluated")
         if repeated := sum(problem.prompt_text in trained for problem in problems):
             warnings.append(
-                f"{name}: {repeated:,} of {len(problems):,} problems have the prompt of a training problem"
+                f"{name}: {repeated:,} of {len(problems):,} problems have the same prompt as a training problem"
             )
     return warnings
 
@@ -308,7 +308,7 @@ def _errors(data: LoadedData, config: Config, method: Method) -> list[str]:
         not_letters = [p.answer for p in train if p.answer and extract_choice(p.answer) is None]
         if len(not_letters) > MAX_UNUSABLE * len(train):
             errors.append(
-                f"rewards.functions=['multiple_choice']: {len(not_letters):,} of {len(train):,} answers are not one letter "
+                f"rewards.functions=['multiple_choice']: {len(not_letters):,} of {len(train):,} answers are not a single letter "
                 f"A-J, for example {not_letters[0][:60]!r}; set data.columns.answer, or choose another reward function"
             )
     unknown = data.tokenizer.unk_token_id
@@ -316,7 +316,7 @@ def _errors(data: LoadedData, config: Config, method: Method) -> list[str]:
     if unknown is not None and num_unknown > MAX_UNUSABLE * len(train):
         errors.append(
             f"model.path: its tokenizer has no tokens for parts of {num_unknown:,} of {len(train):,} training prompts, "
-            f"which become {data.tokenizer.unk_token}; choose a model for this data"
+            f"which become {data.tokenizer.unk_token}; choose a model suited to this data"
         )
     (*_, encoded) = data.reports.get("train", [DataReport(0, 0, {}, {})])
     num_overlong = _count_of(encoded.dropped, PROMPT_TOO_LONG)

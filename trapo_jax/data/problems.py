@@ -61,8 +61,8 @@ def encode_examples(
       The problems in the order of the examples, and a report.
 
     Raises:
-      UserError: if a prompt is too long under "error", if the template refuses a prompt, if the tokenizer fails, or if no
-        problem is left (with the counts).
+      UserError: if a prompt is too long under "error", if the template rejects a prompt, if the tokenizer fails, or if
+        no problem is left (with the counts).
     """
     merged, num_read = _merge_duplicates(examples)
     dropped, notes = Counter[str](), Counter[str]()
@@ -93,7 +93,7 @@ def encode_examples(
                     ids = _encode_end(text, encoder, template, max_prompt_length)
                     text = encoder.decode(ids)
                 if not ids:
-                    dropped["with a prompt without tokens"] += 1
+                    dropped["with a prompt that has no tokens"] += 1
                     continue
                 experts = [_make_expert(i, encoder, max_expert_length, notes) for i in of_example]
                 problems.append(
@@ -235,7 +235,7 @@ def _encode_solutions(
 def _make_expert(
     ids: tuple[int, ...] | None, encoder: Encoder, max_length: int | None, notes: Counter[str]
 ) -> Expert | None:
-    """Returns an expert solution, or None if it is left out, which is counted in `notes`."""
+    """Returns an expert solution; None, with the reason counted in `notes`, if it is left out."""
     if ids is not None:
         while ids and ids[-1] == encoder.eos_id:  # EOS written out in the data
             ids = ids[:-1]

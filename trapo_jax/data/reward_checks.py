@@ -41,7 +41,7 @@ def try_rewards(
 ) -> list[Tried]:
     """Grades expert solutions, gold answers and empty responses, as samples will be graded later.
 
-    The expert solutions are those of problems with an answer, at most `MAX_GRADED_EXPERTS`, evenly spaced. The other
+    The expert solutions are at most `MAX_GRADED_EXPERTS`, evenly spaced, from problems with an answer. The other
     responses are graded for the first problem of each source.
 
     Args:
@@ -77,7 +77,7 @@ def check_functions(tried: Sequence[Tried]) -> tuple[list[str], list[str]]:
     """Returns errors and warnings about reward functions that fail, at most one line per function.
 
     It is an error if a function returns something other than a reward, or fails on most expert solutions or, if there
-    are none, on every other response.
+    are none, on all other responses.
     """
     errors, warnings = [], []
     for name in dict.fromkeys(name for t in tried for name in t.grade.judgments):
@@ -132,7 +132,7 @@ def _why_wrong(wrong: Sequence[Tried], experts: Sequence[Tried], config: Config)
     if sum(t.is_cut for t in wrong) <= len(wrong) / 2:
         return f"; {_explain_wrong(wrong[0], config.rewards.functions[0])}"
     way_out = "raise it"
-    if num_cut <= len(experts) / 2:  # Otherwise, hardly any would be left.
+    if num_cut <= len(experts) / 2:  # Otherwise, hardly any solutions would be left.
         way_out += f", or leave them out with data.max_expert_length={limit}"
     which = "all" if num_cut == len(experts) else f"{num_cut}"
     return f", because {which} are cut at sampling.max_completion_length={limit}; {way_out}"

@@ -56,7 +56,7 @@ class Row(NamedTuple):
 def read_rows(
     data: Sequence[str], *, split: str = "train", limit: int | None = None
 ) -> Iterator[Row]:
-    """Yields the rows of all of `data`, in order.
+    """Yields the rows of all entries of `data`, in order.
 
     Args:
       data: files (`.parquet`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.arrow`), globs of such files, folders written by
@@ -66,8 +66,8 @@ def read_rows(
       limit: number of rows to read from each entry; None for all, at most `MAX_ROWS`.
 
     Raises:
-      UserError: for a file that is missing, unreadable, empty, damaged, not UTF-8, a Git LFS pointer, or in an unknown format,
-        naming the file and, if possible, the line; or for a dataset that is neither in a cache nor on the Hub.
+      UserError: for a file that is missing, unreadable, empty, damaged, not UTF-8, a Git LFS pointer, or in an unknown
+        format, naming the file and, if possible, the line; or for a dataset that is neither in a cache nor on the Hub.
     """
     if not data:
         raise UserError("no data: specify files, folders or Hub ids")

@@ -120,8 +120,8 @@ def load_data(
 
     Args:
       config: the config of the run.
-      method: the run's method, which decides which part of an expert's text is trained on, and whether training problems
-        need an answer. Validation and test problems always need an answer and a reward function.
+      method: the run's method, which decides which part of an expert's text is trained on, and whether training
+        problems need an answer. Validation and test problems always need an answer and a reward function.
       tokenizer: the policy's tokenizer.
       context_len: the model's number of positions; None if unlimited.
 
@@ -156,7 +156,7 @@ def load_data(
 def load_test_data(
     config: EvaluateConfig, tokenizer: "PreTrainedTokenizerFast", *, context_len: int | None
 ) -> tuple[LoadedData, EvaluateConfig]:
-    """Loads the test problems from `data.test_files` or, without them, the problems that a training run holds out.
+    """Loads the test problems from `data.test_files` or, if there are none, those that a training run holds out.
 
     The arguments, results and errors are the same as for `load_data`.
     """
@@ -298,7 +298,7 @@ def _held_out_sizes(config: DataConfig, splits: Splits) -> dict[str, int]:
     if answered and sum(sizes.values()) >= num_prompts:
         wanted = " and ".join(f"data.num_{name}={size}" for name, size in sizes.items() if size)
         raise UserError(
-            f"data.train_files: the {len(answered)} rows with an answer have {num_prompts} different prompts, too few to "
+            f"data.train_files: the {len(answered)} rows with an answer have {num_prompts} distinct prompts, too few to "
             f"hold out {wanted}; specify separate files for them, or lower these numbers (0 for none)"
         )
     return sizes

@@ -5,8 +5,8 @@ released MATH-500 has one about a "Thought section") is replaced. If the user te
 the instruction is not added again.
 
 A tokenizer's own template is third-party code: it runs in a separate process (`chat_worker.py`), without secrets and
-with limits on time and memory. It produces the text of `tokenizer.apply_chat_template`, except that today's date is
-always `DATE`, so that a run resumed tomorrow has the same prompts.
+with limits on time and memory. It produces the same text as `tokenizer.apply_chat_template`, except that today's date
+is always `DATE`, so that a run resumed tomorrow has the same prompts.
 """
 
 import dataclasses
@@ -125,7 +125,7 @@ class Template:
         replies = self._ask_worker(requests)
         for chat, reply in zip(chats, replies, strict=False):
             if "refusal" in reply:
-                raise self._error(f"refuses the messages {_roles(chat)} ({reply['refusal']})")
+                raise self._error(f"rejects the messages {_roles(chat)} ({reply['refusal']})")
         return [reply["text"] for reply in replies]
 
     def _check_arguments(self) -> None:
@@ -179,7 +179,7 @@ def make_template(
 
     Args:
       kind: one of `TEMPLATES`; "chat/NAME" for one of several chat templates of a tokenizer, where "chat" is the one
-        named default; or the import path `package.module:name` of a function from chat messages, a tuple of
+        named "default"; or the import path `package.module:name` of a function from chat messages, a tuple of
         `Message`, to the text that the policy continues.
       tokenizer: the policy's tokenizer.
       arguments: for "chat" and "chat/NAME", variables of the chat template, keyed by name, as JSON values:
