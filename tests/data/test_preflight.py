@@ -220,11 +220,11 @@ def breaks(response, problem): raise KeyError("x")
 def needs_text(response, problem): return float(response[0] == "x")
 def one_source(response, problem): return {"a": 1.0}[problem.source]
 """
-RETURNED = "neither a number in [0, 1] nor a verdict"
+EXPECTED = "expected a number in [0, 1] or a verdict"
 BROKEN_FUNCTIONS = {
     "no_problem": "TypeError: no_problem() takes 1 positional argument but 2 were given); it is called as",
-    "out_of_range": f"InvalidReward: the function returned 5, which is {RETURNED}",
-    "nothing": f"InvalidReward: the function returned None, which is {RETURNED}",
+    "out_of_range": f"InvalidReward: the function returned 5; {EXPECTED}",
+    "nothing": f"InvalidReward: the function returned None; {EXPECTED}",
     "breaks": "2 of 2 bare gold answers, 1 of 1 empty responses (3 x KeyError: 'x'); test it on",
 }
 

@@ -3,8 +3,8 @@
     python -P table_worker.py PATH MAX_ROWS SECS MEMORY_BYTES
 
 `sources.py` starts this file as a script, since importing the package takes seconds. The output is JSON lines: an
-object for each row; the number of rows, if it exceeds MAX_ROWS (0 for no limit); or a string that says why the file cannot be
-read. The kernel ends the process when a batch of rows takes more than SECS of CPU time.
+object for each row; the number of rows, if it exceeds MAX_ROWS (0 for no limit); or a string that says why the file
+cannot be read. The kernel ends the process when a batch of rows takes more than SECS of CPU time.
 """
 
 import decimal
