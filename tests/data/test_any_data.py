@@ -1,4 +1,4 @@
-"""Any rows, JSON files, chat templates and messages give examples and texts, or one line that says what is wrong."""
+"""Arbitrary rows, JSON files, chat templates and messages yield examples and text, or a one-line error."""
 
 import json
 
@@ -23,7 +23,7 @@ from trapo_jax.data.templates import DATE
 
 CHAT = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
 SOLUTION = {"role": "assistant", "content": "<think>T</think>A"}
-# A row with the columns of all presets.
+# Rows with the columns of all presets.
 ROW = {
     "prompt": CHAT,
     "problem": "Q",

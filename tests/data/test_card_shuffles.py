@@ -1,4 +1,4 @@
-"""The embedded task: operations, expert style, splits and grader."""
+"""Tests the embedded task: operations, expert style, splits and grader."""
 
 import random
 import re
@@ -41,7 +41,7 @@ def test_trace_equals_the_documented_example():
 
 
 def replay(prompt: str, solution: str) -> tuple[str, int, int]:
-    """The digits after following the solution step by step; counts of fillers and leaps."""
+    """Returns the digits after following the solution step by step, and the counts of fillers and leaps."""
     program, digits = re.fullmatch(r"\?(\w+):(\d{5})=", prompt).groups()
     done, fillers, leaps = "", 0, 0
     *steps, answer = solution.split(";")
@@ -70,7 +70,7 @@ def test_careless_experts_are_correct_with_fillers_and_leaps():
         num_fillers += fillers
         num_leaps += leaps
     assert 0.07 < num_fillers / num_steps < 0.09
-    assert 0.055 < num_leaps / num_steps < 0.075  # 8 % of the steps that are not the last
+    assert 0.055 < num_leaps / num_steps < 0.075  # 8% of all steps except the last
 
 
 def test_splits_are_disjoint_and_have_the_requested_sizes():
@@ -125,7 +125,7 @@ def test_clean_experts_solve_the_same_problems_step_by_step():
         ("#38174;<eos>", Verdict.WRONG),
         ("#38174<eos>\n", Verdict.WRONG),
         ("", Verdict.WRONG),
-        ("#٣٨١٧٤<eos>", Verdict.WRONG),  # other scripts' digits
+        ("#٣٨١٧٤<eos>", Verdict.WRONG),  # digits of another script
     ],
 )
 def test_grades_of_responses(response, verdict):

@@ -1,4 +1,4 @@
-"""The prompts of model families: text and token ids of `tokenizer.apply_chat_template`, refusals included."""
+"""Compares the prompts of model families with `tokenizer.apply_chat_template`: text, token ids and refusals."""
 
 import importlib.metadata
 from datetime import datetime
@@ -17,7 +17,7 @@ OURS = Path(__file__).with_name("chat_templates")
 
 
 class Family(NamedTuple):
-    """How the tokenizers of a family differ."""
+    """The properties of a model family's tokenizers."""
 
     template: str
     bos: str | None
@@ -25,7 +25,7 @@ class Family(NamedTuple):
     others: tuple[str, ...] = ()
     adds_bos: bool = False
     arguments: dict[str, Any] = {}  # noqa: RUF012
-    in_trl: str | None = None  # name of the model's own template
+    in_trl: str | None = None  # name of the model's own template in trl
 
 
 LLAMA = ("<|begin_of_text|>", "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>"), True)
@@ -39,7 +39,7 @@ FAMILIES = {
     "qwen3_no_thinking": Family(
         "qwen3", None, "<|im_end|>", CHATML, arguments={"enable_thinking": False}, in_trl="qwen3"
     ),
-    "llama3_1": Family("llama3_1", *LLAMA, in_trl="llama3_1"),  # also of Llama 3.3
+    "llama3_1": Family("llama3_1", *LLAMA, in_trl="llama3_1"),  # also used by Llama 3.3
     "llama3_1_dated": Family(
         "llama3_1", *LLAMA, arguments={"date_string": "1 May 2025"}, in_trl="llama3_1"
     ),
@@ -69,7 +69,7 @@ TWO_USERS = (Message("user", "One."), Message("user", "Two."))
 
 
 class July(datetime):
-    """The clock of `apply_chat_template` at the date that the worker freezes."""
+    """A clock for `apply_chat_template`, fixed at the worker's date."""
 
     @classmethod
     def now(cls, tz=None):
@@ -86,7 +86,7 @@ def own_template(family):
 
 
 def template_of_the_model(family):
-    """The template as the model is released with it, from the package trl."""
+    """Returns the template that the model is released with, from the package trl."""
     if family.in_trl is None:
         pytest.skip("not in trl")
     try:
@@ -100,7 +100,7 @@ def template_of_the_model(family):
 
 
 def make_tokenizer(family, chat_template):
-    """A byte-level BPE with the special tokens of a family."""
+    """Returns a byte-level BPE tokenizer with a family's special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -126,7 +126,7 @@ def make_tokenizer(family, chat_template):
 
 
 def check_prompts(family, tokenizer, chats):
-    """Compares the texts and token ids of problems with those of transformers."""
+    """Checks that problems have the same text and token ids as in transformers."""
     template = make_template("chat", tokenizer, family.arguments)
     examples = [Example(chat, "1", (), "s") for chat in chats]
     problems, _ = encode_examples(examples, tokenizer, template=template, max_prompt_length=10_000)
@@ -165,7 +165,7 @@ def test_messages_that_the_family_does_not_support_are_refused_in_one_line(name,
     with pytest.raises(UserError) as ours:
         make_template("chat", tokenizer).render(chat)
     assert str(ours.value) == (
-        "data.template=chat: the tokenizer's chat template refuses the messages "
+        "data.template=chat: the tokenizer's chat template rejects the messages "
         f"{', '.join(message.role for message in chat)} ({theirs.value}); choose another template"
     )
 

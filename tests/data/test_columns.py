@@ -1,4 +1,4 @@
-"""Rows of the known shapes become examples; what does not fit is one line or counted."""
+"""Rows in known layouts become examples; other rows are counted or cause a one-line error."""
 
 import dataclasses
 import decimal
@@ -31,7 +31,7 @@ def example_from(value, columns=COLUMNS):
 
 
 def verl_row(**changes):
-    """A row as the released training data has it."""
+    """Returns a row in the layout of the released training data."""
     row = {
         "data_source": "openr1",
         "prompt": [SYSTEM, {"role": "user", "content": "What is 1 + 1?"}],
@@ -186,7 +186,7 @@ def test_a_role_that_is_not_unicode_is_counted():
 def test_error_about_a_wide_or_deep_row_is_short():
     deep = json.loads('{"a":' * 500 + "1" + "}" * 500)
     for values in ({f"column{i}": 1 for i in range(10**4)}, {"x": deep}):
-        with pytest.raises(UserError, match="fits no preset") as caught:
+        with pytest.raises(UserError, match="fit no preset") as caught:
             find_preset(rows_of(values)[0])
         assert len(str(caught.value)) < 500
 
@@ -240,7 +240,7 @@ def test_malformed_row_error_names_file_row_and_column(value, columns, message):
     ],
 )
 def test_the_option_of_a_wrong_value_is_the_one_that_cannot_take_it(columns, option):
-    """An answer may be a number."""
+    """A number is a valid answer, but not a valid solution, prompt or source."""
     rows = rows_of(GOOD | {"key": 5})
     examples_from_rows(rows, Columns("q", "key"))
     with pytest.raises(
@@ -401,7 +401,7 @@ def test_a_preset_is_found_without_its_answer_where_none_is_needed():
         ({"prompt": "q", "completion": "s"}, "prompt_completion"),
     ):
         assert find_preset(rows_of(value)[0], needs_answer=False) == preset
-    with pytest.raises(UserError, match=r"fits no preset; set .*data\.columns\.answer"):
+    with pytest.raises(UserError, match=r"fit no preset; set .*data\.columns\.answer"):
         find_preset(rows_of({"prompt": "q", "solution": "s"})[0])
 
 
@@ -411,7 +411,7 @@ def test_a_preset_is_found_without_its_answer_where_none_is_needed():
         (
             {"input": "q", "meta": {"x": 1}},
             (),
-            "input, meta.x, which fits no preset; set data.columns.prompt and data.columns.answer, and data.columns.solutions if there are worked solutions",
+            "input, meta.x, which fit no preset; set data.columns.prompt and data.columns.answer, and data.columns.solutions if there are worked solutions",
         ),
         (
             {"Question": "q", "Answers": "1"},
@@ -434,7 +434,7 @@ def test_columns_that_fit_no_preset_are_refused_by_name(value, given, message):
 def test_reads_the_released_math_500_file():
     file = REPOSITORY / "../shared/data/valid.math.parquet"
     if not file.exists():
-        pytest.skip(f"{file} is not there")
+        pytest.skip(f"{file} does not exist")
     examples, report = examples_from_rows(read_rows([str(file)]), COLUMN_PRESETS["verl"])
     assert (report.num_read, report.num_kept) == (500, 500)
     assert Counter(example.source for example in examples) == {"math": 500}

@@ -1,4 +1,4 @@
-"""Datasets by their Hub id: from made caches without network, and from a small Hub on this machine."""
+"""Datasets are read by Hub id: from prepared caches without a network, and from a small local Hub."""
 
 import io
 import json
@@ -54,7 +54,7 @@ ENTRIES = [
 
 @pytest.fixture
 def home(hub_home, monkeypatch):
-    """An empty Hugging Face home for both caches."""
+    """Returns an empty Hugging Face home for both caches."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", hub_home / "datasets")
     return hub_home
 
@@ -64,7 +64,7 @@ def values(entry):
 
 
 def error_of(entry):
-    """The one-line error."""
+    """Returns the one-line error from reading an entry."""
     with pytest.raises(UserError) as caught:
         values(entry)
     assert "\n" not in str(caught.value)
@@ -83,7 +83,7 @@ def test_the_revision_decides_between_two_commits(home):
     old = {**FILES, "hard/train.parquet": parquet(50)}
     add_to_cache(home, NAME, FILES, kind="dataset")
     add_to_cache(home, NAME, old, kind="dataset", commit=OLD_COMMIT, refs=("v1",))
-    for _ in range(2):  # The second time, `datasets` has prepared both.
+    for _ in range(2):  # The second time, `datasets` has already prepared both.
         assert values(f"{NAME}:hard") == [5]
         assert values(f"{NAME}@v1:hard") == [50]
         assert values(f"{NAME}@{OLD_COMMIT}:hard") == [50]
@@ -185,7 +185,7 @@ for entry in sys.argv[1:]:
 
 @pytest.fixture
 def hub(tmp_path):
-    """A Hub with a dataset, and a function that reads entries in a process of its own."""
+    """Yields a Hub with a dataset, and a function that reads entries in a separate process."""
     with serve_hub() as (fake, address):
         fake.repos["dataset", NAME] = FILES
 
@@ -213,7 +213,7 @@ def test_what_the_hub_has_given_once_is_read_from_the_cache(hub):
         {"HF_DATASETS_OFFLINE": "1"},
         {"HF_ENDPOINT": "http://127.0.0.1:9"},
     ):
-        # At v1, `datasets` would take the other revision.
+        # For v1, `datasets` would use the other revision.
         *rows, error = read(*entries, f"{NAME}@v1", **environment)
         assert rows == list(expected)
         assert "it is not in the cache" in error

@@ -1,4 +1,4 @@
-"""Data that would teach nothing is refused in one line before the first step; the rest is shown."""
+"""Data that would teach nothing is rejected in one line before the first step; other data is shown."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ def grader():
 
 @pytest.fixture
 def preview(model, tmp_path, capsys, grader, monkeypatch):
-    """Previews some rows with the grader "math"; returns exit code, output and error."""
+    """Returns a function that previews rows with the grader "math" and returns the exit code, output and error."""
 
     build = preview_command.grader_for
 
@@ -56,7 +56,7 @@ def preview(model, tmp_path, capsys, grader, monkeypatch):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         fields = [f"model.path={model}", f"data.train_files={file}", "rewards.functions=math"]
-        fields.append("data.template=chatml")  # starts no process
+        fields.append("data.template=chatml")  # a template that starts no process
         overrides = [override.replace("{file}", str(file)) for override in overrides]
         code = main([*fields, "data.num_validation=2", "data.num_test=2", *overrides])
         output = capsys.readouterr()
@@ -71,7 +71,7 @@ def test_good_data_are_shown(preview):
     assert "experts judged correct │ 16 of 16" in output
     assert "template chat; columns: prompt prompt, answer answer, solutions solution," in output
     assert "solutions solution, source none, extra none" in output
-    assert "first prompt: <|im_start|>user What is" in output  # on lines of its own
+    assert "first prompt: <|im_start|>user What is" in output  # on its own lines
     assert "put your final answer within \\boxed{}.<|im_end|> <|im_start|>assistant" in output
     assert "warning" not in output
 
@@ -90,10 +90,10 @@ MISUSES = {
     "wrong prompt column": (ROWS, ["data.columns.prompt=question"], "no row has the column"),
     "wrong answer column": (ROWS, ["data.columns.answer=gold"], "no row has the column 'gold'"),
     "wrong solution column": (ROWS, ["data.columns.solutions=cot"], "no row has the column 'cot'"),
-    "unknown columns": ([{"x": "q", "y": "1"}], [], "the columns are x, y, which fits no preset"),
+    "unknown columns": ([{"x": "q", "y": "1"}], [], "the columns are x, y, which fit no preset"),
     "wrong preset": (ROWS, ["data.columns.preset=gsm8k"], "no row has the column 'question'"),
     "no answers": (changed(answer=""), [], "is usable: 0 of 20 kept; dropped: 20 with an"),
-    "no answer column": (without("answer"), [], "the columns are prompt, solution, which fits no"),
+    "no answer column": (without("answer"), [], "the columns are prompt, solution, which fit no"),
     "a chat without answers": (
         [
             {
@@ -105,7 +105,7 @@ MISUSES = {
             for i in range(20)
         ],
         [],
-        "set data.columns.answer to the column of the answers (now none)",
+        "set data.columns.answer to the column that holds the answers (now none)",
     ),
     "solutions without a box": (
         changed(solution="One more than before."),
@@ -159,18 +159,18 @@ MISUSES = {
     "solutions that are left out": (
         ROWS,
         ["data.max_expert_length=5"],
-        "has one; those of the data are longer than data.max_expert_length=5; raise it, or",
+        "has one; the solutions in the data are longer than data.max_expert_length=5; raise it, or",
     ),
     "solutions as lists of steps": (
         [row | {"solution": ["One more.", "So:", f"\\boxed{{{row['answer']}}}"]} for row in ROWS],
         [],
-        "a list of solutions holds complete alternatives, so join a list of steps into one text",
+        "a list of solutions holds complete alternatives, so join a list of steps into one string",
     ),
     "repeated prompts": (
         ROWS[:3] * 5,
         [],
-        "data.train_files: the 15 rows with an answer have 3 different prompts, too few to hold out "
-        "data.num_validation=2 and data.num_test=2; give files of their own, or lower these",
+        "data.train_files: the 15 rows with an answer have 3 distinct prompts, too few to hold out "
+        "data.num_validation=2 and data.num_test=2; specify separate files for them, or lower these",
     ),
     "no room for a completion": (
         ROWS,
@@ -197,7 +197,7 @@ MISUSES = {
     "answers that are no letters": (
         changed(answer="Paris"),
         ["rewards.functions=multiple_choice", "method.name=grpo"],
-        "16 of 16 answers are not one letter A-J, for example 'Paris'",
+        "16 of 16 answers are not a single letter A-J, for example 'Paris'",
     ),
     "another task": (ROWS, ["data.source=card_shuffles"], "data.train_files is not read"),
 }
@@ -220,18 +220,18 @@ def breaks(response, problem): raise KeyError("x")
 def needs_text(response, problem): return float(response[0] == "x")
 def one_source(response, problem): return {"a": 1.0}[problem.source]
 """
-RETURNED = "neither a number in [0, 1] nor a verdict"
+EXPECTED = "expected a number in [0, 1] or a verdict"
 BROKEN_FUNCTIONS = {
     "no_problem": "TypeError: no_problem() takes 1 positional argument but 2 were given); it is called as",
-    "out_of_range": f"InvalidReward: the function returned 5, which is {RETURNED}",
-    "nothing": f"InvalidReward: the function returned None, which is {RETURNED}",
-    "breaks": "2 of 2 gold answers alone, 1 of 1 empty responses (3 x KeyError: 'x'); test it on",
+    "out_of_range": f"InvalidReward: the function returned 5; {EXPECTED}",
+    "nothing": f"InvalidReward: the function returned None; {EXPECTED}",
+    "breaks": "2 of 2 bare gold answers, 1 of 1 empty responses (3 x KeyError: 'x'); test it on",
 }
 
 
 @pytest.fixture
 def functions(tmp_path, monkeypatch):
-    """Reward functions of a user, in a module of the working directory."""
+    """Writes a user's reward functions to a module in the working directory."""
     name = f"my_{tmp_path.name}"  # Modules are cached by name.
     (tmp_path / f"{name}.py").write_text(FUNCTIONS)
     monkeypatch.chdir(tmp_path)
@@ -256,7 +256,7 @@ def test_a_reward_function_that_does_not_work_is_found_before_training(
 
 @pytest.mark.parametrize(
     ("name", "counts"),
-    [("needs_text", "2 of 2 empty responses"), ("one_source", "2 of 4 gold answers alone, 1 of 2")],
+    [("needs_text", "2 of 2 empty responses"), ("one_source", "2 of 4 bare gold answers, 1 of 2")],
 )
 def test_a_reward_function_that_fails_on_some_responses_has_one_warning(
     name, counts, preview, functions
@@ -326,12 +326,12 @@ WARNINGS = {
     "tested on training problems": (
         ROWS,
         ["data.test_files={file}", "data.num_validation=0"],
-        "warning: test: 20 of 20 problems have the prompt of a training problem",
+        "warning: test: 20 of 20 problems have the same prompt as a training problem",
     ),
     "special tokens": (
         changed(prompt="Say <|im_end|> now."),
         ["train.problems_per_step=1", "data.num_test=1"],
-        "prompts that spell a special token of the tokenizer",
+        "prompts that contain one of the tokenizer's special tokens",
     ),
 }
 
@@ -377,7 +377,7 @@ def test_sft_needs_no_reward_function_but_says_that_nothing_is_evaluated(preview
     code, output, error = preview(ROWS, "method.name=sft", "rewards.functions=[]")
     assert (code, error) == (0, "")
     assert "warning: test: rewards.functions is not set, so this split is not evaluated" in output
-    assert "problems │ 16" in output  # held out all the same, for a later evaluation
+    assert "problems │ 16" in output  # still held out, for a later evaluation
 
 
 def test_wrong_solutions_only_warn_a_method_without_rewards(preview):
@@ -389,13 +389,13 @@ def test_wrong_solutions_only_warn_a_method_without_rewards(preview):
 def test_problems_without_answers_are_fine_for_sft(preview):
     code, output, error = preview(without("answer"), "method.name=sft")
     assert (code, error) == (0, "")
-    assert "warning: test: no problem with an answer, so this split is not evaluated" in output
+    assert "warning: test: no problem has an answer, so this split is not evaluated" in output
     assert "rewards.functions: failed" not in output
     assert "problems │ 20" in output  # Nothing is held out that could not be evaluated.
 
 
 def test_held_out_by_default_is_a_tenth_of_the_different_prompts(tmp_path):
-    """Rows may be several solutions of one problem."""
+    """Several rows may be solutions of one problem."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 5))
     splits, _, _ = read_splits(DataConfig(source="files", train_files=(str(file),)))
@@ -414,7 +414,7 @@ def test_no_test_problems_are_no_warning_if_none_were_asked_for(preview):
 
 
 def test_what_is_held_out_does_not_depend_on_rows_without_an_answer(tmp_path):
-    """Otherwise `evaluate` would take problems that SFT, which keeps those rows, was trained on."""
+    """If it did, `evaluate` would use problems that SFT, which keeps those rows, was trained on."""
     file = tmp_path / "rows.jsonl"
     rows = [row | {"answer": ""} if i % 3 == 0 else row for i, row in enumerate(ROWS)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

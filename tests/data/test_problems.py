@@ -1,4 +1,4 @@
-"""Examples to problems: lengths, experts, ids and counts, with a real byte-level BPE."""
+"""Tests encoding examples as problems: lengths, experts, ids and counts, with a real byte-level BPE."""
 
 import hashlib
 import importlib.util
@@ -39,7 +39,7 @@ TEXT = "First we add.\n\nThen we stop.\n\n\nÜber 7 €, (so) it is 2.\n"
 
 
 def train_tokenizer(*, adds_bos=False):
-    """A byte-level BPE of a few hundred words; `.\\n\\n` is one of them."""
+    """Returns a byte-level BPE tokenizer with a few hundred tokens, one of which is `.\\n\\n`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -145,7 +145,7 @@ def test_truncated_prompts_keep_bos_and_their_end():
 
 @pytest.fixture
 def encoded_lens(monkeypatch):
-    """Returns the list of the lengths of all texts that are encoded."""
+    """Returns a list that collects the lengths of all encoded strings."""
     lens = []
     encode = Encoder.encode
     monkeypatch.setattr(
@@ -214,7 +214,7 @@ def test_expert_with_eos_inside_is_dropped_and_trailing_eos_is_not_repeated(bpe)
     inside, at_the_end = "x</s>y", "x</s></s>"
     (problem,), report = encode([example("Q", "2", inside, at_the_end)], bpe)
     assert [bpe.decode(e.token_ids) for e in problem.experts] == ["x</s>"]
-    assert report.notes == {"experts left out: nothing, or EOS inside": 1}
+    assert report.notes == {"experts left out: empty, or with EOS inside": 1}
 
 
 def test_identical_problems_are_merged_with_all_their_experts(bpe):
@@ -223,7 +223,7 @@ def test_identical_problems_are_merged_with_all_their_experts(bpe):
     problems, report = encode(rows, bpe)
     assert [problem.prompt_text for problem in problems] == ["Q", "R"]
     assert [bpe.decode(e.token_ids) for e in problems[0].experts] == ["a</s>", "b</s>"]
-    assert report.dropped == {"joined to an equal problem": 2}
+    assert report.dropped == {"merged into an identical problem": 2}
     assert (report.num_read, report.num_kept) == (4, 2)
 
 
@@ -297,7 +297,7 @@ def test_gsm_symbolic_splits_are_reproducible_disjoint_and_well_formed():
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [50, 20, 30]
     prompts = {e.prompt for split in splits.values() for e in split}
     assert len(prompts) == 100
-    # Nor do neighbouring seeds share problems.
+    # Adjacent seeds share no problems either.
     other = gsm_symbolic_splits(seed=1, **sizes)
     assert not prompts & {e.prompt for split in other.values() for e in split}
     for e in splits["train"]:

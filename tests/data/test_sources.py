@@ -1,4 +1,4 @@
-"""Rows from real files; every malformed input is one line that names the file."""
+"""Rows are read from real files; every malformed input causes a one-line error that names the file."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_every_format_yields_the_rows_and_leaves_no_files_behind(tmp_path, name,
     write(file)
     rows = list(read_rows([str(file)]))
     assert [row.values for row in rows] == ROWS
-    first = 2 if name.endswith(".csv") else 1  # after the names of the columns
+    first = 2 if name.endswith(".csv") else 1  # after the header
     assert [row.number for row in rows] == list(range(first, first + 600))
     assert {row.file for row in rows} == {str(file)}
     assert list(tmp_path.iterdir()) == [file]
@@ -170,7 +170,7 @@ def test_missing_files_raise_before_any_row_is_read(tmp_path):
 
 @pytest.fixture
 def unprivileged():
-    """Root may read everything: become nobody for the test."""
+    """Runs the test as nobody, since root can read everything."""
     if os.geteuid() != 0:
         yield
         return

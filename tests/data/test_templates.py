@@ -1,4 +1,4 @@
-"""One template object for training and evaluation: exact texts, nothing twice, a hash that tells."""
+"""Templates render exact text, add nothing twice, and are identified by a hash."""
 
 import json
 
@@ -94,18 +94,18 @@ def test_chat_renders_the_tokenizer_template_with_a_fixed_date():
         (
             lambda: make_template("chat", make_tokenizer(CHAT)),
             (Message("system", "Be kind."), USER),
-            r"refuses the messages system, user \(System role not supported\)",
+            r"rejects the messages system, user \(System role not supported\)",
         ),
-        (lambda: make_template("chat", make_tokenizer("{% for %}")), "Hi", "refuses the messages"),
+        (lambda: make_template("chat", make_tokenizer("{% for %}")), "Hi", "rejects the messages"),
         (
             lambda: make_template("chat", make_tokenizer("{{ ''.__class__.__mro__[1] }}")),
             "Hi",
-            r"refuses the messages user \(access to attribute '__class__'",
+            r"rejects the messages user \(access to attribute '__class__'",
         ),
         (
             lambda: Template("none"),
             (Message("system", "Be kind."), USER),
-            "system, user, not one text",
+            "system, user, not plain text",
         ),
         (lambda: Template("chatml"), QWEN_MATH, "would be wrapped twice"),
         (lambda: Template("qwen_math"), QWEN_MATH, "would be wrapped twice"),
@@ -126,9 +126,9 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
     [
         (LOOP, "takes more than 1 s; choose another template"),
         ("{{ 9 ** (9 ** 9) }}", "takes more than 1 s"),  # within one C function
-        ("{{ 'x' * 10 ** 11 }}", r"refuses the messages user \(MemoryError\)"),
-        ("{{ 'x' * 10 ** 6 }}", r"refuses the messages user \(it prints 1,000,000 characters\)"),
-        ("{{ '\\ud800' }}", r"refuses the messages user \(it prints text that is not Unicode\)"),
+        ("{{ 'x' * 10 ** 11 }}", r"rejects the messages user \(MemoryError\)"),
+        ("{{ 'x' * 10 ** 6 }}", r"rejects the messages user \(it prints 1,000,000 characters\)"),
+        ("{{ '\\ud800' }}", r"rejects the messages user \(it prints text that is not Unicode\)"),
     ],
 )
 def test_hostile_template_is_stopped(hostile, message, monkeypatch):
@@ -166,7 +166,7 @@ def test_hash_identifies_a_template():
 
 
 def save_tokenizer(folder, *, chat_template=None, files=None):
-    """A folder with the chat template in tokenizer_config.json and in `files`."""
+    """Saves a tokenizer with a chat template in tokenizer_config.json and in `files`, and loads it."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -339,7 +339,7 @@ def test_hostile_template_is_stopped_while_its_arguments_are_checked(source, mes
     assert "\n" not in str(caught.value)
 
 
-# Blocks are trimmed, and everything that transformers adds to Jinja is used.
+# Uses trimmed blocks, and everything that transformers adds to Jinja.
 ENVIRONMENT = """
   {% for message in messages %}
     {% if loop.index == 3 %}

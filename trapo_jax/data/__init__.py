@@ -1,4 +1,4 @@
-"""From files, the hub or a procedure to batches of problems, in an order that a step number alone determines.
+"""Loads problems from files, the Hub, or a generator, and batches them in an order fixed by the step number.
 
 rows = read_rows(["train.parquet"])                               # sources.py
 examples, report = examples_from_rows(rows, COLUMN_PRESETS["verl"])     # layouts.py, columns.py

@@ -1,13 +1,13 @@
-"""Card shuffles: the embedded task.
+"""Generates card shuffles, the embedded task.
 
-Five distinct digits and a program of K distinct operations; the answer is the digits after all of them::
+A prompt has K distinct operations and five distinct digits; the answer is the digits after all operations::
 
     prompt    ?rsm:48137=
     expert    r73184;s37184;m38174;#38174
 
-The expert is right but careless in style: before 8 % of the steps it mumbles (`hm,`), and 8 % of the steps are
-leaps that apply two operations at once (`ts62937;`). A model that copies it token for token learns that as
-well. A clean expert does neither. Everything is determined by the seed.
+The expert is correct but careless in style: it mumbles (`hm,`) before 8% of the steps, and 8% of the steps are
+leaps that apply two operations at once (`ts62937;`). A model that copies it token for token learns these
+habits as well. A clean expert does neither. The seed determines everything.
 """
 
 import random
@@ -38,7 +38,7 @@ Style = Literal["careless", "clean"]
 
 
 def apply_operation(name: str, digits: str) -> str:
-    """The digits after one operation.
+    """Returns the digits after one operation.
 
     >>> apply_operation("r", "48137")
     '73184'
@@ -56,15 +56,15 @@ def card_shuffles_splits(
     difficulty: Difficulty = "late",
     style: Style = "careless",
 ) -> dict[str, list[Example]]:
-    """Train, validation and test examples, disjoint by prompt.
+    """Returns train, validation and test examples with disjoint prompts.
 
     Args:
       seed: determines everything.
       num_train, num_validation, num_test: sizes of the splits.
-      difficulty: "late" has 3 to 5 familiar operations, of which the base model follows no more than
-        3: the difficulty comes late in the solution. "early" begins with an operation that the base
-        model has never seen and goes on with 1 or 2 familiar ones.
-      style: of the expert; the prompts are the same for both.
+      difficulty: "late" has 3 to 5 familiar operations. The base model follows no more than 3, so the
+        difficulty comes late in the solution. "early" begins with an operation that the base model
+        has never seen and continues with 1 or 2 familiar ones.
+      style: the expert's style; it does not affect the prompts.
     """
     rng = random.Random(seed)
     sizes = {"validation": num_validation, "test": num_test, "train": num_train}
@@ -73,7 +73,7 @@ def card_shuffles_splits(
 
 
 def expert_trace(rng: random.Random, program: str, digits: str, *, noise: bool = True) -> str:
-    """The worked solution; with `noise`, in the careless style described above."""
+    """Returns the worked solution; with `noise`, in the careless style described above."""
     steps, rest = [], program
     while rest:
         leap = noise and len(rest) > 1 and rng.random() < LEAP_RATE
@@ -104,7 +104,7 @@ def _distinct_examples(
             program = UNFAMILIAR + random_program(rng, rng.choice((1, 2)))
         digits = random_digits(rng)
         prompt = f"?{program}:{digits}="
-        # Drawn for a clean expert too, so that the random numbers of what follows are the same.
+        # Drawn for a clean expert too, so that later examples get the same random numbers.
         solution = expert_trace(rng, program, digits)
         if style == "clean":
             solution = expert_trace(rng, program, digits, noise=False)

@@ -1,23 +1,23 @@
-"""A chat template at work, in a process of its own: it comes with a model, and may loop for ever or fill memory.
+"""Runs a chat template in its own process, since a model's template may loop forever or fill memory.
 
     python -P chat_worker.py SECS MEMORY_BYTES MAX_CHARS
 
-Started by `templates.py`, as a file: the package around it takes seconds to import. JSON lines come in: first
-`{"template": ..., "variables": ..., "date": "26 Jul 2024"}`, then requests, each of which is answered by one line:
+`templates.py` starts this file as a script, since importing the package takes seconds. The input is JSON lines: first
+`{"template": ..., "variables": ..., "date": "26 Jul 2024"}`, then requests, each answered with one line:
 
 | request | reply |
 |---|---|
 | the messages of a prompt | `{"text": ...}` |
-| null | `{"variables": [...]}`, the names that the template reads from outside |
+| null | `{"variables": [...]}`, the names that the template uses but does not define |
 | either | `{"refusal": ...}` |
 
-The template runs in transformers' own environment, with all that `apply_chat_template` offers: trimmed blocks, loop
-controls, `{% generation %}`, `tojson`, `raise_exception`, `strftime_now`, `dict` and `namespace`. Its sandbox keeps
-the template from everything but its variables. What it prints besides what it is given has at most
-MAX_CHARS characters.
+The template runs in transformers' own environment, with everything that `apply_chat_template` offers: trimmed blocks,
+loop controls, `{% generation %}`, `tojson`, `raise_exception`, `strftime_now`, `dict` and `namespace`. The sandbox lets
+the template access nothing but its variables. Apart from repeating its input a few times, the template may print at
+most MAX_CHARS characters.
 
-The kernel ends the process when its CPU time is up, even within a C function that never looks up. There are SECS to
-begin with; a request adds SECS_PER_REQUEST to what is left, up to SECS again, so that many slow ones take no hours.
+The kernel ends the process when its CPU time is up, even inside a C function that never returns. The process starts
+with SECS; each request adds SECS_PER_REQUEST to the time left, up to SECS, so that many slow ones do not take hours.
 """
 
 import json
@@ -38,7 +38,7 @@ MAX_REPEATS = 4
 def main(secs: str, memory_bytes: str, most_chars: str) -> None:
     setting = json.loads(sys.stdin.readline())
     limit_memory(int(memory_bytes))
-    # A template may print what it is given a few times.
+    # A template may print its input a few times.
     max_chars = int(most_chars) + MAX_REPEATS * len(json.dumps(setting["variables"]))
     left = float(secs)
     for line in sys.stdin:
@@ -64,14 +64,14 @@ def _reply(
         return {"text": text}
     except UnicodeEncodeError:
         return {"refusal": "it prints text that is not Unicode"}
-    # The template's own refusal, what the sandbox forbids, no memory, ...
+    # The template rejects the messages, the sandbox forbids an operation, memory runs out, and so on.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return {"refusal": reason[:MAX_REASON_CHARS]}
 
 
 def _compile(template: str, date: str) -> Template:
-    """The template in transformers' environment, which caches it; the clock stands at midnight of the date."""
+    """Compiles the template in transformers' environment, which caches it, with the clock at midnight of the date."""
     compiled = chat_template_utils._compile_jinja_template(template)
     compiled.environment.globals["strftime_now"] = datetime.strptime(date, "%d %b %Y").strftime
     return compiled

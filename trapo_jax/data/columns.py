@@ -1,4 +1,4 @@
-"""Maps rows to examples. `layouts` says where a row holds what."""
+"""Maps rows to examples. The columns are defined in `layouts`."""
 
 import dataclasses
 import decimal
@@ -37,7 +37,7 @@ _ALTERNATIVES = (
 
 
 class _UnusableRow(Exception):
-    """Why a row is dropped; caught and counted."""
+    """Raised with the reason for dropping a row; caught and counted."""
 
 
 def examples_from_rows(
@@ -51,21 +51,21 @@ def examples_from_rows(
     """Maps rows to examples.
 
     A row whose prompt is empty, null or absent, or whose text is not Unicode or longer than `MAX_ROW_CHARS`, is dropped
-    and counted, and so is a row without an answer if answers are needed.
+    and counted, as is a row without an answer if answers are needed.
 
     Args:
-      rows: from `read_rows`.
-      columns: a preset or your own.
-      default_source: the source of rows that name none.
+      rows: rows from `read_rows`.
+      columns: a preset or custom columns.
+      default_source: the source of rows that do not name one.
       expert_part: which part of a solution's text is the expert solution; see `expert_text`.
-      needs_answer: whether a row without an answer is dropped; its answer is empty otherwise.
+      needs_answer: whether to drop rows without an answer; otherwise, their answer is empty.
 
     Returns:
-      The examples in the order of the rows, and what was dropped.
+      The examples in the order of the rows, and a report of what was dropped.
 
     Raises:
-      UserError: naming file, row and column, for a value of the wrong type or a column that no row of a file has;
-        with the counts, if no row is usable.
+      UserError: for a value of the wrong type or a column that no row of a file has, naming the file, row and column;
+        or if no row is usable, with the counts.
     """
     if not needs_answer and not columns.answer.endswith("?"):
         columns = dataclasses.replace(columns, answer=columns.answer + "?")
@@ -92,25 +92,25 @@ def examples_from_rows(
         num_read,
         len(examples),
         dict(dropped),
-        dict(+notes),  # +: without zeros
+        dict(+notes),  # Unary + removes zero counts.
         absent,
     )
     if not examples:
         hint = ""
         if dropped[_NO_ANSWER] == num_read:
             now = shown_path(columns.answer, absent)
-            hint = f"; set data.columns.answer to the column of the answers (now {now})"
+            hint = f"; set data.columns.answer to the column that holds the answers (now {now})"
         raise UserError(f"{', '.join(presence.files)}: no row is usable: {report}{hint}")
     return examples, report
 
 
 def expert_text(solution: str, part: ExpertPart = "thought") -> str:
-    """Returns the part of a solution that is trained.
+    """Returns the part of a solution that is trained on.
 
     Args:
       solution: an expert's text.
-      part: "thought" for the inside of the first `<think>...</think>` if it is not blank, or else all but that pair;
-        "whole" for all of the text.
+      part: "thought" for the content of the first `<think>...</think>` if it is not blank, otherwise everything outside
+        that block; "whole" for the entire text.
 
     >>> expert_text("<think>\\n1 + 1 = 2\\n</think>The answer is 2.")
     '1 + 1 = 2'
@@ -173,7 +173,7 @@ def _prompt(row: Row, columns: Columns) -> Prompt:
         messages = messages[:-1]
     if not messages or messages[-1].role != "user":
         role = shown(messages[-1].role) if messages else "nothing"
-        raise WrongValue(path, f"ends with the role {role}, not with the user's")
+        raise WrongValue(path, f"ends with the role {role}, not 'user'")
     if not messages[-1].content.strip():
         raise _UnusableRow("with an empty prompt")
     return messages
@@ -205,12 +205,12 @@ def _answer(row: Row, columns: Columns) -> str:
 
 
 def _trimmed(number: str) -> str:
-    """Returns a decimal number without zeros at the end of its fraction."""
+    """Returns a decimal number without trailing zeros in its fraction."""
     return number.rstrip("0").rstrip(".") if "." in number else number
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value as JSON can hold it."""
+    """Converts a value to JSON-serializable types."""
     text = json.dumps(value, default=str)
     if len(text) > MAX_ROW_CHARS:
         raise _UnusableRow(_TOO_LONG)
@@ -227,7 +227,7 @@ def _solutions(row: Row, path: str) -> list[str]:
         return [text for text in value if text]
     messages = messages_in(value)
     if messages is None:
-        raise wrong_type(path, value, "text, a list of texts or chat messages")
+        raise wrong_type(path, value, "text, a list of strings, or chat messages")
     return [message.content for message in messages if message.role == "assistant"][-1:]
 
 
@@ -236,7 +236,7 @@ def _has_alternatives(row: Row, columns: Columns) -> bool:
 
 
 def _check_texts(example: Example) -> None:
-    """Refuses half surrogate pairs, which JSON can spell but no tokenizer and no file takes, and overlong rows."""
+    """Rejects overlong rows and unpaired surrogates, which JSON allows but tokenizers and files do not."""
     prompt = example.prompt
     texts = (
         [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message]

@@ -1,12 +1,12 @@
-"""A tokenizer at work, in a process of its own: it comes with a model, and may multiply texts or search for ever.
+"""Runs a tokenizer in its own process, since a model's tokenizer may expand strings enormously or run forever.
 
     python -P encode_worker.py SECS MEMORY_BYTES
 
-Started by `encoding.py`, as a file: the package around it takes seconds to import. JSON lines come in: first
-`{"tokenizer": <tokenizer.json as text>, "encode_special_tokens": false}`, then lists of texts, each of which is answered
-by the lengths of the encoded texts as a line of JSON, and their token ids as unsigned 32-bit integers; or by a text
-that says why it cannot encode them. The kernel ends the process when one request takes more than SECS of CPU time, and
-the tokenizers library when there is not enough memory.
+`encoding.py` starts this file as a script, since importing the package takes seconds. The input is JSON lines: first
+`{"tokenizer": <tokenizer.json as text>, "encode_special_tokens": false}`, then lists of strings. The reply to a list is
+a line of JSON with the lengths of the encoded strings, followed by their token ids as unsigned 32-bit integers; or a
+JSON string that says why they cannot be encoded. The kernel ends the process when one request takes more than SECS of
+CPU time, and the tokenizers library ends it when there is not enough memory.
 """
 
 import array
@@ -32,7 +32,7 @@ def main(secs: str, memory_bytes: str) -> None:
             encoded = tokenizer.encode_batch_fast(json.loads(line), add_special_tokens=False)
             ids = [encoding.ids for encoding in encoded]
             reply = json.dumps([len(i) for i in ids])
-        except BaseException as error:  # a panic of the Rust library is no `Exception`
+        except BaseException as error:  # A panic in the Rust library is not an `Exception`.
             ids, reply = (
                 [],
                 json.dumps((str(error).strip() or type(error).__name__).splitlines()[0]),

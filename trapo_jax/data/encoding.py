@@ -1,4 +1,4 @@
-"""Texts to token ids, in a process with limits, and what is looked up in a vocabulary once."""
+"""Encodes strings as token ids in a process with limits, and looks up vocabulary properties once."""
 
 import array
 import contextlib
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ENCODE_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("encode_worker.py")))
-ENCODE_SECS = 30.0  # of CPU for one request, which takes tenths of a second
+ENCODE_SECS = 30.0  # CPU time for one request, which normally takes tenths of a second.
 ENCODE_MEMORY_BYTES = 5 * 2**28
-MAX_TEXTS, MAX_CHARS = 256, 300_000  # of one request, unless a single text is longer
+MAX_TEXTS, MAX_CHARS = 256, 300_000  # Limits for one request, unless a single string is longer.
 
 Ids = tuple[int, ...]
 
 
 @contextlib.contextmanager
 def as_encoder(tokenizer: "PreTrainedTokenizerFast | Encoder") -> Iterator["Encoder"]:
-    """Yields an encoder as it is, or one for a tokenizer that ends with the context."""
+    """Yields an encoder unchanged; for a tokenizer, yields a new encoder, whose process ends with the context."""
     if isinstance(tokenizer, Encoder):
         yield tokenizer
         return
@@ -36,7 +36,7 @@ def as_encoder(tokenizer: "PreTrainedTokenizerFast | Encoder") -> Iterator["Enco
 
 
 class Encoder:
-    """A tokenizer that encodes texts in a process of its own, which ends with the context of this object.
+    """A tokenizer that encodes strings in a separate process, which ends when this object's context exits.
 
     Args:
       tokenizer: the policy's tokenizer, with an EOS token.
@@ -45,7 +45,7 @@ class Encoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
         self.tokenizer = tokenizer
         num_ids = max(tokenizer.get_vocab().values()) + 1
-        # One int object for each id: a data set of 4e8 tokens is 3 GB of references, not 13 GB of ints.
+        # One int object for each id: a dataset of 4e8 tokens takes 3 GB of references, not 13 GB of ints.
         self._ids = list(range(num_ids))
         texts = tokenizer.batch_decode([[i] for i in range(num_ids)])
         self._blank_line = {i for i, text in enumerate(texts) if "\n\n" in text}
@@ -67,7 +67,7 @@ class Encoder:
             self._worker.communicate()
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Returns the token ids of texts, without those that the tokenizer adds to every text.
+        """Returns the token ids of strings, without the special tokens that the tokenizer adds to every string.
 
         Raises:
           UserError: if the tokenizer fails, or takes too much time or memory.
@@ -91,7 +91,7 @@ class Encoder:
             worker.stdin.write(json.dumps(texts).encode() + b"\n")
             worker.stdin.flush()
             reply = json.loads(worker.stdout.readline())
-        except (OSError, ValueError) as error:  # It has ended.
+        except (OSError, ValueError) as error:  # The worker has ended.
             raise self._error(_describe_exit(worker.wait())) from error
         if isinstance(reply, str):
             raise self._error(f"fails ({reply})")
@@ -124,23 +124,23 @@ class Encoder:
         return text
 
     def with_bos(self, ids: Ids) -> Ids:
-        """Returns a prompt with BOS first, if the tokenizer adds it to every text."""
+        """Returns a prompt with BOS prepended, if the tokenizer adds BOS to every string."""
         if self._bos_id is not None and self._adds_bos and ids[:1] != (self._bos_id,):
             return (self._bos_id, *ids)
         return ids
 
     def end_of(self, text: str, num_chars: int) -> str:
-        """Returns the last characters of a text, after its BOS if it has one."""
+        """Returns the last characters of a string, preceded by its BOS if it has one."""
         bos = self.tokenizer.bos_token
         return (bos if isinstance(bos, str) and text.startswith(bos) else "") + text[-num_chars:]
 
     def last_tokens(self, ids: Ids, length: int) -> Ids:
-        """Returns the end of a prompt, where the assistant begins, after its BOS if it has one."""
+        """Returns a prompt's last tokens, where the assistant begins, preceded by its BOS if it has one."""
         num_kept_first = int(ids[0] == self._bos_id)
         return ids[:num_kept_first] + ids[len(ids) - length + num_kept_first :]
 
     def paragraph_ends(self, ids: Ids) -> Ids:
-        """Returns where a token contains a blank line, or completes one: some vocabularies have no such token."""
+        """Returns the positions after tokens that contain a blank line, or complete one begun by the previous token."""
         return tuple(
             i + 1
             for i, token in enumerate(ids)
@@ -151,7 +151,7 @@ class Encoder:
 
 def _describe_exit(code: int) -> str:
     if code == -signal.SIGPROF:
-        return f"takes more than {ENCODE_SECS:g} s for a few texts"
+        return f"takes more than {ENCODE_SECS:g} s for a few strings"
     if code == -signal.SIGABRT:
-        return f"takes more than {ENCODE_MEMORY_BYTES / 2**30:g} GiB of memory for a few texts"
+        return f"takes more than {ENCODE_MEMORY_BYTES / 2**30:g} GiB of memory for a few strings"
     return f"cannot be run (exit code {code})"

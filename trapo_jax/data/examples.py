@@ -1,4 +1,4 @@
-"""A raw example, before template and tokenizer, and what was left out on the way to it."""
+"""Defines raw examples, before templating and tokenization, and the report of what was dropped."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,18 @@ class Message(NamedTuple):
 
 
 Prompt = str | tuple[Message, ...]
-"""Text as it stands, or the turns of a chat, of which the last is the user's."""
+"""Plain text, or the turns of a chat, ending with a user turn."""
 
 
 class Example(NamedTuple):
-    """One problem as the data gives it.
+    """One problem as it appears in the data.
 
     Attributes:
       prompt: text or chat messages.
-      answer: what the grader compares with.
-      solutions: texts of zero or more expert solutions, in order of preference.
-      source: the name under which results are grouped.
-      columns: further columns of the row, for reward functions; JSON-serializable.
+      answer: reference answer for the grader.
+      solutions: zero or more expert solutions, in order of preference.
+      source: name used to group results.
+      columns: additional columns of the row for reward functions; JSON-serializable.
     """
 
     prompt: Prompt
@@ -37,14 +37,14 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DataReport:
-    """What became of what was read; `str(report)` is one line for people.
+    """Counts of rows or examples read, kept and dropped; `str(report)` is a one-line summary.
 
     Attributes:
-      num_read: rows or examples read.
-      num_kept: of these, how many came out.
-      dropped: how many did not, by reason; they sum to `num_read - num_kept`.
-      notes: what else happened to those kept (prompts or experts cut, experts left out), by what.
-      absent: optional paths of columns that no row has.
+      num_read: number of rows or examples read.
+      num_kept: number of rows or examples kept.
+      dropped: number of rows or examples dropped, keyed by reason; the values sum to `num_read - num_kept`.
+      notes: other counts for the kept ones (prompts or experts cut, experts left out), keyed by description.
+      absent: optional column paths that no row has.
     """
 
     num_read: int

@@ -1,8 +1,8 @@
-"""Grade-school word problems made by reasoning-gym's `gsm_symbolic` (extra `tasks`).
+"""Generates grade-school word problems with reasoning-gym's `gsm_symbolic` (extra `tasks`).
 
-The user text is the question and, in a line of its own, the instruction of the template `qwen_math`: reason step by
-step, final answer in `\\boxed{}`. The expert is reasoning-gym's worked solution with its last line, `#### 42`,
-rewritten as `The final answer is \\boxed{42}.`; it is in the form that the prompt asks for.
+The user text is the question and, on its own line, the `qwen_math` template's instruction: reason step by step, final
+answer in `\\boxed{}`. The expert is reasoning-gym's worked solution with its last line, `#### 42`, rewritten as
+`The final answer is \\boxed{42}.`, the form that the prompt asks for.
 """
 
 import random
@@ -22,12 +22,12 @@ BLOCK_SIZE = 1000
 def gsm_symbolic_splits(
     *, seed: int, num_train: int, num_validation: int, num_test: int
 ) -> dict[str, list[Example]]:
-    """Train, validation and test examples, disjoint by prompt.
+    """Returns train, validation and test examples with disjoint prompts.
 
-    All splits share reasoning-gym's few dozen stories; names, things and numbers differ.
+    All splits share reasoning-gym's few dozen stories; names, objects and numbers differ.
 
     Args:
-      seed: determines everything, given the version of reasoning-gym.
+      seed: determines everything for a given version of reasoning-gym.
       num_train, num_validation, num_test: sizes of the splits.
 
     Raises:
@@ -39,7 +39,7 @@ def gsm_symbolic_splits(
 
 
 def gsm_symbolic_example(item: dict[str, Any]) -> Example | None:
-    """The example of one of reasoning-gym's items; None if its worked solution misses its answer."""
+    """Returns the example for a reasoning-gym item; None if its worked solution does not reach its answer."""
     answer = item["answer"]
     steps, marker, result = item["metadata"]["answer_cot"].rpartition(ANSWER_MARKER)
     if not marker or float(result.replace(",", "")) != float(answer):
@@ -51,18 +51,18 @@ def gsm_symbolic_example(item: dict[str, Any]) -> Example | None:
 
 def _distinct_examples(seed: int) -> Iterator[Example]:
     try:
-        with warnings.catch_warnings():  # of what it imports, on the first time
+        with warnings.catch_warnings():  # raised by its imports the first time
             warnings.simplefilter("ignore", SyntaxWarning)
-            import reasoning_gym  # seconds to import
+            import reasoning_gym  # takes seconds to import
     except ImportError as error:
         raise UserError(
             "data.source=gsm_symbolic: reasoning-gym is not installed; pip install 'trapo-jax[tasks]'"
         ) from error
-    # Item i is drawn from seed + i: seeds next to each other would share almost all problems.
+    # Item i is drawn from seed + i, so adjacent seeds would share almost all problems.
     seeds = random.Random(seed)
     seen: set[str] = set()
     while True:
-        # A data set holds a list as long as itself, so many of moderate size.
+        # A dataset holds a list of its own length, so several of moderate size are created.
         block = reasoning_gym.create_dataset(SOURCE, seed=seeds.getrandbits(48), size=BLOCK_SIZE)
         for index in range(BLOCK_SIZE):
             example = gsm_symbolic_example(block[index])

@@ -1,4 +1,4 @@
-"""Rows of datasets on the Hugging Face Hub, through `datasets` and offline from its cache or that of the Hub."""
+"""Reads rows of Hugging Face Hub datasets through `datasets`; offline, from its cache or the Hub's cache."""
 
 import os
 import re
@@ -32,7 +32,7 @@ class HubDataset(NamedTuple):
 
     Attributes:
       repo: its repository.
-      config: name of its config; None for the default one.
+      config: name of the dataset's config; None for the default.
     """
 
     repo: HubRepo
@@ -55,7 +55,7 @@ def read_hub_rows(dataset: HubDataset, split: str) -> Iterator[dict[str, Any]]:
     """Yields the rows of a split.
 
     Raises:
-      UserError: if the dataset is neither in a cache nor on the Hub, or cannot be read. The error names it.
+      UserError: if the dataset is neither in a cache nor on the Hub, or cannot be read. The message names it.
     """
     try:
         builder = _find_builder(dataset)
@@ -67,14 +67,14 @@ def read_hub_rows(dataset: HubDataset, split: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{dataset}: no such file, and {error}{hint}") from error
     except UserError:
         raise
-    except Exception as error:  # of `datasets`, its readers of files, or the transport
+    except Exception as error:  # raised by `datasets`, its file readers, or the transport
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{dataset}: cannot be read ({reason})") from error
     yield from rows  # type: ignore[misc]  # a `Dataset`, since `split` is given
 
 
 def _find_builder(dataset: HubDataset) -> "DatasetBuilder":
-    """Returns the builder of a dataset at the revision that the Hub has or, if it gives none, a cache."""
+    """Returns a dataset's builder at the Hub's revision, or at a cached one if the Hub is unavailable."""
     import datasets
     from datasets import config as settings
     from datasets.packaged_modules.cache.cache import Cache
@@ -86,12 +86,12 @@ def _find_builder(dataset: HubDataset) -> "DatasetBuilder":
         commit = latest_commit(repo)
     except HubUnavailable as error:
         return _cached_builder(dataset) or _snapshot_builder(dataset, error)
-    # Without the prefix, a local folder of this name would be read.
+    # Without the prefix, a local folder with this name would be read.
     builder = datasets.load_dataset_builder(
         f"hf://datasets/{repo.name}", config, revision=repo.revision
     )
     if isinstance(builder, Cache) and builder.hash != commit:
-        # `datasets` has lost the connection, and takes the newest revision in its cache.
+        # `datasets` lost the connection and fell back on the newest revision in its cache.
         raise UserError(
             f"{dataset}: the connection to the Hub was lost; run the same command again"
         )
@@ -99,7 +99,7 @@ def _find_builder(dataset: HubDataset) -> "DatasetBuilder":
 
 
 def _cached_builder(dataset: HubDataset) -> "DatasetBuilder | None":
-    """Returns the builder of a dataset that `datasets` has prepared; None if this revision is not in its cache."""
+    """Returns the builder of a dataset already prepared by `datasets`; None if this revision is not in its cache."""
     from datasets import config as settings
     from datasets.naming import camelcase_to_snakecase
     from datasets.packaged_modules.cache.cache import Cache
@@ -126,7 +126,7 @@ def _cached_builder(dataset: HubDataset) -> "DatasetBuilder | None":
 
 
 def _default_config(repo: HubRepo) -> str | None:
-    """Returns the default config that the card in the Hub's cache states; None if it states none."""
+    """Returns the default config named by the card in the Hub's cache; None if the card names none."""
     from huggingface_hub import DatasetCard
 
     try:
@@ -142,10 +142,10 @@ def _default_config(repo: HubRepo) -> str | None:
 
 
 def _snapshot_builder(dataset: HubDataset, error: HubUnavailable) -> "DatasetBuilder":
-    """Returns the builder of a dataset that is in the Hub's cache, where `hf download` has put it.
+    """Returns the builder of a dataset in the Hub's cache, where `hf download` puts it.
 
     Raises:
-      HubUnavailable: if a part of it is not in the cache.
+      HubUnavailable: if part of the dataset is not in the cache.
     """
     import datasets
 
@@ -160,26 +160,28 @@ def _snapshot_builder(dataset: HubDataset, error: HubUnavailable) -> "DatasetBui
 
 
 def _data_files(builder: "DatasetBuilder") -> list[str]:
-    """Returns paths and URLs of the files that a builder reads; empty if it has prepared them before."""
+    """Returns the paths and URLs of the files that a builder reads; empty if the dataset is already prepared."""
     data_files = getattr(builder.config, "data_files", None) or {}
     return [str(file) for files in data_files.values() for file in files]
 
 
 def _check_data_files(dataset: HubDataset, builder: "DatasetBuilder") -> None:
-    """Checks that the card of a dataset names no other files of this machine than those of the dataset.
+    """Checks that every local file named by a dataset's card belongs to the dataset.
 
     Raises:
-      UserError: naming the file.
+      UserError: naming a local file that does not belong to the dataset.
     """
     for file in _data_files(builder):
         path = os.path.normpath(file.split("::")[-1])
         is_local = "://" not in file.split("::")[-1]
         if is_local and not Path(path).is_relative_to(builder.base_path or "/dev/null"):
-            raise UserError(f"{dataset}: its card names {path}, which is not a file of the dataset")
+            raise UserError(
+                f"{dataset}: its card names {path}, which is not one of the dataset's files"
+            )
 
 
 def _has_all_shards(files: Iterable[str]) -> bool:
-    """Returns whether no file is missing among files with names such as `train-00000-of-00002.parquet`."""
+    """Returns whether all shards are present among files with names such as `train-00000-of-00002.parquet`."""
     shards: dict[tuple[str, int], set[str]] = defaultdict(set)
     for file in files:
         if match := _SHARD.search(Path(file).name):

@@ -1,20 +1,20 @@
-"""Adds the system message and the request for an answer format that the config names to prompts."""
+"""Adds the config's system message and answer-format instruction to prompts."""
 
 from trapo_jax.data.examples import Message, Prompt
 from trapo_jax.data.templates import MATH_INSTRUCTION
 
-# Values of data.prompt_suffix that stand for a longer text.
+# Values of data.prompt_suffix that are shorthand for a longer string.
 SUFFIXES = {"boxed": MATH_INSTRUCTION}
 
 
 def instructed(prompt: Prompt, *, system: str | None, suffix: str | None) -> Prompt:
-    r"""Returns a prompt with a system message and a suffix.
+    r"""Returns the prompt with a system message and a suffix added.
 
     Args:
       prompt: text or chat messages.
-      system: put first, unless the prompt has a system message; None for none. Makes a chat of a text.
-      suffix: text or a name in `SUFFIXES`, appended to the last message on a line of its own, unless the message
-        already ends with it; None for none.
+      system: system message to put first, unless the prompt has one; None for none. Turns plain text into a chat.
+      suffix: text or a name in `SUFFIXES`, appended on its own line to the last message unless the message already
+        ends with it; None for none.
 
     >>> instructed("2 + 2?", system=None, suffix="Answer with a number.")
     '2 + 2?\nAnswer with a number.'

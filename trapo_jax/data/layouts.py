@@ -1,8 +1,9 @@
-"""Where rows hold what: columns, the layouts of known datasets, and paths into rows.
+"""Defines which columns of a row hold which fields, the layouts of known datasets, and lookup by path.
 
 A path is the name of a column, which may contain dots, or a column and fields inside it, separated by dots
 (`reward_model.ground_truth`). Objects and chats that a column stores as JSON text are parsed. A field that is absent
-from a row counts as null. A path that ends in `?` may be absent from every row of a file; others must be in some row.
+from a row counts as null. A path that ends in `?` may be absent from every row of a file; all other paths
+must be in at least one row.
 """
 
 import contextlib
@@ -19,28 +20,30 @@ from trapo_jax.data.sources import Row
 from trapo_jax.files import shown
 from trapo_jax.types import UserError
 
-MAX_ROW_CHARS = 1_000_000  # of the texts that are used of a row; far beyond the context of a model
-MAX_PATHS, MAX_DEPTH = 1000, 5  # in which a column is looked for that was not found
-MAX_LISTED, MAX_PATH_CHARS = 20, 100  # in an error message
+# Maximum length of the text used from a row; far beyond a model's context.
+MAX_ROW_CHARS = 1_000_000
+MAX_PATHS, MAX_DEPTH = 1000, 5  # Limits on the columns searched for a similar name.
+MAX_LISTED, MAX_PATH_CHARS = 20, 100  # Limits on the columns listed in an error message.
 _ABSENT = object()
-REQUIRED = ("prompt", "answer", "solutions")  # fields of `Columns` by which a preset is found
-FIELDS = (*REQUIRED, "source", "extra")  # those that hold paths
-_ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
+REQUIRED = ("prompt", "answer", "solutions")  # The fields of `Columns` that determine the preset.
+FIELDS = (*REQUIRED, "source", "extra")  # The fields of `Columns` that hold paths.
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for roles.
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Where a row holds what.
+    """The columns that hold an example's fields.
 
     Attributes:
-      prompt: text, or a list of chat messages (`role` and `content`, or `from` and `value` as in ShareGPT) that ends
-        with the user's. If `solutions` names the same path, the assistant's last message is the solution.
-      answer: text or a number.
-      solutions: paths, in order of preference; each holds one solution as text or as chat messages, or a
-        list of texts. Without any, the problems are never guided.
-      source: text under which results are grouped; empty for none.
-      answer_marker: where not empty, the answer is what follows its last occurrence.
-      extra: further columns, for reward functions; the last part of a path is the column's name there.
+      prompt: path of the prompt: text, or a list of chat messages (`role` and `content`, or `from` and `value` as in
+        ShareGPT) that ends with a user message. If `solutions` names the same path, the assistant's last message is
+        the solution.
+      answer: path of the answer: text or a number.
+      solutions: paths of solutions, in order of preference; each holds one solution as text or as chat messages, or a
+        list of strings. Without any, the problems are never guided.
+      source: path of the text used to group results; empty for none.
+      answer_marker: if not empty, the answer is the text after its last occurrence.
+      extra: paths of additional columns for reward functions, which see the last part of a path as the column's name.
     """
 
     prompt: str
@@ -52,7 +55,7 @@ class Columns:
 
 
 COLUMN_PRESETS: Mapping[ColumnPreset, Columns] = {
-    # `answer_list` first: its order is what the released code calls first and second expert.
+    # `answer_list` comes first: its order defines the first and second expert in the released code.
     "verl": Columns(
         "prompt",
         "reward_model.ground_truth",
@@ -70,15 +73,15 @@ COLUMN_PRESETS: Mapping[ColumnPreset, Columns] = {
 
 
 class WrongValue(Exception):
-    """What is wrong with the value at a path, as a clause; caught and explained."""
+    """Says what is wrong with the value at a path, as a clause; caught and turned into a `UserError`."""
 
     def __init__(self, path: str, mistake: str):
         super().__init__(path, mistake)
         self._path, self._mistake = path, mistake
-        self.field: str | None = None  # of `Columns`, for which the value was read
+        self.field: str | None = None  # the field of `Columns` being read
 
     def explained(self, row: Row, columns: Columns) -> UserError:
-        """Returns the error with the row, and the option that names the column."""
+        """Returns the error for the user, naming the row and the option to change."""
         option = self.field or next(x for x in FIELDS if self._path in _paths_of(columns, x))
         return UserError(
             f"{row.file}, row {row.number}, column {self._path.removesuffix('?')!r}: {self._mistake}; set "
@@ -88,7 +91,7 @@ class WrongValue(Exception):
 
 @contextlib.contextmanager
 def reading(field: str) -> Iterator[None]:
-    """Notes in a `WrongValue` for which field of `Columns` the value was read; several may have the same path."""
+    """Records in a `WrongValue` which field of `Columns` was being read, since several may have the same path."""
     try:
         yield
     except WrongValue as error:
@@ -103,12 +106,12 @@ def find_preset(
 
     Args:
       row: the first row of the data.
-      given: fields of `Columns` that the config names itself; they are not looked for. With a prompt or an answer of its
-        own, a row is taken to be in the simplest layout, `trl`, if it can be.
-      needs_answer: whether an answer is needed; if not, and no preset fits, one without its answer does.
+      given: fields of `Columns` that the config sets itself; the row need not have the preset's columns for them. If
+        they include the prompt or the answer, the simplest layout, `trl`, is preferred if it fits.
+      needs_answer: whether an answer is needed; if not, and no preset fits, a preset may fit without its answer.
 
     Raises:
-      UserError: naming the columns of the row, if none fits.
+      UserError: if no preset fits, naming the row's columns.
     """
     if {"prompt", "answer"} & {*given} and _fits(row, COLUMN_PRESETS["trl"], given):
         return "trl"
@@ -126,12 +129,12 @@ def find_preset(
     if solutions:
         wanted += f"{', and ' if wanted else ''}{solutions} if there are worked solutions"
     raise UserError(
-        f"{row.file}: the columns are {_listed(row)}, which fits no preset; set {wanted}"
+        f"{row.file}: the columns are {_listed(row)}, which fit no preset; set {wanted}"
     )
 
 
 def _usual_paths(field: str) -> set[str]:
-    """Returns the paths that presets have for a field, without those that are answers and solutions at once."""
+    """Returns the presets' paths for a field; for solutions, without the paths that also hold answers."""
     paths = {
         path.removesuffix("?")
         for preset in COLUMN_PRESETS.values()
@@ -141,18 +144,18 @@ def _usual_paths(field: str) -> set[str]:
 
 
 def _is_usual(row: Row, field: str) -> bool:
-    """Whether a row has a column that some preset has for a field."""
+    """Returns whether a row has a column that some preset uses for a field."""
     return bool(_usual_paths(field) & {*_paths(row.values)})
 
 
 def _option(row: Row, field: str) -> str:
-    """Returns the option of a field, with the column that it may be."""
+    """Returns a field's option, with a similarly named column if there is one."""
     close = _closest(row, sorted(_usual_paths(field)))
     return f"data.columns.{field}" + (f" (perhaps to {close})" if close else "")
 
 
 def _fits(row: Row, preset: Columns, given: Collection[str]) -> bool:
-    with contextlib.suppress(WrongValue):  # a text where the preset has an object
+    with contextlib.suppress(WrongValue):  # a string where the preset expects an object
         return all(
             path.endswith("?") or _is_present(row, path)
             for field in REQUIRED
@@ -163,10 +166,10 @@ def _fits(row: Row, preset: Columns, given: Collection[str]) -> bool:
 
 
 class Presence:
-    """Checks that every path is in some row of each file, so that a misspelled column is no row without a value."""
+    """Checks that every path is in some row of each file, so that a misspelled column is not read as missing."""
 
     def __init__(self, columns: Columns):
-        self._paths: dict[str, str] = {}  # each with the first field that names it
+        self._paths: dict[str, str] = {}  # each path with the first field that names it
         self._absent_optional: list[str] = []
         for field in FIELDS:
             for path in _paths_of(columns, field):
@@ -204,7 +207,7 @@ class Presence:
 
     @property
     def files(self) -> list[str]:
-        """The files of the rows."""
+        """The files that the rows come from."""
         return list(self._first)
 
 
@@ -213,10 +216,10 @@ def _absent_from(row: Row, paths: Sequence[str]) -> list[str]:
 
 
 def shown_path(path: str, absent: Collection[str]) -> str:
-    """Returns a path for the user.
+    """Returns a path as shown to the user.
 
     Args:
-      path: as in `Columns`; empty for none.
+      path: a path as in `Columns`; empty for none.
       absent: paths that no row has.
     """
     return "none" if not path or path in absent else path.removesuffix("?")
@@ -228,7 +231,7 @@ def _paths_of(columns: Columns, field: str) -> tuple[str, ...]:
 
 
 def _closest(row: Row, names: Sequence[str]) -> str | None:
-    """Returns the column of a row whose name resembles the first possible one of some names; None if none does."""
+    """Returns the row's column that resembles the earliest possible name; None if none does."""
     columns = {path.lower(): path for path in _paths(row.values)}
     for name in names:
         close = difflib.get_close_matches(name.lower(), columns, n=1, cutoff=0.75)
@@ -243,10 +246,10 @@ def _listed(row: Row) -> str:
 
 
 def parsed(value: Any, opening: str) -> Any:
-    """Returns what a JSON text holds that is an object (`{`) or a chat (`[`); any other value as it is."""
+    """Parses a JSON string that holds an object (`{`) or a chat (`[`); returns any other value unchanged."""
     if not (isinstance(value, str) and value.lstrip().startswith(opening)):
         return value
-    if len(value) > MAX_ROW_CHARS:  # Parsing it could take much more memory than the text.
+    if len(value) > MAX_ROW_CHARS:  # Parsing it could take much more memory than the string.
         return value
     try:
         found = json.loads(value)
@@ -257,18 +260,18 @@ def parsed(value: Any, opening: str) -> Any:
 
 
 def look_up(row: Row, path: str) -> Any:
-    """The value at a path; None if it is null or absent."""
+    """Returns the value at a path; None if it is null or absent."""
     value = _find(row.values, path.removesuffix("?"), path)
     return None if value is _ABSENT else value
 
 
 def _is_present(row: Row, path: str) -> bool:
-    """Whether a path is in a row, be it null; nothing is absent from a field that is null itself."""
+    """Returns whether a path is in a row, even as null; every path inside a null field counts as present."""
     return _find(row.values, path.removesuffix("?"), path) is not _ABSENT
 
 
 def _find(values: Any, name: str, path: str) -> Any:
-    """The value of a field of an object, whose name may itself contain dots; `_ABSENT` if there is none."""
+    """Returns the value of an object's field, whose name may contain dots; `_ABSENT` if there is none."""
     if values is None:
         return None
     values = parsed(values, "{")
@@ -287,7 +290,7 @@ def wrong_type(path: str, value: Any, wanted: str) -> WrongValue:
 
 
 def _paths(values: Mapping[str, Any]) -> list[str]:
-    """The first columns, those inside objects with their dots."""
+    """Returns the paths of a row's first columns, with dots for fields inside objects."""
     return list(islice(_all_paths(values, MAX_DEPTH), MAX_PATHS))
 
 
@@ -300,7 +303,7 @@ def _all_paths(values: Mapping[str, Any], max_depth: int) -> Iterator[str]:
 
 
 def messages_in(value: Any) -> tuple[Message, ...] | None:
-    """The chat messages, or None if the value is something else."""
+    """Returns the chat messages; None if the value is something else."""
     if not isinstance(value, list) or not value:
         return None
     messages = []

@@ -1,7 +1,7 @@
-"""What a run is about to train on: counts, lengths, and whether the graders agree with the expert solutions.
+"""Checks what a run is about to train on: counts, lengths, and whether the graders accept the expert solutions.
 
-Checked before anything is compiled, because mistakes in data are silent later: every reward is 0, or nothing is left
-to learn from.
+The checks run before anything is compiled, because mistakes in the data are silent later: every reward is 0, or
+nothing is left to learn from.
 """
 
 import dataclasses
@@ -31,12 +31,13 @@ from trapo_jax.rewards import (
 from trapo_jax.types import Problem
 
 MAX_UNUSABLE = 0.5  # share of the training problems that may be unusable
-MAX_LOST = 0.1  # share of the texts that a limit on lengths may drop or cut without a warning
+# Share of prompts or expert solutions that a length limit may drop or cut without a warning.
+MAX_LOST = 0.1
 MAX_SHOWN_CHARS = 1_500
 
 
 class Terminal(Protocol):
-    """Where a preflight is printed."""
+    """The output that a preflight is printed to."""
 
     def say(self, text: str) -> None: ...
 
@@ -48,11 +49,11 @@ class Preflight:
     """The result of `check_data`.
 
     Attributes:
-      counts: by split, what is shown in the table.
-      source: the template, and which columns hold what.
-      prompt: the first training prompt as the model gets it.
+      counts: the table's rows for each split, keyed by split and row name.
+      source: the template and the columns in use, for display.
+      prompt: the first training prompt as the model sees it.
       notes: why rows and experts were left out, one line each.
-      warnings: what is probably a mistake, one line each.
+      warnings: probable mistakes, one line each.
       errors: why the run would learn nothing, one line each.
     """
 
@@ -64,9 +65,9 @@ class Preflight:
     errors: list[str]
 
     def show(self, terminal: Terminal) -> None:
-        """Prints everything but the errors."""
+        """Prints everything except the errors."""
         header, rows = self.table()
-        terminal.table("problems (lengths: median / 95 % / longest)", header, rows)
+        terminal.table("problems (lengths: median / 95% / longest)", header, rows)
         for note in self.notes:
             terminal.say(note)
         terminal.say(self.source)
@@ -75,18 +76,18 @@ class Preflight:
             terminal.say(f"warning: {warning}")
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Returns header and rows: a column per split."""
+        """Returns the header and rows of a table with one column per split."""
         names = dict.fromkeys(name for counts in self.counts.values() for name in counts)
         rows = [[name, *(c.get(name, "") for c in self.counts.values())] for name in names]
         return ["", *self.counts], [row for row in rows if any(row[1:])]
 
     def summary(self) -> dict[str, Any]:
-        """Returns what is kept in data.json."""
+        """Returns the part that is saved in data.json."""
         return {"counts": self.counts, "notes": self.notes, "warnings": self.warnings}
 
 
 def show_text(title: str, text: str, terminal: Terminal) -> None:
-    """Prints a title and a text, indented, with its line breaks."""
+    """Prints a title and an indented text, keeping its line breaks."""
     more = " ..." if len(text) > MAX_SHOWN_CHARS else ""
     terminal.say(f"{title}:")
     for line in f"{text[:MAX_SHOWN_CHARS]}{more}".split("\n"):
@@ -99,13 +100,13 @@ def check_data(
     method: Method,
     grader: Grader,
 ) -> Preflight:
-    """Looks at the problems of a run.
+    """Checks the problems of a run.
 
     Args:
       data: the problems.
       config: the config of the run, with its lengths.
       method: the method of the run.
-      grader: judges the expert solutions as it will judge responses.
+      grader: the grader of the run, which judges expert solutions as it will judge responses.
     """
     train, decode = data.splits["train"], data.tokenizer.decode
     counts = {
@@ -119,7 +120,7 @@ def check_data(
         if experts:
             accepted = sum(grade.is_correct for grade in experts)
             counts["train"]["experts judged correct"] = f"{accepted} of {len(experts)}"
-        if not errors:  # Otherwise, failures may be due to them.
+        if not errors:  # Otherwise, failures may be due to these errors.
             _add_reward_checks(tried, config, method, warnings, errors)
     return Preflight(
         counts,
@@ -134,26 +135,26 @@ def check_data(
 def _add_reward_checks(
     tried: Sequence[Tried], config: Config, method: Method, warnings: list[str], errors: list[str]
 ) -> None:
-    """Appends what is wrong with reward functions, or with expert solutions that they do not judge correct."""
+    """Appends complaints about reward functions, and about expert solutions that they do not judge correct."""
     broken, fragile = check_functions(tried)
     (errors if method.needs_rewards else warnings).extend(broken)
     warnings.extend(fragile)
     complaint, is_serious = check_experts(tried, config)
     if complaint:
-        # A method that learns from both would be taught two different things.
+        # A method that learns from both would get conflicting signals.
         stops = is_serious and method.uses_experts and method.needs_rewards
         (errors if stops else warnings).append(complaint)
 
 
 def _notes(data: LoadedData) -> list[str]:
-    """Says why rows and experts were left out, and what else was noted about them."""
+    """Lists why rows and experts were left out, and other notes about them."""
     return [
         f"{name}: {verb}{count:,} {what}"
         for name, stages in data.reports.items()
         for stage in stages
         for verb, counts in (("dropped ", stage.dropped), ("", stage.notes))
         for what, count in counts.items()
-        if "without an expert" not in what  # The table has them.
+        if "without an expert" not in what  # The table shows them.
     ]
 
 
@@ -184,7 +185,8 @@ def _counts(
 ) -> dict[str, str]:
     experts = [len(e.token_ids) for p in problems for e in p.experts]
     counts = {
-        "rows read": f"{stages[0].num_read:,}" if len(stages) > 1 else "",  # else: held out
+        # Held-out splits read no rows.
+        "rows read": f"{stages[0].num_read:,}" if len(stages) > 1 else "",
         "problems": f"{len(problems):,}",
         f"prompt tokens (<= {config.data.max_prompt_length})": _lengths(
             [len(p.prompt_ids) for p in problems]
@@ -236,7 +238,7 @@ def _warnings(data: LoadedData, config: Config, method: Method) -> list[str]:
 
 
 def _warnings_of_lengths(data: LoadedData, config: Config) -> list[str]:
-    """Names the limits because of which more than `MAX_LOST` of the texts of a split are dropped or cut."""
+    """Warns of length limits that drop or cut more than `MAX_LOST` of a split's prompts or expert solutions."""
     warnings = []
     for name, (*_, encoded) in data.reports.items():
         num_read, notes = encoded.num_read, encoded.notes
@@ -262,14 +264,14 @@ def _warnings_of_lengths(data: LoadedData, config: Config) -> list[str]:
 
 
 def _count_of(counts: Mapping[str, int], start: str) -> int:
-    """Returns the number of what a report counts under texts with a given start."""
+    """Returns a report's total count under descriptions that start with `start`."""
     return sum(count for what, count in counts.items() if what.startswith(start))
 
 
 def _warnings_of_splits(data: LoadedData, config: Config) -> list[str]:
     warnings = []
     trained = {problem.prompt_text for problem in data.splits["train"]}
-    reason = "no problem with an answer"
+    reason = "no problem has an answer"
     if not config.rewards.functions:
         reason = "rewards.functions is not set"
     for name in ("validation", "test"):
@@ -278,7 +280,7 @@ def _warnings_of_splits(data: LoadedData, config: Config) -> list[str]:
             warnings.append(f"{name}: {reason}, so this split is not evaluated")
         if repeated := sum(problem.prompt_text in trained for problem in problems):
             warnings.append(
-                f"{name}: {repeated:,} of {len(problems):,} problems have the prompt of a training problem"
+                f"{name}: {repeated:,} of {len(problems):,} problems have the same prompt as a training problem"
             )
     return warnings
 
@@ -294,19 +296,19 @@ def _errors(data: LoadedData, config: Config, method: Method) -> list[str]:
     if method.needs_expert_loss:
         if not config.evaluation.every:
             errors.append(
-                f"evaluation.every=0: method.name={method.name} ends a stage by the validation loss, which is never "
-                "computed; give an interval"
+                f"evaluation.every=0: method.name={method.name} ends a stage based on the validation loss, which is never "
+                "computed; set an interval"
             )
         if not any(problem.experts for problem in data.splits["validation"]):
             errors.append(
-                f"method.name={method.name}: it ends a stage by the loss on expert solutions of the validation split, "
-                "which has none"
+                f"method.name={method.name}: it ends a stage based on the loss on the validation split's expert "
+                "solutions, but there are none"
             )
     if config.rewards.functions[:1] == ("multiple_choice",):
         not_letters = [p.answer for p in train if p.answer and extract_choice(p.answer) is None]
         if len(not_letters) > MAX_UNUSABLE * len(train):
             errors.append(
-                f"rewards.functions=['multiple_choice']: {len(not_letters):,} of {len(train):,} answers are not one letter "
+                f"rewards.functions=['multiple_choice']: {len(not_letters):,} of {len(train):,} answers are not a single letter "
                 f"A-J, for example {not_letters[0][:60]!r}; set data.columns.answer, or choose another reward function"
             )
     unknown = data.tokenizer.unk_token_id
@@ -314,7 +316,7 @@ def _errors(data: LoadedData, config: Config, method: Method) -> list[str]:
     if unknown is not None and num_unknown > MAX_UNUSABLE * len(train):
         errors.append(
             f"model.path: its tokenizer has no tokens for parts of {num_unknown:,} of {len(train):,} training prompts, "
-            f"which become {data.tokenizer.unk_token}; choose a model for this data"
+            f"which become {data.tokenizer.unk_token}; choose a model suited to this data"
         )
     (*_, encoded) = data.reports.get("train", [DataReport(0, 0, {}, {})])
     num_overlong = _count_of(encoded.dropped, PROMPT_TOO_LONG)
@@ -326,7 +328,7 @@ def _errors(data: LoadedData, config: Config, method: Method) -> list[str]:
     if len(train) < config.train.problems_per_step:
         errors.append(
             f"train.problems_per_step={config.train.problems_per_step}: more than the {len(train)} training problems, so "
-            "that a batch would repeat problems; lower it"
+            "a batch would repeat problems; lower it"
         )
     return errors
 
@@ -336,7 +338,7 @@ def _solutions_hint(data: LoadedData, config: Config, method: Method) -> str:
         EXPERTS_TOO_LONG in what for stage in data.reports.get("train", []) for what in stage.notes
     ):
         limit = config.data.max_expert_length
-        hint = f"those of the data are longer than data.max_expert_length={limit}; raise it"
+        hint = f"the solutions in the data are longer than data.max_expert_length={limit}; raise it"
     else:
         columns = data.columns
         where = f" (now {_shown_paths(columns.solutions, data)})" if columns else ""

@@ -1,4 +1,4 @@
-"""Examples to problems (tokens), and problems to batches."""
+"""Encodes examples as problems (token ids), and batches problems."""
 
 import hashlib
 import json
@@ -21,13 +21,13 @@ from trapo_jax.types import Expert, Problem, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PLAIN_TEXT = Template()  # the text as it stands
-EXTRA_PROBLEMS_STREAM = 1  # a stream of random numbers of its own, beside the order of the batches
-# How reasons and notes of a report start.
+PLAIN_TEXT = Template()  # leaves the text unchanged
+EXTRA_PROBLEMS_STREAM = 1  # a random number stream independent of the batch order
+# Prefixes of a report's reasons and notes.
 PROMPT_TOO_LONG, PROMPTS_CUT = "with a prompt over", "prompts cut to"
 EXPERTS_TOO_LONG = "experts left out: over"
-MAX_TOKEN_CHARS = 64  # Texts have 3 to 5 characters per token.
-_CHUNK_SIZE = 256  # at once; the tokenizer runs them on all cores
+MAX_TOKEN_CHARS = 64  # Text usually has 3 to 5 characters per token.
+_CHUNK_SIZE = 256  # examples encoded at once; the tokenizer uses all cores
 
 
 def encode_examples(
@@ -40,38 +40,37 @@ def encode_examples(
     max_expert_length: int | None = None,
     name: str = "data",
 ) -> tuple[list[Problem], DataReport]:
-    """Renders and tokenises examples; each expert solution gets EOS.
+    """Renders and tokenizes examples, and appends EOS to each expert solution.
 
-    Examples with the same prompt and answer become one problem with the experts of all. BOS comes first where
-    the tokenizer puts it and the text does not have it. A tokenizer's own chat template decides this itself, as in
-    `apply_chat_template`. A text with more than `MAX_TOKEN_CHARS` characters for each token that it may have is too
-    long, whatever its tokens are.
+    Examples with the same prompt and answer become one problem with all of their experts. BOS is prepended if the
+    tokenizer adds it and the text does not start with it. A tokenizer's own chat template decides this itself, as in
+    `apply_chat_template`. Text with more than `MAX_TOKEN_CHARS` characters per allowed token counts as too long without
+    being encoded.
 
     Args:
       examples: raw examples.
-      tokenizer: the policy's, with an EOS token; an `Encoder` if several data sets are encoded.
-      template: from `make_template`; the text as it stands unless given.
+      tokenizer: the policy's tokenizer, with an EOS token; an `Encoder` if several datasets are encoded.
+      template: a template from `make_template`; by default, text is left unchanged.
       max_prompt_length: longest prompt, in tokens, template included.
-      overlong_prompts: "drop" the example, "truncate" to the last tokens (BOS is kept), or "error".
-      max_expert_length: longest expert solution in tokens, EOS included; a longer one is dropped, its problem
-        stays. None for no limit.
-      name: the option that selects the examples, for errors.
+      overlong_prompts: "drop" drops the example, "truncate" keeps the last tokens (and BOS), "error" raises.
+      max_expert_length: longest expert solution, in tokens, EOS included; a longer one is dropped, but its problem is
+        kept. None for no limit.
+      name: the option that selects the examples, for error messages.
 
     Returns:
-      The problems in the order of the examples, and the counts.
+      The problems in the order of the examples, and a report.
 
     Raises:
-      UserError: for a prompt that is too long under "error" or that the template refuses; if the tokenizer fails; with
-        the counts, if no problem is left.
+      UserError: if a prompt is too long under "error", if the template rejects a prompt, if the tokenizer fails, or if
+        no problem is left (with the counts).
     """
     merged, num_read = _merge_duplicates(examples)
     dropped, notes = Counter[str](), Counter[str]()
     if num_read > len(merged):
-        dropped["joined to an equal problem"] = num_read - len(merged)
+        dropped["merged into an identical problem"] = num_read - len(merged)
     problems: list[Problem] = []
-    longest = num_chars = (
-        0  # of prompts, in tokens; of those that have too many characters to be encoded
-    )
+    # Length of the longest prompt: in tokens, and in characters if it has too many to be encoded.
+    longest = num_chars = 0
     rendered = template.render_all([example.prompt for example in merged])
     with as_encoder(tokenizer) as encoder:
         for start in range(0, len(merged), _CHUNK_SIZE):
@@ -94,7 +93,7 @@ def encode_examples(
                     ids = _encode_end(text, encoder, template, max_prompt_length)
                     text = encoder.decode(ids)
                 if not ids:
-                    dropped["with a prompt without tokens"] += 1
+                    dropped["with a prompt that has no tokens"] += 1
                     continue
                 experts = [_make_expert(i, encoder, max_expert_length, notes) for i in of_example]
                 problems.append(
@@ -123,9 +122,9 @@ def encode_examples(
 def hold_out(
     examples: Sequence[Example], size: int, *, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Takes `size` examples out at random: the rest and what was taken, each in its order.
+    """Holds out the examples of `size` random prompts; returns the rest and the held-out ones, each in order.
 
-    Examples with the same prompt stay together, so that the parts are disjoint by prompt.
+    Examples with the same prompt stay together, so that the two parts share no prompts.
 
     Raises:
       UserError: if nothing would be left.
@@ -133,7 +132,7 @@ def hold_out(
     prompts = list(dict.fromkeys(example.prompt for example in examples))
     if len(prompts) <= size:
         raise UserError(
-            f"data: {size} problems cannot be held out of {len(prompts)}; give data.validation_files and "
+            f"data: {size} problems cannot be held out of {len(prompts)}; set data.validation_files and "
             "data.test_files, or lower data.num_validation and data.num_test (0 for none)"
         )
     taken = set(random.Random(seed).sample(range(len(prompts)), size))
@@ -145,18 +144,18 @@ def hold_out(
 
 
 def problem_batches(problems: Sequence[Problem], *, batch_size: int, seed: int) -> Any:
-    """An endless, randomly accessible sequence: `batches[step]` is the list of step's problems.
+    """Returns an endless, randomly accessible sequence: `batches[step]` is the list of the step's problems.
 
-    Every epoch is a new permutation; what its last batch would leave incomplete is left out, so
-    that no batch holds a problem twice. Because a step number determines its batch, the position
+    Every epoch is a new permutation, and an incomplete last batch is dropped, so that no batch
+    contains a problem twice. Because a step number determines its batch, the position
     in the data is the step, and resuming needs no iterator state.
 
     Raises:
-      UserError: if there are fewer problems than a batch holds.
+      UserError: if there are fewer problems than fit in a batch.
     """
     if len(problems) < batch_size:
         raise UserError(
-            f"train.problems_per_step={batch_size}: more than the {len(problems)} training problems, so that a batch would "
+            f"train.problems_per_step={batch_size}: more than the {len(problems)} training problems, so a batch would "
             "repeat problems; lower it"
         )
     dataset = grain.MapDataset.source(list(problems)).seed(seed).shuffle()
@@ -166,12 +165,12 @@ def problem_batches(problems: Sequence[Problem], *, batch_size: int, seed: int) 
 def draw_problems(
     problems: Sequence[Problem], *, count: int, seed: int, step: int
 ) -> list[Problem]:
-    """`count` problems with experts for a step, beside its batch: endless permutations, cut into pieces.
+    """Draws `count` problems with experts for a step, in addition to its batch, from endless permutations.
 
-    A step number determines its problems. One comes twice only when all have come as often.
+    The step number determines the problems. No problem is repeated before all others have been drawn as often.
 
     Raises:
-      UserError: if no problem has an expert, but some are asked for.
+      UserError: if problems are requested, but none has an expert.
     """
     with_expert = [problem for problem in problems if problem.experts] if count else []
     if count and not with_expert:
@@ -188,7 +187,7 @@ def draw_problems(
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:
-    """SHA-256 over everything of the problems that training sees, in order."""
+    """Returns the SHA-256 hash of everything that training sees of the problems, in order."""
     digest = hashlib.sha256()
     for problem in problems:
         experts = [expert.token_ids for expert in problem.experts]
@@ -200,7 +199,7 @@ def fingerprint(problems: Sequence[Problem]) -> str:
 def _encode_prompts(
     texts: Sequence[str], encoder: Encoder, template: Template, max_length: int
 ) -> list[tuple[int, ...] | None]:
-    """Returns the token ids of prompts; None for one with too many characters to have at most `max_length` tokens."""
+    """Returns the token ids of prompts; None for a prompt with too many characters for `max_length` tokens."""
     is_short = [len(text) <= MAX_TOKEN_CHARS * max_length for text in texts]
     encoded = iter(encoder.encode(list(compress(texts, is_short))))
     prompts = [next(encoded) if short else None for short in is_short]
@@ -223,7 +222,7 @@ def _encode_end(
 def _encode_solutions(
     examples: Sequence[Example], encoder: Encoder, max_length: int | None
 ) -> list[list[tuple[int, ...] | None]]:
-    """Returns the token ids of each example's solutions; None for one with too many characters."""
+    """Returns the token ids of each example's solutions; None for a solution with too many characters."""
     max_chars = math.inf if max_length is None else MAX_TOKEN_CHARS * max_length
     short = [text for example in examples for text in example.solutions if len(text) <= max_chars]
     encoded = iter(encoder.encode(short))
@@ -236,12 +235,12 @@ def _encode_solutions(
 def _make_expert(
     ids: tuple[int, ...] | None, encoder: Encoder, max_length: int | None, notes: Counter[str]
 ) -> Expert | None:
-    """Returns an expert solution, or None if it is left out; notes what was done."""
+    """Returns an expert solution; None, with the reason counted in `notes`, if it is left out."""
     if ids is not None:
-        while ids and ids[-1] == encoder.eos_id:  # spelled out in the data
+        while ids and ids[-1] == encoder.eos_id:  # EOS written out in the data
             ids = ids[:-1]
         if not ids or encoder.eos_id in ids:
-            notes["experts left out: nothing, or EOS inside"] += 1
+            notes["experts left out: empty, or with EOS inside"] += 1
             return None
         ids = (*ids, encoder.eos_id)
     if ids is None or (max_length is not None and len(ids) > max_length):
@@ -251,7 +250,7 @@ def _make_expert(
 
 
 def _merge_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]:
-    """Examples of distinct ids, each with the experts of all that share its id; how many were read."""
+    """Merges the experts of examples that share an id; returns the merged examples and the number read."""
     merged: dict[str, Example] = {}
     num_read = 0
     for example in examples:
@@ -271,7 +270,7 @@ def _overlong_prompt(text: str, ids: tuple[int, ...] | None, limit: int) -> User
 
 
 def _content_id(example: Example) -> str:
-    """From prompt and answer; text and the single user message of the same text are one prompt."""
+    """Returns an id for prompt and answer; plain text and a single user message with the same text get the same id."""
     prompt = example.prompt
     if not isinstance(prompt, str) and len(prompt) == 1 and prompt[0].role == "user":
         prompt = prompt[0].content

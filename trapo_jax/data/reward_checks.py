@@ -1,4 +1,4 @@
-"""Whether the reward functions of a run work, and judge its expert solutions correct."""
+"""Checks that a run's reward functions work and judge its expert solutions correct."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,18 +11,18 @@ from trapo_jax.types import Grade, Problem
 MAX_GRADED_EXPERTS = 200
 MAX_PROBED_SOURCES = 20
 MIN_ACCEPTED = 0.5  # share of the expert solutions that must be judged correct
-EXPERT, ANSWER, EMPTY = "expert solutions", "gold answers alone", "empty responses"
+EXPERT, ANSWER, EMPTY = "expert solutions", "bare gold answers", "empty responses"
 
 
 class Tried(NamedTuple):
-    """The grade of a response that was not sampled.
+    """The grade of a response that was not sampled from the policy.
 
     Attributes:
       kind: EXPERT, ANSWER or EMPTY.
-      problem: its problem.
+      problem: the problem that the response answers.
       text: the response.
-      grade: its grade.
-      is_cut: whether it is the beginning of a longer expert solution.
+      grade: the response's grade.
+      is_cut: whether the response is a truncated expert solution.
     """
 
     kind: str
@@ -41,14 +41,14 @@ def try_rewards(
 ) -> list[Tried]:
     """Grades expert solutions, gold answers and empty responses, as samples will be graded later.
 
-    The expert solutions are those of problems with an answer, at most `MAX_GRADED_EXPERTS`, evenly spread. The others
-    are for the first problem of each source.
+    The expert solutions are at most `MAX_GRADED_EXPERTS`, evenly spaced, from problems with an answer. The other
+    responses are graded for the first problem of each source.
 
     Args:
       problems: training problems.
       grader: the grader of the run.
       decode: converts token ids to text.
-      max_len: number of tokens of a solution that are trained.
+      max_len: maximum number of a solution's tokens that are trained on.
     """
     problems = [problem for problem in problems if problem.answer]
     experts = [(problem, expert.token_ids) for problem in problems for expert in problem.experts]
@@ -60,7 +60,7 @@ def try_rewards(
         *((ANSWER, p, text, False) for p in some for text in _answers_alone(p)),
         *((EMPTY, p, "", False) for p in some),
     ]
-    with grader.without_warnings():  # They are part of the preflight.
+    with grader.without_warnings():  # The preflight reports them.
         futures = [grader.submit(text, problem) for _, problem, text, _ in responses]
         grades = [future.result() for future in futures]
     return [
@@ -74,10 +74,10 @@ def _answers_alone(problem: Problem) -> tuple[str, str]:
 
 
 def check_functions(tried: Sequence[Tried]) -> tuple[list[str], list[str]]:
-    """Returns errors and warnings about reward functions that fail, at most one line for each function.
+    """Returns errors and warnings about reward functions that fail, at most one line per function.
 
-    It is an error if a function returns something else than a reward, or fails on most expert solutions, or on every
-    other response if there are none.
+    It is an error if a function returns something other than a reward, or fails on most expert solutions or, if there
+    are none, on all other responses.
     """
     errors, warnings = [], []
     for name in dict.fromkeys(name for t in tried for name in t.grade.judgments):
@@ -98,7 +98,7 @@ def check_functions(tried: Sequence[Tried]) -> tuple[list[str], list[str]]:
 
 
 def _count(failed: Sequence[Tried], tried: Sequence[Tried]) -> str:
-    """Returns how many responses of each kind failed."""
+    """Formats the number of failed responses of each kind."""
     counts, totals = (Counter(t.kind for t in of) for of in (failed, tried))
     return ", ".join(f"{count} of {totals[kind]} {kind}" for kind, count in counts.items())
 
@@ -111,9 +111,9 @@ def _fails_mostly(failed: Sequence[Tried], tried: Sequence[Tried]) -> bool:
 
 
 def check_experts(tried: Sequence[Tried], config: Config) -> tuple[str, bool]:
-    """Says what is wrong with expert solutions that are not judged correct; and whether those are too many.
+    """Returns a complaint about expert solutions not judged correct, and whether there are too many of them.
 
-    The text is empty if all are judged correct, or `check_functions` says why the others are not.
+    The complaint is empty if all are judged correct, or if `check_functions` explains all failures.
     """
     experts = [t for t in tried if t.kind == EXPERT]
     wrong = [t for t in experts if not t.grade.is_correct]
@@ -132,7 +132,7 @@ def _why_wrong(wrong: Sequence[Tried], experts: Sequence[Tried], config: Config)
     if sum(t.is_cut for t in wrong) <= len(wrong) / 2:
         return f"; {_explain_wrong(wrong[0], config.rewards.functions[0])}"
     way_out = "raise it"
-    if num_cut <= len(experts) / 2:  # Otherwise, hardly any would be left.
+    if num_cut <= len(experts) / 2:  # Otherwise, hardly any solutions would be left.
         way_out += f", or leave them out with data.max_expert_length={limit}"
     which = "all" if num_cut == len(experts) else f"{num_cut}"
     return f", because {which} are cut at sampling.max_completion_length={limit}; {way_out}"
@@ -148,14 +148,10 @@ def _explain_wrong(tried: Tried, function: str) -> str:
             "data.columns.solutions"
         )
     if len(problem.experts) > 1:
-        way_out = (
-            "a list of solutions holds complete alternatives, so join a list of steps into one text"
-        )
+        way_out = "a list of solutions holds complete alternatives, so join a list of steps into one string"
     elif ":" in function:
         way_out = "check data.columns.answer and data.columns.solutions, and test the function on a few of your rows"
     else:
         way_out = "end solutions with the answer in \\boxed{}, or choose another reward function"
     ending = tried.text.strip()[-60:]
-    return (
-        f"in the first wrong one, which ends {ending!r}, no answer was found ({answer}); {way_out}"
-    )
+    return f"in the first wrong one, which ends with {ending!r}, no answer was found ({answer}); {way_out}"

@@ -1,8 +1,9 @@
-"""Rows from local files and from the Hugging Face Hub.
+"""Reads rows from local files and from the Hugging Face Hub.
 
-Local files are read in place, a piece at a time, and leave no cache behind: Parquet and Arrow by pyarrow, in a process
-of its own, and JSON and CSV by line, so that a mistake has a line number. All values of CSV files are texts. Folders
-made by `save_to_disk` and Hub datasets go through `datasets` (Hub files into its usual cache; see `hub_datasets`).
+Local files are read in place, a piece at a time, and leave no cache behind: Parquet and Arrow by pyarrow, in a
+separate process, and JSON and CSV by line, so that errors have line numbers. All values in CSV files are strings.
+Folders written by `save_to_disk` and Hub datasets are read by `datasets`, which keeps Hub files in its usual cache (see
+`hub_datasets`).
 """
 
 import json
@@ -23,7 +24,7 @@ from trapo_jax.paths import USE_LFS, did_you_mean, is_lfs_pointer, working_direc
 from trapo_jax.sandbox import child_environment
 from trapo_jax.types import UserError
 
-MAX_ROWS = 2_000_000  # of an entry, unless the number is given
+MAX_ROWS = 2_000_000  # Maximum number of rows per entry, unless a limit is set.
 TEXT_READERS = {
     ".jsonl": read_json_rows,
     ".json": read_json_rows,
@@ -32,9 +33,9 @@ TEXT_READERS = {
 }
 FORMATS = (".parquet", *TEXT_READERS, ".arrow")
 TABLE_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("table_worker.py")))
-TABLE_SECS = 60  # of CPU for a few hundred rows
+TABLE_SECS = 60  # CPU seconds for a few hundred rows.
 TABLE_MEMORY_BYTES = 5 * 2**28
-# What pyarrow and datasets raise on a damaged or absent file; ArrowInvalid is a ValueError.
+# Raised by pyarrow and datasets for a damaged or missing file; ArrowInvalid is a ValueError.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 
 
@@ -42,9 +43,9 @@ class Row(NamedTuple):
     """One row of the data.
 
     Attributes:
-      file: the file or Hub id it comes from.
-      number: 1 for its first row; in a JSONL or CSV file the line.
-      values: by column.
+      file: file or Hub id that the row comes from.
+      number: position in the file, from 1; the line number in a JSONL or CSV file.
+      values: the row's values, keyed by column.
     """
 
     file: str
@@ -55,21 +56,21 @@ class Row(NamedTuple):
 def read_rows(
     data: Sequence[str], *, split: str = "train", limit: int | None = None
 ) -> Iterator[Row]:
-    """Yields the rows of all of `data`, in order.
+    """Yields the rows of all entries of `data`, in order.
 
     Args:
       data: files (`.parquet`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.arrow`), globs of such files, folders written by
         `save_to_disk`, and Hub ids (`owner/name@revision:config`, where the revision and the config are optional). A
-        folder or Hub id may end with `#split`. An entry that exists as a path is a path.
+        folder or Hub id may end with `#split`. An entry that exists as a path is read as one.
       split: the split of folders and Hub ids that do not name one; files have no splits.
-      limit: number of rows to read of each entry; None for all, which must not be more than `MAX_ROWS`.
+      limit: number of rows to read from each entry; None for all, at most `MAX_ROWS`.
 
     Raises:
-      UserError: naming the file, and the line where there is one: nothing there, no permission, empty,
-        damaged, not UTF-8, a Git-LFS pointer, an unknown format; a dataset that is neither in a cache nor on the Hub.
+      UserError: for a file that is missing, unreadable, empty, damaged, not UTF-8, a Git LFS pointer, or in an unknown
+        format, naming the file and, if possible, the line; or for a dataset that is neither in a cache nor on the Hub.
     """
     if not data:
-        raise UserError("no data: give files, folders or Hub ids")
+        raise UserError("no data: specify files, folders or Hub ids")
     located = [_locate(entry, split) for entry in data]
     for locations in located:
         yield from islice(_rows(locations, MAX_ROWS if limit is None else None), limit)
@@ -88,7 +89,7 @@ def _rows(
                 raise _too_many_rows(location, "the number of rows is ")
             yield Row(str(location), number, values)
         if number == 0:
-            raise UserError(f"{location}: holds no rows")
+            raise UserError(f"{location}: contains no rows")
 
 
 def _locate(entry: str, split: str) -> list[tuple[Path | HubDataset, str]]:
@@ -99,7 +100,7 @@ def _locate(entry: str, split: str) -> list[tuple[Path | HubDataset, str]]:
     if any(character in entry for character in "*?["):
         if matches := sorted(glob(str(path), recursive=True)):
             return [(Path(match), split) for match in matches]
-        raise UserError(f"{entry}: no file here matches, or its folder may not be read")
+        raise UserError(f"{entry}: no file matches, or its folder is not readable")
     name, _, named_split = entry.rpartition("#")
     if name and named_split:
         path = Path(name).expanduser()
@@ -143,11 +144,13 @@ def _read(
 
 
 def _suffix(path: Path) -> str:
-    """Returns the suffix of a file in a known format; says first what is plainly wrong with the file."""
+    """Returns the suffix of a file, after checking that the file is regular, not empty, and in a known format."""
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         known = ", ".join(FORMATS)
-        raise UserError(f"{path}: format {path.suffix or 'without suffix'!r} unknown; have {known}")
+        raise UserError(
+            f"{path}: unknown format ({path.suffix or 'no suffix'}); choose from {known}"
+        )
     check_regular(path)
     if not path.stat().st_size:
         raise UserError(f"{path}: empty file")
@@ -157,7 +160,7 @@ def _suffix(path: Path) -> str:
 
 
 def _table_rows(path: Path, max_rows: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Reads a Parquet or Arrow file in a process with limits; see `table_worker.py`."""
+    """Reads a Parquet or Arrow file in a process with limits on time and memory; see `table_worker.py`."""
     worker = subprocess.Popen(
         [
             *TABLE_WORKER,
@@ -175,16 +178,16 @@ def _table_rows(path: Path, max_rows: int | None) -> Iterator[tuple[int, dict[st
     try:
         for number, line in split_lines(worker.stdout, f"{path}, row"):
             values = json.loads(line)
-            if isinstance(values, str):  # why it cannot read on
+            if isinstance(values, str):  # why the worker cannot continue
                 raise OSError(values)
             if isinstance(values, int):
                 raise _too_many_rows(path, f"{values:,} rows, ")
             yield number, values
         code = worker.wait()
         if code == -signal.SIGPROF:
-            raise OSError(f"a few hundred rows take more than {TABLE_SECS} s")
+            raise OSError(f"reading a few hundred rows takes more than {TABLE_SECS} s")
         if code:
-            raise OSError(f"its reader ended with exit code {code}")
+            raise OSError(f"its reader exited with code {code}")
     finally:
         worker.kill()
         worker.stdout.close()
@@ -195,7 +198,7 @@ def _folder_rows(folder: Path, split: str, max_rows: int | None) -> Iterator[Any
     names = os.listdir(folder)
     if "dataset_dict.json" not in names and "state.json" not in names:
         raise UserError(
-            f"{folder}: a folder, but not one made by save_to_disk; give its files, for example "
+            f"{folder}: a folder, but not one written by save_to_disk; specify its files, for example "
             f"{folder}/*.parquet"
         )
     for path in (*folder.glob("*"), *folder.glob("*/*")):

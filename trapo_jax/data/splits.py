@@ -1,4 +1,4 @@
-"""From the config's `data` section to training, validation and test problems, and what was dropped on the way."""
+"""Loads training, validation and test problems from the config's `data` section, and reports what was dropped."""
 
 import dataclasses
 import re
@@ -38,14 +38,14 @@ Splits = dict[str, list[Example]]
 Reports = dict[str, list[DataReport]]
 C = TypeVar("C", Config, EvaluateConfig)
 
-# Limits on lengths that are left to the data.
+# Limits on the lengths that the config leaves to the data.
 MAX_PROMPT_LENGTH = 1024
 MIN_COMPLETION_LENGTH, MAX_COMPLETION_LENGTH = 256, 4096
 COMPLETION_LENGTH_WITHOUT_EXPERTS = 1024
 EVALUATED_COMPLETION_LENGTH = 2048
 ROOM_BEYOND_EXPERT = 1.25
 LENGTH_MULTIPLE = 16
-# One of so many problems is held out of the training data by default, and at most this number.
+# By default, one in HELD_OUT_DIVISOR problems is held out of the training data, but at most MAX_HELD_OUT.
 HELD_OUT_DIVISOR, MAX_HELD_OUT = 10, 128
 
 
@@ -54,11 +54,11 @@ class LoadedData:
     """The problems of a run.
 
     Attributes:
-      splits: the problems of each split. Validation and test may be empty if no problem has an answer, or there is no
-        reward function.
-      template: how prompts were rendered.
-      reports: what was read, dropped and noted, by split and stage.
-      columns: where the rows of files hold what; None for generated problems.
+      splits: the problems of each split. Validation and test may be empty if no problem has an answer, or if there is
+        no reward function.
+      template: the template that rendered the prompts.
+      reports: counts of what was read, dropped and noted at each stage, keyed by split.
+      columns: the columns read from files; None for generated problems.
       tokenizer: the policy's tokenizer.
     """
 
@@ -66,7 +66,7 @@ class LoadedData:
     template: Template
     reports: Reports
     columns: Columns | None
-    tokenizer: Any  # PreTrainedTokenizerFast, whose annotations do not fit its use
+    tokenizer: Any  # PreTrainedTokenizerFast, whose annotations do not match its use
 
     def summary(self) -> dict[str, Any]:
         """Returns the contents of data.json."""
@@ -80,12 +80,12 @@ class LoadedData:
         }
 
     def fit(self, config: C, *, context_len: int | None, completion: int) -> C:
-        """Returns a config with lengths for this data in place of those that are null.
+        """Returns the config with its null lengths replaced by lengths for this data.
 
         Args:
           config: the config of a run or an evaluation.
-          context_len: number of positions of the model; None if it is unlimited.
-          completion: maximum completion length if the config has none and the context leaves room for it.
+          context_len: the model's number of positions; None if unlimited.
+          completion: maximum completion length if the config sets none and the context leaves room for it.
 
         Raises:
           UserError: if prompt and completion together exceed the context.
@@ -120,16 +120,16 @@ def load_data(
 
     Args:
       config: the config of the run.
-      method: its method, which decides what part of an expert's text is trained, and whether training problems need an
-        answer. Validation and test problems always do, and a reward function.
+      method: the run's method, which decides which part of an expert's text is trained on, and whether training
+        problems need an answer. Validation and test problems always need an answer and a reward function.
       tokenizer: the policy's tokenizer.
-      context_len: number of positions of the model; None if it is unlimited.
+      context_len: the model's number of positions; None if unlimited.
 
     Returns:
       The problems, and the config with its lengths; see `LoadedData.fit`.
 
     Raises:
-      UserError: for data that cannot be read, or of which nothing is usable.
+      UserError: if the data cannot be read, or if none of it is usable.
     """
     examples, reports, columns = read_splits(
         config.data, method.expert_part, needs_answer=method.needs_rewards
@@ -139,7 +139,7 @@ def load_data(
     with Encoder(tokenizer) as encoder:
         for name, split in examples.items():
             if name != "train":
-                # An example that cannot be graded is held out all the same; see `_hold_out`.
+                # Examples that cannot be graded are held out too; see `_hold_out`.
                 can_grade = bool(config.rewards.functions)
                 split = [example for example in split if example.answer and can_grade]
             splits[name], report = encode(config.data, name, split, encoder, template)
@@ -156,9 +156,9 @@ def load_data(
 def load_test_data(
     config: EvaluateConfig, tokenizer: "PreTrainedTokenizerFast", *, context_len: int | None
 ) -> tuple[LoadedData, EvaluateConfig]:
-    """Loads the test problems: of `data.test_files`, or those that a training run holds out.
+    """Loads the test problems from `data.test_files` or, if there are none, those that a training run holds out.
 
-    The arguments, results and errors are those of `load_data`.
+    The arguments, results and errors are the same as for `load_data`.
     """
     if config.data.test_files:
         examples, reports, columns = _read_test_files(config.data)
@@ -170,7 +170,7 @@ def load_test_data(
     with Encoder(tokenizer) as encoder:
         problems, report = encode(config.data, "test", without_solutions, encoder, template)
     if not problems:
-        raise UserError("data.num_test=0: there are no test problems; give data.test_files")
+        raise UserError("data.num_test=0: there are no test problems; set data.test_files")
     reports = [*reports, dataclasses.replace(report, notes={})]
     data = LoadedData({"test": problems}, template, {"test": reports}, columns, tokenizer)
     return data, data.fit(config, context_len=context_len, completion=EVALUATED_COMPLETION_LENGTH)
@@ -179,7 +179,7 @@ def load_test_data(
 def template_for(
     config: DataConfig, examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast"
 ) -> Template:
-    """Returns the template of a config; "auto" is the tokenizer's own, or else depends on the prompts."""
+    """Returns a config's template; "auto" is the tokenizer's own or, without one, depends on the prompts."""
     kind = config.template
     if kind == "auto":
         is_text = all(isinstance(example.prompt, str) for example in examples)
@@ -212,7 +212,7 @@ def encode(
         name=_option_of(config, split),
     )
     if num := count_special_tokens(examples, encoder.tokenizer):
-        notes = {**report.notes, "prompts that spell a special token of the tokenizer": num}
+        notes = {**report.notes, "prompts that contain one of the tokenizer's special tokens": num}
         report = dataclasses.replace(report, notes=notes)
     return problems, report
 
@@ -226,7 +226,7 @@ def _option_of(config: DataConfig, split: str) -> str:
 
 
 def count_special_tokens(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast") -> int:
-    """Returns the number of examples whose own text contains a special token, which the tokenizer would honor."""
+    """Returns the number of examples whose own text contains a special token that the tokenizer would honor."""
     tokens = sorted(filter(None, special_tokens(tokenizer)), key=len, reverse=True)
     if not tokens:
         return 0
@@ -241,7 +241,7 @@ def count_special_tokens(examples: Sequence[Example], tokenizer: "PreTrainedToke
 def read_splits(
     config: DataConfig, expert_part: ExpertPart = "thought", *, needs_answer: bool = True
 ) -> tuple[Splits, Reports, Columns | None]:
-    """Returns the raw examples of every split; and of files, what became of their rows, and their columns."""
+    """Returns the raw examples of every split and, for files, the reports on their rows and their columns."""
     if config.source == "files":
         return _from_files(config, expert_part, needs_answer)
     sizes = {
@@ -261,7 +261,7 @@ def read_splits(
 def _from_files(
     config: DataConfig, expert_part: ExpertPart, needs_answer: bool
 ) -> tuple[Splits, Reports, Columns]:
-    """From files or the Hub; a split without files of its own is held out of the training data."""
+    """Reads splits from files or the Hub; a split without its own files is held out of the training data."""
     columns: Columns | None = None
     splits: Splits = {}
     reports: Reports = {}
@@ -273,7 +273,7 @@ def _from_files(
         if files:
             rows = _read(config, files, name)
             of_split, rows = _columns_of(config, rows, needs_answer=needs_answer)
-            columns = columns or of_split  # those of the training data are shown
+            columns = columns or of_split  # The training data's columns are shown.
             splits[name], report = examples_from_rows(
                 rows, of_split, expert_part=expert_part, needs_answer=needs_answer
             )
@@ -285,7 +285,7 @@ def _from_files(
 
 
 def _held_out_sizes(config: DataConfig, splits: Splits) -> dict[str, int]:
-    """Returns how many prompts are held out of the training data for each split without files of its own.
+    """Returns the number of prompts to hold out of the training data for each split without its own files.
 
     Raises:
       UserError: if no prompt with an answer would be left for training.
@@ -298,8 +298,8 @@ def _held_out_sizes(config: DataConfig, splits: Splits) -> dict[str, int]:
     if answered and sum(sizes.values()) >= num_prompts:
         wanted = " and ".join(f"data.num_{name}={size}" for name, size in sizes.items() if size)
         raise UserError(
-            f"data.train_files: the {len(answered)} rows with an answer have {num_prompts} different prompts, too few to "
-            f"hold out {wanted}; give files of their own, or lower these numbers (0 for none)"
+            f"data.train_files: the {len(answered)} rows with an answer have {num_prompts} distinct prompts, too few to "
+            f"hold out {wanted}; specify separate files for them, or lower these numbers (0 for none)"
         )
     return sizes
 
@@ -307,10 +307,10 @@ def _held_out_sizes(config: DataConfig, splits: Splits) -> dict[str, int]:
 def _hold_out(
     examples: Sequence[Example], size: int, *, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Takes examples with an answer out at random; see `hold_out`.
+    """Holds out random examples with an answer; see `hold_out`.
 
-    Which ones does not depend on the examples without an answer, so that `evaluate` finds the same ones whether or not
-    training dropped the others.
+    The choice does not depend on the examples without an answer, so that `evaluate` holds out the same examples whether
+    or not training dropped the others.
     """
     answered = [example for example in examples if example.answer]
     if size == 0 or not answered:
@@ -345,11 +345,11 @@ def _read(config: DataConfig, files: Sequence[str], split: str) -> Iterator[Row]
 def _columns_of(
     config: DataConfig, rows: Iterator[Row], *, needs_answer: bool = True
 ) -> tuple[Columns, Iterable[Row]]:
-    """Returns the columns of some rows, and the rows."""
+    """Returns the columns to read from the rows, and the rows."""
     given = config.columns.model_dump(exclude={"preset"}, exclude_none=True)
     preset = config.columns.preset
     if preset == "auto":
-        first = next(rows)  # `read_rows` refuses a file without rows.
+        first = next(rows)  # `read_rows` rejects a file without rows.
         rows = chain([first], rows)
         preset = find_preset(first, given, needs_answer=needs_answer)
     return dataclasses.replace(COLUMN_PRESETS[preset], **given), rows

@@ -1,10 +1,10 @@
-"""Reads a Parquet or Arrow file in a process of its own: a small file may expand to any size.
+"""Reads a Parquet or Arrow file in its own process, since a small file may expand to any size.
 
     python -P table_worker.py PATH MAX_ROWS SECS MEMORY_BYTES
 
-Started by `sources.py`, as a file: the package around it takes seconds to import. JSON lines come out: an object for
-each row; the number of rows, if they are more than MAX_ROWS (0: any number); or a text that says why the file cannot be
-read. The kernel ends the process when a batch of rows takes more than SECS of CPU time.
+`sources.py` starts this file as a script, since importing the package takes seconds. The output is JSON lines: an
+object for each row; the number of rows, if it exceeds MAX_ROWS (0 for no limit); or a string that says why the file
+cannot be read. The kernel ends the process when a batch of rows takes more than SECS of CPU time.
 """
 
 import decimal
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from trapo_jax.sandbox import limit_memory
 
 BATCH_ROWS = 256
-# What the rows of a file may take, in bytes: so many, or so many times the size of the file.
+# A file's rows may take this many bytes, or this many times the file's size if that is more.
 MAX_ROW_BYTES, MAX_EXPANSION = 2**29, 100
 
 
@@ -33,7 +33,7 @@ def main(path: str, max_rows: str, secs: str, memory_bytes: str) -> None:
     try:
         batches = (_parquet_batches if is_parquet else _arrow_batches)(path)
         _write(batches, os.stat(path).st_size, int(max_rows), float(secs))
-    except MemoryError:  # also of pyarrow
+    except MemoryError:  # also raised by pyarrow
         _put(f"it takes more than {int(memory_bytes) / 2**30:g} GiB of memory")
     except Exception as error:  # whatever pyarrow raises
         _put((str(error).strip() or type(error).__name__).splitlines()[0])
@@ -45,10 +45,10 @@ def _write(
     """Writes the rows.
 
     Args:
-      batches: batches of rows, and numbers of rows that follow.
+      batches: batches of rows, and counts of the rows that follow.
       file_bytes: size of the file.
-      max_rows: maximum number of rows; 0 for any number.
-      secs: maximum CPU time for a few rows.
+      max_rows: maximum number of rows; 0 for no limit.
+      secs: maximum CPU time for a few hundred rows, in seconds.
     """
     num_rows = num_bytes = 0
     limit = max(MAX_ROW_BYTES, MAX_EXPANSION * file_bytes)
@@ -76,7 +76,7 @@ def _parquet_batches(path: str) -> Iterator[pa.RecordBatch | int]:
 
 
 def _arrow_batches(path: str) -> Iterator[pa.RecordBatch | int]:
-    """Both Arrow IPC formats: files, and streams as `datasets` writes them."""
+    """Yields batches of both Arrow IPC formats: files, and streams as `datasets` writes them."""
     with pa.memory_map(path) as file:
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
@@ -97,7 +97,7 @@ def _put(value: Any) -> int:
 
 
 def _as_json(value: Any) -> Any:
-    """Converts what JSON lacks. Bytes are no text: what they hold is left out, but not that they were there."""
+    """Converts types that JSON lacks. Bytes are not text, so only their length is kept."""
     if isinstance(value, decimal.Decimal):
         text = f"{value:f}"
         return text.rstrip("0").rstrip(".") if "." in text else text

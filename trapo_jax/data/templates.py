@@ -1,12 +1,12 @@
-"""Prompts to text: one `Template` object, the same for training and for evaluation.
+"""Renders prompts as text, with the same `Template` object for training and evaluation.
 
-`qwen_math` is the prompt of the paper's data and evaluation. It owns the system line: a system message in the
-row (the released MATH-500 holds one about a "Thought section") is replaced, and an instruction that the user
-text ends with already is not added again.
+`qwen_math` is the prompt format of the paper's data and evaluation. It sets the system message: one in the row (the
+released MATH-500 has one about a "Thought section") is replaced. If the user text already ends with the instruction,
+the instruction is not added again.
 
-A tokenizer's own template is a program from outside: it runs in a process of its own (`chat_worker.py`), without
-secrets, within limits of time and memory. It gives the text of `tokenizer.apply_chat_template`, except that today's
-date is always `DATE`: a run that is resumed tomorrow has the same prompts.
+A tokenizer's own template is third-party code: it runs in a separate process (`chat_worker.py`), without secrets and
+with limits on time and memory. It produces the same text as `tokenizer.apply_chat_template`, except that today's date
+is always `DATE`, so that a run resumed tomorrow has the same prompts.
 """
 
 import dataclasses
@@ -29,32 +29,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEMPLATES = ("none", "chat", "chatml", "qwen_math")
-NAMED_CHAT = "chat/"  # chat/NAME is the template of this name, where a tokenizer has several
+NAMED_CHAT = "chat/"  # chat/NAME selects one of a tokenizer's named templates.
 
 MATH_SYSTEM = "You are a helpful assistant."
 MATH_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-DATE = "26 Jul 2024"  # of `strftime_now`; the date that Llama 3's templates fall back on themselves
+DATE = "26 Jul 2024"  # Date for `strftime_now`, and the default date of Llama 3's templates.
 _TURN = "<|im_start|>"
-MAX_ROLES_CHARS = 100  # in an error message
+MAX_ROLES_CHARS = 100  # Maximum length of the roles listed in an error message.
 CHAT_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py")))
-CHAT_TIMEOUT_SECS = (
-    5.0  # of CPU, for one prompt or several slow ones; a template makes thousands a second
-)
+# CPU time for one prompt or several slow ones; a template renders thousands per second.
+CHAT_TIMEOUT_SECS = 5.0
 CHAT_MEMORY_BYTES = 2**30
-CHAT_MAX_CHARS = 20_000  # besides the messages and the arguments
+CHAT_MAX_CHARS = 20_000  # Maximum output beyond the messages and arguments.
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How a prompt becomes the text that the policy continues.
+    """Turns a prompt into the text that the policy continues.
 
     Attributes:
-      kind: "none", the text as it stands; "chat", the tokenizer's own chat template, or "chat/NAME" if it has
-        several; "chatml", ChatML without a system line of its own; "qwen_math", ChatML with the system line and
-        instruction of Qwen2.5-Math.
-      tokenizer: whose chat template it is; for "chat" and "chat/NAME" only.
-      function: turns chat messages into text; for a template of your own, whose kind is its import path.
-      arguments: variables of the chat template by name, as JSON values.
+      kind: "none", the text unchanged; "chat", the tokenizer's own chat template, or "chat/NAME" if it has
+        several; "chatml", ChatML without a default system message; "qwen_math", ChatML with the system message
+        and instruction of Qwen2.5-Math.
+      tokenizer: the tokenizer that the chat template belongs to; for "chat" and "chat/NAME" only.
+      function: turns chat messages into text; for a custom template, whose kind is its import path.
+      arguments: variables of the chat template, keyed by name, as JSON values.
     """
 
     kind: str = "none"
@@ -64,22 +63,22 @@ class Template:
 
     @property
     def is_chat(self) -> bool:
-        """Whether it is a tokenizer's own chat template, which also decides on BOS."""
+        """Whether this is a tokenizer's own chat template, which also decides whether to add BOS."""
         return _is_chat(self.kind)
 
     def render(self, prompt: Prompt) -> str:
-        """The prompt's text, ending where the assistant is to begin.
+        """Returns the prompt's text, ending where the assistant begins.
 
-        Text is taken as one user message by every kind but "none". BOS is in it only where the chat
-        template writes it.
+        Every kind except "none" treats plain text as one user message. The result contains BOS only
+        if the chat template writes it.
 
         Raises:
-          UserError: if the prompt does not go with the template.
+          UserError: if the template cannot render the prompt.
         """
         return self.render_all([prompt])[0]
 
     def render_all(self, prompts: Sequence[Prompt]) -> list[str]:
-        """`render` of each prompt; with "chat" one process does them all."""
+        """Renders each prompt; with "chat", one process renders them all."""
         if self.kind == "none":
             return [_plain_text(prompt) for prompt in prompts]
         chats = [(Message("user", p),) if isinstance(p, str) else p for p in prompts]
@@ -93,7 +92,7 @@ class Template:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over kind and content: equal hashes, equal texts."""
+        """SHA-256 hash of kind and content; equal hashes mean equal text."""
         content: list[object] = [self.kind]
         if self.is_chat:
             content += [self._chat_template(), self._special_tokens(), DATE]
@@ -126,7 +125,7 @@ class Template:
         replies = self._ask_worker(requests)
         for chat, reply in zip(chats, replies, strict=False):
             if "refusal" in reply:
-                raise self._error(f"refuses the messages {_roles(chat)} ({reply['refusal']})")
+                raise self._error(f"rejects the messages {_roles(chat)} ({reply['refusal']})")
         return [reply["text"] for reply in replies]
 
     def _check_arguments(self) -> None:
@@ -142,7 +141,7 @@ class Template:
             )
 
     def _ask_worker(self, requests: Sequence[object]) -> list[dict[str, Any]]:
-        """The replies to the requests, at least up to the first refusal; see `chat_worker.py`."""
+        """Returns the replies to the requests, at least up to the first refusal; see `chat_worker.py`."""
         setting = {
             "template": self._chat_template(),
             "variables": {**self._special_tokens(), **self.arguments},
@@ -180,15 +179,15 @@ def make_template(
 
     Args:
       kind: one of `TEMPLATES`; "chat/NAME" for one of several chat templates of a tokenizer, where "chat" is the one
-        named default; or the import path `package.module:name` of a function from chat messages, a tuple of
+        named "default"; or the import path `package.module:name` of a function from chat messages, a tuple of
         `Message`, to the text that the policy continues.
       tokenizer: the policy's tokenizer.
-      arguments: for "chat" and "chat/NAME", variables of the chat template by name, as JSON values: what
-        `apply_chat_template` takes as keyword arguments, such as `{"enable_thinking": False}` for Qwen3.
+      arguments: for "chat" and "chat/NAME", variables of the chat template, keyed by name, as JSON values:
+        the keyword arguments of `apply_chat_template`, such as `{"enable_thinking": False}` for Qwen3.
 
     Raises:
       UserError: for an unknown kind, for a chat template that the tokenizer does not have, or for arguments that
-        the template does not mention.
+        the template does not use.
     """
     if _is_chat(kind):
         return _make_chat_template(kind, tokenizer, arguments or {})
@@ -230,7 +229,7 @@ def _make_chat_template(
 
 
 def _chat_templates(tokenizer: "PreTrainedTokenizerFast") -> dict[str, str]:
-    """The tokenizer's chat templates by name; a single one is the default."""
+    """Returns the tokenizer's chat templates, keyed by name; a single template is the default."""
     templates: Any = tokenizer.chat_template or {}
     return templates if isinstance(templates, dict) else {"default": templates}
 
@@ -249,13 +248,13 @@ def _plain_text(prompt: Prompt) -> str:
     if len(prompt) == 1 and prompt[0].role == "user":
         return prompt[0].content
     raise UserError(
-        f"data.template=none: the prompt holds the chat messages {_roles(prompt)}, not one text; "
+        f"data.template=none: the prompt consists of the chat messages {_roles(prompt)}, not plain text; "
         "choose chat, chatml or qwen_math"
     )
 
 
 def _with_math_instruction(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The system line first, the instruction in a line of its own at the end; each exactly once."""
+    """Puts the system message first and the instruction on its own line at the end, each exactly once."""
     *turns, last = [message for message in messages if message.role != "system"]
     text = last.content
     if text.rstrip().endswith(MATH_INSTRUCTION):
@@ -267,7 +266,7 @@ def _with_math_instruction(messages: tuple[Message, ...]) -> tuple[Message, ...]
 def _chatml(messages: tuple[Message, ...]) -> str:
     if any(_TURN in message.content for message in messages):
         raise UserError(
-            f"data.template: the prompt holds {_TURN} already, it would be wrapped twice; choose none"
+            f"data.template: the prompt already contains {_TURN} and would be wrapped twice; choose none"
         )
     turns = [f"{_TURN}{role}\n{content}<|im_end|>\n" for role, content in messages]
     return "".join(turns) + f"{_TURN}assistant\n"

@@ -1,4 +1,4 @@
-"""Rows of text files: JSON, as one object a line or one list of objects, and CSV. One row is in memory at a time."""
+"""Reads rows from JSON (one object per line, or one list of objects) and CSV, holding one row in memory at a time."""
 
 import codecs
 import csv
@@ -14,15 +14,16 @@ from trapo_jax.types import UserError
 
 HEAD_BYTES = 1024
 CHUNK_BYTES = 2**20
-MAX_TOKEN_CHARS = 16  # of JSON apart from strings and whitespace, as far as errors tell
+# A JSON error this close to the end of the buffer may be due to a truncated token.
+MAX_TOKEN_CHARS = 16
 WHITESPACE = " \t\r\n"
 
 
 def read_json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the rows of a file, each with its line, or with its number in the list.
+    """Yields the rows of a file, each with its line number or its position in the list.
 
     Raises:
-      UserError: naming the file and the line of what is wrong.
+      UserError: for malformed content, naming the file and the line.
       OSError: if the file cannot be read.
     """
     with path.open("rb") as file:
@@ -38,7 +39,7 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _rows_of_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
     for number, text in _read_text_lines(path):
-        # Without line break, else a mistake at the end would be reported for the next line.
+        # Without the strip, a mistake at the end would be reported on the next line.
         if text := text.strip():
             try:
                 yield "line", number, json.loads(text)
@@ -47,18 +48,18 @@ def _rows_of_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
 
 
 def read_csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the rows of a file, each with its line.
+    """Yields the rows of a file, each with its line number.
 
     Values are separated by commas, semicolons or tabs, and the first line names the columns.
 
     Raises:
-      UserError: naming the file and the line of what is wrong.
+      UserError: for malformed content, naming the file and the line.
       OSError: if the file cannot be read.
     """
     lines = (text for _, text in _read_text_lines(path))
     first = next(lines)
     delimiter = max(",;\t", key=first.count)
-    # A value in quotation marks may have several lines.
+    # A value in quotation marks may span several lines.
     reader = csv.reader(
         chain([first], lines), delimiter=delimiter, skipinitialspace=True, strict=True
     )
@@ -105,10 +106,10 @@ def _rows_of_list(path: Path) -> Iterator[tuple[str, int, Any]]:
 
 
 class _Text:
-    """The text of a JSON file, of which only a part is in memory.
+    """A JSON file's text, read into memory piece by piece.
 
     Args:
-      path: for error messages.
+      path: path of the file, for error messages.
       file: the open file.
     """
 
@@ -117,11 +118,11 @@ class _Text:
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._parse = json.JSONDecoder().raw_decode
         self._buffer, self._position = "", 0
-        self._line = 1  # of the start of the buffer
+        self._line = 1  # line number of the buffer's start
         self._is_complete = False
 
     def peek(self) -> str:
-        """Returns the next character that is not whitespace; empty at the end of the file."""
+        """Returns the next non-whitespace character, or an empty string at the end of the file."""
         while True:
             rest = self._buffer[self._position : self._position + HEAD_BYTES]
             if stripped := rest.lstrip(WHITESPACE):
@@ -152,7 +153,7 @@ class _Text:
                 raise self.error(f"a value of more than {MAX_BYTES:,} characters")
 
     def _is_cut(self, error: Exception) -> bool:
-        """Returns whether the end of the buffer may be the cause of an error."""
+        """Returns whether an error may be due to a truncated buffer."""
         return isinstance(error, json.JSONDecodeError) and (
             error.msg.startswith("Unterminated string")
             or error.pos > len(self._buffer) - MAX_TOKEN_CHARS
@@ -164,7 +165,7 @@ class _Text:
         return UserError(f"{self._path}, line {line}: not JSON ({problem})")
 
     def _read_more(self) -> bool:
-        """Doubles the part that is in memory. Returns whether there was more."""
+        """Doubles the part of the file in memory, and returns whether there was more to read."""
         if self._is_complete:
             return False
         self._line += self._buffer.count("\n", 0, self._position)
@@ -181,7 +182,7 @@ class _Text:
 
 
 def _not_json(path: Path, line: int, error: Exception) -> UserError:
-    """Returns the error for a value that starts in a line."""
+    """Returns the error for a value that starts on the given line."""
     if isinstance(error, json.JSONDecodeError):
         message = error.msg.removesuffix(" at")  # "Unterminated string starting at"
         return UserError(
