@@ -3,9 +3,9 @@
     python tools/soak.py [--steps 2000] [--seed 0] [--folder DIR]
 
 The faults are those that a process survives: it is stopped for a while, its grading processes are killed, `tb/` is
-deleted, files of someone else appear in its folders, and its older checkpoints are damaged. Between two measurements of
-the process, which `/proc` provides (Linux), there are a tenth of the steps and the rest. The exit code is 1 if the run
-fails, if the resident memory has grown by more than 3 %, or if there are more open files or threads.
+deleted, foreign files appear in its folders, and its older checkpoints are damaged. Its memory,
+files and threads are read from `/proc` (Linux only) after a tenth of the steps and at the end. The exit code is 1 if the run
+fails, if the resident memory has grown by more than 3%, or if there are more open files or threads.
 """
 
 import argparse

@@ -140,7 +140,8 @@ def test_chord():
 
 @pytest.mark.parametrize(("p", "weight"), [(0.3, 1.0), (0.05, 0.5)])
 def test_trapo(monkeypatch, p, weight):
-    """With `clip_low`, `mix_core_alg.py` has -p / max(sg p, 0.1) on prefixes, sum(-A rho) / L, and one baseline."""
+    """With `clip_low`, `mix_core_alg.py` uses -p / max(sg p, 0.1) on prefixes, sum(-A rho) / L on completions, and one
+    baseline for the whole group."""
     monkeypatch.setitem(globals(), "P", p)
     rollouts = [*group("1", [1, 0]), *group("1", [1, 0], prefix_len=2)]
     # The second rollout with the same prefix does not train it again.

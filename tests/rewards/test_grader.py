@@ -1,4 +1,4 @@
-"""Tests graders: reward functions selected by name and source, weights, async functions, and isolated failures."""
+"""Tests graders: reward functions selected by name and source, weights, async functions, and the isolation of failures."""
 
 import pytest
 

@@ -27,7 +27,7 @@ def test_inverse_cdf_over_many_blocks_never_takes_probability_zero():
 
 
 def test_draws_follow_the_distribution():
-    """Applies a chi-square test to 200,000 draws; the cells are the 200 likeliest tokens, and all others."""
+    """Applies a chi-square test to 200,000 draws, with a cell for each of the 200 likeliest tokens and one for all others."""
     rng = np.random.default_rng(0)
     vocab_size, num_rows, num_calls = 50_000, 2000, 100
     logits = (3 * rng.normal(size=vocab_size)).astype(np.float32)

@@ -82,7 +82,7 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
 
 
 def _describe_sources(c: Comparison) -> list[Block]:
-    """Returns the accuracy by source, the method with the highest mean of the sources first, if there are several."""
+    """Returns the accuracy of each method by source, in descending order of the mean over sources, if there are several."""
     by_method = {method: accuracy_by_source(c.results_of(method)) for method in c.methods}
     rows = sorted(
         ((method, found) for method, found in by_method.items() if found),
@@ -128,7 +128,7 @@ def _difference(x: Contrast) -> str:
 
 
 def score_table(c: Comparison, scores: Sequence[MethodScores]) -> Table:
-    """Returns the accuracy on the test split of the base model and the methods, with the best method first."""
+    """Returns the test-split accuracy of the base model and of each method, the best method first."""
     header = ["method", "setting", "seeds", "mean", "median", "iqm", "worst seed", "failed"]
     rows = []
     before = [r.before for r in c.results if r.before]

@@ -103,7 +103,7 @@ class Result:
 
 
 def is_complete(run: PlannedRun) -> bool:
-    """Returns whether the run has finished at least the number of steps requested now."""
+    """Returns whether the run has finished, with at least as many steps as are now requested."""
     if not (run.folder / SUMMARY).exists():
         return False
     train = run.config.train

@@ -258,7 +258,7 @@ class TrainConfig(Section):
     warmup_steps: NotNegative = 0
     """Number of steps over which the learning rate rises linearly from 0. 0 for no warmup, as in the paper."""
     decay_start: Fraction = 1.0
-    """Fraction of the run, in steps or in units of train.budget, after which the learning rate decays linearly. 1 for no decay."""
+    """Fraction of the run after which the learning rate decays linearly. Progress is measured in units of train.budget if it is set, otherwise in steps. 1 for no decay."""
     final_learning_rate_ratio: Fraction = 0.1
     """Final learning rate as a fraction of the peak."""
     adam_b1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9

@@ -79,7 +79,7 @@ class TaskConfig(Section):
         return self.data.prompt_len + self.sampling.completion_len
 
     def with_lengths(self, *, prompt: int, completion: int) -> Self:
-        """Returns a copy of the config in which these lengths replace null."""
+        """Returns a copy of the config with null lengths set to these values."""
         data = self.model_dump(mode="json")
         if data["data"]["max_prompt_length"] is None:
             data["data"]["max_prompt_length"] = prompt

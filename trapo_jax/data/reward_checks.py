@@ -39,16 +39,16 @@ def try_rewards(
     *,
     max_len: int,
 ) -> list[Tried]:
-    """Grades expert solutions, gold answers and empty responses, as samples will be graded later.
+    """Grades expert solutions, gold answers and empty responses, in the same way as samples during training.
 
-    The expert solutions are at most `MAX_GRADED_EXPERTS`, evenly spaced, from problems with an answer. The other
+    At most `MAX_GRADED_EXPERTS` expert solutions are graded, evenly spaced over the problems with an answer. The other
     responses are graded for the first problem of each source.
 
     Args:
       problems: training problems.
       grader: the grader of the run.
       decode: converts token ids to text.
-      max_len: maximum number of a solution's tokens that are trained on.
+      max_len: maximum number of tokens per solution to train on.
     """
     problems = [problem for problem in problems if problem.answer]
     experts = [(problem, expert.token_ids) for problem in problems for expert in problem.experts]

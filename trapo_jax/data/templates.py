@@ -266,7 +266,7 @@ def _with_math_instruction(messages: tuple[Message, ...]) -> tuple[Message, ...]
 def _chatml(messages: tuple[Message, ...]) -> str:
     if any(_TURN in message.content for message in messages):
         raise UserError(
-            f"data.template: the prompt already contains {_TURN} and would be wrapped twice; choose none"
+            f"data.template: the prompt already contains {_TURN} and would be wrapped twice; set data.template=none"
         )
     turns = [f"{_TURN}{role}\n{content}<|im_end|>\n" for role, content in messages]
     return "".join(turns) + f"{_TURN}assistant\n"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax._src import (  # JAX has no public access to the detected cluster and the key-value store.
+from jax._src import (  # JAX has no public API for the detected cluster or the key-value store.
     clusters,
     distributed,
 )

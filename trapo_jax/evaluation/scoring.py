@@ -224,7 +224,7 @@ def evaluate(
 
 
 def _accuracies(kind: str, samples: Sequence[Sample]) -> dict[str, float]:
-    """Returns the accuracy and, if there are several sources, the accuracy of each source and the mean of sources."""
+    """Returns the accuracy and, if there are several sources, that of each source and the mean over sources."""
     name = f"eval/accuracy_{kind}"
     accuracies = {name: score_samples(samples).accuracy}
     by_source = scores_by_source(samples)

@@ -132,7 +132,7 @@ def shaped_policy_gradient(gamma: float, weight: Weight, normalizer: Normalizer)
 
 
 def _mean_entropy(x: TokenInputs) -> jax.Array:
-    """Returns, for each token, the mean entropy over its rollout's tokens of the term's kinds."""
+    """Returns, for each token, the mean entropy of those tokens of its rollout that the term applies to."""
     return segment_mean(x.entropies, x.segment_ids, num_segments=x.num_segments, where=x.where)
 
 

@@ -259,7 +259,7 @@ def _bytes_of(type_: str) -> float:
 
 
 def _all_bytes_of(type_: str) -> float:
-    """Returns the total size in bytes of a type's arrays in any memory."""
+    """Returns the total size in bytes of a type's arrays, regardless of memory space."""
     return _bytes_of(re.sub(r"\{[^}]*\}", "", type_))
 
 

@@ -33,7 +33,7 @@ def grade_multiple_choice(response: str, problem: Problem) -> tuple[Verdict, str
     """Compares the letter that a response chooses with the problem's answer.
 
     Returns:
-      The verdict, which is also WRONG if no letter is chosen, and the chosen letter, or None if there is none.
+      The verdict (WRONG if no letter is chosen) and the chosen letter (None if there is none).
 
     Raises:
       ValueError: if the problem's answer is not a single letter A-J.

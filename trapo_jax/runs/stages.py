@@ -76,7 +76,7 @@ class StageTracker:
         return self._state.index > state.index
 
     def observe(self, expert_loss: float) -> None:
-        """Receives the expert loss measured by a validation."""
+        """Receives the expert loss of an evaluation on the validation split."""
         state = self._state
         if state.best_loss is None or expert_loss < state.best_loss:
             self._state = dataclasses.replace(state, best_loss=expert_loss, num_not_better=0)

@@ -81,7 +81,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
 
 def remedy_of_exhaustion(error: BaseException) -> str | None:
-    """Returns the remedy for a lack of disk space, memory, open files or processes; None for other errors."""
+    """Returns the remedy if the disk or memory is full, or there are too many open files or processes; otherwise None."""
     found = system_error(error)
     return _EXHAUSTED.get(found.errno or 0) if found else None
 

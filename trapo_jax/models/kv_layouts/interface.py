@@ -13,7 +13,7 @@ from flax import nnx
 
 from trapo_jax.models.attention import Implementation
 
-# The number of leading axes of each of a layer's matrices that its matmul contracts.
+# For each matrix of a layer, the number of leading axes that its matmul contracts.
 CONTRACTED_AXES = {"qkv": 1, "output": 3, "gate_up": 1, "down": 1}
 
 
