@@ -1,16 +1,23 @@
 """Checks that system failures are reported on one line with a remedy, and that other errors keep their tracebacks."""
 
+import asyncio
 import errno
 import io
 import os
 import resource
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from support.commands import run_process, run_python
 from trapo_jax.runs.command_line import command, exit_code_of
-from trapo_jax.runs.system_errors import explain, named_in_errors
+from trapo_jax.runs.system_errors import (
+    explain,
+    named_in_errors,
+    report_in_native_thread,
+    report_unraisable,
+)
 from trapo_jax.types import UserError
 
 TENSORSTORE = (
@@ -116,3 +123,19 @@ def test_standard_output_on_a_full_disk_is_one_line():
     assert result.returncode == 1
     assert result.stderr.startswith("error: standard output: No space left on device; free some")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_threads_that_outlive_a_failed_save_print_nothing(capsys):
+    closed = asyncio.new_event_loop()
+    closed.close()
+    for function in (lambda: closed.call_soon_threadsafe(print), lambda: 1 / 0):
+        try:
+            function()
+        except (RuntimeError, ZeroDivisionError) as error:
+            report_in_native_thread(type(error), error, None)
+    printed = capsys.readouterr().err
+    assert "ZeroDivisionError" in printed
+    assert "Event loop" not in printed
+    closed_loop = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
+    report_unraisable(closed_loop)
+    assert capsys.readouterr().err == ""

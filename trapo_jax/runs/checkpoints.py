@@ -299,8 +299,6 @@ class CheckpointStore:
         context = ocp.Context()
         context.checkpointables.registry = self._registry
         context.pytree.loading.partial_load = partial_load
-        # Threads of a save that failed may end much later, when nobody waits for their results any more.
-        logging.getLogger("concurrent.futures").addFilter(_is_worth_logging)
         loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
         were_disabled = [logger.disabled for logger in loggers]
         try:
@@ -312,12 +310,6 @@ class CheckpointStore:
         finally:
             for logger, was_disabled in zip(loggers, were_disabled, strict=True):
                 logger.disabled = was_disabled
-
-
-def _is_worth_logging(record: logging.LogRecord) -> bool:
-    """Returns whether a record is about anything but a thread whose event loop was closed."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, RuntimeError) and "Event loop is closed" in str(error))
 
 
 def _unused(path: Path, suffix: str) -> Path:

@@ -24,6 +24,8 @@ from trapo_jax.runs.system_errors import (
     print_error,
     remedy_of_exhaustion,
     report,
+    report_in_native_thread,
+    report_unraisable,
 )
 from trapo_jax.types import EXIT_FAILED, TrainingFailed, UserError
 
@@ -80,6 +82,7 @@ def _warnings_as_lines() -> Iterator[None]:
 
 def run_and_exit(main: Callable[[], int]) -> NoReturn:
     """Runs `main` and exits with its return value; see `exit_code_of`."""
+    sys.excepthook, sys.unraisablehook = report_in_native_thread, report_unraisable
     code = exit_code_of(main)
     if isinstance(code, int) and code and "jax" in sys.modules:
         from trapo_jax.distributed.failures import exit_failed  # Imports JAX, which takes a second.

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from trapo_jax.printable import printable
 from trapo_jax.types import EXIT_FAILED
@@ -136,6 +136,27 @@ def report_import_error(
     """Prints an uncaught exception and exits. Used as `sys.excepthook` while a command's modules are imported."""
     del kind, trace
     raise SystemExit(report(error))
+
+
+def report_in_native_thread(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Prints an exception that a thread of native code raised. Used as `sys.excepthook` while a command runs.
+
+    Threads of a save that failed may end much later, when their event loop is closed; that is not worth mentioning.
+    """
+    if not _is_of_closed_loop(error):
+        sys.__excepthook__(kind, error, trace)
+
+
+def report_unraisable(unraisable: Any) -> None:
+    """Prints an exception that cannot be raised; see `report_in_native_thread`. Used as `sys.unraisablehook`."""
+    if not _is_of_closed_loop(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
+def _is_of_closed_loop(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
 
 
 def report(error: BaseException) -> int:
