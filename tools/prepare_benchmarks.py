@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 from trapo_jax.data.sources import Row, read_rows
 from trapo_jax.runs.command_line import fail
 from trapo_jax.types import UserError
-from verl_rows import check_out, field, field_of, make_row, report_path, write_rows
+from verl_rows import check_out, field, field_of, make_row, show_report, write_rows
 
 LETTERS = string.ascii_uppercase[:10]  # that the grader of multiple choice knows
 ASK_FOR_LETTER = "Answer with the letter of the correct option."
@@ -79,10 +79,7 @@ def main() -> int:
         report = prepare(args.out, args.benchmarks.split(","), parse_data(args.data))
     except UserError as error:
         return fail(str(error), 2)
-    width = max(map(len, report))
-    for name, count in report.items():
-        print(f"{name:{width}}  {count:>7,}")
-    print(f"wrote {args.out} and {report_path(args.out)}")
+    show_report(args.out, report)
     return 0
 
 

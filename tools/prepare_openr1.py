@@ -33,7 +33,7 @@ from trapo_jax.data.sources import Row, read_rows
 from trapo_jax.rewards import Grader, make_grader
 from trapo_jax.runs.command_line import fail
 from trapo_jax.types import ExpertPart, Grade, Problem, UserError, Verdict
-from verl_rows import check_out, field, field_of, make_row, report_path, write_rows
+from verl_rows import check_out, field, field_of, make_row, show_report, write_rows
 
 PROBLEMS = "Elliott/Openr1-Math-46k-8192"
 SOLUTIONS = "open-r1/OpenR1-Math-220k:all"
@@ -89,10 +89,7 @@ def main() -> int:
         )
     except UserError as error:
         return fail(str(error), 2)
-    width = max(map(len, report))
-    for name, count in report.items():
-        print(f"{name:{width}}  {count:>7}")
-    print(f"wrote {args.out} and {report_path(args.out)}")
+    show_report(args.out, report)
     return 0
 
 

@@ -63,6 +63,14 @@ def write_rows(out: Path, rows: Sequence[Mapping[str, Any]], report: Mapping[str
         partial.unlink(missing_ok=True)
 
 
+def show_report(out: Path, report: Mapping[str, int]) -> None:
+    """Prints the counts of a report and the files that were written."""
+    width = max(map(len, report))
+    for name, count in report.items():
+        print(f"{name:{width}}  {count:>7,}")
+    print(f"wrote {out} and {report_path(out)}")
+
+
 def report_path(out: Path) -> Path:
     """Returns the path of the report of a parquet file."""
     return out.with_suffix(".json")

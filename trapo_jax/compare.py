@@ -135,6 +135,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="maximum number of concurrent runs (default: one per core; 1 on an accelerator)",
     )
+    _add_folders(parser)
+    add("overrides", nargs="*", metavar="FIELD=VALUE")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _add_folders(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="directory for the report")
     add(
         "--runs",
@@ -149,8 +156,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="directory for the records of completed runs, used to make the report (default OUT/records). Records "
         "from several machines can be copied into one directory; a run with a record is not repeated",
     )
-    add("overrides", nargs="*", metavar="FIELD=VALUE")
-    return parser.parse_intermixed_args(arguments)
 
 
 def _positive(text: str) -> int:

@@ -32,6 +32,7 @@ import numpy as np
 
 NUM_DRAWS = 20_000
 LEVEL = 0.05  # family-wise significance level
+ROUNDING = 1e-9  # of cumulative weights
 PROBLEMS_STREAM = 0  # random stream for the weights of problems; seeds use higher numbers
 
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -86,7 +87,6 @@ def interquartile_mean(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.sum(scores * (ends - starts), axis=-1) * 2
 
 
-ROUNDING = 1e-9
 STATISTICS: dict[str, Statistic] = {
     "mean": weighted_mean,
     "median": weighted_median,
@@ -120,22 +120,19 @@ def draw(
     num_seeds, num_problems = scores.shape
     problems = _weights(num_problems + 1, num_draws, PROBLEMS_STREAM)
     seeds = _weights(num_seeds + 1, num_draws, stream)
-    ends = []
     means = problems[:, 1:] @ scores.T  # [draws, seeds]
-    for bound in (0.0, 1.0):
-        accuracies = means + bound * problems[:, :1]
-        order = np.argsort(accuracies, axis=1)
-        accuracies = np.take_along_axis(accuracies, order, axis=1)
-        weights = np.take_along_axis(seeds[:, 1:], order, axis=1)
-        edge, edge_weight = np.full((num_draws, 1), bound), seeds[:, :1]
-        pair = (lambda x, y: [x, y]) if bound == 0 else (lambda x, y: [y, x])
-        ends.append(
-            statistic(
-                np.concatenate(pair(edge, accuracies), axis=1),
-                np.concatenate(pair(edge_weight, weights), axis=1),
-            )
-        )
-    return Draws(*ends)
+    order = np.argsort(means, axis=1)
+    means = np.take_along_axis(means, order, axis=1)
+    extra, weights = seeds[:, :1], np.take_along_axis(seeds[:, 1:], order, axis=1)
+    low = statistic(
+        np.concatenate([np.zeros_like(extra), means], axis=1),
+        np.concatenate([extra, weights], axis=1),
+    )
+    high = statistic(
+        np.concatenate([means + problems[:, :1], np.ones_like(extra)], axis=1),
+        np.concatenate([weights, extra], axis=1),
+    )
+    return Draws(low, high)
 
 
 @functools.lru_cache(maxsize=64)
