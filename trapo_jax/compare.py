@@ -21,7 +21,7 @@ from trapo_jax.comparison import (
     write_report,
 )
 from trapo_jax.config import parse_command_line
-from trapo_jax.paths import find_config
+from trapo_jax.inputs.paths import find_config
 from trapo_jax.runs.budget import UNITS
 from trapo_jax.runs.command_line import EXIT_INTERRUPTED, command, fail, run_and_exit
 from trapo_jax.runs.console import Console

@@ -62,13 +62,13 @@ from trapo_jax.runs.directory import (
     EXPORT,
     SAMPLES,
     SUMMARY,
-    check_run_folder,
     lock_folder,
     prepare_run_folder,
     write_atomically,
 )
 from trapo_jax.runs.monitoring import CompilationListener, unanswered
 from trapo_jax.runs.progress import counted
+from trapo_jax.runs.resuming import check_run_folder
 from trapo_jax.runs.saved_model import load_checkpoint
 from trapo_jax.types import (
     Problem,

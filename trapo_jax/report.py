@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from trapo_jax.printable import printable
+from trapo_jax.inputs.printable import printable
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, command, fail, run_and_exit
 from trapo_jax.runs.directory import REPORT
 from trapo_jax.runs.report import write_report

@@ -12,7 +12,8 @@ from fault_harness.comparison import differences
 from support.commands import run_command
 from support.short_run import JOB, checkpoint_steps
 from trapo_jax.distributed.sharding import abstract_like
-from trapo_jax.runs.checkpoints import MANIFEST, CheckpointStore, DamagedCheckpoint
+from trapo_jax.runs.checkpoints import CheckpointStore
+from trapo_jax.runs.manifests import MANIFEST, DamagedCheckpoint
 from trapo_jax.train import main as train
 
 STATE = {"w": jnp.arange(4096.0).reshape(64, 64) / 7, "n": jnp.int32(4)}

@@ -14,8 +14,8 @@ from fault_harness.comparison import differences
 from support.commands import run_command
 from support.short_run import JOB, checkpoint_steps
 from support.signal_at import signal_at
-from trapo_jax.runs.checkpoints import MANIFEST
 from trapo_jax.runs.loggers import read_metrics
+from trapo_jax.runs.manifests import MANIFEST
 
 
 class Moment(NamedTuple):

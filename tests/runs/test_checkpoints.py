@@ -12,14 +12,11 @@ from trapo_jax.distributed.sharding import abstract_like
 from trapo_jax.methods.advantages import group_advantages
 from trapo_jax.runs.checkpoints import (
     CheckpointStore,
-    DamagedCheckpoint,
     ForeignCheckpoint,
     Retention,
-    _checksum_of,
-    _read_manifest,
-    _write_manifest,
 )
 from trapo_jax.runs.loggers import RunLog, read_metrics
+from trapo_jax.runs.manifests import DamagedCheckpoint, _checksum_of, read_manifest, write_manifest
 from trapo_jax.types import UserError
 
 STATE = {"w": jnp.arange(6.0).reshape(2, 3) / 7, "n": jnp.int32(4)}
@@ -132,8 +129,8 @@ def test_a_manifest_cannot_delete_files_elsewhere(tmp_path):
     store.save(1, STATE, HOST)
     folder = tmp_path / "c" / "1"
     (folder / "manifest.json").unlink()
-    _write_manifest(folder, {"step": 1, "run": {}, "score": None})
-    content = _read_manifest(folder)
+    write_manifest(folder, {"step": 1, "run": {}, "score": None})
+    content = read_manifest(folder)
     content["files"]["../../victim"] = "0"
     text = json.dumps({**content, "sha256": _checksum_of(content)}, indent=1)
     (folder / "manifest.json").write_text(text)
@@ -146,7 +143,7 @@ def test_a_manifest_of_another_version_is_no_checkpoint(tmp_path):
     store = CheckpointStore(tmp_path / "c")
     store.save(1, STATE, HOST)
     (tmp_path / "c" / "1" / "manifest.json").unlink()
-    _write_manifest(tmp_path / "c" / "1", {"score": None})
+    write_manifest(tmp_path / "c" / "1", {"score": None})
     with pytest.raises(DamagedCheckpoint, match="has a different version"):
         store.verify(1)
 

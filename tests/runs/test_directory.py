@@ -15,9 +15,7 @@ from trapo_jax.config import Config, EvaluateConfig, list_fields, load_config, u
 from trapo_jax.config.changes import CHANGEABLE_FIELDS
 from trapo_jax.methods import fingerprint, make_method
 from trapo_jax.runs import directory
-from trapo_jax.runs.checkpoints import _read_manifest, _write_manifest
 from trapo_jax.runs.directory import (
-    check_run_folder,
     check_shared,
     lock_folder,
     prepare_run_folder,
@@ -25,6 +23,8 @@ from trapo_jax.runs.directory import (
     run_identity,
     write_atomically,
 )
+from trapo_jax.runs.manifests import read_manifest, write_manifest
+from trapo_jax.runs.resuming import check_run_folder
 from trapo_jax.types import UserError
 
 
@@ -397,9 +397,9 @@ def pretend_length(folder, num_steps):
     text = config.read_text().replace("num_steps: 12", f"num_steps: {num_steps}")
     config.write_text(text.replace("decay_start: 0.5", "decay_start: 1.0"))
     for checkpoint in (folder / "checkpoints").iterdir():
-        about = {**_read_manifest(checkpoint), "run": run_identity(folder, config.read_text())}
+        about = {**read_manifest(checkpoint), "run": run_identity(folder, config.read_text())}
         about.pop("files")
-        _write_manifest(checkpoint, about)
+        write_manifest(checkpoint, about)
 
 
 def test_an_unfinished_run_ends_after_its_completed_steps_if_it_is_made_shorter(

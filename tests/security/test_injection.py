@@ -10,7 +10,7 @@ from support.browser import opened
 from support.event_files import all_scalars
 from support.injection_corpus import CORPUS
 from trapo_jax.config import Config, load_config
-from trapo_jax.printable import printable
+from trapo_jax.inputs.printable import printable
 from trapo_jax.runs.command_line import fail
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.loggers import EVAL, TRAIN, RunLog

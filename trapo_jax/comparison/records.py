@@ -28,7 +28,7 @@ from trapo_jax.comparison.results import (
     read_result,
 )
 from trapo_jax.config import Config, flatten, is_changeable, load_config
-from trapo_jax.files import read_json_object
+from trapo_jax.inputs.files import read_json_object
 from trapo_jax.runs.directory import NUM_STEPS, write_atomically
 from trapo_jax.runs.started_with import code_version
 from trapo_jax.types import UserError

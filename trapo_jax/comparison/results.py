@@ -14,7 +14,7 @@ import numpy as np
 from trapo_jax.comparison.grid import TEST, VALIDATION, PlannedRun
 from trapo_jax.config import ScoringConfig
 from trapo_jax.evaluation.statistics import pass_at_k
-from trapo_jax.files import read_json_object
+from trapo_jax.inputs.files import read_json_object
 from trapo_jax.runs.budget import UNITS
 from trapo_jax.runs.directory import METRICS, SUMMARY, evaluation_file
 from trapo_jax.runs.loggers import EVAL, TRAIN, read_metrics

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from trapo_jax.comparison.grid import PlannedRun
 from trapo_jax.comparison.records import collect_result, is_done
 from trapo_jax.comparison.results import progress
-from trapo_jax.runs.directory import check_run_folder, write_atomically
+from trapo_jax.runs.directory import write_atomically
+from trapo_jax.runs.resuming import check_run_folder
 from trapo_jax.types import Interrupted, UserError
 
 POLL_SECS = 0.5

@@ -32,7 +32,7 @@ from trapo_jax.config.training import (
     check_model,
     check_weights,
 )
-from trapo_jax.paths import look_up
+from trapo_jax.inputs.paths import look_up
 from trapo_jax.types import UserError
 
 # Fields that determine which problems of the training files a run holds out.

@@ -7,7 +7,7 @@ in one line that names the field, where it was set, its value, and how to fix it
 import difflib
 import json
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,20 +18,16 @@ from trapo_jax.config.changes import flatten
 from trapo_jax.config.help import list_fields
 from trapo_jax.config.schema import DATA_FILES, MethodConfig, Section
 from trapo_jax.config.training import Config, TaskConfig
-from trapo_jax.files import read_text, reason_of, shown
-from trapo_jax.import_path import search_beside
+from trapo_jax.config.yaml_files import check_plain, parse_yaml, read_yaml, shorten
+from trapo_jax.inputs.files import shown
+from trapo_jax.inputs.import_path import search_beside
+from trapo_jax.inputs.paths import find_config, look_up
 from trapo_jax.methods import constant_names
-from trapo_jax.paths import did_you_mean, find_config, look_up
 from trapo_jax.types import UserError
 
 C = TypeVar("C", bound=TaskConfig)
 
-# A resolved config has about 4,000 characters.
-MAX_CONFIG_BYTES = MAX_CONFIG_SIZE = 2**18
-MAX_DEPTH = 50
-MAX_NUMBER_CHARS = 400
 MAX_MISTAKES, MAX_NAME_CHARS = 20, 200  # limits on what error messages show
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 COMMAND_LINE = "command line"
 
 
@@ -154,49 +150,6 @@ def merge_layers(layers: Sequence[Layer], overrides: Sequence[tuple[str, str]]) 
     return data
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """Reads a YAML mapping from a file.
-
-    Raises:
-      UserError: if the file cannot be read, or for a syntax error, naming the file and the line.
-    """
-    try:
-        text = read_text(file, max_bytes=MAX_CONFIG_BYTES)
-    except UserError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise UserError(f"{error}{did_you_mean(str(file))}") from error
-        raise
-    try:
-        data = _parse_yaml(text)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{file}{line}: not valid YAML ({error.problem})") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{file}: expected fields such as 'seed: 0', found {_shorten(data)}")
-    _check_plain(data, str(file))
-    return data
-
-
-def _check_plain(value: Any, where: str) -> None:
-    """Checks that a value can be written as JSON in UTF-8. Values such as dates become strings."""
-    try:
-        json.dumps(value, default=str, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        fields = flatten(value) if isinstance(value, dict) else {}
-        name = next((shown(x) for x, inner in fields.items() if not _is_unicode(x, inner)), "")
-        raise UserError(f"{where}: {name + ': ' if name else ''}not Unicode text") from error
-    except (TypeError, ValueError) as error:  # for example, a date as a key
-        raise UserError(f"{where}: not plain fields and values ({error})") from error
-
-
-def _is_unicode(name: str, value: Any) -> bool:
-    try:
-        json.dumps([name, value], default=str, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]:
     """Splits a command line into the config file and the overrides, in order.
 
@@ -228,88 +181,15 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
     return file, overrides
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads floats as in YAML 1.2 (`1e-6` is a number), rejects duplicate keys, and limits the expanded size.
-
-    An alias counts as much as the node that it repeats, because a few nested aliases could otherwise fill any memory.
-    """
-
-    def __init__(self, stream):
-        super().__init__(stream)
-        self._depth = 0
-        self._size = 0  # size of the data read so far, in characters and nodes
-        self._sizes: dict[int, int] = {}  # sizes of nodes, keyed by `id(node)`
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        before = self._size
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise _error("nested too deeply", event)
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        if isinstance(event, yaml.AliasEvent):
-            if id(node) not in self._sizes:
-                raise _error("an alias inside the node that it repeats", event)
-            self._size += self._sizes[id(node)]
-        else:
-            self._size += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
-            self._sizes[id(node)] = self._size - before
-        if self._size > MAX_CONFIG_SIZE:
-            raise _error(f"expands to more than {MAX_CONFIG_SIZE:,} characters", event)
-        return node
-
-    def construct_scalar(self, node):
-        if node.tag in _NUMBERS and len(node.value) > MAX_NUMBER_CHARS:
-            # Reading a long number in base 60 takes minutes.
-            raise _error(f"a number with {len(node.value)} characters", node)
-        return super().construct_scalar(node)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise _error(f"{_shorten(key)} cannot be a field name", key_node)
-            if key in seen:
-                raise _error(f"duplicate key {shown(key)}", key_node)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _error(problem: str, where: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+\Z"),
-    "-+.0123456789",
-)
-
-
-def _parse_yaml(text: str) -> Any:
-    """Parses YAML text; raises `yaml.MarkedYAMLError` for any invalid text."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError:
-        raise
-    except yaml.YAMLError as error:  # for example, a control character
-        raise yaml.MarkedYAMLError(problem=str(error).splitlines()[0]) from error
-    # numbers with 5,000 digits, February 31, tags that do not fit their values
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise yaml.MarkedYAMLError(problem=reason_of(error)) from error
-
-
 def _parse_scalar(name: str, text: str) -> Any:
     if len(name) > MAX_NAME_CHARS:
         raise UserError(f"{COMMAND_LINE}: {shown(name)}: a name with {len(name)} characters")
-    _check_plain(name, f"{COMMAND_LINE}: {shown(name)}")
+    check_plain(name, f"{COMMAND_LINE}: {shown(name)}")
     try:
-        value = _parse_yaml(text)
+        value = parse_yaml(text)
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{COMMAND_LINE}: {name}={text!r:.200}: not a YAML value") from error
-    _check_plain(value, f"{COMMAND_LINE}: {name}")
+    check_plain(value, f"{COMMAND_LINE}: {name}")
     is_plain = (value is None or isinstance(value, str)) and not text.lstrip().startswith(
         ("'", '"')
     )
@@ -346,7 +226,7 @@ def _set_field(data: dict[str, Any], name: str, value: Any, layers: Sequence[Lay
         if not isinstance(inner, dict):
             field = ".".join(sections[:i])
             raise UserError(
-                f"{_origin(layers, [field]) or COMMAND_LINE}: {field}={_shorten(inner)}: not a section, but the command line "
+                f"{_origin(layers, [field]) or COMMAND_LINE}: {field}={shorten(inner)}: not a section, but the command line "
                 f"sets {name}"
             )
         data = inner
@@ -370,7 +250,7 @@ def _explain(
         text = f"{name}: unknown field{_known_field(config_class, name)}"
     else:
         message = error["msg"][0].lower() + error["msg"][1:]
-        text = f"{name}={_shorten(error['input'])}: {message}"
+        text = f"{name}={shorten(error['input'])}: {message}"
     return [f"{_origin(layers, fields) or otherwise}: {text}"]
 
 
@@ -401,8 +281,3 @@ def _origin(layers: Sequence[Layer], fields: Sequence[str]) -> str | None:
             if any(f"{given}.".startswith(f"{x}.") or x.startswith(f"{given}.") for x in fields):
                 return layer.where
     return None
-
-
-def _shorten(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

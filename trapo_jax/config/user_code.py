@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from trapo_jax.config.evaluation import EvaluateConfig
 from trapo_jax.config.training import Config
-from trapo_jax.import_path import import_object
+from trapo_jax.inputs.import_path import import_object
 
 PACKAGE = "trapo_jax"
 

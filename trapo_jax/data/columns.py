@@ -25,7 +25,7 @@ from trapo_jax.data.layouts import (
     wrong_type,
 )
 from trapo_jax.data.sources import Row
-from trapo_jax.files import shown
+from trapo_jax.inputs.files import shown
 from trapo_jax.types import ExpertPart, UserError
 
 _THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?", re.ASCII)

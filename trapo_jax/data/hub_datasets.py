@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trapo_jax.hub import (
+from trapo_jax.inputs.hub import (
     COMMIT,
     HubRepo,
     HubUnavailable,
@@ -16,7 +16,7 @@ from trapo_jax.hub import (
     latest_commit,
     parse_hub_id,
 )
-from trapo_jax.paths import did_you_mean
+from trapo_jax.inputs.paths import did_you_mean
 from trapo_jax.types import UserError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 from trapo_jax.config import ColumnPreset
 from trapo_jax.data.examples import Message
 from trapo_jax.data.sources import Row
-from trapo_jax.files import shown
+from trapo_jax.inputs.files import shown
 from trapo_jax.types import UserError
 
 # Maximum length of the text used from a row; far beyond a model's context.

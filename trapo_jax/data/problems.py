@@ -15,7 +15,7 @@ import numpy as np
 from trapo_jax.data.encoding import Encoder, as_encoder
 from trapo_jax.data.examples import DataReport, Example
 from trapo_jax.data.templates import Template
-from trapo_jax.files import shown
+from trapo_jax.inputs.files import shown
 from trapo_jax.types import Expert, Problem, UserError
 
 if TYPE_CHECKING:

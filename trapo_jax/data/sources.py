@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from trapo_jax.data.hub_datasets import HubDataset, parse_hub_dataset, read_hub_rows
 from trapo_jax.data.text_rows import read_csv_rows, read_json_rows
-from trapo_jax.files import check_regular, reason_of, split_lines
-from trapo_jax.paths import USE_LFS, did_you_mean, is_lfs_pointer, working_directory
+from trapo_jax.inputs.files import check_regular, reason_of, split_lines
+from trapo_jax.inputs.paths import USE_LFS, did_you_mean, is_lfs_pointer, working_directory
 from trapo_jax.sandbox import child_environment
 from trapo_jax.types import UserError
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from trapo_jax.data.examples import Message, Prompt
-from trapo_jax.import_path import import_object, suggest
+from trapo_jax.inputs.import_path import import_object, suggest
 from trapo_jax.sandbox import child_environment
 from trapo_jax.types import UserError
 

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trapo_jax.files import MAX_BYTES, read_lines, reason_of
+from trapo_jax.inputs.files import MAX_BYTES, read_lines, reason_of
 from trapo_jax.types import UserError
 
 HEAD_BYTES = 1024

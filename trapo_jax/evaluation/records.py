@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trapo_jax.evaluation.scoring import Sample, make_sample, shares_noise
-from trapo_jax.files import read_lines
+from trapo_jax.inputs.files import read_lines
 from trapo_jax.types import Completion, Grade, UserError
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pydantic
 
-from trapo_jax.import_path import import_object, suggest
+from trapo_jax.inputs.import_path import import_object, suggest
 from trapo_jax.methods.constants import Constants
 from trapo_jax.methods.family import METHODS
 from trapo_jax.methods.method import Method

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from trapo_jax.files import read_json_object, shown
+from trapo_jax.inputs.files import read_json_object, shown
 from trapo_jax.types import UserError
 
 GENERATION_CONFIG = "generation_config.json"

@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from trapo_jax.files import read_json_object, shown
+from trapo_jax.inputs.files import read_json_object, shown
 from trapo_jax.models.attention import Implementation
 from trapo_jax.models.decoder import DecoderConfig, Remat
 from trapo_jax.models.lora import Lora

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from trapo_jax.hub import HubRepo, HubUnavailable, fetch_files, parse_hub_id
+from trapo_jax.inputs.hub import HubRepo, HubUnavailable, fetch_files, parse_hub_id
+from trapo_jax.inputs.paths import did_you_mean, working_directory
 from trapo_jax.models.side_files import CONFIG, SIDE_FILES
 from trapo_jax.models.tensor_files import INDEX, weight_files
-from trapo_jax.paths import did_you_mean, working_directory
 from trapo_jax.types import UserError
 
 TOKENIZER = "tokenizer.json"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from trapo_jax.config import LoraConfig, ModelConfig
-from trapo_jax.files import read_json_object
-from trapo_jax.hub import HubRepo, parse_hub_id
+from trapo_jax.inputs.files import read_json_object
+from trapo_jax.inputs.hub import HubRepo, parse_hub_id
 from trapo_jax.models.decoder import DecoderConfig
 from trapo_jax.models.generation_config import read_eos_ids
 from trapo_jax.models.hugging_face_config import read_config, read_max_context_len

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from trapo_jax.files import read_json_object
+from trapo_jax.inputs.files import read_json_object
 from trapo_jax.models.decoder import DecoderConfig
 from trapo_jax.models.generation_config import GENERATION_CONFIG, write_eos_ids
 from trapo_jax.models.tensor_files import INDEX, weight_files

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from trapo_jax.files import check_regular, read_json_object, shown
-from trapo_jax.paths import USE_LFS, is_lfs_pointer
+from trapo_jax.inputs.files import check_regular, read_json_object, shown
+from trapo_jax.inputs.paths import USE_LFS, is_lfs_pointer
 from trapo_jax.types import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trapo_jax.files import MAX_BYTES, check_regular, read_json_object, reason_of
+from trapo_jax.inputs.files import MAX_BYTES, check_regular, read_json_object, reason_of
 from trapo_jax.models.side_files import SIDE_FILES
 from trapo_jax.types import UserError
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Self
 
-from trapo_jax.import_path import import_object, suggest
+from trapo_jax.inputs.import_path import import_object, suggest
 from trapo_jax.rewards.card_shuffles import card_shuffles_grader
 from trapo_jax.rewards.judgments import call, reason_of
 from trapo_jax.rewards.math import grade_math, grade_math_lenient

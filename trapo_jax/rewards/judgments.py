@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from trapo_jax.printable import first_line
+from trapo_jax.inputs.printable import first_line
 from trapo_jax.types import Judgment, Problem, Verdict
 
 # Maximum lengths of an answer and of the reason for a missing reward, as shown to the user.

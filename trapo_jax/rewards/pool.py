@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
-from trapo_jax.printable import first_line
+from trapo_jax.inputs.printable import first_line
 from trapo_jax.rewards.judgments import MAX_REASON_CHARS, describe_reason, kind_of
 from trapo_jax.sandbox import child_environment
 from trapo_jax.types import Judgment, Problem, Verdict

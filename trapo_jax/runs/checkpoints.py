@@ -14,27 +14,30 @@ asynchronous save would still be reading them.
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
-import os
 import re
 import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 from orbax.checkpoint import v1 as ocp
 
 from trapo_jax.distributed.processes import is_main, wait_for_all
-from trapo_jax.files import read_text
+from trapo_jax.runs.manifests import (
+    MANIFEST,
+    DamagedCheckpoint,
+    checksums,
+    read_manifest,
+    sync,
+    write_manifest,
+    write_synced,
+)
 from trapo_jax.types import UserError
 
 STATE, HOST = "state", "host"
-MANIFEST = "manifest.json"
 DAMAGED = ".damaged"
 WRITING, EXPIRED = ".writing", ".expired"
 ASIDE = ".aside"  # Suffix for a foreign directory that occupied a checkpoint's path.
@@ -51,10 +54,6 @@ class Trainable(Protocol):
     def abstract_state(self) -> Any: ...
 
     def free(self) -> None: ...
-
-
-class DamagedCheckpoint(Exception):
-    """Raised if a checkpoint's files do not match its manifest. The message names the step and the file."""
 
 
 class ForeignCheckpoint(Exception):
@@ -129,7 +128,7 @@ class CheckpointStore:
         if is_main():
             self._directory.mkdir(parents=True, exist_ok=True)
             self._clean()
-            _write_synced(self._directory / JOURNAL, partial.name)
+            write_synced(self._directory / JOURNAL, partial.name)
         wait_for_all(f"checkpoint {step} begun")
         with self._context():
             ocp.save_checkpointables(str(partial), {STATE: state, HOST: host}, overwrite=True)
@@ -140,11 +139,11 @@ class CheckpointStore:
 
     def _commit(self, path: Path, partial: Path, score: float | None) -> None:
         content = {"step": int(path.name), "run": self._identity, "score": score}
-        _write_manifest(partial, content)
+        write_manifest(partial, content)
         if path.exists():
             path.rename(path.with_suffix(EXPIRED) if self._is_ours(path) else _unused(path, ASIDE))
         partial.rename(path)
-        _sync(self._directory)
+        sync(self._directory)
         (self._directory / JOURNAL).unlink()
         for expired in set(self._own_steps()) - self._kept():
             # Rename it first, so that an interrupted deletion does not leave an incomplete checkpoint.
@@ -167,7 +166,7 @@ class CheckpointStore:
     def _is_ours(self, folder: Path) -> bool:
         """Returns whether a directory is a checkpoint of this run and has its original name."""
         try:
-            self._check_identity(folder, _read_manifest(folder))
+            self._check_identity(folder, read_manifest(folder))
         except (DamagedCheckpoint, ForeignCheckpoint):
             return False
         return True
@@ -194,10 +193,10 @@ class CheckpointStore:
           ForeignCheckpoint: if the checkpoint belongs to another step or run.
         """
         folder = self._path(step)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         self._check_identity(folder, manifest)
         expected = manifest["files"]
-        actual = _checksums(folder)
+        actual = checksums(folder)
         for name in sorted({*expected, *actual}):
             if name not in actual:
                 raise DamagedCheckpoint(f"checkpoint {step}: {name} is missing")
@@ -280,7 +279,7 @@ class CheckpointStore:
         """Returns scores keyed by step, omitting checkpoints without a score or with a damaged manifest."""
         scores = {}
         for step in self._own_steps():
-            score = _read_manifest(self._path(step))["score"]
+            score = read_manifest(self._path(step))["score"]
             if score is not None:
                 scores[step] = score
         return scores
@@ -324,7 +323,7 @@ def _unused(path: Path, suffix: str) -> Path:
 
 def _delete_listed(folder: Path) -> None:
     """Deletes the files listed in a checkpoint's manifest, then the manifest and directories left empty."""
-    listed = _read_manifest(folder)["files"]
+    listed = read_manifest(folder)["files"]
     # In reverse order, files come before the directory that contains them.
     inside = sorted(folder.rglob("*"), reverse=True)
     for path in inside:
@@ -339,76 +338,3 @@ def _delete_listed(folder: Path) -> None:
 def _remove_if_empty(folder: Path) -> None:
     if not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
-    """Writes the manifest after flushing everything else in the folder to disk."""
-    for path in sorted(folder.rglob("*")):
-        _sync(path)
-    content = {**about, "files": _checksums(folder)}
-    text = json.dumps({**content, "sha256": _checksum_of(content)}, indent=1)
-    _write_synced(folder / MANIFEST, text)
-    _sync(folder)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns a dict with `step`, `run`, `score`, and `files`, which maps relative paths to SHA-256 checksums.
-
-    Raises:
-      DamagedCheckpoint: if the manifest is missing or differs from what `_write_manifest` wrote.
-    """
-    if not (folder / MANIFEST).exists():
-        raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is missing")
-    try:
-        text = read_text(folder / MANIFEST)
-    except UserError as error:
-        raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is damaged") from error
-    try:
-        content = json.loads(text)
-        expected = content.pop("sha256")
-        is_intact = text == json.dumps({**content, "sha256": expected}, indent=1)
-    except (ValueError, AttributeError, KeyError, RecursionError):
-        is_intact, content, expected = False, {}, ""
-    if not is_intact or expected != _checksum_of(content):
-        raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is damaged")
-    if content.keys() != {"step", "run", "score", "files"}:
-        raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} has a different version")
-    return content
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    """Returns the SHA-256 checksum of every file except the manifest, keyed by relative path."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
-    with ThreadPoolExecutor() as pool:
-        return dict(
-            zip(
-                (path.relative_to(folder).as_posix() for path in paths),
-                pool.map(_file_checksum, paths),
-                strict=True,
-            )
-        )
-
-
-def _file_checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _checksum_of(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Flushes a file or the entries of a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

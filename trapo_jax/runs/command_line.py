@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import trapo_jax.distributed.log_level  # noqa: F401  must precede loading libtpu
-from trapo_jax.printable import printable
+from trapo_jax.inputs.printable import printable
 from trapo_jax.runs.system_errors import (
     EXIT_BROKEN_PIPE,
     EXIT_INTERRUPTED,

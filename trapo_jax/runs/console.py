@@ -16,7 +16,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from trapo_jax.printable import printable
+from trapo_jax.inputs.printable import printable
 from trapo_jax.runs.loggers import describe_samples
 from trapo_jax.runs.progress import (
     MIN_SECS,

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from trapo_jax.files import read_json_object, read_lines
-from trapo_jax.printable import printable
+from trapo_jax.inputs.files import read_json_object, read_lines
+from trapo_jax.inputs.printable import printable
 from trapo_jax.runs.directory import (
     METRICS,
     SAMPLES,

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from trapo_jax.config import default_settings, flatten, read_yaml
-from trapo_jax.files import shown
-from trapo_jax.printable import printable
+from trapo_jax.inputs.files import shown
+from trapo_jax.inputs.printable import printable
 from trapo_jax.runs.directory import CONFIG, METRICS, REPORT, SAMPLES, write_atomically
 from trapo_jax.runs.loggers import (
     EVAL,

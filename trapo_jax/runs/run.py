@@ -20,12 +20,7 @@ from trapo_jax.runs.checkpoints import CheckpointStore, Retention, Trainable
 from trapo_jax.runs.console import Console
 from trapo_jax.runs.directory import (
     CHECKPOINTS,
-    CONFIG,
-    NUM_STEPS,
     SUMMARY,
-    Changes,
-    check_problems,
-    check_run,
     check_shared,
     lock_folder,
     prepare_run_folder,
@@ -41,6 +36,7 @@ from trapo_jax.runs.monitoring import (
     check_space,
 )
 from trapo_jax.runs.report import write_report_of_run
+from trapo_jax.runs.resuming import RunStatus, check_problems, check_run
 from trapo_jax.runs.samples import sample_records
 from trapo_jax.runs.stages import StageTracker
 from trapo_jax.types import (
@@ -72,24 +68,14 @@ class Run:
       pending_splits: splits that remain to be evaluated before the next step, or after the last one.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        method: Method,
-        changes: Changes,
-        *,
-        is_complete: bool,
-        is_new: bool,
-        show_progress: bool,
-    ):
+    def __init__(self, config: Config, method: Method, status: RunStatus, *, show_progress: bool):
         self.folder = config.run_folder
-        self.is_complete = is_complete
-        self.is_new = is_new
+        self._changes, self.is_complete, self.is_new = status
         self.step = self._num_completed = 0
         self.usage = Usage()
         self.method_state: Mapping[str, Any] = {}
         self._stages = StageTracker(method.stages)
-        self._config, self._method, self._changes = config, method, changes
+        self._config, self._method = config, method
         self._quiet = not (show_progress and is_main())
         train, keep = config.train, config.checkpoint
         self._budget = Budget(train.budget_unit, train.budget, train.num_steps)
@@ -119,20 +105,8 @@ class Run:
           UserError: if the directory contains other files, or a run with a different config or method.
         """
 
-        def check() -> tuple[Changes, bool, bool]:
-            changes, folder = check_run(config, method), config.run_folder
-            is_complete = (folder / SUMMARY).exists() and NUM_STEPS not in changes
-            return changes, is_complete, not (folder / CONFIG).exists()
-
-        changes, is_complete, is_new = from_main(check)
-        return cls(
-            config,
-            method,
-            changes,
-            is_complete=is_complete,
-            is_new=is_new,
-            show_progress=show_progress,
-        )
+        status = RunStatus(*from_main(lambda: check_run(config, method)))
+        return cls(config, method, status, show_progress=show_progress)
 
     def __enter__(self) -> "Run":
         return self

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from trapo_jax.printable import printable
+from trapo_jax.inputs.printable import printable
 from trapo_jax.types import EXIT_FAILED
 
 EXIT_USER_ERROR = 2

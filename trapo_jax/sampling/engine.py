@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trapo_jax.import_path import import_object, suggest
+from trapo_jax.inputs.import_path import import_object, suggest
 from trapo_jax.types import Completion, RolloutRequest, SamplingParams, UserError
 
 if TYPE_CHECKING:

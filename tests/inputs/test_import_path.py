@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from support.commands import REPOSITORY
-from trapo_jax.import_path import import_object, search_beside
+from trapo_jax.inputs.import_path import import_object, search_beside
 from trapo_jax.types import UserError
 
 
@@ -127,7 +127,7 @@ def test_a_module_in_the_working_directory_is_found_without_python_m(folder):
     script.parent.mkdir()
     script.write_text(
         f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from trapo_jax.import_path import import_object\n"
+        "from trapo_jax.inputs.import_path import import_object\n"
         "print(import_object('user_module:ANSWER', 'sampling.engine'))\n"
     )
     result = subprocess.run(

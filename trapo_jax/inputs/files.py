@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from trapo_jax.paths import USE_LFS, is_lfs_pointer
+from trapo_jax.inputs.paths import USE_LFS, is_lfs_pointer
 from trapo_jax.types import UserError
 
 MAX_BYTES = 16 * 2**20  # size limit of a text file or line

@@ -8,8 +8,8 @@ from pathlib import Path
 
 HUB_PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 SHIPPED_CONFIGS = (  # for an installed package and for a clone
-    Path(__file__).parent / "configs",
     Path(__file__).parents[1] / "configs",
+    Path(__file__).parents[2] / "configs",
 )
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 USE_LFS = "a Git-LFS pointer, not the file itself; run `git lfs pull` in its folder"
