@@ -517,6 +517,38 @@ def test_verdicts():
     assert verdict(r"\boxed{" + "1" * (MAX_ANSWER_CHARS + 1) + "}", "1") is Verdict.WRONG
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer", "expected"),
+    [
+        ("2024-03-05", r"\boxed{2016}", Verdict.WRONG),
+        ("2016", r"\boxed{2024-03-05}", Verdict.WRONG),
+        ("2024-03-05", "The answer is 5 March 2024.", Verdict.CORRECT),
+        ("2024-03-05", "The answer is 2024-3-5.", Verdict.CORRECT),
+        ("March 5, 2024", r"\boxed{\text{5th of March 2024}}", Verdict.CORRECT),
+        ("Sept. 5 2024", r"\boxed{2024-09-05}", Verdict.CORRECT),
+        ("March 5, 2024", r"\boxed{March 6, 2024}", Verdict.WRONG),
+        ("2024 - 13 - 5", r"\boxed{2006}", Verdict.CORRECT),  # not a date
+    ],
+)
+def test_dates_are_compared_as_dates(gold, answer, expected):
+    assert verdict(answer, gold) is expected
+
+
+@pytest.mark.parametrize("empty", [r"\boxed{}", r"\boxed{ }", r"$\boxed{$ $}$", r"\fbox{}"])
+def test_an_empty_box_is_not_an_answer(empty):
+    response = f"The answer is 60. I put my final answer within {empty}."
+    assert verdict(response, "60") is Verdict.CORRECT
+    assert verdict(rf"\boxed{{60}} {empty}", "60") is Verdict.CORRECT
+    assert grade_math(f"Hm. {empty}", Problem("", (), "60"))[1] is None
+
+
+def test_answers_that_only_the_same_text_matches_are_found():
+    for text in ("Tuesday", "It is 300, because of the factor.", "no", ""):
+        assert is_text(text), text
+    for text in ("5", "x = 5", "12 km", "3 square meters per second", "March 5, 2024", r"\frac12"):
+        assert not is_text(text), text
+
+
 @pytest.mark.parametrize("answer", ["", " ", "$", r"\boxed{}"])
 def test_a_problem_without_an_answer_is_an_error(answer):
     with pytest.raises(ValueError, match="empty"):

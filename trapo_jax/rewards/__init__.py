@@ -19,6 +19,7 @@ from trapo_jax.rewards.math import (
     extract_math_answer,
     grade_math,
     grade_math_lenient,
+    is_sentence,
     is_text,
 )
 from trapo_jax.rewards.multiple_choice import extract_choice, grade_multiple_choice
@@ -38,6 +39,7 @@ __all__ = [
     "grade_math",
     "grade_math_lenient",
     "grade_multiple_choice",
+    "is_sentence",
     "is_text",
     "kind_of",
     "make_grader",

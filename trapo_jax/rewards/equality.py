@@ -23,6 +23,7 @@ from trapo_jax.rewards.brackets import (
     split,
     split_list,
 )
+from trapo_jax.rewards.dates import read_date
 from trapo_jax.rewards.notation import Answer, read_answer
 
 MAX_PARTS = 64
@@ -72,6 +73,9 @@ def equivalent(gold: str, answer: str) -> bool:
     >>> equivalent("1e-5", r"1 \times 10^{-5}"), equivalent("5", "x = 5"), equivalent("5", "2x + 1 = 5")
     (True, True, False)
     """
+    dates = read_date(gold), read_date(answer)
+    if dates[0] or dates[1]:
+        return dates[0] == dates[1]
     return _equal_answers(read_answer(gold), read_answer(answer))
 
 

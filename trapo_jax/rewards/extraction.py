@@ -7,6 +7,7 @@ import re
 
 # A doubled backslash before `boxed` is a typo rather than a line break. Escaped braces do not open or close groups.
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)")
+EMPTY_BOX = re.compile(rf"{BOX.pattern}\s*\{{[\s$]*\}}")
 _BOX_OR_BRACE = re.compile(rf"{BOX.pattern}\s*\{{|\\(?!\\boxed)[{{}}\\]|[{{}}]")
 # In `\boxed 42`, TeX would box only the first token, but the writer means the whole number or name.
 _BARE_BOX = re.compile(
@@ -25,8 +26,8 @@ MAX_SPECIAL_TOKENS, MAX_SPECIAL_TOKEN_CHARS = 4, 64
 def last_boxed(text: str) -> str | None:
     r"""Returns the content of the last `\boxed{}`; None if there is none.
 
-    A nested box is part of the outer one. Boxes that are never closed are ignored. Boxes separated only by a comma,
-    "and" or "or" form one answer.
+    A nested box is part of the outer one. Boxes that are empty or never closed are ignored. Boxes separated only by a
+    comma, "and" or "or" form one answer.
 
     >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}, so \boxed{")
     '\\frac{1}{2}'
@@ -49,7 +50,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
-    """Returns, for each closed outermost box, the start of the command, and the start and end of its content."""
+    """Returns, for each closed outermost box that is not empty, the start of the command, and the start and end of its content."""
     # (start of the command, start of its content) of each open box; (-1, -1) for other braces.
     opened: list[tuple[int, int]] = []
     boxes: list[tuple[int, int, int]] = []
@@ -63,7 +64,8 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
             if start >= 0:
                 while boxes and boxes[-1][0] > begin:
                     boxes.pop()
-                boxes.append((begin, start, match.start()))
+                if text[start : match.start()].strip(" $"):  # An empty box only repeats the prompt.
+                    boxes.append((begin, start, match.start()))
     return boxes
 
 

@@ -14,13 +14,15 @@ import logging
 import re
 from typing import Any
 
+from trapo_jax.rewards.dates import read_date
 from trapo_jax.rewards.equality import equivalent as _equivalent
 from trapo_jax.rewards.equality import is_prose
-from trapo_jax.rewards.extraction import BOX, final_part, last_boxed
+from trapo_jax.rewards.extraction import BOX, EMPTY_BOX, final_part, last_boxed
 from trapo_jax.rewards.notation import EMPHASIS, read_answer
 from trapo_jax.types import Problem, Verdict
 
 MAX_ANSWER_CHARS = 2_000
+MIN_SENTENCE_WORDS = 4
 # Repetitions are bounded to keep the running time linear in the length of the text.
 ANSWER_MARK = re.compile("####")
 ANSWER_LINE = re.compile(rf"^[ \t]{{0,8}}{ANSWER_MARK.pattern}[ \t]{{0,8}}(\S.*)$", re.MULTILINE)
@@ -31,6 +33,7 @@ ANSWER_PHRASE = re.compile(
 DELIMITED = re.compile(
     r"\$\$(.+?)\$\$|\$((?:\\.|[^$\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
 )
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z])")
 BETWEEN = re.compile(r"\s{0,2}(?:,|and|or|,\s?and|,\s?or)\s{0,2}(?=[$\\])")
 # Answers in words start with a letter; everything else is mathematical.
 MATHEMATICAL = re.compile(r"[\d$\\(\[{|+.√π∞€£-]|[−±≈~=]|[A-Za-z](?:\s?[=^_(]|[.,]?$)")
@@ -96,21 +99,33 @@ def gold_answer(text: str) -> str:
     """
     boxed, lines = last_boxed(text), ANSWER_LINE.findall(text)
     answer = boxed if boxed is not None else _without_delimiters(lines[-1] if lines else text)
-    if not answer.strip(" $.\n\t"):
+    if not EMPTY_BOX.sub("", answer).strip(" $.\n\t"):
         raise ValueError("the problem's answer is empty")
     return answer
 
 
 def is_text(answer: str) -> bool:
-    """Returns whether a problem's answer is prose, so that only the same text matches it. Takes linear time.
+    """Returns whether a problem's answer is text, so that only the same text matches it. Takes linear time.
 
-    Answers that are empty or longer than MAX_ANSWER_CHARS also count as prose, because no other response matches them.
+    Answers that are empty or longer than MAX_ANSWER_CHARS also count as text, because no other response matches them.
     """
     try:
         gold = gold_answer(answer)
     except ValueError:
         return True
-    return len(gold) > MAX_ANSWER_CHARS or is_prose(read_answer(gold).text)
+    if len(gold) > MAX_ANSWER_CHARS or is_sentence(gold):
+        return True
+    return read_date(gold) is None and is_prose(read_answer(gold).text)
+
+
+def is_sentence(answer: str) -> bool:
+    r"""Returns whether an answer has so many words that hardly any response repeats it verbatim. Takes linear time.
+
+    >>> is_sentence("It is 300, because 5 km are 5000 m."), is_sentence("3 square meters per second"), is_sentence(r"\frac{\pi}{2}")
+    (True, False, False)
+    """
+    num_words = len(WORD.findall(answer))
+    return num_words >= MIN_SENTENCE_WORDS and not read_answer(answer[:MAX_ANSWER_CHARS]).unit
 
 
 def extract_math_answer(response: str) -> str | None:
