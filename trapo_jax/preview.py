@@ -50,7 +50,6 @@ def main(arguments: Sequence[str]) -> int:
     first = data.splits["train"][0]
     for i, expert in enumerate(first.experts):
         show_text(f"expert solution {i + 1}", model.tokenizer.decode(expert.token_ids), console)
-    show_text("answer", first.answer, console)
     if preflight.errors:
         raise UserError(*preflight.errors)
     return 0

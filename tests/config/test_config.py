@@ -1,6 +1,7 @@
 """Tests that the defaults equal the shipped config, and that every mistake is reported in one clear line."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import yaml
 from support.commands import REPOSITORY, run_command
 from trapo_jax.config import (
     Config,
+    as_override,
     help_text,
     list_fields,
     load_config,
@@ -161,9 +163,10 @@ COMMAND_LINES = [
     (["--hlep"], "--hlep has no value"),
     (["seed"], "'seed' is not FIELD=VALUE"),
     (["train.num_steps", "3"], "'train.num_steps' is not FIELD=VALUE"),
+    (["train.num_steps", "=", "3"], "not FIELD=VALUE; write train.num_steps=3 without spaces"),
     (["configs/smoke_cpu.yaml"], "did you mean --config configs/smoke_cpu.yaml?"),
-    (["--config", "missing.yaml"], "missing.yaml: cannot be read (No such file or directory)"),
-    (["--config", "configs/own_dta.yaml"], "directory); did you mean configs/own_data.yaml?"),
+    (["--config", "missing.yaml"], "missing.yaml: no such file in /"),
+    (["--config", "configs/own_dta.yaml"], "; did you mean configs/own_data.yaml?"),
     (["--config", "configs"], "configs: a folder, not a regular file"),
     (["--config", "a.yaml", "--config=b.yaml"], "two --config files, a.yaml and b.yaml; pass one"),
     (["=3"], "has no field name"),
@@ -388,3 +391,39 @@ def test_command_never_ends_with_a_traceback(main, code, error):
     process.stdout.close()  # like `| head`
     assert process.stderr.read() == error
     assert process.wait() == code
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "End with a line of the form: The answer is N.",
+        "- as a list",
+        "a: b: c",
+        "Q: x\nA: y",
+        "# a",
+    ],
+)
+def test_text_that_yaml_would_read_as_a_block_is_text_on_the_command_line(text):
+    assert load(f"data.prompt_suffix={text}").data.prompt_suffix == text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data.prompt_suffix", 'it\'s: [N] "x" $HOME'),
+        ("data.prompt_suffix", "3"),
+        ("data.prompt_suffix", "null"),
+        ("data.prompt_suffix", "[x"),
+        ("data.prompt_suffix", "two\nlines"),
+        ("data.prompt_suffix", None),
+        ("data.train_files", ["a b.jsonl", "c.jsonl"]),
+        ("train.learning_rate", 1e-6),
+        ("limits.max_logprob_gap", 0.5),
+    ],
+)
+def test_overrides_are_quoted_for_the_shell_and_read_back(field, value):
+    (argument,) = shlex.split(as_override(field, value))
+    section, name = field.split(".")
+    more = ["model.path=x", "rewards.functions=math"] if name == "train_files" else []
+    found = getattr(getattr(load(argument, *more), section), name)
+    assert (list(found) if isinstance(found, tuple) else found) == value

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 
 import pytest
 
@@ -57,7 +58,10 @@ def preview(model, tmp_path, capsys, grader, monkeypatch):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         fields = [f"model.path={model}", f"data.train_files={file}", "rewards.functions=math"]
         fields.append("data.template=chatml")  # a template that starts no process
-        overrides = [override.replace("{file}", str(file)) for override in overrides]
+        other = tmp_path / "other.jsonl"
+        other.write_text('{"query": "What is 3 + 1?", "result": "4"}\n')
+        files = {"file": file, "other": other}
+        overrides = [re.sub(r"{(file|other)}", lambda m: str(files[m[1]]), x) for x in overrides]
         code = main([*fields, "data.num_validation=2", "data.num_test=2", *overrides])
         output = capsys.readouterr()
         return code, " ".join(output.out.split()), output.err
@@ -144,7 +148,7 @@ MISUSES = {
             "data.num_test=4",
             "train.problems_per_step=1",
         ],
-        "training prompts are longer and were dropped; raise it",
+        "8 of 12 training prompts were dropped, because they are longer than 70 tokens (the longest has 154 tokens); set",
     ),
     "no solutions": (
         without("solution"),
@@ -184,6 +188,19 @@ MISUSES = {
         "it exceeds the 2048 positions of the model (max_position_embeddings)",
     ),
     "unknown template": (ROWS, ["data.template=chatlm"], "no such template; did you mean chatml?"),
+    "chats without an answer": (
+        [
+            {"messages": [{"role": "user", "content": r["prompt"]}], "answer": r["answer"]}
+            for r in ROWS
+        ],
+        [],
+        "no chat in 'messages' ends with an assistant message; add the solutions as such messages, or",
+    ),
+    "test files with other columns": (
+        ROWS,
+        ["data.test_files={other}"],
+        "data.columns applies to every split, so rename this file's columns if those of data.train_files differ",
+    ),
     "unlike any template": (
         ROWS,
         ["data.template=x"],
@@ -218,6 +235,7 @@ def out_of_range(response, problem): return 5 if problem.answer in response else
 def nothing(response, problem): problem.answer in response
 def breaks(response, problem): raise KeyError("x")
 def needs_text(response, problem): return float(response[0] == "x")
+def rewards_all(response, problem): return 1.0
 def one_source(response, problem): return {"a": 1.0}[problem.source]
 """
 EXPECTED = "expected a number in [0, 1] or a verdict"
@@ -269,6 +287,19 @@ def test_a_reward_function_that_fails_on_some_responses_has_one_warning(
     assert f"warning: rewards.functions: {name} failed on {counts}" in output
 
 
+def test_a_reward_for_an_empty_response_is_a_warning(preview, functions):
+    overrides = [f"rewards.functions={functions}:rewards_all", "rewards.timeout_secs=60"]
+    code, output, error = preview(without("solution"), *overrides, "method.name=grpo")
+    assert (code, error) == (0, "")
+    assert "warning: rewards.functions: rewards_all gives an empty response a reward of 1" in output
+
+
+def test_the_first_answer_and_the_limits_are_shown(preview):
+    _, output, _ = preview(without("solution"), "method.name=grpo")
+    assert "its answer: " in output
+    assert "completion tokens │ <= 1024" in output
+
+
 def test_a_broken_reward_function_only_warns_a_method_without_rewards(preview, functions):
     overrides = [f"rewards.functions={functions}:breaks", "rewards.timeout_secs=60"]
     code, output, error = preview(ROWS, *overrides, "method.name=sft")
@@ -291,7 +322,7 @@ WARNINGS = {
     "prompts that are dropped": (
         [*({**row, "prompt": row["prompt"] * 9} for row in ROWS[:4]), *ROWS[4:]],
         ["data.max_prompt_length=70", "data.num_validation=0", "data.num_test=0"],
-        "warning: train: 4 of 20 prompts are dropped, because they are longer than data.max_prompt_length=70; raise it",
+        "warning: train: 4 of 20 prompts are dropped, because they are longer than 70 tokens (the longest has 1",
     ),
     "prompts that are cut": (
         [*({**row, "prompt": row["prompt"] * 9} for row in ROWS[:4]), *ROWS[4:]],
@@ -301,7 +332,7 @@ WARNINGS = {
             "data.num_validation=0",
             "data.num_test=0",
         ],
-        "warning: train: 4 of 20 prompts are cut, because they are longer than data.max_prompt_length=70; raise it",
+        "warning: train: 4 of 20 prompts are cut, because they are longer than 70 tokens (the longest has 1",
     ),
     "expert solutions that are left out": (
         [*({**row, "solution": "Hm. " * 20 + row["solution"]} for row in ROWS[:4]), *ROWS[4:]],
@@ -327,6 +358,24 @@ WARNINGS = {
         ROWS,
         ["data.test_files={file}", "data.num_validation=0"],
         "warning: test: 20 of 20 problems have the same prompt as a training problem",
+    ),
+    "solutions in another form": (
+        [row | {"solution": f"One more. The answer is {row['answer']}."} for row in ROWS],
+        [],
+        "asks for the form of the expert solutions, which end with",
+    ),
+    "sentences as answers": (
+        [
+            row | {"answer": f"It is {row['answer']}, which is one more."}
+            for row in without("solution")
+        ],
+        ["method.name=grpo"],
+        "16 of 16 answers are sentences, which a response must repeat verbatim, for example 'It is",
+    ),
+    "half of the answers missing": (
+        [row | {"answer": None} if i % 2 else row for i, row in enumerate(without("solution"))],
+        ["method.name=grpo", "train.problems_per_step=1"],
+        "train: 10 of 20 rows are dropped (with an empty answer)",
     ),
     "special tokens": (
         changed(prompt="Say <|im_end|> now."),

@@ -24,7 +24,7 @@ from trapo_jax.runs.directory import (
     write_atomically,
 )
 from trapo_jax.runs.manifests import read_manifest, write_manifest
-from trapo_jax.runs.resuming import check_run_folder
+from trapo_jax.runs.resuming import check_run_folder, unfinished_beside
 from trapo_jax.types import UserError
 
 
@@ -210,6 +210,33 @@ def test_a_refusal_to_resume_names_every_field_that_differs(tmp_path):
     )
     assert "mesh" not in message
     assert "\n" not in message
+
+
+def test_the_same_files_are_no_difference_however_their_paths_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).touch()
+    prepare_run_folder(
+        tmp_path / "run",
+        text(data__train_files="[a.jsonl]", model__path="x", rewards__functions="math"),
+    )
+    same = text(
+        data__train_files=f"[{tmp_path}/a.jsonl]", model__path="x", rewards__functions="math"
+    )
+    assert check_run_folder(tmp_path / "run", same) == {}
+    other = text(data__train_files="[b.jsonl]", model__path="x", rewards__functions="math")
+    with pytest.raises(UserError, match=r"contains a run with data\.train_files="):
+        check_run_folder(tmp_path / "run", other)
+
+
+def test_an_unfinished_run_with_other_settings_is_found(tmp_path):
+    names = ("a_grpo-0123abcd", "a_grpo-00000000", "a_grpo2-0123abcd", "b_grpo-0123abcd", "a_grpo")
+    for i, name in enumerate(names):
+        prepare_run_folder(tmp_path / name, text())
+        os.utime(tmp_path / name / "config.yaml", (i, i))
+    (tmp_path / "a_grpo" / "summary.json").touch()
+    assert unfinished_beside(tmp_path / "a_grpo-ffffffff") == tmp_path / "a_grpo-00000000"
+    assert unfinished_beside(tmp_path / "a_grpo2-0123abcd") is None
 
 
 def test_a_run_of_another_method_is_refused_by_name(tmp_path):

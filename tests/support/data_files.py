@@ -1,5 +1,6 @@
 """Writes data files in every format, and malformed files, each with the expected error message."""
 
+import gzip
 import json
 import os
 
@@ -105,6 +106,22 @@ MALFORMED = [
     ("longint.jsonl", bytes_of(b'{"a": ' + b"1" * 5000 + b"}"), r", line 1: not JSON"),
     ("number.jsonl", bytes_of(b'{"a": 1}\n7\n'), r", line 2: a JSON int, not an object"),
     ("numbers.json", bytes_of(b"[1, 2]"), r", row 1: a JSON int, not an object"),
+    (
+        "data.jsonl.gz",
+        bytes_of(gzip.compress(b"{}")),
+        r"a compressed file; decompress it with `gunzip`",
+    ),
+    ("gz.jsonl", bytes_of(gzip.compress(b"{}")), r"a compressed file; decompress it with `gunzip`"),
+    (
+        "csv.jsonl",
+        bytes_of(b"question,answer\n1,2\n"),
+        r", line 1: not JSON, but perhaps CSV; .* \.csv",
+    ),
+    (
+        "json.csv",
+        bytes_of(b'{"a": 1, "b": 2}\n'),
+        r", line 1: not CSV, but perhaps JSON; .* \.jsonl",
+    ),
     ("data.xlsx", bytes_of(b"a,b\n"), r"unknown format \(\.xlsx\); choose from .parquet, .jsonl"),
     ("norows.csv", bytes_of(b"a,b\n"), r"contains no rows"),
     ("uneven.csv", bytes_of(b"a,b\n1,2\n1,2,3\n"), r", line 3: 3 values for the 2 columns of the"),

@@ -7,7 +7,7 @@ from trapo_jax.config.evaluation import (
     load_evaluate_config,
 )
 from trapo_jax.config.help import help_text, list_fields
-from trapo_jax.config.loading import load_config, load_train_config, parse_command_line, read_yaml
+from trapo_jax.config.loading import as_override, load_config, load_train_config, parse_command_line
 from trapo_jax.config.schema import (
     CONFIG_FILE,
     ColumnPreset,
@@ -22,6 +22,7 @@ from trapo_jax.config.schema import (
 )
 from trapo_jax.config.training import Config, default_settings
 from trapo_jax.config.user_code import SourceFile, user_code
+from trapo_jax.config.yaml_files import read_yaml
 
 __all__ = [
     "CONFIG_FILE",
@@ -37,6 +38,7 @@ __all__ = [
     "PretrainedConfig",
     "ScoringConfig",
     "SourceFile",
+    "as_override",
     "default_settings",
     "flatten",
     "help_text",

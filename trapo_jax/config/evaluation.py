@@ -32,7 +32,7 @@ from trapo_jax.config.training import (
     check_model,
     check_weights,
 )
-from trapo_jax.inputs.paths import look_up
+from trapo_jax.inputs.paths import did_you_mean, look_up, working_directory
 from trapo_jax.types import UserError
 
 # Fields that determine which problems of the training files a run holds out.
@@ -118,9 +118,15 @@ def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]
     model = given.get("model")
     path = model.get("path") if isinstance(model, dict) else None
     if isinstance(path, str):
-        saved = Path(look_up(path, file.parent) if file else path).expanduser() / CONFIG_FILE
+        folder = Path(look_up(path, file.parent) if file else path).expanduser()
+        saved = folder / CONFIG_FILE
         if saved.is_file():
             layers = [Layer(str(saved), _defaults_of_run(read_yaml(saved), given)), *layers]
+        elif not given.get("data") and not folder.exists():
+            raise UserError(
+                f"model.path={path}: no such run{working_directory(folder)}{did_you_mean(path)}; to evaluate a model, set "
+                "data.test_files or data.source as well"
+            )
     return load_layers(EvaluateConfig, layers, overrides, file=file)
 
 

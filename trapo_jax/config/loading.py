@@ -7,6 +7,7 @@ in one line that names the field, where it was set, its value, and how to fix it
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -29,6 +30,8 @@ C = TypeVar("C", bound=TaskConfig)
 
 MAX_MISTAKES, MAX_NAME_CHARS = 20, 200  # limits on what error messages show
 COMMAND_LINE = "command line"
+# A value that starts with one of these is a quoted string, or a list or mapping in brackets, an alias, or a tag.
+YAML_INDICATORS = ("'", '"', "[", "{", "&", "*", "!", "|", ">", "%", "@", "`")
 
 
 class Layer(NamedTuple):
@@ -165,6 +168,8 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
         name, equals, value = argument.removeprefix("--").partition("=")
         if not is_option and not equals:
             hint = f"; did you mean --config {argument}?" if argument.endswith(".yaml") else ""
+            if rest[:1] == ["="]:
+                hint = f"; write {argument}={' '.join(rest[1:2])} without spaces"
             raise UserError(f"command line: {argument!r} is not FIELD=VALUE{hint}")
         if not equals:
             if not rest or rest[0].startswith("--"):
@@ -182,18 +187,35 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
 
 
 def _parse_scalar(name: str, text: str) -> Any:
+    """Parses an override's value as YAML. What YAML would read as a block, such as `a: b`, is plain text here."""
     if len(name) > MAX_NAME_CHARS:
         raise UserError(f"{COMMAND_LINE}: {shown(name)}: a name with {len(name)} characters")
     check_plain(name, f"{COMMAND_LINE}: {shown(name)}")
+    is_flow = text.lstrip().startswith(YAML_INDICATORS)
     try:
         value = parse_yaml(text)
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{COMMAND_LINE}: {name}={text!r:.200}: not a YAML value") from error
+        if is_flow or ": " not in text:
+            raise UserError(f"{COMMAND_LINE}: {name}={text!r:.200}: not a YAML value") from error
+        value = text
     check_plain(value, f"{COMMAND_LINE}: {name}")
-    is_plain = (value is None or isinstance(value, str)) and not text.lstrip().startswith(
-        ("'", '"')
-    )
-    return text.strip() if is_plain and "#" in text else value  # Overrides have no comments.
+    is_block = isinstance(value, dict | list) and not is_flow
+    is_commented = (value is None or isinstance(value, str)) and not is_flow and "#" in text
+    return text.strip() if is_block or is_commented else value  # Overrides have no comments.
+
+
+def as_override(field: str, value: Any) -> str:
+    """Returns `field=value`, quoted for the shell, so that reading it as an override gives the same value.
+
+    >>> as_override("data.prompt_suffix", "End with: it's N"), as_override("train.decay_start", None)
+    ('\'data.prompt_suffix=End with: it\'"\'"\'s N\'', 'train.decay_start=null')
+    """
+    text = value if isinstance(value, str) else ""
+    try:
+        is_literal = isinstance(value, str) and _parse_scalar(field, text) == value
+    except UserError:
+        is_literal = False
+    return shlex.quote(f"{field}={text if is_literal else json.dumps(value)}")
 
 
 def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,9 @@ class DataReport:
       dropped: number of rows or examples dropped, keyed by reason; the values sum to `num_read - num_kept`.
       notes: other counts for the kept ones (prompts or experts cut, experts left out), keyed by description.
       absent: optional column paths that no row has.
+      prompt_limit: maximum prompt length in tokens; 0 if prompts were not encoded.
+      longest_prompt: length of the longest prompt that was read, such as "70 tokens" or, if it was far too long to be
+        encoded, "90,000 characters".
     """
 
     num_read: int
@@ -52,6 +55,8 @@ class DataReport:
     dropped: Mapping[str, int]
     notes: Mapping[str, int]
     absent: Sequence[str] = ()
+    prompt_limit: int = 0
+    longest_prompt: str = ""
 
     def __str__(self) -> str:
         line = f"{self.num_kept} of {self.num_read} kept"

@@ -109,11 +109,18 @@ def encode_examples(
                 )
     if num_without := sum(not problem.experts for problem in problems):
         notes["problems without an expert"] = num_without
-    report = DataReport(num_read, len(problems), dict(dropped), dict(notes))
+    length = f"{num_chars:,} characters" if num_chars else f"{longest:,} tokens"
+    report = DataReport(
+        num_read,
+        len(problems),
+        dict(dropped),
+        dict(notes),
+        prompt_limit=max_prompt_length,
+        longest_prompt=length,
+    )
     if not problems:
         hint = ""
         if num_chars or longest > max_prompt_length:
-            length = f"{num_chars:,} characters" if num_chars else f"{longest} tokens"
             hint = f"; raise data.max_prompt_length, since the longest prompt has {length}"
         raise UserError(f"{name}: no problem is usable: {report}{hint}")
     return problems, report

@@ -31,6 +31,10 @@ class Tried(NamedTuple):
     grade: Grade
     is_cut: bool = False
 
+    def reward_of(self, name: str) -> float:
+        """Returns the reward that a function gave; 0 if it is missing."""
+        return self.grade.judgments[name].reward or 0.0
+
 
 def try_rewards(
     problems: Sequence[Problem],
@@ -74,7 +78,7 @@ def _answers_alone(problem: Problem) -> tuple[str, str]:
 
 
 def check_functions(tried: Sequence[Tried]) -> tuple[list[str], list[str]]:
-    """Returns errors and warnings about reward functions that fail, at most one line per function.
+    """Returns errors and warnings about reward functions that fail or reward empty responses, at most one line each.
 
     It is an error if a function returns something other than a reward, or fails on most expert solutions or, if there
     are none, on all other responses.
@@ -84,6 +88,11 @@ def check_functions(tried: Sequence[Tried]) -> tuple[list[str], list[str]]:
         of_function = [t for t in tried if name in t.grade.judgments]
         failed = [t for t in of_function if name in t.grade.missing]
         if not failed:
+            if rewarded := [t for t in of_function if t.kind == EMPTY and t.reward_of(name) > 0]:
+                warnings.append(
+                    f"rewards.functions: {name} gives an empty response a reward of {rewarded[0].reward_of(name):g}; it is called "
+                    f"as {name}(response, problem)"
+                )
             continue
         reasons = [t.grade.missing[name] for t in failed]
         kinds = set(map(kind_of, reasons))

@@ -31,6 +31,12 @@ TEXT_READERS = {
     ".csv": read_csv_rows,
     ".tsv": read_csv_rows,
 }
+COMPRESSED = {  # first bytes of a file -> the command that decompresses it
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+}
 FORMATS = (".parquet", *TEXT_READERS, ".arrow")
 TABLE_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("table_worker.py")))
 TABLE_SECS = 60  # CPU seconds for a few hundred rows.
@@ -146,17 +152,26 @@ def _read(
 def _suffix(path: Path) -> str:
     """Returns the suffix of a file, after checking that the file is regular, not empty, and in a known format."""
     suffix = path.suffix.lower()
+    check_regular(path)
+    if tool := _compression_tool(path):
+        raise UserError(f"{path}: a compressed file; decompress it with `{tool}` first")
     if suffix not in FORMATS:
         known = ", ".join(FORMATS)
         raise UserError(
             f"{path}: unknown format ({path.suffix or 'no suffix'}); choose from {known}"
         )
-    check_regular(path)
     if not path.stat().st_size:
         raise UserError(f"{path}: empty file")
     if is_lfs_pointer(path):
         raise UserError(f"{path}: {USE_LFS}")
     return suffix
+
+
+def _compression_tool(path: Path) -> str:
+    """Returns the command that decompresses a file; an empty string if the file is not compressed."""
+    with path.open("rb") as file:
+        head = file.read(6)
+    return next((tool for magic, tool in COMPRESSED.items() if head.startswith(magic)), "")
 
 
 def _table_rows(path: Path, max_rows: int | None) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -79,6 +79,12 @@ class LoadedData:
             },
         }
 
+    def shown_paths(self, paths: Sequence[str]) -> str:
+        """Returns the paths that some row of the training data has, for display."""
+        absent = [path for stage in self.reports.get("train", []) for path in stage.absent]
+        shown = [path for path in paths if path and path not in absent]
+        return ", ".join(path.removesuffix("?") for path in shown) or "none"
+
     def fit(self, config: C, *, context_len: int | None, completion: int) -> C:
         """Returns the config with its null lengths replaced by lengths for this data.
 
@@ -272,7 +278,15 @@ def _from_files(
     ):
         if files:
             rows = _read(config, files, name)
-            of_split, rows = _columns_of(config, rows, needs_answer=needs_answer)
+            try:
+                of_split, rows = _columns_of(config, rows, needs_answer=needs_answer)
+            except UserError as error:
+                if columns is None:
+                    raise
+                raise UserError(
+                    f"{error}; data.columns applies to every split, so rename this file's columns if those of "
+                    "data.train_files differ"
+                ) from error
             columns = columns or of_split  # The training data's columns are shown.
             splits[name], report = examples_from_rows(
                 rows, of_split, expert_part=expert_part, needs_answer=needs_answer

@@ -17,6 +17,7 @@ CHUNK_BYTES = 2**20
 # A JSON error this close to the end of the buffer may be due to a truncated token.
 MAX_TOKEN_CHARS = 16
 WHITESPACE = " \t\r\n"
+DELIMITERS = ",;\t"
 
 
 def read_json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -44,7 +45,16 @@ def _rows_of_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
             try:
                 yield "line", number, json.loads(text)
             except (RecursionError, ValueError) as error:
+                if number == 1 and _looks_like_csv(text):
+                    raise UserError(
+                        f"{path}, line 1: not JSON, but perhaps CSV; if so, rename the file to end in .csv"
+                    ) from error
                 raise _not_json(path, number, error) from error
+
+
+def _looks_like_csv(line: str) -> bool:
+    """Returns whether a line may be the header of a CSV file."""
+    return line[0] not in "{[" and any(line.count(delimiter) for delimiter in DELIMITERS)
 
 
 def read_csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -58,7 +68,11 @@ def read_csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     lines = (text for _, text in _read_text_lines(path))
     first = next(lines)
-    delimiter = max(",;\t", key=first.count)
+    if first.lstrip().startswith(("{", "[")):
+        raise UserError(
+            f"{path}, line 1: not CSV, but perhaps JSON; if so, rename the file to end in .jsonl"
+        )
+    delimiter = max(DELIMITERS, key=first.count)
     # A value in quotation marks may span several lines.
     reader = csv.reader(
         chain([first], lines), delimiter=delimiter, skipinitialspace=True, strict=True

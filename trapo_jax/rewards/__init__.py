@@ -15,7 +15,7 @@ from trapo_jax.rewards.grader import (
 )
 from trapo_jax.rewards.judgments import InvalidReward, describe_reasons, kind_of
 from trapo_jax.rewards.math import (
-    asks_for_answer,
+    answer_form,
     extract_math_answer,
     grade_math,
     grade_math_lenient,
@@ -31,7 +31,7 @@ __all__ = [
     "GraderPool",
     "InvalidReward",
     "WeightedFunction",
-    "asks_for_answer",
+    "answer_form",
     "card_shuffles_grader",
     "describe_reasons",
     "extract_choice",

@@ -12,7 +12,7 @@ work in threads and do not interrupt C code. The grader pool's time limit applie
 import functools
 import logging
 import re
-from typing import Any
+from typing import Any, Literal
 
 from trapo_jax.rewards.dates import read_date
 from trapo_jax.rewards.equality import equivalent as _equivalent
@@ -159,13 +159,17 @@ def extract_math_answer(response: str) -> str | None:
     )
 
 
-def asks_for_answer(prompt: str) -> bool:
-    r"""Returns whether a prompt mentions an answer format that `extract_math_answer` recognizes, in linear time.
+def answer_form(text: str) -> Literal["box", "mark", "phrase"] | None:
+    r"""Returns the first answer format of `extract_math_answer` that a text mentions, in linear time; None for no format.
 
-    >>> asks_for_answer(r"Put it within \boxed{}."), asks_for_answer("End with 'Answer: N'."), asks_for_answer("2 + 2?")
-    (True, True, False)
+    >>> answer_form(r"Put it within \boxed{}."), answer_form("End with 'Answer: N'."), answer_form("2 + 2?")
+    ('box', 'phrase', None)
     """
-    return any(form.search(prompt) for form in (BOX, ANSWER_MARK, ANSWER_PHRASE))
+    if BOX.search(text):
+        return "box"
+    if ANSWER_MARK.search(text):
+        return "mark"
+    return "phrase" if ANSWER_PHRASE.search(text) else None
 
 
 def _of_clause(rest: str) -> str:

@@ -49,9 +49,9 @@ def unanswered(section: str, *, accuracy: float, no_answer: float | None, trunca
     if no_answer is None or no_answer <= MAX_UNANSWERED or accuracy >= MIN_ACCURACY:
         return ""
     return (
-        f"the reward function found no answer in {no_answer:.0%} of the responses, and {truncated:.0%} are truncated; ask "
-        "for the answer format with data.prompt_suffix, raise sampling.max_completion_length, or lower "
-        f"{section}.temperature"
+        f"the reward function found no answer in {no_answer:.0%} of the responses, and {truncated:.0%} are truncated; if "
+        "samples.jsonl confirms it, ask for the answer format with another data.prompt_suffix, raise "
+        f"sampling.max_completion_length, or lower {section}.temperature"
     )
 
 

@@ -1,8 +1,10 @@
 """Decides whether a run may be started or resumed in a directory, and names every field that prevents it."""
 
 import contextlib
+import glob
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +15,13 @@ from trapo_jax.config import (
     Config,
     DataConfig,
     SourceFile,
+    as_override,
     flatten,
     is_changeable,
     read_yaml,
     user_code,
 )
+from trapo_jax.config.schema import DATA_FILES
 from trapo_jax.inputs.files import check_regular, read_json_object
 from trapo_jax.methods import Method, fingerprint
 from trapo_jax.runs.directory import (
@@ -38,6 +42,8 @@ from trapo_jax.runs.directory import (
 from trapo_jax.types import UserError
 
 ABSENT = "absent"  # Stands for the value of a field that is missing from a config.
+_HASH = re.compile(r"-[0-9a-f]{8}$")  # at the end of the default of `output_dir`
+PATHS = ("model.path", *(f"data.{name}" for name in DATA_FILES))
 DECAY_START, METHOD_NAME = "train.decay_start", "method.name"
 
 
@@ -124,6 +130,18 @@ def check_run(config: Config, method: Method) -> RunStatus:
     )
 
 
+def unfinished_beside(folder: Path) -> Path | None:
+    """Returns the most recent unfinished run whose default name differs from a folder's only in the hash of its settings."""
+    stem = _HASH.sub("", folder.name)
+    similar = [
+        path
+        for path in folder.parent.glob(f"{glob.escape(stem)}*")
+        if path != folder and _HASH.sub("", path.name) == stem
+    ]
+    runs = [p for p in similar if (p / CONFIG).is_file() and not (p / SUMMARY).exists()]
+    return max(runs, key=lambda path: (path / CONFIG).stat().st_mtime, default=None)
+
+
 def _check_method(folder: Path, method: dict[str, Any] | None) -> None:
     """Checks that the run in a folder was trained with the same method, not just one of the same name."""
     if method is None:
@@ -178,7 +196,7 @@ def _changes(
     fields = sorted({*saved, *current} - {"output_dir"}, key=lambda x: (x != METHOD_NAME, x))
     for field in fields:
         old, new = saved.get(field, ABSENT), current.get(field, ABSENT)
-        if old == new:
+        if old == new or (field in PATHS and _absolute(old) == _absolute(new)):
             continue
         is_length = field == NUM_STEPS and isinstance(old, int) and isinstance(new, int)
         dependent = _length_dependency(current, depends_on_length) if is_length else ""
@@ -221,11 +239,18 @@ def _refusal(folder: Path, refused: Changes, reason: str) -> str:
     differences = ", ".join(
         f"{field}={_as_yaml(old)}, not {_as_yaml(new)}" for field, (old, new) in refused.items()
     )
-    settings = " ".join(f"{field}={_as_yaml(old)}" for field, (old, _) in refused.items())
+    settings = " ".join(as_override(field, old) for field, (old, _) in refused.items())
     return (
         f"output_dir={folder}: contains a run with {differences}{reason}; choose a different output_dir, or set "
         f"{settings} to resume the run"
     )
+
+
+def _absolute(paths: Any) -> Any:
+    """Returns absolute paths for a path or a list of paths, and any other value unchanged."""
+    if isinstance(paths, list):
+        return [_absolute(path) for path in paths]
+    return os.path.abspath(os.path.expanduser(paths)) if isinstance(paths, str) else paths
 
 
 def _as_yaml(value: Any) -> str:

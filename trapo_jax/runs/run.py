@@ -36,7 +36,7 @@ from trapo_jax.runs.monitoring import (
     check_space,
 )
 from trapo_jax.runs.report import write_report_of_run
-from trapo_jax.runs.resuming import RunStatus, check_problems, check_run
+from trapo_jax.runs.resuming import RunStatus, check_problems, check_run, unfinished_beside
 from trapo_jax.runs.samples import sample_records
 from trapo_jax.runs.stages import StageTracker
 from trapo_jax.types import (
@@ -158,6 +158,10 @@ class Run:
         self._stack.enter_context(contextlib.closing(listener))
         self._state_bytes = sum(x.nbytes for x in jax.tree.leaves(learner.state))
         self.console.say(self._describe_start())
+        if self.is_new and (other := unfinished_beside(self.folder)):
+            self.console.say(
+                f"{other} is an unfinished run with other settings; output_dir={other} would resume it"
+            )
         if unknown := from_main(self._store.unknown):
             self.console.say(f"{self.folder / CHECKPOINTS}: ignoring {', '.join(unknown)}")
 

@@ -1,0 +1,208 @@
+"""Finds probable mistakes in a run's problems, each described in one line with a way out."""
+
+from collections.abc import Mapping
+
+from trapo_jax.config import Config
+from trapo_jax.data.examples import DataReport
+from trapo_jax.data.problems import EXPERTS_TOO_LONG, PROMPT_TOO_LONG, PROMPTS_CUT
+from trapo_jax.data.splits import LoadedData
+from trapo_jax.methods import Method
+from trapo_jax.rewards import answer_form, extract_choice, is_sentence
+
+MAX_UNUSABLE = 0.5  # share of the training problems that may be unusable
+
+
+# Share of prompts or expert solutions that a length limit may drop or cut without a warning.
+MAX_LOST = 0.1
+
+
+MAX_SEARCHED = 100  # number of problems that are searched for a known form of answers
+
+
+MAX_ENDING_CHARS = 60
+
+
+def find_warnings(data: LoadedData, config: Config, method: Method) -> list[str]:
+    warnings = []
+    limit = config.sampling.completion_len
+    experts = [len(e.token_ids) for p in data.splits["train"] for e in p.experts]
+    if num_cut := sum(length > limit for length in experts):
+        warnings.append(
+            f"{num_cut:,} of {len(experts):,} expert solutions are longer than "
+            f"sampling.max_completion_length={limit} and are cut; raise it"
+        )
+    if config.rewards.functions[:1] == ("math",) and method.needs_rewards:
+        warnings += _warnings_of_answers(data)
+    if (
+        data.template.kind == "none"
+        and config.data.template == "none"
+        and data.tokenizer.chat_template
+    ):
+        warnings.append(
+            "data.template=none: the tokenizer has a chat template, which is not used; consider data.template=chat"
+        )
+    warnings += _warnings_of_rows(data) + _warnings_of_lengths(data, config)
+    return warnings + _warnings_of_splits(data, config)
+
+
+def _warnings_of_answers(data: LoadedData) -> list[str]:
+    """Warns of prompts that do not ask for an answer the math grader can find, and of answers it can hardly match."""
+    warnings = []
+    train = data.splits["train"]
+    if not any(answer_form(problem.prompt_text) for problem in train[:MAX_SEARCHED]):
+        advice = "consider data.prompt_suffix=boxed"
+        endings = [
+            data.tokenizer.decode(expert.token_ids, skip_special_tokens=True)[-MAX_ENDING_CHARS:]
+            for problem in train[:MAX_SEARCHED]
+            for expert in problem.experts[:1]
+        ]
+        forms = {answer_form(ending): ending for ending in endings}
+        if "box" not in forms and (known := [form for form in forms if form]):
+            advice = (
+                "set data.prompt_suffix to a sentence that asks for the form of the expert solutions, which end with "
+                f"{forms[known[0]].strip()!r}"
+            )
+        warnings.append(f"no prompt asks for the answer format that the grader looks for; {advice}")
+    answers = [problem.answer for problem in train if problem.answer]
+    sentences = [answer for answer in answers if is_sentence(answer)]
+    if len(sentences) > MAX_LOST * len(answers):
+        warnings.append(
+            f"{len(sentences):,} of {len(answers):,} answers are sentences, which a response must repeat verbatim, for "
+            f"example {sentences[0][:60]!r}; set data.columns.answer to a column with final answers"
+        )
+    return warnings
+
+
+def _warnings_of_rows(data: LoadedData) -> list[str]:
+    """Warns if more than `MAX_LOST` of a split's rows are dropped for one reason, before prompts are encoded."""
+    return [
+        f"{name}: {count:,} of {rows.num_read:,} rows are dropped ({reason})"
+        for name, (rows, *encoded) in data.reports.items()
+        if encoded  # Otherwise, the split was held out of the training data.
+        for reason, count in rows.dropped.items()
+        if count > MAX_LOST * rows.num_read
+    ]
+
+
+def _warnings_of_lengths(data: LoadedData, config: Config) -> list[str]:
+    """Warns of length limits that drop or cut more than `MAX_LOST` of a split's prompts or expert solutions."""
+    warnings = []
+    for name, (*_, encoded) in data.reports.items():
+        num_read, notes = encoded.num_read, encoded.notes
+        num_experts = sum(len(problem.experts) for problem in data.splits[name])
+        left_out = _count_of(notes, EXPERTS_TOO_LONG)
+        dropped = _count_of(encoded.dropped, PROMPT_TOO_LONG)
+        cut = _count_of(notes, PROMPTS_CUT)
+        for num, total, fate, remedy in (
+            (dropped, num_read, "prompts are dropped", _longer_prompts(encoded)),
+            (cut, num_read, "prompts are cut", _longer_prompts(encoded)),
+            (
+                left_out,
+                num_experts + left_out,
+                "expert solutions are left out",
+                f"they are longer than data.max_expert_length={config.data.max_expert_length}; raise it",
+            ),
+        ):
+            if num > MAX_LOST * total:
+                warnings.append(f"{name}: {num:,} of {total:,} {fate}, because {remedy}")
+    return warnings
+
+
+def _longer_prompts(encoded: DataReport) -> str:
+    return (
+        f"they are longer than {encoded.prompt_limit:,} tokens (the longest has {encoded.longest_prompt}); set "
+        "data.max_prompt_length to a higher limit"
+    )
+
+
+def _count_of(counts: Mapping[str, int], start: str) -> int:
+    """Returns a report's total count under descriptions that start with `start`."""
+    return sum(count for what, count in counts.items() if what.startswith(start))
+
+
+def _warnings_of_splits(data: LoadedData, config: Config) -> list[str]:
+    warnings = []
+    trained = {problem.prompt_text for problem in data.splits["train"]}
+    reason = "no problem has an answer"
+    if not config.rewards.functions:
+        reason = "rewards.functions is not set"
+    for name in ("validation", "test"):
+        problems = data.splits[name]
+        if not problems and getattr(config.data, f"num_{name}") != 0:
+            warnings.append(f"{name}: {reason}, so this split is not evaluated")
+        if repeated := sum(problem.prompt_text in trained for problem in problems):
+            warnings.append(
+                f"{name}: {repeated:,} of {len(problems):,} problems have the same prompt as a training problem"
+            )
+    return warnings
+
+
+def find_errors(data: LoadedData, config: Config, method: Method) -> list[str]:
+    errors = []
+    train = data.splits["train"]
+    if method.uses_experts and not any(problem.experts for problem in train):
+        errors.append(
+            f"method.name={method.name}: it learns from expert solutions, but no training problem has one; "
+            f"{_solutions_hint(data, config, method)}"
+        )
+    if method.needs_expert_loss:
+        if not config.evaluation.every:
+            errors.append(
+                f"evaluation.every=0: method.name={method.name} ends a stage based on the validation loss, which is never "
+                "computed; set an interval"
+            )
+        if not any(problem.experts for problem in data.splits["validation"]):
+            errors.append(
+                f"method.name={method.name}: it ends a stage based on the loss on the validation split's expert "
+                "solutions, but there are none"
+            )
+    if config.rewards.functions[:1] == ("multiple_choice",):
+        not_letters = [p.answer for p in train if p.answer and extract_choice(p.answer) is None]
+        if len(not_letters) > MAX_UNUSABLE * len(train):
+            errors.append(
+                f"rewards.functions=['multiple_choice']: {len(not_letters):,} of {len(train):,} answers are not a single letter "
+                f"A-J, for example {not_letters[0][:60]!r}; set data.columns.answer, or choose another reward function"
+            )
+    unknown = data.tokenizer.unk_token_id
+    num_unknown = sum(unknown in problem.prompt_ids for problem in train)
+    if unknown is not None and num_unknown > MAX_UNUSABLE * len(train):
+        errors.append(
+            f"model.path: its tokenizer has no tokens for parts of {num_unknown:,} of {len(train):,} training prompts, "
+            f"which become {data.tokenizer.unk_token}; choose a model suited to this data"
+        )
+    (*_, encoded) = data.reports.get("train", [DataReport(0, 0, {}, {})])
+    num_overlong = _count_of(encoded.dropped, PROMPT_TOO_LONG)
+    if num_overlong > MAX_UNUSABLE * max(encoded.num_read, 1):
+        errors.append(
+            f"{num_overlong:,} of {encoded.num_read:,} training prompts were dropped, because {_longer_prompts(encoded)}, or "
+            "set data.overlong_prompts=truncate"
+        )
+    if len(train) < config.train.problems_per_step:
+        errors.append(
+            f"train.problems_per_step={config.train.problems_per_step}: more than the {len(train)} training problems, so "
+            "a batch would repeat problems; lower it"
+        )
+    return errors
+
+
+def _solutions_hint(data: LoadedData, config: Config, method: Method) -> str:
+    if any(
+        EXPERTS_TOO_LONG in what for stage in data.reports.get("train", []) for what in stage.notes
+    ):
+        limit = config.data.max_expert_length
+        hint = f"the solutions in the data are longer than data.max_expert_length={limit}; raise it"
+    else:
+        columns = data.columns
+        if columns and columns.solutions == (columns.prompt,):
+            hint = (
+                f"no chat in {columns.prompt!r} ends with an assistant message; add the solutions as such messages, or set "
+                "data.columns.solutions to their column"
+            )
+            return (
+                f"{hint}, or method.name=grpo to train without experts"
+                if method.needs_rewards
+                else hint
+            )
+        where = f" (now {data.shown_paths(columns.solutions)})" if columns else ""
+        hint = f"set data.columns.solutions to their column{where}"
+    return f"{hint}, or method.name=grpo to train without experts" if method.needs_rewards else hint
