@@ -98,9 +98,10 @@ def test_too_few_open_files_are_one_line(num_files):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space cannot be limited")
-def test_too_little_memory_to_import_libraries_is_one_line():
-    code, (line,) = limited(int(resource.RLIMIT_AS), 500 * 2**20, "--print-method")
-    assert code == 1
+@pytest.mark.parametrize(("mebibytes", "expected"), [(500, 1), (2500, 2)])
+def test_too_little_memory_for_libraries_is_one_line(mebibytes, expected):
+    code, (line,) = limited(int(resource.RLIMIT_AS), mebibytes * 2**20, "--print-method")
+    assert code == expected
     assert line.startswith("error: ")
     assert "ulimit -v" in line
 

@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import re
+import resource
 import sys
 import threading
 import traceback
@@ -17,13 +18,14 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from trapo_jax.inputs.printable import printable
-from trapo_jax.types import EXIT_FAILED
+from trapo_jax.types import EXIT_FAILED, UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as in shells.
 
 OUTPUT = "standard output"  # Name of standard output in error messages.
 PLATFORMS = "JAX_PLATFORMS"
+MIN_ADDRESS_SPACE = 13 * 2**28  # In bytes. With less, XLA aborts even for the embedded model.
 MIN_DESCRIPTORS = 40  # Enough file descriptors to save checkpoints and start grading processes.
 
 _AGAIN = "run the same command again"
@@ -111,12 +113,20 @@ def named_in_errors(path: Path | str) -> Iterator[None]:
 
 
 def check_limits() -> None:
-    """Checks that a command can start enough threads and open enough files, because native code aborts otherwise.
+    """Checks that a command has enough address space, threads and files, because native code aborts otherwise.
 
     Raises:
+      UserError: if the address space is limited to less than `MIN_ADDRESS_SPACE`.
       RuntimeError: if the threads cannot be started.
       OSError: if the files cannot be opened.
     """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_SPACE:
+        gib = 2**30
+        raise UserError(
+            f"the address space is limited to {limit / gib:.2f} GiB; raise the limit (ulimit -v) to at least "
+            f"{MIN_ADDRESS_SPACE / gib:.2f} GiB"
+        )
     done = threading.Event()
     descriptors = []
     try:
