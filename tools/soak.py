@@ -28,6 +28,9 @@ from fault_harness.comparison import read_lines
 from trapo_jax.runs.directory import CHECKPOINTS, METRICS, TENSORBOARD
 
 MAX_GROWTH = 0.03
+# Threads of pools that have a maximum size and start a thread only when all others are busy. TensorStore's saves
+# checkpoints.
+POOLS = ("ts_pool_worker",)
 NUM_SAMPLES = 40  # of each measurement, one for each step
 JOB = (
     "train.problems_per_step=2",
@@ -48,7 +51,7 @@ class Measurement(NamedTuple):
     Attributes:
       mebibytes: resident memory.
       num_files: number of open files.
-      num_threads: number of threads.
+      num_threads: number of threads, except those of `POOLS`.
     """
 
     mebibytes: float
@@ -61,7 +64,17 @@ def measure(pid: int) -> Measurement:
     lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     status = {name: values for name, *values in lines}
     memory = int(status["VmRSS:"][0]) / 2**10  # from KiB
-    return Measurement(memory, len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads:"][0]))
+    names = [name for name in thread_names(pid) if name not in POOLS]
+    return Measurement(memory, len(os.listdir(f"/proc/{pid}/fd")), len(names))
+
+
+def thread_names(pid: int) -> list[str]:
+    """Returns the names of a process's threads."""
+    names = []
+    for file in Path(f"/proc/{pid}/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # The thread has just ended.
+            names.append(file.read_text().strip())
+    return names
 
 
 def children(pid: int) -> list[int]:

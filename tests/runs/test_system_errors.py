@@ -98,7 +98,7 @@ def test_too_few_open_files_are_one_line(num_files):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space cannot be limited")
-@pytest.mark.parametrize(("mebibytes", "expected"), [(500, 1), (2500, 2)])
+@pytest.mark.parametrize(("mebibytes", "expected"), [(250, 1), (2500, 2)])
 def test_too_little_memory_for_libraries_is_one_line(mebibytes, expected):
     code, (line,) = limited(int(resource.RLIMIT_AS), mebibytes * 2**20, "--print-method")
     assert code == expected
