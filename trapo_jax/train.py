@@ -3,24 +3,28 @@
     python -m trapo_jax.train [--config FILE] [FIELD=VALUE ...]
 
 At each step, the actor samples and grades a group of rollouts for each problem, the method selects what to train on,
-and the learner updates the parameters. The run decides when to stop and writes the output files. Where to look:
+and the learner updates the parameters. The run decides when to stop and writes the output files.
 
-    config/     all options, with their defaults and help texts: schema.py; configs/ holds examples
-    data/       problems from files, the Hub or generators. layouts.py: column presets; templates.py: chat templates;
-                splits.py: splits
-    methods/    the methods: selection, advantages and objective. micro_grouped.py: TRAPO and the micro-groups, which
-                determine how many rollouts are guided; terms.py: the loss terms, built from the functions in losses/
-    rollouts/   the actor, which collects rollouts as the micro-groups require. metrics.py: the metrics of rollouts
-    sampling/   rollout engines. engine.py: the interface and the list of engines
-    rewards/    graders and reward functions. grader.py: the list of built-in reward functions
-    training/   the learner: packing and the train step. optimizer.py: the optimizer and its schedule; diagnostics.py:
-                the metrics of updates
-    models/     decoder.py: the transformer; hugging_face_config.py: the model families; import and export of Hugging
-                Face folders
-    runs/       run.py: resuming, and when checkpoints are saved; checkpoints.py: how long checkpoints are kept;
-                loggers.py: metrics.jsonl and TensorBoard; the console and monitoring
-    evaluation/ the metrics of evaluations
-    distributed/  sharding.py: the mesh, and the mesh axes that parameters and batches are sharded over; multiple hosts
+A micro-group is a part of a problem's group whose rollouts start from an expert prefix of the same length. They are
+guided by it only if the earlier rollouts' mean reward is too low. To change something, start with this file; its
+docstring names the others that are involved:
+
+    an option, its default or its help text          config/schema.py, which has one class per section
+    how many rollouts are guided, and how much       methods/micro_grouped.py
+    a method, or what a method trains on             methods/method.py; methods/terms.py: its loss terms
+    a loss function                                  losses/
+    a reward function                                rewards/grader.py
+    a preset of data columns                         data/layouts.py
+    a chat template                                  data/templates.py
+    the order in which rollouts are sampled          rollouts/collection.py
+    a rollout engine                                 sampling/engine.py
+    the optimizer or the learning rate               training/optimizer.py
+    the train step                                   training/train_step.py
+    a model family                                   models/hugging_face_config.py; its operations: models/decoder.py
+    the mesh, or how parameters are sharded          distributed/sharding.py
+    what a step logs                                 runs/run.py, `Run.record`, which lists where metrics are computed
+    which checkpoints are kept                       runs/checkpoints.py; when they are saved: runs/run.py
+    the metrics of an evaluation                     evaluation/scoring.py
 """
 
 import trapo_jax.distributed.log_level  # noqa: F401  must be imported before jax
@@ -114,11 +118,12 @@ def train(
 
 
 def train_in_this_process(config: Config, method: Method, *, show_progress: bool) -> TrainResult:
-    """Does this process's share of the work; see `train`."""
+    """Trains in one process of the job; see `train`."""
     console = Console(quiet=not (show_progress and is_main()))
-    files = find_saved_model_files(config.run_folder)  # None for a new run
+    files = find_saved_model_files(config.run_folder)  # None if there is no checkpoint yet
     model = open_model(config.model, config.lora, files=files)
     check_same_model(model)
+    # The returned config also has the lengths that follow from the data.
     data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
     check_same_problems(data)
     with Run.open(config, method, show_progress=show_progress) as run:
@@ -148,7 +153,7 @@ def train_in_this_process(config: Config, method: Method, *, show_progress: bool
 
 
 def find_saved_model_files(run_folder: Path) -> Path | None:
-    """Returns the folder of the run's copy of its model's small files, or None if process 0 does not find it."""
+    """Returns the folder with the run's copy of its model's small files; None if the run has no checkpoint."""
 
     def find() -> str | None:
         files = saved_model_files(run_folder)
@@ -218,7 +223,7 @@ def train_to_the_end(
     if run.step == 0:
         run.console.say(describe_memory(actor, learner))
     try:
-        # Step 0 or an interrupted step may still have to be evaluated and saved.
+        # The state before the first step is evaluated too, and an interrupted evaluation is repeated.
         finish_step(splits, run, actor, learner)
         train_loop(config, method, splits, run, actor, learner)
         check_learned(run.folder, run.step, run.usage.tokens_trained, learner.state)
@@ -305,7 +310,10 @@ def finish_step(splits: Splits, run: Run, actor: Actor, learner: Learner) -> Non
 
 
 def evaluate_pending(splits: Splits, run: Run, actor: Actor, learner: Learner) -> None:
-    """Evaluates the current parameters on the splits that are due."""
+    """Evaluates the current parameters on the splits that are due.
+
+    At the end of a run, the validation split comes first: it decides which checkpoint the other splits evaluate.
+    """
     for name in run.pending_splits:
         if not splits[name]:
             continue
@@ -335,7 +343,7 @@ def describe_memory(actor: Actor, learner: Learner) -> str:
     """Returns a description of what the run keeps in memory."""
     return (
         f"parameters and optimizer {learner.num_bytes / 2**20:,.0f} MiB; KV cache of the rollout engine "
-        f"{actor.kv_bytes / 2**20:,.0f} MiB per device"
+        f"{actor.kv_bytes / 2**20:,.0f} MiB per device; gradients, activations and compiled programs need more"
     )
 
 

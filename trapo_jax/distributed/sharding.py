@@ -2,6 +2,9 @@
 
 Parameters have logical axis names (`PARAM_AXES`) that `Rules` map to mesh axes. Batch rows are sharded over `data` and
 `fsdp`.
+
+For a new mesh axis, `MeshConfig` in `config/schema.py` has the sizes, `types/training.py` the axes of batches, and
+`models/decoder.py` and `models/attention.py` the constraints on activations.
 """
 
 import dataclasses

@@ -1,4 +1,8 @@
-"""TRAPO and other methods with micro-groups: the ablations in the paper's Table 2, and a variant by this project."""
+"""TRAPO and other methods with micro-groups: the ablations in the paper's Table 2, and a variant by this project.
+
+The sizes, ratios and thresholds of the micro-groups determine how many rollouts are guided; `rollouts/guidance.py`
+compares rewards with the thresholds. Methods with a fixed number of guided rollouts are in `mixed.py` and `scheduled.py`.
+"""
 
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple

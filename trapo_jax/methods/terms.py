@@ -1,6 +1,8 @@
 """Builds the terms of the objectives. Each term applies a pure loss from `trapo_jax.losses` to one kind of token.
 
 p is the probability of a token, A the advantage of its rollout, rho = pi / pi_old, H an entropy, and sg stop_gradient.
+
+A method lists its terms in `Method.terms`.
 """
 
 import jax

@@ -1,4 +1,7 @@
-"""Converts a Hugging Face `config.json` to a `DecoderConfig`, or rejects it."""
+"""Converts a Hugging Face `config.json` to a `DecoderConfig`, or rejects it.
+
+A family is an entry of `ARCHITECTURES`. If it has operations that the others lack, they are part of `decoder.py`.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

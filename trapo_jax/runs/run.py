@@ -62,7 +62,6 @@ class Run:
       is_complete: whether the run was already complete when it was opened.
       is_new: whether the run directory was empty when it was opened.
       step: number of the current step, starting at 1; 0 before the first step.
-      moment: the current step, in the form passed to methods.
       usage: tokens, problems, FLOPs and seconds spent since the start of the run.
       method_state: JSON-serializable state of the method.
       pending_splits: splits that remain to be evaluated before the next step, or after the last one.
@@ -235,7 +234,8 @@ class Run:
 
         Args:
           groups: the rollouts of each problem; only the first `log_samples` problems' rollouts are logged.
-          metrics: sampling and training metrics, keyed by name.
+          metrics: sampling and training metrics, keyed by name, from `rollouts/actor.py` (most are computed in
+            `rollouts/metrics.py`) and `training/learner.py` (in `training/diagnostics.py` and `training/packing.py`).
           usage: usage of the step without the seconds, which are measured here.
           traces: per-token results of the updates.
           method_state: state of the method after the step.
@@ -364,8 +364,8 @@ class Run:
         self._log.offsets()  # Flushes the logs.
         if warning := write_report_of_run(self.folder):
             self.console.say(warning)
-        splits = self._config.evaluation.splits
-        write_summary(self.folder, splits, model_step=self._model_step or self.step)
+        step = self._model_step or self.step
+        write_summary(self.folder, self._config.evaluation.splits, model_step=step)
 
     def summary(self) -> dict[str, Any]:
         """Returns a complete run's scores before and after training, keyed by split."""

@@ -1,4 +1,7 @@
-"""Builds the optimizer and the learning-rate schedule."""
+"""Builds the optimizer and the learning-rate schedule.
+
+Their settings are fields of `TrainConfig` in `config/schema.py`; `train_step.py` clips gradients and applies updates.
+"""
 
 from collections.abc import Callable
 from typing import Any
