@@ -187,7 +187,8 @@ def test_mistakes_are_one_line_errors_and_create_no_files(case, data, tmp_path, 
 def test_another_model_than_the_embedded_one_is_not_silently_given_the_embedded_task(capsys):
     assert main(["model.path=a/model"]) == 2
     error = capsys.readouterr().err
-    assert "data.test_files: not set; specify files or Hub datasets, or set data.source" in error
+    assert "model.path=a/model: no such run in " in error
+    assert "to evaluate a model, set data.test_files or data.source as well" in error
     for model, more in (
         ("card_shuffles_tiny", []),
         ("a/model", [("data.source", "card_shuffles")]),
