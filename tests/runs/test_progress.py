@@ -74,6 +74,7 @@ def test_compilations_count_neither_for_the_rate_nor_for_the_time_left():
     activity = Activity("step 1", 64, now=0.0)
     activity.set_compiling(True, now=1.0)
     assert activity.describe(9.0) == "step 1: compiling, 0 of 64 samples"
+    assert activity.describe(20.0) == "step 1: compiling for 19 s, 0 of 64 samples"
     activity.set_compiling(False, now=21.0)
     activity.advance(sampled(16, 300))
     assert activity.describe(24.0) == "step 1: 16 of 64 samples, 75 tokens/s, 12 s left"

@@ -99,9 +99,9 @@ class Console:
             self.tick()
 
     def tick(self) -> None:
-        """Shows that an activity that reports no progress is still running. Called every `TICK_SECS`."""
+        """Shows that an activity is still running while it reports no progress. Called every `TICK_SECS`."""
         with self._lock:
-            if self._activity and self._activity.is_silent:
+            if self._activity and (self._activity.is_silent or self._activity.is_compiling):
                 self._show_activity()
 
     def say(self, text: str) -> None:

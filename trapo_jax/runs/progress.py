@@ -49,6 +49,11 @@ class Activity:
         """Whether the activity reports no progress."""
         return not self._num_samples
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether the program is waiting for a compilation."""
+        return self._compiling_since is not None
+
     def elapsed_secs(self, now: float) -> float:
         """Returns the duration of the activity so far, including compilation."""
         return now - self._started
@@ -61,6 +66,9 @@ class Activity:
         """Returns a one-line description. Rates and the time left exclude compilation time."""
         phase = self._phase if self._compiling_since is None else "compiling"
         details = [phase] if phase not in ("", "sampling") else []
+        compile_secs = now - (self._compiling_since or now)
+        if self._num_samples and compile_secs >= MIN_SECS:
+            details = [f"compiling for {describe_secs(compile_secs)}"]
         if self._num_samples:
             details += self._describe_samples(phase, self.secs(now))
         elif self.elapsed_secs(now) >= MIN_SECS:
