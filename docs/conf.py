@@ -44,12 +44,13 @@ def config_reference() -> str:
     tasks = ", ".join(f"`{task}`" for task in TASKS)
     parts = [
         "# Configuration reference",
-        "Generated from the schema; `python -m trapo_jax.train --help` prints the same. A default that names a task is "
-        f"that of a `data.source` ({tasks}). [Configuration](../configuration.md) explains how fields are set.",
+        "Generated from the schema; `python -m trapo_jax.train --help` prints the same descriptions. Defaults that "
+        f"name a task apply to that `data.source` ({tasks}). [Configuration](../configuration.md) explains how to set "
+        "fields.",
         "## Training",
         *_sections(Config),
         "## Evaluation",
-        "The fields of `python -m trapo_jax.evaluate`. To evaluate a run, its config provides the defaults.",
+        "These are the fields of `python -m trapo_jax.evaluate`. If a run is evaluated, its config provides the defaults.",
         *_sections(EvaluateConfig),
     ]
     return "\n\n".join(parts) + "\n"

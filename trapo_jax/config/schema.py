@@ -62,7 +62,7 @@ class PretrainedConfig(Section):
 
 class ModelConfig(PretrainedConfig):
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes to save memory: nothing, everything except matmuls, or whole layers."""
+    """What the backward pass recomputes to save memory: nothing (none), everything except matmuls (dots), or whole layers (full)."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention implementation for training rows. auto selects the best one for the device and the shapes."""
 
@@ -82,13 +82,13 @@ class ColumnsConfig(Section):
     preset: Literal["auto", ColumnPreset] = "auto"
     """Column layout of the dataset: trl (prompt, answer, solution), verl, numina (problem, answer, solution), gsm8k, qa (question, answer, solution), prompt_completion, messages or sharegpt. auto selects the layout that matches the first row. The fields below override parts of it."""
     prompt: str | None = None
-    """Path of the prompt, either text or chat messages. A path names a column, or a nested field in dotted form. A column whose path ends in ? may be missing from every row."""
+    """Path of the prompt, which is either text or chat messages. A path names a column, or a nested field in dotted form. A column whose path ends in ? may be missing from every row."""
     answer: str | None = None
     """Path of the reference answer for the grader."""
     solutions: StringList | None = None
     """Paths of the expert solutions, in order of preference."""
     source: str | None = None
-    """Path of the source name that results are grouped by."""
+    """Path of the source name by which results are grouped."""
     extra: StringList = ()
     """Additional columns to pass to reward functions as keyword arguments."""
     answer_marker: str | None = None
@@ -102,7 +102,7 @@ class DataConfig(Section):
     source: Literal["card_shuffles", "gsm_symbolic", "files"] = "card_shuffles"
     """Source of the problems: the embedded task, gsm_symbolic from reasoning-gym (requires the extra `tasks`), or files. The default is files if data.train_files is set or the model is not the embedded one."""
     seed: NotNegative = 0
-    """Random seed for generated problems and held-out splits. It is independent of the run's seed, so that runs with different seeds can be compared."""
+    """Random seed for generated problems and held-out splits. It is independent of the run's seed, so runs with different seeds can be compared."""
     difficulty: Literal["late", "early"] = "late"
     """Card shuffles only: where a solution becomes hard, either after the third operation (late) or at an unfamiliar first operation (early)."""
     expert_style: Literal["careless", "clean"] = "careless"
@@ -121,15 +121,15 @@ class DataConfig(Section):
     """Test data, in the same formats. The default split is test. If empty, problems are held out from the training data."""
     columns: ColumnsConfig = ColumnsConfig()
     limit: Positive | None = None
-    """Maximum number of rows to read from each entry of the file lists; null for all rows, up to 2 million."""
+    """Maximum number of rows to read from each entry in the file lists; null for all rows, up to 2 million."""
     template: str = "auto"
-    """Chat template of prompts: chat (the tokenizer's own; chat/NAME for a named one), chatml, qwen_math, none, or the import path `package.module:name` of your own function. auto selects chat if the tokenizer has a template; otherwise, it selects chatml for chat messages and none for text."""
+    """Chat template for prompts: chat (the tokenizer's own; chat/NAME for a named one), chatml, qwen_math, none, or the import path `package.module:name` of your own function. auto selects chat if the tokenizer has a template; otherwise, it selects chatml for chat messages and none for text."""
     template_arguments: dict[str, Any] = {}
     """Variables for the tokenizer's chat template, such as {enable_thinking: false}."""
     system_prompt: str | None = None
     """System message to prepend to prompts that have none."""
     prompt_suffix: str | None = None
-    """Text to append to the last user message on its own line, unless the message already ends with it. `boxed` is a request to put the final answer within \\boxed{}, as in the paper's data."""
+    """Text to append to the last user message on its own line, unless the message already ends with it. `boxed` stands for a request to put the final answer within \\boxed{}, as in the paper's data."""
     max_prompt_length: Length | None = None
     """Maximum prompt length in tokens. null for the length of the longest prompt, at most 1024."""
     overlong_prompts: Literal["drop", "truncate", "error"] = "drop"
@@ -180,7 +180,7 @@ class EngineConfig(Section):
     max_completion_length: Length | None = None
     """Maximum combined length of expert prefix and completion, in tokens. null for 1.25 times the length of the longest expert solution, clipped to the range 256 to 4096; 1024 if there are no expert solutions."""
     num_slots: Rows = 32
-    """Maximum number of rollouts to decode at the same time."""
+    """Maximum number of rollouts to decode at once."""
     segment_len: Length = 8
     """Maximum number of tokens to decode before finished rollouts are replaced by pending ones."""
     num_contexts: Rows = 16
@@ -198,7 +198,7 @@ class SamplingConfig(EngineConfig):
     temperature: Temperature = 1.0
     """Sampling temperature of training rollouts. Log-probabilities are computed from the scaled distribution."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """Maximum age of a sampled token in steps. 1 lets idle slots start on the next step's problems; if so, set method.clip_low and method.clip_high."""
+    """Maximum age of a sampled token in steps. 1 lets idle slots start on the next step's problems; in that case, set method.clip_low and method.clip_high."""
 
 
 Weights = Annotated[tuple[PositiveFloat, ...], _to_tuple]
@@ -216,7 +216,7 @@ class GradingConfig(Section):
     workers: Annotated[int, Field(ge=1, le=1024)] = 2
     """Number of worker processes that grade responses."""
     timeout_secs: PositiveFloat = 5.0
-    """Time limit in seconds for one call of a reward function. A worker that exceeds it is killed and replaced."""
+    """Time limit in seconds for one call to a reward function. A worker that exceeds it is killed and replaced."""
     environment: StringList = ()
     """Names of environment variables that reward functions may read, such as the API token of a judge. All others are withheld, except for basic ones such as PATH."""
 
@@ -270,9 +270,9 @@ class TrainConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Maximum global norm of the gradient; larger gradients are clipped."""
     max_skipped_steps: Positive = 5
-    """The run stops after this many consecutive updates were skipped because of a non-finite loss or gradient."""
+    """Number of consecutive skipped updates after which the run stops. Updates with a non-finite loss or gradient are skipped."""
     logprob_chunk_size: Positive = 4096
-    """Number of tokens per device whose logits are kept in memory at the same time."""
+    """Number of tokens per device whose logits are kept in memory at once."""
 
 
 def _check_interval(value: Any) -> Any:
@@ -338,7 +338,7 @@ class CheckpointConfig(Section):
     keep: Positive = 2
     """Number of most recent checkpoints to keep."""
     keep_best: NotNegative = 0
-    """Number of checkpoints with the highest sampled accuracy on the validation split to keep as well. A new best checkpoint is saved as soon as it is found."""
+    """Number of checkpoints with the highest sampled accuracy on the validation split to keep in addition to the most recent ones. A new best checkpoint is saved as soon as it is found."""
     load_best_model_at_end: bool = False
     """Whether to evaluate the test split and export the model from the best checkpoint rather than the last one if its sampled accuracy on the validation split is higher (early stopping). Requires keep_best of at least 1."""
 
@@ -347,7 +347,7 @@ class LimitsConfig(Section):
     max_logprob_gap: PositiveFloat = 0.2
     """Maximum mean difference between the log-probabilities of the sampler and the trainer on the completions of a step. If it is exceeded, the run stops."""
     stuck_after_secs: PositiveFloat = 3600.0
-    """The process prints a stack trace and exits if it makes no progress for this many seconds."""
+    """Time in seconds without progress after which the process prints a stack trace and exits."""
 
     @property
     def dead_after_secs(self) -> float:

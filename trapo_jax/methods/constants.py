@@ -75,7 +75,7 @@ class PolicyGradientConstants(NormalizedConstants):
     entropy_weight: Weight = 0.0
     """Weight of the entropy bonus, the mean entropy over trained completion and expert tokens."""
     skip_zero_advantages: bool = False
-    """Exclude rollouts with neither an advantage nor a trained prefix, also from the losses' denominators."""
+    """Exclude rollouts with zero advantage and no trained prefix, including from the losses' denominators."""
 
     entropy_kinds: ClassVar[tuple[TokenKind, ...]] = (
         TokenKind.COMPLETION,

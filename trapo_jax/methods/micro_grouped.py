@@ -153,7 +153,7 @@ class TrapoPlus(PolicyGradientConstants, ExpertConstants):
     """
 
     skip_zero_advantages: bool = True
-    """Exclude rollouts with neither an advantage nor a trained prefix, also from the losses' denominators."""
+    """Exclude rollouts with zero advantage and no trained prefix, including from the losses' denominators."""
 
     num_rollouts: Count = 7
     """Unguided rollouts per problem."""

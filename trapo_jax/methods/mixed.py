@@ -139,7 +139,7 @@ class Hpt(MicroBatchedSftConstants):
     num_rollouts: Count = 8
     """Rollouts per problem."""
     gate: Weight = 0.0
-    """A problem solved at most this many times is trained on its expert solution instead of its rollouts."""
+    """A problem that is solved at most this many times is trained on its expert solution instead of its rollouts."""
     max_applied_grad_norm: Weight = 1.25
     """Updates with a larger gradient norm are skipped. The released code uses 80, for gradients summed over 64 rows."""
 

@@ -29,7 +29,7 @@ class SftThenGrpo(MixedConstants):
     num_rollouts: Count = 8
     """Rollouts per problem in the second stage."""
     sft_share: Share = 0.5
-    """Maximum share of the run spent on SFT, in the unit of the run's budget."""
+    """Maximum fraction of the run spent on SFT, measured in the unit of the run's budget."""
     sft_steps: Count | None = None
     """Maximum number of SFT steps; null for no limit."""
     sft_patience: Count | None = None
@@ -39,9 +39,9 @@ class SftThenGrpo(MixedConstants):
     sft_warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Number of SFT steps over which the learning rate rises linearly from 0; null for train.warmup_steps."""
     sft_decay_start: Share | None = None
-    """Share of SFT after which the learning rate decays linearly; null for train.decay_start."""
+    """Fraction of the SFT stage after which the learning rate decays linearly; null for train.decay_start."""
     sft_final_learning_rate_ratio: Share | None = None
-    """Learning rate at the end of SFT as a share of its peak; null for train.final_learning_rate_ratio."""
+    """Learning rate at the end of SFT as a fraction of its peak; null for train.final_learning_rate_ratio."""
 
     def make(self) -> Method:
         return Method(
@@ -89,7 +89,7 @@ class ChordConstants(MixedConstants):
     num_rollouts: Count = 8
     """Rollouts per problem."""
     expert_rows_per_rollout: Weight = 4.0
-    """Number of other problems' expert solutions per rollout."""
+    """Number of expert solutions of other problems per rollout."""
 
     def make_chord(self, name: str, cross_entropy: Term, weight: terms.Weight) -> Method:
         """Builds the method from an SFT term and the weight of the policy gradient."""
@@ -112,19 +112,19 @@ class ChordConstants(MixedConstants):
 
 
 class Chord(ChordConstants):
-    """CHORD-mu: clipped GRPO plus SFT on a separate expert batch, with an SFT share mu that decreases during the run.
+    """CHORD-mu: clipped GRPO plus SFT on a separate expert batch, with an SFT weight mu that decreases during the run.
 
     Follows `chord_policy_loss.py` of Trinity-RFT; mu depends on the step.
     """
 
     mu_peak: Share = 0.9
-    """Share of SFT after the warm-up."""
+    """Weight mu of the SFT loss after the warm-up (GRPO has weight 1 - mu)."""
     mu_valley: Share = 0.05
-    """Share of SFT after the decay."""
+    """Weight mu of the SFT loss after the decay (GRPO has weight 1 - mu)."""
     mu_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of linear warm-up to mu_peak."""
+    """Number of steps over which mu rises linearly from 0 to mu_peak."""
     mu_decay_steps: Annotated[int, Field(ge=0)] = 200
-    """Steps of cosine decay to mu_valley."""
+    """Number of steps over which mu then decays to mu_valley along a cosine."""
 
     def make(self) -> Method:
         mu = Mu(self.mu_peak, self.mu_valley, self.mu_warmup_steps, self.mu_decay_steps)
@@ -140,7 +140,7 @@ class ChordPhi(ChordConstants):
     """CHORD-phi: like CHORD-mu, but with a constant mu and token weights p (1 - p) in SFT."""
 
     mu: Share = 0.1
-    """Share of SFT."""
+    """Weight mu of the SFT loss (GRPO has weight 1 - mu)."""
 
     def make(self) -> Method:
         cross_entropy = terms.variance_weighted_cross_entropy(
@@ -150,7 +150,7 @@ class ChordPhi(ChordConstants):
 
 
 class Mu(NamedTuple):
-    """CHORD's share of SFT: linear warm-up from 0 to `peak`, then cosine decay to `valley`."""
+    """The weight of CHORD's SFT loss: linear warm-up from 0 to `peak`, then cosine decay to `valley`."""
 
     peak: float
     valley: float
@@ -185,7 +185,7 @@ class Uft(MixedConstants):
     num_rollouts: Count = 8
     """Rollouts per problem."""
     hint_slices: Annotated[int, Field(ge=0)] = 5
-    """Number of slices that an expert solution is divided into."""
+    """Number of slices into which an expert solution is divided."""
     hint_high: Share = 0.95
     """Probability that a slice is part of the hint at the first step."""
     hint_low: Share = 0.05
@@ -236,7 +236,7 @@ class PrefixRft(MixedConstants):
     prefix_end: Share = 0.05
     """Prefix ratio at the end of the run."""
     top_entropy_share: Share = 0.2
-    """Share of prefix tokens to train; the tokens with the highest entropy are selected."""
+    """Fraction of prefix tokens to train on; the tokens with the highest entropy are selected."""
 
     def make(self) -> Method:
         return Method(
