@@ -87,7 +87,7 @@ class PolicyGradientConstants(NormalizedConstants):
         return partial(over, scale_by_std=self.scale_advantages_by_std)
 
     def selecting(self, select: Callable[[Sampled], Selection]) -> Callable[[Sampled], Selection]:
-        """Returns the method's selection, without zero-gradient rollouts if `skip_zero_advantages` is set."""
+        """Returns `select`, modified to exclude rollouts without a gradient if `skip_zero_advantages` is set."""
         return partial(train_signal, select=select) if self.skip_zero_advantages else select
 
     def completion_terms(

@@ -1,4 +1,4 @@
-"""Defines training batches, and where in a run they belong."""
+"""Defines training batches, and positions within a run."""
 
 import dataclasses
 import enum
