@@ -70,7 +70,7 @@ class JaxEngine:
         if self.is_busy:
             raise RuntimeError("update_weights called while requests are queued or running")
         for replica in self._replicas:
-            replica.drop_weights()  # otherwise, three copies would be in memory at once
+            replica.drop_weights()  # otherwise, three copies of the weights would be in memory
         placed = self._place(params)
         for replica in self._replicas:
             replica.update_weights(jax.tree.map(lambda x, r=replica: _replica_view(x, r), placed))
