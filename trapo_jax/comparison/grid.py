@@ -38,7 +38,7 @@ DEFAULT_OVERRIDES = (("evaluation.every", "0.2"),)
 
 
 class Sweep(NamedTuple):
-    """Values of a field to try with the named methods; if none are named, with all methods that no sweep names."""
+    """Values of a field to try with `methods` or, if this is empty, with all methods that no sweep names."""
 
     methods: tuple[str, ...]
     field: str
