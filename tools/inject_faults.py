@@ -9,8 +9,8 @@ directory that is moved away, checkpoints that are swapped, renamed or copied, f
 full or read-only TensorBoard folders, a clock that is set back, and mistakes in commands, files and environments. Full
 disks require root, to mount a small tmpfs.
 
-The tool prints the seed of each fault and the run's progress when it struck, and a table at the end. `--only NAME
---seed N` repeats one fault. The comparison covers `metrics.jsonl` (without timings), `samples.jsonl`, the evaluations,
+The tool prints the seed of each fault and the run's progress when it struck, and a table at the end. To repeat a fault,
+pass `--only NAME --seed N`. The comparison covers `metrics.jsonl` (without timings), `samples.jsonl`, the evaluations,
 the exported weights, and the parameters, optimizer state and host state of the last checkpoint; on a different mesh,
 values must agree to within 1e-5. Nothing may be written outside the run directory. The exit code is 1 if any fault was
 not handled correctly.

@@ -21,7 +21,7 @@ from fault_harness.strike_at import MOMENTS, fill
 from trapo_jax.runs.directory import CHECKPOINTS, EXPORT, SUMMARY, TENSORBOARD
 
 MAX_DELAY_SECS = 1.0  # maximum delay after a record; a run writes about two records per second
-MAX_CALLS = 4  # A fault at a named moment strikes before one of this many calls of its function.
+MAX_CALLS = 4  # A fault at a named moment strikes before one of the first MAX_CALLS calls.
 KILL, HOUR_BACK = "kill", "clock"  # actions of `strike_at.py`
 
 
