@@ -29,7 +29,7 @@ SET_BY_COMPARISON = {
     "train.budget_unit": "--match",
     "train.budget": "--budget",
     "train.num_steps": "--match steps --budget",
-    "evaluation.splits": "none: tuning evaluates the validation split, the final runs both",
+    "evaluation.splits": "tuning evaluates the validation split, and final runs evaluate both splits",
 }
 # Prefixes of fields that must be the same for all methods.
 SHARED = ("data.", "evaluation.", "rewards.", "model.path")

@@ -162,7 +162,7 @@ def seed_table(c: Comparison, scores: Sequence[MethodScores]) -> Table:
 
 
 def measure_table(c: Comparison, scores: Sequence[MethodScores]) -> Table:
-    """Returns the means over seeds of the other measures."""
+    """Returns the other measures, averaged over seeds."""
     header = ["method", "greedy", f"pass@{c.num_samples}"]
     header += ["entropy", "length", "guidance", "expert tokens"]
     rows = [

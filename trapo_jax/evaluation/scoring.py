@@ -166,13 +166,13 @@ def evaluate(
     num_samples_of: Callable[[str], int],
     temperature: float,
 ) -> Evaluation:
-    """Samples each problem without guidance: once greedily, and several times at a temperature.
+    """Samples each problem without guidance: once greedily, and several times at `temperature`.
 
     Args:
       sample: a function that samples and grades requests with given sampling parameters; see `Actor.sampler`.
       problems: distinct problems.
-      num_samples_of: a function that returns the number of samples per problem of a source.
-      temperature: the temperature of the samples whose metrics are called sampled.
+      num_samples_of: a function that maps a source to the number of samples per problem.
+      temperature: the sampling temperature of all but the greedy samples.
 
     Returns:
       The results of each problem, and these metrics: `eval/accuracy_greedy` and `eval/accuracy_sampled`; if there are
@@ -350,9 +350,9 @@ def powers_of_2_up_to(number: int) -> list[int]:
 
 
 def shares_noise(completions: Sequence[tuple[tuple[int, ...], float]]) -> bool:
-    """Returns whether two of a problem's samples are equal but too unlikely for a coincidence.
+    """Returns whether two of a problem's samples are equal and too unlikely for this to be a coincidence.
 
-    This means that they used the same random key. A sample is a pair of token ids and total log-probability.
+    If so, they used the same random key. A sample is given as its token ids and its total log-probability.
     """
     seen = Counter(ids for ids, logprob in completions if logprob < MIN_COINCIDENCE_LOGPROB)
     return any(count > 1 for count in seen.values())

@@ -138,7 +138,7 @@ class MicroBatchedSftConstants(MixedConstants):
 
     @property
     def sft_weight(self) -> float:
-        """Weight of the token mean of the SFT loss."""
+        """Weight of the SFT loss, which is averaged over tokens."""
         return self.expert_weight / self.micro_batch_rows
 
 

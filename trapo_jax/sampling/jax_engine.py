@@ -176,7 +176,7 @@ def _local_rows(mesh: Mesh) -> list[np.ndarray]:
 
 def _replica_view(x: jax.Array, replica: Replica) -> jax.Array:
     """Returns a view of the array on the devices of one replica, which together hold all of its shards."""
-    assert isinstance(x.sharding, NamedSharding)  # from `_place`
+    assert isinstance(x.sharding, NamedSharding)  # as set by `_place`
     shards = {shard.device: shard.data for shard in x.addressable_shards}
     return jax.make_array_from_single_device_arrays(
         x.shape,
