@@ -47,7 +47,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_collection_modifyitems(items):
-    """Runs files with slow tests first. Each file runs in one worker; a slow one at the end would idle the others."""
+    """Runs files with slow tests first. Each file runs in one worker; a slow one at the end would leave the others idle."""
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)
 

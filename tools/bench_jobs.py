@@ -1,4 +1,7 @@
-"""Generates the rollout benchmark's workloads. Lengths and rewards are drawn in advance, the same for all engines."""
+"""Generates the rollout benchmark's workloads.
+
+Lengths and rewards are drawn in advance, and are the same for all engines.
+"""
 
 import argparse
 import math

@@ -66,7 +66,7 @@ def weight_and_entry_bytes(config: DecoderConfig) -> dict[str, int]:
     item = jnp.dtype(config.dtype).itemsize
     params = abstract_params(config)
     if not config.tied_embeddings:
-        del params["embedding"]  # A step reads only one row of it per token.
+        del params["embedding"]  # A step reads only one row of the embedding per token.
     return {
         "weight_bytes": sum(x.size for x in jax.tree.leaves(params)) * item,
         "entry_bytes": 2 * config.num_layers * config.num_kv_heads * config.head_dim * item,

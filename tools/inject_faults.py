@@ -1,17 +1,19 @@
-"""Lets faults strike runs, resumes them, and compares them bit for bit with an uninterrupted run.
+"""Injects faults into runs, resumes the runs, and compares them bit for bit with an uninterrupted run.
 
     python tools/inject_faults.py [--kills 20] [--full-disks 4] [--checkpoints 4] [--others 1] [--minutes M]
                                   [--only NAME] [--seed 0] [--folder DIR]
 
-The run is a short version of the default job. Kills and full disks come at random times and at named moments, in turn
-(`fault_harness/strike_at.py` lists them). Other faults are signals, a lack of open files, a run directory that is moved
-away, checkpoints that are swapped, renamed or copied, files of someone else in every folder, spoiled TensorBoard folders,
-a clock that is set back, and mistaken commands, files and environments. Full disks need root, for a small tmpfs.
+The runs execute a short version of the default job. Kills and full disks alternate between random times and named
+moments (see `MOMENTS` in `fault_harness/strike_at.py`). The other faults are signals, a low limit on open files, a run
+directory that is moved away, checkpoints that are swapped, renamed or copied, foreign files in every folder, deleted,
+full or read-only TensorBoard folders, a clock that is set back, and mistakes in commands, files and environments. Full
+disks require root, to mount a small tmpfs.
 
-For each fault, its seed and the progress of the run are printed, and a table at the end; `--only NAME --seed N` repeats
-one. The comparison covers `metrics.jsonl` (without timings), `samples.jsonl`, the evaluations, the exported weights, and
-the parameters, optimizer state and host state of the last checkpoint; on another mesh, they must agree to within 1e-5.
-Nothing may be written outside the run directory. The exit code is 1 if anything is not as it should be.
+The tool prints the seed of each fault and the run's progress when it struck, and a table at the end. To repeat a fault,
+pass `--only NAME --seed N`. The comparison covers `metrics.jsonl` (without timings), `samples.jsonl`, the evaluations,
+the exported weights, and the parameters, optimizer state and host state of the last checkpoint; on a different mesh,
+values must agree to within 1e-5. Nothing may be written outside the run directory. The exit code is 1 if any fault was
+not handled correctly.
 """
 
 import argparse
@@ -44,13 +46,13 @@ from fault_harness.jobs import Failure, TooLate
 from fault_harness.refusals import refusals
 from trapo_jax.runs.directory import METRICS
 
-ELSEWHERE = "elsewhere"  # a folder for what a run writes to the user's folders
+ELSEWHERE = "elsewhere"  # HOME and TMPDIR of the runs, which must remain empty
 OTHER_JOB = (*jobs.JOB, "seed=1")
-MAX_TRIES = 8  # of a fault that comes too late
+MAX_TRIES = 8  # maximum number of attempts at a fault that strikes too late
 
 
 def plan_faults(args: argparse.Namespace, *, has_disks: bool) -> list[Fault]:
-    """Returns the faults that the arguments ask for."""
+    """Returns the faults selected by the command-line arguments."""
     kills = [Fault("kill at random", kill_at_random), Fault("kill at a moment", kill_at_moment)]
     disks = [
         Fault("full disk at random", full_disk_at_random),
@@ -69,22 +71,22 @@ def plan_faults(args: argparse.Namespace, *, has_disks: bool) -> list[Fault]:
 
 
 def prepare(folder: Path) -> Bench:
-    """Makes the runs with which others are compared, unless an earlier call has made them.
+    """Executes the reference runs, unless they already exist in the folder.
 
     Raises:
-      Failure: if the same run differs when it is repeated.
+      Failure: if two runs of the same job differ.
     """
     print(f"runs in {folder}", flush=True)
     for name, job in (("uninterrupted", jobs.JOB), ("again", jobs.JOB), ("other", OTHER_JOB)):
         jobs.complete(folder / name, job)
     if found := differences(folder / "again", folder / "uninterrupted"):
-        raise Failure(f"the same run, repeated, differs in {', '.join(found)}")
+        raise Failure(f"two runs of the same job differ in {', '.join(found)}")
     num_records = len(read_lines(folder / "uninterrupted" / METRICS))
     return Bench(folder / "uninterrupted", folder / "other", num_records)
 
 
 def schedule(faults: Sequence[Fault], minutes: float | None) -> Iterator[Fault]:
-    """Yields the faults once, or again and again until the time is over."""
+    """Yields each fault once or, if `minutes` is given, repeats them until that time has passed."""
     if minutes is None:
         yield from faults
         return
@@ -96,7 +98,11 @@ def schedule(faults: Sequence[Fault], minutes: float | None) -> Iterator[Fault]:
 
 
 def try_fault(fault: Fault, bench: Bench, folder: Path, seeds: Iterator[int]) -> tuple[int, str]:
-    """Lets a fault strike, with further seeds while it comes too late; returns the seed and what was wrong, if anything."""
+    """Injects a fault, retrying with the next seed if it strikes too late.
+
+    Returns:
+      The seed, or -1 if all attempts came too late, and a description of what went wrong, or "" if nothing did.
+    """
     elsewhere = folder / ELSEWHERE
     for seed in itertools.islice(seeds, MAX_TRIES):
         place, wrong = folder / f"fault_{seed}", ""
@@ -119,36 +125,45 @@ def try_fault(fault: Fault, bench: Bench, folder: Path, seeds: Iterator[int]) ->
 
 
 def print_table(tried: collections.Counter[str], failed: dict[str, list[int]]) -> None:
-    """Prints how often each fault was tried, how often it was withstood, and the seeds of the others."""
+    """Prints how often each fault was tried, how often it was handled correctly, and the seeds for which it was not."""
     width = max(map(len, tried))
-    print(f"\n{'fault':{width}}  tried  held  seeds that failed")
+    print(f"\n{'fault':{width}}  tried  passed  seeds that failed")
     for name, count in tried.items():
         seeds = failed.get(name, [])
-        print(f"{name:{width}}  {count:5}  {count - len(seeds):4}  {' '.join(map(str, seeds))}")
+        print(f"{name:{width}}  {count:5}  {count - len(seeds):6}  {' '.join(map(str, seeds))}")
     num_failed = sum(map(len, failed.values()))
-    print(f"{tried.total() - num_failed} of {tried.total()} faults held")
+    print(f"{tried.total() - num_failed} of {tried.total()} faults passed")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="number of SIGKILLs")
     parser.add_argument("--full-disks", type=int, default=4, help="number of full disks")
-    parser.add_argument("--checkpoints", type=int, default=4, help="number of misplaced ones")
-    parser.add_argument("--others", type=int, default=1, help="how often every other fault strikes")
-    parser.add_argument("--minutes", type=float, help="repeat all for so long (default: once)")
+    parser.add_argument(
+        "--checkpoints", type=int, default=4, help="number of times checkpoints are misplaced"
+    )
+    parser.add_argument(
+        "--others", type=int, default=1, help="number of times each other fault is tried"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="repeat all faults for M minutes (default: once)"
+    )
     parser.add_argument("--only", help="name of the only fault to try")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first fault; then + 1")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="first seed; each attempt uses the next one"
+    )
     parser.add_argument(
         "--folder",
         type=Path,
-        help="folder of the runs, also of an earlier call (default: a new one)",
+        help="folder for the runs; may be the folder of an earlier invocation (default: a new one)",
     )
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would pass on that it is ignored.
+    # Under nohup, SIGHUP is ignored, and child processes would inherit that.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     folder = args.folder or Path(tempfile.mkdtemp(prefix="inject_faults_"))
     elsewhere = folder.absolute() / ELSEWHERE
     elsewhere.mkdir(parents=True, exist_ok=True)
@@ -163,7 +178,7 @@ def main() -> int:
     bench = prepare(folder.absolute())
     has_disks = can_mount(folder)
     if not has_disks:
-        print("no full disks: mounting a tmpfs needs root")
+        print("skipping faults that need a small disk: mounting a tmpfs requires root")
     tried: collections.Counter[str] = collections.Counter()
     failed: dict[str, list[int]] = {}
     seeds = itertools.count(args.seed)

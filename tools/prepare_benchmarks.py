@@ -1,4 +1,4 @@
-"""Builds the test set of the paper: several benchmarks in one parquet file, to be scored separately.
+"""Builds the paper's test set: several benchmarks in one Parquet file, which are scored separately.
 
     python tools/prepare_benchmarks.py --out data/benchmarks.parquet
     python -m trapo_jax.evaluate model.path=DIR data.test_files=data/benchmarks.parquet data.template=qwen_math \
@@ -14,19 +14,20 @@
     arc_c              1,172  allenai/ai2_arc:ARC-Challenge#test
     mmlu_pro          12,032  TIGER-Lab/MMLU-Pro#test
 
-`--benchmarks` selects some of them, and `--data NAME=FILE` replaces the data of one by a local parquet, JSONL or Arrow
-file in the same layout, or by a Hub id (`owner/name@revision:config#split`):
+`--benchmarks` selects a subset. `--data NAME=DATA` replaces a benchmark's default data with a local Parquet, JSONL or
+Arrow file or a Hub id (`owner/name@revision:config#split`) in the same layout:
 
   aime24, aime25, amc, math500   problem, answer (text or a number)
   minerva                        question, answer
-  olympiadbench                  question, final_answer (list of texts), context (optional)
+  olympiadbench                  question, final_answer (list of strings), context (optional)
   arc_c                          question, choices.text and choices.label (lists), answerKey
   mmlu_pro                       question, options (list), answer (letter)
 
-The output is in verl's layout: `data_source` is the name of the benchmark, by which results are grouped and multiple
-choice (arc_c, mmlu_pro) is graded by letter. A multiple-choice prompt lists the options as A, B, ... and asks for the
-letter. The request for \boxed{} is left to the chat template (`data.template=qwen_math`) or to `data.prompt_suffix`.
-A report (`.json`) in the same folder counts what was read and dropped.
+The output is in verl's layout. Its `data_source` is the name of the benchmark: results are grouped by it, and it tells
+the grader which problems are multiple choice (arc_c, mmlu_pro) and graded by letter. A multiple-choice prompt lists the
+options as A, B, ... and asks for the letter. The instruction to use \boxed{} must come from the chat template
+(`data.template=qwen_math`) or from `data.prompt_suffix`. A report (`.json`) in the same folder counts the problems that
+were kept and dropped.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from trapo_jax.runs.command_line import fail
 from trapo_jax.types import UserError
 from verl_rows import check_out, field, field_of, make_row, show_report, write_rows
 
-LETTERS = string.ascii_uppercase[:10]  # that the grader of multiple choice knows
+LETTERS = string.ascii_uppercase[:10]  # the letters that the multiple-choice grader accepts
 ASK_FOR_LETTER = "Answer with the letter of the correct option."
 
 
@@ -54,7 +55,7 @@ class Item(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    """Where a benchmark comes from, and how its rows are read."""
+    """A benchmark's default data, and the function that reads its rows."""
 
     data: str
     read: Callable[[Row], Item]
@@ -65,14 +66,19 @@ def main() -> int:
         description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="the parquet file to write; it must not exist")
-    add("--benchmarks", default=",".join(BENCHMARKS), metavar="NAME,...", help="default: all")
+    add("--out", type=Path, required=True, help="the Parquet file to write; it must not exist")
+    add(
+        "--benchmarks",
+        default=",".join(BENCHMARKS),
+        metavar="NAME,...",
+        help="benchmarks to include (default: all)",
+    )
     add(
         "--data",
         action="append",
         default=[],
         metavar="NAME=DATA",
-        help="a file or Hub id in place of a benchmark's default; may be repeated",
+        help="file or Hub id to use instead of a benchmark's default; may be repeated",
     )
     args = parser.parse_args()
     try:
@@ -87,7 +93,7 @@ def parse_data(texts: Sequence[str]) -> dict[str, str]:
     """Parses `NAME=DATA`.
 
     Raises:
-      UserError: if a text does not have this form.
+      UserError: if an argument does not have this form.
     """
     data = {}
     for text in texts:
@@ -99,15 +105,15 @@ def parse_data(texts: Sequence[str]) -> dict[str, str]:
 
 
 def prepare(out: Path, names: Sequence[str], data: Mapping[str, str]) -> dict[str, int]:
-    """Writes the problems of some benchmarks and the report, and returns the report.
+    """Writes the problems of the given benchmarks and a report, and returns the report.
 
     Args:
-      out: the parquet file.
-      names: benchmarks, in the order of the output.
-      data: files or Hub ids by name, in place of the defaults.
+      out: the Parquet file.
+      names: names of the benchmarks, in the order of the output.
+      data: files or Hub ids that replace the defaults, keyed by benchmark.
 
     Raises:
-      UserError: if a name is unknown, or the data are missing, damaged or in another layout.
+      UserError: if a name is unknown, or the data is missing, damaged or in another layout.
     """
     check_out(out)
     for option, given in (("--benchmarks", names), ("--data", data)):
@@ -115,7 +121,7 @@ def prepare(out: Path, names: Sequence[str], data: Mapping[str, str]) -> dict[st
             raise UserError(f"{option} {unknown[0]}: unknown; choose from {', '.join(BENCHMARKS)}")
     if unused := [name for name in data if name not in names]:
         raise UserError(
-            f"--data {unused[0]}: not among --benchmarks {','.join(names)}; add it there"
+            f"--data {unused[0]}: not listed in --benchmarks {','.join(names)}; add it there"
         )
     counts: Counter[str] = Counter()
     rows: list[dict[str, Any]] = []
@@ -129,7 +135,7 @@ def prepare(out: Path, names: Sequence[str], data: Mapping[str, str]) -> dict[st
 def read_benchmark(
     name: str, data: str, read: Callable[[Row], Item], counts: Counter[str]
 ) -> list[dict[str, Any]]:
-    """Returns the problems of a benchmark in verl's layout, and counts what was read and dropped.
+    """Returns a benchmark's problems in verl's layout, and counts kept and dropped problems.
 
     Raises:
       UserError: if no problem remains.
@@ -169,7 +175,7 @@ def read_olympiad(row: Row) -> Item:
 
 
 def read_arc(row: Row) -> Item:
-    """Reads the layout of ARC, in which the labels are letters, or numbers from 1."""
+    """Reads the layout of ARC, in which options are labeled A, B, ... or 1, 2, ..."""
     choices = field_of(row, "choices")
     texts, labels = (
         list_of(row, f"choices.{name}", field(choices, name, row)) for name in ("text", "label")
@@ -181,7 +187,7 @@ def read_arc(row: Row) -> Item:
 
 
 def read_mmlu_pro(row: Row) -> Item:
-    """Reads the layout of MMLU-Pro, in which the answer is the letter of an option."""
+    """Reads the layout of MMLU-Pro, in which the answer is an option's letter."""
     options, letter = list_of(row, "options", field_of(row, "options")), field_of(row, "answer")
     if not isinstance(letter, str) or letter not in tuple(LETTERS[: len(options)]):
         raise wrong(row, "answer", "the letter of one of the options")
@@ -189,11 +195,11 @@ def read_mmlu_pro(row: Row) -> Item:
 
 
 def choose(row: Row, options: Sequence[str], right: int) -> Item:
-    """Returns a multiple-choice problem, whose prompt lists the options and asks for a letter.
+    """Returns a multiple-choice problem. Its prompt lists the options and asks for a letter.
 
     Args:
-      row: the row, with the question.
-      options: the texts of the options, at most ten.
+      row: the row, which contains the question.
+      options: the options, at most ten.
       right: index of the correct option.
     """
     if len(options) > len(LETTERS):
@@ -204,7 +210,7 @@ def choose(row: Row, options: Sequence[str], right: int) -> Item:
 
 
 def text_of(value: Any) -> str:
-    """Returns a text or a number as text; the answers of AMC are decimals such as 142.0.
+    """Returns a string or number as a stripped string; "" for None. AMC's answers are floats such as 142.0.
 
     >>> text_of(142.0), text_of(2.5), text_of(" x "), text_of(None)
     ('142', '2.5', 'x', '')
@@ -215,14 +221,14 @@ def text_of(value: Any) -> str:
 
 
 def list_of(row: Row, name: str, value: Any) -> list[Any]:
-    """Returns a value that must be a list; raises UserError with the name of the field if it is not."""
+    """Returns `value` if it is a list, otherwise raises a `UserError` that names the field."""
     if not isinstance(value, list):
         raise wrong(row, name, "a list")
     return value
 
 
 def wrong(row: Row, name: str, expected: str) -> UserError:
-    """Returns the error for a field that is not as expected."""
+    """Returns the error for a field whose value is not as expected."""
     return UserError(
         f"{row.file}, row {row.number}: {name!r} is not {expected}; --help describes the layouts"
     )

@@ -1,4 +1,4 @@
-"""Builds the training set of the paper: OpenR1-Math-46k-8192 with a second solution from OpenR1-Math-220k.
+"""Builds the paper's training set: OpenR1-Math-46k-8192 with a second solution from OpenR1-Math-220k.
 
     python tools/prepare_openr1.py --out data/openr1_46k_two_experts.parquet
     python -m trapo_jax.train data.source=files data.train_files=data/openr1_46k_two_experts.parquet \\

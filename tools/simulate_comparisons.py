@@ -2,9 +2,9 @@
 
     python tools/simulate_comparisons.py [--repeats 1000] [--power]
 
-Each repetition runs two methods of the same kind with several seeds on the same problems. Each line shows, for the
-mean, the median and the interquartile mean over seeds, how often one method's interval contains the true value, the
-interval's mean width, and how often the difference between the methods, which is 0, is found to be significant.
+Each repetition simulates two methods of the same kind, with several seeds each, on the same problems. Each line shows,
+for the mean, the median and the interquartile mean over seeds, how often one method's interval contains the true value,
+the interval's mean width, and how often the difference between the methods, which is 0, is found to be significant.
 `--power` shows how often a true difference is detected among 15 pairs of methods.
 """
 
@@ -28,7 +28,7 @@ Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A kind of method.
+    """A synthetic method, defined by how its solve rates vary.
 
     Attributes:
       name: the sources of variation between runs.

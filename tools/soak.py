@@ -2,10 +2,10 @@
 
     python tools/soak.py [--steps 2000] [--seed 0] [--folder DIR]
 
-The faults are those that a process survives: it is stopped for a while, its grading processes are killed, `tb/` is
-deleted, foreign files appear in its folders, and its older checkpoints are damaged. Its memory,
-files and threads are read from `/proc` (Linux only) after a tenth of the steps and at the end. The exit code is 1 if the run
-fails, if the resident memory has grown by more than 3%, or if there are more open files or threads.
+The process must survive all faults: it is suspended for up to three seconds, its grading processes are killed, `tb/` is
+deleted, foreign files appear in its folders, and its oldest checkpoint is damaged. Its memory, open files and threads
+are read from `/proc` (Linux only) and compared after a tenth of the steps and at the end. The exit code is 1 if the run
+fails, if its resident memory has grown by more than 3%, or if it has more open files or threads.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from fault_harness.comparison import read_lines
 from trapo_jax.runs.directory import CHECKPOINTS, METRICS, TENSORBOARD
 
 MAX_GROWTH = 0.03
-# Threads of pools that have a maximum size and start a thread only when all others are busy. TensorStore's saves
-# checkpoints.
+# Names of threads in pools of bounded size, which start a thread only when all others are busy. TensorStore saves
+# checkpoints with such a pool.
 POOLS = ("ts_pool_worker",)
-NUM_SAMPLES = 40  # of each measurement, one for each step
+NUM_SAMPLES = 40  # number of consecutive steps whose median is compared
 JOB = (
     "train.problems_per_step=2",
     "train.warmup_steps=2",
@@ -46,10 +46,10 @@ JOB = (
 
 
 class Measurement(NamedTuple):
-    """What a process uses.
+    """The resources that a process uses.
 
     Attributes:
-      mebibytes: resident memory.
+      mebibytes: resident memory in MiB.
       num_files: number of open files.
       num_threads: number of threads, except those of `POOLS`.
     """
@@ -60,10 +60,10 @@ class Measurement(NamedTuple):
 
 
 def measure(pid: int) -> Measurement:
-    """Measures a process."""
+    """Measures the resources that a process uses."""
     lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     status = {name: values for name, *values in lines}
-    memory = int(status["VmRSS:"][0]) / 2**10  # from KiB
+    memory = int(status["VmRSS:"][0]) / 2**10  # /proc reports KiB
     names = [name for name in thread_names(pid) if name not in POOLS]
     return Measurement(memory, len(os.listdir(f"/proc/{pid}/fd")), len(names))
 
@@ -72,19 +72,19 @@ def thread_names(pid: int) -> list[str]:
     """Returns the names of a process's threads."""
     names = []
     for file in Path(f"/proc/{pid}/task").glob("*/comm"):
-        with contextlib.suppress(OSError):  # The thread has just ended.
+        with contextlib.suppress(OSError):  # The thread may just have ended.
             names.append(file.read_text().strip())
     return names
 
 
 def children(pid: int) -> list[int]:
-    """Returns the processes that a process has started."""
+    """Returns the ids of a process's child processes."""
     files = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for file in files for child in file.read_text().split()]
 
 
 def median(measurements: list[Measurement]) -> Measurement:
-    """Returns the median of each value."""
+    """Returns the median of each field."""
     return Measurement(*map(statistics.median, zip(*measurements, strict=True)))
 
 
@@ -130,26 +130,26 @@ FAULTS: Mapping[str, Callable[[Popen, Path, random.Random], None]] = {
 
 
 def last_step(folder: Path) -> int:
-    """Returns the number of steps that the run has recorded."""
+    """Returns the number of steps recorded in metrics.jsonl."""
     return sum('"kind": "train"' in line for line in read_lines(folder / METRICS))
 
 
 def soak(folder: Path, num_steps: int, rng: random.Random) -> tuple[list[Measurement], int, str]:
-    """Trains while faults strike; returns the measurement of each step, the exit code and the output."""
+    """Trains while faults strike; returns a measurement per step, the exit code and the output."""
     log = folder.with_suffix(".log")
     process = jobs.start(folder, (*JOB, f"train.num_steps={num_steps}"), log=log)
     measurements, next_fault = [], 20
     while process.poll() is None:
         step = last_step(folder)
         if step > len(measurements):
-            with contextlib.suppress(OSError, KeyError):  # It has just ended.
+            with contextlib.suppress(OSError, KeyError):  # The process may just have ended.
                 measurements += [measure(process.pid)] * (step - len(measurements))
         if step >= next_fault:
             name = rng.choice(sorted(FAULTS))
             print(f"step {step}: {name}", flush=True)
             try:
                 FAULTS[name](process, folder, rng)
-            except OSError as error:  # The run is deleting the same files.
+            except OSError as error:  # The run may be deleting the same files.
                 print(f"step {step}: {name}: {error}", flush=True)
             next_fault = step + rng.randint(5, 25)
         time.sleep(0.02)
@@ -159,8 +159,8 @@ def soak(folder: Path, num_steps: int, rng: random.Random) -> tuple[list[Measure
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help="number of training steps")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the faults")
-    parser.add_argument("--folder", type=Path, help="folder of the run (default: a new one)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for the faults")
+    parser.add_argument("--folder", type=Path, help="folder for the run (default: a new one)")
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="soak_"))
     folder.mkdir(parents=True, exist_ok=True)

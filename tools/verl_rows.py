@@ -1,4 +1,4 @@
-"""Rows in verl's layout, in which the tools that prepare data write problems: reading fields, and the parquet file."""
+"""Reads fields of dataset rows, and writes problems to a Parquet file in verl's layout, for the `prepare_*` tools."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from trapo_jax.types import UserError
 
 
 def make_row(source: str, question: str, answer: str, *, index: int, split: str) -> dict[str, Any]:
-    """Returns a row with the question as the only message.
+    """Returns a row whose prompt consists of the question as the only message.
 
     Args:
       source: name by which results are grouped.
-      question: the text of the user's message.
+      question: text of the user message.
       answer: the reference answer.
-      index: position in its dataset.
-      split: train or test.
+      index: index of the row in its source.
+      split: "train" or "test".
     """
     return {
         "data_source": source,
@@ -30,10 +30,10 @@ def make_row(source: str, question: str, answer: str, *, index: int, split: str)
 
 
 def check_out(out: Path) -> None:
-    """Checks that a parquet file and its report can be written to a path.
+    """Checks that `out` ends in .parquet, and that neither the file nor its report exists.
 
     Raises:
-      UserError: if the name is not that of a parquet file, or one of the files exists.
+      UserError: if a check fails.
     """
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: the name must end in .parquet")
@@ -43,7 +43,7 @@ def check_out(out: Path) -> None:
 
 
 def write_rows(out: Path, rows: Sequence[Mapping[str, Any]], report: Mapping[str, int]) -> None:
-    """Writes rows as a parquet file, and the report beside it.
+    """Writes rows to a Parquet file, and a report to the same folder.
 
     Raises:
       UserError: if a file cannot be written.
@@ -64,7 +64,7 @@ def write_rows(out: Path, rows: Sequence[Mapping[str, Any]], report: Mapping[str
 
 
 def show_report(out: Path, report: Mapping[str, int]) -> None:
-    """Prints the counts of a report and the files that were written."""
+    """Prints the counts in a report and the paths of the files that were written."""
     width = max(map(len, report))
     for name, count in report.items():
         print(f"{name:{width}}  {count:>7,}")
@@ -72,20 +72,20 @@ def show_report(out: Path, report: Mapping[str, int]) -> None:
 
 
 def report_path(out: Path) -> Path:
-    """Returns the path of the report of a parquet file."""
+    """Returns the path of a Parquet file's report."""
     return out.with_suffix(".json")
 
 
 def field_of(row: Row, name: str) -> Any:
-    """Returns a column of a row; see `field`."""
+    """Returns the value of a row's column; see `field`."""
     return field(row.values, name, row)
 
 
 def field(values: Any, name: str, row: Row) -> Any:
-    """Returns a value of an object of a row.
+    """Returns the field `name` of an object in a row.
 
     Raises:
-      UserError: if there is none of this name.
+      UserError: if there is no such field.
     """
     if not isinstance(values, dict) or name not in values:
         raise UserError(

@@ -11,7 +11,7 @@ from support.short_run import TINY_JOB
 
 @pytest.fixture(scope="module")
 def run_without_base(tmp_path_factory):
-    """A finished run, whose model folder, with several EOS ids, has been deleted, and the run's options."""
+    """A finished run and its options. Its model folder, which had several EOS ids, has been deleted."""
     root = tmp_path_factory.mktemp("missing_base")
     base = shutil.copytree(TINY_MODEL, root / "base")
     (base / "generation_config.json").write_text('{"eos_token_id": 7, "top_p": 0.9}')

@@ -58,7 +58,7 @@ def test_the_run_names_itself_and_keeps_the_preflight(trained):
     assert run.name.startswith("sums_trapo-")
     assert f"run directory runs/{run.name}" in output
     assert "accuracy_sampled" in output
-    assert "pass@1" not in output  # pass@1 would repeat the accuracy.
+    assert "pass@1" not in output  # pass@1 equals the accuracy, so it is not printed.
     data = json.loads((run / "data.json").read_text())
     assert data["preflight"]["counts"]["train"]["experts judged correct"] == "8 of 8"
     assert data["template"]["kind"] == "chat"
@@ -86,7 +86,7 @@ def test_evaluate_inherits_what_the_run_knows(trained):
     assert "test split, 1 problem, 1 sample each at temperature 0.6" in result.stdout
     assert "evaluating test: " in result.stdout
     assert "avg@1" in result.stdout
-    assert "pass@1" not in result.stdout  # pass@1 would repeat the accuracy.
+    assert "pass@1" not in result.stdout  # pass@1 equals the accuracy, so it is not printed.
     (record,) = map(json.loads, (run.parents[1] / "scores" / "samples.jsonl").open())
     assert record["gold"].isdecimal()
 

@@ -47,7 +47,8 @@ def trainer(tmp_path, monkeypatch):
     (package / "train.py").write_text(TRAINER)
     monkeypatch.chdir(package.parent)
     monkeypatch.setattr(run_pool, "POLL_SECS", 0.02)
-    monkeypatch.setattr(run_pool, "collect_result", lambda run: None)  # There are no evaluations.
+    # The fake runs have no evaluations.
+    monkeypatch.setattr(run_pool, "collect_result", lambda run: None)
     return tmp_path
 
 

@@ -164,7 +164,8 @@ def test_missing_files_raise_before_any_row_is_read(tmp_path):
     with pytest.raises(UserError, match="no data"):
         list(read_rows([]))
     write_jsonl(tmp_path / "a.jsonl")
-    with pytest.raises(UserError, match=r"b\.jsonl: no such file"):  # before the first is read
+    # The error is raised before the first file is read.
+    with pytest.raises(UserError, match=r"b\.jsonl: no such file"):
         next(read_rows([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]))
 
 

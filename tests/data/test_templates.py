@@ -125,7 +125,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
     ("hostile", "message"),
     [
         (LOOP, "takes more than 1 s; choose another template"),
-        ("{{ 9 ** (9 ** 9) }}", "takes more than 1 s"),  # within one C function
+        ("{{ 9 ** (9 ** 9) }}", "takes more than 1 s"),  # spends its time in a single C function
         ("{{ 'x' * 10 ** 11 }}", r"rejects the messages user \(MemoryError\)"),
         ("{{ 'x' * 10 ** 6 }}", r"rejects the messages user \(it prints 1,000,000 characters\)"),
         ("{{ '\\ud800' }}", r"rejects the messages user \(it prints text that is not Unicode\)"),

@@ -1,4 +1,4 @@
-"""What native code prints although nothing is wrong."""
+"""Tests that native code logs nothing when nothing is wrong."""
 
 import importlib.util
 import os

@@ -86,7 +86,7 @@ def test_the_methods_are_those_of_the_tables():
     assert [method.constants["alpha"] for method in alphas.values()] == [
         *(1e-6, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0),
     ]
-    # All methods have the other constants of the table above.
+    # The variant with the default alpha equals the method in table1.
     of_table = method_of(grids["table1"], "trapo")
     assert alphas["alpha_0_1"] == of_table
 

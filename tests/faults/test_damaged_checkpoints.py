@@ -1,4 +1,4 @@
-"""Checks that flipped bits and truncated or missing checkpoint files are detected and named, and that a run falls back."""
+"""Checks that damaged or missing checkpoint files are detected and named, and that a run falls back."""
 
 import random
 import shutil
@@ -164,4 +164,4 @@ def test_swapped_checkpoints_are_refused_and_a_copied_one_is_passed_over(
     for a, b in ((old, "x"), (new, old), ("x", new)):
         (checkpoints / str(a)).rename(checkpoints / str(b))
     assert train([f"output_dir={folder}", *JOB]) == 2
-    assert "this run saved none of its checkpoints" in capsys.readouterr().err
+    assert "none of the checkpoints were saved by this run" in capsys.readouterr().err

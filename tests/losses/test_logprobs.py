@@ -32,7 +32,7 @@ def weighted_sum(logprobs, entropies):
 
 
 def assert_close(got, expected, tolerance=1e-5):
-    """Compares relative to the largest element, as suits a gradient that is rounded once per sum."""
+    """Compares with a tolerance that is proportional to the largest expected element."""
     expected = np.asarray(expected, np.float64)
     largest = max(np.abs(expected).max(), 1e-30)
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=tolerance * largest)

@@ -64,7 +64,7 @@ def add_by_template(tokenizer, token_id):
 @pytest.mark.parametrize("token_id", [VOCAB_SIZE, 3_000_000_000])
 @pytest.mark.parametrize("add", [add_token, add_to_vocabulary, add_by_template])
 def test_a_token_beyond_the_embedding_is_refused_quickly(add, token_id, tiny):
-    opened(tiny)  # Imports everything.
+    opened(tiny)  # Imports all modules before memory is measured.
     edit_tokenizer(tiny, lambda tokenizer: add(tokenizer, token_id))
     memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     message = f"the largest token id is {token_id}, but vocab_size in config.json is {VOCAB_SIZE}"

@@ -1,4 +1,4 @@
-"""Tests that weight files unlike those that transformers writes today are read as transformers reads them."""
+"""Tests that weight files that differ from what transformers writes today are read as transformers reads them."""
 
 import json
 
@@ -63,7 +63,7 @@ def old_buffers_without_prefix(tensors):
     without_prefix(tensors)
 
 
-# Maps each difference from today's files to whether transformers then ties the embeddings.
+# Maps each difference to whether transformers then ties the embeddings.
 TIED = {
     own_head: False,
     equal_head: True,

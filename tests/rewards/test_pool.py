@@ -327,7 +327,7 @@ def is_running(pid):
 
 
 def test_a_process_that_the_system_cannot_start_is_an_error_of_the_call(monkeypatch):
-    """A missing reward in its place would make the results depend on the load of the machine."""
+    """If the reward were missing instead, the results would depend on the machine's load."""
 
     def fail(*_, **__):
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")

@@ -376,9 +376,8 @@ def test_a_second_process_is_refused_until_the_first_exits_or_is_killed(tmp_path
         raise AssertionError("two processes in one folder")
     holder.kill()
     holder.wait()
-    for _ in range(
-        2
-    ):  # The lock can be taken twice in one process, although `error` keeps the frame alive.
+    # The lock can be acquired again in the same process, although `error` keeps the first frame alive.
+    for _ in range(2):
         with pytest.raises(KeyError) as error, lock_folder(tmp_path):
             raise KeyError
         assert error.tb

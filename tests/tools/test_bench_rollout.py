@@ -1,4 +1,4 @@
-"""Tests that bench_rollout.py gives all engines the same work, and that ours does no unnecessary work."""
+"""Tests that bench_rollout.py gives all engines the same work, and that `ours` does no unnecessary work."""
 
 import json
 import shutil

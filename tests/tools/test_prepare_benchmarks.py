@@ -1,4 +1,4 @@
-"""tools/prepare_benchmarks.py, with small files that have the columns of the Hub datasets."""
+"""Tests prepare_benchmarks.py with small files that have the columns of the Hub datasets."""
 
 import json
 
@@ -111,7 +111,7 @@ def test_prompts_have_the_context_and_lettered_options(prepared):
 
 
 def test_evaluations_read_the_file_and_grade_every_benchmark(prepared):
-    """The right answer is right, and multiple choice is graded by letter: the text of the option is wrong."""
+    """The reference answer is correct. Multiple choice is graded by letter, so the text of the option is wrong."""
     out, _ = prepared
     assert find_preset(next(read_rows([str(out)]))) == "verl"
     examples, _ = examples_from_rows(read_rows([str(out)]), COLUMN_PRESETS["verl"])
@@ -164,7 +164,10 @@ def test_other_layouts_are_one_line_errors(name, rows, message, tmp_path):
         (["--benchmarks", "gsm8k"], "--benchmarks gsm8k: unknown; choose from aime24, aime25"),
         (["--data", "gsm8k=x"], "--data gsm8k: unknown; choose from"),
         (["--data", "aime24"], "--data aime24: expected NAME=FILE or NAME=HUB_ID"),
-        (["--benchmarks", "amc", "--data", "aime24=x"], "--data aime24: not among --benchmarks"),
+        (
+            ["--benchmarks", "amc", "--data", "aime24=x"],
+            "--data aime24: not listed in --benchmarks",
+        ),
         (["--data", "aime24=missing.parquet"], "missing.parquet: no such file"),
     ],
 )

@@ -231,7 +231,7 @@ def test_shards_of_a_micro_batch_get_equal_attention():
     group = [rollout(i, 0, [3] * n) for i, n in enumerate(lens.tolist())]
     options = {"packed": True, "row_len": 200, "micro_batch_rows": 32, "num_shards": 8}
     batch = build(group, **options)
-    full = batch._replace(segment_ids=batch.segment_ids[:1])  # the last one has few rows
+    full = batch._replace(segment_ids=batch.segment_ids[:1])  # the last micro-batch has few rows
     assert balance(full, 8) > 0.85
     shuffled = rng.permutation(full.segment_ids, axis=1)
     assert balance(full._replace(segment_ids=shuffled), 8) < balance(full, 8)

@@ -1,4 +1,4 @@
-"""Tests the train step against an independent float64 implementation, and its independence of the batch layout."""
+"""Tests the train step against an independent float64 implementation and with different batch layouts."""
 
 import dataclasses
 import os

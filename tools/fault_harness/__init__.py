@@ -1,1 +1,1 @@
-"""Parts of `tools/inject_faults.py` and `tools/soak.py`: jobs, faults, and the comparison of runs."""
+"""Provides jobs, faults, and the comparison of runs to `tools/inject_faults.py`, `tools/soak.py`, and tests."""

@@ -14,7 +14,7 @@ TOLERANCE_ON_ANOTHER_MESH = 1e-5
 
 
 def read_lines(path: Path) -> list[str]:
-    """Returns the complete lines of a file, whose last line may be incomplete."""
+    """Returns the lines of a file, except for an incomplete last line; [] if the file does not exist."""
     text = path.read_text() if path.exists() else ""
     return text[: text.rfind("\n") + 1].splitlines()
 
@@ -24,7 +24,7 @@ def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str
 
     Args:
       ours, theirs: run directories.
-      tolerance: relative and absolute tolerance of numbers; 0 requires bitwise equality.
+      tolerance: relative and absolute tolerance for numbers; 0 requires bitwise equality.
     """
     found = []
     records, their_records = (
@@ -52,7 +52,7 @@ def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str
 def read_checkpoint(
     folder: Path, step: int | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns the arrays of a checkpoint (by default, the last one) by path, and the host state."""
+    """Returns the arrays of a checkpoint (by default, the last one), keyed by path, and its host state."""
     import jax
 
     registry = ocp.handlers.local_registry()
@@ -73,7 +73,7 @@ def read_checkpoint(
 
 
 def _results(folder: Path) -> list[str]:
-    """Returns the paths of the exported weights, the summary and the results of evaluations, as far as they exist."""
+    """Returns the relative paths of the exported weights, the summary and the evaluation results that exist."""
     paths = [folder / EXPORT / WEIGHTS, folder / SUMMARY, *(folder / EVALUATIONS).glob("*.json")]
     return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 

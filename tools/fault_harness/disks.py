@@ -1,4 +1,4 @@
-"""Small file systems in memory, which fill up quickly. Mounting them needs root."""
+"""Mounts small in-memory file systems, which fill up quickly. Mounting requires root."""
 
 import contextlib
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def can_mount(folder: Path) -> bool:
-    """Returns whether small disks can be made on this machine."""
+    """Returns whether this process can mount small disks."""
     try:
         with small_disk(folder / "probe"):
             return True
@@ -18,7 +18,7 @@ def can_mount(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, options: str = "size=48m") -> Iterator[Path]:
-    """Mounts a file system in memory at a folder, and discards it afterwards."""
+    """Mounts an in-memory file system at a folder, and discards it on exit."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if shutil.which("mount") is None:

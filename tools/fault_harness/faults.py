@@ -1,4 +1,4 @@
-"""Faults that interrupt or disturb a run. After each, the run must end like the uninterrupted one, bit for bit."""
+"""Defines faults that interrupt or disturb a run. The resumed run must equal an uninterrupted run bit for bit."""
 
 import os
 import random
@@ -20,18 +20,18 @@ from fault_harness.jobs import Failure, TooLate
 from fault_harness.strike_at import MOMENTS, fill
 from trapo_jax.runs.directory import CHECKPOINTS, EXPORT, SUMMARY, TENSORBOARD
 
-MAX_DELAY_SECS = 1.0  # after a record; there are about two each second
-MAX_CALLS = 4  # A named moment strikes before one of its first calls.
-KILL, HOUR_BACK = "kill", "clock"  # actions of strike_at.py
+MAX_DELAY_SECS = 1.0  # maximum delay after a record; a run writes about two records per second
+MAX_CALLS = 4  # A fault at a named moment strikes before one of the first MAX_CALLS calls.
+KILL, HOUR_BACK = "kill", "clock"  # actions of `strike_at.py`
 
 
 class Bench(NamedTuple):
-    """What faults are compared with.
+    """The reference runs of a fault test.
 
     Attributes:
-      uninterrupted: a finished run.
-      other: a finished run with another seed.
-      num_records: number of records of a run, by which random times are chosen.
+      uninterrupted: a finished run, which faulty runs must equal.
+      other: a finished run with a different seed.
+      num_records: number of records in a complete metrics.jsonl, used to choose random times.
     """
 
     uninterrupted: Path
@@ -41,16 +41,16 @@ class Bench(NamedTuple):
     def start_and_wait(
         self, run: Path, rng: random.Random, job: Sequence[str] = jobs.JOB, *, first: int = 0
     ) -> subprocess.Popen:
-        """Starts or resumes a run, and waits until a random time.
+        """Starts or resumes a run, waits for a random time, and returns its process.
 
         Args:
           run: the run directory.
-          rng: random numbers.
+          rng: random number generator.
           job: arguments of the run.
-          first: smallest number of records at that time.
+          first: minimum number of records to wait for.
 
         Raises:
-          TooLate: if the run is over by then.
+          TooLate: if the run finishes first.
         """
         process = jobs.start(run, job)
         number = rng.randint(first, self.num_records)
@@ -63,12 +63,12 @@ class Fault(NamedTuple):
     """A kind of fault.
 
     Attributes:
-      name: what happens.
-      strike: lets it happen to a run in a folder, and returns what was reached. Afterwards, the run is resumed unless it
-        is complete.
-      environment: environment of the resumed run.
-      tolerance: tolerance of the comparison.
-      is_compared: whether the run is resumed and compared at all.
+      name: a short description of the fault.
+      strike: applies the fault to a run, given its directory, and describes the state in which it struck. Afterwards,
+        the run is resumed unless it is complete.
+      environment: environment variables to set for the resumed run.
+      tolerance: tolerance of the comparison with the uninterrupted run.
+      is_compared: whether to resume the run and compare it with the uninterrupted run.
     """
 
     name: str
@@ -78,11 +78,11 @@ class Fault(NamedTuple):
     is_compared: bool = True
 
     def try_once(self, bench: Bench, folder: Path, seed: int) -> str:
-        """Lets the fault strike and returns what was reached.
+        """Applies the fault to a run, and describes the state in which it struck.
 
         Raises:
-          TooLate: if the run finished before.
-          Failure: if the program did not withstand it.
+          TooLate: if the run finished before the fault could strike.
+          Failure: if the program does not handle the fault correctly.
         """
         folder.mkdir(parents=True)
         on_disk = "disk" in self.name
@@ -114,7 +114,7 @@ def kill_at_random(bench: Bench, run: Path, rng: random.Random) -> str:
 
 
 def kill_at_moment(bench: Bench, run: Path, rng: random.Random) -> str:
-    """Kills a run at a named moment, twice with two chances in three, which strikes it while it recovers."""
+    """Kills a run at a named moment and, with probability 2/3, again while it recovers."""
     del bench
     reached = _struck_at_moment(run, rng, KILL)[0]
     if rng.random() < 1 / 3:
@@ -142,7 +142,7 @@ def stop_by(number: signal.Signals) -> Callable[[Bench, Path, random.Random], st
 
 
 def suspend(bench: Bench, run: Path, rng: random.Random) -> str:
-    """Stops a process for longer than `limits.stuck_after_secs`, which it must not take for a hang."""
+    """Suspends a process for longer than `limits.stuck_after_secs`. It must not mistake this for a hang."""
     limit = 20.0
     job = (*jobs.JOB, f"limits.stuck_after_secs={limit}")
     process = bench.start_and_wait(run, rng, job, first=1)
@@ -190,17 +190,17 @@ def _struck_at_moment(run: Path, rng: random.Random, action: str) -> tuple[str, 
 
 
 def few_descriptors(bench: Bench, run: Path, rng: random.Random) -> str:
-    """Limits the open files of a process that runs already, so that something in the middle of the run lacks them."""
+    """Lowers the open-file limit of a running process, so that opening a file fails in the middle of the run."""
     limit = rng.randint(12, 30)
     process = bench.start_and_wait(run, rng, first=1)
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, limit))
     ended = jobs.finish(process)
-    line = jobs.check_refusal(ended, jobs.EXIT_FAILED) if ended.code else "it did without"
+    line = jobs.check_refusal(ended, jobs.EXIT_FAILED) if ended.code else "the run completed"
     return f"{limit} open files, {jobs.progress(run)}; {line}"
 
 
 def moved_folder(bench: Bench, run: Path, rng: random.Random) -> str:
-    """Moves the run directory away from under the run, and back."""
+    """Moves the run directory away during the run, and back after the process has ended."""
     process = bench.start_and_wait(run, rng, first=1)
     elsewhere = run.with_name("elsewhere")
     if not run.is_dir():
@@ -216,7 +216,7 @@ def moved_folder(bench: Bench, run: Path, rng: random.Random) -> str:
 
 
 def copy_unfinished(bench: Bench, run: Path) -> list[int]:
-    """Copies the state of a run before its last checkpoint, and returns the steps of the others."""
+    """Copies a finished run as it was before its last checkpoint, and returns the steps of the copied checkpoints."""
     shutil.copytree(bench.uninterrupted, run)
     (run / SUMMARY).unlink()
     shutil.rmtree(run / EXPORT)
@@ -226,7 +226,7 @@ def copy_unfinished(bench: Bench, run: Path) -> list[int]:
 
 
 def misplaced_checkpoints(bench: Bench, run: Path, rng: random.Random) -> str:
-    """Swaps, renames or copies checkpoints: they are refused, or the right one is taken."""
+    """Swaps, renames or copies checkpoints. The run must refuse them or resume from the correct one."""
     *_, old, new = copy_unfinished(bench, run)
     folder = run / CHECKPOINTS
     later = str(rng.randint(17, 99))
@@ -251,15 +251,15 @@ def misplaced_checkpoints(bench: Bench, run: Path, rng: random.Random) -> str:
             (folder / str(old_path)).rename(folder / str(new_name))
     ended = jobs.finish(jobs.start(run))
     if not ended.code:
-        return f"{name}: the right one was taken"
+        return f"{name}: resumed from the correct checkpoint"
     line = jobs.check_refusal(ended, jobs.EXIT_USER_ERROR)
-    shutil.rmtree(run)  # Refused. There is nothing to compare.
+    shutil.rmtree(run)  # The run was refused, so there is nothing to compare.
     shutil.copytree(bench.uninterrupted, run)
     return f"{name}: {line}"
 
 
 def foreign_files(bench: Bench, run: Path, rng: random.Random) -> str:
-    """Puts files of someone else into every folder of a run: they are left alone."""
+    """Puts foreign files into every folder of a run. The run must leave them alone."""
     copy_unfinished(bench, run)
     planted = plant(run, rng)
     jobs.complete(run)
@@ -268,7 +268,10 @@ def foreign_files(bench: Bench, run: Path, rng: random.Random) -> str:
 
 
 def spoiled_tensorboard(how: str) -> Callable[[Bench, Path, random.Random], str]:
-    """Events are a copy of the metrics: without them, a run ends with exit code 0 and one warning."""
+    """Returns a fault that disturbs the writing of TensorBoard events.
+
+    The events only duplicate the metrics, so the run must succeed, with at most one warning.
+    """
 
     def strike(bench: Bench, run: Path, rng: random.Random) -> str:
         folder = run / TENSORBOARD
@@ -299,7 +302,7 @@ TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
 
 def interruptions() -> Sequence[Fault]:
-    """Returns the faults that need no small disk, one of each kind, apart from kills."""
+    """Returns one fault of each kind that needs no small disk, except for single kills."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {TWO_DEVICES}"
     terminate = stop_by(signal.SIGTERM)
     another_mesh = Fault(
@@ -322,7 +325,7 @@ def interruptions() -> Sequence[Fault]:
 
 
 def disk_faults() -> Sequence[Fault]:
-    """Returns the faults of event files that need a small disk."""
+    """Returns the faults of TensorBoard event files that need a small disk."""
     return [
         Fault("tb/ full", spoiled_tensorboard("full")),
         Fault("tb/ unwritable", spoiled_tensorboard("read-only")),

@@ -1,4 +1,4 @@
-"""Files and folders of someone else in a run directory."""
+"""Puts foreign files and folders into a run directory, and checks that they are left alone."""
 
 import os
 import random
@@ -28,7 +28,7 @@ FOLDERS = ("12_backup", "4.writing", "6.expired", "8.damaged", "copy of 9")
 
 
 def plant(run: Path, rng: random.Random) -> dict[Path, object]:
-    """Puts 20 kinds of files and folders into a run's folder and subfolders; returns what each one holds."""
+    """Puts 20 kinds of files and folders into each subfolder of a run; returns their contents, keyed by path."""
     planted = []
     for name in SUBFOLDERS:
         folder = run / name
@@ -47,10 +47,10 @@ def plant(run: Path, rng: random.Random) -> dict[Path, object]:
 
 
 def assert_untouched(planted: dict[Path, object]) -> None:
-    """Checks that everything is still there, byte for byte.
+    """Checks that all planted files and folders are unchanged, byte for byte.
 
     Raises:
-      Failure: naming what is not.
+      Failure: if anything was changed or deleted. The message lists the paths.
     """
     changed = [str(path) for path, content in planted.items() if _content(path) != content]
     if changed:
@@ -62,7 +62,7 @@ def _write(path: Path, rng: random.Random) -> None:
 
 
 def _content(path: Path) -> object:
-    """Returns what a path holds: bytes, the target of a link, or the type of anything else; None if it is absent."""
+    """Returns a file's bytes, a link's target, or the file type of any other entry; None if the path does not exist."""
     if not os.path.lexists(path):
         return None
     mode = path.lstat().st_mode

@@ -1,4 +1,4 @@
-"""The job that faults strike: starting it, waiting for it, and what it must print."""
+"""Defines the job that faults strike, starts it, waits for it, and checks its output."""
 
 import contextlib
 import json
@@ -33,11 +33,11 @@ STRIKE_AT = (str(Path(__file__).with_name("strike_at.py")),)
 
 
 class TooLate(Exception):
-    """The run finished before the fault, so that nothing was tried."""
+    """The run finished before the fault could strike, so nothing was tested."""
 
 
 class Failure(Exception):
-    """The program did not withstand a fault; the message says how."""
+    """The program did not handle a fault correctly. The message describes what went wrong."""
 
 
 class Ended(NamedTuple):
@@ -47,7 +47,7 @@ class Ended(NamedTuple):
     output: str
 
     def lines(self, start: str) -> list[str]:
-        """Returns the lines that start like this."""
+        """Returns the output lines that begin with `start`."""
         return [line for line in self.output.splitlines() if line.startswith(start)]
 
 
@@ -63,10 +63,10 @@ def start(
 
     Args:
       folder: the run directory.
-      job: the other arguments.
-      program: what Python runs.
+      job: the other arguments of the program.
+      program: the Python script, or `-m` and the module, to run.
       environment: environment variables to set.
-      log: file for the output; a pipe if None.
+      log: file for the output. If None, the output goes to a pipe.
     """
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     with contextlib.ExitStack() as stack:
@@ -82,7 +82,7 @@ def start(
 
 
 def finish(process: subprocess.Popen) -> Ended:
-    """Waits until a process ends."""
+    """Waits until a process ends, and returns its exit code and output."""
     output = process.communicate()[0]
     return Ended(process.returncode, output)
 
@@ -96,7 +96,7 @@ def complete(
     """Runs the job to completion and returns its output.
 
     Raises:
-      Failure: if it fails.
+      Failure: if the run fails.
     """
     ended = finish(start(folder, job, environment=environment))
     if ended.code:
@@ -105,10 +105,10 @@ def complete(
 
 
 def check_refusal(ended: Ended, *codes: int) -> str:
-    """Returns the error line of a process that had to fail with one of the exit codes.
+    """Returns the error line of a process, which must have failed with one of the exit codes.
 
     Raises:
-      Failure: if it did not, or printed anything but one error line.
+      Failure: if the exit code differs, the number of error lines is not one, or a traceback was printed.
     """
     errors = ended.lines("error: ")
     if ended.code not in codes or len(errors) != 1 or "Traceback" in ended.output:
@@ -117,10 +117,10 @@ def check_refusal(ended: Ended, *codes: int) -> str:
 
 
 def wait_for_records(process: subprocess.Popen, folder: Path, number: int, secs: float) -> None:
-    """Waits until a run has written some records, and then for some time.
+    """Waits until a run has written `number` records, and then for another `secs` seconds.
 
     Raises:
-      TooLate: if the process has ended by then.
+      TooLate: if the process ends first.
     """
     while len(read_lines(folder / METRICS)) < number and process.poll() is None:
         time.sleep(0.01)
@@ -130,7 +130,7 @@ def wait_for_records(process: subprocess.Popen, folder: Path, number: int, secs:
 
 
 def progress(folder: Path) -> str:
-    """Describes the last record of the metrics and the checkpoint folders, including incomplete ones."""
+    """Describes a run's progress: its last metrics record, and its checkpoint folders, including incomplete ones."""
     lines = read_lines(folder / METRICS)
     last = json.loads(lines[-1]) if lines else None
     reached = f"after {last['kind']} {last['step']}" if last else "before any record"

@@ -1,4 +1,4 @@
-"""Mistaken commands, files and environments. Each is refused with one error line, before anything is trained."""
+"""Defines mistakes in commands, files and environments, which a run must refuse with one error line."""
 
 import os
 import random
@@ -16,15 +16,15 @@ HUGE = 10**9
 
 
 class Refusal(NamedTuple):
-    """A mistake.
+    """A mistake that a run must refuse.
 
     Attributes:
-      name: what is wrong.
-      arguments: arguments of the train command; `{folder}` stands for a folder with the files.
-      says: a part of the error line.
-      files: contents by name; None for a named pipe.
-      environment: environment variables.
-      code: exit code.
+      name: a short description of the mistake.
+      arguments: arguments of the train command; `{folder}` is replaced by the folder that contains `files`.
+      says: text that the error line must contain.
+      files: contents of files to create, keyed by name; None creates a named pipe.
+      environment: environment variables to set.
+      code: the expected exit code.
     """
 
     name: str
@@ -67,7 +67,7 @@ REFUSALS = (
 
 
 def refusal(mistake: Refusal) -> Fault:
-    """Returns the fault of making a mistake."""
+    """Returns a fault that makes a mistake and checks that it is refused."""
 
     def strike(bench: Bench, run: Path, rng: random.Random) -> str:
         del bench, rng
@@ -78,14 +78,14 @@ def refusal(mistake: Refusal) -> Fault:
         process = jobs.start(run, [*jobs.JOB, *arguments], environment=mistake.environment)
         line = jobs.check_refusal(jobs.finish(process), mistake.code)
         if mistake.says not in line:
-            raise Failure(f"{line} does not name {mistake.says}")
+            raise Failure(f"the error line does not contain {mistake.says!r}: {line}")
         return line
 
     return Fault(mistake.name, strike, is_compared=False)
 
 
 def two_seeds(bench: Bench, run: Path, rng: random.Random) -> str:
-    """Starts a job of two processes with different seeds: both are refused."""
+    """Starts a job of two processes with different seeds. Both processes must be refused."""
     del bench, rng
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -102,13 +102,13 @@ def two_seeds(bench: Bench, run: Path, rng: random.Random) -> str:
 
 
 def ascii_terminal(bench: Bench, run: Path, rng: random.Random) -> str:
-    """Trains with an output that cannot encode what it prints."""
+    """Trains with an output encoding that cannot represent all printed characters."""
     del bench, rng
     jobs.complete(run, environment={"PYTHONIOENCODING": "ascii"})
     return "printed"
 
 
 def refusals() -> Sequence[Fault]:
-    """Returns the faults that a run meets at its start."""
+    """Returns the faults that affect the start of a run."""
     two = Fault("two processes with two seeds", two_seeds, is_compared=False)
     return [*map(refusal, REFUSALS), two, Fault("an ASCII terminal", ascii_terminal)]

@@ -1,9 +1,10 @@
-"""Trains, and lets a fault strike at a named moment, in this process.
+"""Trains in this process, and makes a fault strike at a named moment.
 
     python strike_at.py MOMENT NUMBER ACTION FIELD=VALUE ...
 
-The moment is a key of `MOMENTS`; the fault strikes before its function is called for the NUMBERth time. ACTION is `kill`,
-`clock` (set back by an hour), or the path of a file that fills its disk.
+MOMENT is a key of `MOMENTS`; the fault strikes just before the NUMBERth call of the function that it maps to. ACTION is
+`kill` (kill this process), `clock` (set the clock back by an hour), or a path (write a file there until its disk is
+full).
 """
 
 import importlib
@@ -34,7 +35,7 @@ MOMENTS = {
 
 
 def strike_at(moment: str, number: int, action: Callable[[], None]) -> None:
-    """Arranges that the action is taken before the function of a moment is called for the given time."""
+    """Replaces the function of a moment, so that `action` is called before its `number`-th call."""
     module, _, path = MOMENTS[moment].partition(":")
     owner: Any = importlib.import_module(module)
     *parents, name = path.split(".")
@@ -51,7 +52,7 @@ def strike_at(moment: str, number: int, action: Callable[[], None]) -> None:
 
 
 def action_of(name: str) -> Callable[[], None]:
-    """Returns the function that lets a fault strike."""
+    """Returns the function that performs an action; see the module docstring."""
     if name == "kill":
         return lambda: os.kill(os.getpid(), signal.SIGKILL)
     if name == "clock":
@@ -61,7 +62,7 @@ def action_of(name: str) -> Callable[[], None]:
 
 
 def fill(path: Path) -> None:
-    """Writes a file until its disk is full."""
+    """Appends to a file until its disk is full."""
     for size in (2**20, 4096, 1):
         try:
             with open(path, "ab", buffering=0) as file:

@@ -21,7 +21,7 @@ from trapo_jax.comparison.tuning import TrialScore
 from trapo_jax.types import UserError
 
 BUDGET_TOLERANCE = 0.01
-# With fewer, no interval of the median excludes the worst or the best possible score.
+# With fewer seeds, an interval of the median always includes the worst or the best possible score.
 MIN_SEEDS = 6
 MIN_SEEDS_IF_ONE_FAILS = 10
 FAILURE_GAP = 0.2  # A seed has failed if its accuracy trails the best seed's by more than this.

@@ -62,7 +62,8 @@ def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) 
         [trial for method_trials in trials.values() for trial in method_trials], grid.tuning_seeds
     )
     examples = list({run.trial.method: run for run in planned}.values())
-    folders = {grid.runs.absolute(): "--runs", out.absolute(): "--out"}  # may be the same
+    # Both may be the same folder, which must be locked only once.
+    folders = {grid.runs.absolute(): "--runs", out.absolute(): "--out"}
     with contextlib.ExitStack() as stack:
         for folder, option in folders.items():
             stack.enter_context(lock_folder(folder, option))

@@ -29,7 +29,7 @@ SET_BY_COMPARISON = {
     "train.budget_unit": "--match",
     "train.budget": "--budget",
     "train.num_steps": "--match steps --budget",
-    "evaluation.splits": "none: tuning evaluates the validation split, the final runs both",
+    "evaluation.splits": "tuning evaluates the validation split, and final runs evaluate both splits",
 }
 # Prefixes of fields that must be the same for all methods.
 SHARED = ("data.", "evaluation.", "rewards.", "model.path")
@@ -38,7 +38,7 @@ DEFAULT_OVERRIDES = (("evaluation.every", "0.2"),)
 
 
 class Sweep(NamedTuple):
-    """Values of a field to try with the named methods; if none are named, with all methods that no sweep names."""
+    """Values of a field to try with `methods` or, if this is empty, with all methods that no sweep names."""
 
     methods: tuple[str, ...]
     field: str

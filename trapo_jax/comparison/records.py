@@ -195,7 +195,7 @@ def _to_scores(run: PlannedRun, values: Mapping[str, Any]) -> Scores:
 
 
 def _pack(texts: Sequence[str]) -> dict[str, Any]:
-    """Returns texts of which most are equal as their different values, and the index of each."""
+    """Returns a compact form of texts with many duplicates: the distinct texts, and the index of each text in them."""
     values = sorted(set(texts))
     return {"values": values, "index": [values.index(text) for text in texts]}
 

@@ -82,7 +82,7 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
 
 
 def _describe_sources(c: Comparison) -> list[Block]:
-    """Returns the accuracy of each method by source, in descending order of the mean over sources, if there are several."""
+    """Describes the accuracy of each method by source, best mean over sources first; empty unless there are several."""
     by_method = {method: accuracy_by_source(c.results_of(method)) for method in c.methods}
     rows = sorted(
         ((method, found) for method, found in by_method.items() if found),
@@ -93,8 +93,8 @@ def _describe_sources(c: Comparison) -> list[Block]:
     header = ["method", *rows[0][1]]
     cells = [[method, *(f"{x:.3f}" for x in found.values())] for method, found in rows]
     text = (
-        "The other tables are about all problems. This one has the accuracy on the problems of each source, in the mean "
-        "over seeds, and the unweighted mean of the sources, as it is reported for several benchmarks."
+        "The other tables cover all problems together. This one shows the accuracy on each source's problems, averaged "
+        "over seeds, and the unweighted mean of the sources, which is commonly reported for several benchmarks."
     )
     return [Heading("Accuracy by source"), Table(header, cells), Paragraph(text)]
 
@@ -117,8 +117,8 @@ def _describe_differences(differences: Sequence[Difference], margin: float) -> l
         rows.append(row)
     how = (
         f"The intervals of all {len(differences)} differences hold simultaneously with a probability of 95%, and "
-        "agree with the adjusted p-values (Bonferroni): if p is below 0.05, the interval excludes 0. equivalent: the "
-        f"interval lies within ±{margin:g}."
+        "agree with the adjusted p-values (Bonferroni): if p is below 0.05, the interval excludes 0. Two methods are "
+        f"called equivalent if the interval lies within ±{margin:g}."
     )
     return [Table(header, rows), Paragraph(how)]
 
@@ -162,7 +162,7 @@ def seed_table(c: Comparison, scores: Sequence[MethodScores]) -> Table:
 
 
 def measure_table(c: Comparison, scores: Sequence[MethodScores]) -> Table:
-    """Returns the means over seeds of the other measures."""
+    """Returns the other measures, averaged over seeds."""
     header = ["method", "greedy", f"pass@{c.num_samples}"]
     header += ["entropy", "length", "guidance", "expert tokens"]
     rows = [

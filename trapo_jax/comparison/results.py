@@ -27,7 +27,7 @@ class Scores(NamedTuple):
     """Per-problem scores of an evaluation, ordered by problem id."""
 
     problems: str  # hash of the problem ids
-    sources: tuple[str, ...]  # of the problems; empty if they are not known
+    sources: tuple[str, ...]  # source of each problem; empty if unknown
     numbers: np.ndarray  # int [problems], number of samples
     greedy: np.ndarray  # float [problems], 0 or 1
     sampled: np.ndarray  # float [problems], fraction of correct samples

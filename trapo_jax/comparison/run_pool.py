@@ -52,7 +52,7 @@ def execute_runs(
       The runs that failed.
 
     Raises:
-      UserError: if a run's directory contains anything else; in this case, no run has been started.
+      UserError: if a run's directory contains a different run or other files. In this case, no run has been started.
       Interrupted: if the comparison is interrupted; raised after the active runs have saved checkpoints.
     """
     for run in runs:
@@ -139,7 +139,7 @@ def _raise_interrupt(number: int, frame: object) -> None:
 
 
 class _ProgressReporter:
-    """Reports the number of completed runs, the number of runs per hour, and the estimated remaining time."""
+    """Reports the number of completed runs, the number of runs per hour, and the estimated time left."""
 
     def __init__(self, runs: Sequence[PlannedRun], say: Say):
         self._runs, self._say = runs, say

@@ -32,7 +32,7 @@ import numpy as np
 
 NUM_DRAWS = 20_000
 LEVEL = 0.05  # family-wise significance level
-ROUNDING = 1e-9  # of cumulative weights
+ROUNDING = 1e-9  # tolerance for rounding errors in cumulative weights
 PROBLEMS_STREAM = 0  # random stream for the weights of problems; seeds use higher numbers
 
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -108,7 +108,7 @@ def point_estimate(scores: np.ndarray, statistic: Statistic) -> float:
 def draw(
     scores: np.ndarray, statistic: Statistic, *, stream: int = 1, num_draws: int = NUM_DRAWS
 ) -> Draws:
-    """Draws random values of a statistic of a method's accuracies over all problems.
+    """Draws random values of a statistic over the seeds' accuracies, for intervals and tests.
 
     Args:
       scores: float `[seeds, problems]` in [0, 1].

@@ -20,7 +20,7 @@ from jax._src import distributed  # JAX has no public access to its key-value st
 from trapo_jax.types import EXIT_FAILED, TrainingFailed, UserError
 
 POLL_SECS = 1.0
-# Time for a process that fails for the same reason as another to print its own error.
+# Grace period in which a process that fails for the same reason as another can print its own error.
 GRACE_SECS = 3.0
 FAILED = "trapo_jax/failed"
 _callbacks: list[Any] = []  # kept alive because C code refers to them until the process ends

@@ -21,7 +21,7 @@ from trapo_jax.distributed.log_level import HOST_LISTS
 from trapo_jax.types import UserError
 
 ADDRESS, COUNT, ID = BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# Environment variables of launchers that JAX reads.
+# Environment variables, set by launchers, that JAX reads.
 DETECTED_FROM = (
     *("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     *("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
@@ -124,9 +124,8 @@ def _detected_count() -> int:
     """Returns the number of processes in the job that JAX detects; 1 if it detects none."""
     kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # JAX warns in a Kubernetes pod without the Kubernetes client.
+        # In a Kubernetes pod, JAX warns if the Kubernetes client is not installed.
+        warnings.simplefilter("ignore")
         # Detection queries cloud servers, whose clients raise their own types of errors.
         try:
             return next((x.get_process_count() for x in kinds if x.is_env_present()), 1)
@@ -145,11 +144,11 @@ def _check_alone() -> None:
 
 
 def _launched() -> Iterator[tuple[str, int, str]]:
-    """Yields launchers' environment variables, their numbers of processes, and what to do if JAX finds only one."""
+    """Yields, for each launcher detected, the environment variable that sets the number of processes, that number, and
+    what to do if JAX finds only one process."""
     name = "SLURM_NTASKS"
-    if (
-        name in os.environ and "SLURM_PROCID" in os.environ
-    ):  # without SLURM_PROCID: a shell in an allocation
+    # In a shell inside an allocation, SLURM_PROCID is not set.
+    if name in os.environ and "SLURM_PROCID" in os.environ:
         yield (
             name,
             _integer(name),

@@ -1,10 +1,10 @@
-"""Silences what native code prints although nothing is wrong. Must be imported before jax.
+"""Silences log output of native code that does not help users. Must be imported before jax.
 
 If a process of a job dies, JAX aborts all others and logs up to 60 lines in each. `failures.report_abort` prints one
 line instead. Set `TF_CPP_MIN_LOG_LEVEL=0` in the environment to see JAX's own log.
 
-If libtpu is installed on a machine without a TPU, in order to plan runs, JAX looks for a TPU at each start, and libtpu
-logs six lines about not finding one.
+If libtpu is installed on a machine without a TPU in order to plan runs, JAX looks for a TPU at each start, and libtpu
+logs six lines because there is none.
 """
 
 import os
@@ -18,7 +18,7 @@ HOST_LISTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 
 _has_peers = any(os.environ.get(name, "1") != "1" for name in PROCESS_COUNTS)
 _has_peers |= any("," in os.environ.get(name, "") for name in HOST_LISTS)
-if _has_peers and os.environ.get(LEVEL) != "0":  # Other values may have been set by JAX itself.
+if _has_peers and os.environ.get(LEVEL) != "0":  # JAX itself may set other values.
     os.environ[LEVEL] = NOTHING
 
 GOOGLE_PCI_VENDOR = "0x1ae0"

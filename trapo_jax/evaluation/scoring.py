@@ -23,7 +23,7 @@ from trapo_jax.types import (
     Verdict,
 )
 
-# Equal samples with a lower log-probability cannot be a coincidence: they used the same random key.
+# Equal samples with a log-probability below this cannot be a coincidence: they used the same random key.
 MIN_COINCIDENCE_LOGPROB = -20.0
 NO_SOURCE = "no_source"  # source name for problems without a source
 
@@ -34,7 +34,7 @@ class Sample(NamedTuple):
     """A graded completion.
 
     Attributes:
-      problem_id, source: the problem's id, and its source, which results are grouped by.
+      problem_id, source: the problem's id, and its source, by which results are grouped.
       is_correct: whether the reward of the first reward function is 1.
       missing: the reason why the reward of the first reward function is missing; empty if it is not missing.
       truncated: whether the completion reached the maximum length.
@@ -166,13 +166,13 @@ def evaluate(
     num_samples_of: Callable[[str], int],
     temperature: float,
 ) -> Evaluation:
-    """Samples each problem without guidance: once greedily, and several times at a temperature.
+    """Samples each problem without guidance: once greedily, and several times at `temperature`.
 
     Args:
       sample: a function that samples and grades requests with given sampling parameters; see `Actor.sampler`.
       problems: distinct problems.
-      num_samples_of: a function that returns the number of samples per problem of a source.
-      temperature: the temperature of the samples whose metrics are called sampled.
+      num_samples_of: a function that maps a source to the number of samples per problem.
+      temperature: the sampling temperature of all but the greedy samples.
 
     Returns:
       The results of each problem, and these metrics: `eval/accuracy_greedy` and `eval/accuracy_sampled`; if there are
@@ -350,8 +350,10 @@ def powers_of_2_up_to(number: int) -> list[int]:
 
 
 def shares_noise(completions: Sequence[tuple[tuple[int, ...], float]]) -> bool:
-    """Returns whether two of a problem's samples (token ids, total log-probability) are equal although they are
-    too unlikely to be a coincidence, which means that they used the same random key."""
+    """Returns whether two of a problem's samples are equal and too unlikely for this to be a coincidence.
+
+    If so, they used the same random key. A sample is given as its token ids and its total log-probability.
+    """
     seen = Counter(ids for ids, logprob in completions if logprob < MIN_COINCIDENCE_LOGPROB)
     return any(count > 1 for count in seen.values())
 

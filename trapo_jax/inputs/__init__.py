@@ -1,4 +1,4 @@
-"""Finds and reads what a user names: files, Hub repositories, and objects by import path.
+"""Finds and reads the inputs that a user names: files, Hub repositories, and importable objects.
 
 Files are read within size limits, and text from them is made safe to print.
 """

@@ -1,6 +1,6 @@
 """Reads untrusted files within size limits.
 
-Such a file may be larger than memory, or a named pipe or a device that can be read forever.
+An untrusted file may be larger than memory, or may be a named pipe or a device, which can be read forever.
 """
 
 import json
@@ -13,7 +13,7 @@ from trapo_jax.inputs.paths import USE_LFS, is_lfs_pointer
 from trapo_jax.types import UserError
 
 MAX_BYTES = 16 * 2**20  # size limit of a text file or line
-# Limit for a JSON file, because an empty list takes 3 bytes in the file, but 64 in memory.
+# Maximum number of lists and objects in a JSON file: an empty list takes 3 bytes in the file, but 64 in memory.
 MAX_CONTAINERS = 2_000_000
 KINDS = {
     stat.S_IFDIR: "a folder",

@@ -57,7 +57,7 @@ class HubRefusal(HubUnavailable):
 
 
 def parse_hub_id(text: str, kind: Literal["model", "dataset"]) -> HubRepo | None:
-    """Parses `owner/name` or `owner/name@revision`; returns None for anything else, such as a path."""
+    """Parses `owner/name` or `owner/name@revision`; returns None for other text, such as a path."""
     from huggingface_hub.utils import validate_repo_id
 
     match = _ID.fullmatch(text)

@@ -60,7 +60,7 @@ def import_object(path: str, field: str) -> Any:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns a hint for a name that is not among the known ones, where an import path may also be given.
+    """Returns a hint for an unknown name, for a setting that also accepts an import path.
 
     >>> suggest("chatlm", ["none", "chat", "chatml"])
     'did you mean chatml?'

@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 
 HUB_PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
-SHIPPED_CONFIGS = (  # for an installed package and for a clone
+SHIPPED_CONFIGS = (  # in an installed package, and in a clone
     Path(__file__).parents[1] / "configs",
     Path(__file__).parents[2] / "configs",
 )
@@ -16,7 +16,7 @@ USE_LFS = "a Git-LFS pointer, not the file itself; run `git lfs pull` in its fol
 
 
 def look_up(path: str, folder: Path) -> str:
-    """Returns a path unchanged if it exists, and otherwise its location in a folder, if it exists there.
+    """Returns a path unchanged if it exists, otherwise the path inside `folder` if that exists.
 
     Absolute paths, and paths that exist in neither place, are returned unchanged.
 

@@ -111,17 +111,17 @@ def linear_token_logprobs(
 ) -> Array | tuple[Array, Array]:
     """Computes `token_logprobs(hidden @ unembedding / temperature, labels)` without materializing `[T, V]` logits.
 
-    The forward and the backward pass iterate over slices of the vocabulary. For all T tokens, a slice has about as many
-    logits as the whole vocabulary has for `chunk_size` tokens. The forward pass keeps a running logsumexp. The backward
-    pass recomputes the logits, unless they all fit in one slice and are kept, and computes each slice of the
-    unembedding's gradient in one float32 accumulation.
+    The forward and backward passes iterate over slices of the vocabulary. A slice's logits for all T tokens take about
+    as much memory as the logits of `chunk_size` tokens for the whole vocabulary. The forward pass keeps a running
+    logsumexp. The backward pass recomputes the logits, unless they all fit in one slice and are kept, and computes each
+    slice of the unembedding's gradient in one float32 accumulation.
 
     Args:
       hidden: `[..., D]`, float32 or bfloat16. The leading axes are flattened into T tokens.
       unembedding: `[D, V]`, float32 or bfloat16; products accumulate in float32.
       labels: integers `[...]` in `[0, V)`; out-of-range labels give NaN, as in `token_logprobs`.
       chunk_size: >= 1; about `chunk_size * V` float32 logits are in memory at once. Larger values use
-        more memory and have less loop overhead. With T or more, there is only one slice.
+        more memory and have less loop overhead. If it is at least T, there is only one slice.
       temperature: > 0; the distribution is `softmax(logits / temperature)`.
       with_entropy: whether to also return the entropy of that distribution, which is differentiable.
       where: boolean `[...]`; False gives exactly 0 and no gradient.
@@ -256,9 +256,9 @@ def _vocabulary_slice(
     """
     begin = jnp.minimum(start, unembedding.shape[1] - slice_len)
     columns = begin + jnp.arange(slice_len)
-    # On CPUs, XLA would convert the slice operation's whole bfloat16 operand to float32 and keep it in memory: 2.2 GB
-    # for a 7B model. It does not convert integers. Inside the loop, the bitcast is free; the barrier prevents XLA from
-    # hoisting it out of the loop as a copy.
+    # On CPUs, XLA would convert the whole bfloat16 operand of the slice operation to float32 and keep it in memory:
+    # 2.2 GB for a 7B model. It does not convert integers, so slice a bitcast of the operand. The bitcast is free inside
+    # the loop; the barrier prevents XLA from hoisting it out of the loop as a copy.
     unembedding, begin = jax.lax.optimization_barrier((unembedding, begin))
     bits = jax.lax.bitcast_convert_type(unembedding, f"uint{8 * unembedding.dtype.itemsize}")
     bits = jax.lax.dynamic_slice_in_dim(bits, begin, slice_len, axis=1)

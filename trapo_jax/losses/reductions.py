@@ -5,7 +5,7 @@ A train step computes the weights once for the whole optimizer batch. Therefore,
 batch is split into micro-batches, packed into rows, or sharded over devices.
 
     token_mean      w = 1 / number of included tokens
-    sequence_mean   w = 1 / (number of included tokens in the sequence * number of sequences with any)
+    sequence_mean   w = 1 / (number of included tokens in the sequence * number of sequences with included tokens)
     constant_sum    w = 1 / length
     constant_mean   w = 1 / (length * number of sequences)
 """
@@ -90,7 +90,7 @@ def sequence_mean(values: ArrayLike, *, where: ArrayLike | None = None, axis: in
       axis: the token axis.
 
     Returns:
-      float32 `[]`. Sequences without included tokens do not count; 0 if no sequence has any.
+      float32 `[]`. Sequences without included tokens do not count; 0 if no token is included.
 
     Example:
       >>> sequence_mean(jnp.array([[1.0, 2.0], [6.0, 9.0]]), where=jnp.array([[1, 1], [1, 0]]) > 0)

@@ -87,7 +87,7 @@ class PolicyGradientConstants(NormalizedConstants):
         return partial(over, scale_by_std=self.scale_advantages_by_std)
 
     def selecting(self, select: Callable[[Sampled], Selection]) -> Callable[[Sampled], Selection]:
-        """Returns the method's selection, without zero-gradient rollouts if `skip_zero_advantages` is set."""
+        """Returns `select`, modified to exclude rollouts without a gradient if `skip_zero_advantages` is set."""
         return partial(train_signal, select=select) if self.skip_zero_advantages else select
 
     def completion_terms(
@@ -138,7 +138,7 @@ class MicroBatchedSftConstants(MixedConstants):
 
     @property
     def sft_weight(self) -> float:
-        """Weight of the token mean of the SFT loss."""
+        """Weight of the SFT loss, which is averaged over tokens."""
         return self.expert_weight / self.micro_batch_rows
 
 

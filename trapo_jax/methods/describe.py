@@ -108,8 +108,8 @@ def _preset_differences() -> list[str]:
 def fingerprint(method: Method) -> dict[str, Any]:
     """Returns JSON-serializable data that identifies a built-in or user-defined method.
 
-    Two methods with the same fingerprint have the same name, constants, guidance, selection, and terms, as far as names
-    and formulas describe them.
+    Two methods with the same fingerprint have the same name, constants, guidance, selection, and terms. Functions are
+    compared by qualified name and bound arguments, and schedules by their formulas.
     """
     return {
         "name": method.name,

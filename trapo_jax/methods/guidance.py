@@ -1,7 +1,7 @@
 """Determines how much of the expert solution a group's rollouts start from. Runs on the host, without jax.
 
-A group is a tuple of micro-groups (see `Guidance`). A `vary` function adapts the micro-groups to the moment and the
-problem.
+A group is a tuple of micro-groups (see `Guidance`). A `vary` function adapts the micro-groups to the position in
+the run and to the problem.
 """
 
 import dataclasses

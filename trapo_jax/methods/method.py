@@ -40,7 +40,7 @@ TokenLoss = Callable[[TokenInputs], jax.Array]  # per-token values
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A scalar function of the moment, with its formula."""
+    """A scalar that varies over the run as a function of `Moment`, and its formula as text."""
 
     at: Callable[[Moment], float]
     formula: str
@@ -78,7 +78,7 @@ class Stage:
       patience: the stage ends after this many consecutive validations without a new minimum of the cross-entropy on the
         validation problems' expert solutions.
       learning_rate, warmup_steps, decay_start, final_learning_rate_ratio: see `train` in the config, which provides the
-        value if None. Fractions of the run are fractions of the stage here.
+        value if None. Where the config specifies a fraction of the run, these specify a fraction of the stage.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Stage:
 def unvaried(
     micro_groups: tuple[MicroGroup, ...], moment: Moment, problem: Problem
 ) -> tuple[MicroGroup, ...]:
-    """Returns `micro_groups` unchanged for every problem and moment."""
+    """Returns `micro_groups` unchanged, regardless of the position in the run and the problem."""
     del moment, problem
     return micro_groups
 
@@ -108,7 +108,7 @@ class Method:
       micro_groups: the micro-groups of a group, in order; their sizes determine the maximum group size.
       terms: the terms of the objective.
       source: where the method comes from.
-      vary: returns the micro-groups for a moment and a problem.
+      vary: returns the micro-groups for a position in the run and a problem.
       prefix_boundary, second_expert_last, always_samples: see `Guidance`.
       expert_part: which part of an expert's text is the expert solution.
       select: selects the updates from the rollouts of a step, and returns the method's new state.
@@ -169,7 +169,7 @@ class Method:
 
     @property
     def guidance_varies(self) -> bool:
-        """Whether the micro-groups depend on the moment or the problem."""
+        """Whether the micro-groups depend on the position in the run or on the problem."""
         return self.vary is not unvaried
 
     @property

@@ -130,7 +130,7 @@ class Relift(MixedConstants):
 
 
 class Hpt(MicroBatchedSftConstants):
-    """HPT: trains on expert solutions for problems that the policy cannot solve, and with RL for all others.
+    """HPT: trains on expert solutions of problems that the policy cannot solve, and uses RL for all others.
 
     In `mix_trainer.py` of the released code (`select_on_off_ada_balance`, `unify_strategy=switch`), the gate is 0 for
     Qwen and 2 for Llama, and the SFT coefficient is 1.0, or 0.3 for models with 1.5B parameters.

@@ -134,7 +134,7 @@ def shaped_policy_gradient(gamma: float, weight: Weight, normalizer: Normalizer)
 
 
 def _mean_entropy(x: TokenInputs) -> jax.Array:
-    """Returns, for each token, the mean entropy of those tokens of its rollout that the term applies to."""
+    """Returns, for each token, the mean entropy over its rollout's tokens that the term applies to."""
     return segment_mean(x.entropies, x.segment_ids, num_segments=x.num_segments, where=x.where)
 
 

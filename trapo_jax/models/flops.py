@@ -2,7 +2,7 @@
 
 A forward pass takes 2 N FLOPs per token, where N is the number of parameters in matrix multiplications (all but the
 input embedding, which is a lookup, unless it is tied to the output), plus 4 * layers * heads * head_dim FLOPs of
-attention for every pair of a token and a token that it attends to. An update takes three times as many, or twice as
+attention for every pair (token, attended token). An update takes three times as many, or twice as
 many for parameters that are not trained and have no gradient. The following are ignored: rematerialization, padding,
 sliding windows (keys outside of them are counted as attended), and the attention of interrupted completions that are
 prefilled again.
@@ -20,12 +20,12 @@ from trapo_jax.models.lora import split_trained
 
 @dataclasses.dataclass(frozen=True)
 class TokenCost:
-    """FLOPs of a model per token and per pair of tokens.
+    """FLOPs of a model per token and per pair (token, attended token).
 
     Attributes:
       num_params: number of parameters in matrix multiplications.
       num_trained: number of these parameters that are trained.
-      per_pair: attention FLOPs per pair of a token and a token that it attends to: 4 * layers * heads * head_dim.
+      per_pair: attention FLOPs per pair (token, attended token): 4 * layers * heads * head_dim.
     """
 
     num_params: int
@@ -43,7 +43,7 @@ class TokenCost:
 
 
 def token_cost(decoder: DecoderConfig) -> TokenCost:
-    """Returns the FLOPs of a decoder per token and per pair of tokens."""
+    """Returns the FLOPs of a decoder per token and per pair (token, attended token)."""
     params = abstract_params(decoder)
     return TokenCost(
         num_params=_count_multiplied(params, decoder),

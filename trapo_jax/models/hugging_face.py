@@ -139,7 +139,7 @@ def _write_tensors(
 
 
 def _all_finite(x: np.ndarray) -> bool:
-    """Returns whether all values are finite. A sum tells without a temporary array, unless finite values overflow."""
+    """Returns whether all values are finite. If their sum is finite, no temporary array is needed."""
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(x.sum()) or np.isfinite(x).all())
 

@@ -21,7 +21,8 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3")
 DEFAULT_THETA = 10_000.0
 MIN_FLOAT32, MAX_FLOAT32 = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
-# Limits far beyond any model, since all parameters are listed before the weights are checked.
+# Sanity limits, far above those of any real model. All parameters are enumerated before the weights are checked, so an
+# absurd config must be rejected first.
 MAX_LAYERS, MAX_DIMENSION, MAX_VOCAB_SIZE, MAX_POSITIONS = 2**12, 2**20, 2**24, 2**31 - 1
 ORIGINAL_LEN = "original_max_position_embeddings"
 # Any of these fields would change the result, and the decoder supports none of them.
@@ -168,7 +169,7 @@ def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool
 
 
 def _read_ropes(fields: "_Fields", *, is_gemma: bool) -> tuple[Rope, Rope | None]:
-    """Returns the rotary embedding of all layers and None or, for Gemma, separate embeddings for full and local layers.
+    """Returns the rotary embeddings of full and of local layers; the latter is None except for Gemma.
 
     transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
     """
@@ -227,7 +228,10 @@ def _read_rope(fields: "_Fields", data: dict[str, Any], theta: float) -> Rope:
 
 
 def _is_positive(value: Any) -> TypeGuard[float]:
-    """Returns whether a JSON value is a number > 0 that float32 can represent. Python also reads NaN and infinity."""
+    """Returns whether a JSON value is a number > 0 that float32 can represent.
+
+    Python's JSON parser also accepts NaN and infinity.
+    """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and MIN_FLOAT32 <= value <= MAX_FLOAT32
 

@@ -36,7 +36,7 @@ def locate_model(path: str, *, must_exist: bool = True) -> tuple[Path, HubRepo |
 
     Args:
       path: see `find_model`.
-      must_exist: whether to check that there is a folder, or that the path is a Hub id.
+      must_exist: whether to raise a `UserError` if the path is neither a model folder nor a Hub id.
     """
     packaged = Path(str(resources.files("trapo_jax"))) / "assets" / path
     if "/" not in path and (packaged / CONFIG).is_file():
@@ -58,7 +58,7 @@ def locate_model(path: str, *, must_exist: bool = True) -> tuple[Path, HubRepo |
 
 def _check_model_folder(folder: Path, path: str) -> None:
     if not (folder / CONFIG).exists():
-        inside = sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))  # hf/ in a run
+        inside = sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))  # such as hf/ in a run
         hint = f"; did you mean {inside[0]}?" if inside else "; pass a Hugging Face model folder"
         raise UserError(f"model.path={path!r}: the folder contains no {CONFIG}{hint}")
 

@@ -19,7 +19,7 @@ from trapo_jax.models.tensor_files import has_own_head
 from trapo_jax.models.tokenizer import load_tokenizer
 from trapo_jax.types import UserError
 
-HUB = "hub.json"  # the name and commit of a Hub model, in a run's copy
+HUB = "hub.json"  # the name and commit of a Hub model, in a run's copy of its files
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,7 @@ def write_side_files(
     """
     model_config = read_json_object(source / CONFIG)
     model_config.pop("torch_dtype", None)
-    model_config.pop("auto_map", None)  # must not refer to code
+    model_config.pop("auto_map", None)  # An exported config must not refer to custom code.
     model_config["dtype"] = "float32"
     model_config["tie_word_embeddings"] = config.tied_embeddings
     (folder / CONFIG).write_text(json.dumps(model_config, indent=2) + "\n")
@@ -65,8 +65,8 @@ def write_side_files(
 def replaced_folder(destination: Path) -> Iterator[Path]:
     """Yields an empty folder whose files are moved to `destination` on exit, unless an error occurs.
 
-    An existing destination keeps all files that are not overwritten, except for weights that only its own index or
-    default name makes part of the model. It has no config while it changes, so that nothing loads a mixture.
+    In an existing destination, weight files of the old model are deleted, and all other files that are not overwritten
+    are kept. While files are moved, the destination has no config, so that nothing loads a mixture of both models.
 
     Raises:
       UserError: if the folder cannot be written.
@@ -87,7 +87,7 @@ def replaced_folder(destination: Path) -> Iterator[Path]:
 
 
 def _move_files(source: Path, destination: Path) -> None:
-    """Moves all files of a model folder to another one, where weights that are not replaced are deleted."""
+    """Moves all files of a model folder to another model folder, and deletes the latter's remaining weights."""
     new = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
     stale = {*map(Path, weight_files(destination)), Path(INDEX)} - {*new}
     (destination / CONFIG).unlink(missing_ok=True)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-MAX_TOKENIZER_BYTES = 64 * 2**20  # The tokenizer.json of Gemma 3 has 33 million.
+MAX_TOKENIZER_BYTES = 64 * 2**20  # Gemma 3's tokenizer.json has 33 million bytes.
 MAX_TEMPLATE_BYTES = 2**20
-MAX_GROWTH = 100  # Unicode normalization expands a character to at most 18.
+MAX_GROWTH = 100  # Unicode normalization expands a character to at most 18 characters.
 MAX_NESTING = 10
 
 
@@ -33,7 +33,8 @@ def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> "PreTraine
 
     Raises:
       UserError: if the folder has no readable tokenizer, or if the tokenizer has no EOS token, may make text many times
-        longer, has an id that is too large, or assigns an id that differs from the file's. The error names the file.
+        longer, has a token id that is too large, or assigns a token an id that differs from the file's. The error names
+        the file.
     """
     # Only transformers' tokenizers are used, so suppress its advice to install torch for its models.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

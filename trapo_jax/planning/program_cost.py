@@ -60,8 +60,8 @@ LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 INDEX = re.compile(r"index=(\d+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 CHANNEL = re.compile(r"channel_id=(\d+)")
-# Marks a collective that is split into pieces that overlap with the iterations of a loop. The types of its start, its
-# pieces and its end are all the type of the whole collective.
+# Marks a collective that is split into pieces, which overlap with the iterations of a loop. Its start, pieces and end
+# all have the type of the whole collective.
 CHAIN_ID = 'chain_id="'
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 

@@ -14,12 +14,13 @@ def rollout_metrics(
     """Returns metrics of rewards, guidance, and completions.
 
     `guidance/level_i` is the share of problems whose last guided micro-group is i; at level 0, no micro-group is
-    guided. `reward/mean` includes rollouts that are whole expert solutions; `reward/sampled_mean` and
-    `reward/sampled_positive` (the share of rollouts with more than 0 from the first reward function) do not, and neither
-    does `reward/no_answer`, the share of rollouts in which it found no answer. The latter three and `reward/unguided_mean`
-    are absent if no such rollout has a reward, or the function looks for no answer. `reward/num_sampled`,
-    `reward/num_right` and `reward/num_unguided` are the numbers of sampled rollouts with a reward, of those with a reward of
-    1, and of those without an expert prefix.
+    guided. `reward/mean` includes rollouts that are whole expert solutions. The following metrics cover only sampled
+    rollouts with a reward: `reward/sampled_mean`; `reward/sampled_positive`, the share with a positive reward from the
+    first reward function; `reward/no_answer`, the share in which this function found no answer; `reward/num_sampled`
+    and `reward/num_right`, the number of these rollouts and the number with a reward of 1. They are absent if there are
+    no such rollouts; `reward/no_answer` is also absent if the function does not look for answers.
+    `reward/unguided_mean` and `reward/num_unguided` cover rollouts without an expert prefix; the mean is absent if
+    there are none.
 
     Args:
       groups: the rollouts of each problem.

@@ -224,7 +224,7 @@ class CheckpointStore:
                 print(f"warning: {error}; it was renamed to {renamed}", file=sys.stderr)
         if self.steps():
             raise UserError(
-                f"output_dir={self._directory.parent}: this run saved none of its checkpoints; restore the original "
+                f"output_dir={self._directory.parent}: none of the checkpoints were saved by this run; restore the original "
                 "checkpoints or choose a different output_dir"
             )
         if damaged := self.damaged():

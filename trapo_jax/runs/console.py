@@ -128,7 +128,7 @@ class Console:
         """
         with self._lock:
             self._activity = Activity(name, num_samples, self._clock(), what)
-            if not num_samples:  # Otherwise, the first report follows at once.
+            if not num_samples:  # Otherwise, the first progress report follows at once.
                 self._show_activity()
 
     def advance(self, progress: SamplingProgress) -> None:
@@ -167,7 +167,7 @@ class Console:
           split: the split that was evaluated.
           metrics: `eval/...` metrics, keyed by name.
         """
-        if step == 0 and self._activity:  # The same evaluation follows the last step.
+        if step == 0 and self._activity:  # It will be repeated after the last step.
             self._estimate.add_final_evaluation(self._activity.secs(self._clock()))
         accuracy, num_samples = metrics["eval/accuracy_sampled"], metrics["eval/num_samples"]
         mean = metrics.get("eval/accuracy_sampled_mean_of_sources")

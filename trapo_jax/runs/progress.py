@@ -2,7 +2,8 @@
 
 from trapo_jax.types import SamplingProgress
 
-# Minimum time between lines of plain output: MIN_SECS, or MAX_SECS if the share has grown by less than MIN_SHARE.
+# Minimum time between lines of plain output: MIN_SECS, or MAX_SECS while the share of graded samples has grown by less
+# than MIN_SHARE since the last line.
 MIN_SECS, MAX_SECS, MIN_SHARE = 10.0, 30.0, 0.05
 # Minimum share or number of graded samples before the time left is estimated. The first graded samples are the shortest.
 MIN_GRADED_SHARE, MIN_GRADED = 0.25, 64

@@ -79,9 +79,9 @@ def check_run_folder(
       code: the user's modules; empty to skip their comparison.
 
     Returns:
-      The fields that differ from the config of the run in the folder, except for `output_dir`. All of them are in
-      `CHANGEABLE_FIELDS`, apart from `train.num_steps`. If nothing depends on the length of the run, it may be any
-      number that is not below the step of the newest checkpoint.
+      The fields that differ from the config of the run in the folder, except for `output_dir`. Each of them is
+      `train.num_steps` or in `CHANGEABLE_FIELDS`. `train.num_steps` may differ only if nothing depends on the length of
+      the run, and may not be below the step of the newest checkpoint.
 
     Raises:
       UserError: if the folder contains a different run or other files, or cannot be written to.

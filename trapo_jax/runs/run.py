@@ -202,7 +202,7 @@ class Run:
     def steps(
         self, batches: Sequence[Sequence[Problem]]
     ) -> Iterator[tuple[Sequence[Problem], Sequence[Problem]]]:
-        """Yields pairs of the problems of a remaining step and the problems of the step after it.
+        """Yields, for each remaining step, its problems and the problems of the step after it.
 
         Args:
           batches: the problems of every step of the run.

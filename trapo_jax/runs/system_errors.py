@@ -153,7 +153,7 @@ def report_in_native_thread(
 ) -> None:
     """Prints an exception that a thread of native code raised. Used as `sys.excepthook` while a command runs.
 
-    Threads of a save that failed may end much later, when their event loop is closed; that is not worth mentioning.
+    Threads of a failed save may end much later with an error because their event loop is closed, which is not reported.
     """
     if not _is_of_closed_loop(error):
         sys.__excepthook__(kind, error, trace)
@@ -206,7 +206,7 @@ def discard(stream: TextIO) -> None:
 def _wrong_variable(error: BaseException) -> str | None:
     """Returns a message naming the environment variable that JAX rejects; None for other exceptions.
 
-    JAX rejects most variables when it is imported, but `JAX_PLATFORMS` at the first operation.
+    JAX checks most variables when it is imported, but `JAX_PLATFORMS` only at the first operation.
     """
     if isinstance(error, RuntimeError) and _NO_BACKEND in str(error):
         platforms = os.environ.get(PLATFORMS) or "any"

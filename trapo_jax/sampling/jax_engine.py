@@ -70,7 +70,7 @@ class JaxEngine:
         if self.is_busy:
             raise RuntimeError("update_weights called while requests are queued or running")
         for replica in self._replicas:
-            replica.drop_weights()  # otherwise, three copies would be in memory at once
+            replica.drop_weights()  # otherwise, three copies of the weights would be in memory
         placed = self._place(params)
         for replica in self._replicas:
             replica.update_weights(jax.tree.map(lambda x, r=replica: _replica_view(x, r), placed))
@@ -176,7 +176,7 @@ def _local_rows(mesh: Mesh) -> list[np.ndarray]:
 
 def _replica_view(x: jax.Array, replica: Replica) -> jax.Array:
     """Returns a view of the array on the devices of one replica, which together hold all of its shards."""
-    assert isinstance(x.sharding, NamedSharding)  # from `_place`
+    assert isinstance(x.sharding, NamedSharding)  # as set by `_place`
     shards = {shard.device: shard.data for shard in x.addressable_shards}
     return jax.make_array_from_single_device_arrays(
         x.shape,

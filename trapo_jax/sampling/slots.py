@@ -89,7 +89,7 @@ class SlotScheduler:
       num_contexts: number of rows in the prefix cache.
       cache_len: number of cache positions per slot.
       segment_len: maximum number of tokens that a decode segment samples per slot.
-      min_view_len: smallest `view_len` of an extent; larger ones are powers of 2.
+      min_view_len: smallest `view_len` of an extent. Larger values are powers of 2, but at most `cache_len`.
       eos_ids: token ids that end a completion.
     """
 

@@ -1,4 +1,4 @@
-"""Defines rollouts: what is requested, sampled and graded."""
+"""Defines rollouts: requests, completions, and grades."""
 
 import dataclasses
 import enum

@@ -1,4 +1,4 @@
-"""Defines training batches, and where in a run they belong."""
+"""Defines training batches, and positions within a run."""
 
 import dataclasses
 import enum
@@ -110,7 +110,7 @@ class TokenKind(enum.IntEnum):
 
     PAD = 0
     PROMPT = 1
-    EXPERT = 2  # expert prefix used only as context; another row of the group trains on it
+    EXPERT = 2  # expert prefix that this row uses only as context
     EXPERT_TRAINED = 3
     COMPLETION = 4
 

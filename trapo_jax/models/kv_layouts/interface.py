@@ -25,7 +25,7 @@ class KVCache(NamedTuple):
 
 
 class StorageLayout(abc.ABC):
-    """How the weights of the layers and the KV cache are stored, and the operations that depend on it.
+    """The storage format of the layer weights and the KV cache, and the operations that depend on it.
 
     Attributes:
       converts_weights: whether `convert_weights` changes the weights.
