@@ -23,8 +23,8 @@ MOMENTS = {
     "a save": "trapo_jax.runs.checkpoints:CheckpointStore.save",
     "Orbax's save": "trapo_jax.runs.checkpoints:ocp.save_checkpointables",
     "a commit": "trapo_jax.runs.checkpoints:CheckpointStore._commit",
-    "a manifest": "trapo_jax.runs.checkpoints:_write_manifest",
-    "a flush": "trapo_jax.runs.checkpoints:_sync",
+    "a manifest": "trapo_jax.runs.checkpoints:write_manifest",
+    "a flush": "trapo_jax.runs.manifests:sync",
     "a clean-up": "trapo_jax.runs.checkpoints:CheckpointStore._clean",
     "a deletion": "trapo_jax.runs.checkpoints:_delete_listed",
     "an update": "trapo_jax.training.learner:Learner.update",
@@ -34,13 +34,19 @@ MOMENTS = {
 }
 
 
-def strike_at(moment: str, number: int, action: Callable[[], None]) -> None:
-    """Replaces the function of a moment, so that `action` is called before its `number`-th call."""
+def find(moment: str) -> tuple[Any, str]:
+    """Returns the module or class that has the function of a moment, and the function's name."""
     module, _, path = MOMENTS[moment].partition(":")
     owner: Any = importlib.import_module(module)
     *parents, name = path.split(".")
     for parent in parents:
         owner = getattr(owner, parent)
+    return owner, name
+
+
+def strike_at(moment: str, number: int, action: Callable[[], None]) -> None:
+    """Replaces the function of a moment, so that `action` is called before its `number`-th call."""
+    owner, name = find(moment)
     function, calls = getattr(owner, name), iter(range(1, sys.maxsize))
 
     def strike_first(*args: Any, **kwargs: Any) -> Any:
