@@ -1,6 +1,7 @@
 """Tests that the moments at which the fault harness lets faults strike still exist in the code."""
 
 import pytest
+
 from fault_harness.strike_at import MOMENTS, find
 
 
