@@ -104,7 +104,7 @@ def sampled(
 
 
 def power(difference: float, *, sd: float, num_seeds: int, statistic: str, repeats: int) -> float:
-    """Returns how often the difference between two methods, one pair of 15, is significant.
+    """Returns how often the difference between two methods is significant, with a correction for 15 compared pairs.
 
     Args:
       difference: true difference in accuracy.

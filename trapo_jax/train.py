@@ -5,18 +5,18 @@
 At each step, the actor samples and grades a group of rollouts for each problem, the method selects what to train on,
 and the learner updates the parameters. The run decides when to stop and writes the output files.
 
-A micro-group is a part of a problem's group whose rollouts start from an expert prefix of the same length. They are
-guided by it only if the earlier rollouts' mean reward is too low. To change something, start with this file; its
-docstring names the others that are involved:
+A group is divided into micro-groups, each with an expert-prefix length and a threshold. The rollouts of a micro-group
+start from that prefix only if the mean reward of the problem's earlier rollouts is below the threshold. To change one
+of the following, start with the file listed next to it, whose docstring names others that may be involved:
 
-    an option, its default or its help text          config/schema.py, which has one class per section
+    an option, its default or its help text          config/schema.py (one class per section) and config/training.py
     how many rollouts are guided, and how much       methods/micro_grouped.py
     a method, or what a method trains on             methods/method.py; methods/terms.py: its loss terms
     a loss function                                  losses/
     a reward function                                rewards/grader.py
     a preset of data columns                         data/layouts.py
     a chat template                                  data/templates.py
-    the order in which rollouts are sampled          rollouts/collection.py
+    when a rollout is requested                      rollouts/collection.py; when it is sampled: sampling/slots.py
     a rollout engine                                 sampling/engine.py
     the optimizer or the learning rate               training/optimizer.py
     the train step                                   training/train_step.py
@@ -81,9 +81,9 @@ class TrainResult:
     Attributes:
       folder: the run directory.
       step: number of completed steps; 0 if the run was already complete when it was opened.
-      summary: the scores before and after training, keyed by evaluated split; None if the run was interrupted, and in
-        all processes except process 0.
-      warnings: problems with the rewards that were present in all steps of a complete run.
+      summary: the scores before and after training, keyed by evaluated split; None if the run was interrupted or this
+        is not process 0.
+      warnings: symptoms that the rewards had in every step of a complete run; at most one.
       was_complete: whether the run was already complete, so that nothing was done.
       is_trained: whether an interrupted run had completed all steps.
     """
@@ -99,7 +99,7 @@ class TrainResult:
 def train(
     config: Config, method: Method | None = None, *, show_progress: bool = False
 ) -> TrainResult:
-    """Trains to the end, or resumes a run that was stopped.
+    """Starts or resumes a run, and trains until it is complete or a signal interrupts it.
 
     Args:
       config: the configuration of the run.
@@ -154,12 +154,7 @@ def train_in_this_process(config: Config, method: Method, *, show_progress: bool
 
 def find_saved_model_files(run_folder: Path) -> Path | None:
     """Returns the folder with the run's copy of its model's small files; None if the run has no checkpoint."""
-
-    def find() -> str | None:
-        files = saved_model_files(run_folder)
-        return str(files) if files else None
-
-    found = from_main(find)
+    found = from_main(lambda: str(saved_model_files(run_folder) or ""))
     return Path(found) if found else None
 
 
@@ -199,13 +194,13 @@ def check_problems(
     summary = data.summary()
     if not run.is_new:
         return summary
-    errors: list[str] = []
+    found: list[str] = []
     if is_main():
         preflight = check_data(data, config, method, grader)
         preflight.show(console)
         summary["preflight"] = preflight.summary()
-        errors = preflight.errors
-    if errors := from_main(lambda: errors):
+        found = preflight.errors
+    if errors := from_main(lambda: found):
         raise UserError(*errors)
     return summary
 
@@ -234,8 +229,9 @@ def train_to_the_end(
     run.begin("exporting the model")
     params = fetch(learner.params)
     if is_main():
-        source, destination = run.folder / MODEL, run.folder / EXPORT
-        export_model(params, model.decoder, source=source, destination=destination)
+        export_model(
+            params, model.decoder, source=run.folder / MODEL, destination=run.folder / EXPORT
+        )
         run.finish()
     wait_for_all("run finished")  # JAX would kill a process that waits long at exit.
     return complete_result(run)
@@ -312,7 +308,8 @@ def finish_step(splits: Splits, run: Run, actor: Actor, learner: Learner) -> Non
 def evaluate_pending(splits: Splits, run: Run, actor: Actor, learner: Learner) -> None:
     """Evaluates the current parameters on the splits that are due.
 
-    At the end of a run, the validation split comes first: it decides which checkpoint the other splits evaluate.
+    With `checkpoint.load_best_model_at_end`, the validation split comes first at the end of a run (see
+    `Run.pending_splits`), so the other splits evaluate the best checkpoint.
     """
     for name in run.pending_splits:
         if not splits[name]:
@@ -321,6 +318,7 @@ def evaluate_pending(splits: Splits, run: Run, actor: Actor, learner: Learner) -
         scoring = run.scoring
         numbers = [scoring.num_samples_of(problem.source) for problem in splits[name]]
         each = " or ".join(map(str, sorted(set(numbers))))
+        # Each problem has a greedy sample in addition to the others.
         what = f"{counted(len(numbers), 'problem')}, 1 + {each} samples each"
         run.begin(f"evaluating {name}", sum(numbers) + len(numbers), what)
         with actor.sampler(learner.params) as sample:
@@ -342,7 +340,7 @@ def evaluate_pending(splits: Splits, run: Run, actor: Actor, learner: Learner) -
 def describe_memory(actor: Actor, learner: Learner) -> str:
     """Returns a description of what the run keeps in memory."""
     return (
-        f"parameters and optimizer {learner.num_bytes / 2**20:,.0f} MiB; KV cache of the rollout engine "
+        f"parameters and optimizer {learner.num_bytes / 2**20:,.0f} MiB in total; KV cache of the rollout engine "
         f"{actor.kv_bytes / 2**20:,.0f} MiB per device; gradients, activations and compiled programs need more"
     )
 

@@ -120,7 +120,10 @@ def test_relift():
 
 
 def test_uft():
-    """`dp_actor.py` has PPO's token mean with A / std (n - 1) plus 0.001 times the token mean over hints."""
+    """`dp_actor.py` adds 0.001 times the token mean over hints to PPO's token mean.
+
+    Advantages are divided by the sample standard deviation, whose denominator is n - 1.
+    """
     method = make_method("uft", num_rollouts=4)
     # The mean is 1 / 4, and the standard deviation is sqrt((9 + 3 * 1) / 16 / 3) = 0.5; 16 completion tokens, 4 rows.
     expected = [(-1.5 * 4 / 16, -0.001 * 4 / 4), *[(0.5 * 4 / 16, 0)] * 3]

@@ -71,7 +71,7 @@ def _reply(
 
 
 def _compile(template: str, date: str) -> Template:
-    """Compiles the template in transformers' environment, which caches it, with the clock at midnight of the date."""
+    """Compiles the template with transformers, which caches the result, and sets its clock to midnight on the date."""
     compiled = chat_template_utils._compile_jinja_template(template)
     compiled.environment.globals["strftime_now"] = datetime.strptime(date, "%d %b %Y").strftime
     return compiled

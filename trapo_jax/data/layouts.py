@@ -5,7 +5,8 @@ A path is the name of a column, which may contain dots, or a column and fields i
 from a row counts as null. A path that ends in `?` may be absent from every row of a file; all other paths
 must be in at least one row.
 
-To add a preset, add it to `COLUMN_PRESETS` here, and its name to `ColumnPreset` in `config/schema.py`.
+To add a preset, add it to `COLUMN_PRESETS` here, and its name to `ColumnPreset` in `config/schema.py`. The first preset
+that fits the data is used, so order matters.
 """
 
 import contextlib

@@ -184,7 +184,9 @@ def _integer(name: str) -> int:
 
 
 def _exchange(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the settings of all processes. It uses only the coordinator, because the devices may also differ.
+    """Returns the settings of all processes.
+
+    They are exchanged through the coordinator and not with a collective, because the processes' devices may differ too.
 
     Raises:
       UserError: if a process does not send its settings.

@@ -3,8 +3,9 @@
 Parameters have logical axis names (`PARAM_AXES`) that `Rules` map to mesh axes. Batch rows are sharded over `data` and
 `fsdp`.
 
-For a new mesh axis, `MeshConfig` in `config/schema.py` has the sizes, `types/training.py` the axes of batches, and
-`models/decoder.py` and `models/attention.py` the constraints on activations.
+For a new mesh axis, `MeshConfig` in `config/schema.py` has the sizes, `types/training.py` the axes of batches,
+`models/decoder.py` and `models/attention.py` the constraints on activations, and `sampling/jax_engine.py` the sampler's
+mesh. `training/learner.py`, `training/gradient_check.py` and `planning/plan.py` make the mesh.
 """
 
 import dataclasses

@@ -2,7 +2,8 @@
 
 In each step, `micro_groups_at` determines how a problem's rollouts are guided. After the rollouts have been sampled and
 graded, `select` turns them into updates: it chooses the rollouts that become rows, their advantages, and the prefixes
-to train. The `terms` form the objective of every update; their weights are computed on the host for each step.
+to train on (see `selection.py`). The `terms` form the objective of every update; their weights are computed on the host
+for each step. `make.py` and `family.py` list the methods that a config can name.
 """
 
 import dataclasses

@@ -48,7 +48,7 @@ class Update(NamedTuple):
     """One update of the policy.
 
     Attributes:
-      rows: the rows to train.
+      rows: the rows to train on.
       optimizer: the optimizer whose state is used, one of `Method.optimizers`.
       learning_rate_scale: multiplier for the run's learning rate.
       max_grad_norm: bound on the gradient's global norm; None for the run's bound.

@@ -2,7 +2,8 @@
 
 p is the probability of a token, A the advantage of its rollout, rho = pi / pi_old, H an entropy, and sg stop_gradient.
 
-A method lists its terms in `Method.terms`.
+A method lists its terms in `Method.terms`, which `make` in `micro_grouped.py`, `mixed.py`, `scheduled.py` and `family.py`
+sets. A loss that needs other inputs adds them to `TokenInputs` in `method.py` and to `training/train_step.py`.
 """
 
 import jax

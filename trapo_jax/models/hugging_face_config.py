@@ -1,6 +1,7 @@
 """Converts a Hugging Face `config.json` to a `DecoderConfig`, or rejects it.
 
-A family is an entry of `ARCHITECTURES`. If it has operations that the others lack, they are part of `decoder.py`.
+A family is an entry of `ARCHITECTURES`; `read_config` and `_local_layers` handle what its config has of its own. Tensor
+names are in `hugging_face.py`, operations in `decoder.py`, and the axes of new parameters in `distributed/sharding.py`.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-r"""Splits LaTeX outside of brackets, and parses collections such as (1, 2), [0, 1), \{1, 2\} and 1, 2."""
+r"""Splits LaTeX at separators that are not inside brackets, and parses (1, 2), [0, 1), \{1, 2\} and other collections."""
 
 import re
 

@@ -1,7 +1,8 @@
 """Grades responses with one or more reward functions, which the config selects by name.
 
-To add a built-in function, write it in a module of its own and list it in `REWARD_FUNCTIONS` or, if a hostile response
-could keep it busy, in `IN_WORKERS`. Other functions are selected by import path and need no change here.
+To add a built-in function, write it in a module of its own and list it in `IN_WORKERS`. A function that no response can
+keep busy may instead run inline: list it in `REWARD_FUNCTIONS` and return it from `_find`. A function of your own is
+selected by import path and needs no change here.
 """
 
 import contextlib

@@ -5,7 +5,8 @@ including its manifest. The manifest identifies the step, the run and its config
 checkpoints copied from another run are detected. Call `verify` before restoring, because Orbax does not detect
 corrupted data. In a multi-process job, all processes save and restore together in a shared directory.
 
-`Retention` decides which checkpoints are kept; `Run.save_if_due` decides when one is saved.
+`CheckpointStore._kept` decides which checkpoints are kept, following `Retention`, which `Run` makes from
+`CheckpointConfig` in `config/schema.py`. `Run.save_if_due` decides when one is saved.
 
 This module deletes only what it wrote: the files listed in an expired checkpoint's manifest, and the directory of an
 interrupted save, which is named in a journal. Other files in the directory are left alone.

@@ -144,7 +144,7 @@ def _reward_symptoms(values: Mapping[str, float]) -> tuple[bool, bool]:
 
 
 def warnings_of_run(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns at most one warning about a problem with the rewards in all steps of a run.
+    """Returns a warning, as a list of at most one, if the rewards had the same problem in every step of a run.
 
     Args:
       records: the records of metrics.jsonl.

@@ -89,7 +89,7 @@ def remedy_of_exhaustion(error: BaseException) -> str | None:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """Returns the system error that an exception is, mentions in its message, or was raised from."""
+    """Returns the system error behind an exception: itself, one of its causes, or one whose code its message contains."""
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, OSError):

@@ -1,6 +1,7 @@
 """Builds the optimizer and the learning-rate schedule.
 
-Their settings are fields of `TrainConfig` in `config/schema.py`; `train_step.py` clips gradients and applies updates.
+Their settings are fields of `TrainConfig` in `config/schema.py`, which `learner.py` passes on. `train_step.py` clips the
+gradients and applies the updates.
 """
 
 from collections.abc import Callable
