@@ -53,7 +53,7 @@ def make_grid(args: argparse.Namespace) -> Grid:
     return Grid(
         config_file=args.config,
         overrides=tuple(parse_command_line(args.overrides)[1]),
-        methods=tuple(dict.fromkeys(args.methods.split(","))),
+        methods=tuple(args.methods.split(",")),
         variants=tuple(map(parse_variant, args.variant)),
         sweeps=tuple(map(parse_sweep, args.sweep)),
         num_trials=args.trials,

@@ -93,6 +93,11 @@ def test_an_unknown_topology_is_refused(name):
         find_topology(name)
 
 
+def test_an_absurd_number_of_devices_is_refused():
+    with pytest.raises(UserError, match="--topology cpu:1000000000: more than 16,384 devices"):
+        find_topology("cpu:1000000000")
+
+
 def test_a_mesh_that_does_not_divide_the_devices_is_a_one_line_error(small_model):
     result, _ = plan(small_model, "cpu:4", "mesh.tp=3")
     assert result.returncode == 2

@@ -92,6 +92,19 @@ def test_an_unfair_or_contradictory_grid_is_refused(sweeps, overrides, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ("grpo", "grpo")}, "--methods: grpo listed more than once"),
+        ({"trials": 5}, "--trials: there is nothing to tune; use --sweep"),
+        ({"tuning_seeds": 3}, "--tuning-seeds: there is nothing to tune; use --sweep"),
+    ],
+)
+def test_options_that_change_nothing_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        make_grid("out", **options).trials()
+
+
 def test_a_variant_is_a_method_with_custom_settings_and_its_own_name():
     grid = make_grid(
         "out",

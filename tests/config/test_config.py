@@ -163,6 +163,10 @@ COMMAND_LINES = [
     (["--hlep"], "--hlep has no value"),
     (["seed"], "'seed' is not FIELD=VALUE"),
     (["train.num_steps", "3"], "'train.num_steps' is not FIELD=VALUE"),
+    (
+        ["evaluation.temperature=1e-40"],
+        "evaluation.temperature=1e-40: neither 0, for greedy decoding, nor",
+    ),
     (["train.num_steps", "=", "3"], "not FIELD=VALUE; write train.num_steps=3 without spaces"),
     (["configs/smoke_cpu.yaml"], "did you mean --config configs/smoke_cpu.yaml?"),
     (["--config", "missing.yaml"], "missing.yaml: no such file in /"),

@@ -19,6 +19,7 @@ from support.train_step import (
     ragged_groups,
     sgd_step,
 )
+from trapo_jax.config import LoraConfig, ModelConfig
 from trapo_jax.distributed.sharding import param_shardings
 from trapo_jax.methods import make_method
 from trapo_jax.models import (
@@ -34,8 +35,10 @@ from trapo_jax.models import (
     token_cost,
 )
 from trapo_jax.models.lora import SUFFIXES, A, B, merged
+from trapo_jax.models.pretrained import read_decoder
 from trapo_jax.runs.saved_model import load_checkpoint
 from trapo_jax.training.state import init_state
+from trapo_jax.types import UserError
 
 TARGETS = ("qkv", "output", "gate_up", "down")
 IDS = jnp.asarray([[3, 5, 2, 7, 7, 1]])
@@ -79,6 +82,11 @@ def test_an_adapter_equals_its_merged_matrix(target):
     assert np.abs(hidden(config, params) - hidden(CONFIG, base)).max() > 0.1
     ours = merged(*(np.asarray(x) for x in (layers[target], layers[target + A], b)), 6.0 / 3)
     np.testing.assert_allclose(ours, whole["layers"][target], atol=1e-5)
+
+
+def test_a_rank_above_the_width_of_the_model_is_refused():
+    with pytest.raises(UserError, match=r"lora\.rank=100000: more than the model's width of 64"):
+        read_decoder(TINY_MODEL, ModelConfig(), LoraConfig(rank=100_000))
 
 
 def test_trained_and_frozen_parameters_are_all_parameters():

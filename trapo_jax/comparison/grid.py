@@ -161,6 +161,11 @@ class Grid:
                 )
         for sweep in self.sweeps:
             _check_not_shared("--sweep", sweep.field)
+        if repeated := {name for name in self.methods if self.methods.count(name) > 1}:
+            raise UserError(f"--methods: {', '.join(sorted(repeated))} listed more than once")
+        if not self.sweeps and (self.num_trials or self.num_tuning_seeds > 1):
+            option = "--trials" if self.num_trials else "--tuning-seeds"
+            raise UserError(f"{option}: there is nothing to tune; use --sweep FIELD=VALUE,...")
         names = [v.name for v in self.variants]
         if len(set(names)) < len(names):
             raise UserError(f"--variant: a name is repeated ({', '.join(names)})")

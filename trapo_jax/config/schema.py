@@ -296,15 +296,19 @@ def _check_distinct(splits: tuple[str, ...]) -> tuple[str, ...]:
 class ScoringConfig(Section):
     """Sampling settings of evaluations, both during training and standalone."""
 
-    temperature: NotNegativeFloat = 0.6
-    """Sampling temperature of evaluations; 0 for greedy decoding."""
+    temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 0.6
+    """Sampling temperature of evaluations; 0 for greedy decoding, otherwise at least 0.01."""
     num_samples: Rows = 4
     """Number of samples per problem, for the sampled accuracy (avg@k) and pass@k."""
     num_samples_by_source: dict[str, Rows] = {}
     """Maps patterns of problem sources (`aime*`, case-insensitive) to the number of samples per problem, such as {aime*: 32, amc*: 32}. The first match wins."""
 
     @pydantic.model_validator(mode="after")
-    def _check_greedy(self) -> Self:
+    def _check_temperature(self) -> Self:
+        if 0 < self.temperature < 0.01:
+            raise ValueError(
+                f"evaluation.temperature={self.temperature:g}: neither 0, for greedy decoding, nor at least 0.01"
+            )
         samples = {"num_samples": self.num_samples}
         samples |= {f"num_samples_by_source.{x}": n for x, n in self.num_samples_by_source.items()}
         for field, number in samples.items():

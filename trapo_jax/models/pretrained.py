@@ -123,8 +123,17 @@ def _read_repo(copy: Path) -> HubRepo | None:
 
 
 def read_decoder(folder: Path, model: ModelConfig, lora: LoraConfig | None = None) -> DecoderConfig:
-    """Returns the decoder config of a model folder, with the compute options and adapters of the given configs."""
+    """Returns the decoder config of a model folder, with the compute options and adapters of the given configs.
+
+    Raises:
+      UserError: if the folder's config is not supported, or adapters of this rank would be larger than the weights.
+    """
     adapters = Lora(lora.rank, lora.alpha, lora.targets) if lora and lora.rank else None
-    return read_config(
+    decoder = read_config(
         folder, dtype=model.dtype, remat=model.remat, attention=model.attention, lora=adapters
     )
+    if adapters and adapters.rank > decoder.width:
+        raise UserError(
+            f"lora.rank={adapters.rank}: more than the model's width of {decoder.width}; lower it"
+        )
+    return decoder

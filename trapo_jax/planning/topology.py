@@ -17,6 +17,7 @@ from trapo_jax.types import UserError
 
 GIB = 2**30
 HOST = "cpu"
+MAX_DEVICES = 2**14  # more than the largest slice of a TPU pod
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,8 @@ def find_topology(name: str) -> Topology:
             f"--topology {name}: expected {', '.join(CHIPS)} or {HOST}, a colon and a shape"
         )
     kind, dims = found[1], tuple(int(n) for n in found[2].split("x"))
+    if math.prod(dims) > MAX_DEVICES:
+        raise UserError(f"--topology {name}: more than {MAX_DEVICES:,} devices")
     if kind == HOST:
         return Topology(name, None, dims, _host_devices(name, math.prod(dims)))
     if importlib.util.find_spec("libtpu") is None:
