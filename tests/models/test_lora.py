@@ -85,7 +85,7 @@ def test_an_adapter_equals_its_merged_matrix(target):
 
 
 def test_a_rank_above_the_width_of_the_model_is_refused():
-    with pytest.raises(UserError, match=r"lora\.rank=100000: more than the model's width of 64"):
+    with pytest.raises(UserError, match=r"lora\.rank=100000: more than the model's width of 96"):
         read_decoder(TINY_MODEL, ModelConfig(), LoraConfig(rank=100_000))
 
 
