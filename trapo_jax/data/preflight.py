@@ -188,7 +188,7 @@ def _counts(
             f"expert tokens (<= {limit})": _lengths(experts),
             "without expert": f"{sum(not p.experts for p in problems):,}",
         }
-    else:
+    elif problems:
         counts["completion tokens"] = f"<= {config.sampling.max_completion_length}"
     if config.rewards.functions[:1] == ("math",):
         num_text = sum(is_text(p.answer) for p in problems if p.answer)
