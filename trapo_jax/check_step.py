@@ -6,7 +6,6 @@
 runs. See `trapo_jax.training.gradient_check`.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +13,13 @@ from pathlib import Path
 import jax
 
 from trapo_jax.config import Config, load_config
-from trapo_jax.runs.command_line import command, run_and_exit
+from trapo_jax.runs.command_line import ArgumentParser, command, run_and_exit
 from trapo_jax.training.gradient_check import check_config
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m trapo_jax.check_step", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument(

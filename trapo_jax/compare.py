@@ -23,11 +23,18 @@ from trapo_jax.comparison import (
 from trapo_jax.config import parse_command_line
 from trapo_jax.inputs.paths import find_config
 from trapo_jax.runs.budget import UNITS
-from trapo_jax.runs.command_line import EXIT_INTERRUPTED, command, fail, run_and_exit
+from trapo_jax.runs.command_line import (
+    EXIT_INTERRUPTED,
+    ArgumentParser,
+    command,
+    fail,
+    run_and_exit,
+)
 from trapo_jax.runs.console import Console
 from trapo_jax.types import Interrupted
 
 EXIT_RUN_FAILED = 1
+MAX_COUNT = 10_000
 
 
 @command
@@ -68,7 +75,7 @@ def make_grid(args: argparse.Namespace) -> Grid:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m trapo_jax.compare",
         description=(__doc__ or "").split("\n\n")[0],
         epilog="FIELD=VALUE replaces a field of the config for all runs, as in trapo_jax.train.",
@@ -159,8 +166,8 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
+    if not (text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= MAX_COUNT):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_COUNT:,}")
     return int(text)
 
 

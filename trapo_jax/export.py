@@ -3,18 +3,17 @@
 python -m trapo_jax.export --checkpoint RUN/checkpoints/STEP --out DIR
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from trapo_jax.models import export_model
-from trapo_jax.runs.command_line import EXIT_USER_ERROR, command, fail, run_and_exit
+from trapo_jax.runs.command_line import EXIT_USER_ERROR, ArgumentParser, command, fail, run_and_exit
 from trapo_jax.runs.saved_model import load_checkpoint
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m trapo_jax.export",
         description="Writes a checkpoint's model as a Hugging Face folder. The folder appears once it is complete.",
     )

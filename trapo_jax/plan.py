@@ -21,7 +21,7 @@ from trapo_jax.config import Config, load_config, parse_command_line
 from trapo_jax.planning.plan import make_plan
 from trapo_jax.planning.table import print_comparison, print_plan
 from trapo_jax.planning.topology import find_topology
-from trapo_jax.runs.command_line import command, run_and_exit
+from trapo_jax.runs.command_line import ArgumentParser, command, run_and_exit
 from trapo_jax.runs.console import table_width
 
 EXIT_DOES_NOT_FIT = 1
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m trapo_jax.plan",
         description=(__doc__ or "").split("\n\n")[0],
         epilog="FIELD=VALUE replaces a field of the config, as in trapo_jax.train.",

@@ -5,19 +5,18 @@ The runs may be in progress.
 python -m trapo_jax.report RUN [RUN ...] [--out report.html]
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from trapo_jax.inputs.printable import printable
-from trapo_jax.runs.command_line import EXIT_USER_ERROR, command, fail, run_and_exit
+from trapo_jax.runs.command_line import EXIT_USER_ERROR, ArgumentParser, command, fail, run_and_exit
 from trapo_jax.runs.directory import REPORT
 from trapo_jax.runs.report import write_report
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m trapo_jax.report",
         description="Writes a report of one or more runs as an HTML file that opens offline. Several runs share charts.",
     )

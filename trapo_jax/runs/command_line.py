@@ -1,5 +1,6 @@
 """Turns errors, Ctrl-C, closed pipes and exhausted resources into the commands' exit codes and one-line messages."""
 
+import argparse
 import contextlib
 import functools
 import io
@@ -28,6 +29,15 @@ from trapo_jax.runs.system_errors import (
     report_unraisable,
 )
 from trapo_jax.types import EXIT_FAILED, TrainingFailed, UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one line, as a `UserError`, without the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(
+            f"command line: {message.removeprefix('argument ')}; --help lists the options"
+        )
 
 
 def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
