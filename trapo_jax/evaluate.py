@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ from trapo_jax.runs.directory import (
     CHECKPOINTS,
     CONFIG,
     EXPORT,
+    METHOD,
     SAMPLES,
     SUMMARY,
     lock_folder,
@@ -114,6 +116,10 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = False) -> Evaluati
       UserError: for a mistake in the config, the model, the data or the output directory.
     """
     console = Console(quiet=not show_progress)
+    if os.path.isfile(config.folder / METHOD):
+        raise UserError(
+            f"output_dir={config.folder}: contains a training run, not an evaluation; choose a different output_dir"
+        )
     model, params = load_model(config, console)
     settings = config.model_dump(mode="json") | {"weights": weights_fingerprint(params)}
     settings.pop("output_dir")

@@ -184,6 +184,13 @@ def test_mistakes_are_one_line_errors_and_create_no_files(case, data, tmp_path, 
     assert not out.exists()
 
 
+def test_the_directory_of_a_training_run_is_refused_by_name(tmp_path, capsys):
+    (tmp_path / "method.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    assert main([f"output_dir={tmp_path}"]) == 2
+    assert "contains a training run, not an evaluation" in capsys.readouterr().err
+
+
 def test_another_model_than_the_embedded_one_is_not_silently_given_the_embedded_task(capsys):
     assert main(["model.path=a/model"]) == 2
     error = capsys.readouterr().err

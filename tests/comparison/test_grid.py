@@ -35,6 +35,16 @@ def test_trials_are_drawn_at_random_from_all_settings(tmp_path):
     assert len({trial.values for trial in [*drawn["trapo"], *drawn["grpo"]]}) == 5
 
 
+def test_a_sweep_may_have_any_number_of_settings_if_some_are_drawn(tmp_path):
+    values = ",".join(map(str, range(1, 201)))
+    fields = ("weight_decay", "max_grad_norm", "warmup_steps", "log_samples", "checkpoint.keep")
+    sweeps = [f"{field}={values}" for field in fields]
+    drawn = make_grid(tmp_path, *sweeps, trials=4).trials()
+    assert {len(set(trials)) for trials in drawn.values()} == {4}
+    with pytest.raises(UserError, match="has 320,000,000,000 settings; draw some of them with"):
+        make_grid(tmp_path, *sweeps).trials()
+
+
 def test_runs_differ_only_in_method_seed_and_swept_fields():
     grid = make_grid("out", LEARNING_RATES, overrides=(("data.num_train", "64"),))
     trials = [trial for method_trials in grid.trials().values() for trial in method_trials]
@@ -96,11 +106,16 @@ def test_an_unfair_or_contradictory_grid_is_refused(sweeps, overrides, message):
     ("options", "message"),
     [
         ({"methods": ("grpo", "grpo")}, "--methods: grpo listed more than once"),
+        ({"methods": ("grpo", "")}, "--methods: an empty name"),
+        (
+            {"methods": ("grpo",), "variants": ("grpo: method.name=sft",)},
+            "--variant: grpo is the name of a method",
+        ),
         ({"trials": 5}, "--trials: there is nothing to tune; use --sweep"),
         ({"tuning_seeds": 3}, "--tuning-seeds: there is nothing to tune; use --sweep"),
     ],
 )
-def test_options_that_change_nothing_are_refused(options, message):
+def test_options_that_mislead_or_change_nothing_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         make_grid("out", **options).trials()
 

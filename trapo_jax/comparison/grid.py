@@ -6,9 +6,11 @@ All runs are derived from one config, so they differ only in the method, the swe
 import dataclasses
 import itertools
 import json
+import math
 import random
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from trapo_jax.types import UserError
 
 FIRST_TUNING_SEED = 1000  # Tuning runs and final runs use different seeds.
 UNLIMITED_STEPS = 10**9
+MAX_TRIALS = 10_000
 VALIDATION, TEST = "validation", "test"
 METHOD_NAME = "method.name"
 # Fields that the comparison sets, and the options to use instead.
@@ -161,6 +164,13 @@ class Grid:
                 )
         for sweep in self.sweeps:
             _check_not_shared("--sweep", sweep.field)
+        if "" in self.methods:
+            raise UserError("--methods: an empty name; list methods as in --methods grpo,trapo")
+        for variant in self.variants:
+            if _is_method(variant.name):
+                raise UserError(
+                    f"--variant: {variant.name} is the name of a method; choose another name"
+                )
         if repeated := {name for name in self.methods if self.methods.count(name) > 1}:
             raise UserError(f"--methods: {', '.join(sorted(repeated))} listed more than once")
         if not self.sweeps and (self.num_trials or self.num_tuning_seeds > 1):
@@ -179,12 +189,21 @@ class Grid:
     def _trials_of(self, method: str) -> list[Trial]:
         named = [s for s in self.sweeps if method in s.methods]
         sweeps = named or [s for s in self.sweeps if not s.methods]
-        settings = itertools.product(*([(s.field, value) for value in s.values] for s in sweeps))
-        trials = [Trial(method, setting) for setting in settings]
-        if self.num_trials is None or self.num_trials >= len(trials):
-            return trials
-        # Methods with the same number of settings sample the same positions of their lists.
-        return [Trial(method), *random.Random(0).sample(trials, self.num_trials - 1)]
+        choices = [[(sweep.field, value) for value in sweep.values] for sweep in sweeps]
+        num_settings = math.prod(map(len, choices))
+        if self.num_trials is None or self.num_trials >= num_settings:
+            if num_settings > MAX_TRIALS:
+                raise UserError(
+                    f"--sweep: {method} has {num_settings:,} settings; draw some of them with --trials N"
+                )
+            return [Trial(method, setting) for setting in itertools.product(*choices)]
+        if num_settings > sys.maxsize:
+            raise UserError(
+                f"--sweep: {method} has {num_settings:,} settings, too many to draw from"
+            )
+        # Methods with the same number of settings sample the same positions.
+        drawn = random.Random(0).sample(range(num_settings), self.num_trials - 1)
+        return [Trial(method), *(Trial(method, _setting_at(i, choices)) for i in drawn)]
 
     def _plan(self, trial: Trial, seed: int, splits: list[str]) -> PlannedRun:
         name = Path(trial.method) / _file_name(trial.setting) / f"seed_{seed}"
@@ -304,3 +323,23 @@ def _full_field_name(field: str) -> str:
 
 def _file_name(text: str) -> str:
     return re.sub(r"[^\w.=,+-]", "_", text.replace(", ", ","))
+
+
+def _setting_at(
+    index: int, choices: Sequence[Sequence[tuple[str, str]]]
+) -> tuple[tuple[str, str], ...]:
+    """Returns the setting at a position of `itertools.product(*choices)`."""
+    setting = []
+    for values in reversed(choices):
+        index, i = divmod(index, len(values))
+        setting.append(values[i])
+    return tuple(reversed(setting))
+
+
+def _is_method(name: str) -> bool:
+    """Returns whether a config can name this method."""
+    try:
+        load_config(Config, None, [(METHOD_NAME, name)])
+    except UserError:
+        return False
+    return True

@@ -154,4 +154,7 @@ def _describe(error: BaseException) -> str:
     """Describes an exception on one line, including where it was raised."""
     message = " ".join(str(error).split())
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {message} ({frame.filename}, line {frame.lineno})"
+    text = f"{type(error).__name__}: {message}"
+    # The message of a syntax error already has the location.
+    is_frozen = frame.filename.startswith("<frozen ")
+    return text if is_frozen else f"{text} ({frame.filename}, line {frame.lineno})"

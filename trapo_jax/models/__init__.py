@@ -14,6 +14,7 @@ from trapo_jax.models.decoder import (
 from trapo_jax.models.flops import TokenCost, count_attention_pairs, token_cost
 from trapo_jax.models.generation_config import read_eos_ids
 from trapo_jax.models.hugging_face import (
+    check_weights,
     export_model,
     init_params,
     load_params,
@@ -58,6 +59,7 @@ __all__ = [
     "TokenCost",
     "abstract_params",
     "apply_decoder",
+    "check_weights",
     "copy_model_files",
     "count_attention_pairs",
     "export_model",

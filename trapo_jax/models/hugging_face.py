@@ -41,14 +41,7 @@ def load_params(
       UserError: if a tensor is missing, unexpected, has the wrong shape, cannot be read, or is not finite. The error
         names the tensor and the file. All checks of names, shapes, and dtypes run before any tensor is read.
     """
-    tensor_map = _tensor_map(config)
-    shapes = {part.name: part.shape for parts in tensor_map.values() for part in parts}
-    tensors = TensorReader(folder, {*shapes, HEAD})
-    if config.tied_embeddings and EMBEDDING not in tensors and HEAD in tensors:
-        # As in transformers, either of two tied tensors is enough.
-        tensor_map["embedding"] = [tensor_map["embedding"][0]._replace(name=HEAD)]
-        shapes[HEAD] = shapes.pop(EMBEDDING)
-    tensors.check(shapes, optional={HEAD: (config.vocab_size, config.width)})
+    tensors, tensor_map = _open_tensors(folder, config)
 
     def load(path, abstract, sharding):
         host = np.empty(abstract.shape, np.float32)
@@ -74,6 +67,30 @@ def load_params(
     init_adapters = lambda: split_trained(init_params(config, seed=seed))[0]
     adapters = jax.jit(init_adapters, out_shardings=adapter_shardings)()
     return join_trained(adapters, jax.tree_util.tree_map_with_path(load, kept, kept_shardings))
+
+
+def check_weights(folder: Path, config: DecoderConfig) -> None:
+    """Checks the names, shapes and dtypes of a folder's tensors, which takes much less time than reading them.
+
+    Raises:
+      UserError: see `load_params`.
+    """
+    _open_tensors(folder, config)
+
+
+def _open_tensors(
+    folder: Path, config: DecoderConfig
+) -> tuple[TensorReader, dict[str, list["_TensorPart"]]]:
+    """Returns a checked reader of the folder's tensors, and the tensors that make up each parameter."""
+    tensor_map = _tensor_map(config)
+    shapes = {part.name: part.shape for parts in tensor_map.values() for part in parts}
+    tensors = TensorReader(folder, {*shapes, HEAD})
+    if config.tied_embeddings and EMBEDDING not in tensors and HEAD in tensors:
+        # As in transformers, either of two tied tensors is enough.
+        tensor_map["embedding"] = [tensor_map["embedding"][0]._replace(name=HEAD)]
+        shapes[HEAD] = shapes.pop(EMBEDDING)
+    tensors.check(shapes, optional={HEAD: (config.vocab_size, config.width)})
+    return tensors, tensor_map
 
 
 def export_model(

@@ -68,7 +68,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return line, EXIT_USER_ERROR
     found = system_error(error)
     if found and (remedy := _REMEDIES.get(found.errno or 0)):
-        where = f"{found.filename}: " if found.filename else ""
+        where = f"{found.filename}: " if found.filename else _deleted_directory(found)
         return f"{where}{found.strerror}; {remedy}", EXIT_FAILED
     if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
         return f"no more threads can be started; {_PROCESSES}", EXIT_FAILED
@@ -80,6 +80,16 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             EXIT_FAILED,
         )
     return None
+
+
+def _deleted_directory(error: OSError) -> str:
+    """Returns "the working directory: " if a file was not found because the working directory was deleted."""
+    if error.errno == errno.ENOENT:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return "the working directory: "
+    return ""
 
 
 def remedy_of_exhaustion(error: BaseException) -> str | None:

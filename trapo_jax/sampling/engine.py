@@ -153,6 +153,16 @@ class RolloutEngine(Protocol):
         ...
 
 
+def check_engine(name: str) -> None:
+    """Checks that a name is a key of `ENGINES` or may be an import path.
+
+    Raises:
+      UserError: if it is neither.
+    """
+    if name not in ENGINES and ":" not in name:
+        raise UserError(f"sampling.engine={name}: no such engine; {suggest(name, ENGINES)}")
+
+
 def make_engine(name: str, spec: EngineSpec) -> RolloutEngine:
     """Builds an engine.
 
@@ -164,8 +174,7 @@ def make_engine(name: str, spec: EngineSpec) -> RolloutEngine:
     Raises:
       UserError: if the name is unknown, or the import path does not refer to a rollout engine.
     """
-    if name not in ENGINES and ":" not in name:
-        raise UserError(f"sampling.engine={name}: no such engine; {suggest(name, ENGINES)}")
+    check_engine(name)
     factory = import_object(ENGINES.get(name, name), "sampling.engine")
     if not callable(factory):
         raise UserError(
