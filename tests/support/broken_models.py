@@ -144,6 +144,10 @@ BREAKAGES = {
         lambda f: (f / "model.safetensors").unlink(),
         r"model\.safetensors: no such file; weights are read only from safetensors files",
     ),
+    "weights in several files without their index": (
+        lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
+        r"model\.safetensors\.index\.json: no such file; it lists which of the files holds which tensor",
+    ),
     "LFS pointer": (
         lambda f: (f / "model.safetensors").write_text(LFS_POINTER),
         r"model\.safetensors: a Git-LFS pointer, not the file itself; run `git lfs pull`",

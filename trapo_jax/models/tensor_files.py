@@ -160,6 +160,10 @@ def _list_tensors(folder: Path) -> tuple[Path, dict[str, Path]]:
     index = folder / INDEX
     if not index.exists():
         path = folder / WEIGHTS
+        if not path.exists() and any(folder.glob("model-*.safetensors")):
+            raise UserError(
+                f"{index}: no such file; it lists which of the files holds which tensor"
+            )
         with _open_safetensors(path) as file:
             return path, dict.fromkeys(file.keys(), path)
     return index, {name: folder / file for name, file in _read_weight_map(index).items()}
