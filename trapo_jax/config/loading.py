@@ -207,8 +207,8 @@ def _parse_scalar(name: str, text: str) -> Any:
 def as_override(field: str, value: Any) -> str:
     """Returns `field=value`, quoted for the shell, so that reading it as an override gives the same value.
 
-    >>> as_override("data.prompt_suffix", "End with: it's N"), as_override("train.decay_start", None)
-    ('\'data.prompt_suffix=End with: it\'"\'"\'s N\'', 'train.decay_start=null')
+    >>> print(as_override("data.prompt_suffix", "End with: N"), as_override("train.decay_start", None))
+    'data.prompt_suffix=End with: N' train.decay_start=null
     """
     text = value if isinstance(value, str) else ""
     try:
