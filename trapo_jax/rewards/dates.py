@@ -7,9 +7,8 @@ MONTHS = (
     "january", "february", "march", "april", "may", "june",
     "july", "august", "september", "october", "november", "december",
 )  # fmt: skip
-NUMBERS = {name: i for i, month in enumerate(MONTHS, 1) for name in (month, month[:3])} | {
-    "sept": 9
-}
+NUMBERS = {name: i for i, month in enumerate(MONTHS, 1) for name in (month, month[:3])}
+NUMBERS["sept"] = 9
 _MONTH = rf"(?P<month>{'|'.join(NUMBERS)})\.?"
 _DAY, _YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?P<year>\d{4})"
 _FORMS = (

@@ -50,7 +50,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
-    """Returns, for each closed outermost box that is not empty, the start of the command, and the start and end of its content."""
+    """Returns the starts of the commands, and the starts and ends of the contents, of all outermost boxes that count."""
     # (start of the command, start of its content) of each open box; (-1, -1) for other braces.
     opened: list[tuple[int, int]] = []
     boxes: list[tuple[int, int, int]] = []
