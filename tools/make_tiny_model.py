@@ -1,4 +1,4 @@
-"""Rebuilds the embedded model, a Llama decoder with 0.35M parameters that has partly learned to shuffle cards.
+"""Rebuilds the built-in model, a Llama decoder with 0.35M parameters that has partly learned to shuffle cards.
 
     python tools/make_tiny_model.py --out DIR [--seed 2] [--steps 550] [--careless]
 
@@ -56,7 +56,7 @@ def main() -> None:
         "--seed",
         type=int,
         default=2,
-        help="seed for weights and data (default 2, the embedded model's seed)",
+        help="seed for weights and data (default 2, the built-in model's seed)",
     )
     parser.add_argument("--steps", type=int, default=550, help="optimizer steps (default 550)")
     parser.add_argument(

@@ -119,7 +119,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--trials",
         type=_positive,
         metavar="N",
-        help="try N settings of each method: its configured constants, and others drawn at random from all settings of "
+        help="try N settings of each method: its configured hyperparameters, and others drawn at random from all settings of "
         "its sweeps (default: all settings)",
     )
     add(

@@ -69,7 +69,9 @@ from trapo_jax.types import Interrupted, Problem, Rollout, TrainingFailed, UserE
 
 ABOUT = "Trains a language model with TRAPO or another method, or resumes the run in output_dir."
 PRINT_METHOD = "--print-method"
-OPTIONS = f"  {PRINT_METHOD}    prints the method's formulas, constants and source, and exits\n"
+OPTIONS = (
+    f"  {PRINT_METHOD}    prints the method's formulas, hyperparameters and source, and exits\n"
+)
 
 Splits = Mapping[str, Sequence[Problem]]
 

@@ -191,7 +191,7 @@ def test_the_directory_of_a_training_run_is_refused_by_name(tmp_path, capsys):
     assert "contains a training run, not an evaluation" in capsys.readouterr().err
 
 
-def test_another_model_than_the_embedded_one_is_not_silently_given_the_embedded_task(capsys):
+def test_another_model_than_the_built_in_one_is_not_silently_given_the_built_in_task(capsys):
     assert main(["model.path=a/model"]) == 2
     error = capsys.readouterr().err
     assert "model.path=a/model: no such run in " in error

@@ -12,10 +12,10 @@ MINE = """
 import json
 from pathlib import Path
 
-from trapo_jax.methods import Constants, make_method
+from trapo_jax.methods import Hyperparameters, make_method
 from trapo_jax.sampling.jax_engine import JaxEngine
 
-class Half(Constants):
+class Half(Hyperparameters):
     num_rollouts: int = 2
     \"\"\"Rollouts per problem.\"\"\"
 

@@ -235,7 +235,7 @@ def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finis
         np.testing.assert_allclose(hidden @ unembedding(params), logits, atol=1e-4)
 
 
-def test_the_embedded_model_has_the_documented_shape():
+def test_the_built_in_model_has_the_documented_shape():
     assert (TINY_MODEL / "model.safetensors").stat().st_size < 2 * 2**20
     config = json.loads((TINY_MODEL / "config.json").read_text())
     assert (config["hidden_size"], config["num_hidden_layers"]) == (96, 3)
@@ -305,7 +305,7 @@ def test_exporting_anything_but_a_checkpoint_is_a_one_line_error(
 
 
 def test_training_on_files(tmp_path, capsys):
-    """Training on the embedded task written as JSONL with TRL's columns equals training on the task itself."""
+    """Training on the built-in task written as JSONL with TRL's columns equals training on the task itself."""
     from trapo_jax.data import card_shuffles_splits
     from trapo_jax.train import main
 

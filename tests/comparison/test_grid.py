@@ -61,7 +61,7 @@ def test_runs_differ_only_in_method_seed_and_swept_fields():
     assert {run.config.data.num_train for run in tuning} == {64}
     common = [run.config.model_dump() for run in (*tuning, *final)]
     for config in common:
-        del config["method"]  # Methods have different constants.
+        del config["method"]  # Methods have different hyperparameters.
         for section in ("train", "evaluation"):
             for leaf in ("learning_rate", "splits"):
                 config[section].pop(leaf, None)
@@ -134,11 +134,14 @@ def test_a_variant_is_a_method_with_custom_settings_and_its_own_name():
         "learning_rate=3e-4",
     ]
     plain, late = grid.final_runs([trials["trapo"][0], trials["late"][1]])[:2]
-    assert (late.config.method.name, late.config.method.constants["alpha"]) == ("trapo", 0.5)
-    assert late.config.method.constants["prefix_boundary"] == "paragraph"
+    assert (late.config.method.name, late.config.method.hyperparameters["alpha"]) == ("trapo", 0.5)
+    assert late.config.method.hyperparameters["prefix_boundary"] == "paragraph"
     assert late.config.train.learning_rate == 3e-4
     assert late.folder.parts[1:3] == ("late", "learning_rate=3e-4")
-    assert (plain.config.method.name, plain.config.method.constants["alpha"]) == ("trapo", 0.1)
+    assert (plain.config.method.name, plain.config.method.hyperparameters["alpha"]) == (
+        "trapo",
+        0.1,
+    )
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,11 @@ COMMAND_LINES = [
     (["method.alpha=1.5"], "method.alpha=1.5: input should be less than or equal to 1"),
     (["method.name=ppo"], "method.name='ppo': no such method; choose 'trapo', 'trapo_plus'"),
     (["method.name=3"], "method.name=3: input should be a valid string"),
-    (["method.alhpa=0.2"], "method.alhpa=0.2: trapo has no such constant; did you mean alpha?"),
-    (["method.name=sft", "method.alpha=0.2"], "method.alpha=0.2: sft has no such constant"),
+    (
+        ["method.alhpa=0.2"],
+        "method.alhpa=0.2: trapo has no such hyperparameter; did you mean alpha?",
+    ),
+    (["method.name=sft", "method.alpha=0.2"], "method.alpha=0.2: sft has no such hyperparameter"),
     (["model.dtype=fp16"], "model.dtype=\"fp16\": input should be 'float32' or 'bfloat16'"),
     (["train.budget_unit=flops"], "train.budget=null: train.budget_unit=flops needs an amount"),
     (["train.budget=0"], "train.budget=0: input should be greater than or equal to 0.000000001"),

@@ -25,7 +25,7 @@ def test_defaults_of_a_task_name_fields_that_exist():
             assert fields.keys() <= known.keys()
 
 
-def test_the_embedded_task_has_its_own_defaults():
+def test_the_built_in_task_has_its_own_defaults():
     config = Config()
     assert (config.data.source, config.model.path) == ("card_shuffles", "card_shuffles_tiny")
     assert (config.data.max_prompt_length, config.sampling.max_completion_length) == (16, 64)

@@ -1,4 +1,4 @@
-"""Tests the embedded task: operations, expert style, splits and grader."""
+"""Tests the built-in task: operations, expert style, splits and grader."""
 
 import random
 import re

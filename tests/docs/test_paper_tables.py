@@ -59,8 +59,10 @@ def test_every_comparison_plans_its_runs(size):
             assert run.config.data.test_files == ("data/benchmarks.parquet",)
             assert run.config.train.num_steps == 500
         made = {method: grid.final_runs(trials)[i] for i, method in enumerate(grid.methods)}
-        constants = [(run.config.method.name, run.config.method.constants) for run in made.values()]
-        assert all(x not in constants[:i] for i, x in enumerate(constants))
+        hyperparameters = [
+            (run.config.method.name, run.config.method.hyperparameters) for run in made.values()
+        ]
+        assert all(x not in hyperparameters[:i] for i, x in enumerate(hyperparameters))
     assert len(folders) == 10 * (6 + 4 + 7 + 6 + 5)
 
 
@@ -83,7 +85,7 @@ def test_the_methods_are_those_of_the_tables():
         *("micro_group_grpo", "micro_group_sft", "micro_group_luffy", "trapo"),
     )
     alphas = {name: method_of(grids["alpha"], name) for name in grids["alpha"].methods}
-    assert [method.constants["alpha"] for method in alphas.values()] == [
+    assert [method.hyperparameters["alpha"] for method in alphas.values()] == [
         *(1e-6, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0),
     ]
     # The variant with the default alpha equals the method in table1.

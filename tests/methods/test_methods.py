@@ -1,4 +1,4 @@
-"""Tests all methods: the objective against an independent float64 implementation, the guidance, and the constants."""
+"""Tests all methods: the objective against an independent float64 implementation, the guidance, and the hyperparameters."""
 
 import dataclasses
 import json
@@ -496,9 +496,9 @@ def test_mu_of_chord_warms_up_and_decays():
         assert numbers[own.name] == pytest.approx(1 - mu)
 
 
-# ---- constants ----
+# ---- hyperparameters ----
 
-DEFAULTS = {  # DESIGN 2.4: the method's specific constants, the terms' weights in order, (clip_low, clip_high)
+DEFAULTS = {  # DESIGN 2.4: the method's specific hyperparameters, the terms' weights in order, (clip_low, clip_high)
     "sft": ({}, [1.0], (None, None)),
     "grpo": ({"num_rollouts": 8}, [1.0], (None, None)),
     "sft_then_grpo": (
@@ -571,11 +571,11 @@ TABLES = {  # (size, ratio, threshold) of each micro-group, from DESIGN 2.2
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_constants_are_those_of_the_design(name):
+def test_hyperparameters_are_those_of_the_design(name):
     method = make_method(name)
     if name in DEFAULTS:
-        constants, weights, clips = DEFAULTS[name]
-        assert constants.items() <= method.constants.items()
+        hyperparameters, weights, clips = DEFAULTS[name]
+        assert hyperparameters.items() <= method.hyperparameters.items()
         assert (method.clip_low, method.clip_high) == clips
         if weights is not None:
             assert [term.weight for term in method.terms] == pytest.approx(weights)
@@ -592,7 +592,7 @@ def test_constants_are_those_of_the_design(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_constant_has_an_effect_that_is_described(name):
+def test_every_hyperparameter_has_an_effect_that_is_described(name):
     other = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x / 2 or 0.5}
     values = {
         "micro_groups": [[1, 0.0, -1.0], [2, 0.75, 0.5]],
@@ -627,15 +627,19 @@ def test_a_normalizer_is_that_of_all_terms_but_the_entropy_s(name):
 
 def test_a_trust_region_belongs_to_the_methods_that_use_it():
     assert make_method("trapo", alpha=0.3).alpha == 0.3
-    with pytest.raises(UserError, match="grpo has no such constant"):
+    with pytest.raises(UserError, match="grpo has no such hyperparameter"):
         make_method("grpo", alpha=0.3)
 
 
 @pytest.mark.parametrize(
-    ("name", "constants", "message"),
+    ("name", "hyperparameters", "message"),
     [
-        ("hpt", {"gat": 1}, "method.gat=1: hpt has no such constant; did you mean gate?"),
-        ("sft", {"gamma": 1.0}, "sft has no such constant; available: normalizer, expert_weight"),
+        ("hpt", {"gat": 1}, "method.gat=1: hpt has no such hyperparameter; did you mean gate?"),
+        (
+            "sft",
+            {"gamma": 1.0},
+            "sft has no such hyperparameter; available: normalizer, expert_weight",
+        ),
         ("hpt", {"gate": "many"}, 'method.gate="many": input should be a valid number'),
         ("luffy", {"gamma": -1.0}, "method.gamma=-1.0: input should be greater than or equal to 0"),
         ("relift", {"buffer_size": 0}, "method.buffer_size=0: input should be greater than or"),
@@ -658,12 +662,12 @@ def test_a_trust_region_belongs_to_the_methods_that_use_it():
         ("trapo", {"prefix_boundary": "word"}, "input should be 'exact' or 'paragraph'"),
         ("trappo", {}, "method.name='trappo': no such method; did you mean trapo?"),
         ("no_such_module:Method", {}, "method.name=no_such_module:Method"),
-        ("trapo_jax.types:UserError", {}, "expected a Method, a subclass of Constants"),
+        ("trapo_jax.types:UserError", {}, "expected a Method, a subclass of Hyperparameters"),
     ],
 )
-def test_a_mistaken_constant_is_one_clear_line(name, constants, message):
+def test_a_mistaken_hyperparameter_is_one_clear_line(name, hyperparameters, message):
     with pytest.raises(UserError) as caught:
-        make_method(name, **constants)
+        make_method(name, **hyperparameters)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -690,8 +694,8 @@ def test_description_tells_formulas_weights_and_source(name):
         assert f"({term.normalizer})" in text
         if isinstance(term.weight, Schedule):
             assert term.weight.formula in text
-    for constant in method.constants:
-        assert f"  {constant} = " in text
+    for hyperparameter in method.hyperparameters:
+        assert f"  {hyperparameter} = " in text
     assert ("    paper: exact\n    reference: paragraph" in text) == (name in WITH_PRESETS)
 
 

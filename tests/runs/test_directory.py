@@ -128,9 +128,9 @@ def module_of(tmp_path, monkeypatch, name):
     """Writes a user module with a reward function and a method, and returns its path."""
     file = tmp_path / f"{name}.py"
     file.write_text(
-        "from trapo_jax.methods import Constants, make_method\n"
+        "from trapo_jax.methods import Hyperparameters, make_method\n"
         "def exact(response, problem): return response == problem.answer\n"
-        "class Half(Constants):\n"
+        "class Half(Hyperparameters):\n"
         "    def make(self): return make_method('grpo')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Builds engines for the embedded model, and computes their expected results."""
+"""Builds engines for the built-in model, and computes their expected results."""
 
 import numpy as np
 

@@ -19,15 +19,15 @@ def grid_of(study, name, *more):
 
 @pytest.mark.parametrize(("study", "name"), COMPARISONS)
 def test_every_trial_is_valid_and_all_methods_have_equally_many(study, name):
-    # The embedded model suffices to count settings; some studies' base models must first be trained.
-    embedded = ["model.path=card_shuffles_tiny", "data.source=card_shuffles"]
-    grid = grid_of(study, name, *embedded)
+    # The built-in model suffices to count settings; some studies' base models must first be trained.
+    built_in = ["model.path=card_shuffles_tiny", "data.source=card_shuffles"]
+    grid = grid_of(study, name, *built_in)
     trials = grid.trials()
     for found in trials.values():
         assert grid.tuning_runs(found, [0])  # loads the configs
     (num_trials,) = {len(found) for found in trials.values()}
     assert num_trials in (8, 16)
-    everything = grid_of(study, name, *embedded, "--trials", "1000").trials()
+    everything = grid_of(study, name, *built_in, "--trials", "1000").trials()
     assert {len(found) for found in everything.values()} == {144}
 
 

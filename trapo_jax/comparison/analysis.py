@@ -128,7 +128,7 @@ class MethodScores(NamedTuple):
     """Scores of a method on the test split, and statistics of its training.
 
     Attributes:
-      method, setting: the method and its tuned constants.
+      method, setting: the method and its tuned hyperparameters.
       by_seed: sampled accuracy, keyed by seed.
       num_failed: number of failed seeds; see `count_failed`.
       sampled, median, iqm: mean, median and interquartile mean of sampled accuracy over seeds.

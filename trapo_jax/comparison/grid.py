@@ -98,7 +98,7 @@ class Grid:
       methods: names of methods or variants.
       variants: methods with custom settings.
       sweeps: fields to tune.
-      num_trials: number of trials per method: one with the configured constants, the others with settings drawn at
+      num_trials: number of trials per method: one with the configured hyperparameters, the others with settings drawn at
         random from all of its sweeps; None for all settings.
       num_seeds: number of final runs per method.
       num_tuning_seeds: number of runs for each of the best quarter of the trials; the other trials have one.

@@ -23,7 +23,7 @@ from trapo_jax.config.schema import (
     ScoringConfig,
     StringList,
 )
-from trapo_jax.config.tasks import EMBEDDED_MODEL, FILES
+from trapo_jax.config.tasks import BUILT_IN_MODEL, FILES
 from trapo_jax.config.training import (
     Config,
     TaskConfig,
@@ -122,7 +122,7 @@ def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]
         saved = folder / CONFIG_FILE
         if saved.is_file():
             layers = [Layer(str(saved), _defaults_of_run(read_yaml(saved), given)), *layers]
-        elif path != EMBEDDED_MODEL and not given.get("data") and not folder.exists():
+        elif path != BUILT_IN_MODEL and not given.get("data") and not folder.exists():
             raise UserError(
                 f"model.path={path}: no such run{working_directory(folder)}{did_you_mean(path)}; to evaluate a model, set "
                 "data.test_files or data.source as well"

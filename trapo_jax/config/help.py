@@ -8,7 +8,7 @@ import yaml
 
 from trapo_jax.config.schema import MethodConfig
 from trapo_jax.config.tasks import TASKS
-from trapo_jax.methods import list_constants
+from trapo_jax.methods import list_hyperparameters
 
 USAGE = """\
 usage: python -m trapo_jax.{command} [--config FILE] [FIELD=VALUE ...]
@@ -49,14 +49,14 @@ def list_fields(section: type[pydantic.BaseModel], prefix: str = "") -> Iterator
                 f"{prefix}{name}", _type_name(field.annotation), default, field.description
             )
     if section is MethodConfig:
-        yield from _list_constants(prefix)
+        yield from _list_hyperparameters(prefix)
 
 
-def _list_constants(prefix: str) -> Iterator[FieldHelp]:
-    """Yields the constants of all methods. Each default lists the methods that have the constant."""
-    for constant in list_constants():
+def _list_hyperparameters(prefix: str) -> Iterator[FieldHelp]:
+    """Yields the hyperparameters of all methods. Each default lists the methods that have the hyperparameter."""
+    for hyperparameter in list_hyperparameters():
         by_default: dict[str, list[str]] = {}
-        for method, default in constant.defaults.items():
+        for method, default in hyperparameter.defaults.items():
             by_default.setdefault(_as_yaml(default), []).append(method)
         groups = sorted(by_default.items(), key=lambda group: len(group[1]))
         defaults = "; ".join(
@@ -64,7 +64,10 @@ def _list_constants(prefix: str) -> Iterator[FieldHelp]:
             for default, names in groups
         )
         yield FieldHelp(
-            f"{prefix}{constant.name}", _type_name(constant.annotation), defaults, constant.sentence
+            f"{prefix}{hyperparameter.name}",
+            _type_name(hyperparameter.annotation),
+            defaults,
+            hyperparameter.sentence,
         )
 
 

@@ -23,7 +23,7 @@ from trapo_jax.config.yaml_files import check_plain, parse_yaml, read_yaml, shor
 from trapo_jax.inputs.files import shown
 from trapo_jax.inputs.import_path import search_beside
 from trapo_jax.inputs.paths import find_config, look_up
-from trapo_jax.methods import constant_names
+from trapo_jax.methods import hyperparameter_names
 from trapo_jax.types import UserError
 
 C = TypeVar("C", bound=TaskConfig)
@@ -147,7 +147,7 @@ def merge_layers(layers: Sequence[Layer], overrides: Sequence[tuple[str, str]]) 
     for layer in layers:
         data = _merge(data, layer.data)
     values = [(name, _parse_scalar(name, text)) for name, text in overrides]
-    _drop_constants_of_another_method(data, dict(values).get("method.name"))
+    _drop_hyperparameters_of_another_method(data, dict(values).get("method.name"))
     for name, value in values:
         _set_field(data, name, value, layers)
     return data
@@ -229,13 +229,13 @@ def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _drop_constants_of_another_method(data: dict[str, Any], name: Any) -> None:
-    """Drops method constants from the file that the method set on the command line does not have."""
+def _drop_hyperparameters_of_another_method(data: dict[str, Any], name: Any) -> None:
+    """Drops method hyperparameters from the file that the method set on the command line does not have."""
     section = data.get("method")
     if not isinstance(section, dict) or not isinstance(name, str):
         return
     of_file = section.get("name", MethodConfig.model_fields["name"].default)
-    dropped = {*constant_names(of_file)} - {*constant_names(name)}
+    dropped = {*hyperparameter_names(of_file)} - {*hyperparameter_names(name)}
     data["method"] = {field: value for field, value in section.items() if field not in dropped}
 
 

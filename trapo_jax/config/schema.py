@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field
 
-from trapo_jax.methods import Method, make_method, read_constants
+from trapo_jax.methods import Method, make_method, read_hyperparameters
 from trapo_jax.types import UserError, find_by_source
 
 # The bounds keep values within the range of int32 and float32 and small enough to allocate; no real run is near them.
@@ -100,7 +100,7 @@ DATA_FILES = ("train_files", "validation_files", "test_files")  # the file lists
 
 class DataConfig(Section):
     source: Literal["card_shuffles", "gsm_symbolic", "files"] = "card_shuffles"
-    """Source of the problems: the embedded task, gsm_symbolic from reasoning-gym (requires the extra `tasks`), or files. The default is files if data.train_files is set or the model is not the embedded one."""
+    """Source of the problems: the built-in task, gsm_symbolic from reasoning-gym (requires the extra `tasks`), or files. The default is files if data.train_files is set or the model is not the built-in one."""
     seed: NotNegative = 0
     """Random seed for generated problems and held-out splits. It is independent of the run's seed, so runs with different seeds can be compared."""
     difficulty: Literal["late", "early"] = "late"
@@ -144,7 +144,7 @@ class DataConfig(Section):
 
 
 class MethodConfig(Section):
-    """The name of a method, and the method's constants as fields of this section."""
+    """The name of a method, and the method's hyperparameters as fields of this section."""
 
     model_config = pydantic.ConfigDict(extra="allow")
 
@@ -153,24 +153,27 @@ class MethodConfig(Section):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _fill_in_constants(cls, data: Any) -> Any:
+    def _fill_in_hyperparameters(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("name", ""), str):
             return data  # Field validation reports the mistake.
         name = data.get("name", cls.model_fields["name"].default)
         given = {field: value for field, value in data.items() if field != "name"}
         try:
-            constants = read_constants(name, given)
+            hyperparameters = read_hyperparameters(name, given)
         except UserError as error:
             raise ValueError(str(error)) from error
-        return {"name": name, **(constants.model_dump(mode="json") if constants else {})}
+        return {
+            "name": name,
+            **(hyperparameters.model_dump(mode="json") if hyperparameters else {}),
+        }
 
     def make(self) -> Method:
-        """Returns the method with these constants."""
-        return make_method(self.name, **self.constants)
+        """Returns the method with these hyperparameters."""
+        return make_method(self.name, **self.hyperparameters)
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """The constants of the method, including defaults; empty if the method has none."""
+    def hyperparameters(self) -> dict[str, Any]:
+        """The hyperparameters of the method, including defaults; empty if the method has none."""
         return dict(self.model_extra or {})
 
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 FILES = "files"
-EMBEDDED_MODEL = "card_shuffles_tiny"
+BUILT_IN_MODEL = "card_shuffles_tiny"
 
 # Defaults by section and field, keyed by `data.source`.
 TASKS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "card_shuffles": {
-        "model": {"path": EMBEDDED_MODEL},
+        "model": {"path": BUILT_IN_MODEL},
         "data": {
             "num_train": 128,
             "num_validation": 256,

@@ -31,7 +31,7 @@ from trapo_jax.config.schema import (
     Section,
     TrainConfig,
 )
-from trapo_jax.config.tasks import EMBEDDED_MODEL, FILES, TASKS
+from trapo_jax.config.tasks import BUILT_IN_MODEL, FILES, TASKS
 from trapo_jax.types import UserError
 
 
@@ -65,9 +65,9 @@ class TaskConfig(Section):
 
     @classmethod
     def _default_source(cls, data: Mapping[str, Any], model: Mapping[str, Any] | None) -> str:
-        """Returns the default of `data.source`. The embedded task is the default only for the embedded model."""
-        is_embedded = (model or {}).get("path") in (None, "", EMBEDDED_MODEL)
-        return FILES if data.get("train_files") or not is_embedded else "card_shuffles"
+        """Returns the default of `data.source`. The built-in task is the default only for the built-in model."""
+        is_built_in = (model or {}).get("path") in (None, "", BUILT_IN_MODEL)
+        return FILES if data.get("train_files") or not is_built_in else "card_shuffles"
 
     @property
     def longest_rollout_len(self) -> int:

@@ -1,4 +1,4 @@
-"""Generates card shuffles, the embedded task.
+"""Generates card shuffles, the built-in task.
 
 A prompt has K distinct operations and five distinct digits; the answer is the digits after all operations::
 

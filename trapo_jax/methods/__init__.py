@@ -1,19 +1,19 @@
 """The family of methods as data: guidance, selection, and the terms of the objective.
 
 `make_method(name)` builds a method from `METHODS`. To define your own, build a `Method` or write a subclass of
-`Constants`, and pass it to `trapo_jax.train.train` or set `method.name` to its import path.
+`Hyperparameters`, and pass it to `trapo_jax.train.train` or set `method.name` to its import path.
 """
 
-from trapo_jax.methods.constants import Constants
 from trapo_jax.methods.describe import describe, fingerprint
 from trapo_jax.methods.family import METHODS
 from trapo_jax.methods.guidance import ALWAYS, NEVER
+from trapo_jax.methods.hyperparameters import Hyperparameters
 from trapo_jax.methods.make import (
-    constant_names,
     find_method,
-    list_constants,
+    hyperparameter_names,
+    list_hyperparameters,
     make_method,
-    read_constants,
+    read_hyperparameters,
 )
 from trapo_jax.methods.method import Method, Normalizer, Schedule, Stage, Term, TokenInputs
 from trapo_jax.methods.micro_grouped import PRESETS, Preset
@@ -24,7 +24,7 @@ __all__ = [
     "METHODS",
     "NEVER",
     "PRESETS",
-    "Constants",
+    "Hyperparameters",
     "Method",
     "Normalizer",
     "Preset",
@@ -35,13 +35,13 @@ __all__ = [
     "Term",
     "TokenInputs",
     "Update",
-    "constant_names",
     "describe",
     "expert_row",
     "find_method",
     "fingerprint",
-    "list_constants",
+    "hyperparameter_names",
+    "list_hyperparameters",
     "make_method",
-    "read_constants",
+    "read_hyperparameters",
     "train_all",
 ]

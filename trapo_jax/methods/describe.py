@@ -21,7 +21,7 @@ DENOMINATORS: dict[Normalizer, str] = {
 
 
 def describe(method: Method) -> str:
-    """Returns text with the resolved formulas, weights, normalizers, guidance, constants, and source."""
+    """Returns text with the resolved formulas, weights, normalizers, guidance, hyperparameters, and source."""
     lines = [f"{method.name}: {method.source}", "", "objective: the sum of"]
     for term in method.terms:
         lines += _describe_term(term)
@@ -46,11 +46,11 @@ def describe(method: Method) -> str:
         lines += [f"  {_describe_stage(stage)}" for stage in method.stages]
     if method.notes:
         lines += ["", *(f"note: {note}" for note in method.notes)]
-    lines += ["", *_table("constants (method.NAME=VALUE)", method.constants)]
+    lines += ["", *_table("hyperparameters (method.NAME=VALUE)", method.hyperparameters)]
     lines += _table("published settings, not set by the method", method.published)
     if len(method.optimizers) > 1:
         lines.append(f"optimizer states: {', '.join(method.optimizers)}")
-    if "preset" in method.constants:
+    if "preset" in method.hyperparameters:
         lines += ["", *_preset_differences()]
     return "\n".join(lines)
 
@@ -99,22 +99,22 @@ def _short(value: Any) -> str:
 
 def _preset_differences() -> list[str]:
     lines = ["presets (method.preset)"]
-    for constant in ("micro_groups", "prefix_boundary", "second_expert_last"):
-        lines.append(f"  {constant}")
-        lines += [f"    {p}: {_short(getattr(v, constant))}" for p, v in PRESETS.items()]
+    for hyperparameter in ("micro_groups", "prefix_boundary", "second_expert_last"):
+        lines.append(f"  {hyperparameter}")
+        lines += [f"    {p}: {_short(getattr(v, hyperparameter))}" for p, v in PRESETS.items()]
     return lines
 
 
 def fingerprint(method: Method) -> dict[str, Any]:
     """Returns JSON-serializable data that identifies a built-in or user-defined method.
 
-    Two methods with the same fingerprint have the same name, constants, guidance, selection, and terms. Functions are
+    Two methods with the same fingerprint have the same name, hyperparameters, guidance, selection, and terms. Functions are
     compared by qualified name and bound arguments, and schedules by their formulas.
     """
     return {
         "name": method.name,
         "source": method.source,
-        "constants": {name: _plain(value) for name, value in method.constants.items()},
+        "hyperparameters": {name: _plain(value) for name, value in method.hyperparameters.items()},
         "micro_groups": [list(dataclasses.astuple(group)) for group in method.micro_groups],
         "vary": _qualified_name(method.vary),
         "prefix_boundary": method.prefix_boundary,

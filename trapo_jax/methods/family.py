@@ -1,4 +1,4 @@
-"""The family of methods: every method is a class of constants that builds a `Method`; `METHODS` maps names to classes.
+"""The family of methods: every method is a class of hyperparameters that builds a `Method`; `METHODS` maps names to classes.
 
 If a method's source code was consulted, its class docstring names the file. The other methods follow the project's
 design document, which was not checked against the source. Published settings that belong to other sections of the
@@ -17,15 +17,15 @@ from collections.abc import Mapping
 from functools import partial
 
 from trapo_jax.methods import selection, terms
-from trapo_jax.methods.constants import (
-    Constants,
-    Count,
-    ExpertConstants,
-    PolicyGradientConstants,
-)
 from trapo_jax.methods.guidance import (
     unguided,
     whole_expert,
+)
+from trapo_jax.methods.hyperparameters import (
+    Count,
+    ExpertHyperparameters,
+    Hyperparameters,
+    PolicyGradientHyperparameters,
 )
 from trapo_jax.methods.method import Method
 from trapo_jax.methods.micro_grouped import (
@@ -39,7 +39,7 @@ from trapo_jax.methods.mixed import Hpt, Luffy, Relift, RlPlusSft, Srft
 from trapo_jax.methods.scheduled import Chord, ChordPhi, PrefixRft, SftThenGrpo, Uft
 
 
-class Sft(ExpertConstants):
+class Sft(ExpertHyperparameters):
     """Supervised fine-tuning on expert solutions; nothing is sampled."""
 
     def make(self) -> Method:
@@ -52,7 +52,7 @@ class Sft(ExpertConstants):
         )
 
 
-class Grpo(PolicyGradientConstants):
+class Grpo(PolicyGradientHyperparameters):
     """GRPO as in the TRAPO paper's comparison: the same train step without guidance."""
 
     num_rollouts: Count = 8
@@ -73,7 +73,7 @@ class Grpo(PolicyGradientConstants):
         )
 
 
-METHODS: Mapping[str, type[Constants]] = {
+METHODS: Mapping[str, type[Hyperparameters]] = {
     "trapo": Trapo,
     "trapo_plus": TrapoPlus,
     "grpo": Grpo,

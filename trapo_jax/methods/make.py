@@ -1,4 +1,4 @@
-"""Builds a method from its name or import path and its constants."""
+"""Builds a method from its name or import path and its hyperparameters."""
 
 import dataclasses
 import difflib
@@ -8,47 +8,47 @@ from typing import Any, NamedTuple
 import pydantic
 
 from trapo_jax.inputs.import_path import import_object, suggest
-from trapo_jax.methods.constants import Constants
 from trapo_jax.methods.family import METHODS
+from trapo_jax.methods.hyperparameters import Hyperparameters
 from trapo_jax.methods.method import Method
 from trapo_jax.types import UserError
 
 
-def make_method(name: str, **constants: Any) -> Method:
+def make_method(name: str, **hyperparameters: Any) -> Method:
     """Builds a method.
 
     Args:
-      name: a key of `METHODS`, or the import path `package.module:name` of a subclass of `Constants`, of a `Method`, or
+      name: a key of `METHODS`, or the import path `package.module:name` of a subclass of `Hyperparameters`, of a `Method`, or
         of a function without arguments that returns a `Method`.
-      **constants: values that differ from the method's defaults.
+      **hyperparameters: values that differ from the method's defaults.
 
     Raises:
-      UserError: if the name or a constant is unknown, or a value is out of range.
+      UserError: if the name or a hyperparameter is unknown, or a value is out of range.
     """
-    values = read_constants(name, constants)
+    values = read_hyperparameters(name, hyperparameters)
     if values is not None:
         method = values.make()
-        return dataclasses.replace(method, name=name, constants=values.resolved())
+        return dataclasses.replace(method, name=name, hyperparameters=values.resolved())
     found = import_object(name, "method.name")
     method = found() if callable(found) else found
     if not isinstance(method, Method):
         raise UserError(
-            f"method.name={name}: expected a Method, a subclass of Constants, or a function that returns a Method; "
+            f"method.name={name}: expected a Method, a subclass of Hyperparameters, or a function that returns a Method; "
             f"got a {type(method).__name__}"
         )
     return method
 
 
-def read_constants(name: str, given: dict[str, Any]) -> Constants | None:
-    """Returns the validated constants of a method, or None for a user-defined method without constants.
+def read_hyperparameters(name: str, given: dict[str, Any]) -> Hyperparameters | None:
+    """Returns the validated hyperparameters of a method, or None for a user-defined method without hyperparameters.
 
     Raises:
-      UserError: if constants are unknown or invalid, with one line per mistake.
+      UserError: if hyperparameters are unknown or invalid, with one line per mistake.
     """
     found = find_method(name)
-    if not (isinstance(found, type) and issubclass(found, Constants)):
+    if not (isinstance(found, type) and issubclass(found, Hyperparameters)):
         if given:
-            raise UserError(f"method.{next(iter(given))}: {name} has no constants")
+            raise UserError(f"method.{next(iter(given))}: {name} has no hyperparameters")
         return None
     try:
         # Strict JSON mode rejects "3" for 3 and true for 1, but accepts lists as tuples, since YAML has none.
@@ -61,21 +61,21 @@ def read_constants(name: str, given: dict[str, Any]) -> Constants | None:
         raise UserError(*lines) from error
 
 
-def constant_names(name: Any) -> list[str]:
-    """Returns the names of a method's constants; [] for an unknown method or one without constants."""
+def hyperparameter_names(name: Any) -> list[str]:
+    """Returns the names of a method's hyperparameters; [] for an unknown method or one without hyperparameters."""
     if not isinstance(name, str):
         return []
     found = find_method(name) if ":" in name else METHODS.get(name)
-    if isinstance(found, type) and issubclass(found, Constants):
+    if isinstance(found, type) and issubclass(found, Hyperparameters):
         return list(found.model_fields)
     return []
 
 
-class ConstantHelp(NamedTuple):
-    """A constant of one or more methods.
+class HyperparameterHelp(NamedTuple):
+    """A hyperparameter of one or more methods.
 
     Attributes:
-      name: the constant's name.
+      name: the hyperparameter's name.
       annotation: its type.
       sentence: its help text.
       defaults: its default value in each method that has it.
@@ -87,14 +87,14 @@ class ConstantHelp(NamedTuple):
     defaults: dict[str, Any]
 
 
-def list_constants() -> list[ConstantHelp]:
-    """Returns the constants of all methods of the family."""
-    constants: dict[str, ConstantHelp] = {}
+def list_hyperparameters() -> list[HyperparameterHelp]:
+    """Returns the hyperparameters of all methods of the family."""
+    hyperparameters: dict[str, HyperparameterHelp] = {}
     for method, kind in METHODS.items():
         for name, field in kind.model_fields.items():
-            new = ConstantHelp(name, field.annotation, field.description, {})
-            constants.setdefault(name, new).defaults[method] = field.default
-    return list(constants.values())
+            new = HyperparameterHelp(name, field.annotation, field.description, {})
+            hyperparameters.setdefault(name, new).defaults[method] = field.default
+    return list(hyperparameters.values())
 
 
 def find_method(name: str) -> Any:
@@ -116,5 +116,5 @@ def _explain(method: str, names: list[str], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(field, names, n=1)
         known = f"did you mean {close[0]}?" if close else f"available: {', '.join(names) or 'none'}"
-        return f"method.{field}={value}: {method} has no such constant; {known}"
+        return f"method.{field}={value}: {method} has no such hyperparameter; {known}"
     return f"method.{field}={value}: {error['msg'][0].lower()}{error['msg'][1:]}"

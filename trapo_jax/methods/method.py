@@ -123,7 +123,7 @@ class Method:
       depends_on_length: whether guidance, selection, or weights depend on the length of the run.
       alpha: trust-region bound used by the metrics.
       clip_low, clip_high: bounds on the policy ratio used by the metrics.
-      constants: the method's resolved constants, keyed by name.
+      hyperparameters: the method's resolved hyperparameters, keyed by name.
       published: the source's settings that belong to other sections of the config.
       notes: additional information about the formulas, one sentence each.
     """
@@ -148,7 +148,7 @@ class Method:
     alpha: float = 0.1
     clip_low: float | None = None
     clip_high: float | None = None
-    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
 

@@ -10,14 +10,14 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from trapo_jax.methods import selection, terms
-from trapo_jax.methods.constants import (
+from trapo_jax.methods.guidance import NEVER
+from trapo_jax.methods.hyperparameters import (
     Count,
-    ExpertConstants,
-    PolicyGradientConstants,
+    ExpertHyperparameters,
+    PolicyGradientHyperparameters,
     Share,
     Weight,
 )
-from trapo_jax.methods.guidance import NEVER
 from trapo_jax.methods.method import Method, Term
 from trapo_jax.types import MicroGroup, PrefixBoundary
 
@@ -53,11 +53,11 @@ PRESETS: dict[Preset, PresetValues] = {
 }
 
 
-class MicroGrouped(PolicyGradientConstants):
+class MicroGrouped(PolicyGradientHyperparameters):
     """Base class of methods with TRAPO's micro-groups, with or without a loss on expert tokens."""
 
     preset: Preset = "paper"
-    """Guidance of the paper or of the released code; the three constants below override parts of it."""
+    """Guidance of the paper or of the released code; the three hyperparameters below override parts of it."""
     micro_groups: Annotated[MicroGroupTable, Field(min_length=1)] | None = None
     """[size, ratio, threshold] of each micro-group, in order; null uses the preset's value."""
     prefix_boundary: PrefixBoundary | None = None
@@ -67,10 +67,10 @@ class MicroGrouped(PolicyGradientConstants):
 
     def resolved(self) -> dict[str, Any]:
         preset = PRESETS[self.preset]
-        constants = super().resolved()
+        hyperparameters = super().resolved()
         return {
             name: getattr(preset, name) if value is None and name in PresetValues._fields else value
-            for name, value in constants.items()
+            for name, value in hyperparameters.items()
         }
 
     def expert_terms(self) -> tuple[Term, ...]:
@@ -80,15 +80,15 @@ class MicroGrouped(PolicyGradientConstants):
     source: ClassVar[str]
 
     def make(self) -> Method:
-        constants = self.resolved()
+        hyperparameters = self.resolved()
         expert_terms = self.expert_terms()
         carriers = selection.first_of_each_prefix if expert_terms else selection.no_prefix
         advantages = self.advantages(selection.advantages_over_group)
         return Method(
             name="",
-            micro_groups=tuple(MicroGroup(*row) for row in constants["micro_groups"]),
-            prefix_boundary=constants["prefix_boundary"],
-            second_expert_last=constants["second_expert_last"],
+            micro_groups=tuple(MicroGroup(*row) for row in hyperparameters["micro_groups"]),
+            prefix_boundary=hyperparameters["prefix_boundary"],
+            second_expert_last=hyperparameters["second_expert_last"],
             select=self.selecting(
                 partial(selection.train_all, advantages=advantages, carriers=carriers)
             ),
@@ -105,7 +105,7 @@ class MicroGroupGrpo(MicroGrouped):
     source = "micro-groups alone, an ablation of arXiv 2512.17636, Table 2"
 
 
-class MicroGroupSft(MicroGrouped, ExpertConstants):
+class MicroGroupSft(MicroGrouped, ExpertHyperparameters):
     """TRAPO's guidance with plain cross-entropy on expert tokens."""
 
     source = "micro-groups and plain SFT loss, an ablation of arXiv 2512.17636, Table 2"
@@ -115,7 +115,7 @@ class MicroGroupSft(MicroGrouped, ExpertConstants):
         return (terms.cross_entropy(self.expert_weight, normalizer),)
 
 
-class MicroGroupLuffy(MicroGrouped, ExpertConstants):
+class MicroGroupLuffy(MicroGrouped, ExpertHyperparameters):
     """TRAPO's guidance with LUFFY's loss on expert tokens, weighted by the advantage of the row that trains them."""
 
     source = "micro-groups and LUFFY's loss, an ablation of arXiv 2512.17636, Table 2"
@@ -128,7 +128,7 @@ class MicroGroupLuffy(MicroGrouped, ExpertConstants):
         return (terms.shaped_policy_gradient(self.gamma, self.expert_weight, normalizer),)
 
 
-class Trapo(MicroGrouped, ExpertConstants):
+class Trapo(MicroGrouped, ExpertHyperparameters):
     """TRAPO: micro-groups, and TrSFT on expert tokens (Sections 3.1 to 3.3, Table 5)."""
 
     source = "TRAPO, arXiv 2512.17636"
@@ -144,7 +144,7 @@ class Trapo(MicroGrouped, ExpertConstants):
         return {**super().method_fields(), "alpha": self.alpha}
 
 
-class TrapoPlus(PolicyGradientConstants, ExpertConstants):
+class TrapoPlus(PolicyGradientHyperparameters, ExpertHyperparameters):
     """A variant of TRAPO that uses either the whole expert solution or none of it, and skips rows without a gradient.
 
     A group has `num_rollouts` unguided rollouts. If their mean reward is below `threshold`, the whole expert solution

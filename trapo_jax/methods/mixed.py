@@ -3,22 +3,22 @@
 from functools import partial
 
 from trapo_jax.methods import selection, terms
-from trapo_jax.methods.constants import (
-    MICRO_BATCH_NOTE,
-    Count,
-    MicroBatchedSftConstants,
-    MixedConstants,
-    Positive,
-    Weight,
-)
 from trapo_jax.methods.guidance import (
     rollouts_and_expert,
     unguided,
 )
+from trapo_jax.methods.hyperparameters import (
+    MICRO_BATCH_NOTE,
+    Count,
+    MicroBatchedSftHyperparameters,
+    MixedHyperparameters,
+    Positive,
+    Weight,
+)
 from trapo_jax.methods.method import Method
 
 
-class Luffy(MixedConstants):
+class Luffy(MixedHyperparameters):
     """LUFFY: the expert solution is an additional rollout of the group, with a shaped policy gradient.
 
     As in `mix_src/mix_core_alg.py` of the released code, there is no clipping, sums are divided by a constant, and
@@ -51,7 +51,7 @@ class Luffy(MixedConstants):
         )
 
 
-class RlPlusSft(MicroBatchedSftConstants):
+class RlPlusSft(MicroBatchedSftHyperparameters):
     """RL with an SFT loss, a baseline of the LUFFY paper. The mean reward excludes the expert solution."""
 
     num_rollouts: Count = 7
@@ -79,7 +79,7 @@ class RlPlusSft(MicroBatchedSftConstants):
         )
 
 
-class Relift(MixedConstants):
+class Relift(MixedHyperparameters):
     """ReLIFT: RL, with SFT updates on buffered problems that no rollout solved.
 
     As in `relift/trainer.py` of the released code, the SFT update follows the RL update of the step, trains the newest
@@ -129,7 +129,7 @@ class Relift(MixedConstants):
         )
 
 
-class Hpt(MicroBatchedSftConstants):
+class Hpt(MicroBatchedSftHyperparameters):
     """HPT: trains on expert solutions of problems that the policy cannot solve, and uses RL for all others.
 
     In `mix_trainer.py` of the released code (`select_on_off_ada_balance`, `unify_strategy=switch`), the gate is 0 for
@@ -170,7 +170,7 @@ class Hpt(MicroBatchedSftConstants):
         )
 
 
-class Srft(MicroBatchedSftConstants):
+class Srft(MicroBatchedSftHyperparameters):
     """SRFT: SFT and RL in one step, each weighted by the policy's mean entropy over the row, as ported by HPT.
 
     Follows `mix_core_algos.py` (`compute_token_on_off_policy_srft_loss`, `srft_type="paper"`), except that

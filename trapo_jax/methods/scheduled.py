@@ -6,7 +6,6 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from trapo_jax.methods import selection, terms
-from trapo_jax.methods.constants import Count, LearningRate, MixedConstants, Share, Weight
 from trapo_jax.methods.guidance import (
     ALWAYS,
     BinomialHints,
@@ -15,11 +14,18 @@ from trapo_jax.methods.guidance import (
     expert_in_first_stage,
     unguided,
 )
+from trapo_jax.methods.hyperparameters import (
+    Count,
+    LearningRate,
+    MixedHyperparameters,
+    Share,
+    Weight,
+)
 from trapo_jax.methods.method import Method, Schedule, Stage, Term
 from trapo_jax.types import MicroGroup, Moment
 
 
-class SftThenGrpo(MixedConstants):
+class SftThenGrpo(MixedHyperparameters):
     """SFT, then GRPO, as two stages with separate optimizer states and learning-rate schedules.
 
     SFT ends when the first of `sft_share`, `sft_steps`, and `sft_patience` is reached. GRPO uses the schedule in the
@@ -77,8 +83,8 @@ class SftThenGrpo(MixedConstants):
         )
 
 
-class ChordConstants(MixedConstants):
-    """Constants shared by both variants of CHORD."""
+class ChordHyperparameters(MixedHyperparameters):
+    """Hyperparameters shared by both variants of CHORD."""
 
     clip_low: Share | None = 0.2
     """Clips the ratio of the new to the old policy below 1 - clip_low; null for no bound."""
@@ -111,7 +117,7 @@ class ChordConstants(MixedConstants):
         )
 
 
-class Chord(ChordConstants):
+class Chord(ChordHyperparameters):
     """CHORD-mu: clipped GRPO plus SFT on a separate expert batch, with an SFT weight mu that decreases during the run.
 
     Follows `chord_policy_loss.py` of Trinity-RFT; mu depends on the step.
@@ -136,7 +142,7 @@ class Chord(ChordConstants):
         return self.make_chord("CHORD-mu", cross_entropy, rest)
 
 
-class ChordPhi(ChordConstants):
+class ChordPhi(ChordHyperparameters):
     """CHORD-phi: like CHORD-mu, but with a constant mu and token weights p (1 - p) in SFT."""
 
     mu: Share = 0.1
@@ -164,7 +170,7 @@ class Mu(NamedTuple):
         return cosine(decayed, start=self.peak, end=self.valley)
 
 
-class Uft(MixedConstants):
+class Uft(MixedHyperparameters):
     """UFT: all rollouts of a problem start from a hint that shortens during the run and is trained with a small weight.
 
     As in `rl_dataset.py`, `dp_actor.py`, and `run.py` of the released code, q decreases from 0.95 to 0.05 over 300
@@ -222,7 +228,7 @@ class Uft(MixedConstants):
         )
 
 
-class PrefixRft(MixedConstants):
+class PrefixRft(MixedHyperparameters):
     """Prefix-RFT: one rollout per group starts from a prefix and has a policy gradient on its high-entropy tokens.
 
     This implementation follows secondary descriptions only. They disagree on whether the prefix ratio is the cosine

@@ -192,7 +192,7 @@ def _changes(
     changes: Changes = {}
     refused: Changes = {}
     reason = ""
-    # The method comes first: if it differs, so do its constants, but the error should name only the method.
+    # The method comes first: if it differs, so do its hyperparameters, but the error should name only the method.
     fields = sorted({*saved, *current} - {"output_dir"}, key=lambda x: (x != METHOD_NAME, x))
     for field in fields:
         old, new = saved.get(field, ABSENT), current.get(field, ABSENT)
@@ -204,7 +204,7 @@ def _changes(
             reason = f"; {dependent} depends on the length of the run"
         may_change = is_changeable(field) or (is_length and not dependent)
         (changes if may_change else refused)[field] = (old, new)
-    if METHOD_NAME in refused:  # Listing the other method's constants would add nothing.
+    if METHOD_NAME in refused:  # Listing the other method's hyperparameters would add nothing.
         refused = {f: v for f, v in refused.items() if f == METHOD_NAME or "method." not in f}
     if refused:
         raise UserError(_refusal(folder, refused, reason))

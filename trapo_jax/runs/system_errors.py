@@ -25,7 +25,7 @@ EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE,
 
 OUTPUT = "standard output"  # Name of standard output in error messages.
 PLATFORMS = "JAX_PLATFORMS"
-MIN_ADDRESS_SPACE = 13 * 2**28  # In bytes. With less, XLA aborts even for the embedded model.
+MIN_ADDRESS_SPACE = 13 * 2**28  # In bytes. With less, XLA aborts even for the built-in model.
 MIN_DESCRIPTORS = 40  # Enough file descriptors to save checkpoints and start grading processes.
 
 _AGAIN = "run the same command again"

@@ -1,7 +1,7 @@
-"""Defines the constants of methods as typed, validated, documented fields that several methods can share.
+"""Defines the hyperparameters of methods as typed, validated, documented fields that several methods can share.
 
-Every method is a frozen pydantic model whose fields are its constants and whose `make` builds the `Method`. The fields
-are the single source of truth for the constants' names, defaults, ranges, and help texts.
+Every method is a frozen pydantic model whose fields are its hyperparameters and whose `make` builds the `Method`. The fields
+are the single source of truth for the hyperparameters' names, defaults, ranges, and help texts.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ LearningRate = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
 
 
-class Constants(pydantic.BaseModel):
-    """The constants of a method.
+class Hyperparameters(pydantic.BaseModel):
+    """The hyperparameters of a method.
 
     To write your own method, define a subclass with fields that have defaults and docstrings, and implement `make`.
     """
@@ -35,16 +35,16 @@ class Constants(pydantic.BaseModel):
     )
 
     def make(self) -> Method:
-        """Returns the method with these constants."""
+        """Returns the method with these hyperparameters."""
         raise NotImplementedError(f"{type(self).__name__} must implement make")
 
     def resolved(self) -> dict[str, Any]:
-        """Returns the constants, keyed by name, with values derived from other constants filled in."""
+        """Returns the hyperparameters, keyed by name, with values derived from other hyperparameters filled in."""
         return {name: getattr(self, name) for name in type(self).model_fields}
 
 
-class NormalizedConstants(Constants):
-    """Constants of methods with a configurable normalizer of token losses."""
+class NormalizedHyperparameters(Hyperparameters):
+    """Hyperparameters of methods with a configurable normalizer of token losses."""
 
     normalizer: Normalizer | None = None
     """Denominator for the sum of token losses; null selects each term's default normalizer."""
@@ -54,15 +54,15 @@ class NormalizedConstants(Constants):
         return self.normalizer or default
 
 
-class ExpertConstants(NormalizedConstants):
-    """Constants of methods with a loss on expert tokens."""
+class ExpertHyperparameters(NormalizedHyperparameters):
+    """Hyperparameters of methods with a loss on expert tokens."""
 
     expert_weight: Weight = 1.0
     """Weight of the loss on expert tokens."""
 
 
-class PolicyGradientConstants(NormalizedConstants):
-    """Constants of methods with a policy gradient on completion tokens."""
+class PolicyGradientHyperparameters(NormalizedHyperparameters):
+    """Hyperparameters of methods with a policy gradient on completion tokens."""
 
     clip_low: Share | None = None
     """Clips the ratio of the new to the old policy below 1 - clip_low; null for no bound."""
@@ -112,7 +112,7 @@ class PolicyGradientConstants(NormalizedConstants):
         return tuple(regularizers)
 
     def method_fields(self) -> dict[str, Any]:
-        """Returns the fields of `Method` that are derived from these constants."""
+        """Returns the fields of `Method` that are derived from these hyperparameters."""
         return {
             "clip_low": self.clip_low,
             "clip_high": self.clip_high,
@@ -120,12 +120,12 @@ class PolicyGradientConstants(NormalizedConstants):
         }
 
 
-class MixedConstants(PolicyGradientConstants, ExpertConstants):
-    """Constants of methods that learn from both completions and expert tokens."""
+class MixedHyperparameters(PolicyGradientHyperparameters, ExpertHyperparameters):
+    """Hyperparameters of methods that learn from both completions and expert tokens."""
 
 
-class MicroBatchedSftConstants(MixedConstants):
-    """Constants of methods whose released code adds the mean SFT loss of every micro-batch.
+class MicroBatchedSftHyperparameters(MixedHyperparameters):
+    """Hyperparameters of methods whose released code adds the mean SFT loss of every micro-batch.
 
     That code does not divide the policy gradient by the number of rows: for each micro-batch it adds
     `sum(-A * rho) / L + mean(-log p)`, and the sum over micro-batches is the loss. Here, that sum is divided by the
