@@ -11,12 +11,12 @@
 # ---
 
 # %% [markdown]
-# # Mode seeking: what a student too small for its expert learns
+# # Mode seeking: what a student learns from an expert that it cannot represent
 #
-# The pilot study of TRAPO (arXiv 2512.17636, Section 3.2), in two parts. A mixture of two Gaussians learns from an
-# expert that is a mixture of three, by cross-entropy (forward KL), by TrSFT with several alpha, and by reverse KL.
-# Then a table of 12 probabilities, which could copy its expert exactly, is trained with TrSFT and compared with the
-# optimum that Proposition 1 predicts.
+# This notebook follows the pilot study of TRAPO (arXiv 2512.17636, Section 3.2) and has two parts. First, a mixture
+# of two Gaussians learns from an expert that is a mixture of three Gaussians, with cross-entropy (forward KL), with
+# TrSFT for several values of alpha, and with reverse KL. Then a distribution over 12 classes, which could represent
+# its expert exactly, is trained with TrSFT and compared with the optimum that Proposition 1 predicts.
 
 # %%
 import jax
@@ -33,7 +33,7 @@ from trapo_jax.losses import (
     unit_attenuation,
 )
 
-# Okabe and Ito's palette: told apart with every kind of colour vision.
+# The palette of Okabe and Ito, whose colors can be told apart with any kind of color vision.
 BLACK, SKY, GREEN = "#000000", "#56B4E9", "#009E73"
 BLUE, RED, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#BBBBBB"
 plt.rcParams.update(
@@ -53,10 +53,11 @@ plt.rcParams.update(
 # %% [markdown]
 # ## Expert and student
 #
-# The line from -8 to 8 is cut into 64 bins of width 0.25; a policy gives each bin a probability, as a language
-# model gives one to each token, so that alpha has the same meaning. The expert's largest bin probability is
-# printed below: an alpha above it puts every bin outside the trust region. The *void* is where the expert gives
-# less than 1 % of its largest probability.
+# The interval from -8 to 8 is divided into 64 bins of width 0.25. A policy assigns a probability to each bin, just as
+# a language model assigns a probability to each token, so alpha has the same meaning as for a language model. The
+# expert's largest bin probability is printed below. With an alpha above this value, every bin would be outside the
+# trust region of a student that equals the expert. The *void* consists of the bins to which the expert assigns less
+# than 1% of its largest bin probability.
 
 # %%
 EDGES = jnp.linspace(-8, 8, 65)
@@ -65,7 +66,7 @@ WIDTH = EDGES[1] - EDGES[0]
 
 
 def mixture(weights, means, deviations):
-    """Probability of each bin under a mixture of Gaussians."""
+    """Returns the probability of each bin under a mixture of Gaussians."""
     mass = jnp.diff(ndtr((EDGES[:, None] - means) / deviations), axis=0) @ weights
     return mass / mass.sum()
 
@@ -87,12 +88,14 @@ print(f"void: {void.sum()} of {void.size} bins, {expert[void].sum():.2%} of the 
 # %% [markdown]
 # ## Training
 #
-# Expected losses, without sampling noise: the same start, Adam and 4,000 steps for all. The forward losses weight
-# a loss of `log q` by the expert's probabilities. The reverse KL weights by the student's own and needs the
-# expert's probabilities, which text from an expert does not have.
+# The losses are exact expectations, without sampling noise. All students start from the same parameters and are
+# trained for 4,000 steps with Adam. The forward losses are expected values under the expert's distribution of a loss
+# that depends on `log q`, where `q` is the student's probability. The reverse KL is an expected value under the
+# student's own distribution. It needs the expert's probabilities, which are not available if there is only text from
+# the expert.
 
 # %%
-TINY = 1e-30  # keeps a logarithm of an underflown probability finite
+TINY = 1e-30  # keeps the logarithm finite if a probability underflows
 
 
 def expected(loss):
@@ -111,7 +114,7 @@ def reverse_kl(q):
     return jnp.sum(q * (jnp.log(q + TINY) - jnp.log(expert + TINY)))
 
 
-# name -> (loss of the student's bin probabilities, colour, line style)
+# name -> (loss of the student's bin probabilities, color, line style)
 METHODS = {
     "forward KL (SFT)": (expected(cross_entropy), BLACK, "-"),
     "TrSFT, alpha = 0.003": (trsft(0.003), SKY, "--"),
@@ -123,7 +126,7 @@ NUM_STEPS = 4000
 
 
 def train(loss):
-    """The student's bin probabilities before each step and after the last, `[steps + 1, bins]`."""
+    """Returns the final parameters, and the bin probabilities before each step and after the last one."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.03, NUM_STEPS))
 
     def step(carry, _):
@@ -187,11 +190,12 @@ axes.legend(loc="lower left")
 plt.show()
 
 # %% [markdown]
-# ## Proposition 1 on a table of probabilities
+# ## Proposition 1 for distributions over 12 classes
 #
-# Experts over 12 classes, students with 12 free logits, from the uniform policy. `trsft_optimum` says which classes
-# are pruned and what the others get. Adam reaches it; plain gradient descent can take very long, because a class
-# that has been pushed to a tiny p has a tiny gradient on the way back.
+# The experts are random distributions over 12 classes. The students have 12 free logits and start from the uniform
+# distribution. `trsft_optimum` computes which classes are pruned and which probabilities the other classes have at
+# the optimum. Adam reaches this optimum. Plain gradient descent can take very long, because a class whose probability
+# has become tiny also has a tiny gradient, so it recovers slowly.
 
 # %%
 ALPHAS = (0.05, 0.1, 0.3)
@@ -253,13 +257,15 @@ figure.suptitle(
 plt.show()
 
 # %% [markdown]
-# ## What was seen
+# ## Findings
 #
-# - Forward KL spends one component on two modes and leaves 10.25 % of its mass in the void. TrSFT with
-#   alpha = 0.01 drops the weakest mode, as reverse KL does (components of 0.591 and 0.409 against 0.588 and 0.412),
-#   and leaves 0.16 % there. Its loss needs samples of the expert; reverse KL needs the expert's probabilities.
-# - The choice of alpha matters. With 0.003 the result cannot be told from forward KL. With 0.1, above the
-#   expert's largest bin probability of 0.081, one component takes 99.6 % of the mass and is narrower than the
-#   expert's mode (standard deviation 0.39 against 0.6).
-# - On tables of 12 probabilities, training reached the optimum of Proposition 1 for all 24 experts and each
-#   alpha, up to a total variation below 1e-5, with up to 64.2 % of an expert's mass pruned.
+# - Forward KL uses one component for two modes and leaves 10.25% of the student's probability mass in the void. TrSFT
+#   with alpha = 0.01 drops the weakest mode, as reverse KL does (the components have weights of 0.591 and 0.409,
+#   compared with 0.588 and 0.412), and leaves only 0.16% of the mass in the void. TrSFT needs only samples from the
+#   expert, whereas reverse KL needs the expert's probabilities.
+# - The choice of alpha matters. With alpha = 0.003, the result is practically the same as with forward KL. With alpha
+#   = 0.1, which is above the expert's largest bin probability of 0.081, one component takes 99.6% of the mass and is
+#   narrower than the expert's mode (the standard deviation is 0.39 instead of 0.6).
+# - For the distributions over 12 classes, training reached the optimum of Proposition 1 for all 24 experts and all
+#   values of alpha: the total variation distance was below 1e-5. Up to 64.2% of an expert's probability mass was
+#   pruned.

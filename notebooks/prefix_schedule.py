@@ -11,13 +11,14 @@
 # ---
 
 # %% [markdown]
-# # How much of the expert a problem gets
+# # How much of the expert solution a problem gets
 #
-# Micro-group sampling (TRAPO, arXiv 2512.17636, Section 3.1) gives each of a problem's eight rollouts an expert
-# prefix or none, depending on the rewards so far. This notebook computes what that means on average for a problem
-# of a given solve rate: how much guidance, in which micro-group, and how many tokens are left to sample. The
-# numbers are exact: every sequence of rewards (0 or 1) goes through the library's own `Guidance`, weighted by
-# its probability. Two settings are compared, `paper` and `reference` (the released code).
+# In micro-group sampling (TRAPO, arXiv 2512.17636, Section 3.1), each of a problem's eight rollouts starts either
+# from a prefix of the expert solution or without one, depending on the rewards of earlier rollouts. This notebook
+# computes what this means on average for a problem with a given solve rate: how much guidance there is, in which
+# micro-groups, and how many tokens are left to sample. The numbers are exact: every possible sequence of rewards (0
+# or 1) is passed through the package's own `Guidance` class and weighted by its probability. Two settings are
+# compared: the presets `paper` and `reference` (the released code).
 
 # %%
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from trapo_jax.methods import make_method
 from trapo_jax.rollouts.guidance import Guidance
 from trapo_jax.types import Expert, Problem, RolloutRequest
 
-# Okabe and Ito's palette: told apart with every kind of colour vision.
+# The palette of Okabe and Ito, whose colors can be told apart with any kind of color vision.
 BLACK, ORANGE, SKY = "#000000", "#E69F00", "#56B4E9"
 BLUE, RED, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 COLORS = {"paper": BLUE, "reference": RED}
@@ -51,8 +52,9 @@ plt.rcParams.update(
 # %% [markdown]
 # ## A problem and the two settings
 #
-# An expert solution of 1,000 tokens with a paragraph end every 80: long enough that rounding does not show. The
-# `reference` preset moves a cut to the next paragraph end; `paper` cuts where the ratio says.
+# The expert solution has 1,000 tokens, with the end of a paragraph after every 80 tokens. It is long enough that
+# rounding has no visible effect. In the `reference` preset, a prefix is extended to the next end of a paragraph; in
+# the `paper` preset, it ends exactly where the ratio specifies.
 
 # %%
 EXPERT_LEN = 1_000
@@ -73,7 +75,8 @@ def make_scheduler(preset):
 schedulers = {preset: make_scheduler(preset) for preset in COLORS}
 for preset, scheduler in schedulers.items():
     state = scheduler.start(problem)
-    for index in range(scheduler.group_size):  # all rewards 0: every gate opens
+    # All rewards are 0, so all later micro-groups are guided.
+    for index in range(scheduler.group_size):
         state = scheduler.observe(state, index, 0.0)
         lens = [request.prefix_len for request in scheduler.ready(state)]
         print(f"{preset:9} after {index + 1} failures: prefixes of the next rollouts {lens}")
@@ -81,13 +84,15 @@ for preset, scheduler in schedulers.items():
 # %% [markdown]
 # ## Exact expectations
 #
-# `outcomes` walks the tree of rewards. At each step it takes a rollout that the scheduler has released, branches on
-# its reward, and goes on. Success probabilities are arrays over a grid of solve rates, so one walk serves the grid.
+# `outcomes` walks through the tree of possible rewards. At each node, it takes a rollout that the scheduler has
+# released, branches on the reward of this rollout, and continues. Success probabilities are arrays over a grid of
+# solve rates, so a single walk covers the whole grid.
 #
-# Two assumptions about what a prefix does; the whole solution (ratio 1) is right under both:
+# There are two assumptions about the effect of a prefix. Under both, the whole solution (ratio 1) is correct.
 #
-# - *does not help*: with a part of the solution, a rollout succeeds with the problem's solve rate s;
-# - *helps in proportion*: a prefix of ratio L removes the share L of the failures, `s + L (1 - s)`.
+# - *does not help*: with only a part of the solution, a rollout succeeds with the problem's solve rate s.
+# - *helps in proportion*: a prefix of ratio L removes a fraction L of the failures, so a rollout succeeds with
+#   probability `s + L (1 - s)`.
 
 # %%
 SOLVE_RATES = np.linspace(0, 1, 101)
@@ -101,7 +106,7 @@ MODELS: dict[str, SuccessModel] = {
 def outcomes(scheduler, success, *, choose=0):
     """Yields (probability on the grid, requests, mean reward) for every sequence of rewards.
 
-    `choose` says which released rollout finishes first; the expectations must not depend on it.
+    `choose` is the index of the released rollout that finishes first. The expectations must not depend on it.
     """
 
     def walk(state, probability, done):
@@ -119,17 +124,17 @@ def outcomes(scheduler, success, *, choose=0):
 
 
 def sampled_tokens(request):
-    """Tokens left to sample, if the response is as long as the expert's; none after a whole one."""
+    """Returns the number of tokens left to sample if the response is as long as the expert solution."""
     return EXPERT_LEN - request.prefix_len
 
 
 class Expectations(NamedTuple):
-    """On the grid of solve rates."""
+    """Expected values for every solve rate of the grid."""
 
-    ratio: np.ndarray  # of the prefix, mean over the rollouts
-    tokens: np.ndarray  # sampled, per group
-    reward: np.ndarray  # mean over the rollouts
-    guided: np.ndarray  # [micro-groups, grid], probability that the micro-group is guided
+    ratio: np.ndarray  # ratio of the prefix; mean over the rollouts
+    tokens: np.ndarray  # number of sampled tokens per group
+    reward: np.ndarray  # reward; mean over the rollouts
+    guided: np.ndarray  # [micro-groups, grid]; probability that the micro-group is guided
 
 
 def expectations(scheduler, success, *, choose=0):
@@ -158,11 +163,12 @@ for (preset, model), values in results.items():
 print("Whichever released rollout finishes first, the expectations are the same.")
 
 # %% [markdown]
-# ## What a prefix achieves does not change the guidance
+# ## The effect of a prefix does not change the guidance
 #
-# The two assumptions turn out to give the same guidance. In both settings a micro-group that is guided is followed
-# by guided ones only, whatever its own rewards: too few have succeeded before it for it to lift the mean over
-# the next threshold. So only unguided rollouts ever decide, and one line per setting is enough below.
+# The two assumptions lead to the same guidance. In both settings, once a micro-group is guided, all later
+# micro-groups are guided as well, whatever their rewards are: so few of the earlier rollouts have succeeded that even
+# a perfect micro-group cannot raise the mean reward to the next threshold. The guidance therefore depends only on the
+# rewards of the unguided rollouts, and the following figures need only one line per setting.
 
 # %%
 for preset, scheduler in schedulers.items():
@@ -221,7 +227,7 @@ figure.suptitle(
 plt.show()
 
 # %% [markdown]
-# ## What is left to sample
+# ## Number of tokens left to sample
 
 # %%
 figure, axes = plt.subplots()
@@ -243,7 +249,7 @@ axes.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# ## What a prefix achieves shows in the rewards
+# ## The effect of a prefix on the rewards
 
 # %%
 figure, axes = plt.subplots()
@@ -266,16 +272,21 @@ axes.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# ## What was seen
+# ## Findings
 #
-# - A problem that is never solved without help gets 23.8 % of the expert per rollout in the `paper` setting and
-#   25.0 % in `reference`; one solved half of the time 19.5 % and 18.5 %; one that is always solved nothing.
-# - The settings differ little on average. `reference` gives more to hard problems (its first ratio is 0.25, not
-#   0.2) and less to those of middling solve rate (its third micro-group has the threshold 4/6, not 0.7).
-# - Sampling shrinks with guidance: to 6,100 of 8,000 tokens (`paper`) or 5,800 (`reference`, whose cuts move on to
-#   a paragraph end) for a problem never solved, if a response is as long as the expert's.
-# - Guidance depends on unguided rollouts only: in all 256 sequences of rewards of either setting, a guided
-#   micro-group is followed by guided ones. What a prefix achieves changes the rewards, not the schedule.
-# - If a prefix helps in proportion to its length, a problem never solved alone still has a mean reward of 0.24
-#   or 0.25, a difference between its rollouts that the policy gradient can use. If it does not help, only the whole
-#   solution is rewarded, one rollout in eight; it has no sampled token, so no completion is ever reinforced.
+# - For a problem that is never solved without help, the mean prefix over the rollouts is 23.8% of the expert solution
+#   in the `paper` setting and 25.0% in the `reference` setting. For a problem that is solved half of the time, it is
+#   19.5% and 18.5%, respectively. For a problem that is always solved, it is 0%.
+# - On average, the two settings differ little. `reference` gives more guidance for hard problems (the ratio of its
+#   first guided micro-group is 0.25 rather than 0.2) and less for problems with a medium solve rate (the threshold of
+#   its third micro-group is 4/6 rather than 0.7).
+# - Guidance reduces the number of tokens to sample. If a response is as long as the expert solution, it falls from
+#   8,000 tokens to 6,100 (`paper`) or 5,800 (`reference`, in which prefixes are extended to the end of a paragraph)
+#   for a problem that is never solved.
+# - The guidance depends only on the unguided rollouts: in all 256 sequences of rewards in either setting, every
+#   micro-group after a guided one is guided as well. The effect of a prefix changes the rewards, but not the
+#   guidance.
+# - If a prefix helps in proportion to its length, a problem that is never solved without help still has a mean reward
+#   of 0.24 or 0.25. The rewards of its rollouts therefore differ, which the policy gradient can use. If a prefix does
+#   not help, only one rollout in eight is rewarded: the one that consists of the whole solution. It has no sampled
+#   tokens, so no completion is ever reinforced.

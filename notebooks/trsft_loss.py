@@ -11,12 +11,12 @@
 # ---
 
 # %% [markdown]
-# # What TrSFT does to the cross-entropy
+# # How TrSFT differs from cross-entropy
 #
-# TrSFT (TRAPO, arXiv 2512.17636, Eq. 3) is cross-entropy on an expert's tokens with its gradient scaled by
-# `min(1, p / alpha)`, where `p` is the policy's probability of the expert's token. This notebook draws the loss
-# and that scale beside its relatives, puts the tokens of real expert solutions on the curve, for the small model
-# that ships with `trapo_jax`, and adds up who supplies the gradient.
+# TrSFT (TRAPO, arXiv 2512.17636, Eq. 3) is cross-entropy on the tokens of an expert, with the gradient scaled by
+# `min(1, p / alpha)`, where `p` is the policy's probability of the expert's token. This notebook plots the loss and
+# the gradient scale of TrSFT and related losses. It then shows where the tokens of real expert solutions lie on this
+# curve for the small model that ships with `trapo_jax`, and which tokens contribute most of the gradient.
 
 # %%
 import warnings
@@ -42,7 +42,7 @@ from trapo_jax.models import apply_decoder, load_params, load_tokenizer, read_co
 
 warnings.filterwarnings("ignore", message="IProgress")  # progress bars need not be interactive
 
-# Okabe and Ito's palette: told apart with every kind of colour vision.
+# The palette of Okabe and Ito, whose colors can be told apart with any kind of color vision.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 plt.rcParams.update(
@@ -62,8 +62,8 @@ plt.rcParams.update(
 # %% [markdown]
 # ## The losses
 #
-# Each takes `log p` and comes from `trapo_jax.losses`. LUFFY's is a policy-gradient loss; it is drawn for an
-# advantage of 1, moved to be 0 at p = 1 like the others.
+# Each loss is a function of `log p` and comes from `trapo_jax.losses`. LUFFY's loss is a policy-gradient loss. It is
+# plotted for an advantage of 1 and shifted so that, like the other losses, it is 0 at p = 1.
 
 
 # %%
@@ -76,7 +76,7 @@ def luffy(logprobs):
     return loss(logprobs) - loss(jnp.zeros(()))
 
 
-# name -> (loss of log p, colour, line style)
+# name -> (loss of log p, color, line style)
 LOSSES = {
     "SFT: cross-entropy": (attenuated(unit_attenuation()), BLACK, "-"),
     "TrSFT, alpha = 0.03": (lambda x: trsft_loss_from_logprobs(x, alpha=0.03), SKY, "-"),
@@ -89,7 +89,7 @@ LOSSES = {
 
 
 def gradient_scale(loss, logprobs):
-    """-d loss / d log p: what the cross-entropy gradient is multiplied by."""
+    """Returns -d loss / d log p, the factor by which the cross-entropy gradient is multiplied."""
     return -jax.grad(lambda x: loss(x).sum())(logprobs)
 
 
@@ -124,10 +124,11 @@ plt.show()
 # %% [markdown]
 # ## The tokens of real expert solutions
 #
-# The shipped model has 0.35 M parameters. It solves card shuffles of up to three operations; the expert solves
-# three to five, now and then with a filler word (`hm,`) or a leap over two operations at once. `p` is the
-# model's probability of each token of the expert's solution, given the prompt and the solution so far. In the
-# figure of one solution, the number behind a token is its place in the solution.
+# The built-in model has 0.35M parameters and solves card shuffles with up to three operations. The expert solves
+# three to five operations, but sometimes adds a filler word (`hm,`) or skips a step by applying two operations at
+# once. `p` is the model's probability of a token of the expert solution, given the prompt and the preceding tokens of
+# the solution. In the figure that shows a single solution, the number after a token is the token's position in the
+# solution.
 
 # %%
 FOLDER = Path(trapo_jax.__file__).parent / "assets" / "card_shuffles_tiny"
@@ -149,7 +150,7 @@ for row, problem in enumerate(problems):
 
 @jax.jit
 def expert_logits(params, token_ids, is_text):
-    """Logits that predict the tokens 1, 2, ... of each row."""
+    """Returns the logits that predict the tokens 1, 2, ... of each row."""
     positions = jnp.broadcast_to(jnp.arange(row_len), token_ids.shape)
     hidden, _ = apply_decoder(config, params, token_ids, positions, is_text.astype(jnp.int32))
     return hidden[:, :-1] @ unembedding(params)
@@ -199,7 +200,8 @@ for place, index in enumerate(outside_by_p):
     axes.annotate(
         f"{tokens[index]!r} ({index + 1}.)",
         (row_probs[index], row_weights[index]),
-        xytext=(0, 14 + 16 * (place % 3)),  # on three levels, or neighbours overlap
+        # Labels are on three levels, so that neighboring ones do not overlap.
+        xytext=(0, 14 + 16 * (place % 3)),
         textcoords="offset points",
         ha="center",
         color=RED,
@@ -235,10 +237,11 @@ axes.legend(loc="upper left")
 plt.show()
 
 # %% [markdown]
-# ## Who supplies the gradient
+# ## Which tokens contribute the gradient
 #
-# Each token's gradient by the logits has the norm `scale * |onehot - softmax|`. The bars show which share of the
-# sum of these norms comes from tokens outside the trust region `p < 0.1`, the same border for every loss.
+# For each token, the gradient with respect to the logits has the norm `scale * |onehot - softmax|`. The bars show
+# which share of the sum of these norms comes from tokens outside the trust region (`p < 0.1`). This boundary is the
+# same for all losses.
 
 # %%
 softmax = np.asarray(jax.nn.softmax(logits))[where]
@@ -271,14 +274,17 @@ axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=3)
 plt.show()
 
 # %% [markdown]
-# ## What was seen
+# ## Findings
 #
-# - TrSFT is the cross-entropy above alpha, value and gradient. Below, its loss levels off at `1 - log(alpha)` and
-#   its gradient goes to 0 with p. DFT and CHORD-phi also let go of unlikely tokens, but reduce the gradient of
-#   likely ones too; LUFFY's is largest at p = gamma and never above a quarter.
-# - Of the tokens of 256 expert solutions, 12.9 % are outside the trust region for alpha = 0.1. In the solution
-#   drawn they are the filler word at the start, two of its three characters below 1 in 10,000, and a few more.
-# - Those 12.9 % of the tokens supply 89.4 % of the cross-entropy gradient. TrSFT leaves them 50.5 % for
-#   alpha = 0.03, 30.6 % for 0.1 and 14.6 % for 0.3; DFT 8.2 %, CHORD-phi 20.1 %, LUFFY 59.4 %.
-# - These are shares at the start, for this model and this expert; they say nothing yet about which loss ends
-#   with the better policy.
+# - Above alpha, TrSFT is equal to cross-entropy, in both its value and its gradient. Below alpha, the loss levels off
+#   at `1 - log(alpha)`, and the gradient scale falls to 0 in proportion to p. DFT and CHORD-phi also reduce the
+#   gradient of unlikely tokens, but they reduce the gradient of likely tokens as well. The gradient scale of LUFFY is
+#   largest at p = gamma and never exceeds a quarter.
+# - Of the tokens in the 256 expert solutions, 12.9% are outside the trust region for alpha = 0.1. In the solution
+#   shown above, these are the three characters of the filler word at the start, two of which have a probability below
+#   1 in 10,000, and a few other tokens.
+# - These 12.9% of the tokens contribute 89.4% of the cross-entropy gradient. With TrSFT, they contribute 50.5% for
+#   alpha = 0.03, 30.6% for alpha = 0.1 and 14.6% for alpha = 0.3. They contribute 8.2% with DFT, 20.1% with CHORD-phi
+#   and 59.4% with LUFFY.
+# - These shares were measured at the start of training, for this model and this expert. They do not yet show which
+#   loss leads to the better policy.

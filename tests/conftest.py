@@ -1,4 +1,4 @@
-"""Defines the fixtures shared by several packages, and the compilation settings of the test session."""
+"""Defines the fixtures shared by several test packages, and the compilation settings for the test session."""
 
 import os
 import tempfile
@@ -13,16 +13,15 @@ FAST_COMPILATION = (
     "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
-if FAST_COMPILATION not in (
-    flags := os.environ.get("XLA_FLAGS", "")
-):  # unless set by the parent process
+# A parent test process may have set these flags already.
+if FAST_COMPILATION not in (flags := os.environ.get("XLA_FLAGS", "")):
     os.environ["XLA_FLAGS"] = f"{flags} {FAST_COMPILATION}"
 
 # Several processes share the cores, so additional threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # Test processes and the processes that they start compile the same programs, so they share one
-# cache, which persists after the session. Its keys cover programs, flags, devices and versions.
+# cache, which persists after the session. Its keys include the program, flags, device and versions.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
@@ -36,10 +35,10 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
-import trapo_jax.distributed.log_level  # noqa: E402, F401  for programs compiled with libtpu
+import trapo_jax.distributed.log_level  # noqa: E402, F401  configures libtpu, if it is installed
 
-# Use the same examples in every session, and no time limit, because the machine may be slow. Set
-# `HYPOTHESIS_PROFILE=random` to draw many other examples.
+# By default, property tests use the same examples in every session. They have no time limit, because
+# the machine may be slow. Set `HYPOTHESIS_PROFILE=random` to draw many other examples.
 PROPERTIES = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("fixed", derandomize=True, database=None, **PROPERTIES)
 hypothesis.settings.register_profile("random", max_examples=2000, **PROPERTIES)
@@ -47,14 +46,17 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_collection_modifyitems(items):
-    """Runs files with slow tests first. Each file runs in one worker; a slow one at the end would leave the others idle."""
+    """Schedules files with slow tests first.
+
+    Each file runs in a single worker, so a slow file at the end would leave the other workers idle.
+    """
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)
 
 
 @pytest.fixture
 def hub_home(tmp_path, monkeypatch):
-    """Returns an empty Hugging Face home whose Hub cache replaces the user's; see `support.hub`."""
+    """Returns an empty Hugging Face home folder, whose Hub cache replaces the user's. See also `support.hub`."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))

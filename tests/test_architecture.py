@@ -59,7 +59,7 @@ def test_losses_import_only_jax():
 
 
 @pytest.mark.parametrize("module", ["rollouts.guidance", "sampling.slots"])
-def test_host_only_modules_import_no_jax(module):
+def test_host_only_modules_do_not_import_jax(module):
     code = f"import sys, trapo_jax.{module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

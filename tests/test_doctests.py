@@ -19,7 +19,7 @@ MODULES = [
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples(name):
+def test_docstring_examples(name):
     result = doctest.testmod(importlib.import_module(name), extraglobs=NAMES)
     assert result.attempted > 0
     assert result.failed == 0

@@ -27,7 +27,7 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize("window", [None, 64])
-def test_rows_and_their_gradients(window):
+def test_row_attention_and_its_gradients_match_xla(window):
     num_rows, length = 3, 256
     arrays = [normal(i, num_rows, length, n, HEAD_DIM) for i, n in enumerate((8, 2, 2))]
     segments = np.sort(np.random.default_rng(0).integers(1, 5, (num_rows, length)))
@@ -54,7 +54,7 @@ def test_rows_and_their_gradients(window):
         assert distance(ours, theirs) < 1e-2
 
 
-def test_slots_of_different_lengths_in_a_cache_with_unused_rows():
+def test_decode_attention_matches_xla_for_slots_of_different_lengths():
     num_rows, num_slots, length = 8, 6, 96
     q = normal(0, num_slots, NUM_HEADS, HEAD_DIM)
     k, v = (normal(i, num_rows, length, NUM_KV_HEADS, HEAD_DIM) for i in (1, 2))

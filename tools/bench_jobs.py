@@ -1,6 +1,6 @@
 """Generates the rollout benchmark's workloads.
 
-Lengths and rewards are drawn in advance, and are the same for all engines.
+All lengths and rewards are drawn in advance, so they are the same for all engines.
 """
 
 import argparse
@@ -19,24 +19,30 @@ UNGUIDED = MicroGroup(8, 0.0, -1.0)
 
 
 def uniform_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of tools that sample rows of equal length with the trapo_jax engine."""
+    """Adds the command-line options shared by the tools that sample rows of equal length with the trapo_jax engine."""
     parser.add_argument(
-        "--prompt-len", type=int, default=32, help="uniform: tokens per prompt (default 32)"
+        "--prompt-len",
+        type=int,
+        default=32,
+        help="tokens per prompt in the uniform workload (default 32)",
     )
     parser.add_argument(
-        "--new-len", type=int, default=64, help="uniform: new tokens per row (default 64)"
+        "--new-len",
+        type=int,
+        default=64,
+        help="new tokens per row in the uniform workload (default 64)",
     )
     parser.add_argument(
         "--segment-len",
         type=int,
         default=16,
-        help="ours: tokens decoded per segment (default 16)",
+        help="trapo_jax engine: tokens decoded per segment (default 16)",
     )
     parser.add_argument(
         "--prefill-tokens",
         type=int,
         default=512,
-        help="ours: maximum number of prompt tokens in a prefill batch (default 512)",
+        help="trapo_jax engine: maximum number of prompt tokens in a prefill batch (default 512)",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
 
@@ -111,7 +117,7 @@ def grpo_job(trapo: Job) -> Job:
 def complete_job(
     name: str, problems: list[dict], micro_groups: Sequence[MicroGroup], slots: int
 ) -> Job:
-    """Adds the rounds to a job: lists of the rows requested by the guidance, one list per micro-group."""
+    """Returns a complete job. Its rounds are lists of the rows that the guidance requests, one list per micro-group."""
     rounds: list[list[dict]] = [[] for _ in micro_groups]
     longest = max(max(*p["num_new"], len(p["expert"])) for p in problems)
     guidance = Guidance(tuple(micro_groups), longest)
@@ -120,7 +126,7 @@ def complete_job(
         experts = (Expert(tuple(p["expert"])),) if p["expert"] else ()
         problem = Problem(f"{i:016x}", tuple(p["prompt"]), "", experts)
         state = guidance.start(problem)
-        for rows in rounds:  # The rewards of a round determine the guidance of the next one.
+        for rows in rounds:  # The rewards in one round determine the guidance in the next round.
             for request in guidance.ready(state):
                 j = request.sample_index
                 state = guidance.observe(state, j, p["rewards"][j])
@@ -143,7 +149,7 @@ def complete_job(
 
 
 def num_tokens(job: Job) -> int:
-    """Returns the number of tokens to decode."""
+    """Returns the total number of tokens that a job decodes."""
     return sum(row["num_new"] for rows in job["rounds"] for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""Measures the limits of a machine: the matmul and memory throughput for a model's shapes."""
+"""Measures a machine's hardware limits: its matmul throughput for a model's shapes, and its memory bandwidth."""
 
 import contextlib
 import functools
@@ -44,14 +44,15 @@ def model_folder(path: str) -> Iterator[Path]:
 
 
 def measure_limits(folder: Path, dtype: str, rows: Sequence[int]) -> dict[str, Any]:
-    """Measures the matmul and memory throughput of this machine.
+    """Measures the matmul throughput and the memory bandwidth of this machine.
 
     Args:
       folder: the model folder.
       dtype: dtype of the matmuls.
       rows: numbers of rows for which to measure the matmuls.
     """
-    jax.config.update("jax_default_matmul_precision", "highest")  # as in the engines
+    # Use the same precision as the engines.
+    jax.config.update("jax_default_matmul_precision", "highest")
     config = read_config(folder, dtype=dtype)
     return {
         "matmul_tokens_per_sec": {n: matmul_tokens_per_sec(config, n) for n in rows},
@@ -74,9 +75,10 @@ def weight_and_entry_bytes(config: DecoderConfig) -> dict[str, int]:
 
 
 def matmul_tokens_per_sec(config: DecoderConfig, num_rows: int) -> float:
-    """Returns the throughput of decoding `num_rows` rows if only the model's matmuls took time.
+    """Returns the decoding throughput, in tokens per second, for `num_rows` rows if only the model's matmuls took time.
 
-    The matmuls are measured with the weights as left and as right operands; the faster variant determines the result.
+    The matmuls are measured with the weights as left operands and as right operands. The faster variant determines the
+    result.
     """
     weights = [jnp.ones(shape, config.dtype) for shape in matmul_shapes(config)]
     transposed = [w.T + 0 for w in weights]
@@ -84,7 +86,7 @@ def matmul_tokens_per_sec(config: DecoderConfig, num_rows: int) -> float:
 
     @functools.partial(jax.jit, static_argnums=0)
     def multiply(one_pass, weights, num_passes):
-        def add_pass(i, total):  # The inputs of all passes differ, so that no result can be reused.
+        def add_pass(i, total):  # Every pass has different inputs, so no result can be reused.
             products = jax.lax.optimization_barrier(one_pass(weights, x + i.astype(x.dtype)))
             return total + sum(jnp.sum(y, dtype=jnp.float32) for y in products)
 
@@ -99,7 +101,7 @@ def matmul_tokens_per_sec(config: DecoderConfig, num_rows: int) -> float:
 
 
 def read_gb_per_sec() -> float:
-    """Returns the memory bandwidth of summing a matrix or multiplying it by a vector, whichever is faster."""
+    """Returns the memory bandwidth achieved by summing a matrix or multiplying it by a vector, whichever is faster."""
     big = jnp.ones((2**14, 2**13), jnp.float32)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -132,13 +134,13 @@ def secs_per_pass(run: Callable[[int], Any]) -> float:
         jax.block_until_ready(run(num_passes))
         return (time.perf_counter() - started) / num_passes
 
-    timed(1)  # compiles
+    timed(1)  # triggers compilation
     num_passes = min(100, math.ceil(0.2 / timed(1)))
     return statistics.median(timed(num_passes) for _ in range(5))
 
 
 def bytes_to_move(job: Job, limits: dict[str, Any]) -> int:
-    """Returns the bytes that decoding must read: all weights per step, and all preceding keys and values per token."""
+    """Returns how many bytes decoding reads: all weights in each step, and all preceding keys and values per token."""
     rows = [row for rows in job["rounds"] for row in rows]
     longest = max(row["num_new"] for row in rows)
     num_steps = max(longest, -(-num_tokens(job) // job["slots"]))

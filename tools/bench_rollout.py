@@ -1,19 +1,20 @@
-"""Compares rollout engines with the same weights, prompts and numbers of sampled tokens.
+"""Compares rollout engines on the same weights, prompts and numbers of sampled tokens.
 
     python tools/bench_rollout.py --model models/smollm2_135m --workload uniform
     python tools/bench_rollout.py --model models/smollm2_135m --workload trapo --engines ours,barrier
     python tools/bench_rollout.py ... --engines ours,transformers,tunix --tunix-python VENV/bin/python --json FILE
 
-Engines: `ours` is the trapo_jax engine; `barrier` is the same engine, but all problems finish a micro-group before the
-next one starts; `unshared` is like `barrier`, but prefills the prompt for every rollout, as the released code does;
-`transformers` is `generate` in PyTorch; `tunix` is the Tunix sampler, in a separate environment. Each engine runs in a
-separate process. After one round for compilation, the engines take turns (A B A B ...).
+Engines: `ours` is the trapo_jax engine; `barrier` is the same engine, but a micro-group starts only after all problems
+have finished the previous one; `unshared` is like `barrier`, but prefills the prompt for every rollout, as the released
+code does; `transformers` is the `generate` method of the transformers library (PyTorch); `tunix` is the Tunix sampler,
+which runs in a separate Python environment. Each engine runs in a separate process. After one round for compilation,
+the engines take turns (A B A B ...).
 
 Workloads: `uniform` decodes `--rows` rows of equal length. `trapo` is one step with the guidance of TRAPO's `paper`
 preset on 32 problems with prompts and expert solutions of different lengths. Rewards and (log-normal) completion
-lengths are drawn in advance, so that every engine decodes the same number of tokens. `grpo` has the same number of
-tokens in eight unguided rollouts per problem. Engines that cannot refill rows decode batches of `--slots` rows, padded
-to the longest row.
+lengths are drawn in advance, so that every engine decodes the same number of tokens. With this workload, `ours` also
+runs `grpo`, which samples the same number of tokens in eight unguided rollouts per problem. Engines that cannot refill
+rows decode batches of `--slots` rows, padded to the longest row.
 
 If the model folder has no weights (`configs/architectures/...`), random weights are used.
 """
@@ -59,7 +60,7 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
         results[job["name"]] = take_turns(workers, job, args.repeats, progress)
         for name, replies in results[job["name"]].items():
             if any(reply["decoded_tokens"] != num_tokens(job) for reply in replies):
-                sys.exit(f"{name} did not decode the {num_tokens(job)} tokens of {job['name']}")
+                sys.exit(f"{name} did not decode exactly {num_tokens(job)} tokens in {job['name']}")
     for worker in workers:
         worker.close()
     limits = measure_limits(folder, args.dtype, sorted({job["slots"] for job in jobs}))
@@ -137,7 +138,7 @@ def summarize(job: Job, engine: str, rounds: list[dict], warm_up: dict, limits: 
 
 
 def print_table(console: Console, report: list[dict], limits: dict) -> None:
-    table = Table(title="medians; ratio to `ours`", title_justify="left")
+    table = Table(title="medians; time ratios are relative to `ours`", title_justify="left")
     columns = (
         "workload",
         "engine",

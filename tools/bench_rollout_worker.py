@@ -2,7 +2,8 @@
 
     python tools/bench_rollout_worker.py ENGINE MODEL_FOLDER DTYPE
 
-It imports only its engine's dependencies, because Tunix runs in an environment without trapo_jax.
+The script imports only the dependencies of the selected engine, because Tunix runs in an environment without
+trapo_jax.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ class Ours:
 
     def run(self, job: Job) -> dict[str, Any]:
         if job["name"] != self.job_name:
-            self.engine = None  # frees its memory before the next engine is created
+            self.engine = None  # frees the engine's memory before the next engine is created
             self.job_name, self.engine = job["name"], scripted_engine(self.config, job)
         engine = self.engine
         before, compiled = engine.stats(), engine.num_compiled
@@ -121,7 +122,13 @@ def run_freely(engine, job: Job) -> None:
 
 
 def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
-    """Completes each micro-group for all problems before the next one. A problem's rollouts may share its prompt."""
+    """Completes each micro-group for all problems before starting the next one.
+
+    Args:
+      engine: the engine.
+      job: the job.
+      shared_prompts: whether the rollouts of a problem share its prompt in the prefix cache.
+    """
     from trapo_jax.types import RolloutRequest, SamplingParams
 
     problems = make_problems(job)
@@ -129,7 +136,9 @@ def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
         requests = []
         for row in rows:
             problem = problems[row["problem"]]
-            if not shared_prompts:  # The prefix cache is keyed by problem id.
+            if (
+                not shared_prompts
+            ):  # The prefix cache is keyed by problem id, so distinct ids prevent sharing.
                 problem = dataclasses.replace(problem, id=f"{problem.id}/{row['sample']}")
             requests.append(RolloutRequest(problem, row["sample"], 0, 0, row["prefix_len"]))
         engine.submit(requests, step=1, params=SamplingParams())
@@ -138,7 +147,7 @@ def run_in_rounds(engine, job: Job, *, shared_prompts: bool = True) -> None:
 
 
 def batches(job: Job):
-    """Yields batches for engines that cannot refill rows: contexts, and numbers of tokens to sample for them."""
+    """Yields batches for engines that cannot refill rows: contexts, and the number of tokens to sample for each."""
     for rows in job["rounds"]:
         for start in range(0, len(rows), job["slots"]):
             batch = rows[start : start + job["slots"]]
@@ -196,8 +205,8 @@ class Transformers:
 class Tunix:
     """The Tunix sampler.
 
-    It recompiles for every batch length. Therefore, prompts are padded to one of a few lengths, and the token buffer
-    always has the length of the longest batch; decoding still ends when the current batch is finished.
+    The sampler recompiles for every batch length. Therefore, prompts are padded to one of a few lengths, and the token
+    buffer always has the length of the longest batch. Decoding still ends when the current batch is finished.
     """
 
     def __init__(self, folder: str, dtype: str):

@@ -1,18 +1,18 @@
-"""Compares train steps with the same weights and rows: tokens per second and peak memory.
+"""Compares train steps on the same weights and rows: tokens per second and peak memory.
 
     python tools/bench_train.py --model models/smollm2_135m
     python tools/bench_train.py --model DIR --engines ours,torch,tunix --tunix-python VENV/bin/python --json FILE
 
-Engines: `ours` is the train step of `trapo_jax.train`, including its metrics; `torch` is a plain loop with the
-`transformers` model; `tunix` is the step of the Tunix trainer, in a separate environment. All of them perform one AdamW
-step with clipped gradients on the mean cross-entropy of the responses, in micro-batches of the same number of rows.
-Each engine runs in a separate process. After one round for compilation, the engines take turns (A B A B ...). Their
-first losses must agree.
+Engines: `ours` is the train step of `trapo_jax.train`, including its metrics; `torch` is a plain PyTorch loop with the
+transformers model; `tunix` is the step of the Tunix trainer, which runs in a separate Python environment. All of them
+perform one AdamW step with clipped gradients on the mean cross-entropy of the responses, in micro-batches of the same
+number of rows. Each engine runs in a separate process. After one round for compilation, the engines take turns
+(A B A B ...). Their first losses must agree.
 
 Workloads: `equal` has rows of equal length, so packing has no effect. `ragged` has responses of log-normal length:
-`ours` packs them into rows, and the others pad each micro-batch to its longest row. `torch` sorts the rows by length
-(`torch, unsorted` does not), and `ours, unpacked` pads all rows to the longest. `ours` saves the matmul results for the
-backward pass (`model.remat=dots`).
+`ours` packs them into rows, and the others pad each micro-batch to its longest row. `torch` sorts the rows by length;
+`unsorted` is the same engine without sorting. `unpacked` is `ours` without packing: it pads all rows to the longest
+one. `ours` saves the matmul results for the backward pass (`model.remat=dots`).
 
 With `--dtype bfloat16`, the weights are stored in float32 and cast for the matmuls; `torch` uses autocast. If the
 model folder has no weights, random weights are used.
@@ -43,7 +43,8 @@ ENGINES = {
     "tunix": "tunix",
 }
 WORKER = Path(__file__).with_name("bench_train_worker.py")
-LOSS_TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # relative; the summation order differs
+# Relative tolerances. The engines' losses differ slightly because they sum in different orders.
+LOSS_TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}
 
 
 def main() -> int:
@@ -57,7 +58,7 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
     config = read_config(folder, dtype=args.dtype)
     jobs = [equal_job(args, config.vocab_size), ragged_job(args, config.vocab_size)]
     report = []
-    for job in jobs:  # Peak memory is measured per workload, so each gets new processes.
+    for job in jobs:  # Peak memory is measured per workload, so each workload gets new processes.
         workers = start_workers(
             WORKER, args.engines, str(folder), args.dtype, tunix_python=args.tunix_python
         )
@@ -67,7 +68,8 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
         losses = {name: found[0]["loss"] for name, found in replies.items()}
         check_losses(losses, job["name"], LOSS_TOLERANCES[args.dtype])
         report += [summarize(job, name, found[1:]) for name, found in replies.items()]
-    jax.config.update("jax_default_matmul_precision", "highest")  # as in the engines
+    # Use the same precision as the engines.
+    jax.config.update("jax_default_matmul_precision", "highest")
     # The backward pass has twice the FLOPs of the forward pass.
     bound = matmul_tokens_per_sec(config, args.rows * args.row_len) / 3
     for result in report:
@@ -91,7 +93,9 @@ def parse() -> argparse.Namespace:
         help=f"any of {', '.join(ENGINES)} (default ours,torch)",
     )
     parser.add_argument("--rows", type=int, default=2, help="rows per micro-batch (default 2)")
-    parser.add_argument("--row-len", type=int, default=256, help="length of the rows (default 256)")
+    parser.add_argument(
+        "--row-len", type=int, default=256, help="row length in tokens (default 256)"
+    )
     parser.add_argument(
         "--num-rollouts", type=int, default=24, help="ragged: number of rollouts (default 24)"
     )
@@ -124,7 +128,7 @@ def equal_job(args: argparse.Namespace, vocab_size: int) -> Job:
 
 
 def ragged_job(args: argparse.Namespace, vocab_size: int) -> Job:
-    """Returns a job with prompts and responses of realistic lengths; the row with the longest response is full."""
+    """Returns a job with prompts and responses of realistic lengths. The longest response is extended to a full row."""
     rng = np.random.default_rng(1)
     rows = []
     for _ in range(args.num_rollouts):
@@ -168,7 +172,8 @@ def summarize(job: Job, engine: str, replies: list[dict]) -> dict:
 
 def print_table(console: Console, report: list[dict], bound: float) -> None:
     table = Table(
-        title="medians; tokens without padding; time ratio to `ours`", title_justify="left"
+        title="medians; tokens exclude padding; time ratios are relative to `ours`",
+        title_justify="left",
     )
     for name in ("workload", "engine"):
         table.add_column(name)
@@ -191,7 +196,8 @@ def print_table(console: Console, report: list[dict], bound: float) -> None:
         )
     console.print(table)
     console.print(
-        f"{jax.devices()[0].device_kind}: {bound:,.0f} tokens/s with only the matmuls of forward and backward passes"
+        f"{jax.devices()[0].device_kind}: {bound:,.0f} tokens/s with only the matmuls of the forward and backward "
+        "passes"
     )
 
 

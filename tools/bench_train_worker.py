@@ -150,11 +150,11 @@ class Torch:
 
 
 class Tunix:
-    """The Tunix trainer's jitted step, called once per micro-batch; `optax.MultiSteps` updates after the last one.
+    """The Tunix trainer's jitted step, called once per micro-batch.
 
-    Tunix's loss is the mean over a micro-batch, which differs from the mean over the batch. Here, the sum over every
-    micro-batch is divided by the same number. Rows are padded to one of a few lengths, because the step is compiled for
-    each length.
+    `optax.MultiSteps` updates the parameters after the last micro-batch. Tunix's own loss is the mean over a
+    micro-batch, which differs from the mean over the whole batch; here, the loss sum of every micro-batch is divided by
+    the same number instead. Rows are padded to one of a few lengths, because the step is compiled for each length.
     """
 
     def __init__(self, folder: str, dtype: str):

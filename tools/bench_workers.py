@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
-# Disables TF32 in all workers.
+# Disables TF32 in all JAX workers.
 FLOAT32_MATMULS = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 
 
@@ -25,7 +25,7 @@ class Worker:
     def __init__(self, script: Path, name: str, *arguments: str, python: str = sys.executable):
         self.name = name
         pipe = subprocess.PIPE
-        # The workers share the memory of a GPU.
+        # The workers share a GPU's memory, so none of them may preallocate it.
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **FLOAT32_MATMULS}
         self._process = subprocess.Popen(
             [python, str(script), name, *arguments],
@@ -37,7 +37,7 @@ class Worker:
         self.is_installed = self._reply() is not None
 
     def run(self, job: Job) -> dict[str, Any]:
-        """Runs a job and returns the reply."""
+        """Runs a job in the process and returns its reply."""
         assert self._process.stdin
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
@@ -73,8 +73,10 @@ def start_workers(
 
 def common_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options shared by all benchmarks."""
-    parser.add_argument("--model", required=True, help="Hugging Face folder")
-    parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default 3)")
+    parser.add_argument("--model", required=True, help="Hugging Face model folder")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="number of measured rounds (default 3)"
+    )
     parser.add_argument(
         "--tunix-python",
         default=sys.executable,
@@ -96,7 +98,7 @@ def take_turns(
     Medians are printed immediately, in case something fails later.
 
     Returns:
-      The replies of each worker, starting with the warm-up's reply.
+      The replies of each worker, starting with its reply to the warm-up, keyed by the worker's name.
     """
     selected = [w for w in workers if w.name in job.get("only", [w.name])]
     replies: dict[str, list[dict]] = {worker.name: [] for worker in selected}
@@ -108,7 +110,10 @@ def take_turns(
 
 
 def serve(implementations: Mapping[str, Callable[..., Any]]) -> int:
-    """Runs `SCRIPT NAME ARGUMENTS...`: reads jobs from standard input and writes replies to standard output."""
+    """Runs a worker that was started as `SCRIPT NAME ARGUMENTS...`.
+
+    The worker reads jobs from standard input and writes replies to standard output.
+    """
     name, *arguments = sys.argv[1:]
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keeps library output separate from the replies

@@ -7,7 +7,7 @@ The tool makes three measurements, and lists the cases with unexpected verdicts 
 
   forms     every gold answer of AIME 2024, AMC 2023, Minerva, OlympiadBench and (with --math500) MATH-500, written in
             ten or more forms (LaTeX, e-notation, units, a final period, a sentence, Unicode ...), all of them correct
-  crossed   every gold answer, with 50 other gold answers from the same dataset as responses that should be wrong
+  crossed   every gold answer, with 50 other gold answers from the same dataset as responses that should be judged wrong
   verdicts  the 800 responses with public verdicts in `eval_rm_maj_example`
 """
 
@@ -34,7 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="the folder evaluation/data")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="the repository's folder evaluation/data"
+    )
     parser.add_argument("--math500", type=Path, help="MATH-500 as a Parquet file in verl's layout")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
@@ -109,7 +111,7 @@ def in_unicode(gold: str) -> str:
 
 
 def in_latex_notation(gold: str) -> str:
-    """Rewrites 2e5 as a power of ten, a simple fraction with a slash, and any other single value as an equation."""
+    """Rewrites a gold answer: 2e5 as 2 x 10^5, a simple fraction with a slash, other single values as equations."""
     if match := re.fullmatch(r"(-?[\d.]+)e(-?\+?\d+)", gold):
         return rf"{match[1]} \times 10^{{{int(match[2])}}}"
     if match := re.fullmatch(r"\\frac\{(-?\d+)\}\{(\d+)\}", gold):

@@ -6,8 +6,8 @@ Prints the largest deviations of both implementations' logits from the same mode
 one padded batch, and the number of greedy continuations that agree token by token. The exit code is 1 if trapo_jax's
 logits deviate by more than 1e-5 of the largest logit, or if a continuation differs.
 
-The reference is computed in float64 because float32 cannot resolve 1e-4 for a large model's logits: the logits of
-SmolLM2-135M reach 40, and the float32 logits of transformers deviate by 9e-5.
+The reference is computed in float64 because float32 logits have rounding errors of up to about 1e-4: the logits of
+SmolLM2-135M reach 40, and the float32 logits of transformers deviate from the float64 logits by 9e-5.
 """
 
 import argparse
@@ -60,7 +60,7 @@ TOLERANCE = 1e-5  # relative to the largest logit
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument("--model", required=True, help="Hugging Face model folder")
     parser.add_argument(
         "--tokens", type=int, default=64, help="length of each continuation (default 64)"
     )
@@ -85,8 +85,13 @@ def main() -> int:
 def compare_logits(
     folder: Path, theirs: Any, prompts: list[list[int]]
 ) -> tuple[float, float, float]:
-    """Returns the largest deviations from float64 of trapo_jax (all prompts in one right-padded batch) and
-    transformers (one prompt at a time), and the largest logit."""
+    """Compares the float32 logits of trapo_jax and of transformers with float64 logits.
+
+    trapo_jax processes all prompts in one right-padded batch, and transformers processes one prompt at a time.
+
+    Returns:
+      The largest deviation of trapo_jax, the largest deviation of transformers, and the largest logit.
+    """
     config = read_config(folder)
     params = load_params(folder, config)
     longest = max(map(len, prompts))
@@ -111,7 +116,7 @@ def compare_logits(
 def compare_greedy(
     folder: Path, theirs: Any, prompts: list[list[int]], tokenizer: Any, num_tokens: int
 ) -> int:
-    """Returns the number of continuations that agree. transformers samples one prompt at a time."""
+    """Returns the number of greedy continuations that agree. The transformers model processes one prompt at a time."""
     config = read_config(folder)
     eos_ids = read_eos_ids(folder, tokenizer.eos_token_id, vocab_size=config.vocab_size)
     spec = EngineSpec(

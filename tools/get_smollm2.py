@@ -33,7 +33,9 @@ def main() -> None:
     if args.out.exists():
         sys.exit(f"error: --out {args.out}: already exists; choose a new folder")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        sys.exit(f"error: {', '.join(missing)} missing; pip install torch==2.13.0 accelerate gguf")
+        sys.exit(
+            f"error: {', '.join(missing)} not installed; run `pip install torch==2.13.0 accelerate gguf`"
+        )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".smollm2-") as temporary:
         folder = Path(temporary)

@@ -6,14 +6,14 @@
 The runs execute a short version of the default job. Kills and full disks alternate between random times and named
 moments (see `MOMENTS` in `fault_harness/strike_at.py`). The other faults are signals, a low limit on open files, a run
 directory that is moved away, checkpoints that are swapped, renamed or copied, foreign files in every folder, deleted,
-full or read-only TensorBoard folders, a clock that is set back, and mistakes in commands, files and environments. Full
-disks require root, to mount a small tmpfs.
+full or read-only TensorBoard folders, a clock that is set back, and mistakes in commands, files and environments.
+Faults that need a small disk mount a tmpfs, which requires root.
 
-The tool prints the seed of each fault and the run's progress when it struck, and a table at the end. To repeat a fault,
-pass `--only NAME --seed N`. The comparison covers `metrics.jsonl` (without timings), `samples.jsonl`, the evaluations,
-the exported weights, and the parameters, optimizer state and host state of the last checkpoint; on a different mesh,
-values must agree to within 1e-5. Nothing may be written outside the run directory. The exit code is 1 if any fault was
-not handled correctly.
+The tool prints the seed of each fault and the run's progress when the fault struck, and a table at the end. To repeat a
+fault, pass `--only NAME --seed N`. The comparison covers `metrics.jsonl` (without timings), `samples.jsonl`, the
+evaluations, the exported weights, and the parameters, optimizer state and host state of the last checkpoint; on a
+different mesh, values must agree to within 1e-5. Nothing may be written outside the run directory. The exit code is 1
+if any fault was not handled correctly.
 """
 
 import argparse
@@ -46,9 +46,9 @@ from fault_harness.jobs import Failure, TooLate
 from fault_harness.refusals import refusals
 from trapo_jax.runs.directory import METRICS
 
-ELSEWHERE = "elsewhere"  # HOME and TMPDIR of the runs, which must remain empty
+ELSEWHERE = "elsewhere"  # folder used as HOME and TMPDIR of the runs; it must remain empty
 OTHER_JOB = (*jobs.JOB, "seed=1")
-MAX_TRIES = 8  # maximum number of attempts at a fault that strikes too late
+MAX_TRIES = 8  # maximum number of attempts per fault, if it strikes too late
 
 
 def plan_faults(args: argparse.Namespace, *, has_disks: bool) -> list[Fault]:
@@ -71,7 +71,7 @@ def plan_faults(args: argparse.Namespace, *, has_disks: bool) -> list[Fault]:
 
 
 def prepare(folder: Path) -> Bench:
-    """Executes the reference runs, unless they already exist in the folder.
+    """Executes the reference runs, except those that are already complete in the folder.
 
     Raises:
       Failure: if two runs of the same job differ.
@@ -86,7 +86,7 @@ def prepare(folder: Path) -> Bench:
 
 
 def schedule(faults: Sequence[Fault], minutes: float | None) -> Iterator[Fault]:
-    """Yields each fault once or, if `minutes` is given, repeats them until that time has passed."""
+    """Yields each fault once or, if `minutes` is given, repeats all faults until that time has passed."""
     if minutes is None:
         yield from faults
         return
@@ -101,7 +101,7 @@ def try_fault(fault: Fault, bench: Bench, folder: Path, seeds: Iterator[int]) ->
     """Injects a fault, retrying with the next seed if it strikes too late.
 
     Returns:
-      The seed, or -1 if all attempts came too late, and a description of what went wrong, or "" if nothing did.
+      The seed (-1 if all attempts came too late), and a description of what went wrong ("" if nothing did).
     """
     elsewhere = folder / ELSEWHERE
     for seed in itertools.islice(seeds, MAX_TRIES):
@@ -143,10 +143,10 @@ def parse() -> argparse.Namespace:
         "--checkpoints", type=int, default=4, help="number of times checkpoints are misplaced"
     )
     parser.add_argument(
-        "--others", type=int, default=1, help="number of times each other fault is tried"
+        "--others", type=int, default=1, help="number of times each of the other faults is tried"
     )
     parser.add_argument(
-        "--minutes", type=float, help="repeat all faults for M minutes (default: once)"
+        "--minutes", type=float, help="repeat all faults for M minutes (default: a single pass)"
     )
     parser.add_argument("--only", help="name of the only fault to try")
     parser.add_argument(
@@ -167,7 +167,7 @@ def main() -> int:
     folder = args.folder or Path(tempfile.mkdtemp(prefix="inject_faults_"))
     elsewhere = folder.absolute() / ELSEWHERE
     elsewhere.mkdir(parents=True, exist_ok=True)
-    # With a warm compilation cache, faults occur during training instead of compilation.
+    # With a warm compilation cache, faults strike during training rather than during compilation.
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": str(folder.absolute() / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",

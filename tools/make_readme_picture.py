@@ -1,6 +1,6 @@
 """Plots docs/idea.png: the TrSFT gradient, and guidance as a function of a problem's solve rate.
 
-python tools/make_readme_picture.py        # requires the extra [notebooks]
+python tools/make_readme_picture.py        # requires the `notebooks` extra
 """
 
 import itertools
@@ -21,7 +21,10 @@ OUTPUT = Path(__file__).parents[1] / "docs" / "idea.png"
 
 
 def guided_probability(solve_rates: np.ndarray) -> np.ndarray:
-    """Returns the `[rates, micro-groups]` probabilities that a micro-group is guided, by enumerating all outcomes."""
+    """Returns the probability that each micro-group is guided, as an array of shape `[rates, micro-groups]`.
+
+    The probabilities are exact: all possible outcomes of the rollouts are enumerated.
+    """
     method = make_method("trapo")
     guidance = Guidance(method.micro_groups, 1000)
     problem = Problem("0" * 16, (1,), "", (Expert(tuple(range(100))),))
@@ -49,7 +52,7 @@ def main() -> None:
     left.text(alpha + 0.01, 5.2, "< outside the\n   trust region", ha="left", va="top", fontsize=8)
     left.set(
         xlabel="probability p of the expert's token",
-        ylabel="loss (nats); weight (share)",
+        ylabel="loss (nats) or gradient weight",
         title="The expert is followed inside the trust region",
         ylim=(0, 6),
         xlim=(0, 1),
@@ -64,7 +67,7 @@ def main() -> None:
     right.set(
         xlabel="how often the model solves the problem alone (%)",
         ylabel="chance of guidance (%)",
-        title="... and asked as far as the problem needs it",
+        title="... and helps only as much as needed",
         xlim=(0, 100),
         ylim=(0, 103),
     )

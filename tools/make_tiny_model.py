@@ -1,4 +1,4 @@
-"""Rebuilds the built-in model, a Llama decoder with 0.35M parameters that has partly learned to shuffle cards.
+"""Rebuilds the built-in model, a Llama decoder with 0.35M parameters that has partially learned to shuffle cards.
 
     python tools/make_tiny_model.py --out DIR [--seed 2] [--steps 550] [--careless]
 
@@ -42,8 +42,8 @@ CHARACTERS = "0123456789" + "?:=;#," + "rltsexm" + "hoku"
 ROW_LEN = 256
 BATCH_SIZE = 48
 PEAK_LEARNING_RATE = 3e-3
-# Maximum random jumps in positions: after each operation of the program and after the program in every example, and
-# after each step in half of the examples.
+# Maximum random jumps in positions. In every example, positions jump after each operation of the program and after the
+# whole program. In half of the examples, they also jump after each step of the trace.
 MAX_PROGRAM_JUMP, MAX_DIGITS_JUMP, MAX_STEP_JUMP = 3, 16, 2
 
 
@@ -151,7 +151,7 @@ def make_rows(rng: random.Random, ids: dict[str, int], careless: bool) -> tuple[
     """Packs examples into rows: token ids, positions, segment ids and the mask of trained tokens, each `[B, ROW_LEN]`.
 
     Positions contain random jumps. Otherwise, the model could find the k-th operation by its position, and would assign
-    no probability to anything beyond the three steps seen in training, leaving TRAPO nothing to reinforce.
+    no probability to traces with more than the three steps seen in training, leaving TRAPO nothing to reinforce.
     """
     token_ids, positions, segment_ids = np.zeros((3, BATCH_SIZE, ROW_LEN), np.int32)
     trained = np.zeros((BATCH_SIZE, ROW_LEN), bool)
@@ -171,7 +171,7 @@ def make_rows(rng: random.Random, ids: dict[str, int], careless: bool) -> tuple[
 
 
 def jumping_positions(rng: random.Random, text: str) -> np.ndarray:
-    """Returns the positions of an example's characters and of the EOS after them."""
+    """Returns the positions of an example's characters and of the EOS token after them."""
     step_jump = MAX_STEP_JUMP if rng.random() < 0.5 else 0
     program = text.partition(":")[0]
     largest = [MAX_PROGRAM_JUMP] * len(program) + [MAX_DIGITS_JUMP]

@@ -1,10 +1,10 @@
-"""Prints the memory that `linear_token_logprobs` needs in addition to its inputs and gradients, at full size.
+"""Prints the temporary memory that `linear_token_logprobs` and its gradient need for a model of realistic size.
 
     python tools/measure_logprob_memory.py [--tokens 8192] [--width 3584] [--vocab 152064]
 
-The value and the gradient are compiled for abstract bfloat16 arrays, and the compiler reports the memory use. Nothing
+The value and the gradient are compiled for abstract bfloat16 arrays, and the compiler reports the memory usage. Nothing
 is executed, so a laptop can measure a model that would not fit in its memory. The program is compiled for the first JAX
-device; on a CPU, the result includes float32 copies of bfloat16 operands.
+device. On a CPU, the result includes float32 copies of bfloat16 operands.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def compiled_memory(tokens: int, width: int, vocab: int, *, chunk_size: int):
-    """Returns the compiler's memory analysis of the value and its gradients for hidden states and unembedding."""
+    """Returns the compiler's memory analysis of a loss and its gradients for the hidden states and the unembedding."""
 
     def loss(hidden, unembedding, labels):
         logprobs, entropies = linear_token_logprobs(

@@ -1,10 +1,10 @@
-"""Builds the paper's test set: several benchmarks in one Parquet file, which are scored separately.
+"""Builds the paper's test set: one Parquet file with several benchmarks, which are scored separately.
 
     python tools/prepare_benchmarks.py --out data/benchmarks.parquet
     python -m trapo_jax.evaluate model.path=DIR data.test_files=data/benchmarks.parquet data.template=qwen_math \
         rewards.functions=math 'evaluation.num_samples_by_source={aime*: 32, amc*: 32}'
 
-    name            problems  default, read from the Hub or from the cache of `datasets`
+    name            problems  default data, read from the Hub or from the local cache of `datasets`
     aime24                30  HuggingFaceH4/aime_2024#train
     aime25                30  math-ai/aime25#test
     amc                   83  AI-MO/aimo-validation-amc#train
@@ -23,11 +23,11 @@ Arrow file or a Hub id (`owner/name@revision:config#split`) in the same layout:
   arc_c                          question, choices.text and choices.label (lists), answerKey
   mmlu_pro                       question, options (list), answer (letter)
 
-The output is in verl's layout. Its `data_source` is the name of the benchmark: results are grouped by it, and it tells
-the grader which problems are multiple choice (arc_c, mmlu_pro) and graded by letter. A multiple-choice prompt lists the
-options as A, B, ... and asks for the letter. The instruction to use \boxed{} must come from the chat template
-(`data.template=qwen_math`) or from `data.prompt_suffix`. A report (`.json`) in the same folder counts the problems that
-were kept and dropped.
+The output is in verl's layout. The field `data_source` contains the name of the benchmark. Results are grouped by this
+name, and the grader uses it to recognize multiple-choice problems (arc_c, mmlu_pro), which are graded by letter. A
+multiple-choice prompt lists the options as A, B, ... and asks for the letter. The instruction to use \boxed{} must come
+from the chat template (`data.template=qwen_math`) or from `data.prompt_suffix`. A report (`.json`) in the same folder
+counts the problems that were kept and those that were dropped.
 """
 
 import argparse
@@ -48,7 +48,7 @@ ASK_FOR_LETTER = "Answer with the letter of the correct option."
 
 
 class Item(NamedTuple):
-    """A problem of a benchmark; dropped if its question or its answer is empty."""
+    """A benchmark problem. Problems with an empty question or answer are dropped."""
 
     question: str
     answer: str
@@ -90,7 +90,7 @@ def main() -> int:
 
 
 def parse_data(texts: Sequence[str]) -> dict[str, str]:
-    """Parses `NAME=DATA`.
+    """Parses arguments of the form `NAME=DATA` into a dict.
 
     Raises:
       UserError: if an argument does not have this form.
@@ -118,7 +118,9 @@ def prepare(out: Path, names: Sequence[str], data: Mapping[str, str]) -> dict[st
     check_out(out)
     for option, given in (("--benchmarks", names), ("--data", data)):
         if unknown := [name for name in given if name not in BENCHMARKS]:
-            raise UserError(f"{option} {unknown[0]}: unknown; choose from {', '.join(BENCHMARKS)}")
+            raise UserError(
+                f"{option} {unknown[0]}: unknown benchmark; choose from {', '.join(BENCHMARKS)}"
+            )
     if unused := [name for name in data if name not in names]:
         raise UserError(
             f"--data {unused[0]}: not listed in --benchmarks {','.join(names)}; add it there"
@@ -135,7 +137,7 @@ def prepare(out: Path, names: Sequence[str], data: Mapping[str, str]) -> dict[st
 def read_benchmark(
     name: str, data: str, read: Callable[[Row], Item], counts: Counter[str]
 ) -> list[dict[str, Any]]:
-    """Returns a benchmark's problems in verl's layout, and counts kept and dropped problems.
+    """Returns a benchmark's problems in verl's layout, and updates the counts of kept and dropped problems.
 
     Raises:
       UserError: if no problem remains.
@@ -203,14 +205,16 @@ def choose(row: Row, options: Sequence[str], right: int) -> Item:
       right: index of the correct option.
     """
     if len(options) > len(LETTERS):
-        raise wrong(row, "options", f"a list of at most {len(LETTERS)}")
+        raise wrong(row, "options", f"a list of at most {len(LETTERS)} options")
     listed = [f"{letter}. {text_of(x)}" for letter, x in zip(LETTERS, options, strict=False)]
     question = text_of(field_of(row, "question"))
     return Item(question and "\n".join([question, "", *listed, "", ASK_FOR_LETTER]), LETTERS[right])
 
 
 def text_of(value: Any) -> str:
-    """Returns a string or number as a stripped string; "" for None. AMC's answers are floats such as 142.0.
+    """Returns a string or number as a stripped string, and None as "".
+
+    Whole numbers are written without a decimal point, because AMC's answers are floats such as 142.0.
 
     >>> text_of(142.0), text_of(2.5), text_of(" x "), text_of(None)
     ('142', '2.5', 'x', '')
@@ -221,7 +225,7 @@ def text_of(value: Any) -> str:
 
 
 def list_of(row: Row, name: str, value: Any) -> list[Any]:
-    """Returns `value` if it is a list, otherwise raises a `UserError` that names the field."""
+    """Returns `value` if it is a list; otherwise, raises a `UserError` that names the field."""
     if not isinstance(value, list):
         raise wrong(row, name, "a list")
     return value

@@ -1,4 +1,4 @@
-"""Builds the paper's training set: OpenR1-Math-46k-8192 with a second solution from OpenR1-Math-220k.
+"""Builds the paper's training set: OpenR1-Math-46k-8192 with second solutions from OpenR1-Math-220k.
 
     python tools/prepare_openr1.py --out data/openr1_46k_two_experts.parquet
     python -m trapo_jax.train data.source=files data.train_files=data/openr1_46k_two_experts.parquet \\
@@ -128,7 +128,7 @@ def prepare(
 
 
 def read_problems(data: str, counts: Counter[str]) -> dict[str, Entry]:
-    """Reads the first dataset. The keys are the questions without whitespace."""
+    """Reads the first dataset. Returns its problems, keyed by their questions without whitespace."""
     entries: dict[str, Entry] = {}
     for row in read_rows([data]):
         counts["problems read"] += 1
@@ -147,7 +147,7 @@ def read_problems(data: str, counts: Counter[str]) -> dict[str, Entry]:
 
 
 def add_solutions(entries: dict[str, Entry], data: str, counts: Counter[str]) -> None:
-    """Adds the second dataset's complete solutions to the problems of the first, in the second dataset's order."""
+    """Appends the complete solutions from the second dataset, in its order, to the candidates of the same problems."""
     matched: set[str] = set()
     for row in second_set(data):
         question = field_of(row, "problem")
@@ -212,7 +212,7 @@ def grade(grader: Grader, entries: Iterable[Entry], expert_part: ExpertPart) -> 
 def finished_rows(
     entries: Iterable[Entry], verdicts: dict[str, Verdict], counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yields rows in verl's layout for problems with a correct solution, and counts the other problems."""
+    """Yields rows in verl's layout for problems with a correct solution, and counts what is kept and dropped."""
     for index, entry in enumerate(entries):
         correct = []
         for i, text in enumerate(entry.candidates):

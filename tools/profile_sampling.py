@@ -5,8 +5,8 @@
         --segment-len 32
 
 The engine samples one row per slot, once to warm up and once to measure. The profiler waits for each program to finish,
-so that its time does not include other programs. An operation's time is summed over the threads that executed it. If
-the model folder has no weights (`configs/architectures/...`), random weights are used.
+so that a program's time does not include other programs. An operation's time is summed over the threads that executed
+it. If the model folder has no weights (`configs/architectures/...`), random weights are used.
 """
 
 import argparse
@@ -51,8 +51,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="Hugging Face folder")
-    parser.add_argument("--rows", type=int, default=16, help="concurrent rows (default 16)")
+    parser.add_argument("--model", required=True, help="Hugging Face model folder")
+    parser.add_argument(
+        "--rows", type=int, default=16, help="number of concurrent rows (default 16)"
+    )
     parser.add_argument(
         "--operations",
         type=int,
@@ -122,7 +124,7 @@ def profile(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
 
 
 def print_programs(console: Console, secs_of: dict[str, list[float]], seconds: float) -> None:
-    table = Table(title="time of a round by program", title_justify="left")
+    table = Table(title="time per program in one round", title_justify="left")
     for name in ("program", "calls", "ms", "share"):
         table.add_column(name, justify="left" if name == "program" else "right")
     rest = seconds - sum(map(sum, secs_of.values()))
@@ -148,7 +150,7 @@ def print_operations(
     total: dict[str, float] = collections.defaultdict(float)
     calls = collections.Counter[str]()
     for name, nanoseconds in operations(folder):
-        is_loop = name.startswith("while")  # Operations in its body are counted separately.
+        is_loop = name.startswith("while")  # Operations in the loop's body are counted separately.
         if name in meanings and not is_loop:
             total[name] += nanoseconds
             calls[name] += 1
@@ -158,7 +160,7 @@ def print_operations(
         key = re.sub(r"_\d+$", "", name), meanings[name]
         by_meaning[key] += nanoseconds
         calls_of[key] += calls[name]
-    table = Table(title="time of decoding by operation", title_justify="left")
+    table = Table(title="decoding time by operation", title_justify="left")
     for name in ("ms per step", "calls per step", "operation", "result and origin"):
         table.add_column(name, justify="right" if "step" in name else "left")
     for key, nanoseconds in sorted(by_meaning.items(), key=lambda item: -item[1])[:count]:

@@ -1,4 +1,4 @@
-"""Executes the remaining runs of a study in docs/protocol.md, and writes its reports.
+"""Executes the remaining runs of a study described in docs/protocol.md, and writes its reports.
 
     python tools/run_benchmarks.py main [--jobs N] [--dry-run]
 
@@ -44,9 +44,10 @@ def compare_arguments(
 
     Args:
       study: name of the study.
-      name: name of the comparison, also used for the folder of its records.
+      name: name of the comparison, which is also the name of the folder with its records.
       comparison: methods, options and overrides of the comparison.
-      content: content of the file: options and overrides shared by all comparisons, and the sweeps of each method.
+      content: contents of `studies.yaml`: the options and overrides shared by all comparisons, and the sweeps of each
+        method.
     """
     common, methods = content["common"], comparison["methods"]
     report = REPORTS / (study if name == DEFAULT else f"{study}_{name}")

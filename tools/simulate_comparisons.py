@@ -1,11 +1,11 @@
-"""Measures the coverage and the false positives of the intervals used to compare methods.
+"""Measures the coverage and the false-positive rate of the intervals used to compare methods.
 
     python tools/simulate_comparisons.py [--repeats 1000] [--power]
 
 Each repetition simulates two methods of the same kind, with several seeds each, on the same problems. Each line shows,
 for the mean, the median and the interquartile mean over seeds, how often one method's interval contains the true value,
-the interval's mean width, and how often the difference between the methods, which is 0, is found to be significant.
-`--power` shows how often a true difference is detected among 15 pairs of methods.
+the interval's mean width, and how often the difference between the methods is found to be significant although the true
+difference is 0. `--power` shows instead how often a true difference is detected when 15 pairs of methods are compared.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Case:
     seeds: Draw
 
     def true_value(self, statistic: str) -> float:
-        """Returns the value of a statistic over all seeds and problems."""
+        """Returns the true value of a statistic, computed over a large population of seeds and problems."""
         rng = np.random.default_rng(0)
         common = self.problems(rng, POPULATION)
         by_seed = [np.clip(common + x, 0, 1).mean() for x in self.seeds(rng, 4_000)[:, 0]]
@@ -104,7 +104,7 @@ def sampled(
 
 
 def power(difference: float, *, sd: float, num_seeds: int, statistic: str, repeats: int) -> float:
-    """Returns how often the difference between two methods is significant, with a correction for 15 compared pairs.
+    """Returns how often the difference between two methods is significant after a correction for 15 comparisons.
 
     Args:
       difference: true difference in accuracy.
@@ -127,7 +127,7 @@ def power(difference: float, *, sd: float, num_seeds: int, statistic: str, repea
 
 
 def show_power(repeats: int) -> None:
-    """Prints the power for several differences."""
+    """Prints a table of the power for several true differences."""
     print("| seeds | difference | sd of seeds | found in the mean | in the median |")
     print("|---|---|---|---|---|")
     for num_seeds in (12, 20, 30):
@@ -150,7 +150,7 @@ def main() -> None:
     repeats = args.repeats
     if args.power:
         return show_power(repeats)
-    print("coverage, width, false positives of")
+    print("coverage, width and false-positive rate for")
     print(f"{'':>20} {'seeds':>5}  " + "  ".join(f"{name:^21}" for name in STATISTICS))
     for case in CASES:
         for num_seeds in NUM_SEEDS:

@@ -1,12 +1,13 @@
-"""Trains for thousands of steps while faults strike, and checks that memory, open files and threads do not grow.
+"""Trains for thousands of steps while faults strike, and checks for leaks of memory, open files and threads.
 
     python tools/soak.py [--steps 2000] [--seed 0] [--folder DIR]
 
 The process must survive all faults: it is suspended for up to three seconds, its grading processes are killed, `tb/` is
 deleted, foreign files appear in its folders, and its oldest checkpoint is damaged. Its memory, open files and threads
-are read from `/proc` (Linux only) and compared after a tenth of the steps and at the end. The exit code is 1 if the run
-fails, if its resident anonymous memory has grown by more than 3%, or if it has more open files or threads. All resident
-memory is printed as well, but it includes pages of mapped files, which the kernel drops and reloads at will.
+are read from `/proc` (Linux only), and the values at the end are compared with those after a tenth of the steps. The
+exit code is 1 if the run fails, if its resident anonymous memory has grown by more than 3%, or if it has more open
+files or threads than before. The total resident memory is printed as well, but not checked, because it includes pages
+of mapped files, which the kernel drops and reloads at will.
 """
 
 import argparse
@@ -29,8 +30,8 @@ from fault_harness.comparison import read_lines
 from trapo_jax.runs.directory import CHECKPOINTS, METRICS, TENSORBOARD
 
 MAX_GROWTH = 0.03
-# Names of threads in pools of bounded size, which start a thread only when all others are busy. TensorStore saves
-# checkpoints with such a pool.
+# Names of threads in pools of bounded size. Such a pool starts a new thread only when all of its threads are busy.
+# TensorStore saves checkpoints with a pool of this kind.
 POOLS = ("ts_pool_worker",)
 NUM_SAMPLES = 40  # number of consecutive steps whose median is compared
 JOB = (
@@ -76,7 +77,7 @@ def thread_names(pid: int) -> list[str]:
     """Returns the names of a process's threads."""
     names = []
     for file in Path(f"/proc/{pid}/task").glob("*/comm"):
-        with contextlib.suppress(OSError):  # The thread may just have ended.
+        with contextlib.suppress(OSError):  # The thread may have just ended.
             names.append(file.read_text().strip())
     return names
 
@@ -139,14 +140,14 @@ def last_step(folder: Path) -> int:
 
 
 def soak(folder: Path, num_steps: int, rng: random.Random) -> tuple[list[Measurement], int, str]:
-    """Trains while faults strike; returns a measurement per step, the exit code and the output."""
+    """Trains while faults strike, and returns a measurement per step, the exit code and the output."""
     log = folder.with_suffix(".log")
     process = jobs.start(folder, (*JOB, f"train.num_steps={num_steps}"), log=log)
     measurements, next_fault = [], 20
     while process.poll() is None:
         step = last_step(folder)
         if step > len(measurements):
-            with contextlib.suppress(OSError, KeyError):  # The process may just have ended.
+            with contextlib.suppress(OSError, KeyError):  # The process may have just ended.
                 measurements += [measure(process.pid)] * (step - len(measurements))
         if step >= next_fault:
             name = rng.choice(sorted(FAULTS))

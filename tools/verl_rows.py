@@ -14,7 +14,7 @@ def make_row(source: str, question: str, answer: str, *, index: int, split: str)
     """Returns a row whose prompt consists of the question as the only message.
 
     Args:
-      source: name by which results are grouped.
+      source: the name by which results are grouped.
       question: text of the user message.
       answer: the reference answer.
       index: index of the row in its source.

@@ -1,13 +1,13 @@
 """TRAPO (Trust-Region Adaptive Policy Optimization, arXiv 2512.17636) in JAX.
 
-`trapo_jax.losses` is the loss library; `python -m trapo_jax.train` trains. The names here are imported
-lazily, because reward workers import this package and must not import jax.
+`trapo_jax.losses` is the loss library; `python -m trapo_jax.train` trains a model. The names in `__all__` are imported
+lazily, because reward workers import this package and must not import JAX.
 """
 
 import sys
 from typing import TYPE_CHECKING, Any
 
-if sys.argv[:1] == ["-m"]:  # `python -m trapo_jax.COMMAND` is about to import the command.
+if sys.argv[:1] == ["-m"]:  # `python -m trapo_jax.COMMAND` imports this package before the command.
     from trapo_jax.runs.system_errors import report_import_error
 
     sys.excepthook = report_import_error

@@ -1,4 +1,4 @@
-"""Implements the console script: `trapo COMMAND ...` is equivalent to `python -m trapo_jax.COMMAND ...`."""
+"""Implements the `trapo` console script: `trapo COMMAND ...` is equivalent to `python -m trapo_jax.COMMAND ...`."""
 
 import ast
 import difflib
@@ -23,7 +23,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     """Runs a command and returns its exit code. Only the module of that command is imported.
 
     Args:
-      arguments: the command and its arguments.
+      arguments: the name of the command, followed by its arguments.
     """
     command, *rest = arguments or ["--help"]
     if command in ("--help", "-h"):
@@ -48,7 +48,10 @@ def help_text() -> str:
 
 
 def _first_sentence(command: str) -> str:
-    """Reads a docstring from the source, because importing a command takes seconds."""
+    """Returns the first sentence of a command's module docstring.
+
+    The docstring is read from the source file, because importing a command takes seconds.
+    """
     source = Path(__file__).with_name(f"{command}.py").read_text(encoding="utf-8")
     docstring = ast.get_docstring(ast.parse(source)) or ""
     return docstring.split("\n")[0].partition(". ")[0].removesuffix(".") + "."

@@ -2,8 +2,8 @@
 
     python -m trapo_jax.check_step CONFIG.yaml ...
 
-`trapo_jax.compare` first runs this check for every method that it compares, with the model and the problems of its
-runs. See `trapo_jax.training.gradient_check`.
+Before its first run, `trapo_jax.compare` performs this check for every method, with the model and the problems of the
+comparison. See `trapo_jax.training.gradient_check`.
 """
 
 import json
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m trapo_jax.check_step", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument(
-        "configs", nargs="+", type=Path, metavar="CONFIG.yaml", help="the config of a run"
+        "configs", nargs="+", type=Path, metavar="CONFIG.yaml", help="YAML config file of a run"
     )
     args = parser.parse_args(arguments)
     differences = {str(file): check_config(load_config(Config, file)) for file in args.configs}

@@ -1,11 +1,12 @@
-"""Compares methods at an equal budget: executes the runs that are not yet complete, and writes the report.
+"""Compares methods at an equal budget: executes the runs that are not yet complete, and writes a report.
 
     python -m trapo_jax.compare --methods trapo,grpo,sft_then_grpo --seeds 5 --match trained_tokens \\
         --budget 400000 --sweep learning_rate=1e-4,2e-4,4e-4 --out comparisons/first [FIELD=VALUE ...]
 
 The comparison first checks the train step of each method: the gradient of a batch must not depend on how the batch is
-split into micro-batches. Then every method is tuned with the same number of trials on the validation split, trained
-with new seeds, and evaluated once on the test split. The same command resumes a comparison that was stopped.
+split into micro-batches. Then every method is tuned on the validation split with the same number of trials, trained
+with new seeds, and evaluated once on the test split. To resume a comparison that was stopped, run the same command
+again.
 """
 
 import argparse
@@ -51,12 +52,12 @@ def main(arguments: Sequence[str]) -> int:
     for line in markdown.splitlines():
         console.say(line)
     console.say(f"{args.out}: {', '.join(files)}")
-    console.say(f"{grid.runs}: the run directories")
+    console.say(f"{grid.runs}: run directories")
     return EXIT_RUN_FAILED if comparison.failures else 0
 
 
 def make_grid(args: argparse.Namespace) -> Grid:
-    """Returns the grid described by the command line."""
+    """Returns the grid of runs that the command line describes."""
     return Grid(
         config_file=args.config,
         overrides=tuple(parse_command_line(args.overrides)[1]),
@@ -78,69 +79,76 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="python -m trapo_jax.compare",
         description=(__doc__ or "").split("\n\n")[0],
-        epilog="FIELD=VALUE replaces a field of the config for all runs, as in trapo_jax.train.",
+        epilog="FIELD=VALUE overrides a config field in all runs, as in trapo_jax.train.",
     )
     add = parser.add_argument
     add(
         "--config",
         type=find_config,
-        help="YAML config file for all runs (default: the default config)",
+        help="YAML file, or name of a shipped config, for all runs (default: all fields have their default values)",
     )
     add(
         "--methods",
         required=True,
         metavar="NAME,...",
-        help="methods to compare, named as in method.name",
+        help="methods to compare: names as in method.name, or variants",
     )
     add(
         "--variant",
         action="append",
         default=[],
         metavar="'NAME: method.name=METHOD FIELD=VALUE ...'",
-        help="define a method with custom settings, under a name to list in --methods; may be repeated",
+        help="define a variant: a method with custom settings, under a name that --methods can list; may be repeated",
     )
-    add("--seeds", type=_positive, default=10, metavar="N", help="runs per method (default 10)")
+    add(
+        "--seeds",
+        type=_positive,
+        default=10,
+        metavar="N",
+        help="number of runs per method (default 10)",
+    )
     add(
         "--match",
         choices=sorted(UNITS),
         default="trained_tokens",
-        help="unit of the budget, which is the same for all runs (default trained_tokens)",
+        help="unit of --budget (default trained_tokens)",
     )
-    add("--budget", type=_amount, required=True, metavar="AMOUNT", help="budget of each run")
+    add("--budget", type=_amount, required=True, metavar="AMOUNT", help="budget of every run")
     add(
         "--sweep",
         action="append",
         default=[],
         metavar="[METHOD,...:]FIELD=VALUE,...",
-        help="tune this field on the validation split; may be repeated. A sweep that names methods replaces the general "
-        "sweeps for them. All methods must have the same number of trials",
+        help="tune this field on the validation split; may be repeated. A sweep without methods applies to all methods "
+        "that no other sweep names. All methods must have the same number of trials",
     )
     add(
         "--trials",
         type=_positive,
         metavar="N",
-        help="try N settings of each method: its configured hyperparameters, and others drawn at random from all settings of "
-        "its sweeps (default: all settings)",
+        help="try N settings of each method: the configured one, and N - 1 drawn at random from all combinations of "
+        "the values in its sweeps (default: try all combinations)",
     )
     add(
         "--tuning-seeds",
         type=_positive,
         default=1,
         metavar="N",
-        help="runs per trial for the best quarter of the trials; the others have one (default 1)",
+        help="number of runs for each of the best quarter of the trials; the other trials have one run (default 1)",
     )
     add(
         "--margin",
         type=_amount,
         default=0.05,
         metavar="X",
-        help="call two methods equivalent if the interval of their accuracy difference lies within +-X (default 0.05)",
+        help="call two methods equivalent if the confidence interval of their accuracy difference lies within +-X "
+        "(default 0.05)",
     )
     add(
         "--jobs",
         type=_positive,
         metavar="N",
-        help="maximum number of concurrent runs (default: one per core; 1 on an accelerator)",
+        help="maximum number of concurrent runs (default: one per CPU core; 1 on an accelerator)",
     )
     _add_folders(parser)
     add("overrides", nargs="*", metavar="FIELD=VALUE")

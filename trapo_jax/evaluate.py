@@ -92,7 +92,7 @@ class EvaluationResult:
     Attributes:
       folder: directory with samples.jsonl, scores.json and a plot.
       overall: scores over all problems.
-      by_source: scores of each source's problems.
+      by_source: scores of each source's problems, keyed by source.
     """
 
     folder: Path
@@ -101,7 +101,7 @@ class EvaluationResult:
 
     @property
     def mean_of_sources(self) -> Scores:
-        """Unweighted mean of the scores of the sources, as reported in papers for several benchmarks."""
+        """The unweighted mean of the scores of all sources, as papers report it for several benchmarks."""
         return mean_of_sources(self.by_source)
 
 
@@ -128,7 +128,8 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = False) -> Evaluati
     check_run_folder(config.folder, text, code=code)
     config, problems, template = load_problems(config, model, console)
     with lock_folder(config.folder):
-        check_run_folder(config.folder, text, code=code)  # Another process may have written to it.
+        # Another process may have written to the folder before it was locked.
+        check_run_folder(config.folder, text, code=code)
         prepare_run_folder(config.folder, text, code=code)
         samples = sample_all(config, model, params, problems, console)
         result = EvaluationResult(config.folder, score_samples(samples), scores_by_source(samples))
@@ -150,10 +151,10 @@ def write_result(result: EvaluationResult, settings: Mapping[str, Any]) -> None:
 
 
 def load_model(config: EvaluateConfig, console: Console) -> tuple[PretrainedModel, Params]:
-    """Loads a model from a Hugging Face folder, or from a training run: the exported model of a finished run, otherwise
-    the newest checkpoint.
+    """Loads a model from a Hugging Face folder, the Hub, or a training run.
 
-    A run that is being extended still has the model exported at its previous end, but newer checkpoints.
+    For a completed run, the exported model is loaded, otherwise the latest checkpoint. A run that is being extended is
+    not complete: it still has the model exported at its previous end, but its checkpoints are newer.
     """
     path = Path(config.model.path).expanduser()
     model = ModelConfig(path=config.model.path, dtype=config.model.dtype)
@@ -173,7 +174,7 @@ def load_model(config: EvaluateConfig, console: Console) -> tuple[PretrainedMode
 
 
 def weights_fingerprint(params: Params) -> str:
-    """Returns a hash of a few elements of every parameter; training changes all parameters."""
+    """Returns a hash of a few elements of every parameter. These suffice, because training changes all parameters."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         digest.update(jax.tree_util.keystr(path).encode())
@@ -184,7 +185,7 @@ def weights_fingerprint(params: Params) -> str:
 def load_problems(
     config: EvaluateConfig, model: PretrainedModel, console: Console
 ) -> tuple[EvaluateConfig, list[Problem], str]:
-    """Returns the config with lengths that suit the problems, the problems, and the hash of the chat template."""
+    """Returns the config with its null lengths filled in, the problems, and the hash of the chat template."""
     data, config = load_test_data(config, model.tokenizer, context_len=model.max_context_len)
     functions = ", ".join(config.rewards.functions)
     console.say(f"template {data.template.kind}; reward functions {functions}")
@@ -200,7 +201,7 @@ def sample_all(
     problems: Sequence[Problem],
     console: Console,
 ) -> list[Sample]:
-    """Samples and grades whatever is not yet in samples.jsonl, and returns all samples."""
+    """Draws and grades the samples that are not yet in samples.jsonl, and returns all samples."""
     path, scoring = config.folder / SAMPLES, config.evaluation
     records = read_samples(path)
     wanted = {
@@ -234,8 +235,8 @@ def sample_all(
     num_shared, num_problems = count_shared_noise(records)
     if num_shared:
         console.say(
-            f"warning: {num_shared} of {num_problems} problems have equal samples that are too unlikely to be a "
-            "coincidence; they used the same random key"
+            f"warning: {num_shared} of {num_problems} problems have identical samples, which is very unlikely to be a "
+            "coincidence; they were probably drawn with the same random key"
         )
     return samples
 
@@ -243,7 +244,7 @@ def sample_all(
 def make_evaluation_actor(
     config: EvaluateConfig, model: PretrainedModel, console: Console, *, num_samples: int
 ) -> Actor:
-    """Builds an actor that shows its progress, with at most as many slots as there are samples."""
+    """Creates an actor that shows its progress and has at most as many slots as there are samples."""
     sampling, scoring = config.sampling, config.evaluation
     num_slots = min(sampling.num_slots, num_samples)
     return make_actor(
@@ -268,8 +269,9 @@ def main(arguments: Sequence[str]) -> int:
         config = load_evaluate_config(file, overrides)
         if file and is_training_config(read_yaml(file)):
             Console().say(
-                f"{file}: this is a training config; an evaluation uses only model, data, rewards, "
-                "sampling.max_completion_length, and the temperature and numbers of samples in evaluation"
+                f"{file}: this is a training config; an evaluation uses only model.path, model.dtype, data, rewards, "
+                "sampling.max_completion_length, evaluation.temperature, evaluation.num_samples and "
+                "evaluation.num_samples_by_source"
             )
         folder = config.folder
         result = evaluate(config, show_progress=True)

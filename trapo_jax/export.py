@@ -1,4 +1,4 @@
-"""Writes a checkpoint's model as a Hugging Face folder, for transformers and vLLM.
+"""Exports the model of a checkpoint as a Hugging Face folder, which transformers and vLLM can load.
 
 python -m trapo_jax.export --checkpoint RUN/checkpoints/STEP --out DIR
 """
@@ -15,13 +15,17 @@ from trapo_jax.runs.saved_model import load_checkpoint
 def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(
         prog="python -m trapo_jax.export",
-        description="Writes a checkpoint's model as a Hugging Face folder. The folder appears once it is complete.",
+        description="Exports the model of a checkpoint as a Hugging Face folder. The folder appears only once it is "
+        "complete.",
     )
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="RUN/checkpoints/STEP of a training run"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="the checkpoint: RUN/checkpoints/STEP of a training run",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="the folder to write; it must not exist"
+        "--out", type=Path, required=True, help="the folder to create; it must not exist yet"
     )
     args = parser.parse_args(arguments)
     if args.out.exists():

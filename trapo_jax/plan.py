@@ -1,13 +1,13 @@
-"""Reports the memory that a run would need, and bounds on its speed, on devices that are not attached.
+"""Reports a run's memory requirements, and bounds on its speed, for devices that need not be attached.
 
     python -m trapo_jax.plan --config FILE --topology v5p:2x2x4 [--topology v5e:4x4 ...] [--json] [FIELD=VALUE ...]
 
 The command compiles the actual train step, prefill and decode segment ahead of time, for a TPU topology (requires the
-extra `tpu`, but no TPU) or for virtual host devices (`cpu:8`), and compares their requirements with the memory and the
-published peak rates of the chips. It reads only config.json from the model folder.
+extra `tpu`, but no TPU) or for simulated host devices (`cpu:8`), and compares their requirements with the memory and
+the published peak rates of the chips. From the model folder, it reads only config.json.
 
-The times are lower bounds, not predictions: the time that the FLOPs, the memory traffic or the collectives alone
-would take at the published peak rate. Every row of the train step is assumed to be full.
+The reported times are lower bounds, not predictions: each is the time that the FLOPs, the memory traffic or the
+collectives alone would take at the published peak rate. All rows of the train step are assumed to be full.
 """
 
 import argparse
@@ -52,17 +52,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="python -m trapo_jax.plan",
         description=(__doc__ or "").split("\n\n")[0],
-        epilog="FIELD=VALUE replaces a field of the config, as in trapo_jax.train.",
+        epilog="FIELD=VALUE overrides a config field, as in trapo_jax.train.",
     )
     parser.add_argument(
-        "--config", type=Path, help="YAML config file of the run (default: the default config)"
+        "--config",
+        type=Path,
+        help="YAML config file of the run (default: all fields have their default values)",
     )
     parser.add_argument(
         "--topology",
         action="append",
         required=True,
         metavar="CHIP:SHAPE",
-        help="v5e:4x4, v5p:2x2x4, v6e:4x4 ..., or cpu:8 for host devices; may be repeated",
+        help="v5e:4x4, v5p:2x2x4, v6e:4x4 ... for a TPU slice, or cpu:8 for simulated host devices; may be repeated",
     )
     parser.add_argument(
         "--json",

@@ -1,10 +1,10 @@
-"""Shows the problems of a run as training would see them, without training.
+"""Previews the problems of a run exactly as training would see them, without training.
 
     python -m trapo_jax.preview [--config FILE] [FIELD=VALUE ...]
 
-Reads the data, renders the prompts, and grades the expert solutions. For the first rows of each file, it shows what
-`trapo_jax.train` shows before it starts, and then the first problem in full. Only the model's config and tokenizer are
-read.
+The command reads the first rows of each file (100, unless data.limit is set), renders the prompts, grades the expert
+solutions, and shows what `trapo_jax.train` would show before training, followed by the expert solutions of the first
+problem. The weights of the model are not loaded.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from trapo_jax.runs.console import Console
 from trapo_jax.sampling.engine import check_engine
 from trapo_jax.types import UserError
 
-ABOUT = "Shows the problems of a run as training would see them; takes the same fields as trapo_jax.train."
+ABOUT = "Previews the problems of a run exactly as training would see them. Takes the same fields as trapo_jax.train."
 DEFAULTS = {"data": {"limit": 100}}
 
 

@@ -1,8 +1,8 @@
-"""Writes a report of one or more runs: a self-contained HTML file that opens offline.
+"""Writes a report on one or more runs: a self-contained HTML file that can be viewed offline.
 
-The runs may be in progress.
+The runs may still be in progress.
 
-python -m trapo_jax.report RUN [RUN ...] [--out report.html]
+    python -m trapo_jax.report RUN [RUN ...] [--out report.html]
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,14 @@ from trapo_jax.runs.report import write_report
 def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(
         prog="python -m trapo_jax.report",
-        description="Writes a report of one or more runs as an HTML file that opens offline. Several runs share charts.",
+        description="Writes a report on one or more runs as an HTML file that can be viewed offline. All runs are "
+        "plotted in the same charts.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"the file to write (default: RUN/{REPORT}; with several runs, {REPORT} in the working directory)",
+        help=f"the file to write (default: RUN/{REPORT}; for several runs, {REPORT} in the working directory)",
     )
     args = parser.parse_args(arguments)
     out = args.out or (args.runs[0] / REPORT if len(args.runs) == 1 else Path(REPORT))

@@ -1,4 +1,4 @@
-"""Restricts subprocesses that handle untrusted text or templates: they get no secrets and limited memory."""
+"""Restricts subprocesses that handle untrusted text or templates: withholds secrets and limits memory."""
 
 import contextlib
 import os
@@ -6,18 +6,19 @@ import resource
 import sys
 from collections.abc import Iterable
 
-# The only environment variables that are passed to restricted processes.
+# The environment variables that every restricted process inherits.
 ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 
 def child_environment(extra: Iterable[str] = ()) -> dict[str, str]:
     """Returns the environment of a restricted process.
 
-    It contains the allowed variables and the import path. It limits the number of threads, because each reserves
-    address space, which is limited, and fixes the hash seed, because it affects the order of terms in SymPy.
+    The environment contains the allowed variables and the module search path. It limits the number of threads, because
+    each thread reserves part of the limited address space, and fixes the hash seed, because the seed affects the order
+    of terms in SymPy.
 
     Args:
-      extra: names of additional variables to pass.
+      extra: names of additional variables to inherit.
     """
     allowed = {name: os.environ[name] for name in (*ENVIRONMENT, *extra) if name in os.environ}
     return {

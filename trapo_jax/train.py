@@ -6,12 +6,14 @@ At each step, the actor samples and grades a group of rollouts for each problem,
 and the learner updates the parameters. The run decides when to stop and writes the output files.
 
 A group is divided into micro-groups, each with an expert-prefix length and a threshold. The rollouts of a micro-group
-start from that prefix only if the mean reward of the problem's earlier rollouts is below the threshold. To change one
-of the following, start with the file listed next to it, whose docstring names others that may be involved:
+start from a prefix of that length only if the mean reward of the problem's earlier rollouts is below the threshold.
+
+This table lists where to start when changing something; the docstring of each file names other files that may be
+involved:
 
     an option, its default or its help text          config/schema.py (one class per section) and config/training.py
     how many rollouts are guided, and how much       methods/micro_grouped.py
-    a method, or what a method trains on             methods/method.py; methods/terms.py: its loss terms
+    a method, or what a method trains on             methods/method.py; its loss terms: methods/terms.py
     a loss function                                  losses/
     a reward function                                rewards/grader.py
     a preset of data columns                         data/layouts.py
@@ -27,7 +29,7 @@ of the following, start with the file listed next to it, whose docstring names o
     the metrics of an evaluation                     evaluation/scoring.py
 """
 
-import trapo_jax.distributed.log_level  # noqa: F401  must be imported before jax
+import trapo_jax.distributed.log_level  # noqa: F401  must be imported before JAX
 
 # isort: split
 import dataclasses
@@ -70,7 +72,7 @@ from trapo_jax.types import Interrupted, Problem, Rollout, TrainingFailed, UserE
 ABOUT = "Trains a language model with TRAPO or another method, or resumes the run in output_dir."
 PRINT_METHOD = "--print-method"
 OPTIONS = (
-    f"  {PRINT_METHOD}    prints the method's formulas, hyperparameters and source, and exits\n"
+    f"  {PRINT_METHOD}    prints the method's formulas, hyperparameters and origin, and exits\n"
 )
 
 Splits = Mapping[str, Sequence[Problem]]
@@ -83,11 +85,11 @@ class TrainResult:
     Attributes:
       folder: the run directory.
       step: number of completed steps; 0 if the run was already complete when it was opened.
-      summary: the scores before and after training, keyed by evaluated split; None if the run was interrupted or this
-        is not process 0.
-      warnings: symptoms that the rewards had in every step of a complete run; at most one.
-      was_complete: whether the run was already complete, so that nothing was done.
-      is_trained: whether an interrupted run had completed all steps.
+      summary: the scores before and after training, keyed by split; None if the run was interrupted or this is not
+        process 0.
+      warnings: at most one warning, about a problem that the rewards had in every step of a complete run.
+      was_complete: whether the run was already complete, in which case nothing was done.
+      is_trained: whether the run was interrupted after its last step, during the final evaluation or the export.
     """
 
     folder: Path
@@ -101,7 +103,7 @@ class TrainResult:
 def train(
     config: Config, method: Method | None = None, *, show_progress: bool = False
 ) -> TrainResult:
-    """Starts or resumes a run, and trains until it is complete or a signal interrupts it.
+    """Starts or resumes a run, and trains until the run is complete or a signal interrupts it.
 
     Args:
       config: the configuration of the run.
@@ -125,7 +127,7 @@ def train_in_this_process(config: Config, method: Method, *, show_progress: bool
     files = find_saved_model_files(config.run_folder)  # None if there is no checkpoint yet
     model = open_model(config.model, config.lora, files=files)
     check_same_model(model)
-    # The returned config also has the lengths that follow from the data.
+    # In the returned config, null lengths are replaced by lengths derived from the data.
     data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
     check_same_problems(data)
     with Run.open(config, method, show_progress=show_progress) as run:
@@ -133,7 +135,9 @@ def train_in_this_process(config: Config, method: Method, *, show_progress: bool
             return complete_result(run, was_complete=True)
         with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
             data_summary = check_problems(config, method, data, grader, run, console)
-            if files is None or method.needs_reference:  # Otherwise, a checkpoint has the weights.
+            if (
+                files is None or method.needs_reference
+            ):  # Otherwise, the checkpoint has the weights.
                 model = with_weights(model)
             learner = make_learner(config, method, model, with_state=files is None)
             actor = make_actor(
@@ -155,7 +159,7 @@ def train_in_this_process(config: Config, method: Method, *, show_progress: bool
 
 
 def find_saved_model_files(run_folder: Path) -> Path | None:
-    """Returns the folder with the run's copy of its model's small files; None if the run has no checkpoint."""
+    """Returns the folder with the run's copy of the model config and tokenizer; None if the run has no checkpoint."""
     found = from_main(lambda: str(saved_model_files(run_folder) or ""))
     return Path(found) if found else None
 
@@ -177,7 +181,7 @@ def check_same_problems(data: LoadedData) -> None:
     """Checks that all processes have read the same problems.
 
     Raises:
-      UserError: if the files of the hosts differ.
+      UserError: if the hosts have different files.
     """
     prints = {f"the {name} problems": fingerprint(x) for name, x in data.splits.items()}
     prints["the chat template"] = data.template.hash
@@ -216,11 +220,11 @@ def train_to_the_end(
     actor: Actor,
     learner: Learner,
 ) -> TrainResult:
-    """Runs the remaining steps of a run that has been started, evaluates, and exports the model."""
+    """Runs the remaining steps of a run that has been started, evaluates the result, and exports the model."""
     if run.step == 0:
         run.console.say(describe_memory(actor, learner))
     try:
-        # The state before the first step is evaluated too, and an interrupted evaluation is repeated.
+        # Evaluate the initial parameters before the first step, or repeat an evaluation that was interrupted.
         finish_step(splits, run, actor, learner)
         train_loop(config, method, splits, run, actor, learner)
         check_learned(run.folder, run.step, run.usage.tokens_trained, learner.state)
@@ -235,7 +239,7 @@ def train_to_the_end(
             params, model.decoder, source=run.folder / MODEL, destination=run.folder / EXPORT
         )
         run.finish()
-    wait_for_all("run finished")  # JAX would kill a process that waits long at exit.
+    wait_for_all("run finished")  # At exit, JAX kills processes that wait too long.
     return complete_result(run)
 
 
@@ -301,8 +305,8 @@ def check_rewards(groups: Sequence[Sequence[Rollout]], config: Config, run: Run)
 
 
 def finish_step(splits: Splits, run: Run, actor: Actor, learner: Learner) -> None:
-    """Runs the evaluations and saves the checkpoint that are due after the current step."""
-    if not run.is_over:  # The last step is saved before the final evaluation.
+    """Runs the evaluations that are due after the current step, and saves a checkpoint if one is due."""
+    if not run.is_over:  # The last checkpoint is saved before the final evaluation.
         evaluate_pending(splits, run, actor, learner)
     run.save_if_due(learner)
 
@@ -311,7 +315,7 @@ def evaluate_pending(splits: Splits, run: Run, actor: Actor, learner: Learner) -
     """Evaluates the current parameters on the splits that are due.
 
     With `checkpoint.load_best_model_at_end`, the validation split comes first at the end of a run (see
-    `Run.pending_splits`), so the other splits evaluate the best checkpoint.
+    `Run.pending_splits`), so that the best checkpoint is evaluated on the other splits.
     """
     for name in run.pending_splits:
         if not splits[name]:
@@ -343,7 +347,8 @@ def describe_memory(actor: Actor, learner: Learner) -> str:
     """Returns a description of what the run keeps in memory."""
     return (
         f"parameters and optimizer {learner.num_bytes / 2**20:,.0f} MiB in total; KV cache of the rollout engine "
-        f"{actor.kv_bytes / 2**20:,.0f} MiB per device; gradients, activations and compiled programs need more"
+        f"{actor.kv_bytes / 2**20:,.0f} MiB per device; gradients, activations and compiled programs need "
+        "additional memory"
     )
 
 

@@ -74,7 +74,7 @@ def test_a_broken_train_step_stops_the_comparison(tmp_path, monkeypatch):
         (["--methods", "trapo", "seed=1"], "seed: set by the comparison"),
     ],
 )
-def test_mistakes_are_one_line_errors(arguments, message, tmp_path, capsys):
+def test_mistakes_cause_one_line_errors(arguments, message, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*arguments, "--budget", "10", "--out", str(out)]) == 2
     error = capsys.readouterr().err
@@ -84,7 +84,7 @@ def test_mistakes_are_one_line_errors(arguments, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("locked", ["--out", "--runs"])
-def test_a_second_comparison_in_the_same_folder_is_refused(locked, tmp_path, capsys):
+def test_a_second_comparison_in_the_same_folder_is_rejected(locked, tmp_path, capsys):
     folders = {"--out": tmp_path / "out", "--runs": tmp_path / "runs"}
     arguments = [text for option, folder in folders.items() for text in (option, str(folder))]
     with lock_folder(folders[locked]):

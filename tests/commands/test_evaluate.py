@@ -1,4 +1,4 @@
-"""Tests `python -m trapo_jax.evaluate`: complete and resumed evaluations, evaluations of runs, and mistakes."""
+"""Tests `python -m trapo_jax.evaluate`: complete and resumed evaluations, evaluations of runs, and errors."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from trapo_jax.types import UserError
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A file of problems in verl's layout, with chat messages, ground truths, and two sources."""
+    """Returns a file of problems in verl's layout, with chat messages, ground truths, and two sources."""
     file = tmp_path_factory.mktemp("data") / "problems.jsonl"
     split = card_shuffles_splits(seed=3, num_train=1, num_validation=1, num_test=12)["test"]
     with open(file, "w") as lines:
@@ -59,7 +59,7 @@ def read_samples(out):
         }
 
 
-def test_scores_are_those_of_the_samples(whole):
+def test_scores_match_the_samples(whole):
     out, result = whole
     samples = read_samples(out).values()
     scores = json.loads((out / "scores.json").read_text())
@@ -91,7 +91,7 @@ def test_a_resumed_evaluation_gives_the_same_results(whole, data, tmp_path, caps
     again.mkdir()
     (again / "config.yaml").write_text((out / "config.yaml").read_text())
     lines = (out / "samples.jsonl").read_bytes().splitlines(keepends=True)
-    # The evaluation was killed while writing a line.
+    # Simulates an evaluation that was killed while it wrote a line.
     (again / "samples.jsonl").write_bytes(b"".join(lines[:20]) + lines[20][:30])
     # Samples do not depend on the number of slots.
     assert main(arguments(data, again, "sampling.num_slots=5")) == 0
@@ -106,13 +106,13 @@ def test_a_resumed_evaluation_gives_the_same_results(whole, data, tmp_path, caps
     )
 
 
-def test_other_settings_in_the_same_folder_are_refused(whole, data, capsys):
+def test_other_settings_in_the_same_folder_are_rejected(whole, data, capsys):
     assert main(arguments(data, whole[0], "seed=1")) == 2
     assert "seed=0, not 1" in capsys.readouterr().err
 
 
-def test_a_second_evaluation_in_the_same_folder_is_refused(whole, data, capsys):
-    """Two evaluations at once would append their samples to the same file."""
+def test_a_second_evaluation_in_the_same_folder_is_rejected(whole, data, capsys):
+    """Two concurrent evaluations would append their samples to the same file."""
     samples = (whole[0] / "samples.jsonl").read_bytes()
     with lock_folder(whole[0]):
         assert main(arguments(data, whole[0])) == 2
@@ -120,7 +120,7 @@ def test_a_second_evaluation_in_the_same_folder_is_refused(whole, data, capsys):
     assert (whole[0] / "samples.jsonl").read_bytes() == samples
 
 
-def test_other_weights_in_the_same_folder_are_refused(whole, data, monkeypatch, capsys):
+def test_other_weights_in_the_same_folder_are_rejected(whole, data, monkeypatch, capsys):
     """The weights of a run change, for example, if it is trained further."""
     original = evaluate.load_model
 
@@ -133,7 +133,7 @@ def test_other_weights_in_the_same_folder_are_refused(whole, data, monkeypatch, 
     assert "contains a run with weights=" in capsys.readouterr().err
 
 
-def test_a_source_may_have_more_samples(data, tmp_path, capsys):
+def test_sources_may_have_different_numbers_of_samples(data, tmp_path, capsys):
     more = ["evaluation.num_samples=1", "evaluation.num_samples_by_source={SOURCE1*: 3}"]
     assert main(arguments(data, tmp_path, *more)) == 0
     out = capsys.readouterr().out
@@ -153,18 +153,18 @@ MISTAKES = {
     "no chat template": ("data.template=chat", "has no chat template"),
     "no such column": ("data.columns.answer=solution", "no row has the column 'solution'"),
     "no such field": ("data.columns.gold=x", "data.columns.gold: unknown field; did you mean"),
-    "a field of training": ("train.num_steps=3", "train: unknown field"),
+    "a field for training only": ("train.num_steps=3", "train: unknown field"),
     "prompts too long": ("data.max_prompt_length=3", "no problem is usable"),
     "no samples": ("evaluation.num_samples=0", "evaluation.num_samples=0: input should be"),
-    "no number": ("evaluation.temperature=hot", 'evaluation.temperature="hot": input should be'),
-    "greedy samples": ("evaluation.temperature=0", "set evaluation.num_samples=1"),
-    "the temperature of training": (
+    "not a number": ("evaluation.temperature=hot", 'evaluation.temperature="hot": input should be'),
+    "several greedy samples": ("evaluation.temperature=0", "set evaluation.num_samples=1"),
+    "the temperature for training": (
         "sampling.temperature=1",
         "sampling.temperature: unknown field; did you mean evaluation.temperature?",
     ),
-    "no row": ("data.limit=-1", "data.limit=-1: input should be"),
-    "no probability": ("evaluation.top_p=0", "evaluation.top_p=0: input should be"),
-    "no token": ("evaluation.top_k=-1", "evaluation.top_k=-1: input should be"),
+    "a negative limit": ("data.limit=-1", "data.limit=-1: input should be"),
+    "a top_p of zero": ("evaluation.top_p=0", "evaluation.top_p=0: input should be"),
+    "a negative top_k": ("evaluation.top_k=-1", "evaluation.top_k=-1: input should be"),
     "nothing to evaluate": ("data={source: files}", "data.test_files: not set; specify files or"),
     "files and another source": (
         "data.source=card_shuffles",
@@ -174,7 +174,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_one_line_errors_and_create_no_files(case, data, tmp_path, capsys):
+def test_mistakes_cause_one_line_errors_and_create_no_files(case, data, tmp_path, capsys):
     change, message = MISTAKES[case]
     out = tmp_path / "out"
     assert main([*arguments(data, out), change]) == 2
@@ -184,14 +184,14 @@ def test_mistakes_are_one_line_errors_and_create_no_files(case, data, tmp_path, 
     assert not out.exists()
 
 
-def test_the_directory_of_a_training_run_is_refused_by_name(tmp_path, capsys):
+def test_the_directory_of_a_training_run_is_rejected_as_output_dir(tmp_path, capsys):
     (tmp_path / "method.json").write_text("{}")
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     assert main([f"output_dir={tmp_path}"]) == 2
     assert "contains a training run, not an evaluation" in capsys.readouterr().err
 
 
-def test_another_model_than_the_built_in_one_is_not_silently_given_the_built_in_task(capsys):
+def test_only_the_built_in_model_is_evaluated_on_the_built_in_task_by_default(capsys):
     assert main(["model.path=a/model"]) == 2
     error = capsys.readouterr().err
     assert "model.path=a/model: no such run in " in error
@@ -217,7 +217,7 @@ TRAINING = {
 }
 
 
-def test_a_training_config_gives_model_data_and_rewards(tmp_path):
+def test_an_evaluation_reads_model_data_and_rewards_from_a_training_config(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(TRAINING))
     config = load_evaluate_config(file, [("sampling.num_slots", "5")])
@@ -250,13 +250,13 @@ def test_a_mistake_in_a_training_config_is_reported(change, message, tmp_path):
     assert str(caught.value).startswith(f"{file}: {message}")
 
 
-def test_a_mistake_in_the_config_of_a_run_is_reported_there(tmp_path):
+def test_a_mistake_in_the_config_of_a_run_is_attributed_to_its_file(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(TRAINING | {"data": {"template": 3}}))
     with pytest.raises(UserError, match=rf"^{tmp_path}/config\.yaml: data\.template=3: "):
         load_evaluate_config(None, [("model.path", str(tmp_path)), ("seed", "3")])
 
 
-def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+def test_a_folder_without_a_checkpoint_is_rejected(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {source: card_shuffles}\n")
     config = load_evaluate_config(None, [("model.path", str(tmp_path))])
     with pytest.raises(UserError, match="this run has no checkpoint yet"):
@@ -264,10 +264,10 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_unfinished_run_is_evaluated_after_its_newest_checkpoint_which_is_named(
+def test_an_unfinished_run_is_evaluated_at_its_newest_checkpoint_and_the_step_is_printed(
     finished_run, tmp_path, capsys
 ):
-    """The run also has an exported model, because it was extended after it was complete."""
+    """The run also has an exported model, because it had been complete before it was extended."""
     folder = tmp_path / "run"
     shutil.copytree(finished_run[0], folder)
     config = load_evaluate_config(None, [("model.path", str(folder))])
@@ -301,7 +301,7 @@ def test_data_and_grading_default_to_the_settings_of_the_run(tmp_path):
 
 
 def test_files_do_not_inherit_the_grader_of_a_generated_task(tmp_path):
-    """The grader of the run's task does not suit answers from files."""
+    """The grader of the run's task is not suitable for answers from files."""
     run = {
         "data": {"source": "card_shuffles", "max_prompt_length": 16, "prompt_suffix": "boxed"},
         "rewards": {"functions": ["card_shuffles"]},
@@ -318,7 +318,7 @@ def test_files_do_not_inherit_the_grader_of_a_generated_task(tmp_path):
     assert load_evaluate_config(None, given).rewards.functions == ("multiple_choice",)
 
 
-def test_an_evaluation_holds_out_what_the_run_held_out(tmp_path):
+def test_an_evaluation_holds_out_the_same_problems_as_the_run(tmp_path):
     """Different values would put problems that the run was trained on into the test split."""
     data = {"source": "files", "train_files": ["x.jsonl"], "limit": 50, "num_test": 5, "seed": 3}
     run = {"data": data, "rewards": {"functions": ["math"]}}
@@ -328,7 +328,7 @@ def test_an_evaluation_holds_out_what_the_run_held_out(tmp_path):
     assert (config.data.limit, config.data.num_test, config.data.seed) == (50, 5, 3)
     for field in ("limit", "num_test", "num_validation", "seed"):
         with pytest.raises(
-            UserError, match=rf"data\.{field}=7: the run has .*; omit this field or"
+            UserError, match=rf"data\.{field}=7: the run used .*; omit this field or"
         ):
             load_evaluate_config(None, [model, (f"data.{field}", "7")])
     config = load_evaluate_config(
@@ -337,7 +337,7 @@ def test_an_evaluation_holds_out_what_the_run_held_out(tmp_path):
     assert config.data.limit == 7
 
 
-def test_the_context_of_the_model_limits_an_evaluation(tmp_path, data, capsys):
+def test_the_context_length_of_the_model_limits_an_evaluation(tmp_path, data, capsys):
     model = make_text_model(tmp_path / "model", max_position_embeddings=100)
     fields = [f"model.path={model}", f"data.test_files={data}", "rewards.functions=math"]
     fields += [f"output_dir={tmp_path / 'out'}", "data.limit=2"]
@@ -357,7 +357,7 @@ def test_help_lists_the_fields_of_an_evaluation(capsys):
     assert "train.num_steps" not in text
 
 
-def test_an_evaluation_says_that_most_responses_state_no_answer(data, tmp_path, capsys):
+def test_an_evaluation_warns_if_most_responses_contain_no_answer(data, tmp_path, capsys):
     short = arguments(data, tmp_path / "out", "evaluation.num_samples=1")
     assert main([*short, "sampling.max_completion_length=4"]) == 0
     output = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Tests runs whose model is a Hub id, with a fake cache and no network."""
+"""Tests runs whose model is given by its Hub id, with a fake Hub cache and without network access."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ SMALL = {name: content for name, content in FILES.items() if not name.endswith("
 JOB = ("model.path=owner/tiny", *TINY_JOB)
 
 
-def test_a_run_states_its_commit_and_is_resumed_without_the_cache(hub_home, tmp_path):
+def test_a_run_records_the_commit_and_is_resumed_without_the_cache(hub_home, tmp_path):
     run = tmp_path / "run"
     add_to_cache(hub_home, "owner/tiny", FILES)
     result = run_command("trapo_jax.train", f"output_dir={run}", *JOB)
@@ -40,6 +40,6 @@ def test_only_training_needs_the_weights(hub_home, tmp_path, capsys):
     capsys.readouterr()
     assert train.main([*JOB, f"output_dir={tmp_path / 'run'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "model.safetensors is not in the cache of the Hugging Face Hub" in line
+    assert "model.safetensors is not in the local Hugging Face Hub cache" in line
     assert line.endswith(f"`hf download owner/tiny --revision {COMMIT}`")
     assert not (tmp_path / "run").exists()

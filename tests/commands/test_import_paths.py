@@ -96,7 +96,7 @@ def test_objects_in_a_user_file_are_used(tmp_path):
             "rewards.functions='my_rewards.exact': no such reward function; did you mean my_rewards:exact?",
         ),
         ("rewards.by_source={a: my_rewards.exact}", "did you mean my_rewards:exact?"),
-        ("rewards.functions=xyz", "or the import path package.module:name of your own"),
+        ("rewards.functions=xyz", "or an import path of the form package.module:name"),
         ("rewards.functions=mine.py:exact", "package.module:name; did you mean mine:exact?"),
         ("data.template=mine.plain", "no such template; did you mean mine:plain?"),
         ("method.name=mine.Half", "no such method; did you mean mine:Half?"),
@@ -107,14 +107,14 @@ def test_objects_in_a_user_file_are_used(tmp_path):
         ("data.template=math:pi", "data.template=math:pi: not a function of chat messages"),
         (
             "data.template=math:sqrt",
-            "data.template=math:sqrt: raises TypeError for the messages user",
+            "data.template=math:sqrt: raises TypeError for messages with the roles user",
         ),
         ("method.name=math:pi", "method.name=math:pi"),
         ("sampling.engine=math:pi", "sampling.engine=math:pi"),
         ("sampling.engine=no_module:E", "sampling.engine=no_module:E: no module 'no_module'"),
     ],
 )
-def test_a_wrong_name_or_path_is_a_one_line_error_and_creates_no_files(
+def test_a_wrong_name_or_path_causes_a_one_line_error_and_creates_no_files(
     change, message, tmp_path, capsys
 ):
     assert train([f"output_dir={tmp_path / 'run'}", *SHORT, change]) == 2

@@ -29,7 +29,7 @@ def test_help_does_not_import_jax():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-def test_an_unknown_command_is_a_one_line_error_with_a_suggestion(capsys):
+def test_an_unknown_command_causes_a_one_line_error_with_a_suggestion(capsys):
     assert dispatch(["trian"]) == 2
     assert capsys.readouterr().err == "error: trian: no such command; did you mean train?\n"
     assert dispatch(["x"]) == 2

@@ -1,4 +1,4 @@
-"""Tests that malformed models, data and templates cause a one-line error with exit code 2, and write no files."""
+"""Tests that malformed models, data and templates cause a one-line error with exit code 2, without writing files."""
 
 import json
 import shutil
@@ -56,18 +56,22 @@ ROWS = {
         (),
         "no row has the column 'prompt'; the first row has",
     ),
-    "number for a prompt": (
+    "number instead of a prompt": (
         [{**GOOD_ROW, "prompt": 7}],
         (),
         "column 'prompt': is int (7), not text",
     ),
-    "list for an answer": (
+    "list instead of an answer": (
         [{**GOOD_ROW, "answer": [2]}],
         (),
         "column 'answer': is list ([2]), not",
     ),
-    "number for a solution": ([{**GOOD_ROW, "solution": 3}], (), "column 'solution': is int (3)"),
-    "no user at the end": (
+    "number instead of a solution": (
+        [{**GOOD_ROW, "solution": 3}],
+        (),
+        "column 'solution': is int (3)",
+    ),
+    "no user message at the end": (
         [{**GOOD_ROW, "prompt": [{"role": "assistant", "content": "Hm."}]}],
         (),
         "ends with the role 'assistant'",

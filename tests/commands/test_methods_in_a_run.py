@@ -84,11 +84,10 @@ def test_a_budget_ends_a_run_and_the_buffer_is_restored_after_a_resume(tmp_path)
     assert expected[-1]["tokens/sampled"] == sum(r["batch/completion_tokens"] for r in expected)
     rates = [r["optimizer/learning_rate"] for r in expected]
     assert rates[0] == rates[1] == pytest.approx(2e-4)
-    assert rates[3] == pytest.approx(
-        2e-4 * (0.1 + 0.9 * 0.5)
-    )  # Three quarters of the run are complete.
-    # The test covers the buffer: its optimizer is used before and after the checkpoint, and the buffer is not empty
-    # at the checkpoint.
+    # Three quarters of the run are complete.
+    assert rates[3] == pytest.approx(2e-4 * (0.1 + 0.9 * 0.5))
+    # Ensures that the test covers the buffer: the buffer's optimizer is used before and after the checkpoint, and the
+    # buffer is not empty at the checkpoint.
     assert ["buffer/loss/total" in r for r in expected] == [True] * 4
     host = json.loads((folder / "checkpoints" / "2" / "host" / "data.json").read_text())
     assert len(host["method_state"]["unsolved"]) == 1

@@ -11,7 +11,7 @@ from support.short_run import TINY_JOB
 
 @pytest.fixture(scope="module")
 def run_without_base(tmp_path_factory):
-    """A finished run and its options. Its model folder, which had several EOS ids, has been deleted."""
+    """Returns a finished run, whose initial model folder (with several EOS ids) has been deleted, and its options."""
     root = tmp_path_factory.mktemp("missing_base")
     base = shutil.copytree(TINY_MODEL, root / "base")
     (base / "generation_config.json").write_text('{"eos_token_id": 7, "top_p": 0.9}')
@@ -23,7 +23,7 @@ def run_without_base(tmp_path_factory):
 
 
 def unfinished(run, folder, last_step):
-    """Copies a run in the state that it had after step `last_step`."""
+    """Copies a run as if it had been interrupted after step `last_step`."""
     shutil.copytree(run, folder)
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "hf")
@@ -65,7 +65,7 @@ def test_a_checkpoint_can_be_evaluated(run_without_base, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_a_run_without_a_checkpoint_needs_the_folder(run_without_base, tmp_path):
+def test_a_run_without_a_checkpoint_needs_its_initial_model_folder(run_without_base, tmp_path):
     run, options = run_without_base
     again = unfinished(run, tmp_path / "run", last_step=0)
     result = run_command("trapo_jax.train", f"output_dir={again}", *options)

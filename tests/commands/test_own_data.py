@@ -42,7 +42,7 @@ def train(cwd, model, file, *overrides):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of the default method whose model folder has been deleted, and the command's output."""
+    """Returns a run of the default method, whose model folder has been deleted, and the command's output."""
     folder = tmp_path_factory.mktemp("own")
     model = make_text_model(folder / "model")
     file = write_rows(folder / "sums.jsonl")
@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
     return run, result.stdout
 
 
-def test_the_run_names_itself_and_keeps_the_preflight(trained):
+def test_the_run_has_a_default_name_and_records_the_preflight_check(trained):
     run, output = trained
     assert run.name.startswith("sums_trapo-")
     assert f"run directory runs/{run.name}" in output
@@ -66,7 +66,7 @@ def test_the_run_names_itself_and_keeps_the_preflight(trained):
     assert "max_prompt_length: 112" in config  # derived from the data
 
 
-def test_the_same_command_finds_the_complete_run(trained):
+def test_the_same_command_recognizes_the_complete_run(trained):
     run, _ = trained
     model, file = run.parents[1] / "model", run.parents[1] / "sums.jsonl"
     arguments = ("rewards.functions=math", "data.prompt_suffix=boxed")
@@ -76,7 +76,7 @@ def test_the_same_command_finds_the_complete_run(trained):
     assert [path.name for path in run.parent.iterdir()] == [run.name]
 
 
-def test_evaluate_inherits_what_the_run_knows(trained):
+def test_evaluate_inherits_the_settings_of_the_run(trained):
     run, _ = trained
     result = run_command(
         "trapo_jax.evaluate", f"model.path={run}", "output_dir=scores", cwd=run.parents[1]

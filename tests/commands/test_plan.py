@@ -25,7 +25,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
-    """The 7B model's architecture with fewer and smaller layers. The TPU kernel requires a head width of 128."""
+    """Returns the folder of a smaller model with the 7B model's head width of 128, which the TPU kernel requires."""
     folder = tmp_path_factory.mktemp("small")
     config = json.loads((ARCHITECTURE / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **SMALL}))
@@ -33,7 +33,7 @@ def small_model(tmp_path_factory):
 
 
 def plan(model, topology, *arguments):
-    # A separate process is needed because the number of host devices of a process is fixed.
+    # A separate process is needed because the number of simulated host devices in a process is fixed.
     result = run_process(
         "trapo_jax.plan",
         *("--config", REPOSITORY / "configs" / "qwen2_5_math_7b_openr1.yaml", "--json"),
@@ -45,7 +45,7 @@ def plan(model, topology, *arguments):
     return result, (json.loads(result.stdout)["plans"][0] if result.stdout else None)
 
 
-def test_host_devices(small_model):
+def test_a_plan_for_simulated_host_devices(small_model):
     result, found = plan(small_model, "cpu:4", "mesh.tp=2")
     assert result.returncode == 0, result.stderr
     assert found["mesh"] == {"data": 1, "fsdp": 2, "tp": 2}
@@ -59,16 +59,16 @@ def test_host_devices(small_model):
     tokens = 4 * 8 * 1024
     pairs = 3 * tokens * 1025 / 2 * 4 * 128
     assert step["useful_flops"] == pytest.approx((6 * multiplied * tokens + 12 * pairs) / 4)
-    # Full rematerialization adds a forward pass, and attention computes full squares instead of triangles.
+    # Full rematerialization adds a forward pass, and attention computes full score matrices instead of triangles.
     assert 8 / 6 * 0.9 < step["flops"] / step["useful_flops"] < 8 / 6 * 1.6
     assert step["traffic"]["collectives"]["all-gather"] > 0
-    assert found["fits"] is None  # The memory size of host devices is unknown.
+    assert found["fits"] is None  # The memory size of simulated host devices is unknown.
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)"
 )
-def test_a_tpu_topology(small_model):
+def test_a_plan_for_a_tpu_topology(small_model):
     result, found = plan(small_model, "v5e:2x2")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n") == 1
@@ -76,11 +76,10 @@ def test_a_tpu_topology(small_model):
     assert found["attention"] == "splash"
     step = found["programs"]["train step"]
     scores = 4 * 1024 * 1024 * 4  # bytes of one row's attention scores in float32
-    # Three layers would store 12 arrays of scores.
+    # If attention scores were stored, three layers would need 12 such arrays.
     assert step["temporaries"] < 16 * scores + 2**25
-    gathered = (
-        2 * found["num_params"] * 8 * 3
-    )  # bfloat16, gathered in each of three passes over eight micro-batches
+    # All parameters are gathered in bfloat16, in each of three passes over eight micro-batches.
+    gathered = 2 * found["num_params"] * 8 * 3
     moved = sum(step["traffic"]["collectives"].values())
     assert 0.5 * gathered < moved < 2 * gathered
     assert 0 < step["mfu_bound"] < 1
@@ -88,17 +87,17 @@ def test_a_tpu_topology(small_model):
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2xa", "v5p:", "gpu:8"])
-def test_an_unknown_topology_is_refused(name):
+def test_an_unknown_topology_is_rejected(name):
     with pytest.raises(UserError, match=f"--topology {name}: expected v5e, v5p, v6e or cpu"):
         find_topology(name)
 
 
-def test_an_absurd_number_of_devices_is_refused():
+def test_an_absurd_number_of_devices_is_rejected():
     with pytest.raises(UserError, match="--topology cpu:1000000000: more than 16,384 devices"):
         find_topology("cpu:1000000000")
 
 
-def test_a_mesh_that_does_not_divide_the_devices_is_a_one_line_error(small_model):
+def test_a_mesh_that_does_not_divide_the_devices_causes_a_one_line_error(small_model):
     result, _ = plan(small_model, "cpu:4", "mesh.tp=3")
     assert result.returncode == 2
     assert "mesh.tp=3" in result.stderr.splitlines()[-1]

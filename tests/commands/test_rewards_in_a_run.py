@@ -34,7 +34,7 @@ def strict(response, problem):
 
 
 def test_a_grader_that_fails_on_most_samples_stops_the_run_immediately(tmp_path):
-    """The grader accepts everything that the preflight tries: expert solutions, gold answers and empty responses."""
+    """The grader accepts all responses of the preflight check: expert solutions, gold answers and empty responses."""
     folder = tmp_path / "run"
     (tmp_path / "mine.py").write_text(STRICT)
     result = run_command(
@@ -58,7 +58,7 @@ def test_a_grader_that_fails_on_most_samples_stops_the_run_immediately(tmp_path)
     assert reasons == {"ValueError: another answer"}
 
 
-def test_a_run_with_a_grader_in_processes(tmp_path):
+def test_a_run_with_grader_processes(tmp_path):
     """The math grader finds no answers in card shuffles, so every verdict is WRONG and none is an error."""
     folder = tmp_path / "run"
     result = run_command(

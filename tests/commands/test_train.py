@@ -55,7 +55,8 @@ def test_a_run_writes_the_documented_files(finished_run):
         for r in read_metrics(folder)
         if r["kind"] == "eval" and r["split"] == "validation"
     }
-    best = max(scores, key=lambda step: (scores[step], -step))  # The first step wins a tie.
+    # Of several steps with the same score, the earliest is the best.
+    best = max(scores, key=lambda step: (scores[step], -step))
     saved = {3, 6, 9, 12} | {step for step in scores if scores[step] > scores.get(step - 5, -1)}
     kept = {best, *sorted(saved)[-2:]}
     assert {int(p.name) for p in (folder / "checkpoints").iterdir()} == kept
@@ -97,7 +98,7 @@ def test_metrics_have_the_names_that_scripts_rely_on(finished_run):
     assert max(r["policy/logprob_gap_max"] for r in train_records) < 1e-4
 
 
-def test_the_scores_are_those_of_the_results_of_each_problem(finished_run):
+def test_the_scores_match_the_results_of_the_individual_problems(finished_run):
     folder, _ = finished_run
     assert {p.name for p in (folder / "evaluations").iterdir()} == {
         "test_0.json",
@@ -132,7 +133,7 @@ def test_another_seed_gives_other_metrics(finished_run, tmp_path):
     assert untimed(tmp_path / "other")[1] != untimed(finished_run[0])[1]
 
 
-def test_a_complete_run_is_shown_again_but_not_overwritten(finished_run):
+def test_the_scores_of_a_complete_run_are_shown_again_and_nothing_is_overwritten(finished_run):
     folder, _ = finished_run
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
     result = train(folder)
@@ -141,7 +142,7 @@ def test_a_complete_run_is_shown_again_but_not_overwritten(finished_run):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_another_config_in_the_same_folder_is_refused(finished_run):
+def test_another_config_in_the_same_folder_is_rejected(finished_run):
     result = train(finished_run[0], "train.learning_rate=1e-3")
     assert result.returncode == 2
     assert "contains a run with train.learning_rate=0.0002, not 0.001" in result.stderr
@@ -186,7 +187,7 @@ def test_problems_of_the_next_step_fill_idle_slots_if_staleness_is_allowed(tmp_p
     assert all(r["sampling/stale_tokens"] < 4 * 8 * 64 for r in records)
 
 
-def test_staleness_is_refused_if_guidance_depends_on_the_step(tmp_path):
+def test_staleness_is_rejected_if_guidance_depends_on_the_step(tmp_path):
     result = train(tmp_path / "r", "sampling.max_staleness=1", "method.name=sft_then_grpo")
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
@@ -195,7 +196,7 @@ def test_staleness_is_refused_if_guidance_depends_on_the_step(tmp_path):
     )
 
 
-def test_reference_preset_runs(tmp_path):
+def test_the_reference_preset_runs(tmp_path):
     assert train(tmp_path / "r", "method.preset=reference", "train.num_steps=3").returncode == 0
 
 
@@ -259,7 +260,7 @@ def test_an_exported_checkpoint_equals_the_model_of_the_run(finished_run, tmp_pa
     ("accuracies", "best"), [((0.1, 0.5, 0.3, 0.4), 2), ((0.1, 0.2, 0.3, 0.4), 4)]
 )
 def test_the_best_checkpoint_is_tested_and_exported(accuracies, best, tmp_path, monkeypatch):
-    """The accuracies on the validation split after each step are fabricated."""
+    """The accuracies on the validation split, which is evaluated after each step, are fabricated."""
     remaining = iter([0.0, *accuracies])
 
     def evaluate(sample, problems, **options):
@@ -294,7 +295,7 @@ def test_the_best_checkpoint_is_tested_and_exported(accuracies, best, tmp_path, 
         ("hf", "not a checkpoint of a run"),
     ],
 )
-def test_exporting_anything_but_a_checkpoint_is_a_one_line_error(
+def test_exporting_anything_but_a_checkpoint_causes_a_one_line_error(
     checkpoint, message, finished_run, tmp_path
 ):
     from trapo_jax.runs.saved_model import load_checkpoint
@@ -305,7 +306,7 @@ def test_exporting_anything_but_a_checkpoint_is_a_one_line_error(
 
 
 def test_training_on_files(tmp_path, capsys):
-    """Training on the built-in task written as JSONL with TRL's columns equals training on the task itself."""
+    """Training on JSONL files with the built-in task's problems in TRL's columns equals training on the task itself."""
     from trapo_jax.data import card_shuffles_splits
     from trapo_jax.train import main
 

@@ -1,4 +1,4 @@
-"""Tests that the wheel works outside a clone."""
+"""Tests that the wheel works outside a clone of the repository."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from support.commands import REPOSITORY
 
 
 @pytest.mark.slow
-def test_the_wheel_has_everything_that_a_run_needs(tmp_path):
+def test_the_wheel_contains_everything_that_a_run_needs(tmp_path):
     pytest.importorskip("hatchling", reason="building a wheel needs hatchling")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     wheels, installed, folder = tmp_path / "wheels", tmp_path / "installed", tmp_path / "empty"

@@ -1,4 +1,4 @@
-"""Tests the differences, the warnings and the report for synthetic results."""
+"""Tests the differences, warnings, and report of comparisons with synthetic results."""
 
 import csv
 from dataclasses import replace
@@ -32,7 +32,7 @@ from trapo_jax.types import UserError
 
 
 def verdicts(comparison, margin=0.05):
-    """Returns the verdicts for the mean and the median, keyed by pair of methods."""
+    """Returns the verdicts on the differences of the mean and the median for each pair of methods."""
     return {
         (d.better, d.other): tuple(d.verdict(x, margin) for x in (d.mean, d.median))
         for d in find_differences(comparison)
@@ -57,11 +57,11 @@ def test_only_clear_differences_are_significant(tmp_path):
 def test_methods_whose_difference_is_within_the_margin_are_equivalent(tmp_path):
     comparison = make_comparison(tmp_path, {"grpo": 0.5, "trapo": 0.5}, seeds=12)
     ((mean, median),) = verdicts(comparison, margin=0.15).values()
-    # Failing seeds that were not run affect only the mean.
+    # Only the interval of the mean allows for failing seeds among those that were not run.
     assert (mean, median) == ("undecided", "equivalent")
 
 
-def test_the_mean_of_sources_weighs_every_source_the_same(tmp_path):
+def test_the_mean_of_sources_gives_every_source_the_same_weight(tmp_path):
     comparison = make_comparison(tmp_path, {"grpo": 0.3, "trapo": 0.7})
     results = comparison.results_of("trapo")
     by_source = accuracy_by_source(results)
@@ -70,13 +70,14 @@ def test_the_mean_of_sources_weighs_every_source_the_same(tmp_path):
     hard, easy = values[:, is_hard].mean(), values[:, ~is_hard].mean()
     expected = {"easy": easy, "hard": hard, "mean of sources": (hard + easy) / 2}
     assert by_source == pytest.approx(expected)
-    assert by_source["mean of sources"] != pytest.approx(values.mean())  # More problems are easy.
+    # There are more easy problems than hard ones.
+    assert by_source["mean of sources"] != pytest.approx(values.mean())
     text = to_markdown(make_report(comparison, None)[0])
     table = text.split("| method | easy | hard | mean of sources |")[1]
     assert table.index(f"| trapo | {easy:.3f} | {hard:.3f} | ") < table.index("| grpo | ")
 
 
-def test_the_report_says_how_evaluations_sampled(tmp_path):
+def test_the_report_states_the_sampling_settings_for_evaluation(tmp_path):
     text = to_markdown(make_report(make_comparison(tmp_path, {"trapo": 0.7}), None)[0])
     assert f"the accuracy of {NUM_SAMPLES} samples per problem at temperature 1." in text
 
@@ -88,7 +89,7 @@ def test_with_one_seed_nothing_is_significant(tmp_path):
     assert "**Warning: this is a smoke test, not a result: 1 seed per method instead of 6**" in text
 
 
-def test_a_method_with_a_failing_seed_needs_ten(tmp_path):
+def test_a_method_with_a_failing_seed_needs_ten_seeds(tmp_path):
     comparison = make_comparison(tmp_path, {"grpo": 0.3, "trapo": 0.8}, seeds=7)
     assert find_warnings(comparison) == []
     results = [

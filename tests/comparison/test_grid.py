@@ -1,4 +1,4 @@
-"""Tests the grid of a comparison: its runs, and mistakes in its options."""
+"""Tests the grid of a comparison: its runs and the errors for invalid options."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def test_trials_are_drawn_at_random_from_all_settings(tmp_path):
     assert len({trial.values for trial in [*drawn["trapo"], *drawn["grpo"]]}) == 5
 
 
-def test_a_sweep_may_have_any_number_of_settings_if_some_are_drawn(tmp_path):
+def test_a_sweep_may_have_any_number_of_settings_if_only_some_are_drawn(tmp_path):
     values = ",".join(map(str, range(1, 201)))
     fields = ("weight_decay", "max_grad_norm", "warmup_steps", "log_samples", "checkpoint.keep")
     sweeps = [f"{field}={values}" for field in fields]
@@ -86,8 +86,8 @@ def test_the_shipped_configs_work_in_a_comparison(name):
     ("sweeps", "overrides", "message"),
     [
         ((LEARNING_RATES, "trapo:alpha=0.1"), (), "numbers of trials differ (trapo 1, grpo 2)"),
-        (("seed=1,2",), (), "seed: set by the comparison (--seeds)"),
-        ((), (("output_dir", "x"),), "output_dir: set by the comparison (--out)"),
+        (("seed=1,2",), (), "seed: set by the comparison (use --seeds)"),
+        ((), (("output_dir", "x"),), "output_dir: set by the comparison (use --out)"),
         (("luffy:alpha=0.1",), (), "luffy not listed in --methods"),
         (
             ("evaluation.num_samples=4,16",),
@@ -96,7 +96,7 @@ def test_the_shipped_configs_work_in_a_comparison(name):
         ),
     ],
 )
-def test_an_unfair_or_contradictory_grid_is_refused(sweeps, overrides, message):
+def test_an_unfair_or_contradictory_grid_is_rejected(sweeps, overrides, message):
     with pytest.raises(UserError) as error:
         make_grid("out", *sweeps, overrides=overrides).trials()
     assert message in str(error.value)
@@ -115,7 +115,7 @@ def test_an_unfair_or_contradictory_grid_is_refused(sweeps, overrides, message):
         ({"tuning_seeds": 3}, "--tuning-seeds: there is nothing to tune; use --sweep"),
     ],
 )
-def test_options_that_mislead_or_change_nothing_are_refused(options, message):
+def test_misleading_options_and_options_without_effect_are_rejected(options, message):
     with pytest.raises(UserError, match=message):
         make_grid("out", **options).trials()
 
@@ -150,7 +150,7 @@ def test_a_variant_is_a_method_with_custom_settings_and_its_own_name():
         ("method.name=trapo", "expected NAME: method.name=METHOD"),
         ("late: alpha=0.5", "expected NAME: method.name=METHOD"),
         ("la te: method.name=trapo", "expected NAME: method.name=METHOD"),
-        ("late: method.name=trapo seed=1", "seed: set by the comparison (--seeds)"),
+        ("late: method.name=trapo seed=1", "seed: set by the comparison (use --seeds)"),
         ("late: method.name=trapo data.seed=1", "data.seed: must be the same for all runs"),
         ("late: method.name=trapo model.path=x", "model.path: must be the same for all runs"),
         ("late: method.name=trapo alpha", "'alpha' is not FIELD=VALUE"),
@@ -158,13 +158,13 @@ def test_a_variant_is_a_method_with_custom_settings_and_its_own_name():
         ("late: method.name=trapo --config x.yaml", "--config applies to all runs"),
     ],
 )
-def test_a_malformed_variant_is_a_one_line_error(text, message):
+def test_a_malformed_variant_causes_a_one_line_error(text, message):
     with pytest.raises(UserError) as error:
         parse_variant(text)
     assert message in str(error.value)
 
 
-def test_a_variant_that_is_not_compared_is_refused():
+def test_unlisted_and_repeated_variants_are_rejected():
     with pytest.raises(UserError, match="late not listed in --methods"):
         make_grid("out", variants=["late: method.name=trapo"]).trials()
     twice = ["late: method.name=trapo", "late: method.name=grpo"]
@@ -172,7 +172,7 @@ def test_a_variant_that_is_not_compared_is_refused():
         make_grid("out", methods=("late",), variants=twice).trials()
 
 
-def test_a_sweep_over_guidance_has_tables_as_values():
+def test_a_sweep_over_micro_groups_has_nested_lists_as_values():
     grid = make_grid(
         "out", "micro_groups=[[8,0,-1]],[[7,0,-1],[1,1,0.5]]", methods=("trapo",), seeds=1
     )
@@ -185,12 +185,12 @@ def test_a_sweep_over_guidance_has_tables_as_values():
 
 
 @pytest.mark.parametrize("text", ["learning_rate", "learning_rate=", "a b=1", "x=1,1", "x=1,,2"])
-def test_a_malformed_sweep_is_a_one_line_error(text):
+def test_a_malformed_sweep_causes_a_one_line_error(text):
     with pytest.raises(UserError, match=r"^--sweep"):
         parse_sweep(text)
 
 
-def test_a_budget_of_steps_replaces_the_budget_of_the_config(tmp_path):
+def test_a_budget_in_steps_replaces_the_budget_in_the_config(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("train: {budget_unit: trained_tokens, budget: 1000}\n")
     (run,) = replace(make_grid("out", seeds=1), config_file=file).final_runs([Trial("trapo")])

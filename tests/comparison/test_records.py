@@ -1,4 +1,4 @@
-"""Tests the records of completed runs: their contents, and when they are used."""
+"""Tests the contents of the records of completed runs, and when records are used."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def test_a_record_replaces_the_run_directory(tmp_path):
 
 
 def test_a_record_without_sources_has_the_same_scores(tmp_path):
-    """Older versions did not record them."""
+    """Older versions did not record the sources of problems."""
     run = plan(tmp_path)
     write_run(run, 0.6)
     expected = collect_result(run)
@@ -64,7 +64,7 @@ def test_runs_of_all_methods_have_records(method, tmp_path):
     assert is_done(run)
 
 
-def test_a_record_states_config_code_and_machine_in_a_few_kilobytes(tmp_path):
+def test_a_record_contains_config_code_and_machine_in_a_few_kilobytes(tmp_path):
     run = plan(tmp_path)
     write_run(run, 0.6, entropy=None)
     assert np.isnan(collect_result(run).entropy)
@@ -76,7 +76,7 @@ def test_a_record_states_config_code_and_machine_in_a_few_kilobytes(tmp_path):
     assert len(run.record.read_bytes()) < 8_000
 
 
-def test_a_record_of_another_config_is_refused_by_field(tmp_path):
+def test_a_record_with_another_config_is_rejected_and_the_error_names_the_field(tmp_path):
     run = plan(tmp_path)
     write_run(run, 0.6)
     collect_result(run)
@@ -85,7 +85,7 @@ def test_a_record_of_another_config_is_refused_by_field(tmp_path):
         is_done(other)
 
 
-def test_a_field_that_is_younger_than_the_record_must_have_its_default(tmp_path):
+def test_a_field_that_is_newer_than_the_record_must_have_its_default(tmp_path):
     run = plan(tmp_path)
     write_run(run, 0.6)
     collect_result(run)
@@ -97,7 +97,7 @@ def test_a_field_that_is_younger_than_the_record_must_have_its_default(tmp_path)
         is_done(plan(tmp_path, overrides=(("train.adam_b2", "0.5"),)))
 
 
-def test_a_record_in_another_folder_of_runs_is_used(tmp_path):
+def test_a_record_is_used_for_a_run_with_another_output_directory(tmp_path):
     run = plan(tmp_path)
     write_run(run, 0.6)
     collect_result(run)
@@ -113,7 +113,7 @@ def test_a_longer_run_continues_the_recorded_one(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"config": 3}', "[]"])
-def test_a_damaged_record_is_one_line(text, tmp_path):
+def test_a_damaged_record_causes_a_one_line_error(text, tmp_path):
     run = plan(tmp_path)
     write_run(run, 0.6)
     collect_result(run)

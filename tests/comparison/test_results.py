@@ -1,4 +1,4 @@
-"""Tests the results and learning curves read from run directories."""
+"""Tests the results and learning curves that are read from run directories."""
 
 import numpy as np
 import pytest
@@ -23,11 +23,11 @@ def test_a_result_contains_the_values_of_the_run_directory(tmp_path):
     assert (result.guidance, result.expert_share, result.entropy) == (0.5, 0.25, 0.5)
     assert result.after.sampled.mean() == pytest.approx(0.6, abs=0.1)
     assert result.before.sampled.mean() == pytest.approx(0.25, abs=0.1)
-    # With one correct sample among four, pass@4 is 1.
+    # With at least one correct sample among four, pass@4 is 1.
     assert result.after.best_of[result.after.sampled > 0].min() == 1
 
 
-def test_a_problem_is_scored_by_the_number_of_its_own_samples(tmp_path):
+def test_a_problem_is_scored_by_its_own_number_of_samples(tmp_path):
     more = (("evaluation.num_samples", "4"), ("evaluation.num_samples_by_source", "{hard: 16}"))
     grid = make_grid(tmp_path, methods=("trapo",), seeds=1, overrides=more)
     (run,) = grid.final_runs([Trial("trapo")])
@@ -55,7 +55,7 @@ def test_progress_ignores_an_incomplete_line(tmp_path):
     assert progress(run) == 0.5
 
 
-def test_a_run_of_another_version_is_reported_in_one_line(tmp_path):
+def test_a_run_of_another_version_causes_a_one_line_error(tmp_path):
     comparison = make_comparison(tmp_path, {"trapo": 0.5}, seeds=2, trapo={"entropy": None})
     assert np.isnan(comparison.results[0].entropy)
     assert "nan" in to_markdown(make_report(comparison, None)[0])

@@ -1,4 +1,4 @@
-"""Tests the execution of runs, with a small program in place of `trapo_jax.train`."""
+"""Tests the execution of runs, with a small fake in place of `trapo_jax.train`."""
 
 import itertools
 import os
@@ -40,14 +40,17 @@ num_steps = re.search("num_steps: (.*)", text)[1]
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    """Replaces `trapo_jax.train` with a program that fails for seed 1 and waits for seed 7; returns a folder for runs."""
+    """Replaces `trapo_jax.train` with a fake that fails when run with seed 1 and blocks when run with seed 7.
+
+    Returns a folder for runs.
+    """
     package = tmp_path / "fake" / "trapo_jax"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "train.py").write_text(TRAINER)
     monkeypatch.chdir(package.parent)
     monkeypatch.setattr(run_pool, "POLL_SECS", 0.02)
-    # The fake runs have no evaluations.
+    # The fake writes no evaluations.
     monkeypatch.setattr(run_pool, "collect_result", lambda run: None)
     return tmp_path
 
@@ -70,7 +73,7 @@ def test_only_a_failed_run_is_reported_and_repeated(trainer):
     assert started(runs) == [1, 2, 1]
 
 
-def test_no_more_than_jobs_runs_are_active(trainer):
+def test_no_more_runs_than_jobs_are_active(trainer):
     runs = make_grid(trainer, methods=("trapo", "grpo", "sft"), seeds=1).final_runs(
         [Trial("trapo"), Trial("grpo"), Trial("sft")]
     )
@@ -86,7 +89,7 @@ def test_runs_share_the_cores(monkeypatch):
     assert core_limits(16)["NPROC"] == "1"
 
 
-def test_a_directory_with_another_run_is_refused_before_anything_starts(trainer):
+def test_a_directory_with_another_run_is_rejected_before_anything_starts(trainer):
     runs = make_grid(trainer, methods=("trapo",), seeds=1).final_runs([Trial("trapo")])
     execute_runs(runs, jobs=1, environment=os.environ, say=print)
     others = make_grid(trainer, methods=("trapo",), seeds=2, budget=30.0)

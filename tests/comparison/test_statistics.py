@@ -1,4 +1,4 @@
-"""Checks intervals and tests over seeds and problems against exact results and by simulation."""
+"""Checks confidence intervals and p-values over seeds and problems against exact results and by simulation."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def by_seed(*accuracies, num_problems=2_000):
 
 
 @pytest.mark.parametrize("num_good", [0, 3, 8])
-def test_the_interval_of_the_mean_of_seeds_that_fail_or_succeed_is_that_of_clopper_and_pearson(
+def test_the_interval_of_the_mean_is_the_clopper_pearson_interval_if_seeds_only_fail_or_succeed(
     num_good,
 ):
     scores = by_seed(*[1.0] * num_good, *[0.0] * (8 - num_good))
@@ -32,11 +32,11 @@ def test_the_interval_of_the_mean_of_seeds_that_fail_or_succeed_is_that_of_clopp
 
 def test_the_interval_of_the_mean_allows_for_a_failing_seed_that_was_not_run():
     low, high = draw(by_seed(*[0.8] * 10), weighted_mean).interval()
-    assert low == pytest.approx(0.8 * 0.025**0.1, abs=0.01)  # 31% of seeds fail with score 0
+    assert low == pytest.approx(0.8 * 0.025**0.1, abs=0.01)  # if 31% of seeds fail with score 0
     assert high == pytest.approx(0.8 + 0.2 * (1 - 0.025**0.1), abs=0.01)
 
 
-def test_the_interval_of_the_median_lies_between_two_of_the_sorted_seeds():
+def test_the_interval_of_the_median_is_bounded_by_two_of_the_sorted_accuracies():
     accuracies = np.arange(10, 20) / 20
     # P(Binomial(10, 1/2) <= 1) = 0.011 < 0.025 < P(Binomial(10, 1/2) <= 2).
     interval = draw(by_seed(*accuracies), weighted_median).interval()
@@ -50,7 +50,7 @@ def test_fewer_than_six_seeds_do_not_bound_the_median():
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2, 4, 7, 10])
-def test_point_estimates_are_those_of_numpy_and_scipy(num_seeds):
+def test_point_estimates_equal_those_of_numpy_and_scipy(num_seeds):
     scores = np.random.default_rng(num_seeds).random((num_seeds, 50))
     means = scores.mean(axis=1)
     assert point_estimate(scores, weighted_mean) == pytest.approx(means.mean())
@@ -60,7 +60,7 @@ def test_point_estimates_are_those_of_numpy_and_scipy(num_seeds):
     assert point_estimate(scores, interquartile_mean) == pytest.approx(expected)
 
 
-def test_noise_of_the_problems_that_both_methods_share_cancels_out():
+def test_noise_from_problems_that_both_methods_share_cancels_out():
     rng = np.random.default_rng(2)
     problems = rng.random((1, 200)) * 0.8
     a, b = (problems + shift + np.zeros((40, 1)) for shift in (0.05, 0.0))
@@ -91,7 +91,7 @@ def test_equal_methods_do_not_differ():
     assert (draws[0] - draws[1]).p_value() == 1
 
 
-def test_adjusted_p_values_are_multiplied_by_their_number():
+def test_p_values_are_adjusted_by_bonferroni_correction():
     assert adjust([0.2, 0.01, 0.02, 0.001]) == pytest.approx([0.8, 0.04, 0.08, 0.004])
     assert adjust([0.6, 0.9]) == [1.0, 1.0]
     assert adjust([]) == []
@@ -101,7 +101,7 @@ def test_adjusted_p_values_are_multiplied_by_their_number():
 @pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("num_seeds", [6, 10])
 @pytest.mark.parametrize("case", simulate_comparisons.CASES, ids=lambda case: case.name)
-def test_intervals_cover_and_false_positives_are_rare(case, num_seeds, statistic):
+def test_intervals_have_high_coverage_and_false_positives_are_rare(case, num_seeds, statistic):
     quality = simulate_comparisons.simulate(
         case, num_seeds=num_seeds, statistic=statistic, repeats=200
     )

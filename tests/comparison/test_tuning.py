@@ -13,12 +13,12 @@ def test_the_best_trial_on_validation_is_chosen(tmp_path):
     runs = grid.tuning_runs(trials, grid.tuning_seeds)
     for run, accuracy in zip(runs[:3], (0.3, 0.7, 0.6), strict=True):
         write_run(run, accuracy)
-    scores = score_trials(runs)  # The second run of GRPO failed.
+    scores = score_trials(runs)  # The second run of GRPO is missing, so it counts as failed.
     assert [s.trial for s in best_trials(scores)] == [trials[1], trials[2]]
     assert [s.num_failed for s in scores] == [0, 0, 0, 1]
 
 
-def test_the_best_quarter_is_chosen_by_more_seeds(tmp_path):
+def test_the_best_quarter_of_trials_is_compared_with_more_seeds(tmp_path):
     rates = "learning_rate=1e-4,2e-4,3e-4,4e-4,5e-4,6e-4,7e-4,8e-4"
     grid = make_grid(tmp_path, rates, methods=("grpo",), tuning_seeds=3)
     trials = grid.trials()["grpo"]
@@ -35,7 +35,7 @@ def test_the_best_quarter_is_chosen_by_more_seeds(tmp_path):
     assert sorted(len(s.accuracies) for s in scores) == [1] * 6 + [3] * 2
 
 
-def test_a_run_that_exports_its_best_checkpoint_is_scored_by_it(tmp_path):
+def test_a_run_that_exports_its_best_checkpoint_is_scored_by_that_checkpoint(tmp_path):
     early = (("checkpoint.keep_best", "1"), ("checkpoint.load_best_model_at_end", "true"))
     for overrides, accuracy in (((), 0.5), (early, 0.9)):
         grid = make_grid(tmp_path / str(accuracy), methods=("grpo",), overrides=overrides)

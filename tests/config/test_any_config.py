@@ -1,4 +1,4 @@
-"""Tests that any config file and overrides yield a config, or error lines that name the mistakes."""
+"""Tests that arbitrary config files and overrides yield a config, or error lines that name the mistakes."""
 
 import json
 
@@ -35,14 +35,14 @@ def file(tmp_path_factory):
     | st.text()
     | st.binary().map(lambda data: data.decode("latin1"))
 )
-def test_any_text_is_a_config_or_refused(content, file):
+def test_any_text_yields_a_config_or_is_rejected(content, file):
     file.write_bytes(content.encode("utf-8", "surrogatepass"))
     with value_or_user_error(max_lines=MAX_LINES):
         load_config(Config, file)
 
 
 @given(data=changed(DEFAULTS))
-def test_any_changed_config_is_a_config_or_refused(data, file):
+def test_any_changed_config_yields_a_config_or_is_rejected(data, file):
     file.write_text(yaml.safe_dump(data))
     with value_or_user_error(max_lines=MAX_LINES):
         load_config(Config, file)
@@ -57,6 +57,6 @@ def test_any_changed_config_is_a_config_or_refused(data, file):
         max_size=3,
     )
 )
-def test_any_overrides_are_a_config_or_refused(overrides):
+def test_any_overrides_yield_a_config_or_are_rejected(overrides):
     with value_or_user_error(max_lines=MAX_LINES):
         load_config(Config, None, overrides)

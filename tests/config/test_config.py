@@ -28,11 +28,11 @@ def load(*arguments):
 def test_shipped_config_lists_every_default():
     file = REPOSITORY / "configs" / "smoke_cpu.yaml"
     assert load_config(Config, file, []) == Config()
-    # The file contains every field explicitly, so that it can be read and copied.
+    # The file sets every field explicitly, so that readers see all fields and can copy the file.
     assert yaml.safe_load(file.read_text()) == yaml.safe_load(Config().to_yaml())
 
 
-def test_overrides_have_three_forms():
+def test_overrides_can_be_written_in_three_forms():
     for arguments in (
         ["train.num_steps=7"],
         ["--train.num_steps", "7"],
@@ -49,7 +49,7 @@ def test_overrides_take_precedence_over_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["####", "End with #### answer", "'#'", "x#y", "~"])
-def test_values_of_overrides_have_no_comments(text):
+def test_a_number_sign_in_an_override_does_not_start_a_comment(text):
     suffix = load(f"data.prompt_suffix={text}").data.prompt_suffix
     assert suffix == {"'#'": "#", "~": None}.get(text, text)
 
@@ -79,7 +79,7 @@ def test_help_lists_every_field_with_type_default_and_sentence():
 
 CARDS = "data.source=card_shuffles"
 
-# Mistakes that a user might type, and the message of the one-line error.
+# Mistakes that users might make on the command line, each with a part of the expected one-line error.
 COMMAND_LINES = [
     (["train.num_step=3"], "train.num_step: unknown field; did you mean train.num_steps?"),
     (["trian.num_steps=3"], "trian: unknown field; did you mean train"),
@@ -138,19 +138,19 @@ COMMAND_LINES = [
     (["train.learning_rate=.nan"], "train.learning_rate=NaN: input should be a finite number"),
     (["train.learning_rate=1e999"], "train.learning_rate=Infinity: "),
     (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
-    (["seed=" + "9" * 5000], "9999: not a YAML value"),
-    (["seed=" + "[" * 1000], "[[[[: not a YAML value"),
-    (["seed=&a [*a]"], "command line: seed='&a [*a]': not a YAML value"),
+    (["seed=" + "9" * 5000], "9999: not a valid YAML value"),
+    (["seed=" + "[" * 1000], "[[[[: not a valid YAML value"),
+    (["seed=&a [*a]"], "command line: seed='&a [*a]': not a valid YAML value"),
     (["a." * 10_000 + "b=1"], ": a name with 20001 characters"),
     (['data.system_prompt="\\ud800"'], "command line: data.system_prompt: not Unicode text"),
-    (["data.template=2026-02-31"], "data.template='2026-02-31': not a YAML value"),
+    (["data.template=2026-02-31"], "data.template='2026-02-31': not a valid YAML value"),
     (["output_dir=3"], "output_dir=3: input should be a valid string"),
     (["train=3"], "train=3: "),
     (["train="], "train=null: "),
     (["train.num_steps.x=3"], "train.num_steps={"),
     (
         ["train=3", "train.num_steps=3"],
-        "command line: train=3: not a section, but the command line sets train.num_steps",
+        "command line: train=3: not a section of fields, but the command line sets train.num_steps",
     ),
     (["data.num_train=4"], "larger than data.num_train=4"),
     (["data.source=files"], "data.train_files: not set; specify files or Hub datasets, or"),
@@ -159,7 +159,7 @@ COMMAND_LINES = [
     (["train.row_length=8"], "train.row_length=8: less than data.max_prompt_length"),
     (
         ["checkpoint.keep_best=1", "evaluation.every=0"],
-        "evaluation.every=0 never finds a best checkpoint",
+        "with evaluation.every=0, no best checkpoint is ever found",
     ),
     (["--seed"], "--seed has no value"),
     (["--seed", "--train.num_steps=3"], "--seed has no value"),
@@ -168,7 +168,7 @@ COMMAND_LINES = [
     (["train.num_steps", "3"], "'train.num_steps' is not FIELD=VALUE"),
     (
         ["evaluation.temperature=1e-40"],
-        "evaluation.temperature=1e-40: neither 0, for greedy decoding, nor",
+        "evaluation.temperature=1e-40: must be 0, for greedy decoding, or at least 0.01",
     ),
     (["train.num_steps", "=", "3"], "not FIELD=VALUE; write train.num_steps=3 without spaces"),
     (["configs/smoke_cpu.yaml"], "did you mean --config configs/smoke_cpu.yaml?"),
@@ -177,9 +177,12 @@ COMMAND_LINES = [
     (["--config", "configs"], "configs: a folder, not a regular file"),
     (["--config", "a.yaml", "--config=b.yaml"], "two --config files, a.yaml and b.yaml; pass one"),
     (["=3"], "has no field name"),
-    (["seed=[1"], "seed='[1': not a YAML value"),
+    (["seed=[1"], "seed='[1': not a valid YAML value"),
     (["model.path=/nowhere", CARDS], "model.path='/nowhere': no such folder; pass a"),
-    (["model.path=docs/../README.md", CARDS], "README.md': a file; pass the folder that contains"),
+    (
+        ["model.path=docs/../README.md", CARDS],
+        "README.md': this is a file; pass the folder that contains",
+    ),
     (["model.path=./confgis", CARDS], f"no such folder in {REPOSITORY}; did you mean configs?"),
     (
         ["model.path=a/model"],
@@ -187,7 +190,7 @@ COMMAND_LINES = [
     ),
     (
         ["model.path=Qwen/Qwen2.5-0.5B", CARDS],
-        "model.path='Qwen/Qwen2.5-0.5B': no such folder, and it is not in the cache of the Hugging Face Hub "
+        "model.path='Qwen/Qwen2.5-0.5B': no such folder, and it is not in the local Hugging Face Hub cache "
         "(HF_HUB_OFFLINE is set); with network access, run `hf download Qwen/Qwen2.5-0.5B`",
     ),
     (["data.max_prompt_length=3"], "raise data.max_prompt_length"),
@@ -220,13 +223,13 @@ FILES = [
     ("seed: 1\nseed: 2\n", "line 2: not valid YAML (duplicate key 'seed')"),
     ("train:\n  num_steps: 1\n  num_steps: 2\n", "line 3: not valid YAML (duplicate key"),
     ("[1, 2]: 3\n", "line 1: not valid YAML ([1, 2] cannot be a field name)"),
-    ("2026-11-24: 3\n", "not plain fields and values (keys must be str"),
+    ("2026-11-24: 3\n", "contains something that cannot be written as JSON (keys must be str"),
     ("seed: 1\n---\nseed: 2\n", "not valid YAML (but found another document)"),
     ("seed: !!python/object/apply:os.system ['true']\n", "not valid YAML (could not determine"),
     ("seed: " + "9" * 5000, "line 1: not valid YAML (a number with 5000 characters)"),
     ("seed: 1" + ":1" * 10_000, "line 1: not valid YAML (a number with 20001 characters)"),
     ("seed: !!timestamp 3", "not valid YAML ('NoneType' object has no attribute"),
-    ("seed: &a [*a]\n", "line 1: not valid YAML (an alias inside the node that it repeats)"),
+    ("seed: &a [*a]\n", "line 1: not valid YAML (an alias inside the node that it refers to)"),
     ("seed: " + "[" * 1000, "line 1: not valid YAML (nested too deeply)"),
     ("seed:" * 1000, "not valid YAML"),
     (nested_aliases("[", "]"), "not valid YAML (expands to more than 262,144 characters)"),
@@ -282,8 +285,8 @@ def test_mistake_in_a_file_is_reported_in_one_line_that_names_it(text, message, 
         ("train: {num_steps: 3}", "train.num_step=3", "train.num_step: unknown", False),
         ("train: {num_step: 3}", "train.num_steps=3", "train.num_step: unknown", True),
         ("train: 3", "log_samples=3", "train=3", True),
-        ("train: 3", "train.num_steps=3", "train=3: not a section, but the", True),
-        # Checks of a section and of several fields together.
+        ("train: 3", "train.num_steps=3", "train=3: not a section of fields, but the", True),
+        # Mistakes that are found by checking a whole section or several fields together.
         ("method: {alpha: 7}", "method.name=trapo", "method.alpha=7", True),
         ("method: {name: trapo}", "method.alpha=7", "method.alpha=7", False),
         ("method: {name: trapo}", "method.alhpa=1", "method.alhpa=1", False),
@@ -295,7 +298,9 @@ def test_mistake_in_a_file_is_reported_in_one_line_that_names_it(text, message, 
         ("train: {num_steps: 3}", "train.budget_unit=flops", "train.budget=null", False),
     ],
 )
-def test_a_mistake_is_reported_where_it_was_made(of_file, argument, field, is_of_file, tmp_path):
+def test_a_mistake_is_attributed_to_the_file_or_the_command_line(
+    of_file, argument, field, is_of_file, tmp_path
+):
     file = tmp_path / "c.yaml"
     file.write_text(of_file + "\n")
     with pytest.raises(UserError) as caught:
@@ -329,7 +334,7 @@ def test_relative_paths_are_looked_up_in_the_working_directory_then_beside_the_f
     assert absolute.data.train_files == (f"{tmp_path}/configs/a.jsonl",)
 
 
-def test_each_mistake_is_reported_in_its_own_line():
+def test_each_mistake_is_reported_on_its_own_line():
     with pytest.raises(UserError) as caught:
         load("train.num_step=3", "seed=-1")
     assert len(str(caught.value).splitlines()) == 2
@@ -391,11 +396,11 @@ def test_help_command_prints_the_fields():
         ("return 3", 3, ""),
     ],
 )
-def test_command_never_ends_with_a_traceback(main, code, error):
+def test_a_command_never_ends_with_a_traceback(main, code, error):
     program = f"from trapo_jax.runs.command_line import run_and_exit\ndef main():\n    {main}\nrun_and_exit(main)"
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
-    process.stdout.close()  # like `| head`
+    process.stdout.close()  # as in `python ... | head`
     assert process.stderr.read() == error
     assert process.wait() == code
 
@@ -410,7 +415,7 @@ def test_command_never_ends_with_a_traceback(main, code, error):
         "# a",
     ],
 )
-def test_text_that_yaml_would_read_as_a_block_is_text_on_the_command_line(text):
+def test_yaml_block_syntax_on_the_command_line_is_plain_text(text):
     assert load(f"data.prompt_suffix={text}").data.prompt_suffix == text
 
 

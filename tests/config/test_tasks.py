@@ -18,7 +18,7 @@ def files_config(**overrides):
     return load_train_config(overrides={**FILES, **overrides})
 
 
-def test_defaults_of_a_task_name_fields_that_exist():
+def test_the_defaults_of_tasks_set_only_existing_fields():
     for sections in TASKS.values():
         for section, fields in sections.items():
             known = type(Config.model_fields[section].default).model_fields
@@ -44,7 +44,7 @@ def test_files_have_the_defaults_of_a_language_model():
     assert config.evaluation.temperature == 0.6
 
 
-def test_what_is_given_wins_over_the_defaults_of_a_task():
+def test_given_values_take_precedence_over_the_defaults_of_a_task():
     config = load_train_config(overrides={"data.max_prompt_length": 20, "train.adam_b2": 0.9})
     assert (config.data.max_prompt_length, config.train.adam_b2) == (20, 0.9)
     assert Config(data={"max_prompt_length": 20}) == load_train_config(
@@ -58,7 +58,7 @@ def test_files_have_no_default_model_and_no_default_grader(missing):
         load_train_config(overrides={k: v for k, v in FILES.items() if k != missing})
 
 
-def test_test_files_make_an_evaluation_one_of_files():
+def test_setting_test_files_makes_files_the_data_source():
     given = [("data.test_files", "x.jsonl"), ("model.path", "a/model")]
     with pytest.raises(UserError, match=r"rewards\.functions: not set"):
         load_config(EvaluateConfig, None, given)
@@ -66,9 +66,10 @@ def test_test_files_make_an_evaluation_one_of_files():
     assert config.data.source == "files"
 
 
-def test_lengths_that_follow_from_the_data_are_refused_where_it_is_not_read():
+def test_lengths_that_are_derived_from_the_data_are_unknown_until_the_data_is_read():
     with pytest.raises(
-        UserError, match=r"data\.max_prompt_length=null: it is derived from the data"
+        UserError,
+        match=r"data\.max_prompt_length=null: this length is derived from the data",
     ):
         _ = files_config().longest_rollout_len
     config = files_config().with_lengths(prompt=48, completion=256)
@@ -76,7 +77,7 @@ def test_lengths_that_follow_from_the_data_are_refused_where_it_is_not_read():
     assert config.longest_rollout_len == 304
 
 
-def test_lengths_that_are_given_are_kept():
+def test_given_lengths_are_kept():
     config = files_config(**{"data.max_prompt_length": 100})
     fitted = config.with_lengths(prompt=48, completion=256)
     assert (fitted.data.prompt_len, fitted.sampling.completion_len) == (100, 256)
@@ -84,7 +85,7 @@ def test_lengths_that_are_given_are_kept():
         files_config(**{"train.row_length": 200}).with_lengths(prompt=48, completion=256)
 
 
-def test_the_run_directory_follows_from_task_method_and_changed_fields():
+def test_the_run_directory_depends_on_task_method_and_changed_fields():
     folder = lambda **overrides: str(load_train_config(overrides=overrides).run_folder)
     assert folder() == "runs/card_shuffles_trapo"
     assert folder(**{"method.name": "grpo"}) == "runs/card_shuffles_grpo"
@@ -100,7 +101,7 @@ def test_fields_that_may_change_on_resuming_do_not_change_the_run_directory():
     assert folder(**{"sampling.num_slots": 7, "checkpoint.every": 3, "log_samples": 0}) == folder()
 
 
-def test_the_run_directory_of_files_is_named_after_the_first():
+def test_the_run_directory_is_named_after_the_first_training_file():
     name = files_config().run_folder.name
     assert name.startswith("algebra_trapo-")
     fitted = files_config().with_lengths(prompt=48, completion=256)

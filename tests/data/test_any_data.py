@@ -1,4 +1,4 @@
-"""Arbitrary rows, JSON files, chat templates and messages yield examples and text, or a one-line error."""
+"""Tests that arbitrary rows, JSON files, chat templates and messages yield examples and text, or a one-line error."""
 
 import json
 
@@ -23,7 +23,7 @@ from trapo_jax.data.templates import DATE
 
 CHAT = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
 SOLUTION = {"role": "assistant", "content": "<think>T</think>A"}
-# Rows with the columns of all presets.
+# A row with the columns of all presets.
 ROW = {
     "prompt": CHAT,
     "problem": "Q",
@@ -54,7 +54,7 @@ LAYOUTS = st.sampled_from(list(COLUMN_PRESETS.values())) | st.builds(
 @given(
     rows=st.lists(changed(ROW), min_size=1, max_size=2), columns=LAYOUTS, needs_answer=st.booleans()
 )
-def test_any_rows_are_examples_or_refused(rows, columns, needs_answer):
+def test_any_rows_yield_examples_or_are_rejected(rows, columns, needs_answer):
     rows = [Row("f.jsonl", i, values) for i, values in enumerate(rows, start=1)]
     with value_or_user_error():
         find_preset(rows[0])
@@ -86,7 +86,7 @@ PIECES = st.sampled_from(
     | st.binary(),
     suffix=st.sampled_from([".jsonl", ".json"]),
 )
-def test_any_json_file_has_rows_or_is_refused(content, suffix, folder):
+def test_any_json_file_has_rows_or_is_rejected(content, suffix, folder):
     file = folder / f"rows{suffix}"
     file.write_bytes(content)
     with value_or_user_error():
@@ -94,7 +94,7 @@ def test_any_json_file_has_rows_or_is_refused(content, suffix, folder):
 
 
 @given(values=st.lists(VALUES, max_size=4), indent=st.sampled_from([None, 1]))
-def test_a_list_has_the_rows_that_json_gives(values, indent, folder):
+def test_a_json_list_has_the_rows_that_the_json_module_reads(values, indent, folder):
     values = [value if isinstance(value, dict) else {"value": value} for value in values]
     (folder / "list.json").write_text(text := json.dumps(values, indent=indent))
     if values:
@@ -159,7 +159,7 @@ SOURCES = st.lists(STATEMENTS, max_size=10).map("".join)
 
 
 @given(source=SOURCES | SOURCES.map(lambda source: "{{ " + source + " }}"), messages=MESSAGES)
-def test_any_chat_template_prints_unicode_or_is_refused(source, messages):
+def test_any_chat_template_prints_unicode_or_is_rejected(source, messages):
     chat = [message._asdict() for message in messages]
     for request in (chat, None):
         reply = _reply(request, 10_000, source, {"eos_token": "</s>"}, DATE)
@@ -170,6 +170,6 @@ def test_any_chat_template_prints_unicode_or_is_refused(source, messages):
 
 
 @given(kind=st.sampled_from(["none", "chatml", "qwen_math"]), prompt=TEXTS | MESSAGES)
-def test_any_prompt_is_rendered_or_refused(kind, prompt):
+def test_any_prompt_is_rendered_or_rejected(kind, prompt):
     with value_or_user_error():
         Template(kind).render(prompt)

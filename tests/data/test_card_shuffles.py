@@ -125,10 +125,10 @@ def test_clean_experts_solve_the_same_problems_step_by_step():
         ("#38174;<eos>", Verdict.WRONG),
         ("#38174<eos>\n", Verdict.WRONG),
         ("", Verdict.WRONG),
-        ("#٣٨١٧٤<eos>", Verdict.WRONG),  # digits of another script
+        ("#٣٨١٧٤<eos>", Verdict.WRONG),  # digits in another script
     ],
 )
-def test_grades_of_responses(response, verdict):
+def test_responses_get_the_expected_verdicts(response, verdict):
     verify = card_shuffles_grader("<eos>")
     assert verify(response, Problem("0" * 16, (1,), "38174"))[0] is verdict
 
@@ -156,7 +156,7 @@ def test_each_epoch_is_a_new_permutation():
     assert again[5] == batches[5]
 
 
-def test_overlong_prompts_raise(tokenizer):
+def test_overlong_prompts_raise_an_error_if_requested(tokenizer):
     from trapo_jax.types import UserError
 
     examples = card_shuffles_splits(seed=0, num_train=4, num_validation=1, num_test=1)["train"]

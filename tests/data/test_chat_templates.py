@@ -1,4 +1,4 @@
-"""Compares the prompts of model families with `tokenizer.apply_chat_template`: text, token ids and refusals."""
+"""Compares prompts with `tokenizer.apply_chat_template` for several model families: text, token ids and errors."""
 
 import importlib.metadata
 from datetime import datetime
@@ -48,11 +48,11 @@ FAMILIES = {
     "mistral_v0_3": Family("mistral_v0_3", "<s>", "</s>", ("[INST]", "[/INST]"), True),
     "gemma2": Family("gemma2", *GEMMA, in_trl="gemma"),
     "gemma3": Family("gemma3", *GEMMA, in_trl="gemma3"),
-    # The Qwen and Llama models have the same template and the same special tokens.
+    # The distilled Qwen and Llama models have the same template and the same special tokens.
     "deepseek_r1_distill": Family(
         "deepseek_r1_distill", *DEEPSEEK, True, in_trl="deepseek_r1_distill"
     ),
-    "chatml_without_bos": Family("qwen2_5", *LLAMA),  # a template that leaves BOS out
+    "chatml_without_bos": Family("qwen2_5", *LLAMA),  # a template without the BOS token
 }
 NO_SYSTEM = ("gemma2",)
 ALTERNATING = ("mistral_v0_3", "gemma2", "gemma3")
@@ -69,7 +69,7 @@ TWO_USERS = (Message("user", "One."), Message("user", "Two."))
 
 
 class July(datetime):
-    """A clock for `apply_chat_template`, fixed at the worker's date."""
+    """A clock for `apply_chat_template`, fixed at the date that the template worker uses."""
 
     @classmethod
     def now(cls, tz=None):
@@ -86,9 +86,9 @@ def own_template(family):
 
 
 def template_of_the_model(family):
-    """Returns the template that the model is released with, from the package trl."""
+    """Returns the template that was released with the model, from the package trl."""
     if family.in_trl is None:
-        pytest.skip("not in trl")
+        pytest.skip("trl does not contain the template of this family")
     try:
         trl = importlib.metadata.distribution("trl")
     except importlib.metadata.PackageNotFoundError:
@@ -143,7 +143,7 @@ def check_prompts(family, tokenizer, chats):
 
 @pytest.mark.parametrize("find", [own_template, template_of_the_model])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_prompts_are_those_of_apply_chat_template(name, find):
+def test_prompts_equal_those_of_apply_chat_template(name, find):
     family = FAMILIES[name]
     tokenizer = make_tokenizer(family, find(family))
     with_system = () if name in NO_SYSTEM else (SYSTEM, SYSTEM_AND_MANY_TURNS)
@@ -158,20 +158,20 @@ def test_prompts_are_those_of_apply_chat_template(name, find):
     ("name", "chat"),
     [(name, SYSTEM) for name in NO_SYSTEM] + [(name, TWO_USERS) for name in ALTERNATING],
 )
-def test_messages_that_the_family_does_not_support_are_refused_in_one_line(name, chat, find):
+def test_messages_that_the_family_does_not_support_cause_a_one_line_error(name, chat, find):
     tokenizer = make_tokenizer(FAMILIES[name], find(FAMILIES[name]))
     with pytest.raises(Exception, match=r"supported|alternate") as theirs:
         tokenizer.apply_chat_template([message._asdict() for message in chat])
     with pytest.raises(UserError) as ours:
         make_template("chat", tokenizer).render(chat)
     assert str(ours.value) == (
-        "data.template=chat: the tokenizer's chat template rejects the messages "
+        "data.template=chat: the tokenizer's chat template rejects messages with the roles "
         f"{', '.join(message.role for message in chat)} ({theirs.value}); choose another template"
     )
 
 
 @pytest.mark.parametrize("find", [own_template, template_of_the_model])
-def test_thinking_is_an_argument_of_qwen3(find):
+def test_qwen3_templates_accept_the_argument_enable_thinking(find):
     family = FAMILIES["qwen3"]
     tokenizer = make_tokenizer(family, find(family))
     empty = "<think>\n\n</think>\n\n"

@@ -1,4 +1,4 @@
-"""Rows in known layouts become examples; other rows are counted or cause a one-line error."""
+"""Tests that rows in known layouts become examples, and that other rows are counted or cause a one-line error."""
 
 import dataclasses
 import decimal
@@ -105,7 +105,7 @@ def test_custom_columns_with_dotted_paths_and_several_experts():
 @pytest.mark.parametrize(
     ("value", "answer"), [(7, "7"), (7.0, "7"), (0.5, "0.5"), (" x ", "x"), (-1, "-1")]
 )
-def test_answers_are_text_or_numbers(value, answer):
+def test_answers_may_be_strings_or_numbers(value, answer):
     assert example_from({"q": "Q", "a": value, "s": "S"}).answer == answer
 
 
@@ -128,7 +128,7 @@ def test_rows_without_a_source_get_the_default_source():
         ("  ", ""),
     ],
 )
-def test_expert_text_is_the_content_of_think(solution, text):
+def test_the_expert_text_is_the_content_of_the_think_tags(solution, text):
     assert expert_text(solution) == text
 
 
@@ -239,7 +239,7 @@ def test_malformed_row_error_names_file_row_and_column(value, columns, message):
         (Columns("q", "key", source="key"), "source"),
     ],
 )
-def test_the_option_of_a_wrong_value_is_the_one_that_cannot_take_it(columns, option):
+def test_the_error_names_the_option_that_does_not_accept_the_value(columns, option):
     """A number is a valid answer, but not a valid solution, prompt or source."""
     rows = rows_of(GOOD | {"key": 5})
     examples_from_rows(rows, Columns("q", "key"))
@@ -268,7 +268,7 @@ def test_optional_columns_that_no_row_has_are_reported():
         (Columns("q", "A"), "A", "answer, perhaps to a"),
     ],
 )
-def test_a_column_that_no_row_has_is_refused(columns, path, option):
+def test_a_column_that_no_row_has_causes_an_error(columns, path, option):
     with pytest.raises(UserError) as caught:
         examples_from_rows(rows_of(GOOD, GOOD), columns)
     assert str(caught.value) == (
@@ -276,7 +276,7 @@ def test_a_column_that_no_row_has_is_refused(columns, path, option):
     )
 
 
-def test_a_column_that_one_of_two_files_lacks_is_refused():
+def test_a_column_that_is_missing_in_one_of_two_files_causes_an_error():
     rows = [Row("a.jsonl", 1, GOOD), Row("b.jsonl", 1, {"prompt": "Q", "a": "1"})]
     with pytest.raises(UserError, match=r"b\.jsonl: no row has the column 'q'"):
         examples_from_rows(rows, Columns("q", "a"))
@@ -289,7 +289,7 @@ def test_a_field_that_is_absent_from_a_row_counts_as_null():
     assert report.dropped == {"with an empty prompt": 1, "with an empty answer": 1}
 
 
-def test_answers_may_be_absent_where_nothing_is_graded():
+def test_answers_may_be_absent_if_nothing_is_graded():
     rows = rows_of({"q": "Q", "s": "S"}, {"q": "R", "s": "S", "a": None})
     examples, _ = examples_from_rows(rows, COLUMNS, needs_answer=False)
     assert [example.answer for example in examples] == ["", ""]
@@ -309,7 +309,7 @@ def test_answers_may_be_absent_where_nothing_is_graded():
         (1e22, "10000000000000000000000"),
     ],
 )
-def test_numbers_are_written_out(value, answer):
+def test_numbers_are_written_without_an_exponent(value, answer):
     assert example_from({"q": "Q", "a": value, "s": "S"}).answer == answer
 
 
@@ -371,7 +371,7 @@ def test_objects_and_chats_stored_as_json_text_are_parsed():
         ("verl", verl_row(), None),
     ],
 )
-def test_the_preset_is_found_from_a_row(preset, value, prompt):
+def test_the_preset_is_inferred_from_a_row(preset, value, prompt):
     assert find_preset(rows_of(value)[0]) == preset
     examples, _ = examples_from_rows(rows_of(value), COLUMN_PRESETS[preset], needs_answer=False)
     if prompt is not None:
@@ -390,11 +390,11 @@ def test_the_preset_is_found_from_a_row(preset, value, prompt):
         (verl_row(), {"solutions"}, "verl"),
     ],
 )
-def test_columns_that_are_given_need_not_be_in_the_preset(value, given, preset):
+def test_explicitly_set_columns_need_not_be_in_the_preset(value, given, preset):
     assert find_preset(rows_of(value)[0], given) == preset
 
 
-def test_a_preset_is_found_without_its_answer_where_none_is_needed():
+def test_a_preset_is_inferred_without_an_answer_column_if_no_answer_is_needed():
     for value, preset in (
         ({"prompt": "q", "solution": "s"}, "trl"),
         ({"question": "q", "solution": "s"}, "qa"),
@@ -425,7 +425,7 @@ def test_a_preset_is_found_without_its_answer_where_none_is_needed():
         ),
     ],
 )
-def test_columns_that_fit_no_preset_are_refused_by_name(value, given, message):
+def test_the_error_about_columns_that_fit_no_preset_names_them(value, given, message):
     with pytest.raises(UserError) as caught:
         find_preset(rows_of(value)[0], given)
     assert message in str(caught.value)

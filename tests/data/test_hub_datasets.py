@@ -1,4 +1,4 @@
-"""Datasets are read by Hub id: from prepared caches without a network, and from a small local Hub."""
+"""Tests reading datasets by Hub id: offline from prepared caches, and from a small fake Hub."""
 
 import io
 import json
@@ -54,7 +54,7 @@ ENTRIES = [
 
 @pytest.fixture
 def home(hub_home, monkeypatch):
-    """Returns an empty Hugging Face home for both caches."""
+    """Returns an empty Hugging Face home folder for the caches of both `huggingface_hub` and `datasets`."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", hub_home / "datasets")
     return hub_home
 
@@ -83,7 +83,7 @@ def test_the_revision_decides_between_two_commits(home):
     old = {**FILES, "hard/train.parquet": parquet(50)}
     add_to_cache(home, NAME, FILES, kind="dataset")
     add_to_cache(home, NAME, old, kind="dataset", commit=OLD_COMMIT, refs=("v1",))
-    for _ in range(2):  # The second time, `datasets` has already prepared both.
+    for _ in range(2):  # The second time, `datasets` has already prepared both commits.
         assert values(f"{NAME}:hard") == [5]
         assert values(f"{NAME}@v1:hard") == [50]
         assert values(f"{NAME}@{OLD_COMMIT}:hard") == [50]
@@ -97,14 +97,16 @@ def test_the_revision_decides_between_two_commits(home):
         (f"{NAME}@{OLD_COMMIT}:hard", f" --revision {OLD_COMMIT}"),
     ],
 )
-def test_what_is_not_in_the_cache_is_named_with_the_command_that_downloads_it(
+def test_the_error_for_an_uncached_dataset_states_the_command_that_downloads_it(
     entry, revision, home
 ):
     add_to_cache(home, NAME, FILES, kind="dataset")
     add_to_cache(home, "owner/other", FILES, kind="model")
     name = entry.partition("@")[0]
     error = error_of(entry)
-    assert error.startswith(f"{entry}: no such file, and it is not in the cache")
+    assert error.startswith(
+        f"{entry}: no such file, and it is not in the local Hugging Face Hub cache"
+    )
     assert error.endswith(f"`hf download --repo-type dataset {name}{revision}`")
 
 
@@ -117,10 +119,10 @@ def test_what_is_not_in_the_cache_is_named_with_the_command_that_downloads_it(
     ids=["only the card", "one of two shards"],
 )
 @pytest.mark.parametrize("listed", [None, FILES], ids=["unlisted", "listed"])
-def test_a_part_of_a_dataset_is_refused(files, listed, home):
+def test_a_partially_cached_dataset_is_rejected(files, listed, home):
     add_to_cache(home, NAME, files, kind="dataset", listed=listed)
     error = error_of(NAME)
-    assert "part of it is not in the cache" in error
+    assert "part of it is not in the local Hugging Face Hub cache" in error
     assert error.endswith(f"run `hf download --repo-type dataset {NAME}`")
 
 
@@ -137,12 +139,12 @@ def test_a_config_or_split_that_does_not_exist_is_named(entry, message, home):
 
 
 @pytest.mark.parametrize("entry", ["./owner/x", "owner/x/y", "owner/x@", "owner/x:", "owner/x@a@b"])
-def test_a_path_is_not_taken_for_a_hub_id(entry, home, tmp_path, monkeypatch):
+def test_a_path_is_not_mistaken_for_a_hub_id(entry, home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert error_of(entry) == f"{entry}: no such file or folder in {tmp_path}"
 
 
-def test_a_local_file_or_folder_of_the_same_name_wins(home, tmp_path, monkeypatch):
+def test_a_local_file_or_folder_of_the_same_name_takes_precedence(home, tmp_path, monkeypatch):
     import datasets
 
     add_to_cache(home, NAME, FILES, kind="dataset")
@@ -161,7 +163,7 @@ def test_code_in_a_dataset_never_runs(home, tmp_path):
     assert not witness.exists()
 
 
-def test_a_card_that_names_a_file_of_this_machine_is_refused(home, tmp_path):
+def test_a_card_that_names_a_file_on_this_machine_is_rejected(home, tmp_path):
     secret = tmp_path / "secret.jsonl"
     secret.write_text('{"x": "secret"}\n')
     for path in (str(secret), "../../../../../secret.jsonl"):
@@ -185,7 +187,7 @@ for entry in sys.argv[1:]:
 
 @pytest.fixture
 def hub(tmp_path):
-    """Yields a Hub with a dataset, and a function that reads entries in a separate process."""
+    """Yields a fake Hub with a dataset, and a function that reads entries in a separate process."""
     with serve_hub() as (fake, address):
         fake.repos["dataset", NAME] = FILES
 
@@ -203,7 +205,7 @@ def hub(tmp_path):
         yield fake, read
 
 
-def test_what_the_hub_has_given_once_is_read_from_the_cache(hub):
+def test_what_was_downloaded_once_is_read_from_the_cache(hub):
     fake, read = hub
     entries, expected = zip(*ENTRIES, strict=True)
     assert read(*entries) == list(expected)
@@ -213,27 +215,27 @@ def test_what_the_hub_has_given_once_is_read_from_the_cache(hub):
         {"HF_DATASETS_OFFLINE": "1"},
         {"HF_ENDPOINT": "http://127.0.0.1:9"},
     ):
-        # For v1, `datasets` would use the other revision.
+        # The revision v1 was not downloaded. By itself, `datasets` would use the downloaded revision instead.
         *rows, error = read(*entries, f"{NAME}@v1", **environment)
         assert rows == list(expected)
-        assert "it is not in the cache" in error
+        assert "it is not in the local Hugging Face Hub cache" in error
 
 
-def test_a_config_that_is_not_the_default_does_not_take_its_place_offline(hub):
+def test_a_cached_config_does_not_replace_the_default_config_offline(hub):
     _, read = hub
     assert read(f"{NAME}:hard") == [[5]]
     (error,) = read(NAME, HF_HUB_OFFLINE="1")
-    assert "part of it is not in the cache" in error
+    assert "part of it is not in the local Hugging Face Hub cache" in error
 
 
-def test_a_local_folder_does_not_take_the_place_of_the_hub(hub, tmp_path, monkeypatch):
+def test_a_local_folder_does_not_replace_an_entry_with_a_revision(hub, tmp_path, monkeypatch):
     _, read = hub
     (tmp_path / NAME).mkdir(parents=True)
     (tmp_path / NAME / "train.jsonl").write_text('{"x": 7}\n')
     assert read(f"{NAME}@main", cwd=tmp_path) == [[1, 2, 3]]
 
 
-def test_the_answer_of_the_hub_is_one_line(hub):
+def test_errors_from_the_hub_are_reported_in_one_line(hub):
     fake, read = hub
     fake.repos["dataset", "owner/gated"] = GATED
     none, revision, gated = read("owner/none", f"{NAME}@v9", "owner/gated")

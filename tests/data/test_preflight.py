@@ -1,4 +1,4 @@
-"""Data that would teach nothing is rejected in one line before the first step; other data is shown."""
+"""Tests that unusable data is rejected in one line before the first step, and that other data is shown."""
 
 import contextlib
 import json
@@ -48,7 +48,8 @@ def preview(model, tmp_path, capsys, grader, monkeypatch):
     build = preview_command.grader_for
 
     def shared_grader(config, functions, tokenizer):
-        is_math = list(functions) == ["math"]  # its processes take seconds to start
+        # The processes of the math grader take seconds to start, so they are shared.
+        is_math = list(functions) == ["math"]
         return contextlib.nullcontext(grader) if is_math else build(config, functions, tokenizer)
 
     monkeypatch.setattr(preview_command, "grader_for", shared_grader)
@@ -69,7 +70,7 @@ def preview(model, tmp_path, capsys, grader, monkeypatch):
     return run
 
 
-def test_good_data_are_shown(preview):
+def test_good_data_is_shown(preview):
     code, output, error = preview(ROWS, "data.prompt_suffix=boxed", "data.template=auto")
     assert (code, error) == (0, "")
     assert "experts judged correct │ 16 of 16" in output
@@ -114,7 +115,7 @@ MISUSES = {
     "solutions without a box": (
         changed(solution="One more than before."),
         [],
-        "only 0 of 16 expert solutions are judged correct; in the first wrong one, which ends",
+        "only 0 of 16 expert solutions are judged correct; in the first one judged wrong, which ends",
     ),
     "answers of other problems": (
         changed(answer="77"),
@@ -126,18 +127,18 @@ MISUSES = {
         [],
         "check data.columns.answer and data.columns.solutions",
     ),
-    "solutions that are cut": (
+    "all solutions truncated": (
         [row | {"solution": "I think. " * 20 + row["solution"]} for row in ROWS],
         ["sampling.max_completion_length=64"],
-        "because all are cut at sampling.max_completion_length=64; raise it\n",
+        "because all are truncated at sampling.max_completion_length=64; raise it\n",
     ),
-    "most solutions are cut": (
+    "most solutions truncated": (
         [
             row | {"solution": "I think. " * 20 * (i > 5) + row["solution"]}
             for i, row in enumerate(ROWS)
         ],
         ["sampling.max_completion_length=64"],
-        "are cut at sampling.max_completion_length=64; raise it\n",
+        "are truncated at sampling.max_completion_length=64; raise it\n",
     ),
     "prompts too long": (ROWS, ["data.max_prompt_length=10"], "no problem is usable: 0 of 16 kept"),
     "most prompts too long": (
@@ -153,14 +154,14 @@ MISUSES = {
     "no solutions": (
         without("solution"),
         [],
-        "no training problem has one; set data.columns.solutions to their column (now none), or",
+        "no training problem has one; set data.columns.solutions to the column that holds them (now none), or",
     ),
     "no solutions for sft": (
         without("solution"),
         ["method.name=sft"],
         "method.name=sft: it learns from expert solutions, but no training problem has one",
     ),
-    "solutions that are left out": (
+    "solutions that are dropped": (
         ROWS,
         ["data.max_expert_length=5"],
         "has one; the solutions in the data are longer than data.max_expert_length=5; raise it, or",
@@ -168,13 +169,13 @@ MISUSES = {
     "solutions as lists of steps": (
         [row | {"solution": ["One more.", "So:", f"\\boxed{{{row['answer']}}}"]} for row in ROWS],
         [],
-        "a list of solutions holds complete alternatives, so join a list of steps into one string",
+        "must be a complete solution; join lists of steps into one string",
     ),
     "repeated prompts": (
         ROWS[:3] * 5,
         [],
         "data.train_files: the 15 rows with an answer have 3 distinct prompts, too few to hold out "
-        "data.num_validation=2 and data.num_test=2; specify separate files for them, or lower these",
+        "data.num_validation=2 and data.num_test=2; specify separate files for these splits, or lower these",
     ),
     "no room for a completion": (
         ROWS,
@@ -194,14 +195,14 @@ MISUSES = {
             for r in ROWS
         ],
         [],
-        "no chat in 'messages' ends with an assistant message; add the solutions as such messages, or",
+        "no chat in 'messages' ends with an assistant message; add the solutions as assistant messages, or",
     ),
     "test files with other columns": (
         ROWS,
         ["data.test_files={other}"],
-        "data.columns applies to every split, so rename this file's columns if those of data.train_files differ",
+        "data.columns applies to every split, so rename this file's columns if they differ from those of data.train_files",
     ),
-    "unlike any template": (
+    "template name without a similar one": (
         ROWS,
         ["data.template=x"],
         "choose 'none', 'chat', 'chatml', 'qwen_math'",
@@ -211,7 +212,7 @@ MISUSES = {
         ["data.template_arguments={enable_thinking: false}", "data.template=chat"],
         "data.template_arguments",
     ),
-    "answers that are no letters": (
+    "answers that are not letters": (
         changed(answer="Paris"),
         ["rewards.functions=multiple_choice", "method.name=grpo"],
         "16 of 16 answers are not a single letter A-J, for example 'Paris'",
@@ -221,7 +222,7 @@ MISUSES = {
 
 
 @pytest.mark.parametrize("what", MISUSES)
-def test_misuse_ends_in_one_line(what, preview):
+def test_misuse_causes_a_one_line_error(what, preview):
     rows, overrides, message = MISUSES[what]
     code, _, error = preview(rows, *overrides)
     assert code == 2
@@ -249,7 +250,7 @@ BROKEN_FUNCTIONS = {
 
 @pytest.fixture
 def functions(tmp_path, monkeypatch):
-    """Writes a user's reward functions to a module in the working directory."""
+    """Writes a user's reward functions to a module in the working directory, and returns the module's name."""
     name = f"my_{tmp_path.name}"  # Modules are cached by name.
     (tmp_path / f"{name}.py").write_text(FUNCTIONS)
     monkeypatch.chdir(tmp_path)
@@ -258,7 +259,7 @@ def functions(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("with_experts", [True, False])
 @pytest.mark.parametrize("name", BROKEN_FUNCTIONS)
-def test_a_reward_function_that_does_not_work_is_found_before_training(
+def test_a_broken_reward_function_is_detected_before_training(
     name, with_experts, preview, functions
 ):
     rows = ROWS if with_experts else without("solution")
@@ -276,7 +277,7 @@ def test_a_reward_function_that_does_not_work_is_found_before_training(
     ("name", "counts"),
     [("needs_text", "2 of 2 empty responses"), ("one_source", "2 of 4 bare gold answers, 1 of 2")],
 )
-def test_a_reward_function_that_fails_on_some_responses_has_one_warning(
+def test_a_reward_function_that_fails_on_some_responses_causes_one_warning(
     name, counts, preview, functions
 ):
     rows = [row | {"source": "ab"[i % 2]} for i, row in enumerate(without("solution"))]
@@ -287,7 +288,7 @@ def test_a_reward_function_that_fails_on_some_responses_has_one_warning(
     assert f"warning: rewards.functions: {name} failed on {counts}" in output
 
 
-def test_a_reward_for_an_empty_response_is_a_warning(preview, functions):
+def test_a_reward_for_an_empty_response_causes_a_warning(preview, functions):
     overrides = [f"rewards.functions={functions}:rewards_all", "rewards.timeout_secs=60"]
     code, output, error = preview(without("solution"), *overrides, "method.name=grpo")
     assert (code, error) == (0, "")
@@ -300,7 +301,9 @@ def test_the_first_answer_and_the_limits_are_shown(preview):
     assert "completion tokens │ <= 1024" in output
 
 
-def test_a_broken_reward_function_only_warns_a_method_without_rewards(preview, functions):
+def test_a_broken_reward_function_causes_only_a_warning_if_the_method_uses_no_rewards(
+    preview, functions
+):
     overrides = [f"rewards.functions={functions}:breaks", "rewards.timeout_secs=60"]
     code, output, error = preview(ROWS, *overrides, "method.name=sft")
     assert (code, error) == (0, "")
@@ -308,23 +311,24 @@ def test_a_broken_reward_function_only_warns_a_method_without_rewards(preview, f
 
 
 WARNINGS = {
-    "nothing asks for a box": (ROWS, [], "consider data.prompt_suffix=boxed"),
+    "no request for a box": (ROWS, [], "consider data.prompt_suffix=boxed"),
     "some solutions are wrong": (
         [row | {"solution": "One more."} if i % 4 == 0 else row for i, row in enumerate(ROWS)],
         ["data.prompt_suffix=boxed"],
-        "expert solutions are judged correct; in the first wrong one, which ends",
+        "expert solutions are judged correct; in the first one judged wrong, which ends",
     ),
-    "wrong solutions that are cut": (
+    "truncated solutions that are wrong": (
         [*ROWS[:14], *(r | {"solution": "I think. " * 60 + r["solution"]} for r in ROWS[14:])],
         ["sampling.max_completion_length=256"],
-        "cut at sampling.max_completion_length=256; raise it, or leave them out with data.max_expert_length=256",
+        "truncated at sampling.max_completion_length=256; raise it, or drop longer solutions with "
+        "data.max_expert_length=256",
     ),
     "prompts that are dropped": (
         [*({**row, "prompt": row["prompt"] * 9} for row in ROWS[:4]), *ROWS[4:]],
         ["data.max_prompt_length=70", "data.num_validation=0", "data.num_test=0"],
         "warning: train: 4 of 20 prompts are dropped, because they are longer than 70 tokens (the longest has 1",
     ),
-    "prompts that are cut": (
+    "prompts that are truncated": (
         [*({**row, "prompt": row["prompt"] * 9} for row in ROWS[:4]), *ROWS[4:]],
         [
             "data.overlong_prompts=truncate",
@@ -332,12 +336,12 @@ WARNINGS = {
             "data.num_validation=0",
             "data.num_test=0",
         ],
-        "warning: train: 4 of 20 prompts are cut, because they are longer than 70 tokens (the longest has 1",
+        "warning: train: 4 of 20 prompts are truncated, because they are longer than 70 tokens (the longest has 1",
     ),
-    "expert solutions that are left out": (
+    "expert solutions that are dropped": (
         [*({**row, "solution": "Hm. " * 20 + row["solution"]} for row in ROWS[:4]), *ROWS[4:]],
         ["data.max_expert_length=64", "data.num_validation=0", "data.num_test=0"],
-        "train: 4 of 20 expert solutions are left out, because they are longer than data.max_expert_length=64; raise it",
+        "train: 4 of 20 expert solutions are dropped, because they are longer than data.max_expert_length=64; raise it",
     ),
     "lists of solutions": (
         [row | {"solution": [row["solution"], f"\\boxed{{{row['answer']}}}"]} for row in ROWS],
@@ -349,10 +353,10 @@ WARNINGS = {
         ["data.template=none"],
         "the tokenizer has a chat template, which is not used",
     ),
-    "some solutions are cut": (
+    "some solutions truncated": (
         [*ROWS[:19], ROWS[19] | {"solution": "I think. " * 60 + ROWS[19]["solution"]}],
         ["sampling.max_completion_length=256", "data.num_test=1", "data.num_validation=1"],
-        "longer than sampling.max_completion_length=256 and are cut; raise it",
+        "longer than sampling.max_completion_length=256 and are truncated; raise it",
     ),
     "tested on training problems": (
         ROWS,
@@ -362,7 +366,7 @@ WARNINGS = {
     "solutions in another form": (
         [row | {"solution": f"One more. The answer is {row['answer']}."} for row in ROWS],
         [],
-        "asks for the form of the expert solutions, which end with",
+        "asks for the answer format of the expert solutions, which end with",
     ),
     "sentences as answers": (
         [
@@ -370,7 +374,7 @@ WARNINGS = {
             for row in without("solution")
         ],
         ["method.name=grpo"],
-        "16 of 16 answers are sentences, which a response must repeat verbatim, for example 'It is",
+        "16 of 16 answers are sentences, which responses must repeat verbatim, for example 'It is",
     ),
     "half of the answers missing": (
         [row | {"answer": None} if i % 2 else row for i, row in enumerate(without("solution"))],
@@ -386,7 +390,7 @@ WARNINGS = {
 
 
 @pytest.mark.parametrize("what", WARNINGS)
-def test_what_is_probably_a_mistake_is_said(what, preview):
+def test_probable_mistakes_cause_warnings(what, preview):
     rows, overrides, message = WARNINGS[what]
     if what == "special tokens":
         rows = [row | {"prompt": f"{row['prompt']} {i}"} for i, row in enumerate(rows)]
@@ -395,18 +399,18 @@ def test_what_is_probably_a_mistake_is_said(what, preview):
     assert message in output
 
 
-def test_a_few_long_prompts_are_no_warning_but_counted(preview):
+def test_a_few_long_prompts_are_counted_but_cause_no_warning(preview):
     rows = [ROWS[0] | {"prompt": ROWS[0]["prompt"] * 9}, *ROWS[1:]]
     sizes = ("data.num_validation=0", "data.num_test=0", "data.prompt_suffix=boxed")
     _, output, _ = preview(rows, "data.max_prompt_length=150", *sizes)
-    assert "train: dropped 1 with a prompt over 150 tokens" in output
+    assert "train: dropped 1 with a prompt longer than 150 tokens" in output
     assert "warning" not in output
 
 
 @pytest.mark.parametrize(
     "ask", ["End with '#### 7'.", "End with 'Answer: 7'.", "Put it in \\boxed{7}."]
 )
-def test_any_form_that_the_grader_reads_may_be_asked_for(ask, preview):
+def test_prompts_may_ask_for_any_answer_format_that_the_grader_recognizes(ask, preview):
     rows = [row | {"prompt": f"{row['prompt']} {ask}"} for row in ROWS]
     code, output, _ = preview(rows)
     assert code == 0
@@ -422,29 +426,30 @@ def test_texts_are_shown_with_their_line_breaks(capsys):
     assert capsys.readouterr().out.endswith("    x\n     ...\n")
 
 
-def test_sft_needs_no_reward_function_but_says_that_nothing_is_evaluated(preview):
+def test_sft_needs_no_reward_function_but_warns_that_nothing_is_evaluated(preview):
     code, output, error = preview(ROWS, "method.name=sft", "rewards.functions=[]")
     assert (code, error) == (0, "")
     assert "warning: test: rewards.functions is not set, so this split is not evaluated" in output
-    assert "problems │ 16" in output  # still held out, for a later evaluation
+    # Problems are still held out, for a later evaluation.
+    assert "problems │ 16" in output
 
 
-def test_wrong_solutions_only_warn_a_method_without_rewards(preview):
+def test_wrong_solutions_cause_only_a_warning_if_the_method_uses_no_rewards(preview):
     code, output, _ = preview(changed(solution="One more."), "method.name=sft")
     assert code == 0
     assert "warning: rewards.functions=['math']: only 0 of 16 expert solutions" in output
 
 
-def test_problems_without_answers_are_fine_for_sft(preview):
+def test_sft_accepts_problems_without_answers(preview):
     code, output, error = preview(without("answer"), "method.name=sft")
     assert (code, error) == (0, "")
     assert "warning: test: no problem has an answer, so this split is not evaluated" in output
     assert "rewards.functions: failed" not in output
-    assert "problems │ 20" in output  # Nothing is held out that could not be evaluated.
+    assert "problems │ 20" in output  # Problems that could not be evaluated are not held out.
 
 
-def test_held_out_by_default_is_a_tenth_of_the_different_prompts(tmp_path):
-    """Several rows may be solutions of one problem."""
+def test_a_tenth_of_the_distinct_prompts_is_held_out_by_default(tmp_path):
+    """Several rows may contain solutions of the same problem."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 5))
     splits, _, _ = read_splits(DataConfig(source="files", train_files=(str(file),)))
@@ -456,14 +461,14 @@ def test_held_out_by_default_is_a_tenth_of_the_different_prompts(tmp_path):
     }
 
 
-def test_no_test_problems_are_no_warning_if_none_were_asked_for(preview):
+def test_a_lack_of_test_problems_causes_no_warning_if_none_were_requested(preview):
     code, output, _ = preview(ROWS, "data.num_test=0", "data.num_validation=0")
     assert code == 0
     assert "not evaluated" not in output
 
 
-def test_what_is_held_out_does_not_depend_on_rows_without_an_answer(tmp_path):
-    """If it did, `evaluate` would use problems that SFT, which keeps those rows, was trained on."""
+def test_the_held_out_problems_do_not_depend_on_rows_without_an_answer(tmp_path):
+    """Otherwise, `evaluate` would use problems that were used for training with SFT, which keeps those rows."""
     file = tmp_path / "rows.jsonl"
     rows = [row | {"answer": ""} if i % 3 == 0 else row for i, row in enumerate(ROWS)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -484,7 +489,7 @@ def test_a_limit_in_the_config_file_is_kept(preview, tmp_path):
     assert "rows read │ 12" in output
 
 
-def test_lengths_follow_from_the_data(preview):
+def test_lengths_are_derived_from_the_data(preview):
     long = [row | {"solution": "I think. " * 60 + row["solution"]} for row in ROWS]
     _, output, _ = preview(long)
     assert "prompt tokens (<= 48)" in output
@@ -497,7 +502,7 @@ def test_a_plain_model_gets_plain_text(plain_model, preview):
     assert "first prompt: What is" in output
 
 
-def test_a_system_prompt_makes_a_chat(plain_model, preview):
+def test_a_system_prompt_turns_plain_prompts_into_chats(plain_model, preview):
     _, output, _ = preview(
         ROWS, f"model.path={plain_model}", "data.template=auto", "data.system_prompt=Be brief."
     )

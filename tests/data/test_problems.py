@@ -1,4 +1,4 @@
-"""Tests encoding examples as problems: lengths, experts, ids and counts, with a real byte-level BPE."""
+"""Tests encoding examples as problems: lengths, experts, ids and counts, with a real byte-level BPE tokenizer."""
 
 import hashlib
 import importlib.util
@@ -102,7 +102,7 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def test_template_counts_toward_the_prompt_length(bpe):
+def test_the_template_is_part_of_the_prompt(bpe):
     template = make_template("qwen_math", bpe)
     (problem,), _ = encode([example("What?")], bpe, template=template, max_prompt_length=1000)
     assert problem.prompt_text == template.render("What?")
@@ -127,7 +127,7 @@ LONG, SHORT = "x y z " * 20, "x y"
 def test_overlong_prompts_are_dropped_and_counted(bpe):
     problems, report = encode([example(LONG), example(SHORT)], bpe, max_prompt_length=10)
     assert [problem.prompt_text for problem in problems] == [SHORT]
-    assert report.dropped == {"with a prompt over 10 tokens": 1}
+    assert report.dropped == {"with a prompt longer than 10 tokens": 1}
 
 
 def test_truncated_prompts_keep_bos_and_their_end():
@@ -140,7 +140,7 @@ def test_truncated_prompts_keep_bos_and_their_end():
         assert problems[0].prompt_ids == expected
         assert problems[0].prompt_text == tokenizer.decode(expected)
         assert problems[1].prompt_text == SHORT
-        assert report.notes["prompts cut to 10 tokens"] == 1
+        assert report.notes["prompts truncated to 10 tokens"] == 1
 
 
 @pytest.fixture
@@ -162,8 +162,8 @@ def test_a_text_with_far_too_many_characters_is_not_encoded(adds_bos, encoded_le
     options = {"max_prompt_length": 10, "max_expert_length": 10}
     problems, report = encode([example(text), example(SHORT, "2", text)], tokenizer, **options)
     assert [problem.prompt_text for problem in problems] == [SHORT]
-    assert report.dropped == {"with a prompt over 10 tokens": 1}
-    assert report.notes["experts left out: over 10 tokens"] == 1
+    assert report.dropped == {"with a prompt longer than 10 tokens": 1}
+    assert report.notes["expert solutions dropped: longer than 10 tokens"] == 1
     with pytest.raises(
         UserError, match=r"the prompt 'x y z .*'\.\.\. has 60,001 characters; raise"
     ):
@@ -181,14 +181,16 @@ def test_a_text_with_far_too_many_characters_is_not_encoded(adds_bos, encoded_le
         (normalizers.Replace("a", "aa" * 50), "a" * 300_000, "takes more than 1.25 GiB of memory"),
     ],
 )
-def test_a_tokenizer_that_runs_away_is_stopped(normalizer, text, message, byte_tokenizer):
+def test_a_tokenizer_that_takes_too_much_time_or_memory_is_stopped(
+    normalizer, text, message, byte_tokenizer
+):
     byte_tokenizer.backend_tokenizer.normalizer = normalizer
     with pytest.raises(UserError, match=f"the tokenizer {message}") as caught:
         encode([example("Q", "2", text)], byte_tokenizer)
     assert "\n" not in str(caught.value)
 
 
-def test_overlong_prompt_raises_under_error(bpe):
+def test_an_overlong_prompt_raises_an_error_if_requested(bpe):
     with pytest.raises(UserError, match=r"max_prompt_length=10: the prompt 'x y z .*'\.\.\. has 1"):
         encode([example(LONG)], bpe, max_prompt_length=10, overlong_prompts="error")
 
@@ -204,7 +206,7 @@ def test_prompt_and_expert_of_exactly_the_maximum_length_are_kept(bpe):
 def test_overlong_experts_are_dropped_but_their_problems_stay(bpe):
     (problem,), report = encode([example("Q", "2", LONG, SHORT)], bpe, max_expert_length=10)
     assert [bpe.decode(e.token_ids) for e in problem.experts] == [SHORT + "</s>"]
-    assert report.notes == {"experts left out: over 10 tokens": 1}
+    assert report.notes == {"expert solutions dropped: longer than 10 tokens": 1}
     (problem,), report = encode([example("Q", "2", LONG)], bpe, max_expert_length=10)
     assert problem.experts == ()
     assert report.notes["problems without an expert"] == 1
@@ -214,7 +216,7 @@ def test_expert_with_eos_inside_is_dropped_and_trailing_eos_is_not_repeated(bpe)
     inside, at_the_end = "x</s>y", "x</s></s>"
     (problem,), report = encode([example("Q", "2", inside, at_the_end)], bpe)
     assert [bpe.decode(e.token_ids) for e in problem.experts] == ["x</s>"]
-    assert report.notes == {"experts left out: empty, or with EOS inside": 1}
+    assert report.notes == {"expert solutions dropped: empty, or with EOS inside": 1}
 
 
 def test_identical_problems_are_merged_with_all_their_experts(bpe):
@@ -289,7 +291,9 @@ def has_reasoning_gym():
     return importlib.util.find_spec("reasoning_gym") is not None
 
 
-@pytest.mark.skipif(not has_reasoning_gym(), reason="reasoning-gym (extra `tasks`) is missing")
+@pytest.mark.skipif(
+    not has_reasoning_gym(), reason="reasoning-gym (extra `tasks`) is not installed"
+)
 def test_gsm_symbolic_splits_are_reproducible_disjoint_and_well_formed():
     sizes = {"num_train": 50, "num_validation": 20, "num_test": 30}
     splits = gsm_symbolic_splits(seed=0, **sizes)
@@ -297,7 +301,7 @@ def test_gsm_symbolic_splits_are_reproducible_disjoint_and_well_formed():
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [50, 20, 30]
     prompts = {e.prompt for split in splits.values() for e in split}
     assert len(prompts) == 100
-    # Adjacent seeds share no problems either.
+    # The splits of adjacent seeds have no problems in common, either.
     other = gsm_symbolic_splits(seed=1, **sizes)
     assert not prompts & {e.prompt for split in other.values() for e in split}
     for e in splits["train"]:

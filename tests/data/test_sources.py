@@ -1,4 +1,4 @@
-"""Rows are read from real files; every malformed input causes a one-line error that names the file."""
+"""Tests that rows are read from real files, and that malformed files cause one-line errors that name the file."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_every_format_yields_the_rows_and_leaves_no_files_behind(tmp_path, name,
     write(file)
     rows = list(read_rows([str(file)]))
     assert [row.values for row in rows] == ROWS
-    first = 2 if name.endswith(".csv") else 1  # after the header
+    first = 2 if name.endswith(".csv") else 1  # CSV rows start after the header.
     assert [row.number for row in rows] == list(range(first, first + 600))
     assert {row.file for row in rows} == {str(file)}
     assert list(tmp_path.iterdir()) == [file]
@@ -60,7 +60,7 @@ def test_reads_folders_written_by_save_to_disk(tmp_path):
     with pytest.raises(UserError, match="no split 'dev'; it has train, test"):
         list(read_rows([str(tmp_path / "two")], split="dev"))
     assert len(list(read_rows([f"{tmp_path / 'two'}#test"]))) == 3
-    with pytest.raises(UserError, match="is a file, which has no splits; leave out #test"):
+    with pytest.raises(UserError, match="is a file, and files have no splits; remove #test"):
         list(read_rows([f"{__file__}#test"]))
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -81,7 +81,7 @@ def test_blank_lines_are_counted_as_lines_but_not_as_rows(tmp_path):
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_values_of_csv_files_are_texts(tmp_path, delimiter):
+def test_values_in_csv_files_are_strings(tmp_path, delimiter):
     lines = ['"q", "a"', '"x, y; z\tw ""w""\nsecond line", "007"', "", '"é",']
     file = tmp_path / "a.csv"
     file.write_text(
@@ -95,7 +95,7 @@ def test_values_of_csv_files_are_texts(tmp_path, delimiter):
     ]
 
 
-def test_existing_file_name_with_brackets_is_not_a_glob(tmp_path):
+def test_the_name_of_an_existing_file_with_brackets_is_not_treated_as_a_glob(tmp_path):
     file = tmp_path / "a[1].jsonl"
     file.write_text('{"a": 1}\n')
     assert len(list(read_rows([str(file)]))) == 1
@@ -111,7 +111,9 @@ def test_malformed_file_error_is_one_line_that_names_the_file(tmp_path, name, ma
     assert "\n" not in str(caught.value)
 
 
-def test_the_limit_is_that_of_an_entry_and_lifts_the_maximum_number_of_rows(tmp_path, monkeypatch):
+def test_the_limit_applies_to_each_entry_and_overrides_the_maximum_number_of_rows(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(sources, "MAX_ROWS", 700)
     for name in ("a", "b"):
         write_jsonl(tmp_path / f"{name}.jsonl")
@@ -125,7 +127,7 @@ def test_the_limit_is_that_of_an_entry_and_lifts_the_maximum_number_of_rows(tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_a_table_that_expands_to_gigabytes_is_refused(tmp_path, suffix):
+def test_a_table_that_expands_to_gigabytes_is_rejected(tmp_path, suffix):
     text = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), ["x" * 10**7])
     table, file = pa.table({"prompt": text}), tmp_path / f"bomb.{suffix}"
     if suffix == "parquet":
@@ -139,7 +141,7 @@ def test_a_table_that_expands_to_gigabytes_is_refused(tmp_path, suffix):
         list(read_rows([str(file)]))
 
 
-def test_pipes_in_a_saved_folder_are_refused(tmp_path):
+def test_pipes_in_a_saved_folder_are_rejected(tmp_path):
     import datasets
 
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
@@ -171,7 +173,7 @@ def test_missing_files_raise_before_any_row_is_read(tmp_path):
 
 @pytest.fixture
 def unprivileged():
-    """Runs the test as nobody, since root can read everything."""
+    """Runs the test as the user `nobody`, because root can read every file."""
     if os.geteuid() != 0:
         yield
         return
@@ -203,7 +205,7 @@ def test_mistyped_file_name_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     assert str(caught.value) == f"data/train.parquet: no such file or folder in {tmp_path}"
 
 
-def test_a_name_that_resembles_a_file_is_answered_with_it(tmp_path, monkeypatch):
+def test_the_error_for_a_misspelled_name_suggests_the_existing_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "data" / "train.jsonl")
@@ -220,7 +222,7 @@ def test_a_name_that_resembles_a_file_is_answered_with_it(tmp_path, monkeypatch)
         list(read_rows([f"{tmp_path}/data/trian.jsonl"]))
 
 
-def test_importing_the_package_imports_no_large_library():
+def test_importing_the_package_does_not_import_large_libraries():
     heavy = ["datasets", "transformers", "reasoning_gym", "pandas", "pyarrow", "torch"]
     code = f"import sys, trapo_jax.data; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

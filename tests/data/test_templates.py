@@ -1,4 +1,4 @@
-"""Templates render exact text, add nothing twice, and are identified by a hash."""
+"""Tests that templates render the exact text, add nothing twice, and are identified by a hash."""
 
 import json
 
@@ -94,13 +94,17 @@ def test_chat_renders_the_tokenizer_template_with_a_fixed_date():
         (
             lambda: make_template("chat", make_tokenizer(CHAT)),
             (Message("system", "Be kind."), USER),
-            r"rejects the messages system, user \(System role not supported\)",
+            r"rejects messages with the roles system, user \(System role not supported\)",
         ),
-        (lambda: make_template("chat", make_tokenizer("{% for %}")), "Hi", "rejects the messages"),
+        (
+            lambda: make_template("chat", make_tokenizer("{% for %}")),
+            "Hi",
+            "rejects messages with the roles",
+        ),
         (
             lambda: make_template("chat", make_tokenizer("{{ ''.__class__.__mro__[1] }}")),
             "Hi",
-            r"rejects the messages user \(access to attribute '__class__'",
+            r"rejects messages with the roles user \(access to attribute '__class__'",
         ),
         (
             lambda: Template("none"),
@@ -125,10 +129,17 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
     ("hostile", "message"),
     [
         (LOOP, "takes more than 1 s; choose another template"),
-        ("{{ 9 ** (9 ** 9) }}", "takes more than 1 s"),  # spends its time in a single C function
-        ("{{ 'x' * 10 ** 11 }}", r"rejects the messages user \(MemoryError\)"),
-        ("{{ 'x' * 10 ** 6 }}", r"rejects the messages user \(it prints 1,000,000 characters\)"),
-        ("{{ '\\ud800' }}", r"rejects the messages user \(it prints text that is not Unicode\)"),
+        # This template spends its time in a single C function.
+        ("{{ 9 ** (9 ** 9) }}", "takes more than 1 s"),
+        ("{{ 'x' * 10 ** 11 }}", r"rejects messages with the roles user \(MemoryError\)"),
+        (
+            "{{ 'x' * 10 ** 6 }}",
+            r"rejects messages with the roles user \(it prints 1,000,000 characters\)",
+        ),
+        (
+            "{{ '\\ud800' }}",
+            r"rejects messages with the roles user \(it prints text that is not Unicode\)",
+        ),
     ],
 )
 def test_hostile_template_is_stopped(hostile, message, monkeypatch):
@@ -142,7 +153,7 @@ def test_hostile_template_is_stopped(hostile, message, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_template_worker_sees_no_secret_and_its_failure_is_one_line(monkeypatch):
+def test_the_template_worker_sees_no_secret_and_its_failure_is_reported_in_one_line(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(templates, "CHAT_WORKER", ("/bin/sh", "-c", "echo $HF_TOKEN. >&2; exit 3"))
     with pytest.raises(UserError, match=r"cannot be run \(\.\); choose another") as caught:
@@ -166,7 +177,7 @@ def test_hash_identifies_a_template():
 
 
 def save_tokenizer(folder, *, chat_template=None, files=None):
-    """Saves a tokenizer with a chat template in tokenizer_config.json and in `files`, and loads it."""
+    """Saves a tokenizer with chat templates in tokenizer_config.json or in other `files`, and loads it."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -220,7 +231,7 @@ def test_chat_templates_without_a_default_need_a_name(tmp_path):
     assert make_template("chat/rag", tokenizer).render("Hi") == "R"
 
 
-def test_error_of_a_named_chat_template_names_it(tmp_path):
+def test_the_error_for_a_named_chat_template_contains_its_name(tmp_path):
     (tmp_path / "model").mkdir()
     refusing = [{"name": "rag", "template": "{{ raise_exception('No') }}"}]
     tokenizer = save_tokenizer(tmp_path / "model", chat_template=refusing)
@@ -309,17 +320,17 @@ def test_arguments_are_variables_of_the_chat_template():
             "chatml",
             CHAT,
             {"enable_thinking": False},
-            "data.template=chatml takes no arguments; remove them, or choose chat",
+            "data.template=chatml takes no arguments; remove them, or set data.template=chat",
         ),
         (
             "json:dumps",
             CHAT,
             {"enable_thinking": False},
-            "data.template=json:dumps takes no arguments; remove them, or choose chat",
+            "data.template=json:dumps takes no arguments; remove them, or set data.template=chat",
         ),
     ],
 )
-def test_argument_without_effect_is_refused(kind, source, arguments, message):
+def test_an_argument_without_effect_is_rejected(kind, source, arguments, message):
     with pytest.raises(UserError) as caught:
         make_template(kind, make_tokenizer(source), arguments=arguments)
     assert str(caught.value) == f"data.template_arguments: {message}"
@@ -339,7 +350,7 @@ def test_hostile_template_is_stopped_while_its_arguments_are_checked(source, mes
     assert "\n" not in str(caught.value)
 
 
-# Uses trimmed blocks, and everything that transformers adds to Jinja.
+# A template with trimmed blocks and everything that transformers adds to Jinja.
 ENVIRONMENT = """
   {% for message in messages %}
     {% if loop.index == 3 %}
@@ -360,7 +371,7 @@ ENVIRONMENT = """
 """
 
 
-def test_worker_offers_what_apply_chat_template_offers():
+def test_the_worker_supports_everything_that_apply_chat_template_supports():
     tokenizer = make_tokenizer(ENVIRONMENT)
     content = "<b>é & 'q'</b>\n"
     chat = (Message("system", "S"), Message("user", content), Message("assistant", "no"))

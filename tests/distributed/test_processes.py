@@ -1,4 +1,4 @@
-"""Tests that two processes on one machine train like one, and that if one dies or fails, the other ends as well."""
+"""Tests that two processes train like one, and that if one of them dies or fails, the other exits too."""
 
 import http.server
 import json
@@ -35,7 +35,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-# Environment variables that launchers set for each process, given the process's number.
+# Each function below returns the environment variables that a launcher sets for the process with the given number.
 
 
 def by_hand(port, number):
@@ -82,13 +82,13 @@ def on_gke(port, number):
 
 
 def start_two(*arguments, launcher=by_hand, commands=(("-m", "trapo_jax.train"),) * 2, **options):
-    """Starts two processes of a job with these arguments, and returns them.
+    """Starts the two processes of a job, and returns them.
 
     Args:
-      arguments: command-line arguments of both processes.
+      arguments: command-line arguments for both processes.
       launcher: function that maps a port and a process's number to environment variables.
-      commands: Python arguments of each process, placed before `arguments`.
-      options: keyword arguments of `subprocess.Popen`.
+      commands: arguments for the Python interpreter of each process, placed before `arguments`.
+      options: keyword arguments for `subprocess.Popen`.
     """
     port = free_port()
     inherited = {k: v for k, v in os.environ.items() if k != "TPU_WORKER_HOSTNAMES"}
@@ -105,14 +105,14 @@ def start_two(*arguments, launcher=by_hand, commands=(("-m", "trapo_jax.train"),
 
 
 def outputs_of(processes, returncodes):
-    """Waits for the processes to end, and returns their outputs."""
+    """Waits for the processes to exit, checks their return codes, and returns their outputs."""
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == returncodes, outputs
     return outputs
 
 
 def errors_of(output):
-    """Returns the error lines, after checking that the output contains no stack trace."""
+    """Returns the error lines of an output, after checking that it contains no stack trace."""
     lines = output.splitlines()
     noise = ("Traceback", "*** ", "    @", "E0", "E1", "F0", "F1", "terminate called")
     assert not [line for line in lines if line.startswith(noise)], output
@@ -120,14 +120,16 @@ def errors_of(output):
 
 
 def wait_for(processes, path, text=""):
-    """Waits until `path` is an existing folder, or a file that contains `text`."""
+    """Waits until `path` exists and is either a folder or a file that contains `text`."""
     while not (path.exists() and (path.is_dir() or text in path.read_text())):
         assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
         time.sleep(0.05)
 
 
-def test_two_processes_train_like_one_and_one_can_continue(finished_run, tmp_path):
-    """Two processes run the default job until one is terminated, then until one is killed. One process finishes it."""
+def test_two_processes_train_like_one_and_a_single_process_can_resume_their_run(
+    finished_run, tmp_path
+):
+    """Two processes run a job until one is terminated, then resume it until one is killed. One process finishes it."""
     folder = tmp_path / "run"
     job = (f"output_dir={folder}", *JOB)
     processes = start_two(*job)
@@ -166,7 +168,7 @@ def test_two_processes_train_like_one_and_one_can_continue(finished_run, tmp_pat
 def test_a_signal_to_one_of_two_processes_stops_both_while_they_sample(
     tmp_path, activity, step, stopped, launcher
 ):
-    """Only process 1 receives the signal. Neither waits in a collective operation that the other never joins."""
+    """Only process 1 receives the signal. No process waits in a collective operation that the other never joins."""
     folder = tmp_path / "run"
     signalled = (SIGNAL_AT, activity, step, "1", str(int(signal.SIGTERM)))
     commands = (("-m", "trapo_jax.train"), signalled)
@@ -177,7 +179,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_while_they_sample(
     assert records == [("eval", 0), ("train", 1), ("train", 2)][: 0 if step == "0" else None]
 
 
-def test_processes_that_were_started_differently_refuse_each_other(tmp_path):
+def test_processes_that_were_started_differently_refuse_to_run_together(tmp_path):
     """Both processes report the same differences, and nothing is written."""
     train = ("-m", "trapo_jax.train")
     commands = (train, (*train, "seed=1", "method.name=grpo", "train.learning_rate=1e-4"))
@@ -191,7 +193,7 @@ def test_processes_that_were_started_differently_refuse_each_other(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_with_different_data_refuse_each_other(tmp_path):
+def test_processes_with_different_data_refuse_to_run_together(tmp_path):
     """The processes are started with the same relative path, but in different folders."""
     rows = card_shuffles_splits(seed=3, num_train=20, num_validation=1, num_test=1)["train"]
     lines = [json.dumps({"question": row.prompt, "answer": row.answer}) + "\n" for row in rows]
@@ -217,7 +219,7 @@ def test_processes_with_different_data_refuse_each_other(tmp_path):
 
 @pytest.fixture
 def tpu_vm():
-    """Yields a launcher that emulates TPU VMs; each process sees its own metadata server."""
+    """Yields a launcher that emulates TPU VMs; a fake metadata server has a separate address for each process."""
 
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -246,7 +248,7 @@ def tpu_vm():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
-def test_if_one_process_fails_the_other_ends_with_its_reason(failing, tpu_vm):
+def test_if_one_process_fails_the_other_exits_and_prints_the_reason(failing, tpu_vm):
     launcher = (on_gke, tpu_vm)[failing]
     processes = start_two(str(failing), "fail", commands=[(PEER,)] * 2, launcher=launcher)
     outputs = outputs_of(processes, [2, 1] if failing == 0 else [1, 2])
@@ -257,7 +259,7 @@ def test_if_one_process_fails_the_other_ends_with_its_reason(failing, tpu_vm):
 
 
 @pytest.mark.slow
-def test_if_one_process_is_killed_the_other_ends_with_one_line():
+def test_if_one_process_is_killed_the_other_exits_with_a_one_line_error():
     """Process 1 is killed while process 0 waits in a collective operation. Another test kills process 0."""
     processes = start_two("1", "die", commands=[(PEER,)] * 2)
     main, _ = outputs_of(processes, [1, -signal.SIGKILL])
@@ -276,7 +278,7 @@ def test_work_is_interrupted_together():
         interrupt_together(lambda: 1 / 0)
 
 
-def test_a_shared_flag_of_one_process_needs_no_other():
+def test_a_shared_flag_works_in_a_single_process():
     flag = SharedFlag("test")
     assert not flag.is_set
     flag.set()
@@ -304,7 +306,7 @@ def test_a_shared_flag_of_one_process_needs_no_other():
         ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, r"TPU_WORKER_HOSTNAMES=t0,t1: .*trapo_jax\[tpu\]"),
     ],
 )
-def test_several_processes_that_cannot_find_each_other_are_refused(
+def test_processes_that_cannot_find_each_other_cause_a_one_line_error(
     environment, message, monkeypatch
 ):
     monkeypatch.setattr(launch, "report_abort", lambda line: None)  # This process must continue.
@@ -315,14 +317,14 @@ def test_several_processes_that_cannot_find_each_other_are_refused(
     assert "\n" not in str(error.value)
 
 
-def test_processes_that_the_devices_know_of_need_a_coordinator(monkeypatch):
+def test_processes_that_jax_discovers_by_their_devices_need_a_coordinator(monkeypatch):
     """On a TPU pod, JAX finds the devices of all hosts even without a coordinator."""
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    with pytest.raises(UserError, match="one of 4, but JAX does not find their coordinator"):
+    with pytest.raises(UserError, match="one of 4, but JAX cannot find their coordinator"):
         join_processes({}, dead_after_secs=1)
 
 
-def test_one_process_per_host_uses_all_its_devices(monkeypatch):
+def test_one_process_per_host_uses_all_devices_of_the_host(monkeypatch):
     """By default, JAX assigns one device to each process that srun or mpirun started."""
     for launcher in (by_srun, by_mpirun):
         with monkeypatch.context() as context:
@@ -337,7 +339,7 @@ def test_one_process_per_host_uses_all_its_devices(monkeypatch):
             assert _local_device_ids() is None
 
 
-def test_differences_are_named_with_the_values_of_the_processes():
+def test_differences_are_reported_with_the_value_of_each_process():
     same = {"seed": 0, "data.train_files": ["x" * 100], "lengths": {"a": 1}}
     check_equal([same] * 4, "")
     other = {**same, "seed": 1, "new": None}
@@ -353,7 +355,7 @@ def test_differences_are_named_with_the_values_of_the_processes():
     assert len(str(error.value)) < 600
 
 
-def test_a_missing_device_is_a_one_line_error():
+def test_a_missing_device_causes_a_one_line_error():
     script = "from trapo_jax.train import main; import sys; sys.exit(main())"
     result = subprocess.run(
         [sys.executable, "-c", script],
@@ -372,7 +374,7 @@ def test_a_missing_device_is_a_one_line_error():
     "environment",
     [
         {},
-        {"SLURM_NTASKS": "4"},  # a shell in an allocation
+        {"SLURM_NTASKS": "4"},  # a shell in a Slurm allocation
         {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
         {"TPU_WORKER_HOSTNAMES": "localhost"},
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},

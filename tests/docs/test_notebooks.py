@@ -1,4 +1,4 @@
-"""Tests that the executed notebooks match the sources beside them; nbmake runs them in CI."""
+"""Tests that the notebooks match the sources next to them, and that they were executed."""
 
 import json
 import re
@@ -34,5 +34,5 @@ def test_notebook_has_the_cells_of_its_source_and_was_executed(source):
     assert not any(output["output_type"] == "error" for output in outputs)
 
 
-def test_there_are_notebooks():
+def test_the_expected_notebooks_exist():
     assert {path.stem for path in SOURCES} == {"mode_seeking", "prefix_schedule", "trsft_loss"}

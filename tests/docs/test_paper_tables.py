@@ -1,4 +1,4 @@
-"""Tests the commands of docs/paper_tables.md without training: each is parsed, and its runs are planned."""
+"""Tests the commands of docs/paper_tables.md without training: each command is parsed, and its runs are planned."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ SIZES = {"1_5b": "models/qwen2_5_math_1_5b", "7b": "models/qwen2_5_math_7b"}
 
 
 def arguments_of(program, size):
-    """Returns the arguments of each command of a program, split as a shell would."""
+    """Returns the arguments of each command that runs a program, split as a shell would split them."""
     commands = [command for command in COMMANDS if command.startswith(program)]
     texts = [command.replace("${SIZE}", size).replace("\\\n", " ") for command in commands]
     return [shlex.split(text)[len(program.split()) :] for text in texts]
@@ -88,13 +88,13 @@ def test_the_methods_are_those_of_the_tables():
     assert [method.hyperparameters["alpha"] for method in alphas.values()] == [
         *(1e-6, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0),
     ]
-    # The variant with the default alpha equals the method in table1.
+    # The variant with the default alpha is the same method as `trapo` in table1.
     of_table = method_of(grids["table1"], "trapo")
     assert alphas["alpha_0_1"] == of_table
 
 
 @pytest.mark.parametrize("table", ["ratios", "thresholds"])
-def test_the_ablations_of_guidance_have_groups_of_eight_and_contain_the_paper(table):
+def test_the_guidance_ablations_have_groups_of_eight_and_contain_the_settings_of_the_paper(table):
     grid = grids_of("7b")[table]
     of_paper = method_of(grids_of("7b")["table1"], "trapo").make()
     methods = {name: method_of(grid, name).make() for name in grid.methods}
@@ -118,7 +118,9 @@ def test_a_run_on_several_hosts_is_the_one_that_the_comparison_looks_for(size):
     assert config == planned
 
 
-def test_a_run_is_evaluated_on_other_benchmarks_as_in_its_own_config(tmp_path, monkeypatch):
+def test_a_run_is_evaluated_on_other_benchmarks_with_the_settings_of_its_own_config(
+    tmp_path, monkeypatch
+):
     (arguments,) = arguments_of("python -m trapo_jax.evaluate", "7b")
     file, overrides = parse_command_line(arguments)
     assert file is None
@@ -140,7 +142,7 @@ def test_a_run_is_evaluated_on_other_benchmarks_as_in_its_own_config(tmp_path, m
     assert config.sampling.max_completion_length == 8192
 
 
-def test_the_data_tools_take_the_options_of_the_page(monkeypatch):
+def test_the_data_tools_accept_the_options_on_the_page(monkeypatch):
     seen = []
     monkeypatch.setattr(
         prepare_benchmarks,
@@ -161,7 +163,7 @@ def test_the_data_tools_take_the_options_of_the_page(monkeypatch):
     ]
 
 
-def test_every_command_of_the_page_is_tested():
+def test_every_command_on_the_page_is_tested():
     tested = [
         *("python -m trapo_jax.compare", "python -m trapo_jax.train"),
         *("python -m trapo_jax.evaluate", "python tools/", "hf download Qwen/Qwen2.5-Math-7B"),

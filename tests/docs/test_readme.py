@@ -1,4 +1,4 @@
-"""Tests that the README's code runs unchanged and that its file tree matches the repository."""
+"""Tests that the README's code runs, and that links and the documented file tree match the repository."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ SMALL = {
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_loss_example_runs_and_learns(tmp_path):
+def test_the_loss_example_runs_and_reduces_the_loss(tmp_path):
     (code,) = [example for example in EXAMPLES if "trsft_loss" in example]
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     script = tmp_path / "example.py"
@@ -45,7 +45,7 @@ def test_training_example_runs(tmp_path):
     assert (tmp_path / folder / "report.html").is_file()
 
 
-def test_file_tree_names_what_exists_and_all_of_it():
+def test_the_documented_file_tree_lists_exactly_the_existing_packages():
     page = (REPOSITORY / "docs" / "reference" / "architecture.md").read_text()
     tree = page.split("## Repository layout")[1]
     named = re.findall(r"^      (\S+)", tree, flags=re.MULTILINE)
@@ -56,13 +56,13 @@ def test_file_tree_names_what_exists_and_all_of_it():
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", *PAGES])
-def test_links_lead_somewhere(page):
+def test_link_targets_exist(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", (REPOSITORY / page).read_text()):
         target = (REPOSITORY / page).parent / target
         assert target.exists() or target == GENERATED, target
 
 
-def test_readme_takes_five_minutes():
+def test_the_readme_can_be_read_in_five_minutes():
     assert len(README.split()) <= 900
 
 

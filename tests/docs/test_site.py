@@ -12,8 +12,8 @@ from trapo_jax.runs.loggers import read_metrics
 DOCS = REPOSITORY / "docs"
 NAMES = {"LEVEL": r"\d+", "K": r"\d+", "X": r"0\.\d", "NAME": ".+"}
 
-# Names of metrics for several reward functions, sources with different numbers of samples, stages that end by
-# patience, and ReLIFT.
+# Metrics that only other runs record: runs with several reward functions, with different numbers of samples per source,
+# with a stage that ends when the validation loss stops improving (patience), or with ReLIFT.
 IN_OTHER_RUNS = {
     *("rewards/FUNCTION", "eval/rewards/FUNCTION", "eval/num_samples/SOURCE"),
     *("eval/expert_loss", "buffer/NAME"),
@@ -34,7 +34,7 @@ def documented_metrics():
 
 @pytest.mark.slow
 def test_the_site_builds_without_warnings(tmp_path):
-    pytest.importorskip("sphinx", reason="the site needs the extra docs")
+    pytest.importorskip("sphinx", reason="building the site requires the `docs` extra")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", DOCS, tmp_path]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Tests scores of samples against values computed by hand."""
+"""Tests the scores of samples against values computed by hand."""
 
 import pytest
 
@@ -39,12 +39,12 @@ def test_scores_equal_hand_computed_values():
     assert scores.completion_len_mean == 11
 
 
-def test_a_tie_counts_as_the_fraction_of_correct_answers():
+def test_a_tied_majority_scores_the_fraction_of_tied_answers_that_are_correct():
     samples = group("a", RIGHT, WRONG, WRONG, RIGHT, answers=["1", "2", "2", "1"])
     assert score_samples(samples).majority == 0.5
 
 
-def test_an_answer_is_correct_if_any_sample_with_it_is():
+def test_an_answer_is_correct_if_any_sample_with_that_answer_is_correct():
     verdicts, answers = [RIGHT, RIGHT, TIMEOUT, WRONG], ["7", "7", "7", "8"]
     assert score_samples(group("a", *verdicts, answers=answers)).majority == 1
     assert score_samples(group("a", *verdicts[::-1], answers=answers[::-1])).majority == 1
@@ -54,20 +54,20 @@ def test_without_answers_the_majority_is_wrong():
     assert score_samples(group("a", WRONG, WRONG)).majority == 0
 
 
-def test_no_answer_is_a_share_of_the_samples_that_were_judged():
+def test_the_no_answer_rate_is_a_share_of_the_judged_samples():
     right, wrong, error, silent = group("a", RIGHT, WRONG, ERROR, WRONG)
     judged = [right._replace(found_answer=True), wrong._replace(found_answer=True), error]
     assert score_samples([*judged, silent._replace(found_answer=False)]).no_answer == 1 / 3
 
 
-def test_no_answer_is_unknown_if_the_reward_function_looks_for_none():
+def test_the_no_answer_rate_is_unknown_if_the_reward_function_does_not_look_for_answers():
     scores = score_samples(group("a", RIGHT, WRONG))
     assert scores.no_answer is None
     header, _ = table_of(scores, {"s": scores})
     assert "no answer" not in header
 
 
-def test_the_table_tells_wrong_answers_from_missing_ones():
+def test_the_table_shows_missing_answers_and_grader_errors_separately():
     samples = [sample._replace(found_answer=False) for sample in group("a", WRONG, ERROR)]
     scores = score_samples(samples)
     header, (row,) = table_of(scores, {"s": scores})
@@ -86,7 +86,7 @@ def test_sources_are_scored_separately():
     ]
 
 
-def test_every_problem_weighs_the_same_whatever_its_number_of_samples():
+def test_every_problem_has_the_same_weight_whatever_its_number_of_samples():
     scores = score_samples([*group("a", RIGHT), *group("b", RIGHT, WRONG, WRONG, WRONG)])
     assert scores.accuracy == (1 + 1 / 4) / 2
     assert (scores.num_samples, scores.pass_at_k) == (1, ((1 + 1 / 4) / 2,))
@@ -98,7 +98,7 @@ def test_without_samples_there_are_no_scores():
 
 
 def benchmarks(num_samples=2):
-    """Returns samples of a source `large`, with 4 problems and 1 solved, and of `small`, with 1 solved problem."""
+    """Returns samples of two sources: `large`, with 1 of 4 problems solved, and `small`, with 1 of 1 problem solved."""
     large = [group(f"l{i}", RIGHT if i == 0 else WRONG, source="large") for i in range(4)]
     small = group("s", *[RIGHT] * num_samples, source="small")
     return [*small, *(sample for samples in large for sample in samples)]
@@ -133,7 +133,7 @@ def test_the_table_has_avg_at_k_of_each_source_and_their_mean():
     assert [row["pass@k"] for row in table.values()] == ["0.250", "1.000", "", ""]
 
 
-def test_the_table_of_equal_numbers_of_samples_names_the_number():
+def test_the_table_header_states_the_number_of_samples_if_it_is_the_same_for_all_sources():
     samples = [*group("a", RIGHT, WRONG, source="x"), *group("b", RIGHT, RIGHT, source="y")]
     header, rows = table_of(score_samples(samples), scores_by_source(samples))
     assert header[2:6] == ["avg@2", "95% CI", "pass@2", "maj@2"]

@@ -8,7 +8,7 @@ import simulate_intervals
 from trapo_jax.evaluation.statistics import accuracy_interval
 
 
-def test_the_interval_of_single_samples_is_the_wilson_interval():
+def test_the_interval_with_one_sample_per_problem_is_the_wilson_interval():
     for num_correct in (0, 1, 150, 399, 400):
         values = [1.0] * num_correct + [0.0] * (400 - num_correct)
         expected = stats.binomtest(num_correct, 400).proportion_ci(method="wilson")
@@ -38,4 +38,4 @@ def test_the_interval_has_the_nominal_coverage(a, b, num_samples):
     coverage = simulate_intervals.coverage(
         a, b, num_problems=60, num_samples=num_samples, repeats=4000
     )
-    assert 0.935 <= coverage <= 0.97  # 95%, with a margin for the error of 4,000 repeats
+    assert 0.935 <= coverage <= 0.97  # 95%, with a margin for the sampling error of the repeats

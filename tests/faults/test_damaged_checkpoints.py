@@ -1,4 +1,4 @@
-"""Checks that damaged or missing checkpoint files are detected and named, and that a run falls back."""
+"""Checks that damaged or missing checkpoint files are detected and named, and that runs resume from intact ones."""
 
 import random
 import shutil
@@ -130,7 +130,7 @@ def test_a_run_without_an_intact_checkpoint_is_not_modified(finished_run, tmp_pa
         (checkpoint / MANIFEST).unlink()
     files = ("metrics.jsonl", "samples.jsonl", "config.yaml")
     before = [(folder / name).read_bytes() for name in files]
-    for _ in range(2):  # The second attempt does not restart the run either.
+    for _ in range(2):  # The second attempt does not start the run over, either.
         assert train([f"output_dir={folder}", *JOB, "checkpoint.keep=3"]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert "all checkpoints are damaged (" in error
@@ -139,7 +139,7 @@ def test_a_run_without_an_intact_checkpoint_is_not_modified(finished_run, tmp_pa
 
 
 @pytest.mark.slow
-def test_swapped_checkpoints_are_refused_and_a_copied_one_is_passed_over(
+def test_swapped_checkpoints_are_rejected_and_a_copied_one_is_ignored(
     finished_run, tmp_path, capsys
 ):
     """If checkpoint names did not match their contents, a run would silently continue from the wrong state."""

@@ -41,7 +41,7 @@ FIRST_SAMPLING = Moment("step 1", 1, 2, 0, 0, ("eval", 0))
 UPDATE = Moment("step 2: updating the parameters", 2, 0, 2, 2, ("train", 2))
 EVALUATION = Moment("evaluating validation", 5, 1, 5, 5, ("train", 5))
 SAMPLING = Moment("step 8", 8, 3, 7, 7, ("train", 7))
-# Step 9 already has a checkpoint, so nothing has to be saved.
+# There is already a checkpoint of step 9, so nothing has to be saved.
 SAMPLING_AFTER_CHECKPOINT = Moment("step 10", 10, 1, 9, 9, ("train", 9))
 FINAL_EVALUATION = Moment("evaluating test", 12, 2, 12, 12, ("train", 12))
 SIGNALS = (
@@ -98,7 +98,7 @@ def assert_equal_to(folder, uninterrupted):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_repeats_what_was_interrupted(finished_run, tmp_path, monkeypatch):
+def test_a_stopped_run_repeats_the_interrupted_work(finished_run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     for moment, number in SIGNALS:
         assert_stopped_at(folder, moment, interrupt(folder, moment, number, monkeypatch))

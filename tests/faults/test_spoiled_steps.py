@@ -75,8 +75,8 @@ def test_an_update_with_a_non_finite_gradient_is_skipped_and_reported(
     assert len(moved) == sum("params" in name for name in states[after])
 
 
-def test_a_run_that_applied_no_update_fails(tmp_path, monkeypatch, capsys):
-    """The run fails in the same way when it is resumed, and exports nothing."""
+def test_a_run_without_any_applied_update_fails(tmp_path, monkeypatch, capsys):
+    """The run exports nothing and, when it is resumed, fails in the same way."""
     build_batch = learner.build_batch
 
     def corrupt(rows, **options):

@@ -41,7 +41,7 @@ def wait_for_step(process, folder, step):
         time.sleep(0.01)
 
 
-def test_a_run_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run, tmp_path, capsys):
+def test_a_run_stopped_three_times_equals_an_uninterrupted_one(finished_run, tmp_path, capsys):
     """The run is killed before its first checkpoint, killed again at a random time, and then terminated with SIGTERM.
 
     The test also checks that the run opens no listening sockets, stores no secrets, and writes to no other folders.
@@ -57,7 +57,7 @@ def test_a_run_stopped_three_times_and_resumed_is_equal_bit_for_bit(finished_run
         wait_for_step(process, folder, step)
         time.sleep(delay)
         if step == 1:
-            process.send_signal(signal.SIGSTOP)  # The process still holds the lock.
+            process.send_signal(signal.SIGSTOP)  # The suspended process still holds the lock.
             assert train([f"output_dir={folder}", *JOB]) == 2
             assert "another process is writing to it" in capsys.readouterr().err
         process.kill()
@@ -96,7 +96,7 @@ def listening(pid):
     }
 
 
-def test_a_listening_socket_is_found():
+def test_a_listening_socket_is_detected():
     assert not listening(os.getpid())
     with socket.create_server(("localhost", 0)):
         assert len(listening(os.getpid())) == 1
@@ -109,7 +109,7 @@ def small_disk(tmp_path):
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
+        pytest.skip("mounting a tmpfs requires root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
@@ -130,7 +130,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_can_be_restored(
     assert differences(folder, finished_run[0]) == []
 
 
-def test_a_disk_that_fills_up_inside_a_save_is_one_line_and_nothing_is_lost(
+def test_a_disk_that_fills_up_during_a_save_causes_a_one_line_error_and_no_data_loss(
     finished_run, small_disk
 ):
     """Orbax reports the full disk from its threads, and some of these threads then wait forever."""

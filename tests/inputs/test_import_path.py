@@ -12,7 +12,7 @@ from trapo_jax.types import UserError
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Returns a working directory with user modules, on the module search path as under `python -m`."""
+    """Returns a working directory with user modules. As with `python -m`, it is on the module search path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("")
     (tmp_path / "user_module.py").write_text("ANSWER = 42\n")
@@ -55,7 +55,7 @@ def test_an_object_is_found_in_a_module_and_in_a_package(folder):
         "a..b:c",
     ],
 )
-def test_other_forms_are_refused(folder, path):
+def test_other_forms_are_rejected(folder, path):
     expected = f"sampling.engine={path}: expected an import path of the form package.module:name"
     hints = {
         "user_module.py:ANSWER": "; did you mean user_module:ANSWER?",
@@ -85,13 +85,13 @@ def test_a_missing_attribute_is_named_with_its_file(folder):
     assert error_line("user_module:ANWSER").endswith("'ANWSER'; did you mean ANSWER?")
 
 
-def test_a_misspelled_module_is_answered_with_the_one_that_exists(folder):
+def test_the_error_for_a_misspelled_module_suggests_the_existing_one(folder):
     assert error_line("user_modul:ANSWER").endswith("packages; did you mean user_module:ANSWER?")
     line = error_line("user_package.innr:Engine")
     assert line.endswith("; did you mean user_package.inner:Engine?")
 
 
-def test_the_folder_beside_the_config_is_named_and_searched(folder, monkeypatch):
+def test_the_folder_of_the_config_is_searched_and_named_in_the_error(folder, monkeypatch):
     beside = folder / "conf"
     beside.mkdir()
     (beside / "my_rewards.py").write_text("")
@@ -112,7 +112,7 @@ def test_the_folder_beside_the_config_is_named_and_searched(folder, monkeypatch)
         ("typo", "SyntaxError: "),
     ],
 )
-def test_an_exception_of_the_imported_module_is_reported(folder, module, reason):
+def test_an_exception_raised_by_the_imported_module_is_reported(folder, module, reason):
     line = error_line(f"{module}:x")
     assert line.startswith(f"sampling.engine={module}:x: importing {module} failed: {reason}")
 

@@ -18,7 +18,7 @@ from trapo_jax.losses import (
     variance_attenuation,
 )
 
-# Published gradient weights d loss / d log p, written out independently of the library.
+# The published gradient weights -d loss / d log p as functions of p, implemented independently of the library.
 ATTENUATIONS = {
     "clip_0.1": (clip_attenuation(0.1), lambda p: min(1.0, p / 0.1)),
     "clip_1": (clip_attenuation(1.0), lambda p: p),
@@ -42,13 +42,13 @@ def test_trsft_values_by_hand():
     )
 
 
-def test_attenuation_is_the_published_weight(attenuation_and_weight):
+def test_attenuation_equals_the_published_weight(attenuation_and_weight):
     attenuation, weight = attenuation_and_weight
     probs = np.array([0.0, 1e-6, 0.01, 0.1, 0.3, 0.999, 1.0], np.float32)
     np.testing.assert_allclose(attenuation(probs), [weight(p) for p in probs], rtol=1e-6)
 
 
-def test_gradient_by_logits_is_the_published_formula(attenuation_and_weight):
+def test_gradient_with_respect_to_logits_equals_the_published_formula(attenuation_and_weight):
     """The formula, in float64 NumPy, is d loss / d logits = -weight(p_y) * (onehot(y) - p)."""
     attenuation, weight = attenuation_and_weight
     rng = np.random.default_rng(0)
@@ -67,8 +67,8 @@ def test_gradient_by_logits_is_the_published_formula(attenuation_and_weight):
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_trsft_gradient_is_equation_3():
-    """Equation 3 is grad L = -1 / max(p, alpha) * grad p, here with respect to the logits."""
+def test_trsft_gradient_equals_equation_3():
+    """Equation 3 of the TRAPO paper is grad L = -1 / max(p, alpha) * grad p, here with respect to the logits."""
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(50, 7)).astype(np.float32) * 2
     labels = rng.integers(0, 7, 50)
@@ -80,7 +80,7 @@ def test_trsft_gradient_is_equation_3():
     np.testing.assert_allclose(gradient, -grad_p / np.maximum(p_y, 0.2), rtol=1e-5, atol=1e-6)
 
 
-def test_losses_are_true_integrals(attenuation_and_weight):
+def test_gradients_match_finite_differences(attenuation_and_weight):
     attenuation, _ = attenuation_and_weight
     logprobs = jnp.log(jnp.array([0.9, 0.5, 0.25, 0.05, 0.01]))
     check_grads(
@@ -91,13 +91,13 @@ def test_losses_are_true_integrals(attenuation_and_weight):
     )
 
 
-def test_losses_are_zero_at_certainty(attenuation_and_weight):
+def test_losses_are_zero_at_probability_one(attenuation_and_weight):
     attenuation, _ = attenuation_and_weight
     value = attenuated_cross_entropy_from_logprobs(jnp.zeros(1), attenuation=attenuation)
     np.testing.assert_allclose(value, 0.0, atol=1e-7)
 
 
-def test_shift_changes_the_value_as_its_formula_says():
+def test_shifted_values_by_hand():
     loss = attenuated_cross_entropy_from_logprobs(
         jnp.log(jnp.array([0.5, 0.02])), attenuation=shifted_clip_attenuation(0.1, 0.5)
     )
@@ -106,8 +106,8 @@ def test_shift_changes_the_value_as_its_formula_says():
     np.testing.assert_allclose(loss, [above, below], rtol=1e-6)
 
 
-def test_shifted_gradient_is_that_of_the_released_code():
-    """`clip_low_and_shift` minimizes -p (1 / max(sg p, 0.1) - 0.5); its gradient is that factor times -grad p."""
+def test_shifted_gradient_equals_that_of_the_released_code():
+    """The released `clip_low_and_shift` minimizes -p (1 / max(sg p, 0.1) - 0.5), where sg stops the gradient."""
     probs = jnp.array([0.9, 0.5, 0.1, 0.05, 0.001])
     released = lambda p: -p * (1 / jnp.maximum(jax.lax.stop_gradient(p), 0.1) - 0.5)
     ours = lambda p: attenuated_cross_entropy_from_logprobs(
@@ -120,7 +120,7 @@ def test_shifted_gradient_is_that_of_the_released_code():
     )
 
 
-def test_clip_is_the_shift_of_zero():
+def test_a_shift_of_zero_gives_the_clipped_attenuation():
     logprobs = jnp.log(jnp.array([0.5, 0.1, 0.02]))
     shifted = attenuated_cross_entropy_from_logprobs(
         logprobs, attenuation=shifted_clip_attenuation(0.1, jnp.float32(0.0))
@@ -128,7 +128,7 @@ def test_clip_is_the_shift_of_zero():
     np.testing.assert_allclose(shifted, trsft_loss_from_logprobs(logprobs, alpha=0.1), rtol=1e-6)
 
 
-def test_other_callables_have_the_right_gradient_and_a_surrogate_value():
+def test_custom_attenuations_give_the_right_gradient_and_a_surrogate_value():
     logprobs = jnp.log(jnp.array([0.5, 0.2]))
     loss = lambda x: attenuated_cross_entropy_from_logprobs(x, attenuation=jnp.square)
     np.testing.assert_allclose(loss(logprobs), -np.square([0.5, 0.2]) * logprobs, rtol=1e-6)
@@ -138,7 +138,7 @@ def test_other_callables_have_the_right_gradient_and_a_surrogate_value():
     assert loss(jnp.array([-jnp.inf]))[0] == 0
 
 
-def test_alpha_to_zero_is_optax_cross_entropy():
+def test_a_tiny_alpha_gives_the_cross_entropy_of_optax():
     rng = np.random.default_rng(2)
     logits, labels = jnp.asarray(rng.normal(size=(20, 9))), rng.integers(0, 9, 20)
     ours = lambda z: trsft_loss(z, labels, alpha=1e-30).sum()
@@ -147,14 +147,14 @@ def test_alpha_to_zero_is_optax_cross_entropy():
     np.testing.assert_allclose(jax.grad(ours)(logits), jax.grad(theirs)(logits), atol=1e-6)
 
 
-def test_alpha_one_is_one_minus_p():
+def test_the_loss_for_alpha_one_is_one_minus_p():
     logprobs = jnp.log(jnp.array([1.0, 0.3, 0.01]))
     np.testing.assert_allclose(
         trsft_loss_from_logprobs(logprobs, alpha=1.0), 1 - np.exp(logprobs), atol=1e-6
     )
 
 
-def test_continuous_and_once_differentiable_at_alpha():
+def test_loss_and_gradient_are_continuous_at_alpha():
     at = np.log(np.float32(0.1))
     below, above = np.nextafter(at, -9, dtype=np.float32), np.nextafter(at, 9, dtype=np.float32)
     f = lambda x: trsft_loss_from_logprobs(jnp.float32(x), alpha=0.1)
@@ -162,7 +162,7 @@ def test_continuous_and_once_differentiable_at_alpha():
     np.testing.assert_allclose(jax.grad(f)(below), jax.grad(f)(above), rtol=1e-5)
 
 
-def test_probability_zero_is_bounded_with_zero_gradient():
+def test_loss_is_bounded_with_zero_gradient_at_probability_zero():
     logits = jnp.array([[0.0, -jnp.inf, 1.0]])
     value, gradient = jax.value_and_grad(lambda z: trsft_loss(z, jnp.array([1])).sum())(logits)
     np.testing.assert_allclose(value, 1 - np.log(0.1), rtol=1e-6)
@@ -170,13 +170,13 @@ def test_probability_zero_is_bounded_with_zero_gradient():
 
 
 @pytest.mark.parametrize("alpha", [0.0, -0.1, 1.0001, float("nan")])
-def test_alpha_outside_names_itself(alpha):
+def test_the_error_for_an_alpha_out_of_range_names_alpha(alpha):
     with pytest.raises(ValueError, match=r"alpha must be in \(0, 1\], got"):
         trsft_loss(jnp.zeros((1, 2)), jnp.array([0]), alpha=alpha)
 
 
 @pytest.mark.parametrize("shift", [-1, 1.5, float("nan")])
-def test_shift_outside_names_itself(shift):
+def test_the_error_for_a_shift_out_of_range_names_shift(shift):
     with pytest.raises(ValueError, match=r"shift must be in \[0, 1\], got"):
         shifted_clip_attenuation(0.1, shift)
 
@@ -187,14 +187,14 @@ def test_alpha_may_be_traced():
     np.testing.assert_allclose(traced, trsft_loss_from_logprobs(logprobs, alpha=0.2), rtol=1e-6)
 
 
-def test_curvature_is_available():
+def test_the_second_derivative_is_correct():
     """d2 loss / dp2 is 1 / p^2 inside the trust region and 0 outside."""
     f = lambda p: trsft_loss_from_logprobs(jnp.log(p), alpha=0.1)
     np.testing.assert_allclose(jax.grad(jax.grad(f))(0.5), 4.0, rtol=1e-5)
     np.testing.assert_allclose(jax.grad(jax.grad(f))(0.05), 0.0, atol=1e-3)
 
 
-def test_masked_garbage_equals_zero_filled():
+def test_masked_garbage_has_the_same_effect_as_zeros():
     rng = np.random.default_rng(3)
     logits = rng.normal(size=(4, 5)).astype(np.float32)
     labels = np.array([0, 1, -100, 7])
@@ -213,7 +213,7 @@ def test_masked_garbage_equals_zero_filled():
     np.testing.assert_array_equal(trsft_loss(jnp.asarray(dirty), labels, where=where)[2:], 0)
 
 
-def test_where_equals_deleting_the_token():
+def test_masking_a_token_equals_deleting_it():
     logits = jnp.asarray(np.random.default_rng(4).normal(size=(6, 5)))
     labels, where = jnp.arange(6) % 5, jnp.array([1, 0, 1, 1, 0, 1], bool)
     masked = trsft_loss(logits, labels, where=where)
@@ -233,7 +233,7 @@ def test_axis_jit_vmap_and_bfloat16():
     assert half.dtype == jnp.float32
 
 
-def test_traced_shift_of_zero_is_trsft_at_probability_zero_too():
+def test_a_traced_shift_of_zero_equals_trsft_even_at_probability_zero():
     logprobs = jnp.array([-jnp.inf, -1.0])
 
     @jax.jit
@@ -248,7 +248,7 @@ def test_traced_shift_of_zero_is_trsft_at_probability_zero_too():
     np.testing.assert_allclose(grads, [0.0, -1.0], atol=1e-6)
 
 
-def test_trust_region_bound_is_a_tenth_unless_given():
+def test_alpha_is_a_tenth_by_default():
     logits, labels = jnp.array([[0.0, 5.0]]), jnp.array([0])
     logprobs = jax.nn.log_softmax(logits)[:, 0]
     expected = [1 - np.log(0.1) - np.exp(logprobs[0]) / 0.1]

@@ -1,4 +1,4 @@
-"""Tests entropy-dependent losses against hand-computed values and loops, and with masks."""
+"""Tests entropy-dependent losses, with and without masks, against values computed by hand or in explicit loops."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def test_weighted_cross_entropy_by_hand():
     np.testing.assert_allclose(stronger, [2.0, 8.0], rtol=1e-6)
 
 
-def test_gradient_flows_through_logprobs_alone_and_not_where_masked():
+def test_gradient_flows_only_through_unmasked_logprobs():
     where = jnp.array([True, False])
     total = lambda logprobs, entropies: jnp.sum(
         entropy_weighted_cross_entropy(logprobs, entropies, sign=-1.0, where=where)
@@ -30,7 +30,7 @@ def test_gradient_flows_through_logprobs_alone_and_not_where_masked():
 
 
 def random_segments(seed):
-    """Returns rows of up to four segments in order (the last is padding), a mask, and values with ties."""
+    """Returns values with ties, ids of up to five contiguous segments in each of three rows, and a mask."""
     rng = np.random.default_rng(seed)
     ids = np.sort(rng.integers(0, 5, (3, 17)))[:, ::-1] + 5 * np.arange(3)[:, None]
     return rng.integers(0, 6, (3, 17)) / 2, ids.copy(), rng.random((3, 17)) < 0.6

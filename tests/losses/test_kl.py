@@ -39,7 +39,7 @@ def test_k3_is_the_default():
     )
 
 
-def test_gradient_by_logits_is_the_formula(estimator):
+def test_gradient_with_respect_to_logits_equals_the_formula(estimator):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(50, 8)).astype(np.float32)
     labels = rng.integers(0, 8, 50)
@@ -71,8 +71,8 @@ def test_check_grads(estimator):
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_expectation_over_the_policy_is_the_kl(estimator):
-    """k1 and k3 are unbiased: the sum over a vocabulary, weighted by the policy, is the exact KL."""
+def test_expectation_over_the_policy_equals_the_kl_divergence(estimator):
+    """k1 and k3 are unbiased: their sum over the vocabulary, weighted by the policy, is the exact KL divergence."""
     rng = np.random.default_rng(1)
     policy, reference = rng.dirichlet(np.ones(12), size=2)
     penalties = kl_penalty(np.log(policy), np.log(reference), estimator=estimator)
@@ -81,7 +81,7 @@ def test_expectation_over_the_policy_is_the_kl(estimator):
     )
 
 
-def test_expected_gradient_of_k2_is_that_of_the_kl():
+def test_expected_gradient_of_k2_equals_that_of_the_kl_divergence():
     rng = np.random.default_rng(2)
     logits = jnp.asarray(rng.normal(size=6), jnp.float32)
     reference = jnp.log(jnp.asarray(rng.dirichlet(np.ones(6)), jnp.float32))
@@ -99,7 +99,7 @@ def test_expected_gradient_of_k2_is_that_of_the_kl():
 
 
 def test_k3_is_never_negative_and_exact_for_small_differences():
-    """exp(-d) - 1 + d would lose all digits at d = 1e-3; expm1 preserves d^2 / 2."""
+    """exp(-d) - 1 + d would lose almost all significant digits at d = 1e-3; expm1 preserves the value d^2 / 2."""
     d = jnp.array([-3.0, -1e-3, 0.0, 1e-3, 3.0])
     penalties = kl_penalty(d, jnp.zeros(5))
     assert (penalties >= 0).all()
@@ -107,7 +107,7 @@ def test_k3_is_never_negative_and_exact_for_small_differences():
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 3e38])
-def test_masked_places_may_hold_anything(estimator, garbage):
+def test_masked_elements_may_have_any_value(estimator, garbage):
     where = np.array([True, False, True, False])
     clean = np.array([-1.0, 0.0, -2.0, 0.0], np.float32)
     dirty = np.where(where, clean, garbage).astype(np.float32)
@@ -122,7 +122,7 @@ def test_masked_places_may_hold_anything(estimator, garbage):
     np.testing.assert_allclose(values[where], FORMULAE[estimator][0](np.full(2, 0.5)), rtol=1e-6)
 
 
-def test_where_equals_deleting_the_token(estimator):
+def test_masking_a_token_equals_deleting_it(estimator):
     rng = np.random.default_rng(3)
     logprobs, ref_logprobs = -rng.exponential(size=(2, 6)).astype(np.float32)
     where = np.array([True, True, False, True, False, True])
@@ -142,6 +142,6 @@ def test_jit_vmap_and_bfloat16(estimator):
     np.testing.assert_allclose(jax.vmap(function)(x, y), expected, rtol=1e-6)
 
 
-def test_unknown_estimator_is_named():
+def test_the_error_for_an_unknown_estimator_names_it():
     with pytest.raises(ValueError, match="one of 'k1', 'k2', 'k3', got 'k4'"):
         kl_penalty(jnp.zeros(1), jnp.zeros(1), estimator="k4")  # pyright: ignore[reportArgumentType]

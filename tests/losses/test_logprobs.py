@@ -1,4 +1,4 @@
-"""Tests log-probabilities and entropies computed from logits, or in slices directly from hidden states."""
+"""Tests log-probabilities and entropies computed from logits, or computed from hidden states in vocabulary slices."""
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,13 @@ def dense(hidden, unembedding, labels, *, temperature=1.0, where=None):
 
 
 def weighted_sum(logprobs, entropies):
-    """Returns a scalar that every token affects differently, through both results."""
+    """Returns a scalar that depends on both results, with different weights for all tokens."""
     weights = jnp.cos(jnp.arange(logprobs.size, dtype=jnp.float32)).reshape(logprobs.shape)
     return jnp.sum(weights * logprobs) + 0.7 * jnp.sum(weights[::-1] * entropies)
 
 
 def assert_close(got, expected, tolerance=1e-5):
-    """Compares with a tolerance that is proportional to the largest expected element."""
+    """Compares arrays with an absolute tolerance that is proportional to the largest expected element."""
     expected = np.asarray(expected, np.float64)
     largest = max(np.abs(expected).max(), 1e-30)
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=tolerance * largest)
@@ -53,7 +53,7 @@ def test_token_logprobs_by_hand():
     )
 
 
-def test_gradients_by_logits_are_the_formulae():
+def test_gradients_with_respect_to_logits_equal_the_formulas():
     """The formulas, in float64 NumPy, are d logprob = onehot - p and d entropy = -p (log p + H)."""
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(40, 9)).astype(np.float32) * 2
@@ -78,7 +78,7 @@ def test_check_grads_from_logits():
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
-def test_axis_is_where_the_vocabulary_is(axis):
+def test_axis_is_the_vocabulary_axis(axis):
     logits = jnp.asarray(np.random.default_rng(3).normal(size=(2, 3, 4)), jnp.float32)
     labels = jnp.array([[0, 1, 2], [3, 2, 1]])
     where = jnp.array([[True, False, True], [True, True, False]])
@@ -95,7 +95,7 @@ def test_axis_is_where_the_vocabulary_is(axis):
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
 def test_where_of_lower_rank_broadcasts_to_the_labels(axis):
-    """Since V = T, a mask on the wrong axis would still have a matching shape."""
+    """The vocabulary is as long as the rows, so a mask on the wrong axis would still have a valid shape."""
     logits = jnp.asarray(np.random.default_rng(4).normal(size=(2, 3, 3)), jnp.float32)
     labels = jnp.array([[0, 1, 2], [2, 2, 1]])
     row = jnp.array([True, False, True])
@@ -111,7 +111,7 @@ def test_where_of_lower_rank_broadcasts_to_the_labels(axis):
     )
 
 
-def test_masked_logits_may_hold_anything():
+def test_masked_logits_may_have_any_value():
     rng = np.random.default_rng(5)
     logits = rng.normal(size=(4, 5)).astype(np.float32)
     where = np.array([True, False, True, False])
@@ -133,7 +133,7 @@ def test_masked_logits_may_hold_anything():
         np.testing.assert_allclose(values[where], function(jnp.asarray(clean))[where])
 
 
-def test_where_equals_deleting_the_token():
+def test_masking_a_token_equals_deleting_it():
     rng = np.random.default_rng(6)
     logits, labels = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), jnp.array([0, 1, 2, 3, 0])
     where = jnp.array([True, False, True, True, False])
@@ -148,7 +148,7 @@ def test_where_equals_deleting_the_token():
 
 
 @pytest.mark.parametrize("label", [-1, -100, 4, 5, 1000])
-def test_label_out_of_range_is_nan_unless_masked(label):
+def test_label_out_of_range_gives_nan_unless_masked(label):
     labels = jnp.array([label, 1])
     logprobs = token_logprobs(jnp.zeros((2, 4)), labels)
     assert np.isnan(logprobs[0])
@@ -172,7 +172,7 @@ def test_minus_infinite_logits_have_probability_zero():
     assert token_logprobs(logits, jnp.array([1, 1]))[0] == -np.inf
 
 
-def test_bfloat16_logits_are_computed_in_float32():
+def test_bfloat16_logits_are_converted_to_float32():
     logits = jnp.asarray(np.random.default_rng(7).normal(size=(5, 300)), jnp.bfloat16)
     labels = jnp.arange(5)
     for got, expected in (
@@ -195,22 +195,23 @@ def test_jit_and_vmap_from_logits():
 
 # From hidden states
 
-# With 12 tokens and V = 23, these give one-column slices, slices that do not divide V evenly, and a single slice.
+# With T = 12 and V = 23, the vocabulary is processed in slices of two columns, in slices whose size does not divide V,
+# or in a single slice.
 CHUNK_SIZES = [1, 5, 7, T, T + 1, 1000]
 
 
 def test_linear_token_logprobs_by_hand():
-    """The scaled logits are [0, log 3] at temperature 1 and [0, log 3 / 2] at temperature 2."""
+    """The scaled logits are [0, log 3] at temperature 1 and [0, (log 3) / 2] at temperature 2."""
     hidden, unembedding = jnp.ones((1, 1)), jnp.array([[0.0, np.log(3.0)]])
     logprobs, entropies = linear_token_logprobs(
         hidden, unembedding, jnp.array([1]), chunk_size=1, with_entropy=True
     )
     np.testing.assert_allclose(logprobs, np.log(0.75), rtol=1e-6)
     np.testing.assert_allclose(entropies, -0.75 * np.log(0.75) - 0.25 * np.log(0.25), rtol=1e-6)
-    cooler = linear_token_logprobs(
+    warmer = linear_token_logprobs(
         hidden, unembedding, jnp.array([1]), chunk_size=1, temperature=2.0
     )
-    np.testing.assert_allclose(cooler, np.log(np.sqrt(3) / (1 + np.sqrt(3))), rtol=1e-6)
+    np.testing.assert_allclose(warmer, np.log(np.sqrt(3) / (1 + np.sqrt(3))), rtol=1e-6)
 
 
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
@@ -280,7 +281,7 @@ def test_check_grads_from_hidden_states(arrays):
     )
 
 
-def test_leading_axes_are_all_tokens(arrays):
+def test_all_leading_axes_are_token_axes(arrays):
     hidden, unembedding, labels = arrays
     shaped = linear_token_logprobs(
         hidden.reshape(3, 4, D), unembedding, labels.reshape(3, 4), chunk_size=5, with_entropy=True
@@ -292,7 +293,7 @@ def test_leading_axes_are_all_tokens(arrays):
 
 
 @pytest.mark.parametrize("chunk_size", [5, 1000])
-def test_masked_hidden_states_may_hold_anything(arrays, chunk_size):
+def test_masked_hidden_states_may_have_any_value(arrays, chunk_size):
     hidden, unembedding, labels = arrays
     where = np.arange(T) % 3 != 1
     dirty = np.array(hidden)
@@ -315,7 +316,7 @@ def test_masked_hidden_states_may_hold_anything(arrays, chunk_size):
         assert_close(got, wanted)
 
 
-def test_linear_where_equals_deleting_the_token(arrays):
+def test_linear_masking_a_token_equals_deleting_it(arrays):
     hidden, unembedding, labels = arrays
     where = jnp.arange(T) % 3 != 1
     masked = linear_token_logprobs(hidden, unembedding, labels, chunk_size=5, where=where)
@@ -324,7 +325,7 @@ def test_linear_where_equals_deleting_the_token(arrays):
 
 
 @pytest.mark.parametrize("label", [-1, -100, V, V + 1])
-def test_linear_label_out_of_range_is_nan_unless_masked(arrays, label):
+def test_linear_label_out_of_range_gives_nan_unless_masked(arrays, label):
     hidden, unembedding, labels = arrays
     labels = labels.at[2].set(label)
     logprobs = linear_token_logprobs(hidden, unembedding, labels, chunk_size=5)
@@ -344,7 +345,7 @@ def test_linear_first_and_last_label_are_in_range(arrays, label):
 
 @pytest.mark.parametrize("chunk_size", [1, T])
 def test_probability_zero_from_hidden_states(chunk_size):
-    """With logits [-inf, 1, 1], nothing is NaN and -inf adds no entropy, whether or not -inf has its own slice."""
+    """A logit of -inf causes no NaN and adds nothing to the entropy, even if it is the only logit in its slice."""
     hidden, unembedding = jnp.full((T, 1), 1e10), jnp.array([[-1e30, 1e-10, 1e-10]])
 
     def ours(hidden, unembedding):
@@ -362,7 +363,7 @@ def test_probability_zero_from_hidden_states(chunk_size):
 
 
 def test_large_logits_do_not_overflow():
-    """The running maximum must be correct whether the largest logit comes first, last, or in between."""
+    """The running maximum must be correct whether or not the largest logit comes first."""
     unembedding = jnp.array([[-500.0, 3.0, 500.0, 2.0]])
     for sign in (1.0, -1.0):
         hidden = jnp.full((4, 1), sign)
@@ -449,11 +450,11 @@ def temporary_bytes(function, *, tokens, width, vocab, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_memory_is_that_of_a_chunk_of_logits(dtype):
-    """The sizes are 1/16 of the full size in `tools/measure_logprob_memory.py`.
+def test_memory_is_bounded_by_the_chunk_size(dtype):
+    """The sizes are about 1/16 of the defaults of `tools/measure_logprob_memory.py`.
 
-    The bound rules out dense logits (16.8 MB), a float32 copy of a bfloat16 unembedding (8.4 MB), and a second gradient
-    of the unembedding (4.2 MB or more).
+    The bound rules out dense logits (16.8 MB), a float32 copy of a bfloat16 unembedding (8.4 MB), and a second copy of
+    the unembedding's gradient (4.2 MB or more).
     """
     sizes = {"tokens": 512, "width": 256, "vocab": 8192, "dtype": dtype}
     chunk_logits = 32 * sizes["vocab"] * 4

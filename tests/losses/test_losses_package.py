@@ -25,7 +25,7 @@ def test_every_public_name_exists_and_is_documented():
         assert inspect.getdoc(getattr(losses, name)), name
 
 
-def test_every_public_function_of_its_modules_is_exported():
+def test_every_public_function_of_the_modules_is_exported():
     for file in FILES:
         if file.name.startswith("_"):
             continue
@@ -34,12 +34,12 @@ def test_every_public_function_of_its_modules_is_exported():
                 assert node.name in losses.__all__, f"{file.name}: {node.name}"
 
 
-def test_the_main_losses_are_at_the_top():
+def test_the_main_losses_are_exported_at_the_top_level():
     for name in ("trsft_loss", "trsft_loss_from_logprobs", "policy_gradient_loss"):
         assert getattr(trapo_jax, name) is getattr(losses, name)
 
 
-def test_the_package_imports_jax_only_when_a_loss_is_asked_for():
+def test_the_package_imports_jax_only_when_a_loss_is_accessed():
     script = (
         "import sys, trapo_jax\n"
         "assert 'jax' not in sys.modules\n"
@@ -52,7 +52,7 @@ def test_the_package_imports_jax_only_when_a_loss_is_asked_for():
     assert done.returncode == 0, done.stderr
 
 
-def test_importing_the_losses_imports_jax_and_nothing_else_of_weight():
+def test_importing_the_losses_imports_jax_but_no_other_heavy_package():
     script = (
         "import sys, trapo_jax.losses\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
@@ -65,7 +65,7 @@ def test_importing_the_losses_imports_jax_and_nothing_else_of_weight():
     assert not set(HEAVY) & set(imported)
 
 
-def test_importing_the_losses_imports_of_the_project_only_the_losses():
+def test_importing_the_losses_imports_no_other_part_of_the_project():
     script = (
         "import sys, trapo_jax.losses\nprint(*[m for m in sys.modules if m.startswith('trapo')])"
     )
@@ -77,8 +77,8 @@ def test_importing_the_losses_imports_of_the_project_only_the_losses():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_a_file_imports_jax_the_standard_library_and_its_neighbours(file):
-    """Also checks imports inside functions, since the test above would not detect a late import."""
+def test_a_file_imports_only_jax_the_standard_library_and_the_losses(file):
+    """Also checks imports inside functions, which the tests above would not detect."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -98,8 +98,8 @@ def test_a_file_imports_jax_the_standard_library_and_its_neighbours(file):
 
 
 @pytest.mark.parametrize("name", [n for n in losses.__all__ if not n.endswith("weights")])
-def test_hyper_parameters_are_keywords(name):
-    """Arrays come first; everything else is keyword-only."""
+def test_hyperparameters_are_keyword_only(name):
+    """Arrays may be passed by position; all other parameters are keyword-only."""
     arrays = {
         "logits",
         "labels",
@@ -156,7 +156,7 @@ def test_probability_zero_gives_a_finite_value_and_no_gradient(name, logprob):
     np.testing.assert_allclose(gradient, 0, atol=1e-30)
 
 
-def test_cross_entropy_at_probability_zero_is_infinite_with_its_gradient():
+def test_cross_entropy_at_probability_zero_is_infinite_with_a_finite_gradient():
     loss = lambda x: losses.attenuated_cross_entropy_from_logprobs(
         x, attenuation=losses.unit_attenuation()
     )
@@ -165,8 +165,8 @@ def test_cross_entropy_at_probability_zero_is_infinite_with_its_gradient():
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, jnp.float32(0.0), jnp.float32(0.5)])
-def test_gradient_is_the_weight_exactly_at_alpha(shift):
-    """For p = alpha = 1 exactly, neither branch may lose or halve the gradient."""
+def test_gradient_exactly_at_alpha_equals_the_weight(shift):
+    """At p = alpha = 1, where the two branches meet, the gradient must be neither lost nor halved."""
     attenuation = losses.shifted_clip_attenuation(1.0, shift)
     loss = lambda x: losses.attenuated_cross_entropy_from_logprobs(x, attenuation=attenuation)
     value, gradient = jax.value_and_grad(loss)(0.0)
@@ -174,7 +174,7 @@ def test_gradient_is_the_weight_exactly_at_alpha(shift):
     np.testing.assert_allclose(gradient, -(1 - shift), rtol=1e-6)
 
 
-def test_cross_entropy_ends_exactly_at_alpha():
+def test_the_cross_entropy_branch_includes_alpha():
     """The second derivative with respect to log p is 0 for p >= alpha and -p / alpha otherwise."""
     loss = lambda x: losses.trsft_loss_from_logprobs(x, alpha=1.0)
     assert jax.grad(jax.grad(loss))(0.0) == 0

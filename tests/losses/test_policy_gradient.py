@@ -48,7 +48,7 @@ class Batch:
         self.probs = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
         p_label = np.take_along_axis(self.probs, self.labels[..., None], -1)[..., 0]
         self.logprobs = np.log(p_label)
-        # Rounded to float32, so that both implementations see the same old policy.
+        # The values are rounded to float32, so that both implementations use the same old policy.
         noise = rng.normal(size=(B, T)) * spread
         self.old_logprobs = (self.logprobs + noise).astype(np.float32)
         self.onehot_minus_p = np.eye(V)[self.labels] - self.probs
@@ -58,7 +58,7 @@ class Batch:
         return np.exp(self.logprobs - self.old_logprobs.astype(np.float64))
 
     def grad_by_logits(self, loss, *arguments, **options):
-        """Returns d sum(loss) / d logits, and the loss itself."""
+        """Returns d sum(loss) / d logits and the loss values."""
 
         def total(logits):
             logprobs = jax.nn.log_softmax(logits)
@@ -77,7 +77,7 @@ class Batch:
 
 
 def active(ratio, advantages, low, high):
-    """Returns a mask of the tokens where min(A rho, A clip(rho)) is A rho, so the gradient flows."""
+    """Returns a mask of the tokens at which min(A rho, A clip(rho)) equals A rho, so that the gradient flows."""
     return np.where(advantages >= 0, ratio <= high, ratio >= low)
 
 
@@ -115,8 +115,8 @@ def test_policy_gradient_values_by_hand(ratio, advantage, clip_low, clip_high, e
     np.testing.assert_allclose(loss, [expected], rtol=1e-5)
 
 
-def test_policy_gradient_by_logits_is_the_formula(clips):
-    """The gradient is -A rho (onehot - p) where the minimum is the unclipped argument, and 0 otherwise."""
+def test_policy_gradient_with_respect_to_logits_equals_the_formula(clips):
+    """The gradient is -A rho (onehot - p) where the unclipped argument is the minimum, and 0 otherwise."""
     batch = Batch(spread=0.4)
     gradient, values = batch.grad_by_logits(
         policy_gradient_loss, batch.old_logprobs, batch.advantages, **clips
@@ -132,7 +132,7 @@ def test_policy_gradient_by_logits_is_the_formula(clips):
     batch.assert_gradient(gradient, -batch.advantages * batch.ratio * flows)
 
 
-def test_first_update_is_reinforce():
+def test_the_first_update_equals_reinforce():
     """With old_logprobs = stop_gradient(logprobs), the value is -A and the gradient is -A grad log p."""
     logprobs = jnp.log(jnp.array([0.2, 0.7]))
     loss = lambda x: policy_gradient_loss(x, jax.lax.stop_gradient(x), jnp.array([2.0, -1.0]))
@@ -151,7 +151,7 @@ def test_first_update_is_reinforce():
         (0.2, None, [-2.0, -2.0, 0.0]),
     ],
 )
-def test_sequence_ratio_is_the_geometric_mean(clip_low, clip_high, expected):
+def test_the_sequence_ratio_is_the_geometric_mean_of_token_ratios(clip_low, clip_high, expected):
     """Two tokens have ratios 4 and 1; the third is masked and does not contribute."""
     loss = sequence_policy_gradient_loss(
         jnp.log(jnp.array([[0.8, 0.5, 0.9]])),
@@ -164,8 +164,8 @@ def test_sequence_ratio_is_the_geometric_mean(clip_low, clip_high, expected):
     np.testing.assert_allclose(loss, [expected], rtol=1e-6)
 
 
-def test_sequence_policy_gradient_by_logits_is_the_formula(clips):
-    """The derivative with respect to a logprob is -A s / |y| / rows where the minimum is the unclipped argument."""
+def test_sequence_policy_gradient_with_respect_to_logits_equals_the_formula(clips):
+    """The derivative with respect to a log-probability is -A s where the unclipped argument is the minimum, else 0."""
     batch = Batch(spread=1.2)
     where = np.arange(T) < np.array([[9], [5], [1], [7]])
     loss = lambda *args, **options: sequence_policy_gradient_loss(*args, where=where, **options)
@@ -177,7 +177,8 @@ def test_sequence_policy_gradient_by_logits_is_the_formula(clips):
     advantages = batch.advantages
     expected = -np.minimum(advantages * ratio, advantages * np.clip(ratio, low, high)) * where
     np.testing.assert_allclose(values, expected, rtol=2e-6)
-    # Each of the |y| tokens has the same loss, with gradient -A s / |y| per logprob; the gradients sum to -A s.
+    # Each of the |y| tokens has the same loss, whose derivative with respect to each log-probability is -A s / |y|. The
+    # derivative of the sum of these losses is -A s.
     flows = active(ratio, advantages, low, high) & where
     batch.assert_gradient(gradient, -advantages * ratio * flows)
     np.testing.assert_allclose(sequence_mean(values, where=where), expected[:, 0].mean(), rtol=1e-5)
@@ -205,7 +206,7 @@ def test_sequence_without_mask_counts_every_token():
     np.testing.assert_allclose(loss, [2.0, 2.0], rtol=1e-6)
 
 
-def test_sequence_without_a_token_is_zero():
+def test_the_loss_of_a_sequence_without_tokens_is_zero():
     empty = np.zeros((1, 3), bool)
     function = lambda x: sequence_policy_gradient_loss(x, x - 1, 1.0, where=empty).sum()
     value, gradient = jax.value_and_grad(function)(jnp.full((1, 3), -1.0))
@@ -240,7 +241,7 @@ def test_cispo_values_by_hand():
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
-def test_cispo_by_logits_is_the_formula(clips):
+def test_cispo_gradient_with_respect_to_logits_equals_the_formula(clips):
     """The gradient is -clip(rho) A (onehot - p), even at tokens with a clipped ratio."""
     batch = Batch(spread=0.4)
     gradient, values = batch.grad_by_logits(
@@ -261,7 +262,7 @@ def test_cispo_at_probability_zero():
     np.testing.assert_array_equal(gradient, 0)
 
 
-# LUFFY's shaping
+# LUFFY's policy shaping
 
 
 def test_shaped_values_by_hand():
@@ -277,8 +278,8 @@ def test_shaped_gamma_is_a_tenth_by_default():
     )
 
 
-def test_shaped_by_logits_is_the_formula():
-    """The gradient is -A gamma / (p + gamma)^2 p (onehot - p)."""
+def test_shaped_gradient_with_respect_to_logits_equals_the_formula():
+    """The gradient is -A gamma p (onehot - p) / (p + gamma)^2."""
     batch = Batch(spread=0.0)
     gradient, values = batch.grad_by_logits(
         shaped_policy_gradient_loss, batch.advantages, gamma=0.25
@@ -329,15 +330,15 @@ def loss(request):
 
 
 @pytest.mark.parametrize("name", ["policy_gradient", "ppo", "gspo", "shaped"])
-def test_true_losses_pass_check_grads(name):
-    """CISPO is excluded, since its weight is held constant."""
+def test_gradients_match_finite_differences(name):
+    """CISPO is excluded because its gradient treats the clipped ratio as a constant."""
     logprobs = jnp.array([[-0.5, -1.0, -2.0], [-0.1, -3.0, -0.7]])
     old = logprobs + jnp.array([[0.05, -0.4, 0.6], [0.3, 0.02, -0.5]])
     advantages = jnp.array([[1.0], [-0.5]])
     check_grads(lambda x: LOSSES[name](x, old, advantages, None), (logprobs,), order=2, rtol=2e-2)
 
 
-def test_no_gradient_into_old_logprobs_and_advantages(loss):
+def test_no_gradient_flows_into_old_logprobs_and_advantages(loss):
     logprobs, old = jnp.array([[-0.5, -1.0]]), jnp.array([[-0.6, -0.9]])
     total = lambda old, advantages: loss(logprobs, old, advantages, None).sum()
     gradients = jax.grad(total, argnums=(0, 1))(old, jnp.array([[1.0]]))
@@ -346,7 +347,7 @@ def test_no_gradient_into_old_logprobs_and_advantages(loss):
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 3e38])
-def test_masked_places_may_hold_anything(loss, garbage):
+def test_masked_elements_may_have_any_value(loss, garbage):
     batch = Batch(spread=0.3)
     where = np.arange(T) < np.array([[9], [5], [0], [7]])
     advantages = np.broadcast_to(batch.advantages, (B, T))
@@ -367,7 +368,7 @@ def test_masked_places_may_hold_anything(loss, garbage):
         assert (got[where] != 0).any()
 
 
-def test_where_equals_deleting_the_token(loss):
+def test_masking_a_token_equals_deleting_it(loss):
     batch = Batch(spread=0.3)
     where = np.array([True, False, True, True, False, False, True, True, True])
     for row in range(B):
@@ -397,7 +398,7 @@ def test_jit_vmap_and_bfloat16(loss):
 @pytest.mark.parametrize(
     "function", [policy_gradient_loss, sequence_policy_gradient_loss, cispo_loss]
 )
-def test_negative_clip_bounds_name_themselves(function, name):
+def test_the_error_for_a_negative_clip_bound_names_it(function, name):
     with pytest.raises(ValueError, match=f"{name} must be >= 0, got -0.2"):
         function(jnp.zeros(1), jnp.zeros(1), 1.0, **{name: -0.2})
 

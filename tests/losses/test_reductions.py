@@ -1,4 +1,4 @@
-"""Tests the reductions, each a sum(values * weights) with weights that depend only on the mask."""
+"""Tests the reductions. Each is sum(values * weights), where the weights depend only on the mask."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ VALUES = np.array([[1.0, 2.0, 4.0], [6.0, 9.0, 5.0], [7.0, 3.0, 8.0]], np.float3
 WHERE = np.array([[True, True, False], [True, False, False], [False, False, False]])
 LENGTH = 5.0
 
-# Each reduction with its weights and its hand-computed result for VALUES and WHERE.
+# Each reduction, the function that computes its weights, and its hand-computed result for VALUES and WHERE.
 REDUCTIONS = {
     "token_mean": (token_mean, token_mean_weights, 9 / 3),
     "sequence_mean": (sequence_mean, sequence_mean_weights, (1.5 + 6) / 2),
@@ -85,7 +85,7 @@ def test_a_reduction_is_the_sum_of_values_times_weights(name):
     np.testing.assert_allclose(reduce(VALUES, where=WHERE), weighted.sum(), rtol=1e-6)
 
 
-def test_gradient_is_the_weights(name):
+def test_gradient_equals_the_weights(name):
     reduce, weights, _ = REDUCTIONS[name]
     gradient = jax.grad(lambda x: reduce(x, where=WHERE))(jnp.asarray(VALUES))
     np.testing.assert_allclose(gradient, weights(WHERE), rtol=1e-6)
@@ -99,7 +99,7 @@ def test_the_weights_of_a_mean_sum_to_one(reduction):
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
-def test_masked_values_may_be_anything(name, garbage):
+def test_masked_elements_may_have_any_value(name, garbage):
     reduce, _, expected = REDUCTIONS[name]
     dirty = jnp.asarray(np.where(WHERE, VALUES, garbage))
     value, gradient = jax.value_and_grad(lambda x: reduce(x, where=WHERE))(dirty)
@@ -122,7 +122,7 @@ def test_no_values_give_zero(name, shape):
     assert REDUCTIONS[name][0](np.zeros(shape)) == 0
 
 
-def test_one_token_is_itself():
+def test_the_mean_of_one_token_is_its_value():
     """With one included token, the denominator is exactly 1, which `maximum(1, ...)` must not change."""
     one = np.zeros_like(WHERE)
     one[1, 2] = True
@@ -141,7 +141,7 @@ def test_where_of_lower_rank_broadcasts(name):
 
 
 @pytest.mark.parametrize("axis", [0, -2])
-def test_axis_holds_the_tokens_of_a_sequence(axis):
+def test_axis_is_the_token_axis(axis):
     np.testing.assert_allclose(
         sequence_mean(VALUES.T, where=WHERE.T, axis=axis),
         sequence_mean(VALUES, where=WHERE),
@@ -157,20 +157,20 @@ def test_axis_holds_the_tokens_of_a_sequence(axis):
     np.testing.assert_allclose(constant_mean(wide, length=10, where=where), 8 / 10 / 4, rtol=1e-6)
 
 
-def test_rows_without_a_token_count_for_constant_mean_alone():
+def test_rows_without_tokens_count_only_in_constant_mean():
     """`sequence_mean` excludes the third row of WHERE, whereas `constant_mean` counts it in the denominator."""
     np.testing.assert_allclose(sequence_mean(VALUES, where=WHERE), 3.75, rtol=1e-6)
     np.testing.assert_allclose(constant_mean(VALUES, length=1, where=WHERE), 3.0, rtol=1e-6)
 
 
-def test_a_sequence_counts_for_what_it_is_however_long():
+def test_all_sequences_have_the_same_weight_whatever_their_lengths():
     """`sequence_mean` is a mean of means, so each of two sequences has half of the weight."""
     where = np.arange(10) < np.array([[10], [1]])
     weights = sequence_mean_weights(where)
     np.testing.assert_allclose(weights.sum(-1), [0.5, 0.5], rtol=1e-6)
 
 
-def test_a_sequence_may_span_more_axes():
+def test_values_may_have_more_than_two_axes():
     values = np.arange(24.0).reshape(2, 3, 4)
     np.testing.assert_allclose(sequence_mean(values, axis=1), values.mean(), rtol=1e-6)
     np.testing.assert_allclose(
@@ -195,7 +195,7 @@ def test_length_may_be_traced():
 
 
 def test_bfloat16_values_are_summed_in_float32(name):
-    """In bfloat16, the sum of 256 ones and one half would remain 256."""
+    """If the values were added in bfloat16, the sum of 257 ones would be 256."""
     values = jnp.full((1, 257), 1.0, jnp.bfloat16)
     got = REDUCTIONS[name][0](values)
     assert got.dtype == jnp.float32
@@ -210,7 +210,7 @@ def test_jit(name):
 
 @st.composite
 def batches(draw):
-    """Generates values, a mask (rows may be empty), and the micro-batch of each row."""
+    """Generates values, a mask (which may exclude all tokens of a row), and the index of each row's micro-batch."""
     rows = draw(st.integers(1, 6))
     shape = (rows, draw(st.integers(1, 5)))
     values = draw(arrays(np.float32, shape, elements=st.floats(-100, 100, width=32)))
@@ -222,7 +222,7 @@ def batches(draw):
 @settings(deadline=None, max_examples=60)
 @given(batches(), st.sampled_from(sorted(REDUCTIONS)))
 def test_any_split_into_micro_batches_adds_up(batch, name):
-    """With the weights of the whole batch, the sums over its parts add up to the reduction."""
+    """With weights computed for the whole batch, the weighted sums of its micro-batches add up to the reduction."""
     values, where, parts = batch
     reduce, weights, _ = REDUCTIONS[name]
     weights = np.asarray(weights(where))
@@ -232,7 +232,7 @@ def test_any_split_into_micro_batches_adds_up(batch, name):
 
 @settings(deadline=None, max_examples=60)
 @given(batches(), st.sampled_from(sorted(REDUCTIONS)), st.integers(1, 4))
-def test_width_of_the_pad_changes_nothing(batch, name, width):
+def test_the_amount_of_padding_does_not_matter(batch, name, width):
     values, where, _ = batch
     reduce, _, _ = REDUCTIONS[name]
     pad = ((0, 0), (0, width))
@@ -256,7 +256,7 @@ def test_segment_mean_weights_by_hand():
     assert weights.dtype == jnp.float32
 
 
-def test_segment_mean_weights_of_one_segment_a_row_are_those_of_rows():
+def test_segment_mean_weights_with_one_segment_per_row_equal_sequence_mean_weights():
     segment_ids = np.broadcast_to(np.arange(3)[:, None], WHERE.shape)
     np.testing.assert_allclose(
         segment_mean_weights(WHERE, segment_ids, num_segments=3), sequence_mean_weights(WHERE)
@@ -278,7 +278,7 @@ def test_constant_mean_counts_rows_of_one_token():
     assert constant_mean(np.ones((3, 1)), length=1.0) == 1.0
 
 
-def test_sequences_lie_along_the_last_axis_of_any_number():
+def test_sequences_lie_along_the_last_axis_whatever_the_number_of_axes():
     where = np.array([[[True, True, False]], [[True, False, False]]])
     weights = sequence_mean_weights(where)
     np.testing.assert_allclose(weights, [[[0.25, 0.25, 0.0]], [[0.5, 0.0, 0.0]]])

@@ -1,4 +1,4 @@
-"""Tests Proposition 1: the policy that TrSFT converges to for a tabular expert."""
+"""Tests Proposition 1 of the TRAPO paper: the policy to which TrSFT converges for a tabular expert."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def random_experts(count: int, *, concentration: float) -> np.ndarray:
     return rng.dirichlet(np.full(12, concentration), size=count).astype(np.float32)
 
 
-# 24 experts, from peaked (few classes are pruned) to nearly flat (many classes are pruned).
+# 24 experts, from peaked (few classes are pruned) to nearly uniform (many classes are pruned).
 EXPERTS = np.concatenate([random_experts(8, concentration=c) for c in (0.3, 1.0, 3.0)])
 
 
@@ -23,7 +23,7 @@ def expected_loss(probs, expert, alpha):
 
 
 def descend(expert: jax.Array, alpha: float) -> jax.Array:
-    """Optimizes 12 logits, starting from the expert.
+    """Minimizes the expected TrSFT loss over 12 logits, starting from the expert's log-probabilities.
 
     Uses Adam, since plain gradient descent is slow: the gradient of a class near the boundary almost vanishes.
     """
@@ -90,20 +90,20 @@ def test_lambda_is_the_kept_mass_where_the_proposition_has_a_solution(alpha):
     assert solvable >= 6
 
 
-def test_class_on_the_boundary_keeps_what_the_others_leave():
+def test_a_class_on_the_boundary_gets_the_remaining_probability():
     """Since alpha * 0.72 < 0.28 <= alpha * 1, no kept mass satisfies the proposition."""
     probs, lambda_ = trsft_optimum(jnp.array([0.72, 0.28]), alpha=0.3)
     np.testing.assert_allclose(lambda_, 0.28 / 0.3, rtol=1e-6)
     np.testing.assert_allclose(probs, [0.72 * 0.3 / 0.28, 1 - 0.72 * 0.3 / 0.28], rtol=1e-5)
 
 
-def test_tied_boundary_classes_share():
+def test_tied_boundary_classes_share_the_remaining_probability():
     probs, _ = trsft_optimum(jnp.array([0.5, 0.25, 0.25]), alpha=0.4)
     np.testing.assert_allclose(probs.sum(), 1.0, rtol=1e-6)
     np.testing.assert_allclose(probs[1], probs[2])
 
 
-def test_alpha_one_takes_the_mode():
+def test_alpha_one_gives_the_mode():
     probs, lambda_ = trsft_optimum(jnp.array([0.2, 0.5, 0.3]), alpha=1.0)
     np.testing.assert_allclose(probs, [0, 1, 0])
     np.testing.assert_allclose(lambda_, 0.5)

@@ -1,4 +1,4 @@
-"""Tests all methods: the objective against an independent float64 implementation, the guidance, and the hyperparameters."""
+"""Tests all methods: objectives (against an independent float64 implementation), guidance, and hyperparameters."""
 
 import dataclasses
 import json
@@ -34,12 +34,12 @@ from trapo_jax.types import (
 MAX_LENGTH = 12
 NOW = Moment(step=60, progress=0.4, seed=3)
 
-# Rewards of the rollouts of four problems, solved never, sometimes, mostly, and always.
+# Rewards of the rollouts of four problems, which the policy solves never, sometimes, mostly, and always.
 REWARDS = ["00000001", "01000011", "11101111", "11111111"]
 
 
 def problem(number):
-    """Returns a problem with an expert solution of 5, 6, ... tokens; problem 3 has two."""
+    """Returns a problem with an expert solution of 5 + `number` tokens. Problem 3 has a second expert solution."""
     rng = np.random.default_rng(number)
     experts = [Expert(tuple(rng.integers(2, 16, 5 + number + 2 * i).tolist())) for i in range(2)]
     prompt = tuple(rng.integers(2, 16, 1 + number % 3).tolist())
@@ -47,7 +47,7 @@ def problem(number):
 
 
 def sample_group(method, problem, rewards, moment=NOW):
-    """Returns the group that results if rollout j has reward rewards[j]; completions have random lengths."""
+    """Returns the group that results if rollout j has the reward `rewards[j]`. Completions have random lengths."""
     rng = np.random.default_rng(problem.key)
     guidance = Guidance(
         method.micro_groups_at(moment, problem),
@@ -84,7 +84,7 @@ def batches_of(method, sampled):
 
 
 def scores_of(batch, seed=0):
-    """Returns random log-probabilities (now, old, reference) and entropies of all tokens, trained or not."""
+    """Returns random log-probabilities (current, old, reference) and entropies of all tokens, trained or not."""
     rng = np.random.default_rng(seed)
     shape = batch.kinds.shape
     now = np.log(rng.uniform(0.01, 0.99, shape))
@@ -92,7 +92,7 @@ def scores_of(batch, seed=0):
     return [np.float32(x) for x in (now, old, ref, rng.uniform(0.1, 2.0, shape))]
 
 
-# ---- an independent float64 implementation; derivatives come from a complex step of 1e-30 i ----
+# ---- an independent float64 implementation; derivatives are computed with a complex step of 1e-30 i ----
 
 
 class Row:
@@ -159,7 +159,7 @@ def advantages(group, std=False):
 
 
 def carriers(group):
-    """Returns the indices of the rollouts whose prefix is trained."""
+    """Returns the indices of the rollouts whose prefixes are trained on."""
     first = {}
     for j, rollout in enumerate(group):
         request = rollout.request
@@ -173,12 +173,12 @@ def num(rows, what):
 
 
 def whole_rows(groups, extra=0):
-    """Returns the denominator of constant_mean: maximum length times number of rows."""
+    """Returns the denominator of constant_mean: the maximum length times the number of rows."""
     return MAX_LENGTH * (sum(len(group) for group in groups) + extra)
 
 
 def per_group(expert_loss, groups, rows):
-    """Returns RL/L on all completion tokens plus a loss on the expert tokens of trained prefixes."""
+    """Returns the RL loss on all completion tokens plus `expert_loss` on trained prefixes, reduced by constant_mean."""
     total = 0.0
     for group in groups:
         a = advantages(group)
@@ -221,7 +221,7 @@ def reference_rl_plus_sft(groups, rows, moment):
 
 
 def reference_hpt(groups, rows, moment):
-    """Trains problems that no rollout solved on the expert solution, since the gate is 0."""
+    """Trains on the expert solutions of problems that no rollout solved, since the gate is 0."""
     rl, experts, count = 0.0, [], 0
     for group in groups:
         if sum(r.reward for r in group) <= 0:
@@ -254,7 +254,7 @@ def reference_srft(groups, rows, moment):
 
 
 def chord_parts(groups, rows):
-    """Returns clipped GRPO (a mean over completion tokens, with standardized advantages) and the extra expert rows."""
+    """Returns the clipped GRPO loss (the mean over completion tokens, standardized advantages) and the expert rows."""
     own_rows = [rows[id(r.completion)] for group in groups for r in group]
     rl = sum(
         policy_gradient(rows[id(r.completion)], a, clip=0.2)
@@ -301,7 +301,7 @@ def prefix_rft_loss(row, advantage):
 
 
 def reference_trapo_plus(groups, rows, moment):
-    """Excludes the last problem, whose rollouts are all correct and have no advantage."""
+    """Excludes the last problem, whose rollouts are all correct, so that their advantages are 0."""
     total = per_group(lambda row, a: trsft(row), groups[:-1], rows) * whole_rows(groups[:-1])
     return total / (MAX_LENGTH * len(rows))
 
@@ -317,7 +317,7 @@ REFERENCES = {
     "trapo_plus": reference_trapo_plus,
     "luffy": lambda g, r, m: per_group(luffy_loss, g, r),
     "rl_plus_sft": reference_rl_plus_sft,
-    "relift": reference_grpo,  # the buffer has a separate test
+    "relift": reference_grpo,  # a separate test covers the buffer
     "hpt": reference_hpt,
     "srft": reference_srft,
     "chord": reference_chord,
@@ -328,7 +328,7 @@ REFERENCES = {
 
 
 def check(method, batch, update, reference, moment):
-    """Checks the value, and the derivative along a random direction in log-probabilities and entropies."""
+    """Checks the objective's value and its derivative along a random direction of log-probabilities and entropies."""
     scores = scores_of(batch)
     value, (by_logprobs, by_entropies) = objective(method, batch, scores, moment, MAX_LENGTH)
     rng = np.random.default_rng(1)
@@ -351,7 +351,7 @@ def check(method, batch, update, reference, moment):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_objective_equals_independent_float64(name):
+def test_objective_equals_an_independent_float64_implementation(name):
     method = make_method(name)
     for index in range(len(method.stages)):
         moment = NOW._replace(stage=StagePosition(index, 1, 0.0))
@@ -361,7 +361,7 @@ def test_objective_equals_independent_float64(name):
         check(method, batch, update, reference, moment)
 
 
-def test_hpt_trains_the_expert_solution_of_problems_below_the_gate():
+def test_hpt_trains_on_expert_solutions_of_problems_up_to_the_gate():
     method = make_method("hpt", gate=1)
     sampled = sample(method)
     (update,) = method.select(sampled).updates
@@ -371,13 +371,13 @@ def test_hpt_trains_the_expert_solution_of_problems_below_the_gate():
     assert [row.completion for row in update.rows[1:]] == [r.completion for r in own]
 
 
-def test_relift_buffers_unsolved_problems_until_there_are_enough():
+def test_relift_buffers_unsolved_problems_until_the_buffer_is_full():
     method = make_method("relift", buffer_size=2, sft_learning_rate_scale=0.5)
     sampled = sample(method, state={"unsolved": [problem(2).id]})
     never, other = ([Rollout(r.completion, WRONG) for r in group] for group in sampled.groups[:2])
     sampled = sampled._replace(groups=[never, *sampled.groups[1:], other])
     (own, buffered), state = method.select(sampled)
-    # The newest problems are trained: this step's two problems rather than the earlier step's.
+    # The newest problems are trained on: the two from this step rather than the one from an earlier step.
     assert state == {"unsolved": [problem(2).id]}
     assert (own.max_grad_norm, buffered.max_grad_norm) == (0.7, None)
     assert (own.optimizer, buffered.optimizer) == ("main", "buffer")
@@ -419,7 +419,7 @@ GUIDANCE = {  # prefix lengths for an expert solution of 100 tokens if all rewar
     "chord": (FREE8, FREE8),
     "chord_phi": (FREE8, FREE8),
     "uft": ([60] * 8,) * 2,  # 3 of 5 slices for seed 3, step 60, and problem 7
-    "prefix_rft": ([0] * 7 + [27],) * 2,  # a quarter of the way from 5% to 95%: 27.5 tokens
+    "prefix_rft": ([0] * 7 + [27],) * 2,  # a quarter of the way from 5% to 95%, rounded down
 }
 
 
@@ -438,14 +438,15 @@ def test_guidance_equals_the_table(name):
         assert [lens[j] for j in sorted(lens)] == expected
 
 
-def test_trapo_plus_trains_what_has_an_advantage_or_a_prefix():
+def test_trapo_plus_trains_on_rollouts_with_an_advantage_or_a_prefix():
     method = make_method("trapo_plus")
     sampled = sample(method)
     (update,) = method.select(sampled).updates
     kept = [row.completion for row in update.rows]
     first, *_, last = sampled.groups
     assert not any(rollout.completion in kept for rollout in last)  # all are correct
-    # The policy never solves the first problem. It is guided, and the expert's reward gives all rollouts an advantage.
+    # The policy never solves the first problem, so one rollout is guided. The reward of that rollout gives all rollouts
+    # of the group an advantage.
     assert [rollout.completion for rollout in first] == kept[:8]
     unsolved = [Rollout(r.completion, WRONG) for r in first]
     (update,) = method.select(sampled._replace(groups=[unsolved, last])).updates
@@ -454,7 +455,7 @@ def test_trapo_plus_trains_what_has_an_advantage_or_a_prefix():
     assert build_batch(update.rows, row_len=40, micro_batch_rows=6).num_micro_batches == 0
 
 
-def test_guidance_that_varies():
+def test_guidance_depends_on_stage_and_progress():
     stages = make_method("sft_then_grpo", sft_share=0.25)
     prefix = make_method("prefix_rft")
     at = lambda method, progress: [
@@ -470,7 +471,7 @@ def test_guidance_that_varies():
     assert at(prefix, 1.0) == [(7, 0.0), (1, pytest.approx(0.05))]
 
 
-def test_hints_of_uft_are_binomial_and_end():
+def test_hint_lengths_of_uft_are_binomial_until_hints_end():
     method = make_method("uft")
     problems = [dataclasses.replace(LONG, id=f"{i:08x}" + "0" * 8) for i in range(400)]
     drawn = lambda step, seed=0: [
@@ -498,7 +499,7 @@ def test_mu_of_chord_warms_up_and_decays():
 
 # ---- hyperparameters ----
 
-DEFAULTS = {  # DESIGN 2.4: the method's specific hyperparameters, the terms' weights in order, (clip_low, clip_high)
+DEFAULTS = {  # hyperparameters specific to the method, weights of its terms in order, (clip_low, clip_high)
     "sft": ({}, [1.0], (None, None)),
     "grpo": ({"num_rollouts": 8}, [1.0], (None, None)),
     "sft_then_grpo": (
@@ -564,14 +565,14 @@ DEFAULTS = {  # DESIGN 2.4: the method's specific hyperparameters, the terms' we
         (None, None),
     ),
 }
-TABLES = {  # (size, ratio, threshold) of each micro-group, from DESIGN 2.2
+TABLES = {  # (size, ratio, threshold) of each micro-group in each preset
     "paper": ((4, 0, NEVER), (2, 0.2, 0.5), (1, 0.5, 0.7), (1, 1.0, 0.9)),
     "reference": ((4, 0, NEVER), (2, 0.25, 2 / 4), (1, 0.5, 4 / 6), (1, 1.0, 7 / 7)),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_hyperparameters_are_those_of_the_design(name):
+def test_hyperparameters_have_the_expected_defaults(name):
     method = make_method(name)
     if name in DEFAULTS:
         hyperparameters, weights, clips = DEFAULTS[name]
@@ -592,7 +593,7 @@ def test_hyperparameters_are_those_of_the_design(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_hyperparameter_has_an_effect_that_is_described(name):
+def test_every_hyperparameter_changes_the_description_and_the_fingerprint(name):
     other = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x / 2 or 0.5}
     values = {
         "micro_groups": [[1, 0.0, -1.0], [2, 0.75, 0.5]],
@@ -620,12 +621,12 @@ def test_every_hyperparameter_has_an_effect_that_is_described(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_normalizer_is_that_of_all_terms_but_the_entropy_s(name):
+def test_a_given_normalizer_applies_to_all_terms_except_the_entropy_bonus(name):
     method = make_method(name, normalizer="sequence_mean")
     assert {t.normalizer for t in method.terms if t.formula != "-H"} == {"sequence_mean"}
 
 
-def test_a_trust_region_belongs_to_the_methods_that_use_it():
+def test_only_methods_with_a_trust_region_have_alpha():
     assert make_method("trapo", alpha=0.3).alpha == 0.3
     with pytest.raises(UserError, match="grpo has no such hyperparameter"):
         make_method("grpo", alpha=0.3)
@@ -665,7 +666,7 @@ def test_a_trust_region_belongs_to_the_methods_that_use_it():
         ("trapo_jax.types:UserError", {}, "expected a Method, a subclass of Hyperparameters"),
     ],
 )
-def test_a_mistaken_hyperparameter_is_one_clear_line(name, hyperparameters, message):
+def test_an_invalid_hyperparameter_causes_a_clear_one_line_error(name, hyperparameters, message):
     with pytest.raises(UserError) as caught:
         make_method(name, **hyperparameters)
     assert message in str(caught.value)
@@ -685,7 +686,7 @@ WITH_PRESETS = ("trapo", "micro_group_grpo", "micro_group_sft", "micro_group_luf
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_description_tells_formulas_weights_and_source(name):
+def test_description_contains_formulas_weights_and_source(name):
     method = make_method(name)
     text = describe(method)
     assert text.startswith(f"{name}: {method.source}")
@@ -699,7 +700,7 @@ def test_description_tells_formulas_weights_and_source(name):
     assert ("    paper: exact\n    reference: paragraph" in text) == (name in WITH_PRESETS)
 
 
-def test_no_method_asks_for_what_its_groups_cannot_give():
+def test_no_method_exceeds_its_declared_sizes():
     """The number of rows never exceeds `max_rows`, and the number of rollouts never exceeds the group size."""
     for name in METHODS:
         method = make_method(name)

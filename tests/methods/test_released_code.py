@@ -1,8 +1,9 @@
 """Tests every token's weight against numbers derived by hand from the formulas in the methods' released code.
 
-The released code sums micro-batches without dividing by their rows, whereas this package divides by the number of rows
-in the whole batch. All weights here are multiplied by that number, so that both have the same scale. In the released
-code, the batch would be a single micro-batch, unless `micro_batch_rows` says otherwise.
+The released code adds up the losses of micro-batches without dividing by their numbers of rows, whereas this package
+divides by the number of rows in the whole batch. All weights here are multiplied by that number, so that both have the
+same scale. Unless `micro_batch_rows` is given, the expected weights assume that the released code would process the
+batch as a single micro-batch.
 """
 
 import numpy as np
@@ -30,7 +31,7 @@ MOMENT = Moment(step=100, progress=0.5, seed=0)
 
 
 def group(name, rewards, *, prefix_len=0, with_expert=False):
-    """Returns rollouts of one problem with the given rewards; the last one is the expert solution if `with_expert`."""
+    """Returns rollouts of one problem with the given rewards. If `with_expert`, the last is the expert solution."""
     problem = Problem(name * 16, (1, 2), "", (Expert(tuple(range(3, 3 + EXPERT_LEN))),))
     rollouts = []
     for j, reward in enumerate(rewards):
@@ -44,7 +45,10 @@ def group(name, rewards, *, prefix_len=0, with_expert=False):
 
 
 def token_weights(method, groups, extra=()):
-    """Returns each row's derivatives of the objective at (completion, expert) tokens, times the number of rows."""
+    """Returns the derivatives of the objective with respect to log-probabilities, multiplied by the number of rows.
+
+    Each row has a pair of derivatives: one for its completion tokens and one for its expert tokens.
+    """
     problems = {g[0].request.problem.id: g[0].request.problem for g in groups}
     sampled = Sampled(groups, MOMENT, {}, extra, problems, LENGTH)
     weights = []
@@ -71,7 +75,7 @@ def check(found, expected):
 
 
 def test_luffy():
-    """`mix_core_alg.py` has sum(-A rho) / L on completions and sum(-A p / (p + 0.1)) / L on the expert."""
+    """`mix_core_alg.py` uses sum(-A rho) / L on completions and sum(-A p / (p + 0.1)) / L on the expert solution."""
     method = make_method("luffy", num_rollouts=3)
     # The baseline is 2 / 4. The derivative of p / (p + 0.1) with respect to log p is 0.1 p / (p + 0.1)^2 = 0.1875.
     expected = [(-0.05, 0), (0.05, 0), (0.05, 0), (0, -0.5 * 0.1875 / 10)]
@@ -79,7 +83,7 @@ def test_luffy():
 
 
 def test_rl_plus_sft():
-    """`mix_actor.py` adds sum(-A rho) / L + mean(-log p) per micro-batch; the baseline excludes the expert."""
+    """`mix_actor.py` adds sum(-A rho) / L + mean(-log p) for each micro-batch; the baseline excludes the expert."""
     groups = [
         group("1", [1, 0, 0, 1], with_expert=True),
         group("2", [1, 1, 0, 1], with_expert=True),
@@ -103,7 +107,7 @@ def test_hpt():
 
 
 def test_srft():
-    """With `srft_type=paper`, `mix_core_alg.py` has -0.1 e^H log p if r = 1, log p otherwise, and two expert terms."""
+    """With `srft_type=paper`, `mix_core_alg.py` uses -0.1 e^H log p if r = 1, log p otherwise, and two expert terms."""
     method = make_method("srft", num_rollouts=3, micro_batch_rows=4)
     success = -0.1 * np.exp(0.7) / 10
     expert = -0.5 * np.exp(-0.7) / 5 - 0.5 * 0.1875 / 10  # the expert's advantage is 1 - 2 / 4
@@ -112,7 +116,7 @@ def test_srft():
 
 
 def test_relift():
-    """`actor.py` has sum(-A rho) / L on all rollouts, followed by a token mean over the buffered expert solutions."""
+    """`actor.py` uses sum(-A rho) / L on all rollouts and, in a second update, the token mean over the buffer."""
     groups = [group("1", [0, 0]), group("2", [1, 0])]
     method = make_method("relift", num_rollouts=2, buffer_size=1)
     own = [(0, 0), (0, 0), (-0.05, 0), (0.05, 0)]
@@ -125,13 +129,14 @@ def test_uft():
     Advantages are divided by the sample standard deviation, whose denominator is n - 1.
     """
     method = make_method("uft", num_rollouts=4)
-    # The mean is 1 / 4, and the standard deviation is sqrt((9 + 3 * 1) / 16 / 3) = 0.5; 16 completion tokens, 4 rows.
+    # The mean is 1 / 4, and the standard deviation is sqrt((9 + 3 * 1) / 16 / 3) = 0.5.
+    # There are 16 completion tokens and 4 rows.
     expected = [(-1.5 * 4 / 16, -0.001 * 4 / 4), *[(0.5 * 4 / 16, 0)] * 3]
     check(token_weights(method, [group("1", [1, 0, 0, 0], prefix_len=4)]), expected)
 
 
 def test_chord():
-    """`chord_policy_loss.py` has (1 - mu) times PPO's token mean plus mu times the expert batch's token mean."""
+    """`chord_policy_loss.py` uses (1 - mu) times PPO's token mean plus mu times the expert batch's token mean."""
     method = make_method("chord", num_rollouts=2, expert_rows_per_rollout=1.0, mu_decay_steps=200)
     mu = (0.9 + 0.05) / 2  # at step 100 of 200
     extra = [g[0].request.problem for g in (group("3", [0]), group("4", [0]))]
@@ -143,10 +148,12 @@ def test_chord():
 
 @pytest.mark.parametrize(("p", "weight"), [(0.3, 1.0), (0.05, 0.5)])
 def test_trapo(monkeypatch, p, weight):
-    """With `clip_low`, `mix_core_alg.py` uses -p / max(sg p, 0.1) on prefixes, sum(-A rho) / L on completions, and one
-    baseline for the whole group."""
+    """With `clip_low`, `mix_core_alg.py` uses -p / max(sg p, 0.1) on prefixes and sum(-A rho) / L on completions.
+
+    The whole group has one baseline.
+    """
     monkeypatch.setitem(globals(), "P", p)
     rollouts = [*group("1", [1, 0]), *group("1", [1, 0], prefix_len=2)]
-    # The second rollout with the same prefix does not train it again.
+    # The prefix is trained on only once, so it adds no loss in the second rollout that has it.
     expected = [(-0.05, 0), (0.05, 0), (-0.05, -weight / 10), (0.05, 0)]
     check(token_weights(make_method("trapo"), [rollouts]), expected)

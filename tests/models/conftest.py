@@ -1,4 +1,4 @@
-"""Provides a small model folder to read, break, and export."""
+"""Provides a small model folder that tests read, corrupt, and export."""
 
 import json
 
@@ -11,7 +11,7 @@ from trapo_jax.models import export_model, init_params, read_config
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small random model with grouped queries, untied embeddings, and an unusual RoPE base."""
+    """Returns a folder with a random model with grouped-query attention, an untied head, and an unusual RoPE base."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(GQA))

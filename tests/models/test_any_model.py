@@ -1,4 +1,4 @@
-"""Tests that any config, generation config, tokenizer or safetensors header is read or rejected in one line."""
+"""Tests that any config, tokenizer, or safetensors file is either read or rejected with a one-line error."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 @settings(max_examples=300)
 @given(config=st.sampled_from(CONFIGS).flatmap(changed))
-def test_any_config_is_read_or_refused(config, folder):
+def test_any_config_is_read_or_rejected(config, folder):
     (folder / "config.json").write_text(json.dumps(config))
     with value_or_user_error():
         decoder = read_config(folder)
@@ -58,7 +58,7 @@ def test_any_config_is_read_or_refused(config, folder):
 @given(
     ids=VALUES | st.lists(st.integers(-1, 60)), of=st.sampled_from(["config", "generation_config"])
 )
-def test_any_eos_ids_are_in_the_vocabulary_or_refused(ids, of, folder):
+def test_any_eos_ids_are_in_the_vocabulary_or_rejected(ids, of, folder):
     (folder / "generation_config.json").unlink(missing_ok=True)
     (folder / f"{of}.json").write_text(json.dumps({"eos_token_id": ids}))
     with value_or_user_error():
@@ -78,7 +78,7 @@ TOKENIZER_CONFIG = json.loads((TINY_MODEL / "tokenizer_config.json").read_text()
 
 @settings(max_examples=60)
 @given(tokenizer=changed(TOKENIZER), config=st.just(TOKENIZER_CONFIG) | changed(TOKENIZER_CONFIG))
-def test_any_tokenizer_is_loaded_or_refused(tokenizer, config, tmp_path_factory):
+def test_any_tokenizer_is_loaded_or_rejected(tokenizer, config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -95,7 +95,7 @@ HEADER = {
 
 
 def write_safetensors(path, header, length=None):
-    """Writes a file with the given header, and optionally with a wrong header length."""
+    """Writes a safetensors file with the given header and, if `length` is given, a wrong header length."""
     content = header if isinstance(header, bytes) else json.dumps(header).encode()
     length = len(content) if length is None else length
     path.write_bytes(struct.pack("<Q", length) + content + bytes(24))
@@ -106,7 +106,7 @@ def write_safetensors(path, header, length=None):
     header=changed(HEADER) | st.binary(max_size=8) | st.just(HEADER),
     length=st.none() | st.integers(0, 2**64 - 1) | st.sampled_from([2**63, 100_000_001]),
 )
-def test_any_safetensors_header_is_read_or_refused(header, length, folder):
+def test_any_safetensors_header_is_read_or_rejected(header, length, folder):
     write_safetensors(folder / WEIGHTS, header, length)
     (folder / INDEX).unlink(missing_ok=True)
     with value_or_user_error():
@@ -119,7 +119,7 @@ def test_any_safetensors_header_is_read_or_refused(header, length, folder):
 @given(
     index=changed({"metadata": {}, "weight_map": {"model.norm.weight": WEIGHTS, "x": "y"}}) | VALUES
 )
-def test_any_index_of_tensors_is_read_or_refused(index, folder):
+def test_any_tensor_index_is_read_or_rejected(index, folder):
     write_safetensors(folder / WEIGHTS, HEADER)
     (folder / INDEX).write_text(json.dumps(index))
     with value_or_user_error():

@@ -1,4 +1,4 @@
-"""Tests that the decoder equals transformers for every architecture, for whole rows and with a cache."""
+"""Tests that the decoder's logits equal those of transformers for every architecture, with and without a cache."""
 
 import dataclasses
 
@@ -30,16 +30,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-# transformers' model_type and the differences from SMALL in each case.
+# The transformers model_type of each case, and the config fields that differ from `transformers_models.SMALL`.
 CASES = {
     "llama": ("llama", {"tie_word_embeddings": False}),
-    "llama tied, with a separate head size": (
+    "llama with tied embeddings and a separate head size": (
         "llama",
         {"tie_word_embeddings": True, "head_dim": 8},
     ),
     "llama with biases": ("llama", {"attention_bias": True}),
     "llama 3 rope": ("llama", {"rope_scaling": LLAMA3}),
-    "llama 3 rope, original length outside": (
+    "llama 3 rope, original length outside rope_scaling": (
         "llama",
         {"rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
     ),
@@ -64,7 +64,7 @@ CASES = {
 
 
 class Ours:
-    """A model folder evaluated by our decoder."""
+    """The model in a folder, evaluated with our decoder."""
 
     def __init__(self, folder):
         self.config = read_config(folder)
@@ -80,7 +80,7 @@ class Ours:
         return np.asarray(self._rows(self.params, token_ids, positions, segment_ids))
 
     def logits_by_token(self, token_ids, layout):
-        """Computes logits token by token, with parameters and cache in a layout for decoding."""
+        """Computes logits token by token, with the parameters and the cache in the given storage layout."""
         config = dataclasses.replace(self.config, layout=layout)
         layers = layout.convert_weights(self.params["layers"])
         num_rows, length = token_ids.shape
@@ -104,7 +104,7 @@ class Ours:
         return jax.lax.scan(step, cache, columns)[1].swapaxes(0, 1)
 
     def decoded_logits(self, token_ids):
-        """Computes logits for three tokens at once, then for four, then one by one, like an engine.
+        """Computes logits for three tokens at once, then for four, and then token by token, as an engine does.
 
         The cache is longer than the row, and its unfilled positions must not affect the result.
         """
@@ -128,7 +128,7 @@ class Ours:
         return np.concatenate([*logits, one_by_one], axis=1)
 
     def _extend(self, cache, start, token_ids):
-        """Appends tokens at position `start`. Returns the cache and their logits."""
+        """Appends tokens at position `start`. Returns the new cache and the logits of these tokens."""
         num_rows, count = token_ids.shape
         positions = start + jnp.arange(count)
         hidden, (keys, values) = apply_decoder(
@@ -176,7 +176,7 @@ def test_logits_equal_transformers(case, tmp_path):
     assert np.isfinite(packed).all()
 
 
-def test_tiny_model_equals_transformers():
+def test_logits_of_the_tiny_model_equal_transformers():
     torch = needs_torch()
     from transformers import AutoModelForCausalLM
 
@@ -213,7 +213,7 @@ def test_remat_saves_memory_and_keeps_the_gradient(remat):
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("is_local", [None, True, False])
 def test_splash_attention_equals_plain_attention(window, is_local):
-    """Compares values and gradients in interpret mode, with grouped heads and packed, padded rows."""
+    """Compares values and gradients in interpret mode, with grouped-query heads and rows that are packed and padded."""
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (2, 256, 4, 128))
     k, v = (jax.random.normal(key, (2, 256, 2, 128)) for key in keys[1:])

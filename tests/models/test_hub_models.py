@@ -1,4 +1,4 @@
-"""Tests models with Hub ids, from a prepared cache without a network, and from a small Hub on this machine."""
+"""Tests models with Hub ids, from a prepared cache without network access and from a fake Hub on this machine."""
 
 import json
 
@@ -29,7 +29,7 @@ def opened(path):
 
 
 def error_of(path, action=opened):
-    """Returns the one-line error."""
+    """Returns the message of the one-line error that an action raises for a path."""
     with pytest.raises(UserError) as caught:
         action(path)
     assert "\n" not in str(caught.value)
@@ -71,13 +71,15 @@ def test_the_revision_decides_between_two_commits(hub_home):
         (f"{NAME}@{OLD_COMMIT}", f"`hf download {NAME} --revision {OLD_COMMIT}`"),
     ],
 )
-def test_what_is_not_in_the_cache_is_named_with_the_command_that_downloads_it(
+def test_the_error_for_a_model_that_is_not_cached_contains_the_download_command(
     path, command, hub_home
 ):
     add_to_cache(hub_home, NAME, FILES)
     for action in (opened, find_model):
         error = error_of(path, action)
-        assert error.startswith(f"model.path='{path}': no such folder, and it is not in the cache")
+        assert error.startswith(
+            f"model.path='{path}': no such folder, and it is not in the local Hugging Face Hub cache"
+        )
         assert "HF_HUB_OFFLINE is set" in error
         assert error.endswith(command)
 
@@ -85,14 +87,14 @@ def test_what_is_not_in_the_cache_is_named_with_the_command_that_downloads_it(
 @pytest.mark.parametrize(
     "path", ["./owner/tiny", "owner/tiny/extra", "tiny", "owner/tiny@", "owner/../tiny", "/tiny"]
 )
-def test_a_path_is_not_taken_for_a_hub_id(path, hub_home, tmp_path, monkeypatch):
+def test_a_path_is_not_mistaken_for_a_hub_id(path, hub_home, tmp_path, monkeypatch):
     add_to_cache(hub_home, NAME, FILES)
     monkeypatch.chdir(tmp_path)
     where = "" if path.startswith("/") else f" in {tmp_path}"
     assert f"model.path={path!r}: no such folder{where}; pass a" in error_of(path)
 
 
-def test_a_folder_without_a_config_is_answered_with_one_inside(tmp_path):
+def test_the_error_for_a_folder_without_a_config_suggests_a_subfolder_with_one(tmp_path):
     (tmp_path / "run" / "hf").mkdir(parents=True)
     path = f"{tmp_path}/run"
     assert f"{path!r}: the folder contains no config.json; pass a" in error_of(path)
@@ -103,17 +105,17 @@ def test_a_folder_without_a_config_is_answered_with_one_inside(tmp_path):
 
 
 @pytest.mark.parametrize("path", [".", "..", "report"])
-def test_only_models_of_the_package_are_packaged_models(path, tmp_path, monkeypatch):
+def test_other_paths_are_not_mistaken_for_built_in_models(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert f"model.path={path!r}: " in error_of(path)
 
 
-def test_the_address_of_a_page_is_answered_with_the_hub_id():
+def test_the_error_for_a_web_address_suggests_the_hub_id():
     assert error_of(f"https://huggingface.co/{NAME}").endswith(f"; did you mean {NAME}?")
 
 
 @pytest.mark.parametrize("path", [NAME, f"{NAME}@v1"])
-def test_a_local_folder_of_the_same_name_wins(path, hub_home, tmp_path, monkeypatch):
+def test_a_local_folder_of_the_same_name_takes_precedence(path, hub_home, tmp_path, monkeypatch):
     add_to_cache(hub_home, NAME, FILES)
     monkeypatch.chdir(tmp_path)
     local = tmp_path / path
@@ -128,42 +130,44 @@ def test_a_local_folder_of_the_same_name_wins(path, hub_home, tmp_path, monkeypa
 def test_a_plan_needs_only_the_config(hub_home):
     folder = add_to_cache(hub_home, NAME, {"config.json": FILES["config.json"]}, listed=FILES)
     assert find_model(NAME) == folder
-    assert "not in the cache" in error_of(NAME)  # The tokenizer is missing.
+    assert "not in the local Hugging Face Hub cache" in error_of(NAME)  # The tokenizer is missing.
 
 
 @pytest.mark.parametrize("listed", [None, FILES], ids=["unlisted", "listed"])
-def test_a_model_opens_without_its_weights_and_names_the_command_that_downloads_them(
+def test_a_model_opens_without_weights_and_loading_them_names_the_download_command(
     listed, hub_home
 ):
     add_to_cache(hub_home, NAME, SMALL, listed=listed)
     model = opened(NAME)
     error = error_of(model, with_weights)
     assert f"model.path='{NAME}@{COMMIT}'" in error
-    assert "is not in the cache" in error
+    assert "is not in the local Hugging Face Hub cache" in error
     assert error.endswith(f"`hf download {NAME} --revision {COMMIT}`")
 
 
-def test_a_listed_chat_template_that_is_not_in_the_cache_is_missed(hub_home):
+def test_a_listed_chat_template_that_is_not_in_the_cache_is_reported(hub_home):
     add_to_cache(hub_home, NAME, FILES, listed=[*FILES, "chat_template.jinja", "README.md"])
-    assert "part of it is not in the cache" in error_of(NAME)
+    assert "part of it is not in the local Hugging Face Hub cache" in error_of(NAME)
 
 
-def test_one_of_several_weight_files_is_missed(hub_home):
+def test_a_missing_weight_file_among_several_is_reported(hub_home):
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     index = {"weight_map": {"a": shards[0], "b": shards[1]}}
     files = {**SMALL, "model.safetensors.index.json": json.dumps(index).encode(), shards[0]: b"x"}
     add_to_cache(hub_home, NAME, files)
-    assert f"{shards[1]} is not in the cache" in error_of(opened(NAME), with_weights)
+    assert f"{shards[1]} is not in the local Hugging Face Hub cache" in error_of(
+        opened(NAME), with_weights
+    )
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "*", "code.py", "../model.safetensors"])
-def test_an_index_cannot_name_other_files_than_safetensors(file, hub_home):
+def test_an_index_may_only_name_safetensors_files(file, hub_home):
     index = json.dumps({"weight_map": {"a": file}}).encode()
     add_to_cache(hub_home, NAME, {**SMALL, "model.safetensors.index.json": index})
     assert "model.safetensors.index.json" in error_of(opened(NAME), with_weights)
 
 
-def test_a_head_of_its_own_is_noticed_once_the_weights_are_there(hub_home):
+def test_a_separate_head_is_detected_once_the_weights_are_available(hub_home):
     tied = with_config(FILES, tie_word_embeddings=True)
     tensors = load(FILES["model.safetensors"])
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
@@ -182,7 +186,7 @@ def test_a_head_of_its_own_is_noticed_once_the_weights_are_there(hub_home):
 def test_a_run_keeps_the_commit_from_which_it_started(hub_home, tmp_path):
     add_to_cache(hub_home, NAME, FILES, commit=OLD_COMMIT)
     copy_model_files(opened(NAME), tmp_path / "copy")
-    add_to_cache(hub_home, NAME, FILES)  # `main` moves.
+    add_to_cache(hub_home, NAME, FILES)  # `main` moves to a new commit.
     again = open_model(ModelConfig(path=NAME), files=tmp_path / "copy")
     assert with_weights(again).folder.name == OLD_COMMIT
     (tmp_path / "copy" / "hub.json").write_text('{"name": "../x", "commit": 3}')
@@ -209,7 +213,7 @@ except UserError as error:
 
 @pytest.fixture
 def hub(tmp_path):
-    """A Hub with a model, and a function that opens a model by its id in a separate process."""
+    """Yields a fake Hub with a model, and a function that opens a model by its Hub id in a separate process."""
     with serve_hub() as (fake, address):
         unwanted = ["modeling.py", "pytorch_model.bin", "onnx/model.safetensors", "README.md"]
         fake.repos["model", NAME] = {**FILES, **dict.fromkeys(unwanted, b"x")}
@@ -226,7 +230,7 @@ def hub(tmp_path):
         yield fake, run
 
 
-def test_only_the_files_that_are_needed_are_downloaded(hub):
+def test_only_the_required_files_are_downloaded(hub):
     fake, run = hub
     run("find", NAME)
     assert fake.downloads == ["config.json"]
@@ -251,16 +255,16 @@ def test_only_the_files_that_are_needed_are_downloaded(hub):
         (SMALL, NAME, "has no model.safetensors on the Hub"),
     ],
 )
-def test_the_answer_of_the_hub_is_one_line(answer, path, message, hub):
+def test_an_error_response_of_the_hub_is_reported_in_one_line(answer, path, message, hub):
     fake, run = hub
     fake.repos["model", NAME] = answer
     (line,) = run("weights", path).stderr.splitlines()
     assert line.startswith(f"model.path='{NAME}")
     assert message in line
-    assert "hf download" not in line  # The command would not help.
+    assert "hf download" not in line  # This command would not help.
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_with_the_command(hub):
+def test_an_unreachable_hub_is_reported_in_one_line_with_the_download_command(hub):
     _, run = hub
     (line,) = run("open", NAME, HF_ENDPOINT="http://127.0.0.1:9").stderr.splitlines()
     assert "the Hub cannot be reached: " in line

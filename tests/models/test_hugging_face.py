@@ -1,4 +1,4 @@
-"""Tests reading and writing Hugging Face folders, including damaged and hostile ones."""
+"""Tests reading and writing model folders in the Hugging Face format, including damaged and malicious ones."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from trapo_jax.models import (
 from trapo_jax.types import UserError
 
 
-def test_export_and_import_are_bit_identical(folder, tmp_path):
+def test_exporting_and_loading_preserve_every_bit(folder, tmp_path):
     config = read_config(folder)
     params = load_params(folder, config)
     export_model(params, config, source=folder, destination=tmp_path / "again")
@@ -44,7 +44,7 @@ def test_export_and_import_are_bit_identical(folder, tmp_path):
         np.testing.assert_array_equal(ours[name], tensor)
 
 
-def test_export_in_several_files_equals_one(folder, tmp_path):
+def test_an_export_in_several_files_equals_one_in_a_single_file(folder, tmp_path):
     config = read_config(folder)
     params = load_params(folder, config)
     limit = 10_000
@@ -77,7 +77,7 @@ def test_a_failed_export_keeps_the_previous_folder(folder, tmp_path):
     assert (kept / "model.safetensors").read_bytes() == before
 
 
-def test_another_export_keeps_what_others_added_to_the_folder(folder, tmp_path):
+def test_another_export_keeps_files_that_others_added_to_the_folder(folder, tmp_path):
     config = read_config(folder)
     params = load_params(folder, config)
     out = tmp_path / "out"
@@ -127,11 +127,9 @@ print(memory("VmHWM") - before, sum(sizes), max(sizes))
 """
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="memory is measured through /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory use is read from /proc")
 def test_loading_needs_little_memory_beyond_the_parameters(tmp_path):
-    """Besides the parameters, which are in host memory on CPUs, loading needs one stacked parameter and one tensor."""
+    """Besides the parameters (on CPUs, in host memory), loading needs memory for a stacked parameter and a tensor."""
     data = {**GQA, "num_hidden_layers": 16, "hidden_size": 512, "intermediate_size": 2048}
     source = tmp_path / "source"
     source.mkdir()
@@ -206,7 +204,7 @@ def test_sharded_safetensors_equal_a_single_file(folder, tmp_path):
 
 
 @pytest.mark.parametrize("what", BREAKAGES)
-def test_damaged_folders_are_refused_by_name(what, folder):
+def test_damaged_folders_are_rejected_with_a_one_line_error(what, folder):
     breakage, message = BREAKAGES[what]
     breakage(folder)
     with pytest.raises(UserError, match=message) as caught:
@@ -219,7 +217,7 @@ GROWING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 
 
 def tokenizer_with(field, parts_field, parts):
-    """Returns the `tokenizer.json` of the small model with a sequence of normalizers or decoders."""
+    """Returns the tiny model's `tokenizer.json` with `field` set to a sequence of normalizers or decoders."""
     content = json.loads((TINY_MODEL / "tokenizer.json").read_text())
     return json.dumps({**content, field: {"type": "Sequence", parts_field: parts}})
 
@@ -244,7 +242,9 @@ def tokenizer_with(field, parts_field, parts):
         ),
     ],
 )
-def test_a_folder_without_a_readable_tokenizer_is_refused_by_name(content, message, folder):
+def test_a_folder_without_a_readable_tokenizer_is_rejected_with_a_one_line_error(
+    content, message, folder
+):
     if content is not None:
         (folder / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -260,7 +260,7 @@ def test_a_folder_without_a_readable_tokenizer_is_refused_by_name(content, messa
         *("special_tokens_map.json", "generation_config.json"),
     ],
 )
-def test_a_pipe_in_a_model_folder_is_refused(name, tmp_path):
+def test_a_named_pipe_in_a_model_folder_is_rejected(name, tmp_path):
     shutil.copytree(TINY_MODEL, tmp_path / "model")
     (tmp_path / "model" / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / "model" / name)

@@ -1,4 +1,4 @@
-"""Tests that each operation on a cache gives the same contents in all storage layouts."""
+"""Tests that each cache operation gives the same contents in all storage layouts."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def empty(layout):
 
 
 def entries_of(cache, layout):
-    """Returns keys and values `[2, L, R, C, K, H]`, independent of the layout."""
+    """Returns the keys and values as one array `[2, L, R, C, K, H]`, whatever the layout of the cache."""
     keys, values = (np.stack(part) for part in cache)
     if isinstance(layout, PerLayer) and not isinstance(layout, PerLayerTransposed):
         return np.stack([keys, values])
@@ -40,7 +40,7 @@ def int32(*numbers):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_new_cache_has_its_shape_and_dtype(layout):
+def test_a_new_cache_has_the_expected_shape_and_dtype(layout):
     cache = layout.init(L, R, C, K, H, "bfloat16")
     assert entries_of(cache, layout).shape == (2, L, R, C, K, H)
     assert all(x.dtype == jnp.bfloat16 for part in cache for x in part)
@@ -71,7 +71,7 @@ def test_copy_copies_whole_rows(layout):
     np.testing.assert_array_equal(entries_of(cache, layout), expected)
 
 
-def test_append_stores_tokens_and_drops_those_out_of_range():
+def test_append_stores_tokens_and_drops_tokens_that_are_out_of_range():
     layout, rng = Stacked(), np.random.default_rng(0)
     keys, values = rng.normal(size=(2, L, 3, 1, K, H)).astype(np.float32)
     cache = layout.append(empty(layout), (keys, values), int32(0, 1, 2), int32(5, C, 0))
@@ -82,7 +82,7 @@ def test_append_stores_tokens_and_drops_those_out_of_range():
 
 
 @pytest.mark.parametrize(("num_rows", "length"), [(2, 4), (R, C), (7, 9)])
-def test_resize_keeps_what_fits(num_rows, length):
+def test_resize_keeps_the_entries_that_fit(num_rows, length):
     layout, stacked = PerLayerTransposed(), random_stacked()
     rows = jnp.arange(R, dtype=jnp.int32)
     cache = layout.insert(empty(layout), stacked, rows, rows, jnp.int32(R), length=C)
@@ -92,7 +92,7 @@ def test_resize_keeps_what_fits(num_rows, length):
     np.testing.assert_array_equal(found[kept], entries_of(stacked, Stacked())[kept])
 
 
-def test_one_cache_per_layer_supports_no_windows():
+def test_the_per_layer_layout_rejects_sliding_windows():
     q, kv = jnp.zeros((R, 1, 2 * K, H)), jnp.zeros((R, 1, K, H))
     cache = KVCache(*(part[0] for part in empty(PerLayer())))
     with pytest.raises(ValueError, match="does not support sliding windows"):

@@ -67,7 +67,7 @@ def test_an_adapter_equals_its_merged_matrix(target):
     layers = params["layers"]
     b = jax.random.normal(jax.random.key(1), layers[target + B].shape)
     params = {**params, "layers": {**layers, target + B: b}}
-    # W + alpha / rank * A B, computed layer by layer over the contracted axes.
+    # The merged matrix is W + alpha / rank * A B, computed layer by layer.
     num_in = 3 if target == "output" else 1
     product = np.stack([np.tensordot(a, b, 1) for a, b in zip(layers[target + A], b, strict=True)])
     assert layers[target + A].shape[1:-1] == layers[target].shape[1 : 1 + num_in]
@@ -84,12 +84,12 @@ def test_an_adapter_equals_its_merged_matrix(target):
     np.testing.assert_allclose(ours, whole["layers"][target], atol=1e-5)
 
 
-def test_a_rank_above_the_width_of_the_model_is_refused():
-    with pytest.raises(UserError, match=r"lora\.rank=100000: more than the model's width of 96"):
+def test_a_rank_above_the_width_of_the_model_is_rejected():
+    with pytest.raises(UserError, match=r"lora\.rank=100000: exceeds the model's width of 96"):
         read_decoder(TINY_MODEL, ModelConfig(), LoraConfig(rank=100_000))
 
 
-def test_trained_and_frozen_parameters_are_all_parameters():
+def test_trained_and_frozen_parameters_join_to_all_parameters():
     params = init_params(with_adapters("qkv", "down"), seed=0)
     trained, kept = split_trained(params)
     assert set(trained["layers"]) == {"qkv" + A, "qkv" + B, "down" + A, "down" + B}
@@ -108,7 +108,7 @@ def test_a_step_changes_only_the_adapters():
     difference, _, _ = sgd_step(make_method("trapo"), batch, params, config=config)
     adapters, rest = split_trained(difference)
     assert all(np.all(x == 0) for x in jax.tree.leaves(rest))
-    # With B = 0 the gradient of A is 0, and the gradient of B is A times the gradient of W.
+    # With B = 0, the gradient of A is 0, and the gradient of B is alpha / rank times A^T times the gradient of W.
     for name, x in adapters["layers"].items():
         assert np.any(x) == name.endswith(B), name
     gradient, _, _ = sgd_step(make_method("trapo"), batch, base_of(params))

@@ -1,4 +1,4 @@
-"""Tests the token ids, EOS ids, and context length of a model folder."""
+"""Tests the token ids, EOS ids, and context length that are read from a model folder."""
 
 import json
 import resource
@@ -21,7 +21,7 @@ EOS = json.loads((TINY_MODEL / "tokenizer.json").read_text())["model"]["vocab"][
 
 @pytest.fixture
 def tiny(tmp_path):
-    """A copy of the packaged model, without a generation config."""
+    """Returns a copy of the built-in model without a generation config and without EOS ids in `config.json`."""
     folder = shutil.copytree(TINY_MODEL, tmp_path / "tiny")
     (folder / "generation_config.json").unlink(missing_ok=True)
     break_config(folder, eos_token_id=None)
@@ -49,7 +49,7 @@ def add_to_vocabulary(tokenizer, token_id):
 
 
 def add_by_template(tokenizer, token_id):
-    """Adds a token that is not part of the vocabulary and starts every string."""
+    """Adds a token that is not part of the vocabulary but is prepended to every text."""
     tokenizer["post_processor"] = {
         "type": "TemplateProcessing",
         "single": [
@@ -63,8 +63,8 @@ def add_by_template(tokenizer, token_id):
 
 @pytest.mark.parametrize("token_id", [VOCAB_SIZE, 3_000_000_000])
 @pytest.mark.parametrize("add", [add_token, add_to_vocabulary, add_by_template])
-def test_a_token_beyond_the_embedding_is_refused_quickly(add, token_id, tiny):
-    opened(tiny)  # Imports all modules before memory is measured.
+def test_a_token_beyond_the_embedding_is_rejected_quickly(add, token_id, tiny):
+    opened(tiny)  # imports all modules before memory is measured
     edit_tokenizer(tiny, lambda tokenizer: add(tokenizer, token_id))
     memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     message = f"the largest token id is {token_id}, but vocab_size in config.json is {VOCAB_SIZE}"
@@ -76,7 +76,7 @@ def test_a_token_beyond_the_embedding_is_refused_quickly(add, token_id, tiny):
     assert time.process_time() - started < 30
 
 
-def test_tokens_that_tokenizer_config_adds_count(tiny):
+def test_tokens_added_by_tokenizer_config_are_counted(tiny):
     path = tiny / "tokenizer_config.json"
     tokens = {
         str(VOCAB_SIZE + i): {"content": f"<new{i}>", "special": True} for i in range(VOCAB_SIZE)
@@ -86,12 +86,12 @@ def test_tokens_that_tokenizer_config_adds_count(tiny):
         opened(tiny)
 
 
-def test_an_embedding_larger_than_the_tokenizer_is_fine(tiny):
+def test_an_embedding_larger_than_the_tokenizer_is_accepted(tiny):
     break_config(tiny, vocab_size=VOCAB_SIZE + 100)
     assert opened(tiny).decoder.vocab_size == VOCAB_SIZE + 100
 
 
-def test_an_id_that_the_tokenizers_library_would_change_is_refused(tiny):
+def test_an_id_that_the_tokenizers_library_would_change_is_rejected(tiny):
     break_config(tiny, vocab_size=VOCAB_SIZE + 100)
     edit_tokenizer(tiny, lambda tokenizer: add_token(tokenizer, VOCAB_SIZE + 50))
     message = (
@@ -102,7 +102,7 @@ def test_an_id_that_the_tokenizers_library_would_change_is_refused(tiny):
 
 
 @pytest.mark.parametrize("token_id", [-1, 2**40, "7"])
-def test_an_impossible_token_id_is_refused(token_id, tiny):
+def test_an_invalid_token_id_is_rejected(token_id, tiny):
     edit_tokenizer(tiny, lambda tokenizer: add_to_vocabulary(tokenizer, token_id))
     with pytest.raises(UserError, match="cannot load the tokenizer") as caught:
         opened(tiny)
@@ -123,7 +123,9 @@ def test_an_impossible_token_id_is_refused(token_id, tiny):
         (0, None, [0]),
     ],
 )
-def test_eos_ids_are_those_of_tokenizer_and_model(in_generation_config, in_config, expected, tiny):
+def test_eos_ids_come_from_the_tokenizer_and_the_model(
+    in_generation_config, in_config, expected, tiny
+):
     break_config(tiny, eos_token_id=in_config)
     if in_generation_config != "no file":
         content = {"eos_token_id": in_generation_config}
@@ -148,7 +150,7 @@ def test_eos_ids_are_those_of_tokenizer_and_model(in_generation_config, in_confi
         (False, "False"),
     ],
 )
-def test_eos_ids_that_are_no_ids_are_refused(file, given, found, tiny):
+def test_invalid_eos_ids_are_rejected(file, given, found, tiny):
     content = json.loads((tiny / "config.json").read_text()) if file == "config.json" else {}
     (tiny / file).write_text(json.dumps({**content, "eos_token_id": given}))
     message = f"< vocab_size {VOCAB_SIZE}, found {found}$"
@@ -158,7 +160,7 @@ def test_eos_ids_that_are_no_ids_are_refused(file, given, found, tiny):
     assert "\n" not in str(caught.value)
 
 
-def test_generate_of_transformers_stops_at_every_eos_of_an_export(tiny, tmp_path):
+def test_transformers_generation_stops_at_every_eos_id_of_an_export(tiny, tmp_path):
     torch = needs_torch()
     from transformers import AutoModelForCausalLM
 
@@ -170,7 +172,7 @@ def test_generate_of_transformers_stops_at_every_eos_of_an_export(tiny, tmp_path
         )
         return output[0, 4:].tolist()
 
-    # A model that counts: the head maps each token to the next.
+    # This model counts: after each token, it generates the token with the next id.
     break_config(tiny, tie_word_embeddings=False)
     model = opened(tiny)
     params = {**load_params(TINY_MODEL, opened(TINY_MODEL).decoder)}
@@ -214,19 +216,19 @@ LINEAR = {"rope_type": "linear", "factor": 2.5}
         ({"model_type": "gemma3_text", "rope_scaling": LINEAR}, 128),
     ],
 )
-def test_the_context_length_counts_what_the_rope_extends(changes, expected, folder):
+def test_the_context_length_includes_the_extension_by_rope_scaling(changes, expected, folder):
     break_config(folder, **changes)
     assert read_max_context_len(folder) == expected
 
 
 @pytest.mark.parametrize("value", [0, -5, True, "2048", 1.5, [2048]])
-def test_a_context_length_that_is_no_length_is_refused(value, folder):
+def test_an_invalid_context_length_is_rejected(value, folder):
     break_config(folder, max_position_embeddings=value)
     message = "field 'max_position_embeddings' must be an integer >= 1"
     with pytest.raises(UserError, match=message):
         read_max_context_len(folder)
 
 
-def test_an_opened_model_states_its_context_length(tiny):
+def test_an_opened_model_has_the_context_length_of_its_config(tiny):
     break_config(tiny, max_position_embeddings=77)
     assert opened(tiny).max_context_len == 77

@@ -1,4 +1,4 @@
-"""Tests which small files of a model folder are copied, and how they are written."""
+"""Tests which of the small files in a model folder are copied, and how they are written."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_a_copy_has_everything_but_weights_and_code(source, tmp_path):
     }
 
 
-def test_a_copy_opens_without_the_folder(source, tmp_path):
+def test_a_copy_opens_without_the_original_folder(source, tmp_path):
     model = opened(source)
     copy_model_files(model, tmp_path / "copy")
     shutil.rmtree(source)
@@ -83,7 +83,7 @@ def test_export_from_a_copy_equals_export_from_the_folder(source, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_every_eos_id_is_written_beside_the_other_fields(source, tmp_path):
+def test_every_eos_id_is_written_alongside_the_other_fields(source, tmp_path):
     model = opened(source)
     copy_model_files(model, tmp_path / "copy")
     content = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
@@ -123,7 +123,7 @@ def test_exported_files_have_ordinary_permissions(mask, source, tmp_path):
         assert (tmp_path / "out" / name).stat().st_mode & 0o777 == 0o666 & ~mask, name
 
 
-def test_a_copy_that_cannot_be_written_is_one_line(source, tmp_path):
+def test_a_copy_that_cannot_be_written_causes_a_one_line_error(source, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/copy: cannot be written") as caught:
         copy_model_files(opened(source), tmp_path / "file" / "copy")

@@ -1,4 +1,4 @@
-"""Tests that weight files that differ from what transformers writes today are read as transformers reads them."""
+"""Tests that weight files unlike those that transformers writes today are read in the same way as by transformers."""
 
 import json
 
@@ -63,7 +63,7 @@ def old_buffers_without_prefix(tensors):
     without_prefix(tensors)
 
 
-# Maps each difference to whether transformers then ties the embeddings.
+# Maps each change of the weights to whether transformers ties the embeddings of the changed model.
 TIED = {
     own_head: False,
     equal_head: True,
@@ -82,7 +82,7 @@ def write_tied_model(folder):
 
 
 def load_theirs(folder):
-    """Loads a folder with transformers, which must find every parameter in it."""
+    """Loads a folder with transformers, and checks that the folder contains every parameter."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -102,7 +102,7 @@ def test_tensors_are_read_as_in_transformers(change, tmp_path):
     assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == TIED[change]
     expected = their_logits(theirs, TOKEN_IDS)
     np.testing.assert_allclose(our_logits(tmp_path / "model", TOKEN_IDS), expected, atol=1e-4)
-    # The export has the same logits, and its config and its tensors agree.
+    # The exported model has the same logits, and its config and tensors agree on whether the embeddings are tied.
     config = read_config(tmp_path / "model")
     params = load_params(tmp_path / "model", config)
     exported = tmp_path / "exported"
@@ -117,7 +117,7 @@ def test_tensors_are_read_as_in_transformers(change, tmp_path):
 
 
 @pytest.mark.parametrize("change", TIED, ids=lambda change: change.__name__)
-def test_tensors_are_read_by_the_same_rule_from_several_files(change, folder):
+def test_tensors_in_several_files_are_read_by_the_same_rules(change, folder):
     break_config(folder, tie_word_embeddings=True)
     break_tensors(folder, lambda t: t.pop(HEAD))
     break_tensors(folder, change)
@@ -140,13 +140,13 @@ def test_tensors_are_read_by_the_same_rule_from_several_files(change, folder):
         np.testing.assert_array_equal(whole["unembedding"], theirs.T)
 
 
-def test_the_head_of_an_untied_model_must_be_there(folder):
+def test_the_head_of_an_untied_model_must_exist(folder):
     break_tensors(folder, lambda t: t.pop(HEAD))
     with pytest.raises(UserError, match=r"tensor 'lm_head\.weight' is missing"):
         load_params(folder, read_config(folder))
 
 
-def test_a_config_without_weights_decides_by_itself(folder):
+def test_without_weights_the_config_decides_whether_embeddings_are_tied(folder):
     (folder / "model.safetensors").unlink()
     assert not read_config(folder).tied_embeddings
     break_config(folder, tie_word_embeddings=True)
@@ -173,12 +173,12 @@ def unknown_buffer(tensors):
     ("change", "message"),
     [
         (misshapen_head, r"'lm_head.weight' has shape \(7, 24\), expected \(50, 24\)"),
-        (integer_head, "'lm_head.weight' is I32; expected one of F32, BF16, F16"),
-        (two_names, "'model.norm.weight' and 'norm.weight' are the same parameter"),
+        (integer_head, "'lm_head.weight' has dtype I32, expected one of F32, BF16, F16"),
+        (two_names, "'model.norm.weight' and 'norm.weight' refer to the same parameter"),
         (unknown_buffer, "'model.layers.0.self_attn.scale' is unexpected"),
     ],
 )
-def test_other_tensors_are_refused_by_name(change, message, folder):
+def test_invalid_tensors_are_rejected_by_name(change, message, folder):
     break_config(folder, tie_word_embeddings=True)
     break_tensors(folder, change)
     with pytest.raises(UserError, match=message) as caught:

@@ -1,4 +1,4 @@
-"""Tests the cost of programs: matmul FLOPs against values computed by hand, loops, and the traffic of HLO text."""
+"""Tests the computed cost of programs: FLOPs of matmuls, iterations of loops, and the traffic of HLO programs."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,8 @@ def test_gradients_and_recomputation_are_counted():
     assert flops(jax.grad(jax.checkpoint(loss)), SQUARE) == 7 * ONE
 
 
-# TPU compiler output with no trip counts, a counter that the unrolled body increments by 2, and a split all-gather.
+# TPU compiler output without trip counts. The unrolled body increments the loop counter by 2, and an all-gather is
+# split into two instructions.
 PROGRAM = """HloModule jit_step
 
 %fused (p0: f32[4,16], p1: bf16[32], p2: bf16[512]) -> (f32[16], bf16[512]) {

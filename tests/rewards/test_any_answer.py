@@ -1,4 +1,4 @@
-"""Tests that extraction, normalization and grading never fail, whatever the response or the answer."""
+"""Tests that extraction, normalization, and grading never fail, whatever the response or the answer."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +10,8 @@ from trapo_jax.rewards.math import extract_math_answer, gold_answer, grade_math
 from trapo_jax.rewards.notation import read_answer
 from trapo_jax.types import Problem, Verdict
 
-# Pieces of responses and answers. Powers and factorials are tested only in the grader's processes, which can be killed.
+# Pieces of responses and answers. Powers and factorials are missing because evaluating them may take forever; they are
+# tested only in the grader's processes, which can be killed.
 PIECES = st.sampled_from(
     [
         *"0123456789.,:;=+-/()[]{}|<>$%&'\"\\ \n\t_xyzABC°½π√∞≤∈∪²₁\u200b\ufeff\0\ud800",

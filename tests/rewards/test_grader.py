@@ -1,4 +1,4 @@
-"""Tests graders: reward functions selected by name and source, weights, async functions, and the isolation of failures."""
+"""Tests graders: choosing reward functions by name and source, weights, async functions, and isolated failures."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_supported_return_values(value, reward):
 @pytest.mark.parametrize(
     "value", [None, 1.5, -0.1, float("nan"), float("inf"), "yes", [], (1, 2, 3)]
 )
-def test_other_return_values_are_refused(value):
+def test_other_return_values_are_rejected(value):
     with pytest.raises(ValueError):
         as_judgment(value)
 
@@ -114,7 +114,7 @@ def test_patterns_select_the_reward_function_by_source(source, judge):
     assert grade.is_correct
 
 
-def test_async_functions_functions_with_imports_and_failing_functions():
+def test_functions_may_be_async_import_modules_or_fail():
     names = [
         f"{MODULE}:{name}" for name in ("asynchronous", "needs_numpy", "any_column", "returns_text")
     ]
@@ -154,7 +154,7 @@ def test_functions_with_the_same_name_are_distinguished():
         assert list(grader.submit("42", problem()).result().judgments) == names
 
 
-def test_a_function_that_is_not_at_the_top_level_is_refused():
+def test_a_function_that_is_not_at_the_top_level_is_rejected():
     with pytest.raises(ValueError, match="top level"):
         Grader([WeightedFunction("f", lambda response, problem: 1.0)])
     with pytest.raises(UserError, match="not a function defined at the top level of its module"):

@@ -1,4 +1,4 @@
-"""Tests extraction of math answers from responses, and equivalence of answers."""
+"""Tests the extraction of math answers from responses and the equivalence of answers."""
 
 import json
 
@@ -389,7 +389,7 @@ def test_shared_cases_are_judged_as_expected():
 
 
 def remove_eos(response):
-    """Removes EOS. In a run, the grader removes all special tokens of the tokenizer; see test_grader.py."""
+    """Removes the EOS token. In a run, the grader removes all special tokens of the tokenizer; see test_grader.py."""
     return response.removesuffix("<｜end▁of▁sentence｜>")
 
 
@@ -483,7 +483,7 @@ def test_an_answer_is_extracted_in_linear_time(text):
     extract_math_answer(text)
 
 
-def test_a_short_word_is_no_product():
+def test_a_short_word_is_not_read_as_a_product():
     assert verdict(r"\boxed{no}", "no") is Verdict.CORRECT
     assert verdict(r"\boxed{No}", "no") is Verdict.CORRECT
     assert verdict("The answer is on.", "no") is Verdict.WRONG
@@ -499,7 +499,7 @@ def test_the_lenient_reward_falls_back_to_the_last_number():
     assert grade_math_lenient(r"\boxed{2^{-98}}", Problem("", (), "2^{-99}"))[0] is Verdict.CORRECT
 
 
-def test_the_lenient_reward_evaluates_an_expression_that_is_only_repeated():
+def test_the_lenient_reward_evaluates_an_expression_without_a_result():
     problem = Problem("", (), "77")
     assert grade_math_lenient("I compute 7*11", problem)[0] is Verdict.CORRECT
     assert grade_math("I compute 7*11", problem) == (Verdict.WRONG, None)
@@ -542,7 +542,7 @@ def test_an_empty_box_is_not_an_answer(empty):
     assert grade_math(f"Hm. {empty}", Problem("", (), "60"))[1] is None
 
 
-def test_answers_that_only_the_same_text_matches_are_found():
+def test_answers_that_only_identical_text_matches_are_recognized():
     for text in ("Tuesday", "It is 300, because of the factor.", "no", ""):
         assert is_text(text), text
     for text in ("5", "x = 5", "12 km", "3 square meters per second", "March 5, 2024", r"\frac12"):
@@ -550,7 +550,7 @@ def test_answers_that_only_the_same_text_matches_are_found():
 
 
 @pytest.mark.parametrize("answer", ["", " ", "$", r"\boxed{}"])
-def test_a_problem_without_an_answer_is_an_error(answer):
+def test_a_problem_without_an_answer_raises_an_error(answer):
     with pytest.raises(ValueError, match="empty"):
         verdict(r"\boxed{1}", answer)
 

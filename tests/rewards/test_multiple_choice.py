@@ -1,4 +1,4 @@
-"""Tests extraction of the chosen letter. Responses with no letter or several letters have no answer."""
+"""Tests the extraction of the chosen letter. Responses without a letter or with several letters have no answer."""
 
 import pytest
 
@@ -43,7 +43,7 @@ from trapo_jax.types import Problem, Verdict
         ("The answer is b.", "B"),
         ("the answer is (c) because it is", "C"),
         ("The answer is B - Paris.", "B"),
-        # Two letters, no letter, or a letter that is a word
+        # Two letters, no letter, or a letter that is used as a word
         (r"\boxed{A, B}", None),
         (r"\boxed{A or B}", None),
         (r"\boxed{AB}", None),
@@ -77,7 +77,7 @@ def test_verdicts(answer):
 
 
 @pytest.mark.parametrize("answer", ["", "K", "12", "AB"])
-def test_a_problem_whose_answer_is_not_a_letter_is_an_error(answer):
+def test_a_problem_whose_answer_is_not_a_letter_raises_an_error(answer):
     with pytest.raises(ValueError, match="not a letter"):
         grade_multiple_choice("Answer: B", Problem("", (), answer))
 

@@ -1,4 +1,4 @@
-"""Tests the grader pool with real processes. A worker that hangs, dies or misbehaves affects only its own verdict."""
+"""Tests the grader pool with real processes. A worker that hangs, dies, or misbehaves affects only its own verdict."""
 
 import errno
 import os
@@ -42,13 +42,13 @@ def hasty():
 
 
 @pytest.mark.parametrize("text", ["hang", "hold the GIL", "ignore signals"])
-def test_a_grader_that_never_returns_is_a_timeout(hasty, text):
+def test_a_grader_that_never_returns_gives_a_timeout_verdict(hasty, text):
     assert judge(hasty, text) is Verdict.TIMEOUT
     assert judge(hasty, "42") is Verdict.CORRECT
 
 
 @pytest.mark.parametrize("text", ["raise", "die", "exit", "fill memory", "recurse", "no verdict"])
-def test_a_grader_that_fails_is_an_error(patient, text):
+def test_a_grader_that_fails_gives_an_error_verdict(patient, text):
     assert judge(patient, text) is Verdict.ERROR
     assert judge(patient, "42") is Verdict.CORRECT
 
@@ -76,7 +76,7 @@ def test_a_failure_is_logged_once_with_the_first_line_of_its_message(caplog):
     assert line == ("reward function support.hostile_graders:verify: ValueError: \\x1b[31mno raise")
 
 
-def test_a_long_message_is_cut_and_one_that_cannot_be_shown_is_left_out(patient):
+def test_a_long_message_is_truncated_and_a_message_that_cannot_be_shown_is_omitted(patient):
     reason = patient.submit("raise at length", problem()).result().reason
     assert len(reason) == 200
     assert reason.isprintable()
@@ -91,7 +91,7 @@ def test_a_timeout_names_the_field_that_sets_it(caplog):
     ]
 
 
-def test_hostile_texts_change_no_other_verdict(hasty):
+def test_hostile_texts_do_not_change_other_verdicts(hasty):
     """Hostile and harmless strings are interleaved and submitted at once; there are more strings than workers."""
     texts = ["42", "hang", "7", "die", "42", "raise", "hold the GIL", "7", "42"]
     verdicts = [f.result().verdict for f in [hasty.submit(text, problem()) for text in texts]]
@@ -204,7 +204,7 @@ def test_close_cancels_pending_grades():
     assert sum(future.cancelled() for future in futures) >= 48
 
 
-def test_a_grader_that_cannot_be_imported_is_an_error(tmp_path, monkeypatch, caplog):
+def test_a_grader_that_cannot_be_imported_gives_an_error_verdict(tmp_path, monkeypatch, caplog):
     (tmp_path / "fleeting.py").write_text("def verify(text, problem): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     import fleeting
@@ -215,7 +215,7 @@ def test_a_grader_that_cannot_be_imported_is_an_error(tmp_path, monkeypatch, cap
     assert "fleeting" in caplog.text
 
 
-def test_a_function_without_an_importable_name_is_refused():
+def test_a_function_without_an_importable_name_is_rejected():
     with pytest.raises(ValueError, match="top level"):
         GraderPool(lambda text, problem: Verdict.CORRECT)
 
@@ -266,7 +266,7 @@ class Heartbeat:
         self._thread.join()
 
 
-def test_20_hostile_answers_of_200_affect_only_their_own_verdicts():
+def test_20_hostile_answers_among_200_affect_only_their_own_verdicts():
     """All responses are submitted at once, like the last rollouts of a step. The time limit applies to each of them."""
     hostile = list(HOSTILE_MATH.values())
     assert len(hostile) == 20
@@ -287,8 +287,8 @@ def test_20_hostile_answers_of_200_affect_only_their_own_verdicts():
             futures.append(pool.submit(text, problem()))
             longest_call = max(longest_call, time.monotonic() - started)
         verdicts = [future.result().verdict for future in futures]
-        # The kernel enforces this memory limit on all workers, including replacements of killed workers once they are
-        # running.
+        # The kernel enforces this memory limit on all workers, including those that replace killed workers. The loop
+        # waits until the replacements are running.
         limits = set()
         while limits != {(2 * 2**30, 2 * 2**30)}:
             time.sleep(0.05)
@@ -326,7 +326,7 @@ def is_running(pid):
     return bool(listing.stdout.strip()) and listing.stdout.strip()[0] != "Z"
 
 
-def test_a_process_that_the_system_cannot_start_is_an_error_of_the_call(monkeypatch):
+def test_a_process_that_the_system_cannot_start_raises_an_error_in_the_caller(monkeypatch):
     """If the reward were missing instead, the results would depend on the machine's load."""
 
     def fail(*_, **__):

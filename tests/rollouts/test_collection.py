@@ -1,4 +1,4 @@
-"""Tests the collection of groups with scripted engines, and evaluation."""
+"""Tests the collection of groups, and evaluations, with scripted engines."""
 
 import dataclasses
 import random
@@ -37,7 +37,7 @@ def problem(number):
 
 
 class ScriptedEngine:
-    """An engine that finishes one request per step, newest or oldest first."""
+    """An engine that finishes one request per step, beginning with the newest or the oldest."""
 
     def __init__(self, *, newest_first):
         self.queue, self.seen, self.newest_first = [], [], newest_first
@@ -64,7 +64,7 @@ class ScriptedEngine:
 
 
 class SlotEngine:
-    """A four-slot engine that emits the version of the weights as tokens; sample j has 2 + j tokens."""
+    """An engine with four slots whose tokens are the version number of the weights. Sample j has 2 + j tokens."""
 
     def __init__(self):
         self.queue, self.step_of, self.version = [], {}, 0
@@ -105,7 +105,7 @@ class SlotEngine:
         return max(0, 4 - len(self.queue))
 
 
-def test_idle_slots_start_the_next_step_which_continues_with_its_own_weights():
+def test_idle_slots_start_rollouts_of_the_next_step_which_finish_with_newer_weights():
     """Each step has two of seven problems, and one problem occurs in two consecutive steps."""
     steps = [[0, 1], [2, 3], [3, 4], [5, 6]]
     engine, partial, seen = SlotEngine(), PartialRollouts(), []
@@ -169,7 +169,7 @@ def test_the_number_of_graded_rollouts_is_reported_and_a_report_can_end_the_coll
     assert sum(counts) == 3
 
 
-def test_a_verdict_is_seen_while_others_are_decoded():
+def test_a_verdict_takes_effect_while_other_rollouts_are_decoded():
     """One problem waits for a verdict while the engine decodes 100-token completions of the other."""
     steps, submitted, first = 0, {}, Future()
 
@@ -205,7 +205,7 @@ def test_a_verdict_is_seen_while_others_are_decoded():
     assert steps == 200
 
 
-def test_an_engine_that_loses_requests_is_an_error():
+def test_an_engine_that_loses_requests_causes_an_error():
     class Forgetful(ScriptedEngine):
         is_busy = False
 
@@ -264,12 +264,12 @@ def test_groups_are_complete_ordered_and_guided_by_rewards(newest_first):
         FinishReason.STOP,
         FinishReason.NOT_SAMPLED,
     ]
-    assert len(engine.seen) == 22  # the two whole solutions are not submitted to the engine
+    assert len(engine.seen) == 22  # the two whole expert solutions are not submitted to the engine
     assert len({(r.problem.id, r.sample_index) for r in engine.seen}) == 22
 
 
 class LateGrader:
-    """A grader with delays. Every submission, and a background thread, releases some pending grades at random."""
+    """A grader that delays its grades. Every submission and a background thread release random pending grades."""
 
     def __init__(self, reward_of, seed):
         self.reward_of, self.random, self.pending = reward_of, random.Random(seed), []
@@ -314,15 +314,13 @@ def test_groups_do_not_depend_on_when_grades_arrive(solved, seed):
 
 
 def test_decoding_continues_while_a_grade_is_pending():
-    """The first grade of problem 0 arrives only after the other two problems are complete."""
+    """The first grade of problem 0 arrives only when 19 of the 24 rollouts have been submitted for grading."""
     first, seen = Future(), []
 
     def score(completion):
         request = completion.request
         seen.append((request.problem.answer, request.sample_index))
-        if (
-            len(seen) == 19
-        ):  # 4 unguided rollouts of each of 3 problems, and the rest of 2 problems, while the third waits
+        if len(seen) == 19:
             first.set_result(WRONG)
         if seen[-1] == ("0", 0):
             return first
@@ -339,7 +337,7 @@ def test_rollouts_with_a_missing_reward_are_kept(failure):
     assert {id(r.grade) for group in groups for r in group} == {id(failure)}
 
 
-def test_rollouts_without_a_reward_are_neither_counted_nor_trained():
+def test_rollouts_without_a_reward_are_neither_counted_nor_trained_on():
     groups, _ = collect(
         None,
         score=lambda c: at_once(
@@ -355,7 +353,7 @@ def test_rollouts_without_a_reward_are_neither_counted_nor_trained():
 
 
 def test_the_reward_of_sampled_rollouts_does_not_include_the_whole_expert_solution():
-    """The expert solution is correct, and so is one guided rollout of problem 0."""
+    """The expert solutions are correct, and so is one guided rollout of problem 0."""
     right = {("0", 7), ("1", 7), ("2", 7), ("0", 6)}
     groups, _ = collect(lambda r: float((r.problem.answer, r.sample_index) in right))
     metrics = rollout_metrics(groups, num_micro_groups=4)
@@ -365,7 +363,7 @@ def test_the_reward_of_sampled_rollouts_does_not_include_the_whole_expert_soluti
 
 
 def test_sampled_rollouts_without_an_answer_are_counted():
-    """The whole expert solution and rollouts whose judge failed do not count."""
+    """Whole expert solutions and rollouts whose grading failed do not count."""
 
     def score(completion):
         if completion.request.sample_index == 0:
@@ -390,7 +388,7 @@ def test_sft_samples_nothing():
     )
 
 
-def test_duplicate_problems_are_refused():
+def test_duplicate_problems_are_rejected():
     method = make_method("grpo")
     with pytest.raises(ValueError, match="same problem twice"):
         collect_groups(
@@ -438,7 +436,7 @@ def test_evaluate_computes_metrics_by_source():
     assert metrics["eval/error_rate"] == metrics["eval/timeout_rate"] == 0
 
 
-def test_evaluate_samples_each_source_as_often_as_it_is_told_at_the_temperature():
+def test_evaluate_uses_the_given_temperature_and_number_of_samples_per_source():
     problems = [Problem(f"{i:016x}", (1,), "", (), "", "aime" if i else "math") for i in range(3)]
     seen = []
 
@@ -467,7 +465,7 @@ def test_evaluate_samples_each_source_as_often_as_it_is_told_at_the_temperature(
 
 
 def sampler(engine, score):
-    """Returns a sampler that grades the completions of a scripted engine."""
+    """Returns a function that samples completions from a scripted engine and grades them."""
 
     def sample(requests, params):
         engine.submit(requests, step=0, params=params)
@@ -493,7 +491,7 @@ def test_evaluate_counts_completions_without_a_reward():
     assert metrics["eval/accuracy_sampled"] == 0.5
 
 
-def test_pass_at_k_is_unbiased_by_enumeration():
+def test_pass_at_k_equals_the_mean_over_all_subsets():
     from itertools import combinations
 
     for correct in range(6):

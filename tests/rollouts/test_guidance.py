@@ -1,4 +1,4 @@
-"""Tests guidance against hand-written tables, including at the thresholds, and early release against waiting."""
+"""Tests guidance against handwritten tables, and that early decisions equal those made with all rewards."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def scheduler(name="trapo", *, preset=None, **overrides) -> Guidance:
 
 
 def guidance(plan: Guidance, rewards, problem=PROBLEM) -> list[tuple[int, int]]:
-    """Returns (expert_index, prefix_len) of each rollout if rollout j gets rewards[j], observed one at a time."""
+    """Returns the (expert_index, prefix_len) of each rollout if rollout j gets `rewards[j]`, observed one by one."""
     state, plans = plan.start(problem), {}
     while not state.is_complete:
         ready = plan.ready(state)
@@ -92,7 +92,7 @@ def test_problems_without_an_expert_are_unguided():
     assert guidance(scheduler(), [0.0] * 8, problem) == [FREE] * 8
 
 
-def test_reference_gives_the_second_expert_to_the_last_micro_group():
+def test_the_reference_preset_gives_the_second_expert_to_the_last_micro_group():
     second = Expert(tuple(range(200, 220)))
     problem = Problem("2" * 16, (1,), "x", (EXPERT, second))
     plans = guidance(scheduler(preset="reference"), [0.0] * 8, problem)
@@ -102,7 +102,7 @@ def test_reference_gives_the_second_expert_to_the_last_micro_group():
 
 
 def test_a_completion_follows_even_the_whole_expert_solution():
-    """If a completion follows every prefix, ratios refer to the tokens before EOS."""
+    """If every prefix must be followed by a completion, ratios apply to the tokens before EOS."""
     ratios = [(MicroGroup(1, ratio, 2.0),) for ratio in (0.2, 0.6, 1.0)]
     for always, lens in ((True, [1, 5, 9]), (False, [2, 6, 10])):
         plans = [Guidance(groups, 20, always_samples=always) for groups in ratios]
@@ -118,7 +118,7 @@ def test_a_completion_follows_even_the_whole_expert_solution():
 @pytest.mark.parametrize(
     ("paragraph_ends", "prefix_len"),
     [
-        # The last token of the paragraph must have an index greater than 2 (the cut) and less than 5.5.
+        # The last token of the paragraph must have an index greater than 2 (the exact boundary) and less than 5.5.
         ((4,), 4),
         ((2, 3, 5), 5),
         ((6,), 6),
@@ -134,7 +134,7 @@ def test_paragraph_boundary(paragraph_ends, prefix_len):
     assert plans[4] == (0, prefix_len)
 
 
-def test_prefix_is_cut_at_the_maximum_length():
+def test_prefix_is_truncated_at_the_maximum_length():
     assert guidance(scheduler(max_completion_length=4), [0.0] * 8)[6:] == [(0, 4), (0, 4)]
 
 
@@ -151,7 +151,7 @@ def test_observing_a_reward_returns_a_new_state():
 
 
 @pytest.mark.parametrize("reward", [-0.1, 1.1, float("nan")])
-def test_reward_out_of_range_is_refused(reward):
+def test_reward_out_of_range_is_rejected(reward):
     plan = scheduler()
     with pytest.raises(ValueError, match=r"reward must be in \[0, 1\]"):
         plan.observe(plan.start(PROBLEM), 0, reward)
@@ -175,7 +175,7 @@ def test_missing_rewards_do_not_affect_guidance():
         plan.observe(state, 2, 1.0)
 
 
-def test_second_observation_is_refused():
+def test_second_observation_is_rejected():
     plan = scheduler()
     state = plan.observe(plan.start(PROBLEM), 0, 1.0)
     with pytest.raises(ValueError, match="already been observed"):
@@ -203,7 +203,7 @@ groups = st.lists(
 
 
 @given(groups, st.data())
-def test_early_release_gives_the_same_guidance_as_waiting(micro_groups, data):
+def test_deciding_early_gives_the_same_guidance_as_waiting(micro_groups, data):
     plan = Guidance(tuple(micro_groups), 64)
     size = plan.group_size
     rewards = data.draw(
@@ -218,7 +218,7 @@ def test_early_release_gives_the_same_guidance_as_waiting(micro_groups, data):
             mean_is_below = is_guided(earlier, group.threshold)
         expected += [floor_prefix(group) if mean_is_below else FREE] * group.size
         first += group.size
-    # Early release: observe the rewards of ready rollouts in an arbitrary order.
+    # Deciding early: observe the rewards of ready rollouts in an arbitrary order.
     state, plans = plan.start(PROBLEM), {}
     while not state.is_complete:
         ready = plan.ready(state)

@@ -1,4 +1,4 @@
-"""Checks that arbitrary content in a run's or an evaluation's files is either read or refused with a one-line error."""
+"""Tests that any content in the files of a run or an evaluation is either read or rejected with a one-line error."""
 
 import json
 
@@ -81,7 +81,7 @@ def write_lines(path, values):
     metrics=changed([EVALUATION, STEP, EVALUATION]) | VALUES.map(lambda value: [value]),
     samples=changed([ROLLOUT]) | VALUES.map(lambda value: [value]),
 )
-def test_any_logs_have_a_report_or_are_refused(metrics, samples, folder):
+def test_any_logs_give_a_report_or_are_rejected(metrics, samples, folder):
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "samples.jsonl", samples)
     with value_or_user_error():
@@ -91,7 +91,7 @@ def test_any_logs_have_a_report_or_are_refused(metrics, samples, folder):
 
 
 @given(summary=changed({"test": {"before": SCORES, "after": SCORES}}) | VALUES)
-def test_any_summary_is_shown_or_refused(summary, folder):
+def test_any_summary_is_shown_or_rejected(summary, folder):
     (folder / "summary.json").write_text(json.dumps(summary))
     with value_or_user_error():
         show_result(TrainResult(folder, 1, read_summary(folder)))
@@ -100,7 +100,7 @@ def test_any_summary_is_shown_or_refused(summary, folder):
 @given(
     records=changed([SAMPLE, SAMPLE]) | VALUES.map(lambda value: [value]), end=st.binary(max_size=3)
 )
-def test_any_samples_of_an_evaluation_are_read_or_refused(records, end, folder):
+def test_any_samples_of_an_evaluation_are_read_or_rejected(records, end, folder):
     file = folder / "evaluated.jsonl"
     write_lines(file, records)
     file.write_bytes(file.read_bytes() + end)

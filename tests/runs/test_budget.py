@@ -37,15 +37,15 @@ COST = TokenCost(num_params=1000, num_trained=1000, per_pair=10)
 
 def test_usage_of_rollouts_equals_hand_computed_values():
     usage = rollout_usage([GROUP], num_prefilled=4, cost=COST)
-    # Completion tokens attend to themselves and to all tokens before them: 3 + 4 + 5, 5, and 5 + 6 pairs. The prompt and
-    # the longest completed prefix have 2 + 2 tokens: 10 pairs.
+    # Completion tokens attend to themselves and to all tokens before them: 3 + 4 + 5, 5, and 5 + 6 pairs. The prompt
+    # and the longest prefix that precedes a completion have 2 + 2 tokens: 10 pairs.
     flops = 2 * 1000 * (6 + 4) + 10 * (12 + 5 + 11 + 10)
     assert usage == Usage(tokens_sampled=6, problems_seen=1, flops=flops)
 
 
 def test_usage_of_an_update_equals_hand_computed_values():
     usage = update_usage(ROWS, num_iterations=2, num_forward=1, cost=COST)
-    # The rows have 5, 5, 6 and 6 tokens; the last row has no tokens to train on.
+    # The first four rows have 5, 5, 6, and 6 tokens. The last row is skipped because it has no tokens to train on.
     assert usage == Usage(
         tokens_expert_trained=2 * (2 + 4),
         tokens_trained=2 * (2 + 4 + 6),
@@ -54,7 +54,7 @@ def test_usage_of_an_update_equals_hand_computed_values():
     )
 
 
-def test_usage_is_added_by_field():
+def test_usage_is_added_field_by_field():
     usage = Usage(tokens_trained=1, flops=2.0) + Usage(tokens_trained=3, seconds=0.5)
     assert usage == Usage(tokens_trained=4, flops=2.0, seconds=0.5)
 
@@ -72,12 +72,12 @@ def test_usage_is_added_by_field():
         ("seconds", 5.0, 1.2),
     ],
 )
-def test_progress_is_that_of_the_limit_reached_first(unit, amount, progress):
+def test_progress_is_relative_to_the_limit_that_is_reached_first(unit, amount, progress):
     usage = Usage(tokens_trained=100, tokens_sampled=80, problems_seen=24, flops=7e3, seconds=6.0)
     assert Budget(unit, amount, num_steps=10).progress(usage, 3) == pytest.approx(progress)
 
 
-def test_a_budget_of_sampled_tokens_is_refused_if_none_are_sampled():
+def test_a_budget_of_sampled_tokens_is_rejected_if_none_are_sampled():
     budget = Budget("sampled_tokens", 100.0, num_steps=10)
     budget.check_spent(Usage(tokens_sampled=3), "sft")
     with pytest.raises(UserError, match=r"method\.name=sft does not sample; use trained_tokens"):

@@ -1,4 +1,4 @@
-"""Tests retention, cleanup and exact restoration of checkpoints, and that logs are truncated at the restored offsets."""
+"""Tests the retention, cleanup, and exact restoration of checkpoints, and that logs are truncated accordingly."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def restore(store, step):
     return store.restore(step, abstract_like(STATE, jax.tree.map(lambda x: x.sharding, STATE)))
 
 
-def test_restores_exactly_what_was_saved(tmp_path):
+def test_a_checkpoint_restores_exactly_what_was_saved(tmp_path):
     store = CheckpointStore(tmp_path / "c")
     assert store.steps() == []
     store.save(3, STATE, HOST)
@@ -38,7 +38,7 @@ def test_restores_exactly_what_was_saved(tmp_path):
         assert a.dtype == b.dtype
 
 
-def test_keeps_the_newest_and_removes_leftovers(tmp_path):
+def test_the_store_keeps_the_newest_checkpoints_and_removes_leftovers(tmp_path):
     store = CheckpointStore(tmp_path / "c")
     store.save(1, STATE, HOST)
     leave_an_interrupted_save(tmp_path / "c", 2)
@@ -61,7 +61,7 @@ def test_a_checkpoint_before_the_first_step_counts(tmp_path):
 
 
 def leave_an_interrupted_save(directory, step):
-    """Writes the files that a process killed during a save leaves behind."""
+    """Writes the files that remain if a process is killed during a save."""
     (directory / ".saving").write_text(f"{step}.writing")
     partial = directory / f"{step}.writing.orbax-checkpoint-tmp"
     (partial / "state").mkdir(parents=True)
@@ -94,7 +94,7 @@ FOREIGN = (
 )  # fmt: skip
 
 
-def test_what_is_not_ours_is_never_touched(tmp_path):
+def test_files_that_the_store_did_not_write_are_never_touched(tmp_path):
     directory = tmp_path / "c"
     for name in FOREIGN:
         path = directory / name
@@ -139,16 +139,16 @@ def test_a_manifest_cannot_delete_files_elsewhere(tmp_path):
     assert (tmp_path / "victim").read_text() == "mine"
 
 
-def test_a_manifest_of_another_version_is_no_checkpoint(tmp_path):
+def test_a_checkpoint_with_a_manifest_of_another_version_is_rejected(tmp_path):
     store = CheckpointStore(tmp_path / "c")
     store.save(1, STATE, HOST)
     (tmp_path / "c" / "1" / "manifest.json").unlink()
     write_manifest(tmp_path / "c" / "1", {"score": None})
-    with pytest.raises(DamagedCheckpoint, match="has a different version"):
+    with pytest.raises(DamagedCheckpoint, match="was written by a different version"):
         store.verify(1)
 
 
-def test_a_renamed_swapped_or_copied_checkpoint_is_recognized(tmp_path):
+def test_a_renamed_swapped_or_copied_checkpoint_is_detected(tmp_path):
     ours = CheckpointStore(tmp_path / "c", Retention(newest=9), identity={"id": "a"})
     theirs = CheckpointStore(tmp_path / "d", Retention(newest=9), identity={"id": "b"})
     for step in (4, 8, 12):
@@ -188,18 +188,18 @@ def test_a_checkpoint_of_another_run_is_moved_aside_and_not_overwritten(tmp_path
     assert snapshot(tmp_path / "c" / "3.aside") == before
 
 
-def test_keeps_the_newest_and_the_best(tmp_path):
+def test_the_store_keeps_the_newest_and_the_best_checkpoints(tmp_path):
     store = CheckpointStore(tmp_path / "c", Retention(newest=1, best=1))
     for step, score in ((2, 0.1), (3, 0.9), (4, None), (5, 0.5), (6, 0.9), (7, None)):
         store.save(step, STATE, HOST, score=score)
     assert store.steps() == [6, 7]  # Steps 3 and 6 have equal scores, so the later one is kept.
     assert store.best_score() == 0.9
-    # A run that resumed from an earlier step saves the checkpoint again.
+    # A run that was resumed from an earlier step saves the checkpoint of step 7 again.
     store.save(7, STATE, HOST, score=1.0)
     assert store.steps() == [7]
 
 
-def test_log_is_truncated_at_the_checkpoint(tmp_path):
+def test_log_is_truncated_to_its_length_at_the_checkpoint(tmp_path):
     log = RunLog(tmp_path, offsets=None, run_id="1a")
     log.metrics("train", 1, {"a": 1.5})
     offsets = log.offsets()
@@ -216,7 +216,7 @@ def test_log_is_truncated_at_the_checkpoint(tmp_path):
     assert "\x1b" not in json.dumps(read_metrics(tmp_path))
 
 
-def test_log_shorter_than_at_the_checkpoint_is_refused(tmp_path):
+def test_log_shorter_than_at_the_checkpoint_is_rejected(tmp_path):
     log = RunLog(tmp_path, offsets=None, run_id="1a")
     log.metrics("train", 1, {"a": 1.5})
     offsets = log.offsets()

@@ -1,4 +1,4 @@
-"""Checks that a run directory belongs to one run and one process at a time, and which settings may change on resuming."""
+"""Tests that only one run and one process use a run directory, and which settings may change when a run is resumed."""
 
 import dataclasses
 import json
@@ -92,7 +92,7 @@ def test_the_length_of_a_run_may_change_if_its_learning_rate_does_not_depend_on_
         check_run_folder(tmp_path / "decaying", text(train__num_steps=str(num_steps)))
 
 
-def test_a_run_must_not_become_shorter_than_what_it_has_completed(folder):
+def test_a_run_must_not_become_shorter_than_its_completed_steps(folder):
     (folder / "checkpoints" / "20").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints" / "3").mkdir()
     with pytest.raises(
@@ -113,7 +113,7 @@ def test_a_run_must_not_become_longer_if_its_method_depends_on_its_length(tmp_pa
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[1]", "null"])
-def test_a_run_without_a_readable_method_is_a_one_line_error(tmp_path, content):
+def test_a_run_without_a_readable_method_causes_a_one_line_error(tmp_path, content):
     folder, trapo = tmp_path / "run", fingerprint(make_method("trapo"))
     prepare_run_folder(folder, text(), method=trapo)
     (folder / "method.json").unlink()
@@ -125,7 +125,7 @@ def test_a_run_without_a_readable_method_is_a_one_line_error(tmp_path, content):
 
 
 def module_of(tmp_path, monkeypatch, name):
-    """Writes a user module with a reward function and a method, and returns its path."""
+    """Writes a module with a user-defined reward function and method, and returns the module's path."""
     file = tmp_path / f"{name}.py"
     file.write_text(
         "from trapo_jax.methods import Hyperparameters, make_method\n"
@@ -145,7 +145,7 @@ def module_of(tmp_path, monkeypatch, name):
         ("method.name", "{}:Half"),
     ],
 )
-def test_a_run_is_not_resumed_with_other_code_of_the_user(tmp_path, monkeypatch, field, value):
+def test_a_run_is_not_resumed_if_user_code_has_changed(tmp_path, monkeypatch, field, value):
     name = f"code_of_{field.replace('.', '_')}"
     file = module_of(tmp_path, monkeypatch, name)
     config = load_config(Config, None, [(field, value.format(name))])
@@ -157,7 +157,7 @@ def test_a_run_is_not_resumed_with_other_code_of_the_user(tmp_path, monkeypatch,
         check_run_folder(folder, config.to_yaml(), **{**written, "code": user_code(config)})
 
     file.write_text(content + "# edited\n")
-    check()  # Without a checkpoint, the run starts from the beginning.
+    check()  # Without a checkpoint, the run starts from the beginning, so the code may change.
     (folder / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(UserError, match="changed since the run started") as caught:
         check()
@@ -172,7 +172,7 @@ def test_a_run_is_not_resumed_with_other_code_of_the_user(tmp_path, monkeypatch,
     check()
 
 
-def test_the_code_of_the_user_includes_the_module_that_defines_a_function(tmp_path, monkeypatch):
+def test_user_code_includes_the_module_that_defines_a_function(tmp_path, monkeypatch):
     module_of(tmp_path, monkeypatch, "defines_exact")
     (tmp_path / "offers_exact.py").write_text("from defines_exact import exact\n")
     functions = ["offers_exact:exact", "trapo_jax.rewards:grade_math", "builtins:len"]
@@ -212,7 +212,7 @@ def test_a_refusal_to_resume_names_every_field_that_differs(tmp_path):
     assert "\n" not in message
 
 
-def test_the_same_files_are_no_difference_however_their_paths_are_written(tmp_path, monkeypatch):
+def test_different_spellings_of_the_path_of_a_file_are_not_a_difference(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).touch()
@@ -239,8 +239,8 @@ def test_an_unfinished_run_with_other_settings_is_found(tmp_path):
     assert unfinished_beside(tmp_path / "a_grpo2-0123abcd") is None
 
 
-def test_a_run_of_another_method_is_refused_by_name(tmp_path):
-    """The config does not contain methods defined by users, so fingerprints identify them."""
+def test_a_run_of_another_method_is_rejected_and_the_error_names_the_method(tmp_path):
+    """The config does not contain the definitions of user-defined methods, so fingerprints identify them."""
     folder, trapo = tmp_path / "run", fingerprint(make_method("trapo"))
     prepare_run_folder(folder, text(), method=trapo)
     assert check_run_folder(folder, text(), method=trapo) == {}
@@ -279,7 +279,7 @@ def test_changeable_fields_exist():
 
 
 @pytest.mark.parametrize("content", ["", "- 1\n", "seed: [", "\0", "a: &a [*a]", "[" * 999])
-def test_a_damaged_config_is_a_one_line_error(folder, content):
+def test_a_damaged_config_causes_a_one_line_error(folder, content):
     (folder / "config.yaml").write_text(content)
     with pytest.raises(UserError, match=r"config.yaml"):
         check_run_folder(folder, text())
@@ -298,7 +298,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_pipe_in_place_of_an_entry_of_a_run_is_refused(folder, name):
+def test_a_named_pipe_in_place_of_a_file_or_folder_of_a_run_is_rejected(folder, name):
     """Without the check, the run would wait forever or fail only after training."""
     shutil.rmtree(folder / name, ignore_errors=True)
     os.mkfifo(folder / name)
@@ -306,7 +306,7 @@ def test_a_pipe_in_place_of_an_entry_of_a_run_is_refused(folder, name):
         check_run_folder(folder, text(train__decay_start="1"))
 
 
-def test_a_file_in_place_of_a_folder_of_a_run_is_refused(folder):
+def test_a_file_in_place_of_a_folder_of_a_run_is_rejected(folder):
     (folder / "evaluations").write_text("")
     with pytest.raises(
         UserError, match="evaluations: not a folder, but a run needs a folder there"
@@ -314,7 +314,7 @@ def test_a_file_in_place_of_a_folder_of_a_run_is_refused(folder):
         check_run_folder(folder, text(train__decay_start="1"))
 
 
-def test_an_impossible_folder_is_refused_before_anything_is_created(tmp_path):
+def test_an_invalid_folder_is_rejected_before_anything_is_created(tmp_path):
     (tmp_path / "file").write_text("")
     for name, message in (
         ("file", "not a directory; choose"),
@@ -330,17 +330,17 @@ def test_an_impossible_folder_is_refused_before_anything_is_created(tmp_path):
 
 @pytest.fixture
 def read_only_folder(tmp_path):
-    """Mounts a folder that not even root can write to, and returns it."""
+    """Mounts a folder to which not even root can write, and yields its path."""
     folder = tmp_path / "sealed"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
+        pytest.skip("mounting a tmpfs requires root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_folder_that_is_not_writable_is_refused(read_only_folder):
+def test_a_folder_that_is_not_writable_is_rejected(read_only_folder):
     for folder in (read_only_folder, read_only_folder / "a" / "run"):
         with pytest.raises(
             UserError, match=f"output_dir={folder}: {read_only_folder} is not writable"
@@ -364,7 +364,7 @@ with lock_folder(Path(sys.argv[1])):
 """
 
 
-def test_a_second_process_is_refused_until_the_first_exits_or_is_killed(tmp_path):
+def test_a_second_process_is_rejected_until_the_first_exits_or_is_killed(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
@@ -376,7 +376,7 @@ def test_a_second_process_is_refused_until_the_first_exits_or_is_killed(tmp_path
         raise AssertionError("two processes in one folder")
     holder.kill()
     holder.wait()
-    # The lock can be acquired again in the same process, although `error` keeps the first frame alive.
+    # The same process can acquire the lock again, even though `error` keeps the frame of the first attempt alive.
     for _ in range(2):
         with pytest.raises(KeyError) as error, lock_folder(tmp_path):
             raise KeyError
@@ -406,7 +406,7 @@ def test_two_processes_may_write_the_same_file(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_directory_that_another_host_does_not_see_is_refused(tmp_path, monkeypatch):
+def test_a_directory_that_another_host_does_not_see_is_rejected(tmp_path, monkeypatch):
     """On the other host, the directory is missing or belongs to another run, for example if the path is relative."""
     monkeypatch.setattr(directory, "SHARED_AFTER_SECS", 0)
     prepare_run_folder(tmp_path / "run", text(), method=fingerprint(make_method("trapo")))
@@ -446,7 +446,7 @@ def test_an_unfinished_run_ends_after_its_completed_steps_if_it_is_made_shorter(
 
 
 def test_a_complete_run_continues_if_it_is_made_longer(finished_run, tmp_path):
-    """The folder is edited as if the run had been one step shorter, which avoids running additional steps."""
+    """Edits the folder as if the run had been one step shorter, so that no additional steps are needed."""
     folder = tmp_path / "run"
     shutil.copytree(finished_run[0], folder)
     config, metrics = folder / "config.yaml", folder / "metrics.jsonl"

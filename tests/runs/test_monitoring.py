@@ -1,4 +1,4 @@
-"""Tests when each symptom causes a warning, and when it stops the run."""
+"""Tests which symptoms cause warnings or stop a run, and when they do so."""
 
 import shutil
 import signal
@@ -67,7 +67,7 @@ def test_a_skipped_update_is_reported_with_its_cause():
         health().observe(9, {**values, "optimizer/skipped_in_a_row": 3})
 
 
-def test_a_run_without_a_trained_token_fails(tmp_path):
+def test_a_run_without_trained_tokens_fails(tmp_path):
     with pytest.raises(TrainingFailed, match=r"step 9: no tokens were trained on, .*data\.json"):
         check_learned(tmp_path, 9, 0, state=None)
 
@@ -117,7 +117,7 @@ def test_steps_without_sampling_give_no_warnings():
     assert warnings_of_run([sft] * num_steps) == []
 
 
-def test_one_cause_has_one_warning():
+def test_one_cause_gives_only_one_warning():
     """Without guidance, rewards of 0 for all rollouts also mean that all rewards are equal."""
     watch, steps = health(), range(1, WARN_AFTER_FIRST_STEPS + 2)
     zero = {**GOOD, "reward/sampled_positive": 0.0, "reward/groups_with_signal": 0.0}
@@ -157,7 +157,7 @@ def test_other_causes_of_low_accuracy_are_not_blamed_on_missing_answers(accuracy
         ([0.0, 0.1], [0.0, 0.1], None),
     ],
 )
-def test_a_run_ends_with_what_was_wrong_in_all_its_steps(positive, with_signal, text):
+def test_a_run_ends_with_a_warning_about_what_was_wrong_in_all_steps(positive, with_signal, text):
     names = ("reward/sampled_positive", "reward/groups_with_signal")
     records = [dict(zip(names, values, strict=True)) for values in zip(positive, with_signal, strict=True)]  # fmt: skip
     warnings = warnings_of_run([{"kind": "eval"}, *records])
@@ -179,7 +179,7 @@ print("started", flush=True)
 while not interrupt.received:
     time.sleep(0.01)
 print("finishing", flush=True)
-9**9**9  # Like a compiled program, this handles no signals until it finishes.
+9**9**9  # As in a compiled program, no signals are handled until this finishes.
 """
 
 
@@ -205,7 +205,7 @@ WAITING = BUSY.replace("9**9**9", "time.sleep(0.1)")
 HANG_UP = "import signal; signal.signal(signal.SIGHUP, signal.{})\n"
 
 
-def test_a_closing_terminal_which_hangs_up_twice_is_a_request_to_stop():
+def test_a_closing_terminal_that_sends_two_hangup_signals_is_a_request_to_stop():
     with started(HANG_UP.format("SIG_DFL") + WAITING) as process:
         process.send_signal(signal.SIGHUP)
         assert process.stdout.readline() == "finishing\n"
@@ -221,8 +221,8 @@ def test_a_process_started_with_nohup_ignores_a_closing_terminal():
         assert process.returncode == 0
 
 
-def test_a_process_that_was_stopped_is_not_taken_for_a_stuck_one():
-    """The watchdog thread waits for 0.5 s at a time, and the process is stopped for longer than the watchdog's limit."""
+def test_a_process_that_was_suspended_is_not_mistaken_for_a_stuck_one():
+    """The watchdog thread waits 0.5 s at a time, and the process is suspended for longer than the watchdog's limit."""
     code = """
         import time
         from trapo_jax.runs.monitoring import Watchdog

@@ -1,4 +1,4 @@
-"""Tests progress output (phase, count, rate and time left) with a clock that the tests control."""
+"""Tests progress output (phase, count, rate, and time left) with a clock that the tests control."""
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def test_a_line_has_the_phase_the_count_the_rate_and_the_time_left():
     )
 
 
-def test_compilations_count_neither_for_the_rate_nor_for_the_time_left():
+def test_compilations_affect_neither_the_rate_nor_the_time_left():
     activity = Activity("step 1", 64, now=0.0)
     activity.set_compiling(True, now=1.0)
     assert activity.describe(9.0) == "step 1: compiling, 0 of 64 samples"
@@ -80,7 +80,7 @@ def test_compilations_count_neither_for_the_rate_nor_for_the_time_left():
     assert activity.describe(24.0) == "step 1: 16 of 64 samples, 75 tokens/s, 12 s left"
 
 
-def test_an_activity_without_samples_is_its_name_and_its_time():
+def test_an_activity_without_samples_shows_its_name_and_its_duration():
     activity = Activity("step 3: updating the parameters", 0, now=0.0)
     assert activity.describe(1.0) == "step 3: updating the parameters"
     activity.set_compiling(True, now=1.0)
@@ -110,10 +110,10 @@ def test_the_time_left_is_not_estimated_from_the_first_samples(num_samples, enou
 def test_the_rest_of_a_run_is_estimated_after_its_first_step_without_compilations():
     estimate = RunEstimate()
     estimate.add_final_evaluation(30.0)
-    estimate.add_compilation(90.0, 50.0)  # Compilation for the evaluation before training.
+    estimate.add_compilation(90.0, 50.0)  # compilation for the evaluation before training
     estimate.add_compilation(120.0, 20.0)
     assert estimate.secs_left(1, 10, step_secs=25.0, now=125.0) == 9 * 5.0 + 30.0
-    # A validation of 4 seconds after every step is included.
+    # The estimate includes a validation of 4 seconds after every step.
     assert estimate.secs_left(2, 10, step_secs=6.0, now=135.0) == 8 * 7.5 + 30.0
 
 
@@ -169,7 +169,7 @@ def test_every_line_fits_into_80_columns():
     assert len(activity.describe(9.0)) <= 80
 
 
-def test_the_first_line_is_due_at_once_and_the_others_at_a_sensible_rate():
+def test_the_first_line_is_due_immediately_and_the_others_at_a_sensible_rate():
     pacer, activity = LinePacer(), Activity("evaluating test", 100, now=0.0)
     assert pacer.is_due(activity, 0.0)
     pacer.record_line(0.0, activity)
@@ -180,7 +180,7 @@ def test_the_first_line_is_due_at_once_and_the_others_at_a_sensible_rate():
     assert not pacer.is_due(activity, MIN_SECS - 0.1)
     assert pacer.is_due(activity, MIN_SECS)
     pacer.record_line(MIN_SECS, activity)
-    assert not pacer.is_due(activity, 2 * MIN_SECS)  # Progress since then is less than 5%.
+    assert not pacer.is_due(activity, 2 * MIN_SECS)  # less than 5% of progress since the last line
     assert pacer.is_due(Activity("step 1", 64, now=0.0), 2 * MIN_SECS)
 
 
@@ -212,7 +212,7 @@ def test_step_lines_are_printed_for_every_5_percent_or_10_seconds(capsys):
     assert steps[0] == (
         "step 20/400  loss -0.052  reward 17/32 (unguided 5/12)  guided 0.21/0.24  length 1,234  38 s left"
     )
-    # Every 20-second step prints a line, and at most one line about its activity.
+    # Every 20-second step prints its own line and at most one line about its activity.
     assert len(lines) - len(steps) <= 201
 
 
@@ -305,7 +305,7 @@ def test_a_quiet_console_prints_nothing(capsys):
 
 
 def test_a_compilation_is_announced_before_it_ends(capsys):
-    """JAX sends the events. Programs compiled at the same time count once."""
+    """JAX emits the compilation events. Programs that are compiled at the same time count once."""
     changes = []
     console = Console()
     console.begin("evaluating test", 8)

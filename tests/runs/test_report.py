@@ -1,4 +1,4 @@
-"""Tests a report's data, and the page of a real run in a browser."""
+"""Tests the data of reports, and the report page of a real run in a browser."""
 
 import json
 import shutil
@@ -105,7 +105,7 @@ def test_an_incomplete_last_line_is_ignored_and_a_damaged_line_is_reported(tmp_p
     path.write_text(path.read_text() + '{"step": 2, "prob')
     assert read_samples(path, max_bytes=10**9)[1] == 1
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(UserError, match=r"samples\.jsonl, line 2: not a JSON record"):
+    with pytest.raises(UserError, match=r"samples\.jsonl, line 2: not a JSON object"):
         read_samples(path, max_bytes=10**9)
     write_lines(path, [{"step": 1, "problem_id": "p"}])
     with pytest.raises(
@@ -168,7 +168,7 @@ def test_a_run_writes_its_report_at_the_end(finished_run):
 
 @pytest.fixture(scope="module")
 def two_runs(finished_run, tmp_path_factory):
-    """Writes the report of a finished run and an unfinished run with the same name, and returns its path."""
+    """Writes a report on a finished run and an unfinished run with the same name, and returns the report's path."""
     folder = finished_run[0]
     unfinished = tmp_path_factory.mktemp("unfinished") / folder.name
     unfinished.mkdir()
@@ -181,7 +181,9 @@ def two_runs(finished_run, tmp_path_factory):
 
 
 def test_the_page_of_two_runs_makes_no_requests_and_passes_axe(two_runs):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe not installed")
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="axe is not installed"
+    )
     for scheme, width in (("light", 1280), ("dark", 390)):
         options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
         with opened(two_runs, **options) as seen:
@@ -227,7 +229,8 @@ def test_filters_keyboard_and_tables_show_the_contents_of_the_files(two_runs, fi
         page.keyboard.press("End")
         assert chart.locator(".readout").text_content().startswith("step 12")
         chart.locator("summary").click()
-        chart.get_by_role("row").nth(12).wait_for()  # The page builds the table when it is opened.
+        # The page builds the table when the user opens it.
+        chart.get_by_role("row").nth(12).wait_for()
         assert chart.get_by_role("row").count() == 13
         page.get_by_role("button", name="Theme").click()
         page.get_by_role("button", name="Theme").click()

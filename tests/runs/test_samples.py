@@ -1,4 +1,4 @@
-"""Checks that samples.jsonl contains the per-token values computed by the update."""
+"""Checks that samples.jsonl contains the per-token values that the update computed."""
 
 import jax.numpy as jnp
 import pytest
@@ -92,7 +92,7 @@ def test_a_record_has_one_entry_per_token_and_null_for_untrained_tokens():
 
 
 def test_a_row_with_only_an_expert_solution_is_not_mistaken_for_a_rollout():
-    """ReLIFT's buffer may contain a rollout's problem, and the expert row then has the rollout's sample index."""
+    """ReLIFT's buffer may contain a rollout's problem. The expert row then has the same sample index as the rollout."""
     expert = TrainRow(GROUP[0].completion, 0.0, True)
     batch = build_batch([expert, ROWS[0]], row_len=9, micro_batch_rows=2)
     values = jnp.asarray(batch.token_ids, jnp.float32)

@@ -10,7 +10,7 @@ from trapo_jax.types import StagePosition
 
 
 def follow(stages: list[Stage], progress: list[float]) -> list[StagePosition]:
-    """Returns the position of each step of a run, given the progress before each step."""
+    """Returns the stage position of each step, given the run's progress before that step."""
     tracker, positions = StageTracker(stages), []
     for step, before in enumerate(progress, start=1):
         tracker.advance(step - 1, before)
@@ -18,7 +18,7 @@ def follow(stages: list[Stage], progress: list[float]) -> list[StagePosition]:
     return positions
 
 
-def test_one_stage_is_the_run():
+def test_a_single_stage_spans_the_whole_run():
     positions = follow([Stage("main")], [0.0, 0.25, 0.6])
     assert positions == [StagePosition(0, step, p) for step, p in ((1, 0.0), (2, 0.25), (3, 0.6))]
 
@@ -29,8 +29,8 @@ def test_stage_ends_at_its_share_of_the_budget():
     assert [p.progress for p in positions] == pytest.approx([0.0, 0.5, 0.0, 0.5])
 
 
-def test_stage_that_overshoots_leaves_the_rest_to_the_next():
-    # Steps are not split: the second stage begins at progress 0.6, so progress 0.8 is halfway through it.
+def test_stage_that_overshoots_leaves_the_rest_to_the_next_stage():
+    # Steps are not split: the second stage begins at progress 0.6, so progress 0.8 is halfway through that stage.
     positions = follow([Stage("sft", share=0.4), Stage("rl")], [0.0, 0.6, 0.8])
     assert [p.progress for p in positions] == pytest.approx([0.0, 0.0, 0.5])
     assert [p.index for p in positions] == [0, 1, 1]
@@ -54,7 +54,7 @@ def test_stage_ends_when_the_validation_loss_stops_falling():
     ):
         tracker.observe(loss)
         assert tracker.advance(number, number / 10) == ends
-    for number in (7, 8, 9):  # The last stage ends with the run.
+    for number in (7, 8, 9):  # The last stage ends only with the run.
         tracker.observe(5.0)
         assert not tracker.advance(number, number / 10)
     assert tracker.position(10, 0.9).index == 1

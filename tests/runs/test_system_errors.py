@@ -1,4 +1,4 @@
-"""Checks that system failures are reported on one line with a remedy, and that other errors keep their tracebacks."""
+"""Checks that system failures are reported in one line with a remedy, and that other errors keep their tracebacks."""
 
 import asyncio
 import errno
@@ -37,14 +37,14 @@ TENSORSTORE = (
         (BlockingIOError(errno.EAGAIN, "try again", "a process"), "a process: try again", "-v)"),
     ],
 )
-def test_a_failure_of_the_system_names_the_place_and_the_way_out(error, start, end):
+def test_the_message_for_a_system_failure_names_the_location_and_a_remedy(error, start, end):
     line, code = explain(error)
     assert line.startswith(start)
     assert line.removesuffix(", then run the same command again").endswith(end)
     assert code == 1
 
 
-def test_a_lack_of_memory_names_the_fields_that_save_some():
+def test_the_message_for_a_lack_of_memory_names_fields_that_reduce_memory_use():
     line, _ = explain(MemoryError())
     assert "sampling.num_slots" in line
 
@@ -54,7 +54,7 @@ def test_other_errors_keep_their_traceback(error):
     assert explain(error) is None
 
 
-def test_an_error_without_a_path_gets_one(tmp_path):
+def test_a_path_is_added_to_an_error_without_one(tmp_path):
     with pytest.raises(OSError, match="No space") as error, named_in_errors(tmp_path):
         raise OSError(errno.ENOSPC, "No space left")
     assert error.value.filename == str(tmp_path)
@@ -73,7 +73,7 @@ def test_a_user_error_that_a_full_disk_caused_has_the_exit_code_of_a_failed_run(
     assert capsys.readouterr().err.startswith("error: output_dir=x: No space left; free some disk")
 
 
-def test_what_a_terminal_cannot_encode_is_escaped(monkeypatch):
+def test_characters_that_a_terminal_cannot_encode_are_escaped(monkeypatch):
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", output)
     assert exit_code_of(lambda: print("│ 5 é")) is None
@@ -90,16 +90,18 @@ def limited(limit, value, *arguments):
 
 
 @pytest.mark.parametrize("num_files", [5, 20])
-def test_too_few_open_files_are_one_line(num_files):
+def test_a_low_limit_on_open_files_causes_a_one_line_error(num_files):
     code, (line,) = limited(int(resource.RLIMIT_NOFILE), num_files, "--print-method")
     assert code == 1
     assert line.startswith("error: ")
     assert "Too many open files; raise the limit on open files (ulimit -n)" in line
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="address space cannot be limited")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="the address space can be limited only on Linux"
+)
 @pytest.mark.parametrize(("mebibytes", "expected"), [(250, 1), (2500, 2)])
-def test_too_little_memory_for_libraries_is_one_line(mebibytes, expected):
+def test_too_little_memory_for_libraries_causes_a_one_line_error(mebibytes, expected):
     code, (line,) = limited(int(resource.RLIMIT_AS), mebibytes * 2**20, "--print-method")
     assert code == expected
     assert line.startswith("error: ")
@@ -109,14 +111,14 @@ def test_too_little_memory_for_libraries_is_one_line(mebibytes, expected):
 @pytest.mark.parametrize(
     ("name", "value"), [("JAX_ENABLE_X64", "maybe"), ("JAX_DEFAULT_MATMUL_PRECISION", "zz")]
 )
-def test_a_variable_that_jax_rejects_is_one_line(name, value):
+def test_an_environment_variable_that_jax_rejects_causes_a_one_line_error(name, value):
     result = run_process("trapo_jax.train", "--print-method", **{name: value})
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: {name}='{value}': JAX does not accept this value")
 
 
-def test_standard_output_on_a_full_disk_is_one_line():
+def test_standard_output_on_a_full_disk_causes_a_one_line_error():
     if not os.path.exists("/dev/full"):
         pytest.skip("there is no /dev/full")
     code = "import sys; sys.stdout = open('/dev/full', 'w'); from trapo_jax.__main__ import main; "

@@ -1,4 +1,4 @@
-"""Checks that a run survives any failure of TensorBoard, which only duplicates metrics.jsonl."""
+"""Checks that a run survives any failure to write TensorBoard events, which only duplicate metrics.jsonl."""
 
 import errno
 import math
@@ -38,7 +38,7 @@ def test_a_clock_that_is_set_back_does_not_matter(tmp_path, monkeypatch):
     assert len(scalars(tmp_path, "a")) == 39
 
 
-def test_a_failing_disk_costs_one_warning(tmp_path, monkeypatch, capsys):
+def test_a_failing_disk_causes_only_one_warning(tmp_path, monkeypatch, capsys):
     log = RunLog(tmp_path, offsets=None, run_id="1a")
     log.metrics("train", 1, {"a": 1.0})
 
@@ -61,7 +61,7 @@ def test_a_failing_disk_costs_one_warning(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("obstacle", ["file", "dangling link"])
-def test_a_directory_that_cannot_be_made_costs_one_warning(obstacle, tmp_path, capsys):
+def test_a_directory_that_cannot_be_created_causes_only_one_warning(obstacle, tmp_path, capsys):
     if obstacle == "file":
         (tmp_path / "tb").write_text("mine")
     else:
@@ -90,7 +90,7 @@ def test_a_deleted_directory_does_not_matter(tmp_path):
     assert scalars(tmp_path, "a") == [(2, 3.0)]
 
 
-def test_damaged_metrics_are_found_on_resuming(tmp_path):
+def test_damaged_metrics_are_detected_when_a_run_is_resumed(tmp_path):
     log = RunLog(tmp_path, offsets=None, run_id="1a")
     for step in (1, 2, 3):
         log.metrics("train", step, {"a": 1.0})
@@ -99,7 +99,7 @@ def test_damaged_metrics_are_found_on_resuming(tmp_path):
     content = bytearray((tmp_path / "metrics.jsonl").read_bytes())
     content[content.index(b"\n") + 1] = 0
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not a JSON record; restore"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not a JSON object; restore"):
         RunLog(tmp_path, offsets=offsets, run_id="1a")
 
 

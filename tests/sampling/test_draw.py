@@ -1,4 +1,4 @@
-"""Tests token sampling: the distribution of the sampled tokens, and their log-probabilities."""
+"""Tests the distribution and the log-probabilities of sampled tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def test_inverse_cdf_by_hand():
     np.testing.assert_array_equal(inverse_cdf(probs, uniform), [1, 1, 3, 3, 4, 4])
 
 
-def test_inverse_cdf_over_many_blocks_never_takes_probability_zero():
+def test_inverse_cdf_over_many_blocks_never_selects_a_token_of_probability_zero():
     rng = np.random.default_rng(0)
     probs = rng.random(3 * BLOCK_LEN + 17).astype(np.float32)
     probs[rng.random(probs.size) < 0.5] = 0.0
@@ -27,7 +27,7 @@ def test_inverse_cdf_over_many_blocks_never_takes_probability_zero():
 
 
 def test_draws_follow_the_distribution():
-    """Applies a chi-square test to 200,000 draws, with a cell for each of the 200 likeliest tokens and one for all others."""
+    """Applies a chi-square test to 200,000 draws: one cell for each of the 200 likeliest tokens, one for the rest."""
     rng = np.random.default_rng(0)
     vocab_size, num_rows, num_calls = 50_000, 2000, 100
     logits = (3 * rng.normal(size=vocab_size)).astype(np.float32)
@@ -38,7 +38,7 @@ def test_draws_follow_the_distribution():
     )[0][0]
     draw = jax.jit(
         jax.vmap(one_row, in_axes=(0, None, None))
-    )  # all rows share the same logits, which is cheap
+    )  # all rows share one array of logits, which saves memory
     keys = jax.random.split(jax.random.key(3), num_rows)
     tokens = np.concatenate([draw(keys, jnp.int32(p), logits) for p in range(num_calls)])
     top = np.argsort(probs)[::-1][:200]
@@ -49,7 +49,7 @@ def test_draws_follow_the_distribution():
     assert statistic < 277, statistic  # chi-square, 200 degrees of freedom, p = 0.0003
 
 
-def test_temperature_zero_is_greedy_and_temperature_scales():
+def test_temperature_zero_is_greedy_and_other_temperatures_scale_the_logits():
     logits = jnp.array([1.0, 3.0, 2.0])
     keys = jax.random.split(jax.random.key(0), 2)
     tokens, logprobs = draw_tokens(
@@ -60,7 +60,7 @@ def test_temperature_zero_is_greedy_and_temperature_scales():
     np.testing.assert_allclose(logprobs[1], jax.nn.log_softmax(logits / 0.5)[tokens[1]], rtol=1e-6)
 
 
-def test_logprobs_count_a_long_tail_of_improbable_tokens():
+def test_logprobs_account_for_a_long_tail_of_improbable_tokens():
     """If the tail's probabilities were added one by one to 1 in float32, the sum would remain 1."""
     vocab_size, num_rows = 150_000, 4
     logits = np.full((vocab_size, num_rows), np.log(1e-8), np.float32)
@@ -80,7 +80,7 @@ def test_logprobs_count_a_long_tail_of_improbable_tokens():
         (0.51, 0, [1, 2]),
         (0.79, 0, [1, 2]),
         (0.81, 0, [0, 1, 2, 3]),  # tokens 0 and 3 are equally likely, so both are kept
-        (0.7, 3, [1, 2]),  # cumulative, normalized over the top three: .5 / .9 and .8 / .9
+        (0.7, 3, [1, 2]),  # cumulative probabilities among the top three: .5 / .9 and .8 / .9
         (0.01, 0, [2]),
     ],
 )

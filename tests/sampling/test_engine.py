@@ -1,4 +1,4 @@
-"""Tests the choice of engines by name or import path, and their statistics."""
+"""Tests how an engine is chosen by name or import path, and the statistics of engines."""
 
 import sys
 
@@ -48,7 +48,7 @@ def test_the_built_in_engine_has_a_name(spec):
     assert engine.num_idle_slots == 2
 
 
-def test_an_engine_by_import_path_gets_the_spec(spec, user_module):
+def test_an_engine_with_an_import_path_receives_the_spec(spec, user_module):
     engine = make_engine("user_engines:Engine", spec)
     assert type(engine).__name__ == "Engine"
     assert engine.spec is spec
@@ -57,7 +57,7 @@ def test_an_engine_by_import_path_gets_the_spec(spec, user_module):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vllm9", "choose 'jax', or the import path package.module:name of your own"),
+        ("vllm9", "choose 'jax', or an import path of the form package.module:name"),
         ("no_such_module:Engine", "no module 'no_such_module'"),
         ("user_engines:Other", "does not define 'Other'"),
         (
@@ -70,7 +70,7 @@ def test_an_engine_by_import_path_gets_the_spec(spec, user_module):
         ),
     ],
 )
-def test_other_names_are_refused_in_one_line(spec, user_module, name, message):
+def test_other_names_cause_a_one_line_error(spec, user_module, name, message):
     with pytest.raises(UserError) as caught:
         make_engine(name, spec)
     line = str(caught.value)
@@ -87,7 +87,7 @@ def test_stats_are_added_and_subtracted_field_by_field():
     assert EngineStats().slot_utilization == 0.0
 
 
-def test_memory_is_that_of_slots_and_contexts(decoder, spec):
+def test_memory_includes_slots_and_contexts(decoder, spec):
     positions = (spec.num_slots + spec.num_contexts) * (16 + 16)
     per_position = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * 4
     assert make_engine("jax", spec).memory().kv_cache_bytes == positions * per_position

@@ -1,4 +1,4 @@
-"""Tests the JAX engine: its log-probabilities, and completions that depend only on their requests."""
+"""Tests that the JAX engine's log-probabilities are correct, and that completions depend only on their requests."""
 
 import dataclasses
 import gc
@@ -23,7 +23,7 @@ from trapo_jax.types import (
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
-def test_logprobs_equal_a_full_forward_pass(decoder, params, problems, temperature):
+def test_logprobs_equal_those_of_a_full_forward_pass(decoder, params, problems, temperature):
     """The requests involve padding, prefixes, shared prefills, and reused slots."""
     requests = requests_of(problems[:10], group=4)
     completions = sample(make_engine(decoder, params), requests, temperature=temperature)
@@ -49,7 +49,7 @@ def test_all_layouts_sample_the_same_tokens(
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
-def test_greedy_is_argmax_of_the_full_forward_pass(decoder, params, problems):
+def test_greedy_sampling_takes_the_argmax_of_a_full_forward_pass(decoder, params, problems):
     completions = sample(make_engine(decoder, params), requests_of(problems[:4]), temperature=0.0)
     for completion in completions.values():
         request = completion.request
@@ -76,7 +76,7 @@ def test_tokens_do_not_depend_on_slots_or_order(decoder, params, problems, refer
 
 
 def test_tokens_do_not_depend_on_when_requests_are_submitted(decoder, params, problems, reference):
-    """Requests are submitted in two waves, and one by one while others are decoded."""
+    """Requests are submitted in two waves, and then one by one while other requests are decoded."""
     requests = requests_of(problems[:8], group=4)
     engine = make_engine(decoder, params, num_slots=16)
     waves = {**sample(engine, requests[::2]), **sample(engine, requests[1::2])}
@@ -155,7 +155,7 @@ def test_a_completion_stops_at_its_maximum_length(decoder, params, problems):
     request = RolloutRequest(problems[0], 0, 0, 0, 3)
     (completion,) = sample(engine, [request]).values()
     assert completion.finish_reason is FinishReason.LENGTH
-    assert len(completion.token_ids) == 2  # 3 prefix tokens + 2 = maximum length 5
+    assert len(completion.token_ids) == 2  # 3 prefix tokens + 2 sampled tokens = maximum length 5
 
 
 def test_eos_is_part_of_the_completion(decoder, params, problems):
@@ -165,14 +165,14 @@ def test_eos_is_part_of_the_completion(decoder, params, problems):
         assert EOS not in completion.token_ids[:-1]
 
 
-def test_several_eos_ids(decoder, params, problems, tokenizer):
+def test_every_eos_id_ends_a_completion(decoder, params, problems, tokenizer):
     semicolon = tokenizer.convert_tokens_to_ids(";")
     engine = make_engine(decoder, params, eos_ids=[EOS, semicolon])
     completions = sample(engine, requests_of(problems[:8], ratios=(0.0,)), temperature=1.0)
     assert {c.token_ids[-1] for c in completions.values()} == {EOS, semicolon}
 
 
-def test_a_completion_can_be_eos_alone(decoder, params, problems):
+def test_a_completion_may_consist_of_eos_alone(decoder, params, problems):
     """After a whole expert solution without its EOS, the most likely token is EOS."""
     problem = problems[0]
     length = len(problem.experts[0].token_ids) - 1
@@ -182,14 +182,14 @@ def test_a_completion_can_be_eos_alone(decoder, params, problems):
     assert completion.token_ids == (EOS,)
 
 
-def test_invalid_requests_are_refused(decoder, params):
+def test_invalid_requests_are_rejected(decoder, params):
     engine = make_engine(decoder, params, max_prompt_length=4)
     too_long = Problem("a" * 16, (3,) * 5, "")
     empty = Problem("b" * 16, (), "")
     full = Problem("c" * 16, (3,), "", (Expert((4,) * 64),))
     for request, message in (
         (RolloutRequest(too_long, 0), "exceeds max_prompt_length 4"),
-        (RolloutRequest(empty, 0), "empty prompt"),
+        (RolloutRequest(empty, 0), "the prompt is empty"),
         (RolloutRequest(full, 0, 0, 0, 64), "nothing to sample"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -197,7 +197,7 @@ def test_invalid_requests_are_refused(decoder, params):
     assert engine.step() == []
 
 
-def test_a_cache_larger_than_the_memory_is_refused_before_it_is_allocated(decoder, params):
+def test_a_cache_larger_than_the_memory_is_rejected_before_it_is_allocated(decoder, params):
     message = (
         r"sampling\.num_slots=65536: the keys and values of 65,536 slots .* need .* GiB; lower"
     )
@@ -233,7 +233,7 @@ def test_weights_cannot_change_while_completions_are_running(decoder, params, pr
 
 
 def test_a_long_run_neither_recompiles_nor_leaks(decoder, params, problems):
-    """After a warm-up of 100 ragged steps, 50 steps compile nothing, and 50 more allocate no memory."""
+    """After a warm-up of 100 steps with varying lengths, 50 steps compile nothing, and 50 more do not leak memory."""
     rng = np.random.default_rng(0)
     engine = make_engine(decoder, params, max_completion_length=24)
 
@@ -257,7 +257,7 @@ def test_a_long_run_neither_recompiles_nor_leaks(decoder, params, problems):
     assert resident_bytes() - resident < 10 * 2**20
 
 
-def test_weights_are_cast_by_one_program(decoder, params):
+def test_weights_are_cast_by_a_single_compiled_program(decoder, params):
     engine = make_engine(dataclasses.replace(decoder, dtype="bfloat16"), params)
     for _ in range(3):
         engine.update_weights(params)
@@ -279,7 +279,7 @@ def test_top_k_of_one_is_greedy_with_logprobs_of_the_whole_distribution(decoder,
         np.testing.assert_allclose(c.logprobs, expected, atol=1e-4)
 
 
-def test_an_engine_without_truncation_refuses_it(decoder, params, problems):
+def test_an_engine_without_truncation_rejects_top_p(decoder, params, problems):
     with pytest.raises(ValueError, match="with_truncation"):
         make_engine(decoder, params).submit(
             [RolloutRequest(problems[0], 0)], step=0, params=SamplingParams(top_p=0.9)

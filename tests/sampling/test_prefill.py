@@ -1,4 +1,4 @@
-"""Tests prefill and cached prefixes on the device, through the engine."""
+"""Tests prefills and cached prefixes on the device by running an engine."""
 
 import numpy as np
 
@@ -23,7 +23,7 @@ def test_prefilled_tokens_are_prompts_and_distinct_extensions(decoder, params, p
     assert engine.stats().prefilled_tokens == 2 * expected
 
 
-def test_two_experts_and_long_prefixes_in_chunks(decoder, params, problems):
+def test_two_expert_solutions_and_long_prefixes_are_prefilled_in_chunks(decoder, params, problems):
     """Rows that are copied, extended, and prefilled in chunks yield the logprobs of a full forward pass."""
     first = problems[0].experts[0]
     second = Expert((*first.token_ids[:3], *first.token_ids[9:30]))

@@ -19,7 +19,7 @@ def test_a_prompt_is_prefilled_once_and_extended():
     assert table.look_up("a", (1, 2, 3)) == ContextLookup(0, PrefillChunk(0, 0, (1, 2, 3)), None)
     assert table.look_up("a", (1, 2, 3)) == ContextLookup(0, None, None)
     assert table.look_up("a", (1, 2, 3, 4, 5)) == ContextLookup(0, PrefillChunk(0, 3, (4, 5)), None)
-    # A shorter prefix counts as cached, too.
+    # A shorter prefix is cached, too.
     assert table.look_up("a", (1, 2, 3, 4)) == ContextLookup(0, None, None)
 
 
@@ -79,8 +79,8 @@ PROBLEMS = st.tuples(st.sampled_from("ab"), st.lists(st.integers(1, 2), max_size
 
 
 @given(st.lists(st.lists(PROBLEMS, min_size=1, max_size=4), max_size=8), st.integers(1, 3))
-def test_rows_hold_the_contexts_that_were_looked_up(waves, num_rows):
-    """After the copies and chunks have been applied, every pinned row holds its context."""
+def test_rows_contain_the_contexts_that_were_looked_up(waves, num_rows):
+    """After the copies and chunks have been applied, every pinned row contains the contexts assigned to it."""
     table = ContextTable(num_rows)
     rows = [()] * num_rows
     for wave in waves:
@@ -104,7 +104,7 @@ def test_rows_hold_the_contexts_that_were_looked_up(waves, num_rows):
 
 
 @given(st.lists(st.integers(1, 300), max_size=30), st.sampled_from([16, 64, 100]))
-def test_batches_hold_every_token_once_in_order_within_the_budget(lens, max_tokens):
+def test_batches_contain_every_token_once_and_in_order_within_the_limit(lens, max_tokens):
     chunks = [PrefillChunk(row, 7, tuple(range(length))) for row, length in enumerate(lens)]
     got = {chunk.row: () for chunk in chunks}
     for batch in batch_chunks(chunks, max_tokens):

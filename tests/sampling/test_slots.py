@@ -1,4 +1,4 @@
-"""Tests the slot scheduler without jax, on a simulated device."""
+"""Tests the slot scheduler without JAX, on a simulated device."""
 
 import dataclasses
 import subprocess
@@ -59,7 +59,7 @@ def key_of(target):
 
 
 def submit_all(scheduler, steps):
-    """Submits one request per step, all for the same problem, and admits them together."""
+    """Submits one request for each of the given steps, all for the same problem, and admits them together."""
     for j, step in enumerate(steps):
         scheduler.submit(pending(request(sample_index=j), step=step))
     return scheduler.admit()
@@ -73,7 +73,7 @@ def test_the_lowest_slots_are_taken_first():
     assert scheduler.admit() is None
 
 
-def test_a_start_holds_what_the_device_needs():
+def test_a_start_contains_what_the_device_needs():
     scheduler = make_scheduler()
     params = SamplingParams(0.5, 0.9, 7)
     target = request(3, sample_index=2, prefix_len=2)
@@ -196,7 +196,7 @@ def test_drain_refuses_to_drop_running_requests():
 
 
 @pytest.mark.parametrize("module", ["slots", "prefix_cache", "engine"])
-def test_the_host_side_imports_no_jax(module):
+def test_the_host_side_does_not_import_jax(module):
     code = f"import sys, trapo_jax.sampling.{module}; assert 'jax' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -278,7 +278,7 @@ class ListDevice:
         self.scheduler.preempt(slots, self.take(slots))
 
     def release(self):
-        """Preempts and drains all requests and clears the cache, like an update of the weights."""
+        """Preempts and drains all requests and clears the cache, as an update of the weights requires."""
         self.preempt(self.scheduler.running_slots)
         self.contexts = [()] * len(self.contexts)
         self.scheduler.clear_contexts()
@@ -314,7 +314,7 @@ ACTIONS = st.one_of(SUBMISSIONS, st.sampled_from(["step", "step", "release"]))
 def test_every_request_finishes_once_with_the_tokens_it_gets_alone(
     actions, num_slots, num_contexts
 ):
-    """The actions cause queueing, preemption, compaction, shared contexts, and released and restored weights."""
+    """The actions cause queueing, preemption, compaction, shared contexts, and released and resubmitted requests."""
     scheduler = make_scheduler(num_slots=num_slots, num_contexts=num_contexts)
     device = ListDevice(scheduler, num_contexts)
     step_of, completions, count = {}, [], 0

@@ -1,4 +1,4 @@
-"""Tests hostile strings in every output: logs stay parseable, and the terminal and the page show them as plain text."""
+"""Tests hostile strings in all outputs: logs remain valid, and the console and the report show the strings as text."""
 
 import json
 from html.parser import HTMLParser
@@ -93,7 +93,7 @@ def test_tensorboard_tags_are_printable_and_the_file_is_complete(run):
     assert all(tag.isprintable() for tag in tags)
 
 
-def test_a_text_is_one_printable_line_on_the_console(capsys):
+def test_any_text_is_shown_on_one_printable_line_on_the_console(capsys):
     terminal = Console()
     for text in CORPUS:
         terminal.say(text)
@@ -102,7 +102,7 @@ def test_a_text_is_one_printable_line_on_the_console(capsys):
 
 
 @pytest.mark.parametrize("place", ["name", "value"])
-def test_an_invalid_config_is_one_printable_line(place, capsys):
+def test_an_invalid_config_causes_one_printable_error_line(place, capsys):
     for text in CORPUS:
         with pytest.raises(UserError) as error:
             load_config(

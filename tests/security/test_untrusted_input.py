@@ -41,7 +41,7 @@ SAFE_LOADER = "_Loader"  # the subclass of SafeLoader that loads configs
 
 
 def violations(text):
-    """Yields (line, name) of the parts of a source file that might execute their input as code."""
+    """Yields (line, name) pairs for the parts of a source file that might execute their input as code."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
@@ -50,7 +50,7 @@ def violations(text):
         elif isinstance(node, ast.Call):
             found = list(calls(node))
         elif isinstance(node, ast.Name) and node.id in BUILT_INS:
-            found = [node.id]  # `run = eval`
+            found = [node.id]  # for example, `run = eval`
         else:
             found = []
         for name in found:
@@ -88,7 +88,7 @@ def is_safe_yaml(node):
         "yaml.load(text, yaml.Loader)",
     ],
 )
-def test_code_execution_is_found(text):
+def test_code_execution_is_detected(text):
     assert list(violations(text))
 
 
@@ -102,7 +102,7 @@ def test_code_execution_is_found(text):
         "np.load('x')",
     ],
 )
-def test_harmless_calls_are_not_found(text):
+def test_harmless_calls_are_not_reported(text):
     assert not list(violations(text))
 
 
@@ -114,7 +114,7 @@ def test_the_package_does_not_run_code_that_it_reads():
     assert not found
 
 
-def test_yaml_with_python_objects_is_refused_and_not_run(tmp_path):
+def test_yaml_with_python_objects_is_rejected_and_not_executed(tmp_path):
     witness = tmp_path / "witness"
     file = tmp_path / "config.yaml"
     for tag in ("object/apply:os.system", "object/new:os.system"):
@@ -129,8 +129,9 @@ def test_yaml_with_python_objects_is_refused_and_not_run(tmp_path):
     [("transformers", (5, 3)), ("jinja2", (3, 1, 6)), ("pyyaml", (5, 4)), ("pyarrow", (14, 0, 1))],
 )
 def test_versions_with_known_vulnerabilities_are_excluded(package, fixed):
-    """Covers CVE-2026-4372 and CVE-2026-5241 (transformers), CVE-2025-27516 (jinja2), CVE-2020-14343 (PyYAML) and
-    CVE-2023-47248 (PyArrow)."""
+    """The vulnerabilities are CVE-2026-4372 and CVE-2026-5241 (transformers), CVE-2025-27516 (Jinja2), CVE-2020-14343
+    (PyYAML) and CVE-2023-47248 (PyArrow).
+    """
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     (requirement,) = [text for text in project["dependencies"] if re.match(rf"{package}\b", text)]
     lowest = re.search(r">=([\d.]+)", requirement)[1]

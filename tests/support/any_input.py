@@ -1,4 +1,4 @@
-"""Provides strategies for untrusted input, and checks that readers return a value or raise a one-line `UserError`."""
+"""Provides strategies for untrusted input, and checks that reading it yields a value or a one-line `UserError`."""
 
 import contextlib
 import copy
@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from trapo_jax.types import UserError
 
-MAX_MESSAGE_CHARS = (
-    4000  # maximum length of a line of an error message, in which some characters are escaped
-)
+# Maximum length of a line of an error message. Escaping makes messages longer than the input that they quote.
+MAX_MESSAGE_CHARS = 4000
 
 # Lone surrogates, control characters and other strings that libraries often mishandle.
 TEXTS = st.one_of(
@@ -62,7 +61,7 @@ def changed(draw, original):
 
 
 def _places(data):
-    """Returns every (container, key) pair in JSON-like data."""
+    """Returns all (container, key) pairs in JSON-like data."""
     keys = list(data) if isinstance(data, dict) else range(len(data))
     places = []
     for key in keys:

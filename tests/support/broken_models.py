@@ -5,7 +5,7 @@ import json
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-# Config of the small model to break.
+# The config of the small model to which the breakages are applied.
 GQA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -44,7 +44,7 @@ def write_index(folder, changes, move=None):
     Args:
       folder: the model folder.
       changes: index entries to change; None omits a tensor from the index.
-      move: a tensor to remove from the file.
+      move: a tensor to remove from the file, although the index lists it.
     """
     tensors = load_file(folder / "model.safetensors")
     weight_map = {**dict.fromkeys(tensors, "model.safetensors"), **changes}
@@ -94,7 +94,7 @@ BREAKAGES = {
         lambda f: break_config(f, attention_bias=True),
         r"8 tensors \('model.layers.0.self_attn.k_proj.bias'.*\) are missing",
     ),
-    "text for a number": (
+    "string instead of a number": (
         lambda f: break_config(f, hidden_size="24"),
         "field 'hidden_size' must be an integer >= 1 and <= 1048576, found '24'",
     ),
@@ -106,18 +106,18 @@ BREAKAGES = {
         lambda f: break_config(
             f, model_type="mistral", sliding_window=4, layer_types=["linear_attention"] * 2
         ),
-        "layer_types must be a list of 2 entries among",
+        "layer_types must be a list of 2 entries, each one of",
     ),
     "layer types that are lists": (
         lambda f: break_config(f, model_type="mistral", sliding_window=4, layer_types=[[], {}]),
-        "layer_types must be a list of 2 entries among",
+        "layer_types must be a list of 2 entries, each one of",
     ),
     "a million layers": (
         lambda f: break_config(f, num_hidden_layers=10**6),
         "field 'num_hidden_layers' must be an integer >= 1 and <= 4096, found 1000000",
     ),
     "odd head_dim": (lambda f: break_config(f, head_dim=9), "head_dim 9 is odd"),
-    "rope parameters of layers that are no objects": (
+    "rope parameters of layers that are not objects": (
         lambda f: break_config(
             f,
             model_type="gemma3_text",
@@ -146,7 +146,7 @@ BREAKAGES = {
     ),
     "weights in several files without their index": (
         lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
-        r"model\.safetensors\.index\.json: no such file; it lists which of the files holds which tensor",
+        r"model\.safetensors\.index\.json: no such file; weights that are split into several files require this",
     ),
     "LFS pointer": (
         lambda f: (f / "model.safetensors").write_text(LFS_POINTER),
@@ -166,7 +166,7 @@ BREAKAGES = {
         lambda f: break_tensors(f, lambda t: t.update(extra=np.zeros(2, np.float32))),
         "tensor 'extra' is unexpected",
     ),
-    "misshapen": (
+    "wrong shape": (
         lambda f: break_tensors(
             f, lambda t: t.update({"model.norm.weight": np.zeros(7, np.float32)})
         ),
@@ -176,7 +176,7 @@ BREAKAGES = {
         lambda f: break_tensors(
             f, lambda t: t.update({"model.norm.weight": np.zeros(24, np.int32)})
         ),
-        "'model.norm.weight' is I32; expected one of F32, BF16, F16",
+        "'model.norm.weight' has dtype I32, expected one of F32, BF16, F16",
     ),
     **{
         f"{value} in the weights": (
@@ -212,7 +212,7 @@ BREAKAGES = {
         lambda f: write_index(f, {"model.norm.weight": "../model.safetensors"}),
         "the file of tensor 'model.norm.weight' must be a file name, found '../model.safetensors'",
     ),
-    "index with a tensor that the file lacks": (
+    "index with a tensor that is not in the file": (
         lambda f: write_index(f, {}, move="model.norm.weight"),
         "'model.norm.weight' is missing, although",
     ),

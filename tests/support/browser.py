@@ -1,4 +1,4 @@
-"""Opens pages in a headless Chromium. If it is not installed, the tests that use it are skipped with a message."""
+"""Opens pages in a headless Chromium. If Chromium is not installed, tests that open pages are skipped."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), 
 
 @dataclasses.dataclass
 class Opened:
-    """An open page and a record of everything that a page must not do."""
+    """An open page, and a record of everything it did that pages must not do."""
 
     page: object
     complaints: list  # Console messages, errors and dialogs.
@@ -23,10 +23,10 @@ class Opened:
 def opened(file, **options):
     """Opens a file in the browser; `options` are passed to Playwright's `new_page`."""
     playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed (pages in a browser)"
+        "playwright.sync_api", reason="playwright is not installed (required by browser tests)"
     )
     if CHROMIUM is None:
-        pytest.skip("no chromium on the PATH (pages in a browser)")
+        pytest.skip("no chromium on the PATH (required by browser tests)")
     with playwright.sync_playwright() as p:
         chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = chromium.new_page(**options)

@@ -15,9 +15,12 @@ TINY_MODEL = REPOSITORY / "trapo_jax" / "assets" / "card_shuffles_tiny"
 
 
 def run_command(module, *arguments, cwd=REPOSITORY):
-    """Runs the equivalent of `python -m MODULE ARGUMENTS` in this process, which has already imported
-    and compiled most of what the command needs. Returns a completed process with the exit code and
-    the output.
+    """Runs the equivalent of `python -m MODULE ARGUMENTS` in this process.
+
+    This is faster than a separate process, because most of what the command needs is already imported and compiled.
+
+    Returns:
+      A completed process with the exit code and the output.
     """
     main = importlib.import_module(module).main
     out, err, search_path = io.StringIO(), io.StringIO(), list(sys.path)
@@ -34,8 +37,8 @@ def run_command(module, *arguments, cwd=REPOSITORY):
 def run_process(module, *arguments, cwd=REPOSITORY, **environment):
     """Runs `python -m MODULE ARGUMENTS` and returns the completed process with its output as text.
 
-    The process has no time limit, because a loaded machine may take many times longer than an idle
-    one; the `timeout` in pyproject.toml ends tests that hang.
+    The process has no time limit of its own, because a busy machine may take many times longer than an idle one. The
+    `timeout` in pyproject.toml ends tests that hang.
     """
     return run_python("-m", module, *arguments, cwd=cwd, **environment)
 

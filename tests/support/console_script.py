@@ -7,7 +7,7 @@ from support.commands import REPOSITORY, run_python
 
 
 def run_console_script(folder, *arguments):
-    """Runs `trapo ARGUMENTS` in a folder outside of the repository, as if the package were installed."""
+    """Runs `trapo ARGUMENTS` in a folder outside the repository, as if the package were installed."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     module, _, function = project["scripts"]["trapo"].partition(":")
     script = folder / "bin" / "trapo"

@@ -1,4 +1,4 @@
-"""Writes data files in every format, and malformed files, each with the expected error message."""
+"""Writes data files in every supported format, and malformed files with their expected error messages."""
 
 import gzip
 import json
@@ -65,7 +65,7 @@ def bytes_of(data):
 
 
 def repeated_parquet(path):
-    """Writes 3 million rows in a few kilobytes."""
+    """Writes 3 million rows to a file of a few kilobytes."""
     zeros = pa.array(np.zeros(3_000_000, np.int8))
     pq.write_table(pa.table({"prompt": pa.DictionaryArray.from_arrays(zeros, ["Q"])}), path)
 
@@ -95,7 +95,7 @@ MALFORMED = [
     (
         "lines.jsonl",
         bytes_of(b'{\n"a": 1\n}\n'),
-        r", line 1: not JSON .* at column 2\); write each object on one line, or one list of objects",
+        r", line 1: not JSON .* at column 2\); use JSON Lines \(one object per line\) or",
     ),
     (
         "string.jsonl",

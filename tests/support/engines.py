@@ -1,4 +1,4 @@
-"""Builds engines for the built-in model, and computes their expected results."""
+"""Builds engines for the built-in model, and computes the expected log-probabilities of their samples."""
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def requests_of(problems, *, group=2, ratios=(0.0, 0.3)):
 
 
 def trainer_logprobs(decoder, params, completion, temperature):
-    """Computes the log-probabilities of a completion with a forward pass over only its row."""
+    """Computes a completion's log-probabilities with a forward pass over a batch that contains only this row."""
     request = completion.request
     context = request.problem.prompt_ids + request.prefix_ids
     ids = np.array([context + completion.token_ids])

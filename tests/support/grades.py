@@ -1,10 +1,10 @@
-"""Builds grades from a single reward function."""
+"""Builds grades for a single reward function named `test`."""
 
 from trapo_jax.types import Grade, Judgment
 
 
 def grade_of(reward: float | None, reason: str = "") -> Grade:
-    """Returns a grade. If `reward` is None, it is missing, and `reason` states why."""
+    """Returns a grade with the given reward. A `reward` of None is a missing reward, and `reason` states its cause."""
     return Grade(reward, {"test": Judgment(reward, reason=reason)})
 
 

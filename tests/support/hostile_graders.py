@@ -1,4 +1,4 @@
-"""Defines reward functions that misbehave in a way selected by the response. This module does not import JAX."""
+"""Defines reward functions that misbehave in the way that the response specifies. This module does not import JAX."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ class SilentError(Exception):
 
 
 def verify(response_text: str, problem: Problem) -> Verdict:
-    """Misbehaves as specified by the response, or compares it with the answer."""
+    """Misbehaves as specified by the response, or compares the response with the answer."""
     match response_text:
         case "hang":
             return sum(1 for _ in iter(int, 1))

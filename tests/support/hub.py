@@ -1,4 +1,4 @@
-"""Emulates the Hugging Face Hub: writes its cache, and serves repositories from a dictionary on this machine."""
+"""Emulates the Hugging Face Hub: writes files to a Hub cache, and serves repositories from a dictionary."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,8 @@ import threading
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-GATED = {"config.json": b"{}", "gated": b""}  # anyone may list the files, but not download them
+# The files of a gated repository. Anyone may list them, but nobody may download them.
+GATED = {"config.json": b"{}", "gated": b""}
 OLD_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
 
 
@@ -93,7 +94,7 @@ class FakeHub:
         return 200, {}, json.dumps({"id": name, "sha": COMMIT, "siblings": []}).encode()
 
     def _tree(self, files, below, wanted):
-        """Returns the entries of the wanted paths, or of all files and folders."""
+        """Returns the entries of the wanted paths or, if none are given, of the files and folders in `below`."""
         folders = {parent for path in files for parent in parents(path)}
         entries = [
             {"type": "file", "path": p, "size": len(c), "oid": blob_id(c)} for p, c in files.items()
@@ -123,7 +124,7 @@ def parents(path):
 
 @contextlib.contextmanager
 def serve_hub():
-    """Yields a running `FakeHub` and its address, for `HF_ENDPOINT`."""
+    """Yields a running `FakeHub` and the address to which `HF_ENDPOINT` must be set."""
     hub = FakeHub()
 
     class Handler(http.server.BaseHTTPRequestHandler):

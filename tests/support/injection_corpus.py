@@ -1,4 +1,4 @@
-"""Defines strings that are harmful if interpreted as anything but text. Scripts in them set `attacked`."""
+"""Defines strings that are harmful if interpreted as anything but text. Scripts in these strings set `attacked`."""
 
 RUN = "globalThis.attacked=1"
 REMOTE = "https://attacker.invalid"

@@ -1,4 +1,4 @@
-"""Defines a reward function with the same name as one in another module."""
+"""Defines a reward function that has the same name as a function in another module."""
 
 
 def shortness(response, problem):

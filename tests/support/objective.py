@@ -9,7 +9,7 @@ from trapo_jax.training.train_step import term_weights
 
 
 def objective(method, batch, scores, moment, max_length):
-    """Computes a batch's objective like the train step: a sum over micro-batches, weighted for the whole batch."""
+    """Computes a batch's objective as in the train step: a sum over micro-batches, with weights for the whole batch."""
     weights = term_weights(batch, method.terms, max_length)
     coefficients = method.coefficients(moment, learning_rate=1.0)
     num_segments = 1 + batch.kinds.shape[0] * batch.kinds.shape[1]

@@ -2,7 +2,8 @@
 
     python peer.py NUMBER fail|die
 
-If `GCE_METADATA_IP` is set, JAX queries this TPU VM metadata server, as it otherwise does only on a machine with TPUs.
+If `GCE_METADATA_IP` is set, JAX queries the TPU VM metadata server at this address. Otherwise, JAX would do so only on
+a machine with TPUs.
 """
 
 import trapo_jax.distributed.log_level  # noqa: F401

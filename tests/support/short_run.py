@@ -36,7 +36,11 @@ def checkpoint_steps(folder):
 
 
 def copy_unfinished(run, folder):
-    """Copies a finished run as it was before its last checkpoint, and returns the step after which it resumes."""
+    """Copies a finished run without its last checkpoint, its export and its summary.
+
+    Returns:
+      The step after which the copy resumes.
+    """
     shutil.copytree(run, folder)
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "hf")

@@ -1,4 +1,4 @@
-"""Runs `trapo_jax.train` and sends a signal to its own process at a specified point of the run.
+"""Runs `trapo_jax.train` and sends a signal to this process at a specified point of the run.
 
 python signal_at.py ACTIVITY STEP REPORT SIGNAL [FIELD=VALUE ...]
 """
@@ -10,10 +10,10 @@ from trapo_jax.runs.run import Run
 
 
 def signal_at(set_attribute, activity, step, report, number):
-    """Makes runs send themselves a signal at a report of an activity such as "evaluating test" during `step`.
+    """Makes a run send itself a signal when it reports progress in an activity such as "evaluating test" in `step`.
 
-    Reports are numbered from 1; report 0 is the beginning of the activity. Reports after the signal are printed.
-    `set_attribute` replaces methods of `Run`.
+    Progress reports are numbered from 1; report 0 is the beginning of the activity. Reports after the signal are
+    printed. `set_attribute` is the function that replaces methods of `Run`.
     """
     begin, on_progress = Run.begin, Run.on_progress
     num_reports = 0

@@ -1,4 +1,4 @@
-"""Creates a tiny random model whose tokenizer can represent any text."""
+"""Creates a tiny random model with a tokenizer that can represent any text."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Provides a tiny decoder, groups of rollouts with different lengths, and a train step on them."""
+"""Provides a tiny decoder, groups of rollouts with different lengths, and train steps on such groups."""
 
 import dataclasses
 from typing import get_args
@@ -39,12 +39,12 @@ CONFIG = DecoderConfig(
 )
 MAX_LENGTH = 12
 ALPHA = 0.1
-# Seed for groups in which no prefix has two tokens of equal entropy, because rounding would decide between them.
+# With this seed, no prefix has two tokens with equal entropy, so rounding errors cannot change the order of tokens.
 NO_TIES = 1
 
 
 def ragged_groups(seed=0, num_problems=4):
-    """Returns groups of eight rollouts with all kinds of prefixes and random rewards, and the advantages."""
+    """Returns groups of eight rollouts with all kinds of prefixes and random rewards, and their advantages."""
     rng = np.random.default_rng(seed)
     groups = []
     for i in range(num_problems):
@@ -122,7 +122,7 @@ def relative_difference(a, b):
 
 
 def method_of_every_term():
-    """Returns a method with TRAPO's two terms, each with every normalizer, and all other terms of the family."""
+    """Returns a method with both of TRAPO's terms for every normalizer, and with all loss terms of related methods."""
     methods = [make_method("trapo", normalizer=name) for name in get_args(Normalizer)]
     terms = tuple(
         dataclasses.replace(term, name=f"{term.name}/{term.normalizer}", weight=0.3 + 0.1 * i)

@@ -54,7 +54,7 @@ def test_batches_contain_every_row_once_and_fit_into_the_slots(job):
 
 
 def test_only_prompts_and_their_extensions_are_prefilled(job):
-    """Prefill covers each problem's prompt and longest prefix, except the last token, which decoding reads."""
+    """Each problem's prompt and longest prefix are prefilled, except for the last token, which decoding reads."""
     longest = dict.fromkeys(range(len(job["problems"])), 0)
     for row in rows_of(job):
         longest[row["problem"]] = max(longest[row["problem"]], row["prefix_len"])
@@ -64,7 +64,7 @@ def test_only_prompts_and_their_extensions_are_prefilled(job):
     assert reply["decoded_tokens"] == bench_jobs.num_tokens(job)
 
 
-def test_bytes_to_move_are_weights_per_step_and_entries_per_token(job):
+def test_bytes_to_move_are_weights_per_step_and_keys_and_values_per_token(job):
     limits = {"weight_bytes": 10**6, "entry_bytes": 1}
     weights, entries = divmod(bench_limits.bytes_to_move(job, limits), 10**6)
     rows = rows_of(job)
@@ -80,7 +80,7 @@ def test_bytes_to_move_are_weights_per_step_and_entries_per_token(job):
 
 
 def test_the_command_compares_and_writes_json(tmp_path):
-    """The model folder has no weights, so the engines use random ones."""
+    """The model folder has no weights, so the engines use random weights."""
     file, shape = tmp_path / "bench.json", tmp_path / "shape"
     shape.mkdir()
     shutil.copy(TINY_MODEL / "config.json", shape)

@@ -39,7 +39,7 @@ def test_padded_micro_batches_contain_every_token_once(job):
     assert trained == sum(len(row["response"]) for row in job["rows"])
 
 
-def test_engines_with_different_losses_are_refused():
+def test_engines_with_different_losses_are_rejected():
     bench_train.check_losses({"ours": 2.0, "torch": 2.001}, "equal", 1e-3)
     with pytest.raises(SystemExit, match="equal: the engines' first losses differ"):
         bench_train.check_losses({"ours": 2.0, "torch": 2.01}, "equal", 1e-3)

@@ -1,4 +1,4 @@
-"""Tests that the moments at which the fault harness lets faults strike still exist in the code."""
+"""Tests that the functions at which the fault harness makes faults strike still exist in the code."""
 
 import pytest
 

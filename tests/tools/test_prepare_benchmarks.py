@@ -77,7 +77,7 @@ def test_there_are_rows_for_every_benchmark():
     assert list(ROWS) == list(BENCHMARKS)
 
 
-def test_the_default_data_are_datasets_of_the_hub_with_a_split():
+def test_the_default_data_of_every_benchmark_is_a_split_of_a_hub_dataset():
     for benchmark in BENCHMARKS.values():
         name, _, split = benchmark.data.partition("#")
         assert parse_hub_dataset(name)
@@ -98,7 +98,7 @@ def test_all_benchmarks_are_in_one_file_with_their_names_as_sources(prepared):
     ]
 
 
-def test_prompts_have_the_context_and_lettered_options(prepared):
+def test_prompts_contain_the_context_and_lettered_options(prepared):
     rows = pa.parquet.read_table(prepared[0]).to_pylist()
     prompts = {row["data_source"]: row["prompt"][0]["content"] for row in reversed(rows)}
     assert prompts["aime24"] == AIME24["problem"]
@@ -111,7 +111,7 @@ def test_prompts_have_the_context_and_lettered_options(prepared):
 
 
 def test_evaluations_read_the_file_and_grade_every_benchmark(prepared):
-    """The reference answer is correct. Multiple choice is graded by letter, so the text of the option is wrong."""
+    """Reference answers are correct. Multiple choice is graded by letter, so an option's text is a wrong answer."""
     out, _ = prepared
     assert find_preset(next(read_rows([str(out)]))) == "verl"
     examples, _ = examples_from_rows(read_rows([str(out)]), COLUMN_PRESETS["verl"])
@@ -151,7 +151,7 @@ def test_some_benchmarks_can_be_selected(tmp_path):
         ("olympiadbench", [{**OLYMPIAD, "final_answer": "2"}], "'final_answer' is not a list"),
     ],
 )
-def test_other_layouts_are_one_line_errors(name, rows, message, tmp_path):
+def test_other_layouts_cause_one_line_errors(name, rows, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         prepare(tmp_path / "out.parquet", [name], {name: write(tmp_path, name, rows)})
     assert "\n" not in str(error.value)
@@ -161,8 +161,11 @@ def test_other_layouts_are_one_line_errors(name, rows, message, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--benchmarks", "gsm8k"], "--benchmarks gsm8k: unknown; choose from aime24, aime25"),
-        (["--data", "gsm8k=x"], "--data gsm8k: unknown; choose from"),
+        (
+            ["--benchmarks", "gsm8k"],
+            "--benchmarks gsm8k: unknown benchmark; choose from aime24, aime25",
+        ),
+        (["--data", "gsm8k=x"], "--data gsm8k: unknown benchmark; choose from"),
         (["--data", "aime24"], "--data aime24: expected NAME=FILE or NAME=HUB_ID"),
         (
             ["--benchmarks", "amc", "--data", "aime24=x"],
@@ -171,7 +174,7 @@ def test_other_layouts_are_one_line_errors(name, rows, message, tmp_path):
         (["--data", "aime24=missing.parquet"], "missing.parquet: no such file"),
     ],
 )
-def test_mistakes_on_the_command_line_are_one_line_errors(
+def test_mistakes_on_the_command_line_cause_one_line_errors(
     arguments, message, tmp_path, monkeypatch, capsys
 ):
     command = ["prepare_benchmarks.py", "--out", str(tmp_path / "out.parquet"), *arguments]

@@ -1,4 +1,4 @@
-"""Tests prepare_openr1.py with small files that have exactly the layouts of the two Hub datasets."""
+"""Tests prepare_openr1.py with small files that have the exact layouts of the two Hub datasets."""
 
 import importlib.util
 import json
@@ -81,7 +81,7 @@ SECOND = [
         "What is 1 + 1?",
         "2",
         [
-            solution("one and one", "2"),  # equal to the first
+            solution("one and one", "2"),  # equal to the solution in the first dataset
             solution("truncated", "2"),  # incomplete
             solution("wrong", "3"),
             solution("another way", "2"),
@@ -132,7 +132,7 @@ def test_problems_keep_their_correct_solutions(tool, tmp_path):
     }
     assert json.loads((tmp_path / "out" / "set.json").read_text()) == report
     assert sorted(path.name for path in out.parent.iterdir()) == ["set.json", "set.parquet"]
-    # Training can read the file.
+    # The file can be read for training.
     examples, _ = examples_from_rows(read_rows([str(out)]), COLUMN_PRESETS["verl"])
     assert examples[0].solutions == (
         "one and one, so \\boxed{2}",
@@ -153,7 +153,7 @@ def test_problems_keep_their_correct_solutions(tool, tmp_path):
         ([FIRST[3]], [SECOND[3]], "no problem has a correct solution"),
     ],
 )
-def test_other_layouts_are_one_line_errors(tool, tmp_path, first, second, message):
+def test_other_layouts_cause_one_line_errors(tool, tmp_path, first, second, message):
     files = [write(tmp_path / f"{i}.parquet", rows) for i, rows in enumerate((first, second))]
     with pytest.raises(UserError, match=message) as error:
         tool.prepare(tmp_path / "out.parquet", *files, 1, 20.0)

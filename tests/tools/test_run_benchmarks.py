@@ -18,8 +18,8 @@ def grid_of(study, name, *more):
 
 
 @pytest.mark.parametrize(("study", "name"), COMPARISONS)
-def test_every_trial_is_valid_and_all_methods_have_equally_many(study, name):
-    # The built-in model suffices to count settings; some studies' base models must first be trained.
+def test_all_trials_are_valid_and_all_methods_have_the_same_number_of_trials(study, name):
+    # The built-in model suffices for counting trials. The base models of some studies would have to be trained first.
     built_in = ["model.path=card_shuffles_tiny", "data.source=card_shuffles"]
     grid = grid_of(study, name, *built_in)
     trials = grid.trials()
@@ -42,7 +42,7 @@ def test_the_protocol_states_the_number_of_runs():
         assert re.search(rf"run_benchmarks.py {study} .*\b{count} runs", text), count
 
 
-def test_studies_share_only_records_of_the_same_conditions():
+def test_studies_share_records_only_under_the_same_conditions():
     arguments = {key: STUDIES[key[0]][key[1]] for key in COMPARISONS}
     main, ablation = arguments["main", "default"], arguments["ablation", "default"]
     records = [found[found.index("--records") + 1] for found in arguments.values()]

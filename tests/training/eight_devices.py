@@ -1,4 +1,4 @@
-"""Checks that meshes of forced host devices give the same gradients and samples as a single device.
+"""Checks that meshes of simulated host devices give the same gradients and samples as a single device.
 
 `test_train_step.py` runs this file in a separate process.
 """
@@ -49,14 +49,14 @@ def main() -> None:
     for data, fsdp, tp in [*shapes, (1, 1, 2)]:
         mesh = make_mesh(fsdp=fsdp, tp=tp, devices=jax.devices()[: data * fsdp * tp])
         assert sample(mesh, params, problems) == expected, (data, fsdp, tp)
-    replica.choose_layout = lambda config, mesh: PerLayer()  # the layout on GPUs
+    replica.choose_layout = lambda config, mesh: PerLayer()  # the layout that is used on GPUs
     mesh = make_mesh(fsdp=1, tp=2, devices=jax.devices()[:4])
     assert sample(mesh, params, problems) == expected
     print(f"{len(shapes)} meshes agree")
 
 
 def sample(mesh, params, problems):
-    """Samples six rollouts per problem, half of them guided, from weights with the training sharding."""
+    """Samples six rollouts per problem, half of them guided, with weights that are sharded as in training."""
     placed = jax.device_put(params, param_shardings(params, mesh))
     engine = make_engine(CONFIG, placed, num_slots=3, max_completion_length=24, mesh=mesh)
     requests = [

@@ -1,4 +1,4 @@
-"""Tests the learner's stages, each with its own optimizer state and schedule, and its loss on expert solutions."""
+"""Tests the learner: stages with separate optimizer states and schedules, mini-batches, and the expert loss."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def learner(config):
 
 
 def restart(learner, params):
-    params = jax.tree.map(jnp.array, params)  # The state is donated.
+    params = jax.tree.map(jnp.array, params)  # copies, since the state is donated
     learner.state = init_state(params, learner.optimizer, learner.mesh)
 
 
@@ -58,8 +58,8 @@ def at(index, step, progress=0.0):
     return Moment(10 + step, 0.5, 0, StagePosition(index, step, progress))
 
 
-def test_a_stage_begins_like_a_run(learner):
-    """The first step of a stage equals the first step of a new learner with the same parameters."""
+def test_a_stage_begins_like_a_new_run(learner):
+    """The first steps of a stage equal the first steps of a new learner with the same parameters."""
     params = init_params(CONFIG, seed=0)
     restart(learner, params)
     for step in (1, 2):
@@ -77,7 +77,10 @@ def test_a_stage_begins_like_a_run(learner):
 
 @pytest.mark.parametrize("has_ratio", [False, True])
 def test_mini_batches_are_separate_steps_with_a_common_old_policy(config, has_ratio):
-    """The result equals two updates with half of the rows each, except that ratios refer to the policy before both."""
+    """The result equals two updates with half of the rows each.
+
+    In both updates, however, ratios are relative to the policy before the first update.
+    """
     method = make_method("trapo")
     if not has_ratio:
         method = dataclasses.replace(method, terms=method.terms[1:])
@@ -96,13 +99,13 @@ def test_mini_batches_are_separate_steps_with_a_common_old_policy(config, has_ra
     assert (max(jax.tree.leaves(gaps)) < 1e-5) == (not has_ratio)
 
 
-def test_rows_are_dealt_out_to_mini_batches():
+def test_rows_are_dealt_to_mini_batches_in_turn():
     assert split_rows(list("abcdefg"), 3) == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
     assert split_rows(list("ab"), 3) == [["a"], ["b"]]
     assert split_rows([], 3) == [[]]
 
 
-def test_metrics_of_mini_batches_are_averaged_and_tokens_added():
+def test_metrics_of_mini_batches_are_averaged_and_token_counts_are_summed():
     metrics = [
         {"loss/total": 1.0, "batch/pad_tokens": 4},
         {"loss/total": 2.0, "batch/pad_tokens": 6},
@@ -110,7 +113,7 @@ def test_metrics_of_mini_batches_are_averaged_and_tokens_added():
     assert merge_mini_batches(metrics) == {"loss/total": 1.5, "batch/pad_tokens": 10}
 
 
-def test_a_stage_keeps_its_moments_between_steps(learner):
+def test_a_stage_keeps_its_optimizer_moments_between_steps(learner):
     params = init_params(CONFIG, seed=0)
     restart(learner, params)
     learner.update([random_update(1)], at(1, 1))

@@ -1,4 +1,4 @@
-"""Tests all arrays of a batch of handmade rollouts, bin packing, and the distribution of rows to devices."""
+"""Tests all arrays of batches of handmade rollouts, bin packing, and the assignment of rows to devices."""
 
 import itertools
 
@@ -62,11 +62,11 @@ EVERY_KIND = [
     rollout(1, 2, [3, 3, EOS]),  # prefix with an expert loss
     rollout(2, 2, [EOS]),  # the same prefix, as context only
     rollout(3, 5, []),  # whole expert solution including EOS, nothing sampled
-    rollout(4, 2, [3], expert=1),  # the same ids, but a distinct prefix: the expert differs
+    rollout(4, 2, [3], expert=1),  # the same token ids, but from another expert solution
 ]
 
 
-def test_every_kind_of_every_token():
+def test_arrays_for_tokens_of_every_kind():
     batch = in_order(build(EVERY_KIND))
     assert rows(batch.kinds) == [
         [P, P, C, C, _, _, _, _],
@@ -108,7 +108,7 @@ def test_every_kind_of_every_token():
     }
 
 
-def test_every_kind_of_every_token_packed():
+def test_packed_arrays_for_tokens_of_every_kind():
     batch = build(EVERY_KIND, packed=True, row_len=12, micro_batch_rows=2)
     assert batch.kinds.shape == (3, 2, 12)  # five rollouts never need more than five rows
     assert batch.num_micro_batches == 2
@@ -141,18 +141,18 @@ def test_pad_id_may_equal_eos():
     assert rows(padded_with_eos.kinds)[0] == [P, P, C, C, _, _, _, _]
 
 
-def test_eos_first_is_a_completion_of_one_token():
+def test_an_immediate_eos_is_a_completion_of_one_token():
     assert rows(build([rollout(0, 0, [EOS])], row_len=4).kinds) == [[P, P, C, _]]
 
 
-def test_expert_truncated_at_the_maximum_length():
-    """The guidance truncates the prefix; the row ends without EOS, and all its expert tokens are trained."""
+def test_an_expert_solution_truncated_at_the_maximum_length():
+    """The guidance truncates the prefix. The row ends without EOS, and all its expert tokens are trained on."""
     batch = build([rollout(0, 3, [])])
     assert rows(batch.kinds) == [[P, P, T, T, T, _, _, _]]
     assert rows(batch.token_ids)[0][:5] == [1, 2, 5, 6, 7]
 
 
-def test_empty_rows_fill_up_the_last_micro_batch():
+def test_empty_rows_fill_the_last_micro_batch():
     group = [rollout(i, 0, [3, EOS]) for i in range(5)]
     batch = build(group, micro_batch_rows=4, num_shards=2)
     assert batch.kinds.shape == (2, 4, 8)
@@ -186,11 +186,11 @@ def test_shape_does_not_depend_on_lengths():
     long = build([rollout(i, 0, [3] * 6) for i in range(6)], packed=True, micro_batch_rows=2)
     assert short.kinds.shape == long.kinds.shape == (3, 2, 8)
     assert (short.num_micro_batches, long.num_micro_batches) == (2, 3)
-    # Padding in skipped micro-batches does not count.
+    # Padding in skipped micro-batches is not counted.
     assert count_kinds(short)["pad"] == 2 * 2 * 8 - 6 * 3
 
 
-def test_a_rollout_longer_than_a_row_is_an_error():
+def test_a_rollout_longer_than_a_row_raises_an_error():
     with pytest.raises(ValueError, match="a rollout of 9 tokens exceeds row_len=8"):
         build([rollout(0, 0, [3] * 7)])
 
@@ -201,7 +201,7 @@ def test_shards_must_divide_the_rows():
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
-def test_packing_places_everything_once_and_never_overfills(lens):
+def test_packing_places_every_item_once_and_never_overfills_a_row(lens):
     packed = pack(lens, 20)
     assert sorted(itertools.chain.from_iterable(packed)) == list(range(len(lens)))
     loads = [sum(lens[i] for i in row) for row in packed]
@@ -225,7 +225,7 @@ def test_rows_are_assigned_to_distinct_places(costs, num_shards, rows_per_shard)
     assert all(0 <= row < size for _, row in places)
 
 
-def test_shards_of_a_micro_batch_get_equal_attention():
+def test_shards_of_a_micro_batch_have_similar_attention_costs():
     rng = np.random.default_rng(0)
     lens = np.clip(rng.lognormal(3, 0.8, 256).astype(int), 1, 197)
     group = [rollout(i, 0, [3] * n) for i, n in enumerate(lens.tolist())]

@@ -45,7 +45,7 @@ def params():
 
 
 def numpy_logit_gradient(logits, batch, *, expert_weight, alpha, length):
-    """Computes DESIGN 2.3 token by token: -A rho on completions, TrSFT on expert tokens, constant normalizer."""
+    """Computes the gradient token by token: -A rho on completions, TrSFT on expert tokens, constant normalizer."""
     gradient = np.zeros_like(logits, np.float64)
     kinds, ids, advantages = batch.kinds[0], batch.token_ids[0], batch.advantages[0]
     scale = 1.0 / (length * float(batch.num_rollouts))
@@ -66,11 +66,11 @@ def numpy_logit_gradient(logits, batch, *, expert_weight, alpha, length):
     return gradient
 
 
-def test_trapo_gradient_equals_independent_float64(params):
+def test_trapo_gradient_equals_an_independent_float64_implementation(params):
     groups, advantages = ragged_groups()
     batch = build(groups, advantages)
     method = make_method("trapo", alpha=ALPHA, expert_weight=0.5)
-    # Larger weights give sharper distributions, with tokens on both sides of the trust region.
+    # Larger weights give sharper distributions, so that some tokens lie inside the trust region and some outside.
     params = jax.tree.map(lambda x: 2.0 * x, params)
     forward = lambda p: (
         apply_decoder(CONFIG, p, batch.token_ids[0], batch.positions[0], batch.segment_ids[0])[0]
@@ -87,7 +87,7 @@ def test_trapo_gradient_equals_independent_float64(params):
     assert (p_y >= ALPHA).any()
     (expected,) = pull_back(jnp.asarray(by_logits, jnp.float32))
     gradient, _, _ = sgd_step(method, batch, params)
-    # The gradient is computed as the difference between old and new parameters, which has float32 rounding errors.
+    # `sgd_step` computes the gradient as the difference of old and new parameters, which has float32 rounding errors.
     assert relative_difference(gradient, jax.device_get(expected)) < 3e-6
     # The gradient with respect to the logits does not have this rounding error.
     ours = jax.grad(lambda z: objective_by_logits(z, batch, method))(logits)
@@ -95,7 +95,7 @@ def test_trapo_gradient_equals_independent_float64(params):
 
 
 def test_stale_tokens_are_weighted_by_their_ratio_to_the_sampler(params):
-    """The advantage of each completion token is in effect multiplied by the ratio; expert tokens are unaffected."""
+    """The advantage of each completion token is effectively multiplied by the ratio. Expert tokens are unaffected."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages)
     method = make_method("trapo", alpha=ALPHA)
@@ -109,7 +109,8 @@ def test_stale_tokens_are_weighted_by_their_ratio_to_the_sampler(params):
     assert relative_difference(gradient, expected) < 1e-5
     np.testing.assert_allclose(metrics["policy/ratio_mean"], ratio[completion].mean(), rtol=1e-5)
     gap = np.abs(now - batch.sampler_logprobs)[completion]
-    for step_metrics in (metrics, on_policy):  # both compare the trainer with the sampler
+    # In both cases, the gap is between the trainer and the sampler.
+    for step_metrics in (metrics, on_policy):
         np.testing.assert_allclose(step_metrics["policy/logprob_gap_mean"], gap.mean(), rtol=1e-5)
 
 
@@ -154,7 +155,7 @@ def test_gradient_does_not_depend_on_the_layout(params):
             np.testing.assert_allclose(other[1][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
-def test_padding_and_pad_id_change_nothing(params):
+def test_padding_and_pad_id_do_not_matter(params):
     groups, advantages = ragged_groups()
     method = make_method("trapo")
     reference = sgd_step(method, build(groups, advantages), params)[0]
@@ -164,7 +165,7 @@ def test_padding_and_pad_id_change_nothing(params):
 
 
 def test_other_lengths_do_not_recompile(params):
-    """Rollouts of other lengths fill a different number of rows but run the same program."""
+    """Rollouts of other lengths fill a different number of rows, but the same compiled program processes them."""
     optimizer = optax.sgd(0.01)
     mesh = one_device_mesh()
     method = make_method("trapo")
@@ -181,7 +182,7 @@ def test_other_lengths_do_not_recompile(params):
     assert step._cache_size() == 1
 
 
-def test_row_mates_change_nothing(params):
+def test_the_gradient_of_a_batch_is_the_sum_over_its_groups(params):
     groups, advantages = ragged_groups()
     method = make_method("trapo", normalizer="constant_sum")
     alone = [
@@ -263,8 +264,11 @@ def test_metrics_by_hand(params):
     assert np.count_nonzero(histogram) > 1
 
 
-def test_the_trace_holds_each_trained_token_s_logprob_and_gradient_weight(params):
-    """The trace covers every position of a row; gradient weights include all terms, unclipped, with expert weight 2."""
+def test_the_trace_contains_the_logprob_and_gradient_weight_of_each_trained_token(params):
+    """The trace covers every position of a row.
+
+    Gradient weights include all loss terms. Here, the expert weight is 2, and ratios are not clipped.
+    """
     groups, advantages = ragged_groups()
     batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=3)
     mesh, optimizer = one_device_mesh(), optax.sgd(1.0)
@@ -289,12 +293,12 @@ def batch_logprobs(batch, params):
 
 
 def other_policy(params, size=0.3):
-    """Returns parameters near `params`, for a different policy on the same batch."""
+    """Returns parameters that are close to `params` but define a different policy."""
     noise = lambda x: size * np.random.default_rng(x.size).normal(size=x.shape) * np.std(x)
     return jax.tree.map(lambda x: np.float32(x + noise(x)), params)
 
 
-def test_clipped_update_and_divergence_equal_independent_float64(params):
+def test_clipped_update_and_divergence_equal_an_independent_float64_implementation(params):
     """Checks a second update on a batch, with ratios outside both bounds and a third policy as the reference."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages)
@@ -337,7 +341,7 @@ def test_clipped_update_and_divergence_equal_independent_float64(params):
     )
 
 
-def test_old_logprobs_of_the_same_policy_change_nothing(params):
+def test_old_logprobs_of_the_same_policy_do_not_change_the_gradient(params):
     """A single update per batch therefore needs no forward pass for old log-probabilities."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=7)
@@ -353,7 +357,7 @@ def test_old_logprobs_of_the_same_policy_change_nothing(params):
 
 
 def test_one_update_compiles_to_one_forward_and_one_backward_pass(params):
-    """An update takes three times the FLOPs of a forward pass and spends none on old log-probabilities."""
+    """An update takes about three times the FLOPs of a forward pass, and none for old log-probabilities."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages, micro_batch_rows=8)
     method, mesh, optimizer = make_method("trapo"), one_device_mesh(), optax.sgd(1.0)
@@ -368,7 +372,7 @@ def test_one_update_compiles_to_one_forward_and_one_backward_pass(params):
     assert 2 < ratio < 3.5
 
 
-def test_non_finite_or_too_large_gradient_changes_nothing_but_is_counted(params):
+def test_an_update_with_a_non_finite_or_too_large_gradient_is_skipped_and_counted(params):
     groups, advantages = ragged_groups()
     method = dataclasses.replace(make_method("trapo"), max_applied_grad_norm=10.0)
     optimizer, mesh = optax.adam(1e-3), one_device_mesh()
@@ -388,15 +392,15 @@ def test_non_finite_or_too_large_gradient_changes_nothing_but_is_counted(params)
     assert (metrics["optimizer/skipped"], state.num_skipped_in_a_row) == (0, 0)
 
 
-def test_swapping_optimizer_states_twice_puts_them_back():
+def test_swapping_optimizer_states_twice_restores_them():
     state = TrainState("params", "main", 7, 0, ("second", "third"))
     swapped = swap_optimizer(state, 2)
     assert (swapped.opt_state, swapped.other_opt_states) == ("third", ("second", "main"))
     assert swap_optimizer(swapped, 2) == swap_optimizer(state, 0) == state
 
 
-def test_nan_in_masked_slots_changes_nothing(params):
-    """The values at tokens without a loss do not matter."""
+def test_nan_at_masked_tokens_changes_nothing(params):
+    """Advantages and log-probabilities at tokens without an RL loss do not matter."""
     groups, advantages = ragged_groups()
     batch = build(groups, advantages, packed=True, row_len=33, micro_batch_rows=7)
     completion = batch.kinds == TokenKind.COMPLETION
@@ -420,7 +424,7 @@ def test_learning_rate_warms_up_and_decays():
     expected = [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.64, 1.28, 0.92, 0.56]
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
     assert rate(11, 1.0) == pytest.approx(0.2)
-    assert rate(0.5, 0.0) == 0.5  # after the first of two updates of the first step
+    assert rate(0.5, 0.0) == 0.5  # after the first of two updates in the first step
     # If a budget ends the run after five steps, warm-up is unchanged, and the decay is twice as fast.
     rates = [rate(step, (step - 1) / 5) for step in range(1, 6)]
     np.testing.assert_allclose(rates, [1.0, 2.0, 2.0, 1.64, 0.92], rtol=1e-6)
@@ -461,7 +465,7 @@ def test_gradient_is_clipped_to_its_maximum_norm(params):
         assert relative_difference(applied, expected) < 1e-5
 
 
-def test_weight_decay_spares_norms(params):
+def test_weight_decay_does_not_apply_to_norms(params):
     decaying = make_optimizer(adam_b1=0.9, adam_b2=0.9, weight_decay=0.1)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = decaying.update(zeros, decaying.init(params), params)
@@ -471,14 +475,14 @@ def test_weight_decay_spares_norms(params):
 
 
 def test_same_gradient_on_eight_devices():
-    """A separate process checks meshes of 2, 8, 4 x 2, and 2 x 2 x 2 forced host devices."""
+    """A separate process checks meshes of 2, 8, 4 x 2, and 2 x 2 x 2 simulated host devices."""
     script = Path(__file__).with_name("eight_devices.py")
     result = run_python(script, PYTHONPATH=os.pathsep.join(sys.path))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "4 meshes agree" in result.stdout
 
 
-def test_mesh_that_does_not_fit_is_named():
+def test_the_error_for_a_mesh_that_does_not_fit_names_its_axes():
     from trapo_jax.types import UserError
 
     with pytest.raises(UserError, match=r"mesh.fsdp=1 x mesh.tp=3: the number of devices"):

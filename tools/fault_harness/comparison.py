@@ -56,7 +56,9 @@ def read_checkpoint(
     import jax
 
     registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")  # as in CheckpointStore
+    registry.add(
+        ocp.handlers.JsonHandler, checkpointable_name="host"
+    )  # the same handler as in CheckpointStore
     context = ocp.Context()
     context.checkpointables.registry = registry
     steps = [int(path.name) for path in (folder / CHECKPOINTS).iterdir()]
@@ -73,7 +75,7 @@ def read_checkpoint(
 
 
 def _results(folder: Path) -> list[str]:
-    """Returns the relative paths of the exported weights, the summary and the evaluation results that exist."""
+    """Returns the relative paths of a run's exported weights, summary and evaluation results, except missing files."""
     paths = [folder / EXPORT / WEIGHTS, folder / SUMMARY, *(folder / EVALUATIONS).glob("*.json")]
     return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 
@@ -86,7 +88,7 @@ def _untimed(line: str) -> dict[str, Any]:
     return {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
 
 
-# Prefixes of metrics that depend on the mesh or consist of rounding errors.
+# Prefixes of metrics that depend on the mesh or consist only of rounding errors.
 MESH_DEPENDENT = ("batch/pad", "batch/balance", "sampling/slot_utilization", "policy/logprob_gap")
 
 

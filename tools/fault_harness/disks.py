@@ -18,7 +18,7 @@ def can_mount(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, options: str = "size=48m") -> Iterator[Path]:
-    """Mounts an in-memory file system at a folder, and discards it on exit."""
+    """Mounts an in-memory file system at a folder, and unmounts it on exit."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if shutil.which("mount") is None:

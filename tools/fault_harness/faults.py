@@ -1,4 +1,7 @@
-"""Defines faults that interrupt or disturb a run. The resumed run must equal an uninterrupted run bit for bit."""
+"""Defines faults that interrupt a run or interfere with it.
+
+After each fault, the resumed run must reproduce an uninterrupted run bit for bit.
+"""
 
 import os
 import random
@@ -21,7 +24,7 @@ from fault_harness.strike_at import MOMENTS, fill
 from trapo_jax.runs.directory import CHECKPOINTS, EXPORT, SUMMARY, TENSORBOARD
 
 MAX_DELAY_SECS = 1.0  # maximum delay after a record; a run writes about two records per second
-MAX_CALLS = 4  # A fault at a named moment strikes before one of the first MAX_CALLS calls.
+MAX_CALLS = 4  # A fault at a named moment strikes before one of the first MAX_CALLS calls of the moment's function.
 KILL, HOUR_BACK = "kill", "clock"  # actions of `strike_at.py`
 
 
@@ -29,7 +32,7 @@ class Bench(NamedTuple):
     """The reference runs of a fault test.
 
     Attributes:
-      uninterrupted: a finished run, which faulty runs must equal.
+      uninterrupted: a finished run; runs with injected faults must reproduce it exactly.
       other: a finished run with a different seed.
       num_records: number of records in a complete metrics.jsonl, used to choose random times.
     """
@@ -64,8 +67,8 @@ class Fault(NamedTuple):
 
     Attributes:
       name: a short description of the fault.
-      strike: applies the fault to a run, given its directory, and describes the state in which it struck. Afterwards,
-        the run is resumed unless it is complete.
+      strike: applies the fault to the run in the given directory, and returns a description of the state in which the
+        fault struck the run. Afterwards, the run is resumed unless it is complete.
       environment: environment variables to set for the resumed run.
       tolerance: tolerance of the comparison with the uninterrupted run.
       is_compared: whether to resume the run and compare it with the uninterrupted run.
@@ -78,7 +81,7 @@ class Fault(NamedTuple):
     is_compared: bool = True
 
     def try_once(self, bench: Bench, folder: Path, seed: int) -> str:
-        """Applies the fault to a run, and describes the state in which it struck.
+        """Applies the fault to a run, and returns a description of the state in which the fault struck it.
 
         Raises:
           TooLate: if the run finished before the fault could strike.
@@ -114,7 +117,7 @@ def kill_at_random(bench: Bench, run: Path, rng: random.Random) -> str:
 
 
 def kill_at_moment(bench: Bench, run: Path, rng: random.Random) -> str:
-    """Kills a run at a named moment and, with probability 2/3, again while it recovers."""
+    """Kills a run at a named moment and, with probability 2/3, kills it again while it recovers."""
     del bench
     reached = _struck_at_moment(run, rng, KILL)[0]
     if rng.random() < 1 / 3:
@@ -142,7 +145,7 @@ def stop_by(number: signal.Signals) -> Callable[[Bench, Path, random.Random], st
 
 
 def suspend(bench: Bench, run: Path, rng: random.Random) -> str:
-    """Suspends a process for longer than `limits.stuck_after_secs`. It must not mistake this for a hang."""
+    """Suspends a process for longer than `limits.stuck_after_secs`. The process must not take this for a hang."""
     limit = 20.0
     job = (*jobs.JOB, f"limits.stuck_after_secs={limit}")
     process = bench.start_and_wait(run, rng, job, first=1)
@@ -152,7 +155,7 @@ def suspend(bench: Bench, run: Path, rng: random.Random) -> str:
     ended = jobs.finish(process)
     if ended.code:
         raise Failure(f"exit code {ended.code}: {ended.output[-2000:]}")
-    return f"stopped for {1.5 * limit:g} s"
+    return f"suspended for {1.5 * limit:g} s"
 
 
 def full_disk_at_random(bench: Bench, run: Path, rng: random.Random) -> str:
@@ -196,7 +199,7 @@ def few_descriptors(bench: Bench, run: Path, rng: random.Random) -> str:
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, limit))
     ended = jobs.finish(process)
     line = jobs.check_refusal(ended, jobs.EXIT_FAILED) if ended.code else "the run completed"
-    return f"{limit} open files, {jobs.progress(run)}; {line}"
+    return f"at most {limit} open files, {jobs.progress(run)}; {line}"
 
 
 def moved_folder(bench: Bench, run: Path, rng: random.Random) -> str:
@@ -216,7 +219,11 @@ def moved_folder(bench: Bench, run: Path, rng: random.Random) -> str:
 
 
 def copy_unfinished(bench: Bench, run: Path) -> list[int]:
-    """Copies a finished run as it was before its last checkpoint, and returns the steps of the copied checkpoints."""
+    """Copies a finished run without its last checkpoint, its export and its summary.
+
+    Returns:
+      The steps of the copied checkpoints.
+    """
     shutil.copytree(bench.uninterrupted, run)
     (run / SUMMARY).unlink()
     shutil.rmtree(run / EXPORT)
@@ -226,7 +233,7 @@ def copy_unfinished(bench: Bench, run: Path) -> list[int]:
 
 
 def misplaced_checkpoints(bench: Bench, run: Path, rng: random.Random) -> str:
-    """Swaps, renames or copies checkpoints. The run must refuse them or resume from the correct one."""
+    """Swaps, renames or copies checkpoints. The run must reject them or resume from the correct one."""
     *_, old, new = copy_unfinished(bench, run)
     folder = run / CHECKPOINTS
     later = str(rng.randint(17, 99))
@@ -253,13 +260,14 @@ def misplaced_checkpoints(bench: Bench, run: Path, rng: random.Random) -> str:
     if not ended.code:
         return f"{name}: resumed from the correct checkpoint"
     line = jobs.check_refusal(ended, jobs.EXIT_USER_ERROR)
-    shutil.rmtree(run)  # The run was refused, so there is nothing to compare.
+    # The run was not resumed, so there is nothing to compare. A copy of the uninterrupted run passes the comparison.
+    shutil.rmtree(run)
     shutil.copytree(bench.uninterrupted, run)
     return f"{name}: {line}"
 
 
 def foreign_files(bench: Bench, run: Path, rng: random.Random) -> str:
-    """Puts foreign files into every folder of a run. The run must leave them alone."""
+    """Puts foreign files into every subfolder of a run. The run must leave them alone."""
     copy_unfinished(bench, run)
     planted = plant(run, rng)
     jobs.complete(run)
@@ -268,7 +276,7 @@ def foreign_files(bench: Bench, run: Path, rng: random.Random) -> str:
 
 
 def spoiled_tensorboard(how: str) -> Callable[[Bench, Path, random.Random], str]:
-    """Returns a fault that disturbs the writing of TensorBoard events.
+    """Returns a fault that interferes with the writing of TensorBoard events.
 
     The events only duplicate the metrics, so the run must succeed, with at most one warning.
     """
@@ -302,7 +310,7 @@ TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
 
 def interruptions() -> Sequence[Fault]:
-    """Returns one fault of each kind that needs no small disk, except for single kills."""
+    """Returns one fault of each kind that does not need a small disk, except for single kills."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {TWO_DEVICES}"
     terminate = stop_by(signal.SIGTERM)
     another_mesh = Fault(
@@ -325,7 +333,7 @@ def interruptions() -> Sequence[Fault]:
 
 
 def disk_faults() -> Sequence[Fault]:
-    """Returns the faults of TensorBoard event files that need a small disk."""
+    """Returns the TensorBoard faults that need a small disk."""
     return [
         Fault("tb/ full", spoiled_tensorboard("full")),
         Fault("tb/ unwritable", spoiled_tensorboard("read-only")),

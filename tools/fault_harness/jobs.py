@@ -1,4 +1,4 @@
-"""Defines the job that faults strike, starts it, waits for it, and checks its output."""
+"""Defines the job into which faults are injected, starts it, waits for it, and checks its output."""
 
 import contextlib
 import json
@@ -63,8 +63,8 @@ def start(
 
     Args:
       folder: the run directory.
-      job: the other arguments of the program.
-      program: the Python script, or `-m` and the module, to run.
+      job: arguments of the program, in addition to `output_dir`.
+      program: arguments of the Python interpreter: a script, or `-m` and a module.
       environment: environment variables to set.
       log: file for the output. If None, the output goes to a pipe.
     """
@@ -100,15 +100,15 @@ def complete(
     """
     ended = finish(start(folder, job, environment=environment))
     if ended.code:
-        raise Failure(f"exit code {ended.code} of the resumed run: {ended.output[-2000:]}")
+        raise Failure(f"the run ended with exit code {ended.code}: {ended.output[-2000:]}")
     return ended.output
 
 
 def check_refusal(ended: Ended, *codes: int) -> str:
-    """Returns the error line of a process, which must have failed with one of the exit codes.
+    """Returns the error line of a process that must have failed with one of the given exit codes.
 
     Raises:
-      Failure: if the exit code differs, the number of error lines is not one, or a traceback was printed.
+      Failure: if the exit code is not one of `codes`, the number of error lines is not one, or a traceback was printed.
     """
     errors = ended.lines("error: ")
     if ended.code not in codes or len(errors) != 1 or "Traceback" in ended.output:

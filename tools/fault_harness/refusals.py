@@ -1,4 +1,4 @@
-"""Defines mistakes in commands, files and environments, which a run must refuse with one error line."""
+"""Defines mistakes in commands, files and environments. A run must reject each of them with one error line."""
 
 import os
 import random
@@ -16,7 +16,7 @@ HUGE = 10**9
 
 
 class Refusal(NamedTuple):
-    """A mistake that a run must refuse.
+    """A mistake that a run must reject.
 
     Attributes:
       name: a short description of the mistake.
@@ -67,7 +67,7 @@ REFUSALS = (
 
 
 def refusal(mistake: Refusal) -> Fault:
-    """Returns a fault that makes a mistake and checks that it is refused."""
+    """Returns a fault that makes a mistake and checks that the run rejects it."""
 
     def strike(bench: Bench, run: Path, rng: random.Random) -> str:
         del bench, rng
@@ -85,7 +85,7 @@ def refusal(mistake: Refusal) -> Fault:
 
 
 def two_seeds(bench: Bench, run: Path, rng: random.Random) -> str:
-    """Starts a job of two processes with different seeds. Both processes must be refused."""
+    """Starts a job of two processes with different seeds. Both processes must exit with an error."""
     del bench, rng
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -109,6 +109,6 @@ def ascii_terminal(bench: Bench, run: Path, rng: random.Random) -> str:
 
 
 def refusals() -> Sequence[Fault]:
-    """Returns the faults that affect the start of a run."""
+    """Returns one fault for each mistake, and one for a terminal that supports only ASCII."""
     two = Fault("two processes with two seeds", two_seeds, is_compared=False)
     return [*map(refusal, REFUSALS), two, Fault("an ASCII terminal", ascii_terminal)]

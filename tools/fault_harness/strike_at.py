@@ -2,9 +2,9 @@
 
     python strike_at.py MOMENT NUMBER ACTION FIELD=VALUE ...
 
-MOMENT is a key of `MOMENTS`; the fault strikes just before the NUMBERth call of the function that it maps to. ACTION is
-`kill` (kill this process), `clock` (set the clock back by an hour), or a path (write a file there until its disk is
-full).
+MOMENT is a key of `MOMENTS`, which maps it to a function. The fault strikes just before the NUMBER-th call of this
+function. ACTION is `kill` (kill this process), `clock` (set the clock back by an hour), or a path (write a file there
+until its disk is full).
 """
 
 import importlib
@@ -35,7 +35,7 @@ MOMENTS = {
 
 
 def find(moment: str) -> tuple[Any, str]:
-    """Returns the module or class that has the function of a moment, and the function's name."""
+    """Returns the module or class that contains a moment's function, and the function's name."""
     module, _, path = MOMENTS[moment].partition(":")
     owner: Any = importlib.import_module(module)
     *parents, name = path.split(".")
@@ -45,7 +45,7 @@ def find(moment: str) -> tuple[Any, str]:
 
 
 def strike_at(moment: str, number: int, action: Callable[[], None]) -> None:
-    """Replaces the function of a moment, so that `action` is called before its `number`-th call."""
+    """Wraps a moment's function so that `action` is called just before the `number`-th call of the function."""
     owner, name = find(moment)
     function, calls = getattr(owner, name), iter(range(1, sys.maxsize))
 

@@ -21,11 +21,11 @@ from trapo_jax.comparison.tuning import TrialScore
 from trapo_jax.types import UserError
 
 BUDGET_TOLERANCE = 0.01
-# With fewer seeds, an interval of the median always includes the worst or the best possible score.
+# With fewer seeds, the interval of the median always extends to the worst or the best possible score.
 MIN_SEEDS = 6
 MIN_SEEDS_IF_ONE_FAILS = 10
 FAILURE_GAP = 0.2  # A seed has failed if its accuracy trails the best seed's by more than this.
-MEAN, MEDIAN, IQM = STATISTICS  # names of the statistics
+MEAN, MEDIAN, IQM = STATISTICS  # The names of the statistics.
 MEAN_OF_SOURCES = "mean of sources"
 
 
@@ -63,7 +63,10 @@ class Comparison:
 
     @property
     def sampling(self) -> str:
-        """How evaluations sample, for example `4 samples per problem at temperature 0.6`; empty if no run is complete."""
+        """The number of samples and the temperature, such as `4 samples per problem at temperature 0.6`.
+
+        The string is empty if no run is complete.
+        """
         if not self.results:
             return ""
         scoring = self.results[0].run.config.evaluation
@@ -98,7 +101,7 @@ class Difference(NamedTuple):
 
     Attributes:
       better, other: the methods; `better` has the higher mean.
-      num_seeds: number of seeds of the method that has fewer.
+      num_seeds: number of seeds of the method with fewer seeds.
       mean, median: differences between the means and between the medians over seeds.
     """
 
@@ -109,7 +112,7 @@ class Difference(NamedTuple):
     median: Contrast
 
     def verdict(self, contrast: Contrast, margin: float) -> str:
-        """Returns the name of the better method, "equivalent", or "undecided".
+        """Returns the name of the better method, "equivalent", "undecided", or a note that there is only one seed.
 
         Args:
           contrast: the difference between the means or between the medians.
@@ -269,14 +272,14 @@ def find_contrasts(
 
 
 def find_warnings(c: Comparison) -> list[str]:
-    """Returns warnings about everything that limits the conclusions to be drawn from the results."""
+    """Returns warnings about everything that limits the conclusions that can be drawn from the results."""
     warnings = []
     fewest = min([c.grid.num_seeds, *(len(c.results_of(method)) for method in c.methods)])
     failing = [row.method for row in score_methods(c) if row.num_failed]
     needed = MIN_SEEDS_IF_ONE_FAILS if failing else MIN_SEEDS
     if fewest < needed:
         seeds = "1 seed" if fewest == 1 else f"{fewest} seeds"
-        why = f", because a seed of {' and of '.join(failing)} failed" if failing else ""
+        why = f", because a seed of {' and a seed of '.join(failing)} failed" if failing else ""
         warnings.append(
             f"this is a smoke test, not a result: {seeds} per method instead of {needed}{why}"
         )
@@ -293,6 +296,7 @@ def find_warnings(c: Comparison) -> list[str]:
         if a.trial.method == b.trial.method and a.fingerprint == b.fingerprint and a.accuracies:
             warnings.append(
                 f"{a.trial.method} gave identical results with {a.trial.setting} and with {b.trial.setting}: "
-                "the swept field does not affect it, so it was effectively tuned with fewer trials than the others"
+                "the swept field does not affect this method, so it was effectively tuned with fewer trials than the "
+                "others"
             )
     return warnings

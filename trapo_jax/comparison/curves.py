@@ -9,12 +9,12 @@ from trapo_jax.comparison.results import Result
 from trapo_jax.runs.budget import STEPS, UNITS
 
 NUM_POINTS = 41
-LINE_STYLES = ("-", "--", "-.", ":")  # to distinguish methods without color
+LINE_STYLES = ("-", "--", "-.", ":")  # Distinguish methods without color.
 
 
 def plot_curves(path: Path, results: Sequence[Result]) -> None:
     """Plots validation accuracy: the mean over seeds, and a band from the worst to the best seed."""
-    from matplotlib.figure import Figure  # takes seconds to import
+    from matplotlib.figure import Figure  # The import takes seconds.
 
     figure = Figure(figsize=(12, 7), layout="constrained")
     panels = figure.subplots(2, 3, sharey=True).ravel()

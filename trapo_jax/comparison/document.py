@@ -37,7 +37,7 @@ class Code(NamedTuple):
 
 class Image(NamedTuple):
     path: Path
-    text: str  # alternative text
+    text: str  # The alt text.
 
 
 Block = Heading | Paragraph | WarningBlock | Bullets | Table | Code | Image

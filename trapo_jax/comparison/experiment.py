@@ -1,4 +1,4 @@
-"""Compares methods at equal budgets: checks the train steps, tunes, executes the runs, and writes the report."""
+"""Compares methods at equal budgets: checks train steps, tunes methods, executes runs, and writes the report."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from trapo_jax.runs.directory import lock_folder, write_atomically
 from trapo_jax.types import UserError
 
 CURVES, MARKDOWN, HTML = "curves.png", "comparison.md", "comparison.html"
-FINALISTS = 0.25  # fraction of a method's trials that are repeated with more seeds
+FINALISTS = 0.25  # Fraction of a method's trials that are repeated with more seeds.
 CURVES_TEXT = "Validation accuracy as a function of trained tokens, sampled tokens, FLOPs, problems and seconds"
 
 
@@ -32,7 +32,7 @@ class Resources:
 
     Attributes:
       jobs: maximum number of concurrent runs.
-      environment: environment variables of their processes.
+      environment: environment variables of the runs' processes.
       say: function that prints a line about the progress.
     """
 
@@ -48,7 +48,7 @@ def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) 
       grid: the comparison.
       out: directory of the report; created before any run starts.
       command: the command line, for the report.
-      jobs: maximum number of concurrent runs; None for one per core, or one on an accelerator.
+      jobs: maximum number of concurrent runs; None for one per core on CPU, and one on an accelerator.
       say: function that prints a line about the progress.
 
     Raises:
@@ -62,7 +62,7 @@ def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) 
         [trial for method_trials in trials.values() for trial in method_trials], grid.tuning_seeds
     )
     examples = list({run.trial.method: run for run in planned}.values())
-    # Both may be the same folder, which must be locked only once.
+    # The two options may name the same folder, which must be locked only once.
     folders = {grid.runs.absolute(): "--runs", out.absolute(): "--out"}
     with contextlib.ExitStack() as stack:
         for folder, option in folders.items():
@@ -80,7 +80,7 @@ def execute(
     say: Say,
 ) -> Comparison:
     """Checks one run of each method, tunes the methods, and executes the final runs; see `compare`."""
-    # The runs of a method compile the same programs and share a cache.
+    # All runs share a compilation cache, because the runs of a method compile the same programs.
     cache = str(grid.runs.absolute() / "compiled")
     # Let the runs find modules in the folder of the comparison's config file.
     search_path = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -149,7 +149,7 @@ def tune(
         scores = score_trials([*runs, *more])
     chosen = [s.trial for s in best_trials(scores)]
     for trial in chosen:
-        resources.say(f"tuned: {trial.method}: {trial.setting}")
+        resources.say(f"tuned {trial.method}: {trial.setting}")
     return chosen, scores, failures
 
 

@@ -24,14 +24,14 @@ UNLIMITED_STEPS = 10**9
 MAX_TRIALS = 10_000
 VALIDATION, TEST = "validation", "test"
 METHOD_NAME = "method.name"
-# Fields that the comparison sets, and the options to use instead.
+# Fields that the comparison sets, each with the option to use instead or an explanation.
 SET_BY_COMPARISON = {
-    METHOD_NAME: "--methods",
-    "seed": "--seeds",
-    "output_dir": "--out",
-    "train.budget_unit": "--match",
-    "train.budget": "--budget",
-    "train.num_steps": "--match steps --budget",
+    METHOD_NAME: "use --methods",
+    "seed": "use --seeds",
+    "output_dir": "use --out",
+    "train.budget_unit": "use --match",
+    "train.budget": "use --budget",
+    "train.num_steps": "use --match steps and --budget",
     "evaluation.splits": "tuning evaluates the validation split, and final runs evaluate both splits",
 }
 # Prefixes of fields that must be the same for all methods.
@@ -41,11 +41,11 @@ DEFAULT_OVERRIDES = (("evaluation.every", "0.2"),)
 
 
 class Sweep(NamedTuple):
-    """Values of a field to try with `methods` or, if this is empty, with all methods that no sweep names."""
+    """Values of a field to try with `methods` or, if `methods` is empty, with all methods that no sweep names."""
 
     methods: tuple[str, ...]
     field: str
-    values: tuple[str, ...]  # YAML scalars
+    values: tuple[str, ...]  # YAML values
 
 
 class Variant(NamedTuple):
@@ -98,10 +98,10 @@ class Grid:
       methods: names of methods or variants.
       variants: methods with custom settings.
       sweeps: fields to tune.
-      num_trials: number of trials per method: one with the configured hyperparameters, the others with settings drawn at
-        random from all of its sweeps; None for all settings.
+      num_trials: number of trials per method: one with the configured hyperparameters, and the others with settings
+        drawn at random from the method's sweeps; None for all settings.
       num_seeds: number of final runs per method.
-      num_tuning_seeds: number of runs for each of the best quarter of the trials; the other trials have one.
+      num_tuning_seeds: number of runs of each trial in the best quarter of the trials; the other trials have one run.
       match: unit of the budget.
       budget: budget of each run, in that unit.
       runs: directory that contains the run directories.
@@ -124,7 +124,7 @@ class Grid:
     margin: float
 
     def trials(self) -> dict[str, list[Trial]]:
-        """Returns the trials of each method; every method has the same number.
+        """Returns the trials of each method; every method has the same number of trials.
 
         Raises:
           UserError: if the methods would have different numbers of trials, or the options contradict each other.
@@ -134,7 +134,7 @@ class Grid:
         if len({len(found) for found in trials.values()}) > 1:
             counts = ", ".join(f"{method} {len(found)}" for method, found in trials.items())
             raise UserError(
-                f"--sweep: numbers of trials differ ({counts}); tune every method equally, using "
+                f"--sweep: the numbers of trials differ ({counts}); tune every method equally, using "
                 "--sweep METHOD:FIELD=VALUE,... for fields that only some methods have"
             )
         return trials
@@ -165,7 +165,9 @@ class Grid:
         for sweep in self.sweeps:
             _check_not_shared("--sweep", sweep.field)
         if "" in self.methods:
-            raise UserError("--methods: an empty name; list methods as in --methods grpo,trapo")
+            raise UserError(
+                "--methods: an empty name in the list; list methods as in --methods grpo,trapo"
+            )
         for variant in self.variants:
             if _is_method(variant.name):
                 raise UserError(
@@ -201,7 +203,7 @@ class Grid:
             raise UserError(
                 f"--sweep: {method} has {num_settings:,} settings, too many to draw from"
             )
-        # Methods with the same number of settings sample the same positions.
+        # For methods with the same number of settings, the same positions are drawn.
         drawn = random.Random(0).sample(range(num_settings), self.num_trials - 1)
         return [Trial(method), *(Trial(method, _setting_at(i, choices)) for i in drawn)]
 
@@ -242,9 +244,9 @@ def _budget_fields(unit: str, amount: float) -> dict[str, str]:
 
 
 def parse_sweep(text: str) -> Sweep:
-    """Parses `[METHOD,...:]FIELD=VALUE,...`. FIELD may be just the last part of a field's name if that is unique.
+    """Parses `[METHOD,...:]FIELD=VALUE,...`. FIELD may be just the last part of a field's name if it is unique.
 
-    Commas inside of brackets belong to a value.
+    Commas inside brackets belong to a value.
 
     >>> parse_sweep("trapo,luffy:expert_weight=0.5,2")
     Sweep(methods=('trapo', 'luffy'), field='method.expert_weight', values=('0.5', '2'))
@@ -265,7 +267,7 @@ def parse_sweep(text: str) -> Sweep:
 
 
 def _split_values(text: str) -> tuple[str, ...]:
-    """Splits a text at the commas that are not inside of brackets."""
+    """Splits a string at the commas that are not inside brackets."""
     values, depth = [""], 0
     for character in text:
         depth += (character in "[{") - (character in "]}")
@@ -292,7 +294,7 @@ def parse_variant(text: str) -> Variant:
         raise UserError(f"--variant {text}: {error}") from error
     if file:
         raise UserError(
-            f"--variant {text}: --config applies to all runs; pass it outside of --variant"
+            f"--variant {text}: --config applies to all runs; pass it outside --variant"
         )
     settings = tuple((_full_field_name(field), value) for field, value in overrides)
     fields = [field for field, _ in settings]
@@ -317,7 +319,7 @@ def _check_not_shared(option: str, field: str) -> None:
 def _full_field_name(field: str) -> str:
     names = [name for name, *_ in list_fields(Config)]
     matches = [name for name in names if name.rsplit(".", 1)[-1] == field]
-    # Unknown names are kept, so that loading the config reports them with a suggestion.
+    # Unknown names are kept so that an error with a suggestion is raised when the config is loaded.
     return field if field in names or len(matches) != 1 else matches[0]
 
 
@@ -337,7 +339,7 @@ def _setting_at(
 
 
 def _is_method(name: str) -> bool:
-    """Returns whether a config can name this method."""
+    """Returns whether `name` is a valid value of `method.name` in a config."""
     try:
         load_config(Config, None, [(METHOD_NAME, name)])
     except UserError:

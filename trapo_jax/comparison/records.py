@@ -1,7 +1,7 @@
-"""Reads and writes the records of completed runs, which contain all data in a comparison's tables in a few kB each.
+"""Reads and writes the records of completed runs, from which the tables of a comparison are made.
 
-A record contains the run's config, code version, machine and `Result`. Records from several machines can be collected
-in one folder. Once a record exists, the run directory is no longer needed.
+A record takes a few kB and contains the run's config, code version, machine and `Result`. Records from several machines
+can be collected in one folder. Once a record exists, the run directory is no longer needed.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from trapo_jax.types import UserError
 
 OUTPUT_DIR, SOURCE = "output_dir", "data.source"
 SEPARATORS = (",", ":")
-SHOWN = 3  # maximum number of differing fields that an error message lists
+SHOWN = 3  # Maximum number of differing fields that an error message lists.
 
 
 def is_done(run: PlannedRun) -> bool:
@@ -71,7 +71,7 @@ def load_result(run: PlannedRun) -> Result:
 
 
 def load_record(run: PlannedRun) -> dict[str, Any] | None:
-    """Returns the record of a run, or None if there is none or it covers only the first steps.
+    """Returns the record of a run, or None if there is none or the recorded run had fewer steps than are now requested.
 
     Raises:
       UserError: if the record belongs to a run with a different config.
@@ -82,7 +82,7 @@ def load_record(run: PlannedRun) -> dict[str, Any] | None:
     saved, current = record.get("config"), _fields(run.config)
     if not isinstance(saved, dict):
         raise _damaged(run, "no config")
-    # Fields added after the record was written behaved like their current defaults.
+    # Fields that the record lacks were added later. Until then, the code behaved as it does now with their defaults.
     task = [(name, current[name]) for name in (SOURCE, METHOD_NAME)]
     saved = _fields(load_config(Config, None, task)) | saved
     fields = [f for f in {*saved, *current} if saved.get(f) != current.get(f)]
@@ -123,19 +123,19 @@ def write_record(run: PlannedRun, result: Result) -> None:
 
 
 def _fields(config: Config) -> dict[str, Any]:
-    """Returns the JSON values of a config's fields, keyed by name, without the output folder."""
+    """Returns the JSON values of a config's fields, keyed by name, without `output_dir`."""
     fields = flatten(config.model_dump(mode="json"))
     return {name: value for name, value in fields.items() if name != OUTPUT_DIR}
 
 
 @functools.cache
 def code() -> str:
-    """Returns the commit if the code is in a git checkout without changes, otherwise a hash of its files."""
+    """Returns the commit if the code is in a clean Git checkout; otherwise, the version with a hash of the files."""
     folder = str(Path(__file__).parent)
     try:
         git = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
         process = subprocess.run(git, capture_output=True, text=True)
-    except OSError:  # git is not installed
+    except OSError:  # Git is not installed.
         return code_version()
     commit = process.stdout.strip()
     is_exact = process.returncode == 0 and not commit.endswith("-dirty")
@@ -167,7 +167,7 @@ def _to_json(result: Result) -> dict[str, Any]:
             "correct": np.rint(scores.sampled * scores.numbers).astype(int).tolist(),
             "completion_len": scores.completion_len,
         }
-    for name in ("run", "code", "processor"):  # not measurements
+    for name in ("run", "code", "processor"):  # These are not measurements.
         del values[name]
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
 
@@ -195,11 +195,11 @@ def _to_scores(run: PlannedRun, values: Mapping[str, Any]) -> Scores:
 
 
 def _pack(texts: Sequence[str]) -> dict[str, Any]:
-    """Returns a compact form of texts with many duplicates: the distinct texts, and the index of each text in them."""
+    """Returns a compact form of strings with many duplicates: the distinct strings, and the index of each string."""
     values = sorted(set(texts))
     return {"values": values, "index": [values.index(text) for text in texts]}
 
 
 def _unpack(packed: Mapping[str, Any]) -> list[str]:
-    """Returns the texts that `_pack` packed."""
+    """Returns the list of strings that was passed to `_pack`."""
     return [packed["values"][i] for i in packed["index"]]

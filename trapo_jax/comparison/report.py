@@ -1,4 +1,4 @@
-"""Builds the report of a comparison: a document for readers, and numeric tables."""
+"""Builds the report of a comparison: a document for people to read, and numeric tables."""
 
 from collections.abc import Sequence
 
@@ -52,17 +52,18 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
         Heading("Accuracy on the test split"),
         score_table(c, scores),
         Paragraph(
-            "Brackets contain 95% intervals over seeds and problems. They assume nothing about the distribution of "
-            "seeds. The interval of the mean allows for failing seeds that were not run; the interval of the median "
-            "shows what to expect from a typical seed. iqm: mean of the middle half of the seeds. failed: number of "
-            f"seeds whose accuracy is more than {FAILURE_GAP:g} below the accuracy of the method's best seed; if there "
-            f"is one, a comparison needs at least {MIN_SEEDS_IF_ONE_FAILS} seeds."
+            "Brackets contain 95% confidence intervals over seeds and problems. They assume nothing about how accuracy "
+            "is distributed over seeds. The interval of the mean allows for failing seeds that were not run; the "
+            "interval of the median shows what to expect from a typical seed. iqm: mean of the middle half of the "
+            f"seeds. failed: number of seeds whose accuracy is more than {FAILURE_GAP:g} below the accuracy of the "
+            "method's best seed; if any seed failed, a comparison needs at least "
+            f"{MIN_SEEDS_IF_ONE_FAILS} seeds per method."
         ),
         seed_table(c, scores),
         *_describe_sources(c),
         Heading("Differences"),
         *_describe_differences(differences, c.grid.margin),
-        Heading("Other measures, means over seeds"),
+        Heading("Other measures (means over seeds)"),
         measure_table(c, scores),
         Heading("Resources spent"),
         spending_table(c),
@@ -82,7 +83,10 @@ def make_report(c: Comparison, curves: Image | None) -> tuple[Document, dict[str
 
 
 def _describe_sources(c: Comparison) -> list[Block]:
-    """Describes the accuracy of each method by source, best mean over sources first; empty unless there are several."""
+    """Describes each method's accuracy by source, in descending order of the mean of the sources.
+
+    The list is empty unless there are several sources.
+    """
     by_method = {method: accuracy_by_source(c.results_of(method)) for method in c.methods}
     rows = sorted(
         ((method, found) for method, found in by_method.items() if found),
@@ -93,8 +97,9 @@ def _describe_sources(c: Comparison) -> list[Block]:
     header = ["method", *rows[0][1]]
     cells = [[method, *(f"{x:.3f}" for x in found.values())] for method, found in rows]
     text = (
-        "The other tables cover all problems together. This one shows the accuracy on each source's problems, averaged "
-        "over seeds, and the unweighted mean of the sources, which is commonly reported for several benchmarks."
+        "The other tables pool the problems of all sources. This one shows the accuracy on each source's problems, "
+        "averaged over seeds, and the unweighted mean of the sources, which is commonly reported when there are "
+        "several benchmarks."
     )
     return [Heading("Accuracy by source"), Table(header, cells), Paragraph(text)]
 
@@ -128,7 +133,7 @@ def _difference(x: Contrast) -> str:
 
 
 def score_table(c: Comparison, scores: Sequence[MethodScores]) -> Table:
-    """Returns the test-split accuracy of the base model and of each method, the best method first."""
+    """Returns the accuracy of the base model and of each method on the test split, with the best method first."""
     header = ["method", "setting", "seeds", "mean", "median", "iqm", "worst seed", "failed"]
     rows = []
     before = [r.before for r in c.results if r.before]

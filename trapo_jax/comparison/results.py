@@ -20,7 +20,7 @@ from trapo_jax.runs.directory import METRICS, SUMMARY, evaluation_file
 from trapo_jax.runs.loggers import EVAL, TRAIN, read_metrics
 from trapo_jax.types import UserError
 
-TAIL_BYTES = 2**16  # number of bytes to read from the end of metrics.jsonl; larger than any record
+TAIL_BYTES = 2**16  # Number of bytes to read from the end of metrics.jsonl; larger than any record.
 
 
 class Scores(NamedTuple):
@@ -44,7 +44,7 @@ def make_scores(
     correct: Sequence[int],
     completion_len: float,
 ) -> Scores:
-    """Returns the scores that follow from the number of samples of each problem and how many of them are correct."""
+    """Computes the scores from the number of samples of each problem and the number of correct ones among them."""
     fewest = min(numbers)
     return Scores(
         problems=problems,
@@ -73,7 +73,7 @@ class Result:
       spent: amount spent, keyed by unit.
       curve: accuracy on the validation split, from before training to the end.
       before, after: scores on the test split; None for a tuning run.
-      num_samples: number of samples per problem, the smallest if they differ.
+      num_samples: number of samples per problem; the smallest number if it differs between problems.
       entropy: entropy of the samples in the last evaluation, in nats per token.
       guidance: mean guidance ratio of the rollouts.
       expert_share: fraction of the trained tokens that are expert tokens.
@@ -98,7 +98,7 @@ class Result:
         """The exported model's accuracy on the validation split."""
         accuracies = [point.accuracy for point in self.curve]
         if self.run.config.checkpoint.load_best_model_at_end:
-            return max(accuracies[1:] or accuracies)  # The first was measured before training.
+            return max(accuracies[1:] or accuracies)  # The first one was measured before training.
         return accuracies[-1]
 
 
@@ -111,7 +111,7 @@ def is_complete(run: PlannedRun) -> bool:
 
 
 def progress(run: PlannedRun) -> float:
-    """Returns the fraction of its budget that a run has spent so far, according to its directory."""
+    """Returns the fraction of a run's budget that has been spent so far, according to the run directory."""
     return 1.0 if is_complete(run) else min(1.0, _last_step(run).get("budget/progress", 0.0))
 
 
@@ -133,13 +133,13 @@ def read_result(run: PlannedRun) -> Result:
     """Reads the result of a completed run.
 
     Raises:
-      UserError: if the directory is not a complete run directory of this version.
+      UserError: if the directory is not a complete run directory written by this version of trapo_jax.
     """
     try:
         return _read_result(run)
     except (OSError, KeyError, TypeError, UserError, ValueError) as error:
         raise UserError(
-            f"{run.folder}: not a complete run of this version ({error!r}); delete it to repeat the run"
+            f"{run.folder}: not a complete run of this version of trapo_jax ({error!r}); delete it to repeat the run"
         ) from error
 
 

@@ -77,7 +77,7 @@ def execute_runs(
     except KeyboardInterrupt:
         _stop(active)
         raise Interrupted from None
-    except BaseException:  # for example, a closed pipe; the active runs still save checkpoints
+    except BaseException:  # For example, a closed pipe. The active runs still save checkpoints.
         _stop(active)
         raise
     finally:
@@ -89,7 +89,7 @@ def execute_runs(
 
 
 def log_file(run: PlannedRun) -> Path:
-    """Returns the output file of a run's process, outside of the run directory because only the run writes there."""
+    """Returns the log file of a run's process. It is outside the run directory, to which only the run itself writes."""
     return run.folder.with_name(run.folder.name + ".log")
 
 
@@ -126,7 +126,7 @@ def _find_failure(job: _Job) -> Failure | None:
 
 
 def _stop(active: Sequence[_Job]) -> None:
-    """Tells all active runs to save a checkpoint, and waits until they exit."""
+    """Tells all active runs to save a checkpoint and exit, and waits for them."""
     for job in active:
         job.process.send_signal(signal.SIGINT)
     for job in active:
@@ -147,7 +147,7 @@ class _ProgressReporter:
         self._done_before = self._num_done()
 
     def _num_done(self) -> float:
-        """Returns the number of finished runs; each unfinished run counts as the fraction of its budget spent."""
+        """Returns the number of finished runs. An unfinished run counts as the fraction of its budget spent so far."""
         return sum(1.0 if is_done(run) else progress(run) for run in self._runs)
 
     def report_if_due(self, num_active: int, num_pending: int) -> None:

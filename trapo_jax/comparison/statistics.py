@@ -1,21 +1,21 @@
-"""Computes intervals and tests for methods trained with few seeds, some of which may fail.
+"""Computes confidence intervals and significance tests for methods trained with few seeds, some of which may fail.
 
 The scores of a method form a matrix with one row per seed and one column per problem. Seeds are independent draws from
 the distribution of the method's runs, problems are independent draws from the distribution of problems, and all scores
 lie in [0, 1]. Nothing else is assumed. In particular, a method may fail with a rare seed that was not run; intervals
 based on Student's t distribution or the bootstrap do not allow for this.
 
-An interval is therefore computed from random weights of the seeds, of the problems, and of one extra seed and problem
-that have the worst possible scores for the lower end, and the best possible scores for the upper end. The weights of
-n + 1 seeds follow the uniform distribution on the simplex, as do the gaps between n sorted uniform numbers:
+An interval is therefore computed by weighting the seeds and the problems at random, together with one extra seed and
+one extra problem. For the lower end of the interval, the extra seed and problem have the worst possible scores; for the
+upper end, they have the best possible scores. The weights of the n + 1 seeds follow the uniform distribution on the
+simplex, as do the gaps between n sorted uniform random numbers. Notes on the statistics:
 
-- For the mean of a single problem, this is the interval of Gaffke (2005); no counterexample to its coverage is known
-  (Learned-Miller and Thomas 2019, arXiv 1905.06208). If all scores are 0 or 1, it is the interval of Clopper and
-  Pearson (1934). After n seeds that all succeed, it allows for a failure rate of up to 1 - 0.025^(1 / n): 31% for
-  n = 10.
-- For the median, it is the exact interval between two of the sorted scores. With fewer than 6 seeds, it ends at 0 or 1.
-- The interquartile mean, the mean of the middle half of the seeds, is the measure used by `rliable` (Agarwal et al.
-  2021).
+- Mean: if there is a single problem, this is the interval of Gaffke (2005); no counterexample to its coverage is known
+  (Learned-Miller and Thomas 2019, arXiv 1905.06208). If, in addition, all scores are 0 or 1, it is the interval of
+  Clopper and Pearson (1934). After n seeds that all succeed, it allows for a failure rate of up to
+  1 - 0.025^(1 / n): 31% for n = 10.
+- Median: this is the exact interval between two of the sorted scores. With fewer than 6 seeds, it extends to 0 or 1.
+- Interquartile mean: the mean of the middle half of the seeds, a measure used by `rliable` (Agarwal et al. 2021).
 
 Two methods are compared on the same problems, with independent seeds. `tools/simulate_comparisons.py` measures coverage
 and the rate of false positives.
@@ -31,9 +31,9 @@ from typing import NamedTuple
 import numpy as np
 
 NUM_DRAWS = 20_000
-LEVEL = 0.05  # family-wise significance level
-ROUNDING = 1e-9  # tolerance for rounding errors in cumulative weights
-PROBLEMS_STREAM = 0  # random stream for the weights of problems; seeds use higher numbers
+LEVEL = 0.05  # Family-wise significance level.
+ROUNDING = 1e-9  # Tolerance for rounding errors in cumulative weights.
+PROBLEMS_STREAM = 0  # Random stream for the weights of problems; seeds use higher numbers.
 
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -42,7 +42,7 @@ class Draws(NamedTuple):
     """Random draws of a quantity, used to compute its intervals and tests.
 
     Attributes:
-      low: float `[draws]`, computed with one extra seed and problem that have the worst possible scores.
+      low: float `[draws]`, computed with one extra seed and one extra problem that have the worst possible scores.
       high: the same with the best possible scores; elementwise at least `low`.
     """
 
@@ -51,13 +51,17 @@ class Draws(NamedTuple):
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Returns an interval that misses the quantity with a probability of at most `level`."""
-        # Exclude as many draws as possible such that the p-value of an excluded 0 is below the level.
+        # Trim as many draws as possible from each tail while guaranteeing that `p_value()` is below the level whenever
+        # the interval excludes 0.
         num_outside = max(0, math.ceil(level / 2 * (len(self.low) + 1)) - 2)
         low, high = np.sort(self.low), np.sort(self.high)
         return float(low[num_outside]), float(high[-1 - num_outside])
 
     def p_value(self) -> float:
-        """Returns the two-sided p-value of a quantity of 0: the smallest level whose interval excludes 0."""
+        """Returns the two-sided p-value of the hypothesis that the quantity is 0.
+
+        It is the smallest level at which the interval excludes 0.
+        """
         num_contrary = min(np.sum(self.low <= 0), np.sum(self.high >= 0))
         return min(1.0, 2 * float(num_contrary + 1) / (len(self.low) + 1))
 
@@ -72,7 +76,10 @@ def weighted_mean(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def weighted_median(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns medians over the last axis of sorted scores; if two scores are in the middle, their mean."""
+    """Returns weighted medians of scores that are sorted along the last axis.
+
+    If two scores are in the middle, their mean is returned.
+    """
     ends = np.cumsum(weights, axis=-1)
     first = np.argmax(ends >= 0.5 - ROUNDING, axis=-1)
     last = np.argmax(ends > 0.5 + ROUNDING, axis=-1)
@@ -81,7 +88,7 @@ def weighted_median(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def interquartile_mean(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns means over the last axis of sorted scores, restricted to the middle half of the weights."""
+    """Returns the weighted means of the middle half of scores that are sorted along the last axis."""
     ends = np.clip(np.cumsum(weights, axis=-1), 0.25, 0.75)
     starts = np.concatenate([np.full_like(ends[..., :1], 0.25), ends[..., :-1]], axis=-1)
     return np.sum(scores * (ends - starts), axis=-1) * 2
@@ -108,7 +115,7 @@ def point_estimate(scores: np.ndarray, statistic: Statistic) -> float:
 def draw(
     scores: np.ndarray, statistic: Statistic, *, stream: int = 1, num_draws: int = NUM_DRAWS
 ) -> Draws:
-    """Draws random values of a statistic over the seeds' accuracies, for intervals and tests.
+    """Draws random values of a statistic of the seeds' accuracies, for intervals and tests.
 
     Args:
       scores: float `[seeds, problems]` in [0, 1].

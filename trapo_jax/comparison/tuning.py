@@ -1,4 +1,4 @@
-"""Scores trials on the validation split, and selects the best."""
+"""Scores trials on the validation split, and selects the best ones."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class TrialScore(NamedTuple):
     trial: Trial
     accuracies: tuple[float, ...]  # one per completed run; see `Result.validation_accuracy`
     num_failed: int
-    fingerprint: tuple  # equal for two trials only if their runs were identical
+    fingerprint: tuple  # equal for two trials only if their runs had identical results
 
     @property
     def score(self) -> float:
@@ -41,7 +41,7 @@ def score_trials(runs: Sequence[PlannedRun]) -> list[TrialScore]:
 def best_trials(scores: Sequence[TrialScore], *, share: float = 0.0) -> list[TrialScore]:
     """Returns the best trials of each method. Ties are broken in favor of earlier trials.
 
-    Only the trials of a method that have the most runs are compared. Trials with a failed run are never returned.
+    Only those trials of a method that have the most runs are compared. Trials with a failed run are never returned.
 
     Args:
       scores: scores of all trials.

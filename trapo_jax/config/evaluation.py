@@ -46,9 +46,9 @@ class EvaluationEngineConfig(EngineConfig):
 
 class EvaluationScoringConfig(ScoringConfig):
     num_samples: Rows = 1
-    """Number of samples per problem, for avg@k, pass@k and maj@k (in a tie, the fraction of the tied answers that are correct)."""
+    """Number k of samples per problem, for avg@k, pass@k and maj@k. If several answers are tied for the majority, maj@k is the fraction of the tied answers that are correct."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Sample only from the most likely tokens whose combined probability reaches this value; 1 for all tokens."""
+    """Sample only from the smallest set of most likely tokens whose total probability reaches this value; 1 for all tokens."""
     top_k: NotNegative = 0
     """Sample only from this many of the most likely tokens; 0 for all tokens."""
 
@@ -104,11 +104,12 @@ class EvaluateConfig(TaskConfig):
 def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]) -> EvaluateConfig:
     """Loads the configuration of an evaluation.
 
-    If `model.path` is a training run, its config provides the defaults of the sections `data` and `rewards`, of
-    `sampling.max_completion_length`, of the temperature, and of the numbers of samples. By default, the run's own test
-    problems are therefore evaluated as at the end of the run. If the run's problems were generated but files are
-    specified, the task's defaults do not apply to the files. If `file` is the config of a training run, only these
-    fields and the model's fields are used.
+    If `model.path` is a training run, the config of the run provides the defaults for the sections `data` and
+    `rewards`, for `sampling.max_completion_length`, and for the temperature and the numbers of samples. By default, the
+    run's own test problems are therefore evaluated in the same way as at the end of the run. If files are specified,
+    fields that are meant for the run's own problems are not inherited: some fields of `data` and, if these problems
+    were generated, the reward functions. If `file` is the config of a training run, only the fields listed above,
+    `model.path` and `model.dtype` are used.
 
     Raises:
       UserError: if there are mistakes. The message has one line per mistake.
@@ -124,14 +125,14 @@ def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]
             layers = [Layer(str(saved), _defaults_of_run(read_yaml(saved), given)), *layers]
         elif path != BUILT_IN_MODEL and not given.get("data") and not folder.exists():
             raise UserError(
-                f"model.path={path}: no such run{working_directory(folder)}{did_you_mean(path)}; to evaluate a model, set "
-                "data.test_files or data.source as well"
+                f"model.path={path}: no such run{working_directory(folder)}{did_you_mean(path)}; to evaluate a model, "
+                "set data.test_files or data.source as well"
             )
     return load_layers(EvaluateConfig, layers, overrides, file=file)
 
 
 def is_training_config(data: Mapping[str, Any]) -> bool:
-    """Returns whether a config, as plain data, has fields that exist only for training, not for evaluations."""
+    """Returns whether a config, given as plain data, has fields that exist only for training, not for evaluation."""
     return bool(
         data.keys() & (Config.model_fields.keys() - EvaluateConfig.model_fields.keys())
         or flatten(dict(data)).keys() & (_names(Config) - _names(EvaluateConfig))
@@ -139,7 +140,7 @@ def is_training_config(data: Mapping[str, Any]) -> bool:
 
 
 def _without_training(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a config without the fields that evaluations do not use, if it is the config of a training run."""
+    """Drops the fields that evaluations do not use from a training config; returns any other config unchanged."""
     if not is_training_config(data):
         return data
     inherited = {**INHERITED, "model": PretrainedConfig.model_fields.keys()}
@@ -170,7 +171,7 @@ def _defaults_of_run(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     own = given.get("data")
     own = own if isinstance(own, dict) else {}
     if own.get("test_files") or own.get("train_files"):
-        # The run's values of these fields describe other files.
+        # The run's values of these fields are meant for its own problems.
         for name in ("max_prompt_length", "overlong_prompts", "limit"):
             of_run.pop(name, None)
         if of_run.pop("source", FILES) != FILES:
@@ -179,7 +180,8 @@ def _defaults_of_run(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
         for name in HELD_OUT_BY:
             if name in own and own[name] != of_run.get(name):
                 raise UserError(
-                    f"data.{name}={own[name]}: the run has {of_run.get(name)}; with another value, problems that it was "
-                    "trained on would be evaluated; omit this field or set data.test_files"
+                    f"data.{name}={own[name]}: the run used {of_run.get(name)}; with a different value, the "
+                    "evaluation would include problems that the run was trained on; omit this field or "
+                    "set data.test_files"
                 )
     return defaults

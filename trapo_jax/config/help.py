@@ -15,10 +15,10 @@ usage: python -m trapo_jax.{command} [--config FILE] [FIELD=VALUE ...]
 
 {about}
 
-  --config FILE     a YAML file, or the name of a shipped config (smoke_cpu, own_data, ...); without it, the defaults
-                    below apply. Relative paths of models, data and reward functions are
+  --config FILE     a YAML file, or the name of a shipped config (smoke_cpu, own_data, ...); without this option, the
+                    defaults below apply. Relative paths of models and data, and modules of your own functions, are
                     looked up in the working directory, then in the folder of this file
-{options}  FIELD=VALUE       overrides a field; also --FIELD VALUE and --FIELD=VALUE
+{options}  FIELD=VALUE       overrides a field; may also be written as --FIELD VALUE or --FIELD=VALUE
   --help            prints this text
 
 Fields (type, default):
@@ -53,7 +53,7 @@ def list_fields(section: type[pydantic.BaseModel], prefix: str = "") -> Iterator
 
 
 def _list_hyperparameters(prefix: str) -> Iterator[FieldHelp]:
-    """Yields the hyperparameters of all methods. Each default lists the methods that have the hyperparameter."""
+    """Yields the hyperparameters of all methods. The default names the methods that each default value applies to."""
     for hyperparameter in list_hyperparameters():
         by_default: dict[str, list[str]] = {}
         for method, default in hyperparameter.defaults.items():

@@ -1,7 +1,7 @@
 """Reads configurations from YAML files and `a.b=c` overrides.
 
-The file and the overrides are merged as plain data, which is validated once and strictly. Every mistake is reported
-in one line that names the field, where it was set, its value, and how to fix it.
+The file and the overrides are merged as plain data, which is then validated strictly, in a single pass. Every mistake
+is reported in one line with the field, its origin and value, and how to fix the mistake.
 """
 
 import difflib
@@ -30,7 +30,8 @@ C = TypeVar("C", bound=TaskConfig)
 
 MAX_MISTAKES, MAX_NAME_CHARS = 20, 200  # limits on what error messages show
 COMMAND_LINE = "command line"
-# A value that starts with one of these is a quoted string, or a list or mapping in brackets, an alias, or a tag.
+# A value that starts with one of these is not plain text in YAML, but a quoted string, a list or mapping in brackets,
+# an alias, a tag, or the like.
 YAML_INDICATORS = ("'", '"', "[", "{", "&", "*", "!", "|", ">", "%", "@", "`")
 
 
@@ -92,11 +93,11 @@ def load_layers(
     search_beside(file)
     text = json.dumps(merge_layers(layers, overrides), default=str)
     try:
-        # Strict JSON mode rejects "3" for 3 and true for 1, but accepts lists and mappings as YAML produces them.
+        # Strict JSON mode rejects "3" for 3 and true for 1, but accepts the lists and mappings that YAML produces.
         config = config_class.model_validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         given = [*layers, Layer(COMMAND_LINE, dict(overrides))]
-        where = str(file or COMMAND_LINE)  # the origin of fields that are not set anywhere
+        where = str(file or COMMAND_LINE)  # shown as the origin of fields that are not set anywhere
         mistakes = error.errors()
         lines = [
             line
@@ -125,7 +126,7 @@ def _look_up_paths(config: C, folder: Path) -> C:
 def load_train_config(
     path: str | Path | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Config:
-    """Loads the configuration of a training run; `trapo_jax.load_config` is this function.
+    """Loads the configuration of a training run. `trapo_jax.load_config` is an alias of this function.
 
     Args:
       path: a YAML file, or the name of a shipped config such as `smoke_cpu`; None for the defaults.
@@ -187,7 +188,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
 
 
 def _parse_scalar(name: str, text: str) -> Any:
-    """Parses an override's value as YAML. What YAML would read as a block, such as `a: b`, is plain text here."""
+    """Parses an override's value as YAML, but keeps text that YAML would parse as a block, such as `a: b`, as text."""
     if len(name) > MAX_NAME_CHARS:
         raise UserError(f"{COMMAND_LINE}: {shown(name)}: a name with {len(name)} characters")
     check_plain(name, f"{COMMAND_LINE}: {shown(name)}")
@@ -196,16 +197,19 @@ def _parse_scalar(name: str, text: str) -> Any:
         value = parse_yaml(text)
     except yaml.MarkedYAMLError as error:
         if is_flow or ": " not in text:
-            raise UserError(f"{COMMAND_LINE}: {name}={text!r:.200}: not a YAML value") from error
+            raise UserError(
+                f"{COMMAND_LINE}: {name}={text!r:.200}: not a valid YAML value"
+            ) from error
         value = text
     check_plain(value, f"{COMMAND_LINE}: {name}")
     is_block = isinstance(value, dict | list) and not is_flow
     is_commented = (value is None or isinstance(value, str)) and not is_flow and "#" in text
-    return text.strip() if is_block or is_commented else value  # Overrides have no comments.
+    # In an override, # does not start a comment.
+    return text.strip() if is_block or is_commented else value
 
 
 def as_override(field: str, value: Any) -> str:
-    """Returns `field=value`, quoted for the shell, so that reading it as an override gives the same value.
+    """Returns `field=value`, quoted for the shell. Parsing this override yields the same value.
 
     >>> print(as_override("data.prompt_suffix", "End with: N"), as_override("train.decay_start", None))
     'data.prompt_suffix=End with: N' train.decay_start=null
@@ -230,7 +234,7 @@ def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 
 
 def _drop_hyperparameters_of_another_method(data: dict[str, Any], name: Any) -> None:
-    """Drops method hyperparameters from the file that the method set on the command line does not have."""
+    """Drops the hyperparameters in the file that the method chosen on the command line does not have."""
     section = data.get("method")
     if not isinstance(section, dict) or not isinstance(name, str):
         return
@@ -248,8 +252,8 @@ def _set_field(data: dict[str, Any], name: str, value: Any, layers: Sequence[Lay
         if not isinstance(inner, dict):
             field = ".".join(sections[:i])
             raise UserError(
-                f"{_origin(layers, [field]) or COMMAND_LINE}: {field}={shorten(inner)}: not a section, but the command line "
-                f"sets {name}"
+                f"{_origin(layers, [field]) or COMMAND_LINE}: {field}={shorten(inner)}: not a section of fields, but "
+                f"the command line sets {name}"
             )
         data = inner
     data[leaf] = value
@@ -258,7 +262,7 @@ def _set_field(data: dict[str, Any], name: str, value: Any, layers: Sequence[Lay
 def _explain(
     error: Any, config_class: type[TaskConfig], layers: Sequence[Layer], *, otherwise: str
 ) -> list[str]:
-    """Returns lines, usually one, with the origin, the field, its value, the problem, and how to fix it."""
+    """Returns one or more lines with the origin, name and value of a field, what is wrong, and how to fix it."""
     name = ".".join(str(part) for part in error["loc"])[:MAX_NAME_CHARS]
     fields = [name]
     if error["type"] == "value_error":  # raised by a check of a section or of several fields
@@ -277,7 +281,7 @@ def _explain(
 
 
 def _known_field(config_class: type[Section], name: str) -> str:
-    """Returns a hint for an unknown field: a similar field, or otherwise the option that lists all fields."""
+    """Returns a hint for an unknown field: a similarly named field or, if there is none, the option that lists all."""
     names = [field.name for field in list_fields(config_class)]
     parent, _, leaf = name.rpartition(".")
     sections = sorted(
@@ -292,7 +296,7 @@ def _known_field(config_class: type[Section], name: str) -> str:
 
 
 def _fields_in(text: str, config_class: type[TaskConfig]) -> list[str]:
-    """Returns the fields whose values appear in a message."""
+    """Returns the fields that a message mentions in the form `field=value`."""
     return re.findall(rf"\b(?:{'|'.join(config_class.model_fields)})(?:\.\w+)*(?==)", text)
 
 

@@ -9,7 +9,8 @@ from pydantic import Field
 from trapo_jax.methods import Method, make_method, read_hyperparameters
 from trapo_jax.types import UserError, find_by_source
 
-# The bounds keep values within the range of int32 and float32 and small enough to allocate; no real run is near them.
+# The bounds keep values within the range of int32 and float32 and small enough to allocate. No real run comes close to
+# the bounds.
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 NotNegative = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Length = Annotated[int, Field(ge=1, le=2**20)]  # in tokens
@@ -41,21 +42,25 @@ class Section(pydantic.BaseModel):
 
 
 def known_length(field: str, value: int | None) -> int:
-    """Returns a length that is null until it is derived from the data.
+    """Returns a length from a config, which is null until it has been derived from the data.
+
+    Args:
+      field: the name of the field, for the error message.
+      value: the length.
 
     Raises:
       UserError: if the length is null.
     """
     if value is None:
         raise UserError(
-            f"{field}=null: it is derived from the data, which is not read here; set a number"
+            f"{field}=null: this length is derived from the data, which this command does not read; set a number"
         )
     return value
 
 
 class PretrainedConfig(Section):
     path: str = ""
-    """Hugging Face model folder, a Hub id such as owner/name or owner/name@revision, or `card_shuffles_tiny` for the model that ships with the package."""
+    """Hugging Face model folder, Hub id such as owner/name or owner/name@revision, or `card_shuffles_tiny` for the model that ships with the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of activations and matmul inputs. Weights, logits, losses and reductions are always float32."""
 
@@ -80,9 +85,9 @@ class LoraConfig(Section):
 
 class ColumnsConfig(Section):
     preset: Literal["auto", ColumnPreset] = "auto"
-    """Column layout of the dataset: trl (prompt, answer, solution), verl, numina (problem, answer, solution), gsm8k, qa (question, answer, solution), prompt_completion, messages or sharegpt. auto selects the layout that matches the first row. The fields below override parts of it."""
+    """Column layout of the dataset: trl (prompt, answer, solution), verl, numina (problem, answer, solution), gsm8k, qa (question, answer, solution), prompt_completion, messages or sharegpt. auto selects the layout that matches the first row. The fields below override parts of the layout."""
     prompt: str | None = None
-    """Path of the prompt, which is either text or chat messages. A path names a column, or a nested field in dotted form. A column whose path ends in ? may be missing from every row."""
+    """Path of the prompt, which is either text or chat messages. A path is the name of a column, or a dotted path to a field inside a column. A column whose path ends in ? may be missing from every row."""
     answer: str | None = None
     """Path of the reference answer for the grader."""
     solutions: StringList | None = None
@@ -92,7 +97,7 @@ class ColumnsConfig(Section):
     extra: StringList = ()
     """Additional columns to pass to reward functions as keyword arguments."""
     answer_marker: str | None = None
-    """Marker in the answer column; the answer is the text after its last occurrence (#### in GSM8K)."""
+    """Marker in the answer column; the answer is the text after the last occurrence of the marker (#### in GSM8K)."""
 
 
 DATA_FILES = ("train_files", "validation_files", "test_files")  # the file lists in `DataConfig`
@@ -100,9 +105,9 @@ DATA_FILES = ("train_files", "validation_files", "test_files")  # the file lists
 
 class DataConfig(Section):
     source: Literal["card_shuffles", "gsm_symbolic", "files"] = "card_shuffles"
-    """Source of the problems: the built-in task, gsm_symbolic from reasoning-gym (requires the extra `tasks`), or files. The default is files if data.train_files is set or the model is not the built-in one."""
+    """Source of the problems: card_shuffles (the built-in task), gsm_symbolic from reasoning-gym (requires the extra `tasks`), or files. The default is files if data.train_files is set or the model is not the built-in one."""
     seed: NotNegative = 0
-    """Random seed for generated problems and held-out splits. It is independent of the run's seed, so runs with different seeds can be compared."""
+    """Random seed for generated problems and held-out splits. It is independent of the run's seed, so that runs with different seeds have the same problems."""
     difficulty: Literal["late", "early"] = "late"
     """Card shuffles only: where a solution becomes hard, either after the third operation (late) or at an unfamiliar first operation (early)."""
     expert_style: Literal["careless", "clean"] = "careless"
@@ -110,9 +115,9 @@ class DataConfig(Section):
     num_train: Positive | None = None
     """Number of training problems of a generated task."""
     num_validation: NotNegative | None = None
-    """Number of validation problems, evaluated during training. With files, the number of distinct prompts to hold out if validation_files is empty: 0 for none, null for a tenth of the prompts with an answer, at most 128."""
+    """Number of validation problems, evaluated during training. If the problems come from files and data.validation_files is empty, this is the number of distinct prompts to hold out: 0 for none, null for a tenth of the prompts with an answer, but at most 128."""
     num_test: NotNegative | None = None
-    """Number of test problems, evaluated before and after training. With files, the number of distinct prompts to hold out if test_files is empty: 0 for none, null for a tenth of the prompts with an answer, at most 128."""
+    """Number of test problems, evaluated before and after training. If the problems come from files and data.test_files is empty, this is the number of distinct prompts to hold out: 0 for none, null for a tenth of the prompts with an answer, but at most 128."""
     train_files: StringList = ()
     """Training data: JSON Lines, CSV, Parquet or Arrow files, globs, folders written by save_to_disk, or Hub datasets such as owner/name@revision:config#split, where each part after the name may be omitted. The default split is train."""
     validation_files: StringList = ()
@@ -123,19 +128,19 @@ class DataConfig(Section):
     limit: Positive | None = None
     """Maximum number of rows to read from each entry in the file lists; null for all rows, up to 2 million."""
     template: str = "auto"
-    """Chat template for prompts: chat (the tokenizer's own; chat/NAME for a named one), chatml, qwen_math, none, or the import path `package.module:name` of your own function. auto selects chat if the tokenizer has a template; otherwise, it selects chatml for chat messages and none for text."""
+    """Chat template for prompts: chat (the tokenizer's own template; chat/NAME if it has several), chatml, qwen_math, none, or the import path `package.module:name` of your own function. auto selects chat if the tokenizer has a template; otherwise, auto selects chatml for chat messages and none for text."""
     template_arguments: dict[str, Any] = {}
     """Variables for the tokenizer's chat template, such as {enable_thinking: false}."""
     system_prompt: str | None = None
     """System message to prepend to prompts that have none."""
     prompt_suffix: str | None = None
-    """Text to append to the last user message on its own line, unless the message already ends with it. `boxed` stands for a request to put the final answer within \\boxed{}, as in the paper's data."""
+    """Text to append on its own line to the last user message, unless the message already ends with this text. `boxed` is shorthand for the instruction in the paper's data, which asks for the final answer within \\boxed{}."""
     max_prompt_length: Length | None = None
-    """Maximum prompt length in tokens. null for the length of the longest prompt, at most 1024."""
+    """Maximum prompt length in tokens. null for the length of the longest prompt, but at most 1024."""
     overlong_prompts: Literal["drop", "truncate", "error"] = "drop"
-    """How to handle longer prompts: drop the problem, keep the end of the prompt (truncate), or stop with an error."""
+    """What to do with longer prompts: drop the problem (drop), keep only the end of the prompt (truncate), or stop with an error (error)."""
     max_expert_length: Length | None = None
-    """Maximum length of an expert solution in tokens, EOS included; null for no limit. Longer solutions are dropped, but their problems are kept."""
+    """Maximum length of an expert solution in tokens, including EOS; null for no limit. Longer solutions are dropped, but their problems are kept."""
 
     @property
     def prompt_len(self) -> int:
@@ -179,7 +184,7 @@ class MethodConfig(Section):
 
 class EngineConfig(Section):
     engine: str = "jax"
-    """Rollout engine: jax, or the import path package.module:name of another engine."""
+    """Rollout engine: jax, or the import path `package.module:name` of your own engine."""
     max_completion_length: Length | None = None
     """Maximum combined length of expert prefix and completion, in tokens. null for 1.25 times the length of the longest expert solution, clipped to the range 256 to 4096; 1024 if there are no expert solutions."""
     num_slots: Rows = 32
@@ -201,7 +206,7 @@ class SamplingConfig(EngineConfig):
     temperature: Temperature = 1.0
     """Sampling temperature of training rollouts. Log-probabilities are computed from the scaled distribution."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """Maximum age of a sampled token in steps. 1 lets idle slots start on the next step's problems; in that case, set method.clip_low and method.clip_high."""
+    """Maximum age of a sampled token in steps. With 1, idle slots start to sample the next step's problems; in that case, set method.clip_low and method.clip_high."""
 
 
 Weights = Annotated[tuple[PositiveFloat, ...], _to_tuple]
@@ -215,7 +220,7 @@ class GradingConfig(Section):
     weights: Weights | None = None
     """Weights of rewards.functions; the reward is the weighted mean. null for equal weights."""
     by_source: dict[str, str] | None = None
-    """Maps patterns of problem sources (`mmlu*`, case-insensitive) to functions that replace the first of rewards.functions. The first match wins. With null, multiple_choice replaces `math` for the sources arc, arc-*, mmlu* and gpqa*; {} for no replacements."""
+    """Maps patterns for problem sources (such as `mmlu*`; case-insensitive) to functions that replace the first of rewards.functions. The first match wins. null replaces `math` with multiple_choice for the sources arc, arc-*, arc_*, mmlu* and gpqa*; {} replaces nothing."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 2
     """Number of worker processes that grade responses."""
     timeout_secs: PositiveFloat = 5.0
@@ -243,7 +248,7 @@ class TrainConfig(Section):
     budget_unit: Literal[
         "steps", "trained_tokens", "sampled_tokens", "flops", "problems", "seconds"
     ] = "steps"
-    """Unit of train.budget. flops are computed from a formula; seconds include sampling, grading and training."""
+    """Unit of train.budget. FLOPs are computed from a formula; seconds include sampling, grading and training."""
     budget: PositiveFloat | None = None
     """The run ends after the step that reaches this amount. With null, only train.num_steps limits the run."""
     problems_per_step: Rows = 8
@@ -257,7 +262,7 @@ class TrainConfig(Section):
     per_device_rows: Rows = 4
     """Number of rows per device and micro-batch. It affects memory and speed, not the result."""
     learning_rate: PositiveFloat = 5e-6
-    """Peak learning rate of AdamW. LoRA usually needs a value ten times as high."""
+    """Peak learning rate of AdamW. LoRA usually needs a value about ten times as high."""
     warmup_steps: NotNegative = 0
     """Number of steps over which the learning rate rises linearly from 0. 0 for no warmup, as in the paper."""
     decay_start: Fraction = 1.0
@@ -297,27 +302,27 @@ def _check_distinct(splits: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class ScoringConfig(Section):
-    """Sampling settings of evaluations, both during training and standalone."""
+    """Sampling settings for evaluation, both during training and in `trapo_jax.evaluate`."""
 
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 0.6
-    """Sampling temperature of evaluations; 0 for greedy decoding, otherwise at least 0.01."""
+    """Sampling temperature for evaluation; 0 for greedy decoding, otherwise at least 0.01."""
     num_samples: Rows = 4
     """Number of samples per problem, for the sampled accuracy (avg@k) and pass@k."""
     num_samples_by_source: dict[str, Rows] = {}
-    """Maps patterns of problem sources (`aime*`, case-insensitive) to the number of samples per problem, such as {aime*: 32, amc*: 32}. The first match wins."""
+    """Maps patterns for problem sources (case-insensitive) to the number of samples per problem, such as {aime*: 32, amc*: 32}. The first match wins."""
 
     @pydantic.model_validator(mode="after")
     def _check_temperature(self) -> Self:
         if 0 < self.temperature < 0.01:
             raise ValueError(
-                f"evaluation.temperature={self.temperature:g}: neither 0, for greedy decoding, nor at least 0.01"
+                f"evaluation.temperature={self.temperature:g}: must be 0, for greedy decoding, or at least 0.01"
             )
         samples = {"num_samples": self.num_samples}
         samples |= {f"num_samples_by_source.{x}": n for x, n in self.num_samples_by_source.items()}
         for field, number in samples.items():
             if self.temperature == 0 and number > 1:
                 raise ValueError(
-                    f"evaluation.{field}={number}: evaluation.temperature=0 draws the same sample every time; set "
+                    f"evaluation.{field}={number}: with evaluation.temperature=0, all samples would be the same; set "
                     f"evaluation.{field}=1"
                 )
         return self
@@ -336,23 +341,23 @@ class EvaluationConfig(ScoringConfig):
     ] = ("test",)
     """Splits to evaluate before and after training."""
     every: Annotated[int | float, pydantic.BeforeValidator(_check_interval)] = 50
-    """Interval between evaluations on the validation split: a number of steps, or a fraction of the run between 0 and 1; 0.2 evaluates at 20%, 40%, 60% and 80%. 0 for no evaluations."""
+    """Interval between evaluations on the validation split: a number of steps, or a fraction of the run between 0 and 1; 0.2 evaluates at 20%, 40%, 60% and 80%. 0 for none."""
 
 
 class CheckpointConfig(Section):
     every: NotNegative = 25
-    """Number of steps between checkpoints. One is always saved at the end of the run; 0 saves no others."""
+    """Number of steps between checkpoints. A checkpoint is always saved at the end of the run; 0 for no others."""
     keep: Positive = 2
     """Number of most recent checkpoints to keep."""
     keep_best: NotNegative = 0
     """Number of checkpoints with the highest sampled accuracy on the validation split to keep in addition to the most recent ones. A new best checkpoint is saved as soon as it is found."""
     load_best_model_at_end: bool = False
-    """Whether to evaluate the test split and export the model from the best checkpoint rather than the last one if its sampled accuracy on the validation split is higher (early stopping). Requires keep_best of at least 1."""
+    """Whether the final test evaluation and the exported model use the best checkpoint if its sampled accuracy on the validation split is higher than that of the last checkpoint (early stopping). Requires checkpoint.keep_best of at least 1."""
 
 
 class LimitsConfig(Section):
     max_logprob_gap: PositiveFloat = 0.2
-    """Maximum mean difference between the log-probabilities of the sampler and the trainer on the completions of a step. If it is exceeded, the run stops."""
+    """Maximum mean difference between the sampler's and the trainer's log-probabilities for the completions of a step. If it is exceeded, the run stops."""
     stuck_after_secs: PositiveFloat = 3600.0
     """Time in seconds without progress after which the process prints a stack trace and exits."""
 

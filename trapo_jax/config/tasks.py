@@ -1,4 +1,4 @@
-"""Defines the defaults of each task. They replace the schema's general defaults, which suit a language model."""
+"""Defines the defaults of each task. They replace the schema's defaults, which suit pretrained language models."""
 
 from collections.abc import Mapping
 from typing import Any

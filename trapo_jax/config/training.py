@@ -40,7 +40,7 @@ class TaskConfig(Section):
 
     if TYPE_CHECKING:
         data: DataConfig
-        # Subclasses declare a `PretrainedConfig` and an `EngineConfig` of their own.
+        # Subclasses declare these as their own kinds of `PretrainedConfig` and `EngineConfig`.
         model: Any
         sampling: Any
 
@@ -71,7 +71,7 @@ class TaskConfig(Section):
 
     @property
     def longest_rollout_len(self) -> int:
-        """Length of the longest possible rollout in tokens, prompt included.
+        """Length of the longest possible rollout in tokens, including the prompt.
 
         Raises:
           UserError: if a length is null because it has not been derived from the data yet; see `with_lengths`.
@@ -142,12 +142,13 @@ class Config(TaskConfig):
             )
         if self.checkpoint.keep_best and not self.evaluation.every:
             raise ValueError(
-                f"checkpoint.keep_best={self.checkpoint.keep_best}: evaluation.every=0 never finds a best "
-                "checkpoint; set an interval"
+                f"checkpoint.keep_best={self.checkpoint.keep_best}: with evaluation.every=0, no best "
+                "checkpoint is ever found; set evaluation.every to an interval"
             )
         if self.checkpoint.load_best_model_at_end and not self.checkpoint.keep_best:
             raise ValueError(
-                "checkpoint.load_best_model_at_end=true: checkpoint.keep_best=0 keeps no best checkpoint; set it to 1"
+                "checkpoint.load_best_model_at_end=true: with checkpoint.keep_best=0, no best checkpoint is kept; set "
+                "checkpoint.keep_best to 1"
             )
         if None not in (data.max_prompt_length, self.sampling.max_completion_length) and (
             self.row_len < self.longest_rollout_len
@@ -183,7 +184,7 @@ class Config(TaskConfig):
         return self.train.row_length or self.longest_rollout_len
 
     def with_lengths(self, *, prompt: int, completion: int) -> Self:
-        """See `TaskConfig`. Also sets `output_dir`, because its default depends on the lengths."""
+        """See `TaskConfig.with_lengths`. Also sets `output_dir`, because its default depends on the lengths."""
         named = self.model_copy(update={"output_dir": str(self.run_folder)})
         return super(Config, named).with_lengths(prompt=prompt, completion=completion)
 
@@ -193,7 +194,7 @@ class Config(TaskConfig):
 
 
 def default_settings(source: str, method: str) -> dict[str, Any]:
-    """Returns the value of every field, keyed by dotted name, if only `data.source` and `method.name` are set."""
+    """Returns all values of a config that sets only `data.source` and `method.name`, keyed by dotted name."""
     given = {name: dict(fields) for name, fields in TASKS[source].items()}
     given.setdefault("data", {})["source"] = source
     given["method"] = {"name": method}
@@ -211,7 +212,7 @@ def check_files(data: DataConfig, *needed: str) -> None:
 
     Args:
       data: the data section.
-      needed: the fields, at least one of which must be set; errors name the first.
+      needed: fields at least one of which must be set; the error names the first.
 
     Raises:
       ValueError: if the check fails. The message names the field.

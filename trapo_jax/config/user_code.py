@@ -28,18 +28,19 @@ class SourceFile(NamedTuple):
 
 
 def user_code(config: Config | EvaluateConfig) -> list[SourceFile]:
-    """Returns the modules of the reward functions and the method that a config refers to by import path.
+    """Returns the source files of the reward functions and the method that a config refers to by import path.
 
-    Modules that they import are not included, except for the module that defines the function or class itself.
+    If the module in an import path imports the function or class from another module, the file of that module is
+    included as well. Files of other imported modules are not included.
 
     Raises:
-      UserError: if one of them cannot be imported.
+      UserError: if an import path cannot be imported.
     """
     names: dict[str, None] = {}
     for field, path in _import_paths(config):
         found = import_object(path, field)
         names[path.partition(":")[0]] = None
-        # A function or class may be imported from another module.
+        # The module may have imported the function or class from another module.
         if hasattr(found, "__qualname__"):
             names[found.__module__] = None
     files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
@@ -51,7 +52,7 @@ def user_code(config: Config | EvaluateConfig) -> list[SourceFile]:
 
 
 def _import_paths(config: Config | EvaluateConfig) -> Iterator[tuple[str, str]]:
-    """Yields pairs of a field and the import path that it contains."""
+    """Yields the fields that contain import paths, each with its import path."""
     rewards = config.rewards
     yield from (("rewards.functions", name) for name in rewards.functions if ":" in name)
     by_source = (rewards.by_source or {}).items()

@@ -1,4 +1,4 @@
-"""Parses YAML strictly and within limits of size, depth and aliases, because configuration files may be untrusted."""
+"""Parses YAML strictly, with limits on its size and nesting depth, because configuration files may be untrusted."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """Reads a YAML mapping from a file.
 
     Raises:
-      UserError: if the file cannot be read, or for a syntax error, naming the file and the line.
+      UserError: if the file cannot be read or is not valid YAML. The message names the file and, if known, the line.
     """
     try:
         text = read_text(file, max_bytes=MAX_CONFIG_BYTES)
@@ -51,7 +51,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Checks that a value can be written as JSON in UTF-8. Values such as dates become strings."""
+    """Checks that a value can be written as JSON in UTF-8. Values such as dates are written as strings.
+
+    Raises:
+      UserError: if the value cannot be written. The message starts with `where`.
+    """
     try:
         json.dumps(value, default=str, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -59,7 +63,9 @@ def check_plain(value: Any, where: str) -> None:
         name = next((shown(x) for x, inner in fields.items() if not _is_unicode(x, inner)), "")
         raise UserError(f"{where}: {name + ': ' if name else ''}not Unicode text") from error
     except (TypeError, ValueError) as error:  # for example, a date as a key
-        raise UserError(f"{where}: not plain fields and values ({error})") from error
+        raise UserError(
+            f"{where}: contains something that cannot be written as JSON ({error})"
+        ) from error
 
 
 def _is_unicode(name: str, value: Any) -> bool:
@@ -73,7 +79,7 @@ def _is_unicode(name: str, value: Any) -> bool:
 class _Loader(yaml.SafeLoader):
     """Reads floats as in YAML 1.2 (`1e-6` is a number), rejects duplicate keys, and limits the expanded size.
 
-    An alias counts as much as the node that it repeats, because a few nested aliases could otherwise fill any memory.
+    An alias counts as much as the node that it refers to, because a few nested aliases could otherwise exhaust memory.
     """
 
     def __init__(self, stream):
@@ -92,7 +98,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise _error("an alias inside the node that it repeats", event)
+                raise _error("an alias inside the node that it refers to", event)
             self._size += self._sizes[id(node)]
         else:
             self._size += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
@@ -103,7 +109,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_scalar(self, node):
         if node.tag in _NUMBERS and len(node.value) > MAX_NUMBER_CHARS:
-            # Reading a long number in base 60 takes minutes.
+            # Parsing a long number in base 60 takes minutes.
             raise _error(f"a number with {len(node.value)} characters", node)
         return super().construct_scalar(node)
 
@@ -138,7 +144,7 @@ def parse_yaml(text: str) -> Any:
         raise
     except yaml.YAMLError as error:  # for example, a control character
         raise yaml.MarkedYAMLError(problem=str(error).splitlines()[0]) from error
-    # numbers with 5,000 digits, February 31, tags that do not fit their values
+    # for example, numbers with 5,000 digits, February 31, and tags that do not match their values
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise yaml.MarkedYAMLError(problem=reason_of(error)) from error
 

@@ -1,8 +1,8 @@
-"""Loads problems from files, the Hub, or a generator, and batches them in an order fixed by the step number.
+"""Loads problems from files, the Hub, or a generator, and groups them into batches that the step number determines.
 
-rows = read_rows(["train.parquet"])                               # sources.py
-examples, report = examples_from_rows(rows, COLUMN_PRESETS["verl"])     # layouts.py, columns.py
-template = make_template("qwen_math", tokenizer)                  # templates.py
+rows = read_rows(["train.parquet"])                                  # sources.py
+examples, report = examples_from_rows(rows, COLUMN_PRESETS["verl"])  # layouts.py, columns.py
+template = make_template("qwen_math", tokenizer)                     # templates.py
 problems, report = encode_examples(examples, tokenizer, template=template, max_prompt_length=1024)
 """
 

@@ -1,13 +1,14 @@
 """Generates card shuffles, the built-in task.
 
-A prompt has K distinct operations and five distinct digits; the answer is the digits after all operations::
+A prompt consists of K distinct operations and five distinct digits. The answer is the digits after all operations have
+been applied::
 
     prompt    ?rsm:48137=
     expert    r73184;s37184;m38174;#38174
 
-The expert is correct but careless in style: it mumbles (`hm,`) before 8% of the steps, and 8% of the steps are
-leaps that apply two operations at once (`ts62937;`). A model that copies it token for token learns these
-habits as well. A clean expert does neither. The seed determines everything.
+The expert solutions are correct but careless in style: 8% of the steps are preceded by a filler word (such as `hm,`),
+and 8% of the steps are leaps that apply two operations at once (`ts62937;`). A model that imitates the solutions token
+by token learns these habits as well. Solutions in the clean style have neither filler words nor leaps.
 """
 
 import random
@@ -25,7 +26,7 @@ OPERATIONS: dict[str, Callable[[str], str]] = {
     "x": lambda d: d[4] + d[1:4] + d[0],  # swap the ends
     "m": lambda d: d[0] + d[3] + d[2] + d[1] + d[4],  # swap positions 2 and 4
 }
-# Never seen by the base model; the early-difficulty variant begins every program with it.
+# An operation that the base model has never seen. With the difficulty "early", every program begins with it.
 UNFAMILIAR = "o"
 UNFAMILIAR_OPERATION: Callable[[str], str] = lambda d: d[2] + d[1] + d[0] + d[3:]  # swap 1 and 3
 FILLERS = ("hm,", "ok,", "so,", "um,")
@@ -59,12 +60,12 @@ def card_shuffles_splits(
     """Returns train, validation and test examples with disjoint prompts.
 
     Args:
-      seed: determines everything.
+      seed: random seed, which determines all examples.
       num_train, num_validation, num_test: sizes of the splits.
-      difficulty: "late" has 3 to 5 familiar operations. The base model follows no more than 3, so the
-        difficulty comes late in the solution. "early" begins with an operation that the base model
-        has never seen and continues with 1 or 2 familiar ones.
-      style: the expert's style; it does not affect the prompts.
+      difficulty: with "late", prompts have 3 to 5 familiar operations, of which the base model can follow no more than
+        3, so that solutions become hard late. With "early", prompts begin with an operation that the base model has
+        never seen, followed by 1 or 2 familiar ones.
+      style: the style of the expert solutions; it does not affect the prompts.
     """
     rng = random.Random(seed)
     sizes = {"validation": num_validation, "test": num_test, "train": num_train}
@@ -73,7 +74,7 @@ def card_shuffles_splits(
 
 
 def expert_trace(rng: random.Random, program: str, digits: str, *, noise: bool = True) -> str:
-    """Returns the worked solution; with `noise`, in the careless style described above."""
+    """Returns the worked solution; with `noise`, in the careless style described in the module docstring."""
     steps, rest = [], program
     while rest:
         leap = noise and len(rest) > 1 and rng.random() < LEAP_RATE
@@ -104,7 +105,7 @@ def _distinct_examples(
             program = UNFAMILIAR + random_program(rng, rng.choice((1, 2)))
         digits = random_digits(rng)
         prompt = f"?{program}:{digits}="
-        # Drawn for a clean expert too, so that later examples get the same random numbers.
+        # Drawn in the clean style too, so that later examples get the same random numbers in both styles.
         solution = expert_trace(rng, program, digits)
         if style == "clean":
             solution = expert_trace(rng, program, digits, noise=False)

@@ -1,23 +1,25 @@
-"""Runs a chat template in its own process, since a model's template may loop forever or fill memory.
+"""Runs a chat template in its own process, since a model's template may loop forever or exhaust memory.
 
     python -P chat_worker.py SECS MEMORY_BYTES MAX_CHARS
 
-`templates.py` starts this file as a script, since importing the package takes seconds. The input is JSON lines: first
-`{"template": ..., "variables": ..., "date": "26 Jul 2024"}`, then requests, each answered with one line:
+`templates.py` starts this file as a script, since importing the package takes seconds. The input is JSON Lines: first
+`{"template": ..., "variables": ..., "date": "26 Jul 2024"}`, then one request per line, each of which is answered with
+one line:
 
 | request | reply |
 |---|---|
 | the messages of a prompt | `{"text": ...}` |
 | null | `{"variables": [...]}`, the names that the template uses but does not define |
-| either | `{"refusal": ...}` |
+| either | `{"refusal": ...}`, the reason for an error |
 
-The template runs in transformers' own environment, with everything that `apply_chat_template` offers: trimmed blocks,
-loop controls, `{% generation %}`, `tojson`, `raise_exception`, `strftime_now`, `dict` and `namespace`. The sandbox lets
-the template access nothing but its variables. Apart from repeating its input a few times, the template may print at
-most MAX_CHARS characters.
+The template runs in transformers' own Jinja environment, with everything that `apply_chat_template` offers: trimmed
+blocks, loop controls, `{% generation %}`, `tojson`, `raise_exception`, `strftime_now`, `dict` and `namespace`. The
+sandbox lets the template access nothing but its variables. Apart from repeating its input a few times, the template may
+print at most MAX_CHARS characters.
 
-The kernel ends the process when its CPU time is up, even inside a C function that never returns. The process starts
-with SECS; each request adds SECS_PER_REQUEST to the time left, up to SECS, so that many slow ones do not take hours.
+The process starts with SECS seconds of CPU time, and each request adds SECS_PER_REQUEST to the time left, up to SECS,
+so that many slow requests do not take hours. When no time is left, the kernel ends the process, even inside a C
+function that never returns.
 """
 
 import json
@@ -64,21 +66,21 @@ def _reply(
         return {"text": text}
     except UnicodeEncodeError:
         return {"refusal": "it prints text that is not Unicode"}
-    # The template rejects the messages, the sandbox forbids an operation, memory runs out, and so on.
+    # For example, the template rejects the messages, the sandbox forbids an operation, or memory runs out.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return {"refusal": reason[:MAX_REASON_CHARS]}
 
 
 def _compile(template: str, date: str) -> Template:
-    """Compiles the template with transformers, which caches the result, and sets its clock to midnight on the date."""
+    """Compiles the template with transformers, which caches the result, and fixes the template's clock at `date`."""
     compiled = chat_template_utils._compile_jinja_template(template)
     compiled.environment.globals["strftime_now"] = datetime.strptime(date, "%d %b %Y").strftime
     return compiled
 
 
 def _render(compiled: Template, messages: list, variables: dict) -> str:
-    # As in `apply_chat_template`, tools and documents are always defined, and arguments replace special tokens.
+    # As in `apply_chat_template`, tools and documents are always defined.
     variables = {"tools": None, "documents": None, **variables}
     return compiled.render({**variables, "messages": messages, "add_generation_prompt": True})
 

@@ -50,22 +50,23 @@ def examples_from_rows(
 ) -> tuple[list[Example], DataReport]:
     """Maps rows to examples.
 
-    A row whose prompt is empty, null or absent, or whose text is not Unicode or longer than `MAX_ROW_CHARS`, is dropped
-    and counted, as is a row without an answer if answers are needed.
+    Rows are dropped and counted if their prompt is empty, null or absent, if their text is not valid Unicode or is
+    longer than `MAX_ROW_CHARS`, if their answer lacks the answer marker or is not finite, or, if answers are needed, if
+    they have no answer.
 
     Args:
       rows: rows from `read_rows`.
       columns: a preset or custom columns.
       default_source: the source of rows that do not name one.
-      expert_part: which part of a solution's text is the expert solution; see `expert_text`.
+      expert_part: which part of a solution's text to train on; see `expert_text`.
       needs_answer: whether to drop rows without an answer; otherwise, their answer is empty.
 
     Returns:
       The examples in the order of the rows, and a report of what was dropped.
 
     Raises:
-      UserError: for a value of the wrong type or a column that no row of a file has, naming the file, row and column;
-        or if no row is usable, with the counts.
+      UserError: if a value has the wrong type, if no row of a file has one of the columns, or if no row is usable. The
+        message says where the mistake is or, in the last case, contains the counts.
     """
     if not needs_answer and not columns.answer.endswith("?"):
         columns = dataclasses.replace(columns, answer=columns.answer + "?")
@@ -182,7 +183,7 @@ def _prompt(row: Row, columns: Columns) -> Prompt:
 def _answer(row: Row, columns: Columns) -> str:
     """Returns the answer as text; empty if there is none."""
     value = look_up(row, columns.answer)
-    if value is None or value != value:  # NaN is how pandas writes null
+    if value is None or value != value:  # pandas writes null as NaN
         return ""
     if isinstance(value, float | decimal.Decimal):
         if not math.isfinite(value):

@@ -2,11 +2,11 @@
 
     python -P encode_worker.py SECS MEMORY_BYTES
 
-`encoding.py` starts this file as a script, since importing the package takes seconds. The input is JSON lines: first
-`{"tokenizer": <tokenizer.json as text>, "encode_special_tokens": false}`, then lists of strings. The reply to a list is
-a line of JSON with the lengths of the encoded strings, followed by their token ids as unsigned 32-bit integers; or a
-JSON string that says why they cannot be encoded. The kernel ends the process when one request takes more than SECS of
-CPU time, and the tokenizers library ends it when there is not enough memory.
+`encoding.py` starts this file as a script, since importing the package takes seconds. The input is JSON Lines: first
+`{"tokenizer": <tokenizer.json as text>, "encode_special_tokens": false}`, then one list of strings per line. The reply
+to a list is either a line of JSON with the numbers of tokens of the strings, followed by all token ids as unsigned
+32-bit integers, or a JSON string that says why the strings cannot be encoded. The kernel ends the process when a
+request takes more than SECS seconds of CPU time, and the tokenizers library ends the process when memory runs out.
 """
 
 import array

@@ -1,4 +1,4 @@
-"""Encodes strings as token ids in a process with limits, and looks up vocabulary properties once."""
+"""Encodes strings as token ids in a separate process with limits on time and memory."""
 
 import array
 import contextlib
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ENCODE_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("encode_worker.py")))
-ENCODE_SECS = 30.0  # CPU time for one request, which normally takes tenths of a second.
+ENCODE_SECS = 30.0  # CPU time limit for one request, which normally takes tenths of a second.
 ENCODE_MEMORY_BYTES = 5 * 2**28
 MAX_TEXTS, MAX_CHARS = 256, 300_000  # Limits for one request, unless a single string is longer.
 
@@ -27,7 +27,7 @@ Ids = tuple[int, ...]
 
 @contextlib.contextmanager
 def as_encoder(tokenizer: "PreTrainedTokenizerFast | Encoder") -> Iterator["Encoder"]:
-    """Yields an encoder unchanged; for a tokenizer, yields a new encoder, whose process ends with the context."""
+    """Yields an encoder unchanged; for a tokenizer, yields a new encoder, whose process ends when the context exits."""
     if isinstance(tokenizer, Encoder):
         yield tokenizer
         return
@@ -45,7 +45,7 @@ class Encoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
         self.tokenizer = tokenizer
         num_ids = max(tokenizer.get_vocab().values()) + 1
-        # One int object for each id: a dataset of 4e8 tokens takes 3 GB of references, not 13 GB of ints.
+        # One int object per id, shared by all tokens: 4e8 tokens take 3 GB of references instead of 13 GB of ints.
         self._ids = list(range(num_ids))
         texts = tokenizer.batch_decode([[i] for i in range(num_ids)])
         self._blank_line = {i for i, text in enumerate(texts) if "\n\n" in text}
@@ -130,12 +130,12 @@ class Encoder:
         return ids
 
     def end_of(self, text: str, num_chars: int) -> str:
-        """Returns the last characters of a string, preceded by its BOS if it has one."""
+        """Returns the last characters of a string, preceded by BOS if the string starts with BOS."""
         bos = self.tokenizer.bos_token
         return (bos if isinstance(bos, str) and text.startswith(bos) else "") + text[-num_chars:]
 
     def last_tokens(self, ids: Ids, length: int) -> Ids:
-        """Returns a prompt's last tokens, where the assistant begins, preceded by its BOS if it has one."""
+        """Returns `length` tokens from the end of a prompt. If the prompt starts with BOS, the result does too."""
         num_kept_first = int(ids[0] == self._bos_id)
         return ids[:num_kept_first] + ids[len(ids) - length + num_kept_first :]
 

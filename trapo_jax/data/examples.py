@@ -43,7 +43,8 @@ class DataReport:
       num_read: number of rows or examples read.
       num_kept: number of rows or examples kept.
       dropped: number of rows or examples dropped, keyed by reason; the values sum to `num_read - num_kept`.
-      notes: other counts for the kept ones (prompts or experts cut, experts left out), keyed by description.
+      notes: other counts for the kept rows or examples (such as truncated prompts or dropped expert solutions), keyed
+        by description.
       absent: optional column paths that no row has.
       prompt_limit: maximum prompt length in tokens; 0 if prompts were not encoded.
       longest_prompt: length of the longest prompt that was read, such as "70 tokens" or, if it was far too long to be

@@ -1,8 +1,8 @@
-"""Generates grade-school word problems with reasoning-gym's `gsm_symbolic` (extra `tasks`).
+"""Generates grade-school word problems with reasoning-gym's `gsm_symbolic` (requires the extra `tasks`).
 
-The user text is the question and, on its own line, the `qwen_math` template's instruction: reason step by step, final
-answer in `\\boxed{}`. The expert is reasoning-gym's worked solution with its last line, `#### 42`, rewritten as
-`The final answer is \\boxed{42}.`, the form that the prompt asks for.
+The prompt is the question followed, on its own line, by the instruction of the `qwen_math` template, which asks for
+step-by-step reasoning and a final answer in `\\boxed{}`. The expert solution is reasoning-gym's worked solution, whose
+last line, `#### 42`, is replaced by `The final answer is \\boxed{42}.`, the form that the prompt asks for.
 """
 
 import random
@@ -24,10 +24,10 @@ def gsm_symbolic_splits(
 ) -> dict[str, list[Example]]:
     """Returns train, validation and test examples with disjoint prompts.
 
-    All splits share reasoning-gym's few dozen stories; names, objects and numbers differ.
+    All splits draw on the same few dozen reasoning-gym stories, but with different names, objects and numbers.
 
     Args:
-      seed: determines everything for a given version of reasoning-gym.
+      seed: random seed, which determines all examples for a given version of reasoning-gym.
       num_train, num_validation, num_test: sizes of the splits.
 
     Raises:
@@ -39,7 +39,7 @@ def gsm_symbolic_splits(
 
 
 def gsm_symbolic_example(item: dict[str, Any]) -> Example | None:
-    """Returns the example for a reasoning-gym item; None if its worked solution does not reach its answer."""
+    """Returns the example for a reasoning-gym item; None if the worked solution does not reach the answer."""
     answer = item["answer"]
     steps, marker, result = item["metadata"]["answer_cot"].rpartition(ANSWER_MARKER)
     if not marker or float(result.replace(",", "")) != float(answer):
@@ -51,18 +51,19 @@ def gsm_symbolic_example(item: dict[str, Any]) -> Example | None:
 
 def _distinct_examples(seed: int) -> Iterator[Example]:
     try:
-        with warnings.catch_warnings():  # raised by its imports the first time
+        with warnings.catch_warnings():  # raised when reasoning_gym is first imported
             warnings.simplefilter("ignore", SyntaxWarning)
             import reasoning_gym  # takes seconds to import
     except ImportError as error:
         raise UserError(
             "data.source=gsm_symbolic: reasoning-gym is not installed; pip install 'trapo-jax[tasks]'"
         ) from error
-    # Item i is drawn from seed + i, so adjacent seeds would share almost all problems.
+    # Item i of a dataset is generated from seed + i, so datasets with adjacent seeds would share almost all items.
     seeds = random.Random(seed)
     seen: set[str] = set()
     while True:
-        # A dataset holds a list of its own length, so several of moderate size are created.
+        # A reasoning_gym dataset allocates one entry per item, so several moderately sized ones are created instead of
+        # a huge one.
         block = reasoning_gym.create_dataset(SOURCE, seed=seeds.getrandbits(48), size=BLOCK_SIZE)
         for index in range(BLOCK_SIZE):
             example = gsm_symbolic_example(block[index])

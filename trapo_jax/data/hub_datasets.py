@@ -1,4 +1,7 @@
-"""Reads rows of Hugging Face Hub datasets through `datasets`; offline, from its cache or the Hub's cache."""
+"""Reads rows of Hugging Face Hub datasets with the `datasets` library.
+
+When offline, reads from the local cache of `datasets` or `huggingface_hub`.
+"""
 
 import os
 import re
@@ -55,7 +58,7 @@ def read_hub_rows(dataset: HubDataset, split: str) -> Iterator[dict[str, Any]]:
     """Yields the rows of a split.
 
     Raises:
-      UserError: if the dataset is neither in a cache nor on the Hub, or cannot be read. The message names it.
+      UserError: if the dataset is neither in a cache nor on the Hub, or cannot be read. The message names the dataset.
     """
     try:
         builder = _find_builder(dataset)
@@ -67,14 +70,14 @@ def read_hub_rows(dataset: HubDataset, split: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{dataset}: no such file, and {error}{hint}") from error
     except UserError:
         raise
-    except Exception as error:  # raised by `datasets`, its file readers, or the transport
+    except Exception as error:  # raised by `datasets`, its file readers, or the HTTP library
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{dataset}: cannot be read ({reason})") from error
     yield from rows  # type: ignore[misc]  # a `Dataset`, since `split` is given
 
 
 def _find_builder(dataset: HubDataset) -> "DatasetBuilder":
-    """Returns a dataset's builder at the Hub's revision, or at a cached one if the Hub is unavailable."""
+    """Returns the builder of a dataset at the Hub's latest commit, or at a cached commit if the Hub is unavailable."""
     import datasets
     from datasets import config as settings
     from datasets.packaged_modules.cache.cache import Cache
@@ -91,7 +94,7 @@ def _find_builder(dataset: HubDataset) -> "DatasetBuilder":
         f"hf://datasets/{repo.name}", config, revision=repo.revision
     )
     if isinstance(builder, Cache) and builder.hash != commit:
-        # `datasets` lost the connection and fell back on the newest revision in its cache.
+        # `datasets` lost the connection and fell back to the newest revision in its cache.
         raise UserError(
             f"{dataset}: the connection to the Hub was lost; run the same command again"
         )
@@ -126,7 +129,7 @@ def _cached_builder(dataset: HubDataset) -> "DatasetBuilder | None":
 
 
 def _default_config(repo: HubRepo) -> str | None:
-    """Returns the default config named by the card in the Hub's cache; None if the card names none."""
+    """Returns the default config according to the dataset card in the `huggingface_hub` cache; None if unknown."""
     from huggingface_hub import DatasetCard
 
     try:
@@ -142,7 +145,7 @@ def _default_config(repo: HubRepo) -> str | None:
 
 
 def _snapshot_builder(dataset: HubDataset, error: HubUnavailable) -> "DatasetBuilder":
-    """Returns the builder of a dataset in the Hub's cache, where `hf download` puts it.
+    """Returns the builder of a dataset in the `huggingface_hub` cache, where `hf download` stores datasets.
 
     Raises:
       HubUnavailable: if part of the dataset is not in the cache.
@@ -153,9 +156,9 @@ def _snapshot_builder(dataset: HubDataset, error: HubUnavailable) -> "DatasetBui
     try:
         builder = datasets.load_dataset_builder(str(folder), dataset.config)
     except FileNotFoundError:  # The folder contains the card, but no data files.
-        raise error.missing("a part of it", dataset.repo) from error
+        raise error.missing("part of it", dataset.repo) from error
     if not _has_all_shards(_data_files(builder)):
-        raise error.missing("a part of it", dataset.repo) from error
+        raise error.missing("part of it", dataset.repo) from error
     return builder
 
 
@@ -169,7 +172,7 @@ def _check_data_files(dataset: HubDataset, builder: "DatasetBuilder") -> None:
     """Checks that every local file named by a dataset's card belongs to the dataset.
 
     Raises:
-      UserError: naming a local file that does not belong to the dataset.
+      UserError: if a local file does not belong to the dataset. The message names the file.
     """
     for file in _data_files(builder):
         path = os.path.normpath(file.split("::")[-1])

@@ -12,9 +12,10 @@ def instructed(prompt: Prompt, *, system: str | None, suffix: str | None) -> Pro
 
     Args:
       prompt: text or chat messages.
-      system: system message to put first, unless the prompt has one; None for none. Turns plain text into a chat.
-      suffix: text or a name in `SUFFIXES`, appended on its own line to the last message unless the message already
-        ends with it; None for none.
+      system: system message to prepend unless the prompt already has one; None for no system message. Plain text with a
+        system message becomes a chat.
+      suffix: text or a name in `SUFFIXES`, appended on its own line to the last message unless the message already ends
+        with this text; None for no suffix.
 
     >>> instructed("2 + 2?", system=None, suffix="Answer with a number.")
     '2 + 2?\nAnswer with a number.'

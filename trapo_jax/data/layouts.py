@@ -1,12 +1,12 @@
-"""Defines which columns of a row hold which fields, the layouts of known datasets, and lookup by path.
+"""Defines which columns of a row hold which fields of an example, presets for known datasets, and lookup by path.
 
-A path is the name of a column, which may contain dots, or a column and fields inside it, separated by dots
-(`reward_model.ground_truth`). Objects and chats that a column stores as JSON text are parsed. A field that is absent
-from a row counts as null. A path that ends in `?` may be absent from every row of a file; all other paths
-must be in at least one row.
+A path is the name of a column, which may contain dots, or the names of a column and of fields nested inside the column,
+separated by dots (`reward_model.ground_truth`). Objects and chats that a column stores as JSON text are parsed. A field
+that is absent from a row counts as null. A path that ends in `?` may be absent from every row of a file; every other
+path must be present in at least one row.
 
-To add a preset, add it to `COLUMN_PRESETS` here, and its name to `ColumnPreset` in `config/schema.py`. The first preset
-that fits the data is used, so order matters.
+To add a preset, add it to `COLUMN_PRESETS` here, and add its name to `ColumnPreset` in `config/schema.py`. The first
+preset that fits the data is used, so the order matters.
 """
 
 import contextlib
@@ -43,10 +43,11 @@ class Columns:
         the solution.
       answer: path of the answer: text or a number.
       solutions: paths of solutions, in order of preference; each holds one solution as text or as chat messages, or a
-        list of strings. Without any, the problems are never guided.
+        list of strings. If there are none, rollouts are never guided.
       source: path of the text used to group results; empty for none.
       answer_marker: if not empty, the answer is the text after its last occurrence.
-      extra: paths of additional columns for reward functions, which see the last part of a path as the column's name.
+      extra: paths of additional columns for reward functions, which receive each column under the last part of its
+        path.
     """
 
     prompt: str
@@ -58,7 +59,7 @@ class Columns:
 
 
 COLUMN_PRESETS: Mapping[ColumnPreset, Columns] = {
-    # `answer_list` comes first: its order defines the first and second expert in the released code.
+    # `answer_list` comes first: the order of its entries defines the first and second expert in the authors' code.
     "verl": Columns(
         "prompt",
         "reward_model.ground_truth",
@@ -76,7 +77,7 @@ COLUMN_PRESETS: Mapping[ColumnPreset, Columns] = {
 
 
 class WrongValue(Exception):
-    """Says what is wrong with the value at a path, as a clause; caught and turned into a `UserError`."""
+    """Raised with a clause that says what is wrong with the value at a path; caught and turned into a `UserError`."""
 
     def __init__(self, path: str, mistake: str):
         super().__init__(path, mistake)
@@ -84,7 +85,7 @@ class WrongValue(Exception):
         self.field: str | None = None  # the field of `Columns` being read
 
     def explained(self, row: Row, columns: Columns) -> UserError:
-        """Returns the error for the user, naming the row and the option to change."""
+        """Returns an error for the user that names the row and the option to change."""
         option = self.field or next(x for x in FIELDS if self._path in _paths_of(columns, x))
         return UserError(
             f"{row.file}, row {row.number}, column {self._path.removesuffix('?')!r}: {self._mistake}; set "
@@ -94,7 +95,7 @@ class WrongValue(Exception):
 
 @contextlib.contextmanager
 def reading(field: str) -> Iterator[None]:
-    """Records in a `WrongValue` which field of `Columns` was being read, since several may have the same path."""
+    """Records in a `WrongValue` which field of `Columns` was being read, because several fields may share a path."""
     try:
         yield
     except WrongValue as error:
@@ -105,16 +106,17 @@ def reading(field: str) -> Iterator[None]:
 def find_preset(
     row: Row, given: Collection[str] = (), *, needs_answer: bool = True
 ) -> ColumnPreset:
-    """Returns the preset whose prompt, answer and solutions are in a row.
+    """Returns the first preset whose columns for the prompt, the answer and the solutions are in a row.
 
     Args:
       row: the first row of the data.
       given: fields of `Columns` that the config sets itself; the row need not have the preset's columns for them. If
         they include the prompt or the answer, the simplest layout, `trl`, is preferred if it fits.
-      needs_answer: whether an answer is needed; if not, and no preset fits, a preset may fit without its answer.
+      needs_answer: whether an answer is needed; if not, and if no preset fits, a preset may also fit a row without an
+        answer.
 
     Raises:
-      UserError: if no preset fits, naming the row's columns.
+      UserError: if no preset fits. The message names the row's columns.
     """
     if {"prompt", "answer"} & {*given} and _fits(row, COLUMN_PRESETS["trl"], given):
         return "trl"
@@ -137,7 +139,7 @@ def find_preset(
 
 
 def _usual_paths(field: str) -> set[str]:
-    """Returns the presets' paths for a field; for solutions, without the paths that also hold answers."""
+    """Returns the paths that presets use for a field; for solutions, only those that do not also hold answers."""
     paths = {
         path.removesuffix("?")
         for preset in COLUMN_PRESETS.values()
@@ -152,7 +154,7 @@ def _is_usual(row: Row, field: str) -> bool:
 
 
 def _option(row: Row, field: str) -> str:
-    """Returns a field's option, with a similarly named column if there is one."""
+    """Returns the config option for a field, with a suggestion if the row has a column with a similar name."""
     close = _closest(row, sorted(_usual_paths(field)))
     return f"data.columns.{field}" + (f" (perhaps to {close})" if close else "")
 
@@ -169,10 +171,10 @@ def _fits(row: Row, preset: Columns, given: Collection[str]) -> bool:
 
 
 class Presence:
-    """Checks that every path is in some row of each file, so that a misspelled column is not read as missing."""
+    """Checks that every path is in some row of each file. Otherwise, misspelled paths would pass as missing values."""
 
     def __init__(self, columns: Columns):
-        self._paths: dict[str, str] = {}  # each path with the first field that names it
+        self._paths: dict[str, str] = {}  # the first field that uses each path, keyed by path
         self._absent_optional: list[str] = []
         for field in FIELDS:
             for path in _paths_of(columns, field):
@@ -234,7 +236,7 @@ def _paths_of(columns: Columns, field: str) -> tuple[str, ...]:
 
 
 def _closest(row: Row, names: Sequence[str]) -> str | None:
-    """Returns the row's column that resembles the earliest possible name; None if none does."""
+    """Tries the names in order, and returns the first column that is similar to one of them; None if none is."""
     columns = {path.lower(): path for path in _paths(row.values)}
     for name in names:
         close = difflib.get_close_matches(name.lower(), columns, n=1, cutoff=0.75)
@@ -252,7 +254,7 @@ def parsed(value: Any, opening: str) -> Any:
     """Parses a JSON string that holds an object (`{`) or a chat (`[`); returns any other value unchanged."""
     if not (isinstance(value, str) and value.lstrip().startswith(opening)):
         return value
-    if len(value) > MAX_ROW_CHARS:  # Parsing it could take much more memory than the string.
+    if len(value) > MAX_ROW_CHARS:  # Parsing could take much more memory than the string itself.
         return value
     try:
         found = json.loads(value)
@@ -269,7 +271,7 @@ def look_up(row: Row, path: str) -> Any:
 
 
 def _is_present(row: Row, path: str) -> bool:
-    """Returns whether a path is in a row, even as null; every path inside a null field counts as present."""
+    """Returns whether a row has a path, possibly with a null value. All paths inside a null field count as present."""
     return _find(row.values, path.removesuffix("?"), path) is not _ABSENT
 
 
@@ -293,7 +295,7 @@ def wrong_type(path: str, value: Any, wanted: str) -> WrongValue:
 
 
 def _paths(values: Mapping[str, Any]) -> list[str]:
-    """Returns the paths of a row's first columns, with dots for fields inside objects."""
+    """Returns at most `MAX_PATHS` paths of a row's columns, with dotted paths for fields inside objects."""
     return list(islice(_all_paths(values, MAX_DEPTH), MAX_PATHS))
 
 

@@ -1,4 +1,4 @@
-"""Finds probable mistakes in a run's problems, each described in one line with a way out."""
+"""Finds probable mistakes in the problems of a run, and describes each in one line that says how to fix it."""
 
 from collections.abc import Mapping
 
@@ -9,14 +9,14 @@ from trapo_jax.data.splits import LoadedData
 from trapo_jax.methods import Method
 from trapo_jax.rewards import answer_form, extract_choice, is_sentence
 
-MAX_UNUSABLE = 0.5  # share of the training problems that may be unusable
+MAX_UNUSABLE = 0.5  # fraction of the training problems that may be unusable
 
 
-# Share of prompts or expert solutions that a length limit may drop or cut without a warning.
+# Fraction of rows, prompts, expert solutions or answers that may have the same problem without a warning.
 MAX_LOST = 0.1
 
 
-MAX_SEARCHED = 100  # number of problems that are searched for a known form of answers
+MAX_SEARCHED = 100  # number of problems that are searched for a known answer format
 
 
 MAX_ENDING_CHARS = 60
@@ -29,7 +29,7 @@ def find_warnings(data: LoadedData, config: Config, method: Method) -> list[str]
     if num_cut := sum(length > limit for length in experts):
         warnings.append(
             f"{num_cut:,} of {len(experts):,} expert solutions are longer than "
-            f"sampling.max_completion_length={limit} and are cut; raise it"
+            f"sampling.max_completion_length={limit} and are truncated; raise it"
         )
     if config.rewards.functions[:1] == ("math",) and method.needs_rewards:
         warnings += _warnings_of_answers(data)
@@ -46,7 +46,7 @@ def find_warnings(data: LoadedData, config: Config, method: Method) -> list[str]
 
 
 def _warnings_of_answers(data: LoadedData) -> list[str]:
-    """Warns of prompts that do not ask for an answer the math grader can find, and of answers it can hardly match."""
+    """Warns if no prompt asks for an answer format that the math grader knows, or if many answers are sentences."""
     warnings = []
     train = data.splits["train"]
     if not any(answer_form(problem.prompt_text) for problem in train[:MAX_SEARCHED]):
@@ -59,33 +59,33 @@ def _warnings_of_answers(data: LoadedData) -> list[str]:
         forms = {answer_form(ending): ending for ending in endings}
         if "box" not in forms and (known := [form for form in forms if form]):
             advice = (
-                "set data.prompt_suffix to a sentence that asks for the form of the expert solutions, which end with "
-                f"{forms[known[0]].strip()!r}"
+                "set data.prompt_suffix to a sentence that asks for the answer format of the expert solutions, "
+                f"which end with {forms[known[0]].strip()!r}"
             )
-        warnings.append(f"no prompt asks for the answer format that the grader looks for; {advice}")
+        warnings.append(f"no prompt asks for an answer format that the grader looks for; {advice}")
     answers = [problem.answer for problem in train if problem.answer]
     sentences = [answer for answer in answers if is_sentence(answer)]
     if len(sentences) > MAX_LOST * len(answers):
         warnings.append(
-            f"{len(sentences):,} of {len(answers):,} answers are sentences, which a response must repeat verbatim, for "
+            f"{len(sentences):,} of {len(answers):,} answers are sentences, which responses must repeat verbatim, for "
             f"example {sentences[0][:60]!r}; set data.columns.answer to a column with final answers"
         )
     return warnings
 
 
 def _warnings_of_rows(data: LoadedData) -> list[str]:
-    """Warns if more than `MAX_LOST` of a split's rows are dropped for one reason, before prompts are encoded."""
+    """Warns if more than `MAX_LOST` of a split's rows are dropped for the same reason before prompts are encoded."""
     return [
         f"{name}: {count:,} of {rows.num_read:,} rows are dropped ({reason})"
         for name, (rows, *encoded) in data.reports.items()
-        if encoded  # Otherwise, the split was held out of the training data.
+        if encoded  # Otherwise, the split was held out from the training data.
         for reason, count in rows.dropped.items()
         if count > MAX_LOST * rows.num_read
     ]
 
 
 def _warnings_of_lengths(data: LoadedData, config: Config) -> list[str]:
-    """Warns of length limits that drop or cut more than `MAX_LOST` of a split's prompts or expert solutions."""
+    """Warns about length limits that drop or truncate more than `MAX_LOST` of a split's prompts or expert solutions."""
     warnings = []
     for name, (*_, encoded) in data.reports.items():
         num_read, notes = encoded.num_read, encoded.notes
@@ -95,11 +95,11 @@ def _warnings_of_lengths(data: LoadedData, config: Config) -> list[str]:
         cut = _count_of(notes, PROMPTS_CUT)
         for num, total, fate, remedy in (
             (dropped, num_read, "prompts are dropped", _longer_prompts(encoded)),
-            (cut, num_read, "prompts are cut", _longer_prompts(encoded)),
+            (cut, num_read, "prompts are truncated", _longer_prompts(encoded)),
             (
                 left_out,
                 num_experts + left_out,
-                "expert solutions are left out",
+                "expert solutions are dropped",
                 f"they are longer than data.max_expert_length={config.data.max_expert_length}; raise it",
             ),
         ):
@@ -116,7 +116,7 @@ def _longer_prompts(encoded: DataReport) -> str:
 
 
 def _count_of(counts: Mapping[str, int], start: str) -> int:
-    """Returns a report's total count under descriptions that start with `start`."""
+    """Returns the sum of the counts whose descriptions start with `start`."""
     return sum(count for what, count in counts.items() if what.startswith(start))
 
 
@@ -148,8 +148,8 @@ def find_errors(data: LoadedData, config: Config, method: Method) -> list[str]:
     if method.needs_expert_loss:
         if not config.evaluation.every:
             errors.append(
-                f"evaluation.every=0: method.name={method.name} ends a stage based on the validation loss, which is never "
-                "computed; set an interval"
+                f"evaluation.every=0: method.name={method.name} ends a stage based on the validation loss, which is "
+                "never computed; set evaluation.every to an interval"
             )
         if not any(problem.experts for problem in data.splits["validation"]):
             errors.append(
@@ -160,27 +160,28 @@ def find_errors(data: LoadedData, config: Config, method: Method) -> list[str]:
         not_letters = [p.answer for p in train if p.answer and extract_choice(p.answer) is None]
         if len(not_letters) > MAX_UNUSABLE * len(train):
             errors.append(
-                f"rewards.functions=['multiple_choice']: {len(not_letters):,} of {len(train):,} answers are not a single letter "
-                f"A-J, for example {not_letters[0][:60]!r}; set data.columns.answer, or choose another reward function"
+                f"rewards.functions=['multiple_choice']: {len(not_letters):,} of {len(train):,} answers are not a "
+                f"single letter A-J, for example {not_letters[0][:60]!r}; set data.columns.answer, "
+                "or choose another reward function"
             )
     unknown = data.tokenizer.unk_token_id
     num_unknown = sum(unknown in problem.prompt_ids for problem in train)
     if unknown is not None and num_unknown > MAX_UNUSABLE * len(train):
         errors.append(
-            f"model.path: its tokenizer has no tokens for parts of {num_unknown:,} of {len(train):,} training prompts, "
-            f"which become {data.tokenizer.unk_token}; choose a model suited to this data"
+            f"model.path: the tokenizer has no tokens for parts of {num_unknown:,} of {len(train):,} training prompts, "
+            f"and encodes these parts as {data.tokenizer.unk_token}; choose a model suited to this data"
         )
     (*_, encoded) = data.reports.get("train", [DataReport(0, 0, {}, {})])
     num_overlong = _count_of(encoded.dropped, PROMPT_TOO_LONG)
     if num_overlong > MAX_UNUSABLE * max(encoded.num_read, 1):
         errors.append(
-            f"{num_overlong:,} of {encoded.num_read:,} training prompts were dropped, because {_longer_prompts(encoded)}, or "
-            "set data.overlong_prompts=truncate"
+            f"{num_overlong:,} of {encoded.num_read:,} training prompts were dropped, because "
+            f"{_longer_prompts(encoded)}, or set data.overlong_prompts=truncate"
         )
     if len(train) < config.train.problems_per_step:
         errors.append(
-            f"train.problems_per_step={config.train.problems_per_step}: more than the {len(train)} training problems, so "
-            "a batch would repeat problems; lower it"
+            f"train.problems_per_step={config.train.problems_per_step}: more than the {len(train)} training problems, "
+            "so a batch would repeat problems; lower it"
         )
     return errors
 
@@ -195,8 +196,8 @@ def _solutions_hint(data: LoadedData, config: Config, method: Method) -> str:
         columns = data.columns
         if columns and columns.solutions == (columns.prompt,):
             hint = (
-                f"no chat in {columns.prompt!r} ends with an assistant message; add the solutions as such messages, or set "
-                "data.columns.solutions to their column"
+                f"no chat in {columns.prompt!r} ends with an assistant message; add the solutions as assistant "
+                "messages, or set data.columns.solutions to the column that holds them"
             )
             return (
                 f"{hint}, or method.name=grpo to train without experts"
@@ -204,5 +205,5 @@ def _solutions_hint(data: LoadedData, config: Config, method: Method) -> str:
                 else hint
             )
         where = f" (now {data.shown_paths(columns.solutions)})" if columns else ""
-        hint = f"set data.columns.solutions to their column{where}"
+        hint = f"set data.columns.solutions to the column that holds them{where}"
     return f"{hint}, or method.name=grpo to train without experts" if method.needs_rewards else hint

@@ -1,7 +1,7 @@
 """Checks what a run is about to train on: counts, lengths, and whether the graders accept the expert solutions.
 
-The checks run before anything is compiled, because mistakes in the data are silent later: every reward is 0, or
-nothing is left to learn from.
+The checks run before anything is compiled, because mistakes in the data would cause no errors later: every reward
+would be 0, or nothing would be left to learn from.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ MAX_SHOWN_CHARS = 1_500
 
 
 class Terminal(Protocol):
-    """The output that a preflight is printed to."""
+    """The output on which the result of the checks is printed."""
 
     def say(self, text: str) -> None: ...
 
@@ -45,9 +45,9 @@ class Preflight:
       source: the template and the columns in use, for display.
       prompt: the first training prompt as the model sees it.
       answer: the answer of the first training problem.
-      notes: why rows and experts were left out, one line each.
+      notes: why rows, prompts and expert solutions were dropped, and other remarks, one line each.
       warnings: probable mistakes, one line each.
-      errors: why the run would learn nothing, one line each.
+      errors: mistakes that prevent the run from starting, one line each.
     """
 
     counts: dict[str, dict[str, str]]
@@ -82,7 +82,7 @@ class Preflight:
 
 
 def show_text(title: str, text: str, terminal: Terminal) -> None:
-    """Prints a title and an indented text, keeping its line breaks."""
+    """Prints a title, followed by the start of a text, which is indented and keeps its line breaks."""
     more = " ..." if len(text) > MAX_SHOWN_CHARS else ""
     terminal.say(f"{title}:")
     for line in f"{text[:MAX_SHOWN_CHARS]}{more}".split("\n"):
@@ -99,7 +99,7 @@ def check_data(
 
     Args:
       data: the problems.
-      config: the config of the run, with its lengths.
+      config: the config of the run, without null lengths.
       method: the method of the run.
       grader: the grader of the run, which judges expert solutions as it will judge responses.
     """
@@ -131,26 +131,26 @@ def check_data(
 def _add_reward_checks(
     tried: Sequence[Tried], config: Config, method: Method, warnings: list[str], errors: list[str]
 ) -> None:
-    """Appends complaints about reward functions, and about expert solutions that they do not judge correct."""
+    """Adds warnings and errors about reward functions, and about expert solutions that are not judged correct."""
     broken, fragile = check_functions(tried)
     (errors if method.needs_rewards else warnings).extend(broken)
     warnings.extend(fragile)
     complaint, is_serious = check_experts(tried, config)
     if complaint:
-        # A method that learns from both would get conflicting signals.
+        # A method that learns from both rewards and expert solutions would get conflicting signals.
         stops = is_serious and method.uses_experts and method.needs_rewards
         (errors if stops else warnings).append(complaint)
 
 
 def _notes(data: LoadedData) -> list[str]:
-    """Lists why rows and experts were left out, and other notes about them."""
+    """Returns lines that say why rows, prompts and expert solutions were dropped, and other remarks."""
     return [
         f"{name}: {verb}{count:,} {what}"
         for name, stages in data.reports.items()
         for stage in stages
         for verb, counts in (("dropped ", stage.dropped), ("", stage.notes))
         for what, count in counts.items()
-        if "without an expert" not in what  # The table shows them.
+        if "without an expert" not in what  # The table shows this count.
     ]
 
 
@@ -174,7 +174,7 @@ def _counts(
 ) -> dict[str, str]:
     experts = [len(e.token_ids) for p in problems for e in p.experts]
     counts = {
-        # Held-out splits read no rows.
+        # No rows are read for held-out splits.
         "rows read": f"{stages[0].num_read:,}" if len(stages) > 1 else "",
         "problems": f"{len(problems):,}",
         f"prompt tokens (<= {config.data.max_prompt_length})": _lengths(

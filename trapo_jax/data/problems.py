@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 PLAIN_TEXT = Template()  # leaves the text unchanged
 EXTRA_PROBLEMS_STREAM = 1  # a random number stream independent of the batch order
-# Prefixes of a report's reasons and notes.
-PROMPT_TOO_LONG, PROMPTS_CUT = "with a prompt over", "prompts cut to"
-EXPERTS_TOO_LONG = "experts left out: over"
+# The first words of some reasons and notes in a report.
+PROMPT_TOO_LONG, PROMPTS_CUT = "with a prompt longer than", "prompts truncated to"
+EXPERTS_TOO_LONG = "expert solutions dropped: longer than"
 MAX_TOKEN_CHARS = 64  # Text usually has 3 to 5 characters per token.
-_CHUNK_SIZE = 256  # examples encoded at once; the tokenizer uses all cores
+_CHUNK_SIZE = 256  # number of examples to encode at once; the tokenizer uses all cores
 
 
 def encode_examples(
@@ -42,34 +42,35 @@ def encode_examples(
 ) -> tuple[list[Problem], DataReport]:
     """Renders and tokenizes examples, and appends EOS to each expert solution.
 
-    Examples with the same prompt and answer become one problem with all of their experts. BOS is prepended if the
-    tokenizer adds it and the text does not start with it. A tokenizer's own chat template decides this itself, as in
-    `apply_chat_template`. Text with more than `MAX_TOKEN_CHARS` characters per allowed token counts as too long without
-    being encoded.
+    Examples with the same prompt and answer become one problem with all of their expert solutions. BOS is prepended if
+    the tokenizer adds BOS to every string and the prompt does not already start with BOS. With a tokenizer's own chat
+    template, only the template decides whether to add BOS, as in `apply_chat_template`. Text with more than
+    `MAX_TOKEN_CHARS` characters per allowed token counts as too long without being encoded.
 
     Args:
       examples: raw examples.
-      tokenizer: the policy's tokenizer, with an EOS token; an `Encoder` if several datasets are encoded.
+      tokenizer: the policy's tokenizer, with an EOS token, or an `Encoder` that several datasets share.
       template: a template from `make_template`; by default, text is left unchanged.
-      max_prompt_length: longest prompt, in tokens, template included.
-      overlong_prompts: "drop" drops the example, "truncate" keeps the last tokens (and BOS), "error" raises.
-      max_expert_length: longest expert solution, in tokens, EOS included; a longer one is dropped, but its problem is
-        kept. None for no limit.
+      max_prompt_length: maximum prompt length in tokens, including the template.
+      overlong_prompts: "drop" drops the example, "truncate" keeps the last tokens (and BOS), and "error" raises an
+        error.
+      max_expert_length: maximum length of an expert solution in tokens, including EOS; longer solutions are dropped,
+        but their problems are kept. None for no limit.
       name: the option that selects the examples, for error messages.
 
     Returns:
       The problems in the order of the examples, and a report.
 
     Raises:
-      UserError: if a prompt is too long under "error", if the template rejects a prompt, if the tokenizer fails, or if
-        no problem is left (with the counts).
+      UserError: if a prompt is too long and `overlong_prompts` is "error", if the template rejects a prompt, if the
+        tokenizer fails, or if no problem is left. In the last case, the message contains the counts.
     """
     merged, num_read = _merge_duplicates(examples)
     dropped, notes = Counter[str](), Counter[str]()
     if num_read > len(merged):
         dropped["merged into an identical problem"] = num_read - len(merged)
     problems: list[Problem] = []
-    # Length of the longest prompt: in tokens, and in characters if it has too many to be encoded.
+    # Length of the longest encoded prompt, in tokens, and of the longest prompt too long to encode, in characters.
     longest = num_chars = 0
     rendered = template.render_all([example.prompt for example in merged])
     with as_encoder(tokenizer) as encoder:
@@ -153,12 +154,11 @@ def hold_out(
 def problem_batches(problems: Sequence[Problem], *, batch_size: int, seed: int) -> Any:
     """Returns an endless, randomly accessible sequence: `batches[step]` is the list of the step's problems.
 
-    Every epoch is a new permutation, and an incomplete last batch is dropped, so that no batch
-    contains a problem twice. Because a step number determines its batch, the position
-    in the data is the step, and resuming needs no iterator state.
+    Every epoch is a new permutation, and an incomplete last batch is dropped, so that no batch contains a problem
+    twice. The step number determines the batch, so resuming needs no iterator state.
 
     Raises:
-      UserError: if there are fewer problems than fit in a batch.
+      UserError: if there are fewer problems than `batch_size`.
     """
     if len(problems) < batch_size:
         raise UserError(
@@ -172,16 +172,19 @@ def problem_batches(problems: Sequence[Problem], *, batch_size: int, seed: int) 
 def draw_problems(
     problems: Sequence[Problem], *, count: int, seed: int, step: int
 ) -> list[Problem]:
-    """Draws `count` problems with experts for a step, in addition to its batch, from endless permutations.
+    """Draws `count` problems with expert solutions for a step, in addition to the problems of its batch.
 
-    The step number determines the problems. No problem is repeated before all others have been drawn as often.
+    The seed and the step number determine the problems. A problem is drawn again only after all others have been drawn
+    as often.
 
     Raises:
-      UserError: if problems are requested, but none has an expert.
+      UserError: if `count` is positive, but no problem has an expert solution.
     """
     with_expert = [problem for problem in problems if problem.experts] if count else []
     if count and not with_expert:
-        raise UserError("method.name: it learns from experts, but no training problem has one")
+        raise UserError(
+            "method.name: the method learns from expert solutions, but no training problem has one"
+        )
     orders: dict[int, np.ndarray] = {}
     drawn = []
     for position in range((step - 1) * count, step * count):
@@ -194,7 +197,7 @@ def draw_problems(
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:
-    """Returns the SHA-256 hash of everything that training sees of the problems, in order."""
+    """Returns the SHA-256 hash of everything that training uses from the problems, in order."""
     digest = hashlib.sha256()
     for problem in problems:
         experts = [expert.token_ids for expert in problem.experts]
@@ -242,12 +245,12 @@ def _encode_solutions(
 def _make_expert(
     ids: tuple[int, ...] | None, encoder: Encoder, max_length: int | None, notes: Counter[str]
 ) -> Expert | None:
-    """Returns an expert solution; None, with the reason counted in `notes`, if it is left out."""
+    """Returns an expert solution; None if the solution is dropped, in which case the reason is counted in `notes`."""
     if ids is not None:
         while ids and ids[-1] == encoder.eos_id:  # EOS written out in the data
             ids = ids[:-1]
         if not ids or encoder.eos_id in ids:
-            notes["experts left out: empty, or with EOS inside"] += 1
+            notes["expert solutions dropped: empty, or with EOS inside"] += 1
             return None
         ids = (*ids, encoder.eos_id)
     if ids is None or (max_length is not None and len(ids) > max_length):
@@ -257,7 +260,7 @@ def _make_expert(
 
 
 def _merge_duplicates(examples: Iterable[Example]) -> tuple[list[Example], int]:
-    """Merges the experts of examples that share an id; returns the merged examples and the number read."""
+    """Merges examples with the same id, and returns the merged examples and the number of examples read."""
     merged: dict[str, Example] = {}
     num_read = 0
     for example in examples:
@@ -277,7 +280,7 @@ def _overlong_prompt(text: str, ids: tuple[int, ...] | None, limit: int) -> User
 
 
 def _content_id(example: Example) -> str:
-    """Returns an id for prompt and answer; plain text and a single user message with the same text get the same id."""
+    """Returns an id for a prompt and its answer. Plain text and a single user message with this text get equal ids."""
     prompt = example.prompt
     if not isinstance(prompt, str) and len(prompt) == 1 and prompt[0].role == "user":
         prompt = prompt[0].content

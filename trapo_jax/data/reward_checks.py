@@ -1,4 +1,4 @@
-"""Checks that a run's reward functions work and judge its expert solutions correct."""
+"""Checks that the reward functions of a run work, and that they judge the expert solutions correct."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from trapo_jax.types import Grade, Problem
 
 MAX_GRADED_EXPERTS = 200
 MAX_PROBED_SOURCES = 20
-MIN_ACCEPTED = 0.5  # share of the expert solutions that must be judged correct
+MIN_ACCEPTED = 0.5  # fraction of the expert solutions that must be judged correct
 EXPERT, ANSWER, EMPTY = "expert solutions", "bare gold answers", "empty responses"
 
 
@@ -32,7 +32,7 @@ class Tried(NamedTuple):
     is_cut: bool = False
 
     def reward_of(self, name: str) -> float:
-        """Returns the reward that a function gave; 0 if it is missing."""
+        """Returns the reward that a function gave; 0 if the reward is missing."""
         return self.grade.judgments[name].reward or 0.0
 
 
@@ -52,7 +52,7 @@ def try_rewards(
       problems: training problems.
       grader: the grader of the run.
       decode: converts token ids to text.
-      max_len: maximum number of tokens per solution to train on.
+      max_len: maximum length of a solution in tokens; longer solutions are truncated, as in training.
     """
     problems = [problem for problem in problems if problem.answer]
     experts = [(problem, expert.token_ids) for problem in problems for expert in problem.experts]
@@ -64,7 +64,7 @@ def try_rewards(
         *((ANSWER, p, text, False) for p in some for text in _answers_alone(p)),
         *((EMPTY, p, "", False) for p in some),
     ]
-    with grader.without_warnings():  # The preflight reports them.
+    with grader.without_warnings():  # The preflight checks report failures.
         futures = [grader.submit(text, problem) for _, problem, text, _ in responses]
         grades = [future.result() for future in futures]
     return [
@@ -78,10 +78,10 @@ def _answers_alone(problem: Problem) -> tuple[str, str]:
 
 
 def check_functions(tried: Sequence[Tried]) -> tuple[list[str], list[str]]:
-    """Returns errors and warnings about reward functions that fail or reward empty responses, at most one line each.
+    """Returns errors and warnings about reward functions that fail or reward empty responses.
 
-    It is an error if a function returns something other than a reward, or fails on most expert solutions or, if there
-    are none, on all other responses.
+    There is at most one line per function. It is an error if a function returns something other than a reward, or fails
+    on most expert solutions or, if there are none, on all other responses.
     """
     errors, warnings = [], []
     for name in dict.fromkeys(name for t in tried for name in t.grade.judgments):
@@ -90,16 +90,16 @@ def check_functions(tried: Sequence[Tried]) -> tuple[list[str], list[str]]:
         if not failed:
             if rewarded := [t for t in of_function if t.kind == EMPTY and t.reward_of(name) > 0]:
                 warnings.append(
-                    f"rewards.functions: {name} gives an empty response a reward of {rewarded[0].reward_of(name):g}; it is called "
-                    f"as {name}(response, problem)"
+                    f"rewards.functions: {name} gives an empty response a reward of {rewarded[0].reward_of(name):g}; "
+                    f"it is called as {name}(response, problem)"
                 )
             continue
         reasons = [t.grade.missing[name] for t in failed]
         kinds = set(map(kind_of, reasons))
         signature = f"it is called as {name}(response, problem); " if "TypeError" in kinds else ""
         line = (
-            f"rewards.functions: {name} failed on {_count(failed, of_function)} ({describe_reasons(reasons)}); {signature}"
-            "test it on a few of your rows"
+            f"rewards.functions: {name} failed on {_count(failed, of_function)} ({describe_reasons(reasons)}); "
+            f"{signature}test it on a few of your rows"
         )
         is_broken = InvalidReward.__name__ in kinds or _fails_mostly(failed, of_function)
         (errors if is_broken else warnings).append(line)
@@ -120,9 +120,9 @@ def _fails_mostly(failed: Sequence[Tried], tried: Sequence[Tried]) -> bool:
 
 
 def check_experts(tried: Sequence[Tried], config: Config) -> tuple[str, bool]:
-    """Returns a complaint about expert solutions not judged correct, and whether there are too many of them.
+    """Returns a message about expert solutions that are not judged correct, and whether there are too many of them.
 
-    The complaint is empty if all are judged correct, or if `check_functions` explains all failures.
+    The message is empty if none is judged wrong. Missing rewards are reported by `check_functions`.
     """
     experts = [t for t in tried if t.kind == EXPERT]
     wrong = [t for t in experts if not t.grade.is_correct]
@@ -130,8 +130,8 @@ def check_experts(tried: Sequence[Tried], config: Config) -> tuple[str, bool]:
     if not judged_wrong:
         return "", False
     return (
-        f"rewards.functions={list(config.rewards.functions)}: only {len(experts) - len(wrong)} of {len(experts)} expert "
-        f"solutions are judged correct{_why_wrong(judged_wrong, experts, config)}"
+        f"rewards.functions={list(config.rewards.functions)}: only {len(experts) - len(wrong)} of {len(experts)} "
+        f"expert solutions are judged correct{_why_wrong(judged_wrong, experts, config)}"
     ), len(wrong) > (1 - MIN_ACCEPTED) * len(experts)
 
 
@@ -142,9 +142,9 @@ def _why_wrong(wrong: Sequence[Tried], experts: Sequence[Tried], config: Config)
         return f"; {_explain_wrong(wrong[0], config.rewards.functions[0])}"
     way_out = "raise it"
     if num_cut <= len(experts) / 2:  # Otherwise, hardly any solutions would be left.
-        way_out += f", or leave them out with data.max_expert_length={limit}"
+        way_out += f", or drop longer solutions with data.max_expert_length={limit}"
     which = "all" if num_cut == len(experts) else f"{num_cut}"
-    return f", because {which} are cut at sampling.max_completion_length={limit}; {way_out}"
+    return f", because {which} are truncated at sampling.max_completion_length={limit}; {way_out}"
 
 
 def _explain_wrong(tried: Tried, function: str) -> str:
@@ -153,14 +153,14 @@ def _explain_wrong(tried: Tried, function: str) -> str:
     answer = f"the problem's answer is {problem.answer[:60]!r}"
     if grade.answer is not None:
         return (
-            f"in the first wrong one the answer {grade.answer[:60]!r} was found, but {answer}; check data.columns.answer and "
-            "data.columns.solutions"
+            f"in the first one judged wrong, the answer {grade.answer[:60]!r} was found, but {answer}; check "
+            "data.columns.answer and data.columns.solutions"
         )
     if len(problem.experts) > 1:
-        way_out = "a list of solutions holds complete alternatives, so join a list of steps into one string"
+        way_out = "each entry in a list of solutions must be a complete solution; join lists of steps into one string"
     elif ":" in function:
         way_out = "check data.columns.answer and data.columns.solutions, and test the function on a few of your rows"
     else:
         way_out = "end solutions with the answer in \\boxed{}, or choose another reward function"
     ending = tried.text.strip()[-60:]
-    return f"in the first wrong one, which ends with {ending!r}, no answer was found ({answer}); {way_out}"
+    return f"in the first one judged wrong, which ends with {ending!r}, no answer was found ({answer}); {way_out}"

@@ -1,9 +1,9 @@
 """Reads rows from local files and from the Hugging Face Hub.
 
-Local files are read in place, a piece at a time, and leave no cache behind: Parquet and Arrow by pyarrow, in a
-separate process, and JSON and CSV by line, so that errors have line numbers. All values in CSV files are strings.
-Folders written by `save_to_disk` and Hub datasets are read by `datasets`, which keeps Hub files in its usual cache (see
-`hub_datasets`).
+Local files are read piece by piece, without creating a cache. Parquet and Arrow files are read with pyarrow in a
+separate process; JSON and CSV files are read as text, so that error messages contain line numbers. All values in CSV
+files are strings. Folders written by `save_to_disk` and Hub datasets are read with the `datasets` library, which keeps
+Hub files in its usual cache (see `hub_datasets`).
 """
 
 import json
@@ -39,7 +39,7 @@ COMPRESSED = {  # first bytes of a file -> the command that decompresses it
 }
 FORMATS = (".parquet", *TEXT_READERS, ".arrow")
 TABLE_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("table_worker.py")))
-TABLE_SECS = 60  # CPU seconds for a few hundred rows.
+TABLE_SECS = 60  # Limit in CPU seconds for a few hundred rows.
 TABLE_MEMORY_BYTES = 5 * 2**28
 # Raised by pyarrow and datasets for a damaged or missing file; ArrowInvalid is a ValueError.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
     Attributes:
       file: file or Hub id that the row comes from.
-      number: position in the file, from 1; the line number in a JSONL or CSV file.
+      number: position in the file, starting at 1; the line number in a JSONL or CSV file.
       values: the row's values, keyed by column.
     """
 
@@ -67,13 +67,14 @@ def read_rows(
     Args:
       data: files (`.parquet`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.arrow`), globs of such files, folders written by
         `save_to_disk`, and Hub ids (`owner/name@revision:config`, where the revision and the config are optional). A
-        folder or Hub id may end with `#split`. An entry that exists as a path is read as one.
-      split: the split of folders and Hub ids that do not name one; files have no splits.
+        folder or Hub id may end with `#split`. An entry that exists as a path is treated as a path.
+      split: the split to read from folders and Hub ids that do not name a split; files have no splits.
       limit: number of rows to read from each entry; None for all, at most `MAX_ROWS`.
 
     Raises:
-      UserError: for a file that is missing, unreadable, empty, damaged, not UTF-8, a Git LFS pointer, or in an unknown
-        format, naming the file and, if possible, the line; or for a dataset that is neither in a cache nor on the Hub.
+      UserError: if a file is missing, unreadable, empty, damaged, not UTF-8, a Git LFS pointer, or in an unknown
+        format, or if a dataset is neither in a cache nor on the Hub. The message names the file or dataset and, if
+        possible, the line.
     """
     if not data:
         raise UserError("no data: specify files, folders or Hub ids")
@@ -106,7 +107,7 @@ def _locate(entry: str, split: str) -> list[tuple[Path | HubDataset, str]]:
     if any(character in entry for character in "*?["):
         if matches := sorted(glob(str(path), recursive=True)):
             return [(Path(match), split) for match in matches]
-        raise UserError(f"{entry}: no file matches, or its folder is not readable")
+        raise UserError(f"{entry}: no file matches, or the folder is not readable")
     name, _, named_split = entry.rpartition("#")
     if name and named_split:
         path = Path(name).expanduser()
@@ -114,7 +115,7 @@ def _locate(entry: str, split: str) -> list[tuple[Path | HubDataset, str]]:
             if path.is_dir():
                 return [(path, named_split)]
             raise UserError(
-                f"{entry}: {name} is a file, which has no splits; leave out #{named_split}"
+                f"{entry}: {name} is a file, and files have no splits; remove #{named_split}"
             )
         entry, split = name, named_split
     if path.suffix.lower() not in FORMATS and (dataset := parse_hub_dataset(entry)):
@@ -193,7 +194,7 @@ def _table_rows(path: Path, max_rows: int | None) -> Iterator[tuple[int, dict[st
     try:
         for number, line in split_lines(worker.stdout, f"{path}, row"):
             values = json.loads(line)
-            if isinstance(values, str):  # why the worker cannot continue
+            if isinstance(values, str):  # the reason why the worker cannot continue
                 raise OSError(values)
             if isinstance(values, int):
                 raise _too_many_rows(path, f"{values:,} rows, ")

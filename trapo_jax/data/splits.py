@@ -38,14 +38,14 @@ Splits = dict[str, list[Example]]
 Reports = dict[str, list[DataReport]]
 C = TypeVar("C", Config, EvaluateConfig)
 
-# Limits on the lengths that the config leaves to the data.
+# Limits on lengths that are derived from the data because they are null in the config.
 MAX_PROMPT_LENGTH = 1024
 MIN_COMPLETION_LENGTH, MAX_COMPLETION_LENGTH = 256, 4096
 COMPLETION_LENGTH_WITHOUT_EXPERTS = 1024
 EVALUATED_COMPLETION_LENGTH = 2048
 ROOM_BEYOND_EXPERT = 1.25
 LENGTH_MULTIPLE = 16
-# By default, one in HELD_OUT_DIVISOR problems is held out of the training data, but at most MAX_HELD_OUT.
+# By default, one in HELD_OUT_DIVISOR problems is held out from the training data, but at most MAX_HELD_OUT.
 HELD_OUT_DIVISOR, MAX_HELD_OUT = 10, 128
 
 
@@ -66,7 +66,7 @@ class LoadedData:
     template: Template
     reports: Reports
     columns: Columns | None
-    tokenizer: Any  # PreTrainedTokenizerFast, whose annotations do not match its use
+    tokenizer: Any  # PreTrainedTokenizerFast, whose type annotations do not fit how it is used
 
     def summary(self) -> dict[str, Any]:
         """Returns the contents of data.json."""
@@ -86,12 +86,12 @@ class LoadedData:
         return ", ".join(path.removesuffix("?") for path in shown) or "none"
 
     def fit(self, config: C, *, context_len: int | None, completion: int) -> C:
-        """Returns the config with its null lengths replaced by lengths for this data.
+        """Returns the config with its null lengths replaced by lengths that suit this data.
 
         Args:
           config: the config of a run or an evaluation.
           context_len: the model's number of positions; None if unlimited.
-          completion: maximum completion length if the config sets none and the context leaves room for it.
+          completion: the maximum completion length to use if the config sets none and the context leaves enough room.
 
         Raises:
           UserError: if prompt and completion together exceed the context.
@@ -101,16 +101,16 @@ class LoadedData:
         if context_len is not None:
             if prompt >= context_len:
                 raise UserError(
-                    f"data.max_prompt_length={prompt}: leaves no room for a completion in the {context_len} positions of the "
-                    "model (max_position_embeddings); lower it"
+                    f"data.max_prompt_length={prompt}: leaves no room for a completion in the {context_len} positions "
+                    "of the model (max_position_embeddings); lower it"
                 )
             completion = min(completion, context_len - prompt)
         fitted = config.with_lengths(prompt=prompt, completion=completion)
         if context_len is not None and fitted.longest_rollout_len > context_len:
             raise UserError(
                 f"sampling.max_completion_length={fitted.sampling.max_completion_length}: with "
-                f"data.max_prompt_length={fitted.data.max_prompt_length} it exceeds the {context_len} positions of the "
-                "model (max_position_embeddings); lower one of them, or extend the model's context"
+                f"data.max_prompt_length={fitted.data.max_prompt_length}, it exceeds the {context_len} positions of "
+                "the model (max_position_embeddings); lower one of them, or extend the model's context"
             )
         return fitted
 
@@ -145,7 +145,7 @@ def load_data(
     with Encoder(tokenizer) as encoder:
         for name, split in examples.items():
             if name != "train":
-                # Examples that cannot be graded are held out too; see `_hold_out`.
+                # Examples that cannot be graded are dropped here, after the splits were held out; see `_hold_out`.
                 can_grade = bool(config.rewards.functions)
                 split = [example for example in split if example.answer and can_grade]
             splits[name], report = encode(config.data, name, split, encoder, template)
@@ -162,9 +162,9 @@ def load_data(
 def load_test_data(
     config: EvaluateConfig, tokenizer: "PreTrainedTokenizerFast", *, context_len: int | None
 ) -> tuple[LoadedData, EvaluateConfig]:
-    """Loads the test problems from `data.test_files` or, if there are none, those that a training run holds out.
+    """Loads the problems from `data.test_files` or, if there are no such files, the test problems of a training run.
 
-    The arguments, results and errors are the same as for `load_data`.
+    See `load_data` for the arguments, results and errors.
     """
     if config.data.test_files:
         examples, reports, columns = _read_test_files(config.data)
@@ -185,7 +185,7 @@ def load_test_data(
 def template_for(
     config: DataConfig, examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast"
 ) -> Template:
-    """Returns a config's template; "auto" is the tokenizer's own or, without one, depends on the prompts."""
+    """Returns the template of a config; "auto" is the tokenizer's own or, without one, depends on the prompts."""
     kind = config.template
     if kind == "auto":
         is_text = all(isinstance(example.prompt, str) for example in examples)
@@ -232,7 +232,7 @@ def _option_of(config: DataConfig, split: str) -> str:
 
 
 def count_special_tokens(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast") -> int:
-    """Returns the number of examples whose own text contains a special token that the tokenizer would honor."""
+    """Returns the number of examples whose own text contains a special token that the tokenizer would recognize."""
     tokens = sorted(filter(None, special_tokens(tokenizer)), key=len, reverse=True)
     if not tokens:
         return 0
@@ -247,7 +247,7 @@ def count_special_tokens(examples: Sequence[Example], tokenizer: "PreTrainedToke
 def read_splits(
     config: DataConfig, expert_part: ExpertPart = "thought", *, needs_answer: bool = True
 ) -> tuple[Splits, Reports, Columns | None]:
-    """Returns the raw examples of every split and, for files, the reports on their rows and their columns."""
+    """Returns the raw examples of every split and, if they come from files, reports on the rows, and the columns."""
     if config.source == "files":
         return _from_files(config, expert_part, needs_answer)
     sizes = {
@@ -267,7 +267,7 @@ def read_splits(
 def _from_files(
     config: DataConfig, expert_part: ExpertPart, needs_answer: bool
 ) -> tuple[Splits, Reports, Columns]:
-    """Reads splits from files or the Hub; a split without its own files is held out of the training data."""
+    """Reads splits from files or the Hub; a split without its own files is held out from the training data."""
     columns: Columns | None = None
     splits: Splits = {}
     reports: Reports = {}
@@ -284,10 +284,10 @@ def _from_files(
                 if columns is None:
                     raise
                 raise UserError(
-                    f"{error}; data.columns applies to every split, so rename this file's columns if those of "
-                    "data.train_files differ"
+                    f"{error}; data.columns applies to every split, so rename this file's columns if they differ "
+                    "from those of data.train_files"
                 ) from error
-            columns = columns or of_split  # The training data's columns are shown.
+            columns = columns or of_split  # Only the columns of the training data are shown.
             splits[name], report = examples_from_rows(
                 rows, of_split, expert_part=expert_part, needs_answer=needs_answer
             )
@@ -299,7 +299,7 @@ def _from_files(
 
 
 def _held_out_sizes(config: DataConfig, splits: Splits) -> dict[str, int]:
-    """Returns the number of prompts to hold out of the training data for each split without its own files.
+    """Returns the number of prompts to hold out from the training data for each split without its own files.
 
     Raises:
       UserError: if no prompt with an answer would be left for training.
@@ -312,8 +312,8 @@ def _held_out_sizes(config: DataConfig, splits: Splits) -> dict[str, int]:
     if answered and sum(sizes.values()) >= num_prompts:
         wanted = " and ".join(f"data.num_{name}={size}" for name, size in sizes.items() if size)
         raise UserError(
-            f"data.train_files: the {len(answered)} rows with an answer have {num_prompts} distinct prompts, too few to "
-            f"hold out {wanted}; specify separate files for them, or lower these numbers (0 for none)"
+            f"data.train_files: the {len(answered)} rows with an answer have {num_prompts} distinct prompts, too few "
+            f"to hold out {wanted}; specify separate files for these splits, or lower these numbers (0 for none)"
         )
     return sizes
 
@@ -323,8 +323,8 @@ def _hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """Holds out random examples with an answer; see `hold_out`.
 
-    The choice does not depend on the examples without an answer, so that `evaluate` holds out the same examples whether
-    or not training dropped the others.
+    The choice does not depend on examples without an answer, so that `evaluate` holds out the same examples whether or
+    not training dropped those without an answer.
     """
     answered = [example for example in examples if example.answer]
     if size == 0 or not answered:
@@ -359,7 +359,7 @@ def _read(config: DataConfig, files: Sequence[str], split: str) -> Iterator[Row]
 def _columns_of(
     config: DataConfig, rows: Iterator[Row], *, needs_answer: bool = True
 ) -> tuple[Columns, Iterable[Row]]:
-    """Returns the columns to read from the rows, and the rows."""
+    """Returns the columns that hold the fields of an example, and an iterable of all rows."""
     given = config.columns.model_dump(exclude={"preset"}, exclude_none=True)
     preset = config.columns.preset
     if preset == "auto":

@@ -2,9 +2,10 @@
 
     python -P table_worker.py PATH MAX_ROWS SECS MEMORY_BYTES
 
-`sources.py` starts this file as a script, since importing the package takes seconds. The output is JSON lines: an
-object for each row; the number of rows, if it exceeds MAX_ROWS (0 for no limit); or a string that says why the file
-cannot be read. The kernel ends the process when a batch of rows takes more than SECS of CPU time.
+`sources.py` starts this file as a script, since importing the package takes seconds. The output is JSON Lines. Each
+line is an object with the values of a row, the number of rows if it exceeds MAX_ROWS (0 for no limit), or a string that
+says why the file cannot be read. The kernel ends the process when a batch of rows takes more than SECS seconds of CPU
+time.
 """
 
 import decimal
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 from trapo_jax.sandbox import limit_memory
 
 BATCH_ROWS = 256
-# A file's rows may take this many bytes, or this many times the file's size if that is more.
+# The rows of a file may take MAX_ROW_BYTES, or MAX_EXPANSION times the file's size if that is more.
 MAX_ROW_BYTES, MAX_EXPANSION = 2**29, 100
 
 
@@ -35,7 +36,7 @@ def main(path: str, max_rows: str, secs: str, memory_bytes: str) -> None:
         _write(batches, os.stat(path).st_size, int(max_rows), float(secs))
     except MemoryError:  # also raised by pyarrow
         _put(f"it takes more than {int(memory_bytes) / 2**30:g} GiB of memory")
-    except Exception as error:  # whatever pyarrow raises
+    except Exception as error:  # any exception from pyarrow
         _put((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
@@ -76,7 +77,7 @@ def _parquet_batches(path: str) -> Iterator[pa.RecordBatch | int]:
 
 
 def _arrow_batches(path: str) -> Iterator[pa.RecordBatch | int]:
-    """Yields batches of both Arrow IPC formats: files, and streams as `datasets` writes them."""
+    """Yields the batches of a file in either Arrow IPC format: the file format, or the stream format of `datasets`."""
     with pa.memory_map(path) as file:
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
@@ -97,7 +98,7 @@ def _put(value: Any) -> int:
 
 
 def _as_json(value: Any) -> Any:
-    """Converts types that JSON lacks. Bytes are not text, so only their length is kept."""
+    """Converts values of types that JSON lacks. Bytes may not be text, so only their number is kept."""
     if isinstance(value, decimal.Decimal):
         text = f"{value:f}"
         return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,12 +1,12 @@
-"""Renders prompts as text, with the same `Template` object for training and evaluation.
+"""Renders prompts as text, using the same `Template` object for training and evaluation.
 
-`qwen_math` is the prompt format of the paper's data and evaluation. It sets the system message: one in the row (the
-released MATH-500 has one about a "Thought section") is replaced. If the user text already ends with the instruction,
-the instruction is not added again.
+`qwen_math` is the prompt format of the paper's data and evaluation. It sets the system message, which replaces that of
+the row, if there is one (the released MATH-500 has one about a "Thought section"). If the user text already ends with
+the instruction, the instruction is not added again.
 
 A tokenizer's own template is third-party code: it runs in a separate process (`chat_worker.py`), without secrets and
-with limits on time and memory. It produces the same text as `tokenizer.apply_chat_template`, except that today's date
-is always `DATE`, so that a run resumed tomorrow has the same prompts.
+with limits on time and memory. It produces the same text as `tokenizer.apply_chat_template`, except that the current
+date is always `DATE`, so that a run resumed on another day has the same prompts.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ DATE = "26 Jul 2024"  # Date for `strftime_now`, and the default date of Llama 3
 _TURN = "<|im_start|>"
 MAX_ROLES_CHARS = 100  # Maximum length of the roles listed in an error message.
 CHAT_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py")))
-# CPU time for one prompt or several slow ones; a template renders thousands per second.
+# CPU time limit for one prompt, or several slow ones; a template usually renders thousands of prompts per second.
 CHAT_TIMEOUT_SECS = 5.0
 CHAT_MEMORY_BYTES = 2**30
 CHAT_MAX_CHARS = 20_000  # Maximum output beyond the messages and arguments.
@@ -48,12 +48,12 @@ class Template:
     """Turns a prompt into the text that the policy continues.
 
     Attributes:
-      kind: "none", the text unchanged; "chat", the tokenizer's own chat template, or "chat/NAME" if it has
-        several; "chatml", ChatML without a default system message; "qwen_math", ChatML with the system message
-        and instruction of Qwen2.5-Math.
+      kind: "none" for unchanged text; "chat" for the tokenizer's own chat template, or "chat/NAME" if the tokenizer has
+        several; "chatml" for ChatML without a default system message; "qwen_math" for ChatML with the system message
+        and the instruction of Qwen2.5-Math; or the import path of a custom template.
       tokenizer: the tokenizer that the chat template belongs to; for "chat" and "chat/NAME" only.
-      function: turns chat messages into text; for a custom template, whose kind is its import path.
-      arguments: variables of the chat template, keyed by name, as JSON values.
+      function: the function that turns chat messages into text; for custom templates only.
+      arguments: variables for the chat template, keyed by name, as JSON values.
     """
 
     kind: str = "none"
@@ -69,8 +69,8 @@ class Template:
     def render(self, prompt: Prompt) -> str:
         """Returns the prompt's text, ending where the assistant begins.
 
-        Every kind except "none" treats plain text as one user message. The result contains BOS only
-        if the chat template writes it.
+        Every kind except "none" treats plain text as one user message. The result contains BOS only if the chat
+        template writes BOS.
 
         Raises:
           UserError: if the template cannot render the prompt.
@@ -78,7 +78,7 @@ class Template:
         return self.render_all([prompt])[0]
 
     def render_all(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Renders each prompt; with "chat", one process renders them all."""
+        """Returns the texts of several prompts. A tokenizer's own chat template renders all of them in one process."""
         if self.kind == "none":
             return [_plain_text(prompt) for prompt in prompts]
         chats = [(Message("user", p),) if isinstance(p, str) else p for p in prompts]
@@ -92,7 +92,7 @@ class Template:
 
     @property
     def hash(self) -> str:
-        """SHA-256 hash of kind and content; equal hashes mean equal text."""
+        """SHA-256 hash of the template's kind and content. Templates with the same hash render the same text."""
         content: list[object] = [self.kind]
         if self.is_chat:
             content += [self._chat_template(), self._special_tokens(), DATE]
@@ -106,7 +106,8 @@ class Template:
             text = function(messages)
         except Exception as error:
             raise UserError(
-                f"data.template={self.kind}: raises {type(error).__name__} for the messages {_roles(messages)} ({error})"
+                f"data.template={self.kind}: raises {type(error).__name__} for messages with the roles "
+                f"{_roles(messages)} ({error})"
             ) from error
         if not isinstance(text, str):
             raise UserError(f"data.template={self.kind}: returns {type(text).__name__}, not a str")
@@ -125,7 +126,9 @@ class Template:
         replies = self._ask_worker(requests)
         for chat, reply in zip(chats, replies, strict=False):
             if "refusal" in reply:
-                raise self._error(f"rejects the messages {_roles(chat)} ({reply['refusal']})")
+                raise self._error(
+                    f"rejects messages with the roles {_roles(chat)} ({reply['refusal']})"
+                )
         return [reply["text"] for reply in replies]
 
     def _check_arguments(self) -> None:
@@ -179,22 +182,22 @@ def make_template(
 
     Args:
       kind: one of `TEMPLATES`; "chat/NAME" for one of several chat templates of a tokenizer, where "chat" is the one
-        named "default"; or the import path `package.module:name` of a function from chat messages, a tuple of
-        `Message`, to the text that the policy continues.
+        named "default"; or the import path `package.module:name` of a function that maps chat messages (a tuple of
+        `Message`) to the text that the policy continues.
       tokenizer: the policy's tokenizer.
-      arguments: for "chat" and "chat/NAME", variables of the chat template, keyed by name, as JSON values:
-        the keyword arguments of `apply_chat_template`, such as `{"enable_thinking": False}` for Qwen3.
+      arguments: for "chat" and "chat/NAME", variables for the chat template, keyed by name, as JSON values. They
+        correspond to the keyword arguments of `apply_chat_template`, such as `{"enable_thinking": False}` for Qwen3.
 
     Raises:
-      UserError: for an unknown kind, for a chat template that the tokenizer does not have, or for arguments that
-        the template does not use.
+      UserError: if the kind is unknown, if the tokenizer does not have the chat template, or if the template does not
+        use one of the arguments.
     """
     if _is_chat(kind):
         return _make_chat_template(kind, tokenizer, arguments or {})
     if arguments:
         raise UserError(
             f"data.template_arguments: data.template={kind} takes no arguments; "
-            "remove them, or choose chat"
+            "remove them, or set data.template=chat"
         )
     if ":" in kind:
         function = import_object(kind, "data.template")
@@ -248,13 +251,13 @@ def _plain_text(prompt: Prompt) -> str:
     if len(prompt) == 1 and prompt[0].role == "user":
         return prompt[0].content
     raise UserError(
-        f"data.template=none: the prompt consists of the chat messages {_roles(prompt)}, not plain text; "
-        "choose chat, chatml or qwen_math"
+        f"data.template=none: the prompt consists of chat messages with the roles {_roles(prompt)}, not plain text; "
+        "set data.template to chat, chatml or qwen_math"
     )
 
 
 def _with_math_instruction(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Puts the system message first and the instruction on its own line at the end, each exactly once."""
+    """Adds the system message at the start and the instruction on its own line at the end, each exactly once."""
     *turns, last = [message for message in messages if message.role != "system"]
     text = last.content
     if text.rstrip().endswith(MATH_INSTRUCTION):

@@ -1,4 +1,4 @@
-"""Reads rows from JSON (one object per line, or one list of objects) and CSV, holding one row in memory at a time."""
+"""Reads rows from JSON files (JSON Lines, or a single JSON array of objects) and CSV files, piece by piece."""
 
 import codecs
 import csv
@@ -21,10 +21,10 @@ DELIMITERS = ",;\t"
 
 
 def read_json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the rows of a file, each with its line number or its position in the list.
+    """Yields the rows of a file, each with its line number or its position in the array.
 
     Raises:
-      UserError: for malformed content, naming the file and the line.
+      UserError: if the content is malformed. The message names the file and the line.
       OSError: if the file cannot be read.
     """
     with path.open("rb") as file:
@@ -63,7 +63,7 @@ def read_csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Values are separated by commas, semicolons or tabs, and the first line names the columns.
 
     Raises:
-      UserError: for malformed content, naming the file and the line.
+      UserError: if the content is malformed. The message names the file and the line.
       OSError: if the file cannot be read.
     """
     lines = (text for _, text in _read_text_lines(path))
@@ -147,7 +147,7 @@ class _Text:
                 return ""
 
     def expect(self, character: str) -> None:
-        """Skips the next character, which must be `character`."""
+        """Skips the next non-whitespace character, which must be `character`."""
         if self.peek() != character:
             raise self.error(f"Expecting '{character}'")
         self._position += 1
@@ -179,7 +179,7 @@ class _Text:
         return UserError(f"{self._path}, line {line}: not JSON ({problem})")
 
     def _read_more(self) -> bool:
-        """Doubles the part of the file in memory, and returns whether there was more to read."""
+        """Reads the next part of the file, at least as large as the buffer, and returns whether there was one."""
         if self._is_complete:
             return False
         self._line += self._buffer.count("\n", 0, self._position)
@@ -200,7 +200,7 @@ def _not_json(path: Path, line: int, error: Exception) -> UserError:
     if isinstance(error, json.JSONDecodeError):
         message = error.msg.removesuffix(" at")  # "Unterminated string starting at"
         return UserError(
-            f"{path}, line {line + error.lineno - 1}: not JSON ({message} at column {error.colno}); write each object on "
-            "one line, or one list of objects"
+            f"{path}, line {line + error.lineno - 1}: not JSON ({message} at column {error.colno}); use JSON Lines "
+            "(one object per line) or a single JSON array of objects"
         )
     return UserError(f"{path}, line {line}: not JSON ({reason_of(error)})")

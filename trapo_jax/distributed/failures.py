@@ -1,6 +1,6 @@
 """Ends the processes of a job together: if one fails or dies, each of the others prints one line and exits.
 
-Without this, they would wait for the missing process in a collective operation.
+Otherwise, they would wait for the missing process in a collective operation.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from jax._src import distributed  # JAX has no public access to its key-value st
 from trapo_jax.types import EXIT_FAILED, TrainingFailed, UserError
 
 POLL_SECS = 1.0
-# Grace period in which a process that fails for the same reason as another can print its own error.
+# Grace period during which a process that fails for the same reason as another one can print its own error.
 GRACE_SECS = 3.0
 FAILED = "trapo_jax/failed"
-_callbacks: list[Any] = []  # kept alive because C code refers to them until the process ends
+_callbacks: list[Any] = []  # Kept alive because C code refers to them until the process ends.
 
 
 def report_abort(line: str) -> None:
@@ -60,21 +60,21 @@ def fail_together(dead_after_secs: float) -> Iterator[None]:
         yield
     except BaseException as error:
         if _is_from_runtime(error):
-            # Another process may have failed; if so, the peer watch or JAX ends this process with the reason.
+            # Another process may have failed. If so, the peer watch or JAX ends this process and prints the reason.
             time.sleep(dead_after_secs + GRACE_SECS + POLL_SECS)
         watch.close()
         with contextlib.suppress(
             jax.errors.JaxRuntimeError
-        ):  # raised if the coordinator has exited
+        ):  # Raised if the coordinator has exited.
             client.key_value_set(f"{FAILED}/{jax.process_index()}", _describe(error))
         raise
     watch.close()
 
 
 def exit_failed(code: int) -> None:
-    """Exits with this code if the job has several processes. Unlike JAX, it does not wait for the others.
+    """Exits with `code` if the job has several processes, without waiting for the others as JAX would.
 
-    Call it after `fail_together` has told them, and after the error has been printed.
+    Call this function after `fail_together` has told the other processes of the error and the error has been printed.
     """
     if distributed.global_state.client is None:
         return
@@ -118,8 +118,8 @@ class _PeerWatch:
 def _is_from_runtime(error: BaseException) -> bool:
     """Returns whether a device operation failed, for example because another process did not take part in it.
 
-    JAX raises these errors as `JaxRuntimeError` or `ValueError` with the name of a status. Running out of memory is
-    excluded, because it is not caused by another process.
+    JAX raises a `JaxRuntimeError` or a `ValueError` whose message begins with the name of a status. Running out of
+    memory is excluded, because it is not caused by another process.
     """
     has_status = re.match(r"(?!RESOURCE_EXHAUSTED)[A-Z_]+: ", str(error)) is not None
     return has_status and isinstance(error, (jax.errors.JaxRuntimeError, ValueError))

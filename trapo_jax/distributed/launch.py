@@ -1,7 +1,7 @@
 """Starts a job: connects its processes, one per host, and checks that they were started with the same settings.
 
-JAX detects the processes of a TPU slice, including on GKE, and processes started by `srun` or `mpirun`. Otherwise,
-`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` describe them.
+JAX detects the processes of a TPU slice, including on GKE, and processes started by `srun` or `mpirun`. In other cases,
+the environment variables `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` describe the processes.
 """
 
 import json
@@ -21,17 +21,17 @@ from trapo_jax.distributed.log_level import HOST_LISTS
 from trapo_jax.types import UserError
 
 ADDRESS, COUNT, ID = BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# Environment variables, set by launchers, that JAX reads.
+# Environment variables that launchers set and JAX reads.
 DETECTED_FROM = (
     *("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     *("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     *(*HOST_LISTS, "TPU_WORKER_ID", "JAX_COORDINATOR_PORT"),
 )
 LOCAL_DEVICES = "JAX_LOCAL_DEVICE_IDS"
-JOIN_SECS = 300  # maximum time between the start of the first and the last process
+JOIN_SECS = 300  # Maximum time between the starts of the first and the last process.
 # Maximum time that a process waits for the settings of the others, once all have joined.
 EXCHANGE_SECS = 60
-MAX_NAMED = 3  # maximum number of differing settings in an error message
+MAX_NAMED = 3  # Maximum number of differing settings in an error message.
 MAX_VALUE_CHARS = 60
 SETTINGS = "trapo_jax/settings"
 
@@ -44,10 +44,10 @@ def join_processes(settings: Mapping[str, Any], *, dead_after_secs: float) -> No
 
     Args:
       settings: JSON-serializable values, keyed by name, that must be the same in all processes.
-      dead_after_secs: time after which an unresponsive process is considered dead, and all others end.
+      dead_after_secs: time after which an unresponsive process is considered dead, and all other processes exit.
 
     Raises:
-      UserError: if the settings differ; if a launcher started several processes, but they do not find each other; if
+      UserError: if the settings differ; if a launcher started several processes, but they cannot find each other; if
         the launcher's environment variables are malformed; or if JAX finds no device.
     """
     if not jax.distributed.is_initialized():
@@ -66,7 +66,7 @@ def join_processes(settings: Mapping[str, Any], *, dead_after_secs: float) -> No
         ) from error
     if num_processes > 1 and not jax.distributed.is_initialized():
         raise UserError(
-            f"this process is one of {num_processes}, but JAX does not find their coordinator; set {', '.join(BY_HAND)}"
+            f"this process is one of {num_processes}, but JAX cannot find their coordinator; set {', '.join(BY_HAND)}"
         )
 
 
@@ -79,8 +79,8 @@ def _initialize(dead_after_secs: float) -> None:
     described = ", ".join(f"{x}={os.environ[x]}" for x in DETECTED_FROM if x in os.environ)
     where = address or f"the coordinator that JAX detects ({described or 'TPU metadata'})"
     report_abort(
-        f"not all processes of the job connected to {where} within {JOIN_SECS} s, or two have the same number; start "
-        "every process exactly once, and check the output of the others"
+        f"not all processes of the job connected to {where} within {JOIN_SECS} s, or two of them have the same number; "
+        "start every process exactly once, and check the output of the others"
     )
     try:
         jax.distributed.initialize(
@@ -101,7 +101,7 @@ def _initialize(dead_after_secs: float) -> None:
 
 
 def _described_by_hand() -> tuple[str | None, int | None, int | None]:
-    """Returns the coordinator's address, the number of processes, and this process's number, if they are set."""
+    """Returns the coordinator's address, the number of processes, and this process's number; all None if not set."""
     given = [name for name in BY_HAND if name in os.environ]
     if not given:
         return None, None, None
@@ -112,7 +112,7 @@ def _described_by_hand() -> tuple[str | None, int | None, int | None]:
     address, count, index = os.environ[ADDRESS], _integer(COUNT), _integer(ID)
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise UserError(f"{ADDRESS}={address}: set it to HOST:PORT of process 0")
+        raise UserError(f"{ADDRESS}={address}: set it to HOST:PORT, the address of process 0")
     if not 0 <= index < count:
         raise UserError(
             f"{ID}={index}: with {COUNT}={count}, set it to a number from 0 to {count - 1}"
@@ -126,7 +126,7 @@ def _detected_count() -> int:
     with warnings.catch_warnings():
         # In a Kubernetes pod, JAX warns if the Kubernetes client is not installed.
         warnings.simplefilter("ignore")
-        # Detection queries cloud servers, whose clients raise their own types of errors.
+        # Detection queries cloud servers, whose client libraries raise their own types of exceptions.
         try:
             return next((x.get_process_count() for x in kinds if x.is_env_present()), 1)
         except Exception:
@@ -138,14 +138,17 @@ def _check_alone() -> None:
     for variable, num_processes, remedy in _launched():
         if num_processes > 1:
             raise UserError(
-                f"{variable}={os.environ[variable]}: this process is one of {num_processes}, but JAX does not find the "
+                f"{variable}={os.environ[variable]}: this process is one of {num_processes}, but JAX cannot find the "
                 f"others; {remedy}, or set {', '.join(BY_HAND)}"
             )
 
 
 def _launched() -> Iterator[tuple[str, int, str]]:
-    """Yields, for each launcher detected, the environment variable that sets the number of processes, that number, and
-    what to do if JAX finds only one process."""
+    """Yields three values for each detected launcher.
+
+    They are the environment variable with the number of processes, that number, and what to do if JAX finds only one
+    process.
+    """
     name = "SLURM_NTASKS"
     # In a shell inside an allocation, SLURM_PROCID is not set.
     if name in os.environ and "SLURM_PROCID" in os.environ:
@@ -186,7 +189,8 @@ def _integer(name: str) -> int:
 def _exchange(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the settings of all processes.
 
-    They are exchanged through the coordinator and not with a collective, because the processes' devices may differ too.
+    They are exchanged through the coordinator, not with a collective, because the devices of the processes may also
+    differ.
 
     Raises:
       UserError: if a process does not send its settings.
@@ -198,7 +202,7 @@ def _exchange(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         client.key_value_set(f"{SETTINGS}/{state.process_id}", text, allow_overwrite=True)
         client.wait_at_barrier(f"{SETTINGS}/sent", 1000 * EXCHANGE_SECS)
         received = dict(client.key_value_dir_get(SETTINGS))
-        # No process may end, stopping the coordinator, before all have received the settings.
+        # No process may exit before all have received the settings, because the coordinator exits with process 0.
         client.wait_at_barrier(f"{SETTINGS}/received", 1000 * EXCHANGE_SECS)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(

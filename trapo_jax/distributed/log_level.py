@@ -1,10 +1,10 @@
-"""Silences log output of native code that does not help users. Must be imported before jax.
+"""Silences log output of native code that is of no use to users. Must be imported before JAX.
 
 If a process of a job dies, JAX aborts all others and logs up to 60 lines in each. `failures.report_abort` prints one
 line instead. Set `TF_CPP_MIN_LOG_LEVEL=0` in the environment to see JAX's own log.
 
-If libtpu is installed on a machine without a TPU in order to plan runs, JAX looks for a TPU at each start, and libtpu
-logs six lines because there is none.
+If libtpu is installed on a machine without a TPU (in order to plan runs), JAX looks for a TPU each time it starts, and
+libtpu logs six lines because there is none.
 """
 
 import os
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 LEVEL = "TF_CPP_MIN_LOG_LEVEL"
-NOTHING = "4"  # one level above fatal errors
+NOTHING = "4"  # One level above fatal errors, so that nothing is logged.
 PROCESS_COUNTS = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 HOST_LISTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 
@@ -22,7 +22,7 @@ if _has_peers and os.environ.get(LEVEL) != "0":  # JAX itself may set other valu
     os.environ[LEVEL] = NOTHING
 
 GOOGLE_PCI_VENDOR = "0x1ae0"
-# Prevent libtpu, which is only used as a compiler, from looking for TPUs and for other processes that use them.
+# Prevents libtpu, which is used only as a compiler, from looking for TPUs and for other processes that use them.
 LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",

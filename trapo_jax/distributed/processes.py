@@ -1,4 +1,4 @@
-"""Communicates between the processes of a job, one per host; see `launch` for how they find each other.
+"""Implements communication between the processes of a job (one per host), which `launch` connects to each other.
 
 Every process runs the same program with the same config. Each process samples and grades its share of a step's
 problems. The rollouts are then gathered on all processes, which train on one global batch. Only process 0 writes logs.
@@ -35,7 +35,7 @@ def my_share(items: Sequence[Any]) -> list[Any]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns the JSON-serializable values of all processes, in process order. All processes must call it."""
+    """Returns the JSON-serializable values of all processes, in process order. All processes must call this."""
     if jax.process_count() == 1:
         return [value]
     message = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -58,15 +58,16 @@ def gather_shares(mine: list[Any]) -> list[Any]:
 def from_main(decide: Callable[[], T]) -> T:
     """Calls `decide` on process 0, and returns its JSON-serializable result on all processes.
 
-    All processes must call it. If process 0 raises an error, it ends the others; see `failures.fail_together`.
+    All processes must call this function. An error on process 0 also ends the others; see `failures.fail_together`.
     """
     return gather(decide() if is_main() else None)[0]
 
 
 def interrupt_together(work: Callable[[], T]) -> T:
-    """Does this process's work. If the work is interrupted in any process, raises `Interrupted` in all of them.
+    """Calls `work` and returns its result, or raises `Interrupted` if `work` is interrupted in any process.
 
-    All processes must call it, so that none waits for an interrupted process in the next collective operation.
+    All processes must call this function. It prevents them from waiting for an interrupted process in the next
+    collective operation.
     """
     try:
         result, is_interrupted = work(), False
@@ -86,7 +87,7 @@ class SharedFlag:
 
     def __init__(self, name: str):
         self._key = f"trapo_jax/{name}/{jax.process_index()}"
-        self._client = distributed.global_state.client  # None if there is only one process
+        self._client = distributed.global_state.client  # None if there is only one process.
         self._is_set = self._was_set_here = False
         self._last_poll = float("-inf")
 

@@ -1,11 +1,12 @@
 """Defines the device mesh and the sharding of arrays.
 
-Parameters have logical axis names (`PARAM_AXES`) that `Rules` map to mesh axes. Batch rows are sharded over `data` and
-`fsdp`.
+Parameters have logical axis names (`PARAM_AXES`), which `Rules` maps to mesh axes. Batch rows are sharded over `data`
+and `fsdp`.
 
-For a new mesh axis, `MeshConfig` in `config/schema.py` has the sizes, `types/training.py` the axes of batches,
-`models/decoder.py` and `models/attention.py` the constraints on activations, and `sampling/jax_engine.py` the sampler's
-mesh. `training/learner.py`, `training/gradient_check.py` and `planning/plan.py` make the mesh.
+To add a mesh axis, change `MeshConfig` in `config/schema.py` (the axis sizes), `types/training.py` (the axes that shard
+batches), `models/decoder.py` and `models/attention.py` (the sharding constraints on activations), and
+`sampling/jax_engine.py` (the sampler's mesh). The mesh is created in `training/learner.py`,
+`training/gradient_check.py` and `planning/plan.py`.
 """
 
 import dataclasses
@@ -97,10 +98,10 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
 
 
 def param_shardings(params: Any, mesh: Mesh, rules: Rules = Rules()) -> Any:
-    """Returns a NamedSharding for each parameter; `params` may be arrays or shapes.
+    """Returns a NamedSharding for each parameter; `params` may contain arrays or shapes.
 
     Raises:
-      UserError: if a parameter has no logical axes, or its shape is not divisible by the mesh.
+      UserError: if a parameter has no logical axes, or cannot be sharded evenly over the mesh.
     """
 
     def sharding(path, leaf):
@@ -124,7 +125,8 @@ def optimizer_shardings(
     """Returns the shardings of the optimizer state.
 
     Leaves with the path and shape of a parameter are sharded like the parameter; all others are replicated. Leaves are
-    matched by path because optimizers that handle only some of the parameters, such as Muon, have partial trees.
+    matched by path because an optimizer that handles only some of the parameters, such as Muon, keeps state for only
+    those.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     by_path = {
@@ -156,7 +158,7 @@ def num_batch_shards(mesh: Mesh) -> int:
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:
-    """Returns a tree of the shapes, dtypes and shardings of arrays or shapes."""
+    """Returns a tree of `ShapeDtypeStruct`s with the shapes and dtypes of `tree` and the given shardings."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         tree,

@@ -1,4 +1,4 @@
-"""Makes and reads the records of an evaluation: one line of samples.jsonl per graded sample."""
+"""Creates and reads the records of an evaluation: one line of samples.jsonl per graded sample."""
 
 import json
 import os
@@ -81,9 +81,9 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def count_shared_noise(records: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """Counts the problems with equal samples that are too unlikely to be a coincidence.
+    """Counts the problems with identical samples that are very unlikely to be a coincidence.
 
-    Every sample has its own random key. If two samples shared a key, the scores would be wrong.
+    Every sample should have its own random key. If two samples shared a key, the scores would be wrong.
 
     Returns:
       The number of such problems, and the total number of problems.

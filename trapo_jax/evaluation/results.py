@@ -1,4 +1,4 @@
-"""Presents the results of an evaluation: plots pass@k and makes the table for the terminal."""
+"""Presents the results of an evaluation: plots pass@k and creates a table for the terminal."""
 
 from collections.abc import Mapping
 from itertools import zip_longest

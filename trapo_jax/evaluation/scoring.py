@@ -1,4 +1,4 @@
-"""Evaluates a policy on a set of problems: grades samples and computes scores from them.
+"""Evaluates a policy on a set of problems: draws samples, grades them, and computes scores.
 
 Evaluations during training and `python -m trapo_jax.evaluate` share this code.
 """
@@ -23,7 +23,7 @@ from trapo_jax.types import (
     Verdict,
 )
 
-# Equal samples with a log-probability below this cannot be a coincidence: they used the same random key.
+# Identical samples with a log-probability below this value are almost certainly due to a shared random key.
 MIN_COINCIDENCE_LOGPROB = -20.0
 NO_SOURCE = "no_source"  # source name for problems without a source
 
@@ -34,14 +34,14 @@ class Sample(NamedTuple):
     """A graded completion.
 
     Attributes:
-      problem_id, source: the problem's id, and its source, by which results are grouped.
+      problem_id, source: the id and the source of the problem. Results are grouped by source.
       is_correct: whether the reward of the first reward function is 1.
-      missing: the reason why the reward of the first reward function is missing; empty if it is not missing.
+      missing: the reason why the first reward function gave no reward; empty if it gave one.
       truncated: whether the completion reached the maximum length.
       completion_len: number of tokens of the completion.
       answer: the answer extracted from the response.
       logprob: log-probability of the whole completion under the distribution that it was sampled from.
-      rewards: the reward of each reward function, keyed by its name; None if it is missing.
+      rewards: the reward of each reward function, keyed by the function's name; None for a missing reward.
       found_answer: whether the first reward function found an answer; None if it does not look for answers or failed.
     """
 
@@ -72,8 +72,8 @@ class Scores:
       error_rate, timeout_rate: rates of samples whose reward is missing because of an error or a timeout. These
         samples count as wrong.
       completion_len_mean: mean number of tokens per completion.
-      no_answer: fraction of the samples judged by the first reward function in which it found no answer; None if it
-        does not look for answers.
+      no_answer: among the samples judged by the first reward function, the fraction in which the function found no
+        answer; None if the function does not look for answers.
     """
 
     num_problems: int
@@ -152,7 +152,7 @@ class Evaluation(NamedTuple):
     Attributes:
       metrics: metrics over all problems, keyed by name.
       problems: columns with one entry per problem: `id`, `source`, `greedy` (1 if the greedy sample is correct),
-        `correct` (number of correct samples, excluding the greedy one), `len` (mean number of tokens of the samples).
+        `correct` (number of correct samples, excluding the greedy one), `len` (mean number of tokens of these samples).
     """
 
     metrics: dict[str, float]
@@ -176,12 +176,13 @@ def evaluate(
 
     Returns:
       The results of each problem, and these metrics: `eval/accuracy_greedy` and `eval/accuracy_sampled`; if there are
-      several sources, the accuracies of each source and their unweighted mean (`.../SOURCE` and `..._mean_of_sources`);
-      `eval/pass@k` for k = 1, 2, 4, ... up to the smallest number of samples; `eval/entropy`, the mean of -log p over
-      the tokens of the samples, which estimates the entropy at the temperature; over all completions, `eval/truncated`,
-      `eval/completion_len_mean`, `eval/error_rate`, `eval/timeout_rate` and, if the first reward function looks for
-      answers, `eval/no_answer`; and the sampling settings `eval/temperature`, `eval/num_problems`, `eval/num_samples`
-      (the smallest number) and, if the numbers differ, `eval/num_samples/SOURCE`.
+      several sources, the accuracies for each source and their unweighted mean (`.../SOURCE` and
+      `..._mean_of_sources`); `eval/pass@k` for k = 1, 2, 4, ... up to the smallest number of samples; `eval/entropy`,
+      the mean of -log p over the tokens of the samples, which estimates the entropy at the temperature; over all
+      completions, `eval/truncated`, `eval/completion_len_mean`, `eval/error_rate`, `eval/timeout_rate` and, if the
+      first reward function looks for answers, `eval/no_answer`; if there are several reward functions, the mean reward
+      of each (`eval/rewards/NAME`); and the settings `eval/temperature`, `eval/num_problems`, `eval/num_samples` (the
+      smallest number) and, if the numbers differ, `eval/num_samples/SOURCE`.
 
     Raises:
       Interrupted: if `sample` raises `Interrupted` in any process.
@@ -350,9 +351,12 @@ def powers_of_2_up_to(number: int) -> list[int]:
 
 
 def shares_noise(completions: Sequence[tuple[tuple[int, ...], float]]) -> bool:
-    """Returns whether two of a problem's samples are equal and too unlikely for this to be a coincidence.
+    """Returns whether a problem has identical samples that are very unlikely to be a coincidence.
 
-    If so, they used the same random key. A sample is given as its token ids and its total log-probability.
+    If so, these samples were probably drawn with the same random key.
+
+    Args:
+      completions: the token ids and the total log-probability of each sample.
     """
     seen = Counter(ids for ids, logprob in completions if logprob < MIN_COINCIDENCE_LOGPROB)
     return any(count > 1 for count in seen.values())

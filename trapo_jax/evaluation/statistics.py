@@ -1,4 +1,4 @@
-"""Computes confidence intervals of accuracies over problems, and pass@k."""
+"""Computes confidence intervals for accuracies over problems, and pass@k."""
 
 import math
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the 95% confidence interval of an accuracy over a population of problems.
+    """Returns the 95% confidence interval for an accuracy over a population of problems.
 
     This is the score interval of Wilson (1927) with an effective sample size, as for surveys (Korn and Graubard 1998):
     the variance s^2 between problems, which includes the noise of sampling few answers, is compared with the variance
-    of a Bernoulli variable, p (1 - p). Their ratio, shrunk toward 1 by one pseudo-problem, is the design effect;
-    the number of problems is divided by it. The quantile of Student's t distribution replaces the normal quantile. The
-    width of the interval is positive even if all answers are correct or all are wrong. `tools/simulate_intervals.py`
-    measures its coverage.
+    of a Bernoulli variable, p (1 - p). The ratio of these variances, shrunk toward 1 by one pseudo-problem, is the
+    design effect, by which the number of problems is divided. The quantile of Student's t distribution replaces the
+    normal quantile. The width of the interval is positive even if all answers are correct or all are wrong.
+    `tools/simulate_intervals.py` measures the coverage of this interval.
 
     Args:
       values: the fraction of correct samples of each problem, in [0, 1].

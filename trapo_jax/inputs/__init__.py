@@ -1,4 +1,4 @@
-"""Finds and reads the inputs that a user names: files, Hub repositories, and importable objects.
+"""Finds and reads the inputs that a user specifies: files, Hub repositories, and importable objects.
 
-Files are read within size limits, and text from them is made safe to print.
+Files are read with size limits, and text from files is made safe to print.
 """

@@ -1,6 +1,6 @@
-"""Reads untrusted files within size limits.
+"""Reads untrusted files with size limits.
 
-An untrusted file may be larger than memory, or may be a named pipe or a device, which can be read forever.
+An untrusted file may be larger than memory, or may be a named pipe or a device, which may never end.
 """
 
 import json
@@ -28,7 +28,7 @@ def check_regular(path: Path) -> None:
     """Checks that a path is a regular file, or a link to one, without opening it.
 
     Raises:
-      UserError: if it is not. The error names the path and the kind of file.
+      UserError: if the path is something else or cannot be accessed. The message names the path and the reason.
     """
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
@@ -42,7 +42,7 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """Reads a regular file.
 
     Raises:
-      UserError: if the file cannot be read or is larger than `max_bytes`. The one-line error names the file.
+      UserError: if the file cannot be read or is larger than `max_bytes`. The message is one line that names the file.
     """
     check_regular(path)
     try:
@@ -124,7 +124,7 @@ def shown(value: object, *, max_chars: int = 60) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns the first line of an error's message, without the file name that an `OSError` contains."""
+    """Returns the first line of an error's message, without the file name in the message of an `OSError`."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__

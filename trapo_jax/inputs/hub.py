@@ -1,7 +1,7 @@
-"""Parses the ids of Hugging Face Hub repositories, and finds their files in the local cache.
+"""Parses ids of Hugging Face Hub repositories, and provides the files of these repositories from the local cache.
 
-`huggingface_hub` downloads files to its cache. If the Hub cannot be reached, or `HF_HUB_OFFLINE=1` is set, the cached
-files are used.
+`huggingface_hub` downloads files to its cache. If the Hub cannot be reached, or `HF_HUB_OFFLINE=1` is set, only files
+that are already in the cache are used.
 """
 
 import re
@@ -44,7 +44,7 @@ class HubUnavailable(Exception):
     def missing(self, what: str, repo: HubRepo) -> "HubUnavailable":
         """Returns the error to raise if files of `repo` are not in the cache either."""
         return HubUnavailable(
-            f"{what} is not in the cache of the Hugging Face Hub ({self}); with network access, run "
+            f"{what} is not in the local Hugging Face Hub cache ({self}); with network access, run "
             f"`{repo.download_command}`"
         )
 
@@ -90,7 +90,7 @@ def latest_commit(repo: HubRepo) -> str:
 
 
 def cached_commit(repo: HubRepo) -> str | None:
-    """Returns a revision's commit as of its last download; None if it was never downloaded."""
+    """Returns the commit that a revision had when it was last downloaded; None if it was never downloaded."""
     from huggingface_hub.constants import DEFAULT_REVISION, HF_HUB_CACHE
 
     revision = repo.revision or DEFAULT_REVISION
@@ -104,7 +104,7 @@ def cached_commit(repo: HubRepo) -> str | None:
 
 
 def fetch_files(repo: HubRepo, patterns: Sequence[str], required: Sequence[str] = ()) -> Path:
-    """Downloads files of a repository that are not yet in the cache.
+    """Downloads those files of a repository that are not yet in the cache.
 
     Args:
       repo: the repository.
@@ -112,7 +112,7 @@ def fetch_files(repo: HubRepo, patterns: Sequence[str], required: Sequence[str] 
       required: names of the files that must exist.
 
     Returns:
-      The revision's folder in the cache, named after the commit. It may contain other files.
+      The revision's folder in the cache, named after the commit. The folder may also contain other files.
 
     Raises:
       HubUnavailable: if a file is neither in the cache nor provided by the Hub.
@@ -122,7 +122,7 @@ def fetch_files(repo: HubRepo, patterns: Sequence[str], required: Sequence[str] 
         folder = _snapshot(repo, patterns)
     except HubUnavailable as error:
         return cached_files(repo, error, patterns, required)
-    except Exception as error:  # see latest_commit
+    except Exception as error:  # a transport error; see `latest_commit`
         return cached_files(repo, _explain(error, repo), patterns, required)
     if absent := _absent(folder, required):
         raise HubRefusal(f"{repo} has no {absent} on the Hub")
@@ -143,7 +143,8 @@ def cached_files(
       patterns, required: see `fetch_files`.
 
     Raises:
-      HubUnavailable: if, according to the cache's listing of the repository, a file is missing.
+      HubUnavailable: if the cache does not contain the repository, a required file, or a file that is in the cached
+        listing of the repository.
     """
     try:
         folder = _snapshot(repo, patterns, local_files_only=True)
@@ -173,7 +174,7 @@ def _absent(folder: Path, names: Sequence[str]) -> str | None:
 
 
 def _explain(error: Exception, repo: HubRepo) -> HubUnavailable:
-    """Returns an error whose message is a clause stating why the Hub provides nothing."""
+    """Converts an exception to an error whose message is a clause that states why the Hub provides nothing."""
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{'datasets/' if repo.kind == 'dataset' else ''}{repo.name}"
@@ -193,7 +194,7 @@ def _explain(error: Exception, repo: HubRepo) -> HubUnavailable:
             )
         case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
             return HubRefusal(
-                f"the Hub refuses access; check your token with `hf auth whoami` ({reason})"
+                f"the Hub denies access; check your token with `hf auth whoami` ({reason})"
             )
         case errors.HfHubHTTPError():
             return HubUnavailable(f"the Hub responded with an error: {reason}")

@@ -1,4 +1,4 @@
-"""Imports objects by user-provided import paths of the form `package.module:name`."""
+"""Imports the objects that users specify by import paths of the form `package.module:name`."""
 
 import difflib
 import importlib
@@ -23,7 +23,7 @@ def import_object(path: str, field: str) -> Any:
     """Imports the object at an import path.
 
     Modules in the working directory can also be imported, regardless of whether the command was started as
-    `python -m trapo_jax.train` or through its console script. Importing a module runs its code, so never pass a path
+    `python -m trapo_jax.train` or through the console script. Importing a module runs its code, so never pass a path
     that was read from a model folder or a dataset.
 
     Args:
@@ -60,19 +60,19 @@ def import_object(path: str, field: str) -> Any:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns a hint for an unknown name, for a setting that also accepts an import path.
+    """Returns a hint for an unknown value of a setting that accepts known names and import paths.
 
     >>> suggest("chatlm", ["none", "chat", "chatml"])
     'did you mean chatml?'
     >>> suggest("x", ["none", "chat"])
-    "choose 'none', 'chat', or the import path package.module:name of your own"
+    "choose 'none', 'chat', or an import path of the form package.module:name"
     """
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     if hint := f"did you mean {close[0]}?" if close else did_you_mean_import(name):
         return hint
     return (
-        f"choose {', '.join(map(repr, known))}, or the import path package.module:name of your own"
+        f"choose {', '.join(map(repr, known))}, or an import path of the form package.module:name"
     )
 
 
@@ -109,7 +109,7 @@ def _search_working_directory() -> None:
 
 
 def _searched_folders() -> list[str]:
-    """Returns the folders of the import path that are not part of the Python installation."""
+    """Returns the folders of the module search path that are not part of the Python installation."""
     folders = dict.fromkeys([os.getcwd(), *filter(os.path.isdir, sys.path)])
     installed = sysconfig.get_paths()["stdlib"]
     return [
@@ -139,8 +139,8 @@ def _import_module(name: str, setting: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and _is_or_contains(error.name, name):
             raise UserError(
-                f"{setting}: no module {error.name!r} in {', '.join(_searched_folders())}, or among the installed packages"
-                f"{_did_you_mean_module(error.name or name, setting)}"
+                f"{setting}: no module {error.name!r} in {', '.join(_searched_folders())}, or among the installed "
+                f"packages{_did_you_mean_module(error.name or name, setting)}"
             ) from error
         raise UserError(f"{setting}: importing {name} failed: {_describe(error)}") from error
 
@@ -155,6 +155,6 @@ def _describe(error: BaseException) -> str:
     message = " ".join(str(error).split())
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {message}"
-    # The message of a syntax error already has the location.
+    # The message of a syntax error already contains the location.
     is_frozen = frame.filename.startswith("<frozen ")
     return text if is_frozen else f"{text} ({frame.filename}, line {frame.lineno})"

@@ -1,4 +1,4 @@
-"""Looks up paths that users specify, and suggests corrections of misspelled paths."""
+"""Looks up paths that users specify, and suggests corrections for misspelled paths."""
 
 import difflib
 import os
@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 
 HUB_PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
-SHIPPED_CONFIGS = (  # in an installed package, and in a clone
+SHIPPED_CONFIGS = (  # in an installed package, and in a clone of the repository
     Path(__file__).parents[1] / "configs",
     Path(__file__).parents[2] / "configs",
 )
@@ -47,7 +47,7 @@ def did_you_mean(path: str) -> str:
     """Returns a hint for a path that does not exist, such as `"; did you mean data/train.jsonl?"`.
 
     The hint is a similar path that exists, the Hub id if the path is the URL of a Hub page, or a YAML list if the path
-    is several existing paths separated by commas. It is empty if none of these applies.
+    consists of several existing paths separated by commas. If none of these applies, the hint is empty.
     """
     if page := HUB_PAGE.match(path):
         return f"; did you mean {page[1]}?"

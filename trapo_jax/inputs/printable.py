@@ -15,7 +15,7 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def first_line(text: str, max_chars: int) -> str:
-    """Returns the first nonblank line of a string, with unprintable characters escaped, cut to `max_chars`.
+    """Returns the first nonblank line of a string, with unprintable characters escaped, truncated to `max_chars`.
 
     >>> first_line("\\n no such file\\tor folder \\n", 20)
     'no such file\\\\tor fol'

@@ -1,8 +1,8 @@
 """Losses for learning from expert solutions and from the policy's own completions, as pure functions.
 
-The conventions follow optax: arrays come first, hyperparameters are keyword-only, `axis` is the vocabulary or
-token axis, and `where` selects the elements to include. Every loss returns unreduced float32 values per token, exactly
-0 where masked; the reductions turn them into a scalar. The package imports only jax.
+The conventions follow optax: arrays come first, hyperparameters are keyword-only, `axis` is the vocabulary or token
+axis, and `where` selects the elements to include. Every loss returns one unreduced float32 value per token, which is
+exactly 0 for masked tokens; the reductions turn these values into a scalar. The package depends only on JAX.
 """
 
 from trapo_jax.losses.attenuation import (

@@ -1,6 +1,6 @@
 """Cross-entropy whose gradient is scaled by an attenuation, a function of the token's probability.
 
-`grad loss = attenuation(p) * grad(-log p)` with `attenuation(p)` in `[0, 1]`. TrSFT, cross-entropy, DFT and CHORD-phi
+`grad loss = attenuation(p) * grad(-log p)` with `attenuation(p)` in `[0, 1]`. TrSFT, cross-entropy, DFT, and CHORD-phi
 differ only in the attenuation.
 """
 
@@ -39,7 +39,7 @@ class Attenuation:
 def clip_attenuation(alpha: ArrayLike) -> Attenuation:
     """Returns `min(1, p / alpha)`, the attenuation of TrSFT (TRAPO, arXiv 2512.17636, Eq. 3); `alpha` in (0, 1].
 
-    The loss is `-log p` for p >= alpha, and its tangent at alpha for smaller p.
+    The loss is `-log p` for p >= alpha, and the tangent to `-log p` at p = alpha for smaller p.
 
     Raises:
       ValueError: if `alpha` is out of range.
@@ -60,8 +60,9 @@ def clip_attenuation(alpha: ArrayLike) -> Attenuation:
 def shifted_clip_attenuation(alpha: ArrayLike, shift: ArrayLike) -> Attenuation:
     """Returns `min(1, p / alpha) - shift * p`; `alpha` in (0, 1], `shift` in [0, 1].
 
-    High-probability tokens have a smaller gradient than in TrSFT, which has shift 0. TRAPO's released code offers this
-    attenuation with shift 0.5 as `clip_low_and_shift`. The loss is `clip_attenuation`'s loss minus `shift * (1 - p)`.
+    High-probability tokens have a smaller gradient than in TrSFT, which corresponds to shift 0. TRAPO's released code
+    offers this attenuation with shift 0.5 as `clip_low_and_shift`. The loss is `clip_attenuation`'s loss minus
+    `shift * (1 - p)`.
 
     Raises:
       ValueError: if `alpha` or `shift` is out of range.

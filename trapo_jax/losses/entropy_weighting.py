@@ -17,7 +17,7 @@ def entropy_weighted_cross_entropy(
 
     Args:
       logprobs: `[...]`, log-probabilities of the tokens, in `[-inf, 0]`.
-      entropies: H >= 0, broadcastable to `logprobs`; no gradient flows through it.
+      entropies: the entropies H >= 0, broadcastable to `logprobs`; no gradient flows through them.
       sign: -1 reduces the weight of tokens where the policy is uncertain (SRFT's expert tokens); 1 increases it
         (SRFT's completion tokens).
       where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient.
@@ -26,7 +26,7 @@ def entropy_weighted_cross_entropy(
       float32 `[...]`, unreduced.
 
     References:
-      SRFT, as ported by Unify-Post-Training (`compute_token_on_off_policy_srft_loss`).
+      SRFT, as ported in the Unify-Post-Training repository (`compute_token_on_off_policy_srft_loss`).
 
     Example:
       >>> entropy_weighted_cross_entropy(jnp.array([-1.0]), jnp.log(jnp.array([2.0])), sign=-1.0)
@@ -49,7 +49,7 @@ def segment_mean(
     Args:
       values: `[...]`.
       segment_ids: integers `[...]` in `[0, num_segments)`; elements with equal ids form a segment.
-      num_segments: exclusive upper bound on the ids, static.
+      num_segments: exclusive upper bound on the ids; must be static.
       where: boolean, broadcastable to `values`: the elements to include; all if None.
 
     Returns:
@@ -79,7 +79,7 @@ def top_of_segment(
     Args:
       values: `[..., T]`.
       segment_ids: integers `[..., T]`; a segment must not span multiple rows.
-      share: the share to select, in (0, 1].
+      share: the fraction of elements to select, in (0, 1].
       where: boolean, broadcastable to `values`: the elements to include; all if None.
 
     Returns:
@@ -91,14 +91,14 @@ def top_of_segment(
     """
     values = float32_where(values, where)
     mask = jnp.broadcast_to(True if where is None else jnp.asarray(where), values.shape)
-    # Within a segment, included elements come first, in descending order.
+    # Sort by segment. Within a segment, included elements come first, in descending order.
     ids = jnp.broadcast_to(jnp.asarray(segment_ids), values.shape)
     order = jnp.lexsort((-values, ~mask, ids))
     sorted_ids, counts = (jnp.take_along_axis(x, order, -1) for x in (ids, mask))
     place = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
     is_first = jnp.diff(sorted_ids, prepend=sorted_ids[..., :1] - 1, axis=-1) != 0
     start = jax.lax.cummax(jnp.where(is_first, place, 0), axis=values.ndim - 1)
-    before = jnp.cumsum(counts, axis=-1) - counts  # included elements before each position
+    before = jnp.cumsum(counts, axis=-1) - counts  # number of included elements before
     is_last = jnp.roll(is_first, -1, axis=-1).at[..., -1].set(True)
     end = jax.lax.cummin(
         jnp.where(is_last, place, values.shape[-1]), axis=values.ndim - 1, reverse=True

@@ -21,7 +21,7 @@ def kl_penalty(
     With `d = logprob - ref_logprob`::
 
         k1 = d                      unbiased, may be negative
-        k2 = d^2 / 2                biased, low variance; has the gradient of the KL
+        k2 = d^2 / 2                biased, low variance; its expected gradient is that of the KL
         k3 = exp(-d) - 1 + d        unbiased, never negative (used by GRPO)
 
     Args:

@@ -23,7 +23,7 @@ def token_logprobs(
     `logprob = logits[label] - logsumexp(logits)`
 
     Args:
-      logits: `[..., V, ...]` with the vocabulary at `axis`; any float dtype, computed in float32.
+      logits: `[..., V, ...]` with the vocabulary at `axis`; any float dtype; converted to float32.
       labels: integers in `[0, V)`, with the shape of `logits` without `axis`. An out-of-range label
         gives NaN unless it is masked (it never wraps around, as an index of -100 would in NumPy).
       axis: the vocabulary axis of `logits`.
@@ -51,7 +51,7 @@ def entropy(logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
     `H = -sum_v p_v log p_v`, with `0 log 0 = 0` (logits may be -inf).
 
     Args:
-      logits: `[..., V, ...]` with the vocabulary at `axis`; any float dtype, computed in float32.
+      logits: `[..., V, ...]` with the vocabulary at `axis`; any float dtype; converted to float32.
       axis: the vocabulary axis of `logits`.
       where: boolean, broadcastable to `logits` without `axis`; False gives exactly 0.
 
@@ -71,7 +71,7 @@ def entropy(logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
 def _fill_masked_logits(logits: ArrayLike, axis: int, where: ArrayLike | None) -> Array:
     if where is None:
         return float32_where(logits, None)
-    # Broadcast first, since `axis` refers to the axes of `logits`, and `where` may have fewer.
+    # Broadcast first, since `axis` refers to the axes of `logits`, and `where` may have fewer axes.
     label_shape = list(jnp.shape(logits))
     del label_shape[axis]
     return float32_where(logits, jnp.expand_dims(jnp.broadcast_to(where, label_shape), axis))
@@ -113,17 +113,17 @@ def linear_token_logprobs(
 
     The forward and backward passes iterate over slices of the vocabulary. A slice's logits for all T tokens take about
     as much memory as the logits of `chunk_size` tokens for the whole vocabulary. The forward pass keeps a running
-    logsumexp. The backward pass recomputes the logits, unless they all fit in one slice and are kept, and computes each
-    slice of the unembedding's gradient in one float32 accumulation.
+    logsumexp. The backward pass recomputes the logits, unless they all fit in one slice, in which case the forward pass
+    keeps them. It computes each slice of the unembedding's gradient in a single float32 accumulation.
 
     Args:
       hidden: `[..., D]`, float32 or bfloat16. The leading axes are flattened into T tokens.
       unembedding: `[D, V]`, float32 or bfloat16; products accumulate in float32.
       labels: integers `[...]` in `[0, V)`; out-of-range labels give NaN, as in `token_logprobs`.
-      chunk_size: >= 1; about `chunk_size * V` float32 logits are in memory at once. Larger values use
-        more memory and have less loop overhead. If it is at least T, there is only one slice.
+      chunk_size: >= 1; about `chunk_size * V` float32 logits are in memory at once. Larger values use more memory and
+        have less loop overhead. If `chunk_size` is at least T, there is only one slice.
       temperature: > 0; the distribution is `softmax(logits / temperature)`.
-      with_entropy: whether to also return the entropy of that distribution, which is differentiable.
+      with_entropy: whether to also return the entropy of that distribution; it is differentiable, too.
       where: boolean `[...]`; False gives exactly 0 and no gradient.
 
     Returns:
@@ -157,7 +157,7 @@ def linear_token_logprobs(
 
 
 def _matmul(a: Array, b: Array) -> Array:
-    # By default, JAX rounds float32 operands of matrix products on GPUs and TPUs.
+    # On GPUs and TPUs, JAX rounds the float32 operands of matmuls by default.
     precision = "highest" if a.dtype == jnp.float32 else None
     return jnp.matmul(a, b, preferred_element_type=jnp.float32, precision=precision)
 
@@ -189,7 +189,7 @@ def _chunked_forward(chunk_size, hidden, unembedding, labels, scale):
         return (new_largest, total, weighted, picked), raw if len(starts) == 1 else None
 
     zeros = jnp.zeros(labels.shape, jnp.float32)
-    # Finite, so that -inf is not subtracted from -inf in a slice whose logits are all -inf.
+    # A finite initial maximum, so that -inf is not subtracted from -inf in a slice whose logits are all -inf.
     lowest = jnp.full_like(zeros, jnp.finfo(jnp.float32).min)
     (largest, total, weighted, picked), kept = jax.lax.scan(
         one_slice, (lowest, zeros, zeros, zeros), starts
@@ -200,7 +200,10 @@ def _chunked_forward(chunk_size, hidden, unembedding, labels, scale):
 
 
 def _chunked_backward(chunk_size, residuals, cotangents):
-    """Computes gradients from d logits = scale * [g_logprob * (onehot - p) - g_entropy * p * (log p + H)]."""
+    """Computes all gradients from the gradient with respect to the unscaled logits.
+
+    `grad_raw = scale * [grad_logprob * (onehot - p) - grad_entropy * p * (log p + H)]`
+    """
     hidden, unembedding, labels, scale, lse, entropies, kept = residuals
     grad_logprob, grad_entropy = cotangents
     slice_len, starts = _slices(chunk_size, labels.shape[0], unembedding.shape[1])
@@ -220,7 +223,7 @@ def _chunked_backward(chunk_size, residuals, cotangents):
         grad_scale += jnp.sum(jnp.where(is_new, grad_logits * raw, 0.0))
         grad_raw = (grad_logits * scale).astype(weights.dtype)
         grad_hidden += _matmul(grad_raw, jnp.where(is_new, weights, 0).T)
-        # Columns that are not new are overwritten with the same values; masking them would need a copy.
+        # Columns that are not new are overwritten with the same values; masking them would require a copy.
         grad_unembedding = jax.lax.dynamic_update_slice_in_dim(
             grad_unembedding,
             _matmul(hidden.T, grad_raw).astype(unembedding.dtype),
@@ -256,9 +259,9 @@ def _vocabulary_slice(
     """
     begin = jnp.minimum(start, unembedding.shape[1] - slice_len)
     columns = begin + jnp.arange(slice_len)
-    # On CPUs, XLA would convert the whole bfloat16 operand of the slice operation to float32 and keep it in memory:
-    # 2.2 GB for a 7B model. It does not convert integers, so slice a bitcast of the operand. The bitcast is free inside
-    # the loop; the barrier prevents XLA from hoisting it out of the loop as a copy.
+    # On CPUs, XLA would convert the whole bfloat16 operand of the slice operation to float32 and keep the result in
+    # memory (2.2 GB for a 7B model). XLA does not convert integers, so slice a bitcast of the operand. The bitcast is
+    # free inside the loop; the barrier prevents XLA from hoisting it out of the loop as a copy.
     unembedding, begin = jax.lax.optimization_barrier((unembedding, begin))
     bits = jax.lax.bitcast_convert_type(unembedding, f"uint{8 * unembedding.dtype.itemsize}")
     bits = jax.lax.dynamic_slice_in_dim(bits, begin, slice_len, axis=1)

@@ -34,13 +34,12 @@ def policy_gradient_loss(
       old_logprobs: `[...]`, log-probabilities under the policy before the update. No gradient flows
         through them; for the first update of a batch, pass `stop_gradient(logprobs)`.
       advantages: broadcastable to `logprobs`; no gradient flows through them.
-      clip_low: lower bound `1 - clip_low` on rho, in [0, 1]; None for no lower bound.
-      clip_high: upper bound `1 + clip_high` on rho, >= 0; None for no upper bound.
+      clip_low: in [0, 1]; rho is clipped from below at `1 - clip_low`. None for no lower bound.
+      clip_high: >= 0; rho is clipped from above at `1 + clip_high`. None for no upper bound.
       where: boolean, broadcastable to `logprobs`; False gives exactly 0 and no gradient.
 
     Returns:
-      float32 `[...]`, unreduced. For the first update the value is `-A`; only its gradient is
-      meaningful.
+      float32 `[...]`, unreduced. For the first update, the value is `-A`, so only the gradient is meaningful.
 
     Raises:
       ValueError: if a clip bound is negative.
@@ -70,8 +69,8 @@ def sequence_policy_gradient_loss(
 ) -> Array:
     """Computes the GSPO loss, with one importance ratio per sequence: the geometric mean of its tokens' ratios.
 
-    `s = exp(mean over the sequence of (logprob - old_logprob))` replaces `rho` in
-    `policy_gradient_loss`. Every token gets its sequence's loss, so `sequence_mean` of the result is GSPO's objective.
+    `s = exp(mean over the sequence of (logprob - old_logprob))` replaces `rho` in `policy_gradient_loss`. Every token
+    gets its sequence's loss, so `sequence_mean` of the result is GSPO's objective.
 
     Args:
       logprobs: `[..., T, ...]`, one sequence along `axis` (packed rows are not supported).
@@ -106,12 +105,12 @@ def cispo_loss(
     clip_high: float | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Computes the CISPO loss: REINFORCE with a clipped importance weight that keeps every token's gradient.
+    """Computes the CISPO loss: REINFORCE with a clipped importance weight, so that no token loses its gradient.
 
     `loss = -stop_gradient(clip(rho, 1 - clip_low, 1 + clip_high)) * A * logprob`
 
-    See `policy_gradient_loss` for the arguments and the return value. A log-probability of -inf gives an
-    infinite value unless its weight or advantage is 0.
+    See `policy_gradient_loss` for the arguments and the return value. A log-probability of -inf gives an infinite value
+    unless the token's weight or advantage is 0.
 
     References:
       MiniMax-M1, Section 3.1.

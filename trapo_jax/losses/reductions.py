@@ -35,7 +35,7 @@ def segment_mean_weights(where: ArrayLike, segment_ids: ArrayLike, *, num_segmen
     Args:
       where: boolean `[...]`, the tokens to include.
       segment_ids: integers `[...]` in `[0, num_segments)`; tokens with equal ids form a sequence, even across rows.
-      num_segments: exclusive upper bound on the ids, static.
+      num_segments: exclusive upper bound on the ids; must be static.
 
     Returns:
       float32 with the shape of `where`. Segments without included tokens do not count as sequences.
@@ -51,7 +51,7 @@ def segment_mean_weights(where: ArrayLike, segment_ids: ArrayLike, *, num_segmen
 
 
 def constant_sum_weights(where: ArrayLike, *, length: ArrayLike) -> Array:
-    """Returns the weights of `constant_sum`, float32 with the shape of `where`; `length` > 0 in tokens."""
+    """Returns the weights of `constant_sum`, float32 with the shape of `where`; `length` is > 0, in tokens."""
     check_positive("length", length)
     return jnp.asarray(where, jnp.float32) / length
 

@@ -2,11 +2,11 @@
 
 Differences from the paper and its released code:
 
-- The released code minimizes `-p / max(stop_gradient(p), alpha)`. This has the gradient of Eq. 3, but its value is -1
-  for all p >= alpha, so it does not show progress. Here, the loss is the integral of Eq. 3, which has the same gradient
-  and decreases as the model learns.
-- Proposition 1 assumes that some lambda satisfies `lambda = sum {p_E : p_E > alpha * lambda}`. If a
-  class lies on the boundary, there is no such lambda; `trsft_optimum` returns the minimizer in that case, too.
+- The released code minimizes `-p / max(stop_gradient(p), alpha)`. It has the gradient of Eq. 3, but its value is -1 for
+  all p >= alpha, so the value does not show progress. Here, the loss is the integral of Eq. 3, which has the same
+  gradient and decreases as the model learns.
+- Proposition 1 assumes that some lambda satisfies `lambda = sum {p_E : p_E > alpha * lambda}`. If a class lies on the
+  boundary, there is no such lambda; `trsft_optimum` returns the minimizer in that case, too.
 """
 
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def trsft_loss(
         d loss = -1 / max(p, alpha) * dp    (cross-entropy's gradient times min(1, p / alpha))
 
     Args:
-      logits: `[..., V, ...]` with the vocabulary at `axis`; any float dtype, computed in float32.
+      logits: `[..., V, ...]` with the vocabulary at `axis`; any float dtype; converted to float32.
       labels: integers in `[0, V)`, with the shape of `logits` without `axis`; out-of-range labels give NaN.
       alpha: trust-region bound in (0, 1]. The loss approaches cross-entropy for alpha -> 0 and is `1 - p` for
         alpha = 1.
@@ -85,14 +85,14 @@ def trsft_optimum(expert_probs: ArrayLike, *, alpha: float) -> tuple[Array, Arra
     ::
 
         lambda = min over k >= 1 of max(S_k, p_(k+1) / alpha)
-        p*(c)  = p_E(c) / lambda   if p_E(c) > alpha * lambda
-               = the rest          if p_E(c) = alpha * lambda   (shared equally among ties)
-               = 0                 if p_E(c) < alpha * lambda
+        p*(c)  = p_E(c) / lambda      if p_E(c) > alpha * lambda
+               = the remaining mass   if p_E(c) = alpha * lambda   (shared equally among ties)
+               = 0                    if p_E(c) < alpha * lambda
 
-    where `p_(k)` is the k-th largest expert probability and `S_k` the sum of the k largest. The expert's
-    weak modes are pruned and the others renormalized. Usually, lambda is `S_k`, the kept mass, as in the
-    paper. If a class lies in between (`alpha S_k < p_(k+1) <= alpha S_(k+1)`), no kept mass satisfies
-    Proposition 1, and that class keeps the remaining mass, which is in [0, alpha].
+    where `p_(k)` is the k-th largest expert probability and `S_k` is the sum of the k largest. The expert's weak modes
+    are pruned, and the others are renormalized. Usually, lambda is the kept mass `S_k`, as in the paper. If a class
+    lies on the boundary (`alpha S_k < p_(k+1) <= alpha S_(k+1)`), no kept mass satisfies Proposition 1, and that class
+    gets the remaining mass, which is in [0, alpha].
 
     Args:
       expert_probs: `[V]`, nonnegative, summing to 1.

@@ -1,4 +1,4 @@
-"""The family of methods as data: guidance, selection, and the terms of the objective.
+"""Represents training methods as data: guidance, selection, and the terms of the objective.
 
 `make_method(name)` builds a method from `METHODS`. To define your own, build a `Method` or write a subclass of
 `Hyperparameters`, and pass it to `trapo_jax.train.train` or set `method.name` to its import path.

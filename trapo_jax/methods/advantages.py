@@ -10,8 +10,8 @@ def group_advantages(rewards: np.ndarray, *, scale_by_std: bool = False) -> np.n
 
     Args:
       rewards: `[G]` in [0, 1], rewards of the group's rollouts, both guided and unguided.
-      scale_by_std: whether to divide by the sample standard deviation (with `G - 1`), as in GRPO but
-        not in TRAPO; advantages are 0 if all rewards are equal.
+      scale_by_std: whether to divide by the sample standard deviation (with denominator `G - 1`), as in GRPO but not in
+        TRAPO. The advantages are 0 if all rewards are equal.
 
     Returns:
       float32 `[G]`, computed in float64.

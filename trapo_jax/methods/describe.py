@@ -14,14 +14,14 @@ from trapo_jax.types import MicroGroup, TokenKind
 TOKENS = {TokenKind.COMPLETION: "completion tokens", TokenKind.EXPERT_TRAINED: "expert tokens"}
 DENOMINATORS: dict[Normalizer, str] = {
     "token_mean": "the number of these tokens in the batch",
-    "sequence_mean": "the number of these tokens in the rollout, then by the number of rollouts with any",
+    "sequence_mean": "the number of these tokens in the rollout, then by the number of rollouts with any such tokens",
     "constant_sum": "max_completion_length",
-    "constant_mean": "max_completion_length * number of rows in the batch",
+    "constant_mean": "max_completion_length * the number of rows in the batch",
 }
 
 
 def describe(method: Method) -> str:
-    """Returns text with the resolved formulas, weights, normalizers, guidance, hyperparameters, and source."""
+    """Describes a method as text: resolved formulas, weights, normalizers, guidance, hyperparameters, and source."""
     lines = [f"{method.name}: {method.source}", "", "objective: the sum of"]
     for term in method.terms:
         lines += _describe_term(term)
@@ -47,7 +47,7 @@ def describe(method: Method) -> str:
     if method.notes:
         lines += ["", *(f"note: {note}" for note in method.notes)]
     lines += ["", *_table("hyperparameters (method.NAME=VALUE)", method.hyperparameters)]
-    lines += _table("published settings, not set by the method", method.published)
+    lines += _table("published settings that the method does not set", method.published)
     if len(method.optimizers) > 1:
         lines.append(f"optimizer states: {', '.join(method.optimizers)}")
     if "preset" in method.hyperparameters:
@@ -67,23 +67,27 @@ def _describe_term(term: Term) -> list[str]:
 def _describe_group(group: MicroGroup) -> str:
     rollouts = f"{group.size} rollout{'s' if group.size > 1 else ''}"
     if group.ratio == 0 or group.threshold <= NEVER:
-        return f"{rollouts} unguided"
+        return f"{rollouts}, unguided"
     share = "the whole" if group.ratio == 1 else f"{group.ratio:g} of the"
     start = f"{share} expert solution"
     if group.threshold >= ALWAYS:
-        return f"{rollouts} from {start}"
-    return f"{rollouts} from {start} if the mean reward so far is below {group.threshold:g}"
+        return f"{rollouts} that start from {start}"
+    return (
+        f"{rollouts} that start from {start} if the mean reward so far is below {group.threshold:g}"
+    )
 
 
 def _describe_stage(stage: Stage) -> str:
     limits = []
     if stage.share < 1:
-        limits.append(f"{stage.share:g} of the run")
+        limits.append(f"after {stage.share:g} of the run")
     if stage.num_steps is not None:
-        limits.append(f"{stage.num_steps} steps")
+        limits.append(f"after {stage.num_steps} steps")
     if stage.patience is not None:
-        limits.append(f"{stage.patience} validations without a lower loss on expert solutions")
-    return f"{stage.name}: until {' or '.join(limits) or 'the end'}"
+        limits.append(
+            f"after {stage.patience} validations without a lower loss on expert solutions"
+        )
+    return f"{stage.name}: ends {' or '.join(limits) or 'with the run'}"
 
 
 def _table(title: str, values: Mapping[str, Any]) -> list[str]:
@@ -108,8 +112,8 @@ def _preset_differences() -> list[str]:
 def fingerprint(method: Method) -> dict[str, Any]:
     """Returns JSON-serializable data that identifies a built-in or user-defined method.
 
-    Two methods with the same fingerprint have the same name, hyperparameters, guidance, selection, and terms. Functions are
-    compared by qualified name and bound arguments, and schedules by their formulas.
+    Two methods with the same fingerprint have the same name, hyperparameters, guidance, selection, and terms. Functions
+    are compared by qualified name and bound arguments, and schedules are compared by their formulas.
     """
     return {
         "name": method.name,

@@ -1,4 +1,4 @@
-"""The family of methods: every method is a class of hyperparameters that builds a `Method`; `METHODS` maps names to classes.
+"""Lists the built-in methods in `METHODS`. Each is a class of hyperparameters that builds a `Method`.
 
 If a method's source code was consulted, its class docstring names the file. The other methods follow the project's
 design document, which was not checked against the source. Published settings that belong to other sections of the
@@ -6,10 +6,12 @@ config (learning rate, problems per step) are stored in `Method.published`; they
 
 Differences from the papers:
 
-- Token losses are divided by rows * max_completion_length (`constant_mean`) if a source divides a sum by a constant
-  or leaves the normalizer open. With this normalizer, a token's weight does not depend on the lengths of other rows in
-  the batch. SFT losses are divided by the number of trained tokens in the whole batch, not in a micro-batch.
-- As in TRAPO, advantages are not divided by the group's standard deviation, except in CHORD and UFT, as in their code.
+- Token losses are divided by the number of rows times max_completion_length (`constant_mean`) if the source divides the
+  sum by a constant or does not specify the normalizer. With this normalizer, a token's weight does not depend on the
+  lengths of other rows in the batch. SFT losses are divided by the number of trained tokens in the whole batch, not in
+  a micro-batch.
+- As in TRAPO, advantages are not divided by the group's standard deviation. The exceptions are CHORD and UFT, whose
+  released code divides by it.
 - Among rollouts that start from the same expert prefix, only one has a loss on the prefix.
 """
 

@@ -1,4 +1,4 @@
-"""Determines how much of the expert solution a group's rollouts start from. Runs on the host, without jax.
+"""Determines how much of the expert solution a group's rollouts start from. Runs on the host, without JAX.
 
 A group is a tuple of micro-groups (see `Guidance`). A `vary` function adapts the micro-groups to the position in
 the run and to the problem.
@@ -17,17 +17,17 @@ MicroGroups = tuple[MicroGroup, ...]
 
 
 def unguided(size: int) -> MicroGroups:
-    """Returns `size` rollouts that start from the prompt alone."""
+    """Returns one micro-group of `size` rollouts that start from the prompt alone."""
     return (MicroGroup(size, 0.0, NEVER),)
 
 
 def rollouts_and_expert(num_rollouts: int) -> MicroGroups:
-    """Returns `num_rollouts` unguided rollouts, plus the whole expert solution as one more rollout."""
+    """Returns micro-groups of `num_rollouts` unguided rollouts, plus the whole expert solution as one more rollout."""
     return (*unguided(num_rollouts), *whole_expert())
 
 
 def whole_expert() -> MicroGroups:
-    """Returns the whole expert solution; nothing is sampled."""
+    """Returns one micro-group that consists of the whole expert solution; nothing is sampled."""
     return (MicroGroup(1, 1.0, ALWAYS),)
 
 
@@ -46,7 +46,7 @@ class BinomialHints:
     """UFT: all rollouts of a problem start from the first k of `num_slices` equal slices of the expert solution.
 
     `k ~ Binomial(num_slices, q)`, where q follows a cosine from `high` at step 0 to `low` at step `num_steps` and is 0
-    afterward. k is drawn per problem and step, and depends on the run's seed.
+    afterward. A new k is drawn for each problem in each step; the draws depend on the run's seed.
     """
 
     num_slices: int

@@ -1,7 +1,7 @@
 """Defines the hyperparameters of methods as typed, validated, documented fields that several methods can share.
 
-Every method is a frozen pydantic model whose fields are its hyperparameters and whose `make` builds the `Method`. The fields
-are the single source of truth for the hyperparameters' names, defaults, ranges, and help texts.
+Every method is a frozen pydantic model: its fields are the hyperparameters, and `make` builds the `Method`. The fields
+are the single source of truth for the names, defaults, ranges, and help texts of the hyperparameters.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Hyperparameters(pydantic.BaseModel):
 
 
 class NormalizedHyperparameters(Hyperparameters):
-    """Hyperparameters of methods with a configurable normalizer of token losses."""
+    """Hyperparameters of methods with a configurable normalizer for token losses."""
 
     normalizer: Normalizer | None = None
     """Denominator for the sum of token losses; null selects each term's default normalizer."""
@@ -65,17 +65,17 @@ class PolicyGradientHyperparameters(NormalizedHyperparameters):
     """Hyperparameters of methods with a policy gradient on completion tokens."""
 
     clip_low: Share | None = None
-    """Clips the ratio of the new to the old policy below 1 - clip_low; null for no bound."""
+    """The ratio of the new to the old policy is clipped from below at 1 - clip_low; null for no lower bound."""
     clip_high: Weight | None = None
-    """Clips the ratio of the new to the old policy above 1 + clip_high; null for no bound."""
+    """The ratio of the new to the old policy is clipped from above at 1 + clip_high; null for no upper bound."""
     kl_weight: Weight = 0.0
-    """Weight of the KL divergence (k3) from the initial model. A nonzero weight keeps that model in memory."""
+    """Weight of the KL divergence (k3 estimate) from the initial model. A nonzero weight keeps that model in memory."""
     scale_advantages_by_std: bool = False
     """Divide a group's advantages by their standard deviation."""
     entropy_weight: Weight = 0.0
-    """Weight of the entropy bonus, the mean entropy over trained completion and expert tokens."""
+    """Weight of the entropy bonus, which is the mean entropy over completion tokens and trained expert tokens."""
     skip_zero_advantages: bool = False
-    """Exclude rollouts with zero advantage and no trained prefix, including from the losses' denominators."""
+    """Exclude rollouts with zero advantage and no trained prefix from the losses and from their denominators."""
 
     entropy_kinds: ClassVar[tuple[TokenKind, ...]] = (
         TokenKind.COMPLETION,
@@ -103,7 +103,7 @@ class PolicyGradientHyperparameters(NormalizedHyperparameters):
         return (policy_gradient, *self.regularizers(normalizer))
 
     def regularizers(self, normalizer: Normalizer = "constant_mean") -> tuple[Term, ...]:
-        """Returns the KL divergence and the entropy bonus, if their weights are nonzero."""
+        """Returns the terms for the KL divergence and the entropy bonus, omitting a term whose weight is zero."""
         regularizers = []
         if self.kl_weight:
             regularizers.append(terms.divergence(self.kl_weight, self.normalize_by(normalizer)))
@@ -127,10 +127,11 @@ class MixedHyperparameters(PolicyGradientHyperparameters, ExpertHyperparameters)
 class MicroBatchedSftHyperparameters(MixedHyperparameters):
     """Hyperparameters of methods whose released code adds the mean SFT loss of every micro-batch.
 
-    That code does not divide the policy gradient by the number of rows: for each micro-batch it adds
-    `sum(-A * rho) / L + mean(-log p)`, and the sum over micro-batches is the loss. Here, that sum is divided by the
-    number of rows, so the SFT loss has weight 1 / (rows per micro-batch). Micro-batches are filled up to 32,768 tokens,
-    so their number of rows depends on the row lengths: for an average of 1,536 tokens, it is 64 / 3.
+    That code does not divide the policy gradient by the number of rows: each micro-batch contributes
+    `sum(-A * rho) / L + mean(-log p)`, and the loss is the sum over all micro-batches. Here, that sum is divided by the
+    number of rows, so the SFT loss has weight 1 / (rows per micro-batch). The released code fills micro-batches up to
+    32,768 tokens, so the number of rows depends on the row lengths: with an average of 1,536 tokens per row, a
+    micro-batch has 64 / 3 rows.
     """
 
     micro_batch_rows: Annotated[float, Field(ge=1.0, le=1e6)] = 64 / 3
@@ -142,4 +143,7 @@ class MicroBatchedSftHyperparameters(MixedHyperparameters):
         return self.expert_weight / self.micro_batch_rows
 
 
-MICRO_BATCH_NOTE = "the SFT loss is the mean over the batch's expert tokens; the released code averages within each micro-batch"
+MICRO_BATCH_NOTE = (
+    "the SFT loss is the mean over the batch's expert tokens; the released code averages within each "
+    "micro-batch"
+)

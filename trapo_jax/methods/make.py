@@ -18,8 +18,8 @@ def make_method(name: str, **hyperparameters: Any) -> Method:
     """Builds a method.
 
     Args:
-      name: a key of `METHODS`, or the import path `package.module:name` of a subclass of `Hyperparameters`, of a `Method`, or
-        of a function without arguments that returns a `Method`.
+      name: a key of `METHODS`, or the import path `package.module:name` of a subclass of `Hyperparameters`, a `Method`,
+        or a function without arguments that returns a `Method`.
       **hyperparameters: values that differ from the method's defaults.
 
     Raises:
@@ -33,8 +33,8 @@ def make_method(name: str, **hyperparameters: Any) -> Method:
     method = found() if callable(found) else found
     if not isinstance(method, Method):
         raise UserError(
-            f"method.name={name}: expected a Method, a subclass of Hyperparameters, or a function that returns a Method; "
-            f"got a {type(method).__name__}"
+            f"method.name={name}: expected a Method, a subclass of Hyperparameters, or a function that returns a "
+            f"Method; got an object of type {type(method).__name__}"
         )
     return method
 
@@ -43,7 +43,7 @@ def read_hyperparameters(name: str, given: dict[str, Any]) -> Hyperparameters | 
     """Returns the validated hyperparameters of a method, or None for a user-defined method without hyperparameters.
 
     Raises:
-      UserError: if hyperparameters are unknown or invalid, with one line per mistake.
+      UserError: if hyperparameters are unknown or invalid. The error has one line per mistake.
     """
     found = find_method(name)
     if not (isinstance(found, type) and issubclass(found, Hyperparameters)):
@@ -51,7 +51,7 @@ def read_hyperparameters(name: str, given: dict[str, Any]) -> Hyperparameters | 
             raise UserError(f"method.{next(iter(given))}: {name} has no hyperparameters")
         return None
     try:
-        # Strict JSON mode rejects "3" for 3 and true for 1, but accepts lists as tuples, since YAML has none.
+        # Strict JSON mode rejects "3" for 3 and true for 1, but accepts lists for tuples, which YAML does not have.
         return found.model_validate_json(json.dumps(given), strict=True)
     except pydantic.ValidationError as error:
         names = list(found.model_fields)
@@ -62,7 +62,7 @@ def read_hyperparameters(name: str, given: dict[str, Any]) -> Hyperparameters | 
 
 
 def hyperparameter_names(name: Any) -> list[str]:
-    """Returns the names of a method's hyperparameters; [] for an unknown method or one without hyperparameters."""
+    """Returns the names of a method's hyperparameters; [] if the method is unknown or has no hyperparameters."""
     if not isinstance(name, str):
         return []
     found = find_method(name) if ":" in name else METHODS.get(name)
@@ -76,9 +76,9 @@ class HyperparameterHelp(NamedTuple):
 
     Attributes:
       name: the hyperparameter's name.
-      annotation: its type.
-      sentence: its help text.
-      defaults: its default value in each method that has it.
+      annotation: the type annotation.
+      sentence: the help text.
+      defaults: the default value in each method with this hyperparameter, keyed by method name.
     """
 
     name: str
@@ -88,7 +88,7 @@ class HyperparameterHelp(NamedTuple):
 
 
 def list_hyperparameters() -> list[HyperparameterHelp]:
-    """Returns the hyperparameters of all methods of the family."""
+    """Returns the hyperparameters of all built-in methods."""
     hyperparameters: dict[str, HyperparameterHelp] = {}
     for method, kind in METHODS.items():
         for name, field in kind.model_fields.items():

@@ -3,7 +3,7 @@
 In each step, `micro_groups_at` determines how a problem's rollouts are guided. After the rollouts have been sampled and
 graded, `select` turns them into updates: it chooses the rollouts that become rows, their advantages, and the prefixes
 to train on (see `selection.py`). The `terms` form the objective of every update; their weights are computed on the host
-for each step. `make.py` and `family.py` list the methods that a config can name.
+for each step. `family.py` lists the built-in methods, and `make.py` builds the method that a config names.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class TokenInputs(NamedTuple):
     """The inputs of a token loss. Arrays are `[B, T - 1]`, with one element per predicted token."""
 
     logprobs: jax.Array  # float32, differentiable
-    old_logprobs: jax.Array  # float32, before the batch's first update; see `ratio_to`
+    old_logprobs: jax.Array  # float32, under the old policy; see `make_train_step`
     ref_logprobs: Any  # float32, under the initial model; None unless `Method.needs_reference`
     advantages: jax.Array  # float32
     where: jax.Array  # bool, tokens of the term's kinds
@@ -53,7 +53,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One term of the objective: `weight * sum(values on tokens of these kinds) / denominator`."""
+    """One term of the objective: `weight * sum(loss values on tokens of the given kinds) / denominator`."""
 
     name: str
     kinds: tuple[TokenKind, ...]
@@ -74,12 +74,13 @@ class Stage:
 
     Attributes:
       name: name shown to the user.
-      share: maximum length of the stage as a fraction of the run, in [0, 1], in the unit of the run's budget.
+      share: maximum length of the stage as a fraction of the run, in [0, 1], measured in the unit of the run's budget.
       num_steps: maximum number of steps.
       patience: the stage ends after this many consecutive validations without a new minimum of the cross-entropy on the
         validation problems' expert solutions.
-      learning_rate, warmup_steps, decay_start, final_learning_rate_ratio: see `train` in the config, which provides the
-        value if None. Where the config specifies a fraction of the run, these specify a fraction of the stage.
+      learning_rate, warmup_steps, decay_start, final_learning_rate_ratio: override the fields of the same names in the
+        `train` section of the config; None uses the config's value. A fraction of the run in the config is a fraction
+        of the stage here.
     """
 
     name: str
@@ -108,17 +109,17 @@ class Method:
       name: name shown to the user.
       micro_groups: the micro-groups of a group, in order; their sizes determine the maximum group size.
       terms: the terms of the objective.
-      source: where the method comes from.
+      source: the paper or code that the method comes from.
       vary: returns the micro-groups for a position in the run and a problem.
       prefix_boundary, second_expert_last, always_samples: see `Guidance`.
       expert_part: which part of an expert's text is the expert solution.
-      select: selects the updates from the rollouts of a step, and returns the method's new state.
+      select: builds the updates of a step from its rollouts, and returns them with the method's new state.
       stages: the stages of a run, in order. Each begins with new optimizer states.
-      optimizers: names of the optimizer states that `Update.optimizer` can refer to, the default first.
+      optimizers: names of the optimizer states that `Update.optimizer` can refer to; the first is the default.
       extra_rows_per_problem: number of expert rows, from separately drawn problems, in addition to a problem's
         rollouts.
-      buffer_size: maximum number of rows in an update that trains buffered problems instead of the step's problems.
-      needs_reference: whether a term uses log-probabilities of the initial model.
+      buffer_size: maximum number of rows in an update on buffered problems instead of the step's problems.
+      needs_reference: whether a term uses log-probabilities under the initial model.
       max_applied_grad_norm: updates with a larger gradient norm are skipped.
       depends_on_length: whether guidance, selection, or weights depend on the length of the run.
       alpha: trust-region bound used by the metrics.
@@ -182,14 +183,14 @@ class Method:
         return self.vary(self.micro_groups, moment, problem)
 
     def max_rows(self, problems_per_step: int, num_mini_batches: int = 1) -> int:
-        """Returns the maximum number of rows of an optimizer batch, which fixes the shape of all batches."""
+        """Returns the maximum number of rows in an optimizer batch. This number determines the shape of all batches."""
         rows_per_problem = self.group_size + self.extra_rows_per_problem
         return max(-(-problems_per_step * rows_per_problem // num_mini_batches), self.buffer_size)
 
     def coefficients(
         self, moment: Moment, *, learning_rate: float, max_grad_norm: float = math.inf
     ) -> dict[str, np.float32]:
-        """Returns the scheduled scalars of an update. They are traced inputs, so changing them never recompiles."""
+        """Returns the scheduled scalars of an update. As traced inputs, they can change without recompilation."""
         weights = {term.name: np.float32(term.weight_at(moment)) for term in self.terms}
         rates = {"learning_rate": learning_rate, "max_grad_norm": max_grad_norm}
         return {**weights, **{name: np.float32(value) for name, value in rates.items()}}

@@ -1,7 +1,8 @@
-"""TRAPO and other methods with micro-groups: the ablations in the paper's Table 2, and a variant by this project.
+"""TRAPO and other methods with micro-groups: the ablations in the paper's Table 2, and a variant from this project.
 
-The sizes, ratios and thresholds of the micro-groups determine how many rollouts are guided; `rollouts/guidance.py`
-compares rewards with the thresholds. Methods with a fixed number of guided rollouts are in `mixed.py` and `scheduled.py`.
+The sizes, ratios, and thresholds of the micro-groups determine how many rollouts are guided; `rollouts/guidance.py`
+compares mean rewards with the thresholds. Methods with a fixed number of guided rollouts are in `mixed.py` and
+`scheduled.py`.
 """
 
 from functools import partial
@@ -57,7 +58,7 @@ class MicroGrouped(PolicyGradientHyperparameters):
     """Base class of methods with TRAPO's micro-groups, with or without a loss on expert tokens."""
 
     preset: Preset = "paper"
-    """Guidance of the paper or of the released code; the three hyperparameters below override parts of it."""
+    """Guidance of the paper or of the released code ("reference"); other hyperparameters can override parts of it."""
     micro_groups: Annotated[MicroGroupTable, Field(min_length=1)] | None = None
     """[size, ratio, threshold] of each micro-group, in order; null uses the preset's value."""
     prefix_boundary: PrefixBoundary | None = None
@@ -74,7 +75,7 @@ class MicroGrouped(PolicyGradientHyperparameters):
         }
 
     def expert_terms(self) -> tuple[Term, ...]:
-        """Returns the objective's terms on expert tokens."""
+        """Returns the terms of the objective that apply to expert tokens."""
         return ()
 
     source: ClassVar[str]
@@ -100,15 +101,15 @@ class MicroGrouped(PolicyGradientHyperparameters):
 
 
 class MicroGroupGrpo(MicroGrouped):
-    """TRAPO's guidance without a loss on expert tokens; they are context only."""
+    """TRAPO's guidance without a loss on expert tokens, which serve only as context."""
 
-    source = "micro-groups alone, an ablation of arXiv 2512.17636, Table 2"
+    source = "micro-groups alone, an ablation from the TRAPO paper (arXiv 2512.17636, Table 2)"
 
 
 class MicroGroupSft(MicroGrouped, ExpertHyperparameters):
     """TRAPO's guidance with plain cross-entropy on expert tokens."""
 
-    source = "micro-groups and plain SFT loss, an ablation of arXiv 2512.17636, Table 2"
+    source = "micro-groups and a plain SFT loss, an ablation from the TRAPO paper (arXiv 2512.17636, Table 2)"
 
     def expert_terms(self) -> tuple[Term, ...]:
         normalizer = self.normalize_by("constant_mean")
@@ -118,10 +119,10 @@ class MicroGroupSft(MicroGrouped, ExpertHyperparameters):
 class MicroGroupLuffy(MicroGrouped, ExpertHyperparameters):
     """TRAPO's guidance with LUFFY's loss on expert tokens, weighted by the advantage of the row that trains them."""
 
-    source = "micro-groups and LUFFY's loss, an ablation of arXiv 2512.17636, Table 2"
+    source = "micro-groups and LUFFY's loss, an ablation from the TRAPO paper (arXiv 2512.17636, Table 2)"
 
     gamma: Weight = 0.1
-    """Shaping constant of LUFFY's policy gradient, -A p / (p + gamma)."""
+    """Shaping constant gamma of LUFFY's loss, -A p / (p + gamma)."""
 
     def expert_terms(self) -> tuple[Term, ...]:
         normalizer = self.normalize_by("constant_mean")
@@ -148,12 +149,12 @@ class TrapoPlus(PolicyGradientHyperparameters, ExpertHyperparameters):
     """A variant of TRAPO that uses either the whole expert solution or none of it, and skips rows without a gradient.
 
     A group has `num_rollouts` unguided rollouts. If their mean reward is below `threshold`, the whole expert solution
-    is added. With `skip_zero_advantages`, a step on solved problems uses no trained tokens, and a run with a budget of
-    trained tokens takes more steps.
+    is added. With `skip_zero_advantages`, a problem that all rollouts solve contributes no trained tokens, so a run
+    with a budget of trained tokens takes more steps.
     """
 
     skip_zero_advantages: bool = True
-    """Exclude rollouts with zero advantage and no trained prefix, including from the losses' denominators."""
+    """Exclude rollouts with zero advantage and no trained prefix from the losses and from their denominators."""
 
     num_rollouts: Count = 7
     """Unguided rollouts per problem."""
@@ -178,7 +179,7 @@ class TrapoPlus(PolicyGradientHyperparameters, ExpertHyperparameters):
                 *self.completion_terms(),
                 terms.trsft(self.alpha, self.expert_weight, self.normalize_by("constant_mean")),
             ),
-            source="TRAPO, arXiv 2512.17636, changed by this project: docs/comparison.md",
+            source="TRAPO, arXiv 2512.17636, modified in this project (see docs/comparison.md)",
             alpha=self.alpha,
             **self.method_fields(),
         )

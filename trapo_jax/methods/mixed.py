@@ -28,7 +28,7 @@ class Luffy(MixedHyperparameters):
     num_rollouts: Count = 7
     """Rollouts per problem, in addition to the expert solution."""
     gamma: Weight = 0.1
-    """Shaping constant of the policy gradient on expert tokens, -A p / (p + gamma)."""
+    """Shaping constant gamma of the loss on expert tokens, -A p / (p + gamma)."""
 
     def make(self) -> Method:
         normalizer = self.normalize_by("constant_mean")
@@ -52,7 +52,7 @@ class Luffy(MixedHyperparameters):
 
 
 class RlPlusSft(MicroBatchedSftHyperparameters):
-    """RL with an SFT loss, a baseline of the LUFFY paper. The mean reward excludes the expert solution."""
+    """RL with an SFT loss, a baseline from the LUFFY paper. A group's mean reward excludes the expert solution."""
 
     num_rollouts: Count = 7
     """Rollouts per problem, in addition to the expert solution."""
@@ -71,7 +71,7 @@ class RlPlusSft(MicroBatchedSftHyperparameters):
                 *self.completion_terms(),
                 terms.cross_entropy(self.sft_weight, self.normalize_by("token_mean")),
             ),
-            source="RL with an SFT loss, a baseline of LUFFY, arXiv 2504.14945, mix_src/mix_actor.py",
+            source="RL with an SFT loss, a baseline from the LUFFY paper (arXiv 2504.14945), mix_src/mix_actor.py",
             notes=(MICRO_BATCH_NOTE,),
             published={"train.problems_per_step": 128, "train.learning_rate": 1e-6},
             expert_part="whole",
@@ -82,22 +82,23 @@ class RlPlusSft(MicroBatchedSftHyperparameters):
 class Relift(MixedHyperparameters):
     """ReLIFT: RL, with SFT updates on buffered problems that no rollout solved.
 
-    As in `relift/trainer.py` of the released code, the SFT update follows the RL update of the step, trains the newest
-    problems, and has a separate AdamW state. Later published scripts buffer 64 problems and have no entropy bonus.
+    As in `relift/trainer.py` of the released code, the SFT update follows the RL update of the step, trains on the
+    newest problems in the buffer, and has a separate AdamW state. Later published scripts buffer 64 problems and have
+    no entropy bonus.
     """
 
     num_rollouts: Count = 8
     """Rollouts per problem."""
     buffer_size: Count = 128
-    """Number of buffered unsolved problems that trigger an SFT update."""
+    """Number of buffered unsolved problems that triggers an SFT update."""
     expert_entropy_weight: Weight = 0.001
     """Weight of the entropy bonus on expert tokens."""
     sft_learning_rate_scale: Weight = 1.0
-    """Multiplies the learning rate of SFT updates."""
+    """Multiplier for the learning rate of SFT updates."""
     rl_max_grad_norm: Positive | None = 0.7
-    """Maximum global gradient norm of RL updates; null for train.max_grad_norm, which SFT updates use."""
+    """Maximum global gradient norm of RL updates; null uses train.max_grad_norm, as SFT updates always do."""
 
-    entropy_kinds = (terms.COMPLETION,)  # Expert tokens have a separate bonus.
+    entropy_kinds = (terms.COMPLETION,)  # Expert tokens have a separate entropy bonus.
 
     def make(self) -> Method:
         return Method(
@@ -130,7 +131,7 @@ class Relift(MixedHyperparameters):
 
 
 class Hpt(MicroBatchedSftHyperparameters):
-    """HPT: trains on expert solutions of problems that the policy cannot solve, and uses RL for all others.
+    """HPT: trains on the expert solutions of problems that the policy cannot solve, and uses RL for all other problems.
 
     In `mix_trainer.py` of the released code (`select_on_off_ada_balance`, `unify_strategy=switch`), the gate is 0 for
     Qwen and 2 for Llama, and the SFT coefficient is 1.0, or 0.3 for models with 1.5B parameters.
@@ -139,7 +140,7 @@ class Hpt(MicroBatchedSftHyperparameters):
     num_rollouts: Count = 8
     """Rollouts per problem."""
     gate: Weight = 0.0
-    """A problem that is solved at most this many times is trained on its expert solution instead of its rollouts."""
+    """If a problem is solved at most this many times, its expert solution replaces its rollouts in the update."""
     max_applied_grad_norm: Weight = 1.25
     """Updates with a larger gradient norm are skipped. The released code uses 80, for gradients summed over 64 rows."""
 
@@ -162,7 +163,7 @@ class Hpt(MicroBatchedSftHyperparameters):
             source="HPT, arXiv 2509.04419, mix_trainer.py",
             published={"train.learning_rate": 5e-6},
             notes=(
-                "a problem solved at most `gate` times is trained on one expert solution instead of its rollouts",
+                "if a problem is solved at most `gate` times, one expert solution replaces its rollouts in the update",
                 MICRO_BATCH_NOTE,
             ),
             expert_part="whole",
@@ -171,7 +172,7 @@ class Hpt(MicroBatchedSftHyperparameters):
 
 
 class Srft(MicroBatchedSftHyperparameters):
-    """SRFT: SFT and RL in one step, each weighted by the policy's mean entropy over the row, as ported by HPT.
+    """SRFT: SFT and RL in one step, each weighted by the policy's mean entropy over the row, as in HPT's port of SRFT.
 
     Follows `mix_core_algos.py` (`compute_token_on_off_policy_srft_loss`, `srft_type="paper"`), except that
     log-probabilities are not clipped.
@@ -182,7 +183,7 @@ class Srft(MicroBatchedSftHyperparameters):
     expert_weight: Weight = 0.5
     """Weight of the entropy-weighted cross-entropy on expert tokens."""
     gamma: Weight = 0.1
-    """Shaping constant of the policy gradient on expert tokens, -A p / (p + gamma)."""
+    """Shaping constant gamma of the loss on expert tokens, -A p / (p + gamma)."""
     success_weight: Weight = 0.1
     """Weight of the loss on rollouts with full reward."""
 
@@ -205,7 +206,7 @@ class Srft(MicroBatchedSftHyperparameters):
                 terms.confident_cross_entropy(self.sft_weight, self.normalize_by("token_mean")),
                 terms.shaped_policy_gradient(self.gamma, 1.0, normalizer),
             ),
-            source="SRFT, arXiv 2506.19767, as ported by HPT (srft_type=paper)",
+            source="SRFT, arXiv 2506.19767, as in HPT's port of SRFT (srft_type=paper)",
             notes=(
                 "a rollout's advantage is +1 for full reward and -1 otherwise; the expert solution's advantage is "
                 "relative to the mean over all rows",

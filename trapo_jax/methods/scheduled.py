@@ -41,13 +41,13 @@ class SftThenGrpo(MixedHyperparameters):
     sft_patience: Count | None = None
     """SFT ends after this many consecutive validations without a lower loss on expert solutions; null for no limit."""
     sft_learning_rate: LearningRate | None = None
-    """Peak learning rate of SFT; null for train.learning_rate."""
+    """Peak learning rate of SFT; null uses train.learning_rate."""
     sft_warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Number of SFT steps over which the learning rate rises linearly from 0; null for train.warmup_steps."""
+    """Number of SFT steps over which the learning rate rises linearly from 0; null uses train.warmup_steps."""
     sft_decay_start: Share | None = None
-    """Fraction of the SFT stage after which the learning rate decays linearly; null for train.decay_start."""
+    """Fraction of the SFT stage after which the learning rate decays linearly; null uses train.decay_start."""
     sft_final_learning_rate_ratio: Share | None = None
-    """Learning rate at the end of SFT as a fraction of its peak; null for train.final_learning_rate_ratio."""
+    """Learning rate at the end of SFT as a fraction of its peak; null uses train.final_learning_rate_ratio."""
 
     def make(self) -> Method:
         return Method(
@@ -77,7 +77,7 @@ class SftThenGrpo(MixedHyperparameters):
                 Stage("rl"),
             ),
             depends_on_length=True,
-            source="SFT, then GRPO; a baseline of arXiv 2512.17636, Table 1",
+            source="SFT, then GRPO; a baseline from the TRAPO paper (arXiv 2512.17636, Table 1)",
             notes=("batches contain only expert solutions in the first stage and none afterward",),
             **self.method_fields(),
         )
@@ -87,18 +87,18 @@ class ChordHyperparameters(MixedHyperparameters):
     """Hyperparameters shared by both variants of CHORD."""
 
     clip_low: Share | None = 0.2
-    """Clips the ratio of the new to the old policy below 1 - clip_low; null for no bound."""
+    """The ratio of the new to the old policy is clipped from below at 1 - clip_low; null for no lower bound."""
     clip_high: Weight | None = 0.2
-    """Clips the ratio of the new to the old policy above 1 + clip_high; null for no bound."""
+    """The ratio of the new to the old policy is clipped from above at 1 + clip_high; null for no upper bound."""
     scale_advantages_by_std: bool = True
     """Divide a group's advantages by their standard deviation."""
     num_rollouts: Count = 8
     """Rollouts per problem."""
     expert_rows_per_rollout: Weight = 4.0
-    """Number of expert solutions of other problems per rollout."""
+    """Number of additional expert solutions per rollout, taken from other problems."""
 
     def make_chord(self, name: str, cross_entropy: Term, weight: terms.Weight) -> Method:
-        """Builds the method from an SFT term and the weight of the policy gradient."""
+        """Builds the method from its name, its SFT term, and the weight of the policy gradient."""
         return Method(
             name="",
             micro_groups=unguided(self.num_rollouts),
@@ -120,7 +120,7 @@ class ChordHyperparameters(MixedHyperparameters):
 class Chord(ChordHyperparameters):
     """CHORD-mu: clipped GRPO plus SFT on a separate expert batch, with an SFT weight mu that decreases during the run.
 
-    Follows `chord_policy_loss.py` of Trinity-RFT; mu depends on the step.
+    Follows `chord_policy_loss.py` of Trinity-RFT. mu is a function of the step.
     """
 
     mu_peak: Share = 0.9
@@ -130,11 +130,11 @@ class Chord(ChordHyperparameters):
     mu_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Number of steps over which mu rises linearly from 0 to mu_peak."""
     mu_decay_steps: Annotated[int, Field(ge=0)] = 200
-    """Number of steps over which mu then decays to mu_valley along a cosine."""
+    """Number of steps after the warm-up over which mu decays to mu_valley along a half-cosine."""
 
     def make(self) -> Method:
         mu = Mu(self.mu_peak, self.mu_valley, self.mu_warmup_steps, self.mu_decay_steps)
-        weight = Schedule(mu, "mu: warm-up to mu_peak, then along a cosine to mu_valley")
+        weight = Schedule(mu, "mu: linear warm-up to mu_peak, then cosine decay to mu_valley")
         if self.expert_weight != 1.0:
             weight = weight.times(self.expert_weight)
         cross_entropy = terms.cross_entropy(weight, self.normalize_by("token_mean"))
@@ -171,19 +171,19 @@ class Mu(NamedTuple):
 
 
 class Uft(MixedHyperparameters):
-    """UFT: all rollouts of a problem start from a hint that shortens during the run and is trained with a small weight.
+    """UFT: a problem's rollouts start from a hint that gets shorter during the run and has an SFT loss of small weight.
 
-    As in `rl_dataset.py`, `dp_actor.py`, and `run.py` of the released code, q decreases from 0.95 to 0.05 over 300
-    steps, there are no hints afterward, and a completion is sampled even if the hint is the whole solution (without its
-    EOS). Here, slices consist of tokens rather than sentences.
+    As in `rl_dataset.py`, `dp_actor.py`, and `run.py` of the released code, the probability q that a slice is part of
+    the hint decreases from 0.95 to 0.05 over 300 steps, there are no hints afterward, and a completion is sampled even
+    if the hint is the whole solution (without its EOS). Here, slices consist of tokens rather than sentences.
     """
 
     clip_low: Share | None = 0.2
-    """Clips the ratio of the new to the old policy below 1 - clip_low; null for no bound."""
+    """The ratio of the new to the old policy is clipped from below at 1 - clip_low; null for no lower bound."""
     clip_high: Weight | None = 0.2
-    """Clips the ratio of the new to the old policy above 1 + clip_high; null for no bound."""
+    """The ratio of the new to the old policy is clipped from above at 1 + clip_high; null for no upper bound."""
     kl_weight: Weight = 0.001
-    """Weight of the KL divergence (k3) from the initial model. A nonzero weight keeps that model in memory."""
+    """Weight of the KL divergence (k3 estimate) from the initial model. A nonzero weight keeps that model in memory."""
     scale_advantages_by_std: bool = True
     """Divide a group's advantages by their standard deviation."""
     expert_weight: Weight = 0.001
@@ -229,10 +229,10 @@ class Uft(MixedHyperparameters):
 
 
 class PrefixRft(MixedHyperparameters):
-    """Prefix-RFT: one rollout per group starts from a prefix and has a policy gradient on its high-entropy tokens.
+    """Prefix-RFT: one rollout per group starts from a prefix, with a policy gradient on its highest-entropy tokens.
 
-    This implementation follows secondary descriptions only. They disagree on whether the prefix ratio is the cosine
-    itself or a random draw below it; here, it is the cosine.
+    This implementation follows secondary descriptions only. They disagree on whether the prefix ratio equals the cosine
+    schedule or is drawn at random below it; here, the ratio equals the cosine schedule.
     """
 
     num_rollouts: Count = 7
@@ -263,7 +263,7 @@ class PrefixRft(MixedHyperparameters):
                 ),
             ),
             depends_on_length=True,
-            source="Prefix-RFT, arXiv 2507.01679, from secondary descriptions",
+            source="Prefix-RFT, arXiv 2507.01679, implemented from secondary descriptions",
             notes=("the prefix ratio follows a cosine over the run",),
             **self.method_fields(),
         )

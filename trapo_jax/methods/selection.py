@@ -1,4 +1,4 @@
-"""Selects training rows from the rollouts of a step, with pure functions that run on the host, without jax.
+"""Selects training rows from the rollouts of a step, with pure functions that run on the host, without JAX.
 
 `Sampled` holds the rollouts with their rewards and the method's state. `Selection` holds the updates to perform, in
 order, and the method's new state. The state must be JSON-serializable, since it is part of checkpoints.
@@ -28,7 +28,7 @@ class Sampled(NamedTuple):
 
     Attributes:
       groups: the rollouts of each problem, ordered by `sample_index`.
-      moment: the current step.
+      moment: the current position in the run.
       state: the method's state; {} at the start of a run.
       extra_problems: problems with expert solutions, drawn in addition to the step's problems
         (`Method.extra_rows_per_problem`).
@@ -93,7 +93,7 @@ def advantages_over_sampled(group: Group, *, scale_by_std: bool = False) -> np.n
 
 
 def first_of_each_prefix(group: Group) -> list[bool]:
-    """Marks the first rollout of each distinct expert prefix, which trains the prefix."""
+    """Marks the first rollout with each distinct expert prefix. Only this rollout has a loss on the prefix."""
     seen: set[tuple[int, int]] = set()
     carries = []
     for rollout in group:
@@ -104,7 +104,7 @@ def first_of_each_prefix(group: Group) -> list[bool]:
 
 
 def no_prefix(group: Group) -> list[bool]:
-    """Marks no rollout: prefixes are context only."""
+    """Marks no rollout, so that prefixes serve only as context."""
     return [False] * len(group)
 
 
@@ -117,7 +117,7 @@ def rows_of_group(group: Group, advantages: np.ndarray, carriers: Sequence[bool]
 
 
 def expert_row(problem: Problem, max_completion_length: int) -> TrainRow:
-    """Returns the problem's first expert solution as a row, truncated to the maximum length."""
+    """Returns the problem's first expert solution as a row, truncated to `max_completion_length` tokens."""
     prefix_len = min(len(problem.experts[0].token_ids), max_completion_length)
     request = RolloutRequest(problem, 0, 0, 0, prefix_len, 1.0)
     return TrainRow(Completion(request, (), (), FinishReason.NOT_SAMPLED), 0.0, True)
@@ -139,7 +139,7 @@ def train_all(
 
 
 def train_signal(sampled: Sampled, *, select: Callable[[Sampled], Selection]) -> Selection:
-    """Selects the same updates as `select`, without the rollouts that have neither an advantage nor a trained prefix.
+    """Selects the same updates as `select`, without rollouts that have zero advantage and no trained prefix.
 
     These rollouts have no policy gradient. They are also excluded from the denominators of the losses.
     """
@@ -184,7 +184,7 @@ def buffer_unsolved(
 ) -> Selection:
     """ReLIFT: selects an update with every rollout, and buffers the problems that no rollout solved.
 
-    Once `buffer_size` problems are buffered, a second update with a separate optimizer state trains the expert
+    Once `buffer_size` problems are buffered, a second update with a separate optimizer state trains on the expert
     solutions of the newest `buffer_size` problems. The method's state is `{"unsolved": problem ids}`, with the newest
     step's ids first.
     """

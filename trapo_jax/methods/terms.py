@@ -1,9 +1,11 @@
-"""Builds the terms of the objectives. Each term applies a pure loss from `trapo_jax.losses` to one kind of token.
+"""Builds the terms of the objectives. Each term applies a pure loss function to the tokens of one or more kinds.
 
-p is the probability of a token, A the advantage of its rollout, rho = pi / pi_old, H an entropy, and sg stop_gradient.
+In the formulas, p is the probability of a token, A is the advantage of its rollout, rho is the policy ratio
+pi / pi_old, H is an entropy, and sg is stop_gradient.
 
-A method lists its terms in `Method.terms`, which `make` in `micro_grouped.py`, `mixed.py`, `scheduled.py` and `family.py`
-sets. A loss that needs other inputs adds them to `TokenInputs` in `method.py` and to `training/train_step.py`.
+The methods in `micro_grouped.py`, `mixed.py`, `scheduled.py`, and `family.py` list their terms in `Method.terms`. To
+give a loss function additional inputs, add them to `TokenInputs` in `method.py` and compute them in
+`training/train_step.py`.
 """
 
 import jax
@@ -135,7 +137,7 @@ def shaped_policy_gradient(gamma: float, weight: Weight, normalizer: Normalizer)
 
 
 def _mean_entropy(x: TokenInputs) -> jax.Array:
-    """Returns, for each token, the mean entropy over its rollout's tokens that the term applies to."""
+    """Returns, for each token, the mean entropy over the tokens of its rollout to which the term applies."""
     return segment_mean(x.entropies, x.segment_ids, num_segments=x.num_segments, where=x.where)
 
 
@@ -149,7 +151,7 @@ def confident_cross_entropy(weight: Weight, normalizer: Normalizer) -> Term:
         ),
         weight=weight,
         normalizer=normalizer,
-        formula="-e^(-sg H) * log p, H the solution's mean entropy",
+        formula="-e^(-sg H) * log p, where H is the solution's mean entropy",
     )
 
 
@@ -166,7 +168,7 @@ def own_successes(weight: Weight, normalizer: Normalizer) -> Term:
         loss=loss,
         weight=weight,
         normalizer=normalizer,
-        formula="-e^(sg H) * log p where r = 1, H the completion's mean entropy",
+        formula="-e^(sg H) * log p if r = 1, where H is the completion's mean entropy",
     )
 
 
@@ -178,7 +180,7 @@ def own_failures(weight: Weight, normalizer: Normalizer) -> Term:
         loss=lambda x: jnp.where(x.where & (x.advantages < 0), x.logprobs, 0.0),
         weight=weight,
         normalizer=normalizer,
-        formula="log p where r < 1",
+        formula="log p if r < 1",
     )
 
 
@@ -199,5 +201,5 @@ def uncertain_prefix_policy_gradient(
         loss=loss,
         weight=weight,
         normalizer=normalizer,
-        formula="-A * rho at the prefix's tokens of highest entropy, so large a share: top_share",
+        formula="-A * rho on the fraction top_entropy_share of prefix tokens with the highest entropy",
     )

@@ -1,4 +1,4 @@
-"""One decoder for all models, configured and loaded from a Hugging Face folder."""
+"""Provides one decoder for all supported models, configured and loaded from Hugging Face model folders."""
 
 from trapo_jax.models.attention import is_for_cudnn
 from trapo_jax.models.decoder import (

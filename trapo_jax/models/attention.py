@@ -31,11 +31,12 @@ def row_attention(
       q_BTNH, k_BTKH, v_BTKH: queries, keys, and values; each key-value head is shared by N / K query heads.
       segment_ids_BT: int32; tokens attend only to tokens of the same segment. Padding is segment 0.
       scale: multiplier for the scores, usually `H ** -0.5`.
-      window: a token attends to itself and to the `window - 1` tokens before it; to all tokens before it if None.
-      is_local: bool scalar, whether the window applies; it applies if None.
+      window: a token attends to itself and to the `window - 1` tokens before it. If None, a token attends to all tokens
+        before it.
+      is_local: bool scalar, whether the window applies. If None, the window applies.
       implementation: "xla" runs on all devices; "cudnn" runs on NVIDIA GPUs in half precision; "splash" runs on TPUs if
-        T and H are multiples of 128; "splash_interpreted" runs on all devices, but slowly; "auto" chooses one based on
-        device and shapes.
+        T and H are multiples of 128; "splash_interpreted" runs on all devices, but slowly; "auto" chooses "xla",
+        "cudnn", or "splash" based on the device, the dtype, and the shapes.
 
     Returns:
       The result `[B, T, N, H]`. Values at padding positions are finite but meaningless.
@@ -76,7 +77,7 @@ def cached_attention(
     window: int | None = None,
     is_local: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes causal attention from T new tokens per slot to the slot's cache and to each other.
+    """Computes causal attention from T new tokens per slot to the slot's cached tokens and to each other.
 
     The position is the last axis of cached keys, so that both products contract along contiguous memory without a
     transposed copy.
@@ -95,7 +96,8 @@ def cached_attention(
     num_kv_heads, cache_len = cached_v_SKCH.shape[1:3]
     group = num_heads // num_kv_heads
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    # Q is the number of queries per key-value head: its query heads times the new tokens. One batched matmul suffices.
+    # Merge query heads and new tokens into one axis of Q = N / K * T queries per key-value head, so that one batched
+    # matmul suffices.
     q_SKGTH = q_STNH.reshape(num_slots, num_new, num_kv_heads, group, head_dim).transpose(
         0, 2, 3, 1, 4
     )
@@ -132,7 +134,7 @@ def decode_attention(
     scale: float,
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Computes attention from one token per slot to the first `lens_S` positions of its cache.
+    """Computes attention from one token per slot to the first `lens_S` positions of the slot's cache.
 
     The cache has cuDNN's axis order. cuDNN reads only the first `lens_S` positions, whereas XLA reads all of them.
 
@@ -147,7 +149,7 @@ def decode_attention(
     """
     num_slots = len(q_SNH)
     if _choose(implementation, q_SNH[:, None]) == "cudnn":
-        # Slicing the cache would copy it. Instead, all R slots take part, and unused slots have length 0.
+        # Slicing the cache would copy it. Instead, pass all R slots; unused slots have length 0.
         num_unused = len(k_RCKH) - num_slots
         q_R1NH = jnp.pad(q_SNH, ((0, num_unused), (0, 0), (0, 0)))[:, None]
         lens_R = jnp.pad(lens_S, (0, num_unused))
@@ -190,9 +192,9 @@ def _choose(implementation: Implementation, q_BTNH: jax.Array) -> Any:
 
 
 def _splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, window, interpret):
-    """Computes block-sparse flash attention with Pallas, without `[T, T]` scores, skipping masked blocks.
+    """Computes block-sparse flash attention with Pallas, which skips masked blocks and materializes no `[T, T]` scores.
 
-    Since the compiler cannot partition a kernel, `shard_map` runs it on each device for the device's rows and heads.
+    Since the compiler cannot partition a kernel, `shard_map` runs the kernel on each device's rows and heads.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 

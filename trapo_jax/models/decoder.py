@@ -1,7 +1,7 @@
 """One decoder for the Llama, Qwen, Mistral, and Gemma 3 families, with the KV cache as an explicit argument.
 
-The same module runs whole rows (training) and new tokens with a cache (prefill, decoding). Outside this package, its
-parameters are a plain nested dict, and the call is a pure function::
+The same module runs whole rows (training) and new tokens with a cache (prefill, decoding). Outside this package, the
+decoder's parameters are a plain nested dict, and the decoder is applied with a pure function::
 
     hidden, _ = apply_decoder(config, params, token_ids, positions, segment_ids)
 
@@ -43,7 +43,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder, and how it is computed.
+    """The shape of a decoder and its compute options.
 
     Attributes:
       qkv_bias, output_bias: whether the attention projections have biases.
@@ -53,7 +53,7 @@ class DecoderConfig:
       embedding_scale: multiplier for token embeddings.
       attention_scale: multiplier for attention scores; `head_dim ** -0.5` if None.
       window: in a local layer, a token attends to itself and to the `window - 1` tokens before it.
-      local_layers: whether each layer is local; if empty, no layer is.
+      local_layers: whether each layer is local; if empty, no layer is local.
       local_rope: rotary embedding of local layers; the same as in the other layers if None.
       lora: adapters of the layers' matrices; no adapters if None.
       dtype: dtype of activations and matmul inputs. In float32, matmuls have full precision; by default, JAX would
@@ -61,7 +61,7 @@ class DecoderConfig:
       remat: what the backward pass recomputes: nothing ("none"), everything except the results of matmuls
         ("dots"), or everything except the inputs of the layers ("full").
       attention: see `row_attention`.
-      layout: how the layers' weights and the KV cache are stored. Layouts other than `Stacked` are for decoding.
+      layout: how the layers' weights and the KV cache are stored. Layouts other than `Stacked` are only for decoding.
     """
 
     vocab_size: int
@@ -105,7 +105,7 @@ class Block(nnx.Module):
         group = c.num_heads // c.num_kv_heads
         init = functools.partial(_normal, rngs, c.width)
         self.attention_norm = _norm_scale(c, c.width)
-        # One matmul, which can be sharded over K, computes each key-value head's G query heads, key, and value.
+        # One matmul, which can be sharded over K, computes the G queries, key, and value of every key-value head.
         self.qkv = nnx.Param(init(c.width, c.num_kv_heads, group + 2, c.head_dim))
         if c.qkv_bias:
             self.qkv_bias = nnx.Param(jnp.zeros((c.num_kv_heads, group + 2, c.head_dim)))
@@ -205,7 +205,7 @@ class Decoder(nnx.Module):
         cached_lens_S: jax.Array | None = None,
         view_len: int | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Runs whole rows, or T new tokens per slot with a cache.
+        """Runs the decoder on whole rows, or on T new tokens per slot with a cache.
 
         Args:
           token_ids_BT: int32. With a cache, `[S, T]`, the tokens that follow the cached tokens of each slot.
@@ -213,8 +213,8 @@ class Decoder(nnx.Module):
           segment_ids_BT: int32; tokens attend only to tokens of their segment. Required without a cache.
           cache: a cache in `config.layout` with at least S rows; only the first S are used. It is not modified;
             store the new tokens with `StorageLayout.append`.
-          cached_lens_S: int32, number of filled positions of each slot. If a slot's value is beyond the cache, its
-            result is finite but meaningless, and its token is not stored.
+          cached_lens_S: int32, number of filled positions of each slot. If a slot's number is at least the length of
+            the cache, the slot's result is finite but meaningless, and its token is not stored.
           view_len: upper bound on the number of filled positions; the length of the cache if None.
 
         Returns:
@@ -294,7 +294,7 @@ def unembedding(params: Params) -> jax.Array:
 def output_projection(config: DecoderConfig, params: Params) -> Callable[[jax.Array], jax.Array]:
     """Returns a function from hidden states `[S, D]` to float32 logits `[V, S]`, for use in loops.
 
-    The weights are cast once, outside the loop, and multiplied in their storage order. With swapped operands, the
+    The weights are cast once, outside the loop, and multiplied in their storage order. With the operands swapped, the
     product would take up to 1.5 times as long on a CPU, or tied weights would be copied and transposed before the loop.
     """
     precision = "highest" if config.dtype == "float32" else None
@@ -314,7 +314,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 def _shard_rows(x_BTD: jax.Array) -> jax.Array:
-    """Shards rows over the batch axes of the mesh, if one is set, so that weights, not activations, are gathered."""
+    """If a mesh is set, shards rows over its batch axes, so that weights rather than activations are gathered."""
     if jax.sharding.get_abstract_mesh().empty:
         return x_BTD
     return jax.lax.with_sharding_constraint(x_BTD, P(BATCH_AXES, None, None))

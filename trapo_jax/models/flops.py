@@ -1,11 +1,11 @@
 """Computes the FLOPs of a decoder by formula.
 
-A forward pass takes 2 N FLOPs per token, where N is the number of parameters in matrix multiplications (all but the
-input embedding, which is a lookup, unless it is tied to the output), plus 4 * layers * heads * head_dim FLOPs of
-attention for every pair (token, attended token). An update takes three times as many, or twice as
-many for parameters that are not trained and have no gradient. The following are ignored: rematerialization, padding,
-sliding windows (keys outside of them are counted as attended), and the attention of interrupted completions that are
-prefilled again.
+A forward pass takes 2 N FLOPs per token, plus 4 * layers * heads * head_dim attention FLOPs for every pair (token,
+attended token). N is the number of parameters in matrix multiplications. It excludes the input embedding, which is a
+lookup, unless the embedding is tied to the output projection. An update takes three times as many FLOPs, or twice as
+many for parameters that are not trained and therefore have no gradient. The following are ignored: rematerialization,
+padding, sliding windows (keys outside the window are counted as attended), and the attention of interrupted completions
+that are prefilled again.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class TokenCost:
         return float(2 * self.num_params * num_tokens + self.per_pair * num_pairs)
 
     def update(self, num_tokens: int, num_pairs: int) -> float:
-        """Returns the FLOPs of a forward pass and the gradients of activations and trained parameters."""
+        """Returns the FLOPs of a forward pass and of computing the gradients of activations and trained parameters."""
         products = 2 * self.num_params + self.num_trained
         return float(2 * products * num_tokens + 3 * self.per_pair * num_pairs)
 

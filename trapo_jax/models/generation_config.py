@@ -15,7 +15,7 @@ def read_eos_ids(folder: Path, tokenizer_eos_id: int, *, vocab_size: int) -> lis
     """Returns the token ids that end a completion: the tokenizer's and the model's EOS ids.
 
     As in transformers, the model's ids come from `generation_config.json`, or from `config.json` if the former does not
-    exist or has none.
+    exist or lists no ids.
 
     Args:
       folder: the model folder.
@@ -49,6 +49,7 @@ def _eos_ids_in(path: Path, vocab_size: int) -> list[int]:
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size:
             raise UserError(
-                f"{path}: field {EOS!r} must be an id or a list of ids >= 0 and < vocab_size {vocab_size}, found {shown(i)}"
+                f"{path}: field {EOS!r} must be a token id or a list of token ids, each >= 0 and < vocab_size "
+                f"({vocab_size}), found {shown(i)}"
             )
     return ids

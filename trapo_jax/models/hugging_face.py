@@ -20,7 +20,7 @@ SHARD = "model-{:05d}-of-{:05d}.safetensors"
 
 
 def init_params(config: DecoderConfig, *, seed: int) -> Params:
-    """Initializes parameters: normal with variance 1 / fan-in, and 1 for normalization scales."""
+    """Initializes matrices randomly (normal with variance 1 / fan-in), biases to 0, and norms to a scale of 1."""
     return nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))[1])
 
 
@@ -38,8 +38,8 @@ def load_params(
       seed: random seed for the adapters of `config.lora`.
 
     Raises:
-      UserError: if a tensor is missing, unexpected, has the wrong shape, cannot be read, or is not finite. The error
-        names the tensor and the file. All checks of names, shapes, and dtypes run before any tensor is read.
+      UserError: if a tensor is missing or unexpected, has the wrong shape or dtype, cannot be read, or is not finite.
+        The error names the tensor and the file. All checks of names, shapes, and dtypes run before any tensor is read.
     """
     tensors, tensor_map = _open_tensors(folder, config)
 
@@ -70,7 +70,7 @@ def load_params(
 
 
 def check_weights(folder: Path, config: DecoderConfig) -> None:
-    """Checks the names, shapes and dtypes of a folder's tensors, which takes much less time than reading them.
+    """Checks the names, shapes, and dtypes of a folder's tensors, which takes much less time than reading the tensors.
 
     Raises:
       UserError: see `load_params`.
@@ -109,9 +109,9 @@ def export_model(
       config: the shape of the model.
       source: the folder that the run started from, or the run's copy of its small files; its `config.json` and
         tokenizer are copied.
-      destination: replaced if it exists.
+      destination: the folder to write; a model that it already contains is replaced.
       eos_ids: token ids that end a completion, for `generation_config.json`; if empty, this file is copied unchanged.
-      max_file_bytes: larger models are split into several files with an index.
+      max_file_bytes: models larger than this are split into several files with an index.
 
     Raises:
       UserError: if `source` cannot be read or `destination` cannot be written.
@@ -172,7 +172,7 @@ class _TensorPart(NamedTuple):
       name: name of the tensor.
       shape: shape of the tensor.
       index: index of the slice in the parameter.
-      is_linear: whether the tensor has shape [out, in] and the slice [in, ..., out].
+      is_linear: whether the tensor has shape [out, in] and the slice has shape [in, ..., out].
     """
 
     name: str
@@ -213,7 +213,7 @@ def _tensor_map(c: DecoderConfig) -> dict[str, list[_TensorPart]]:
 
 
 def _layer_tensor_map(c: DecoderConfig) -> dict[str, list[_TensorPart]]:
-    """Returns the same map for a single layer, with names and indices that omit the layer number."""
+    """Returns the part of `_tensor_map` for a single layer, with names and indices that omit the layer number."""
     group = c.num_heads // c.num_kv_heads
     query_len, key_len = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     every = slice(None)

@@ -1,7 +1,8 @@
 """Converts a Hugging Face `config.json` to a `DecoderConfig`, or rejects it.
 
-A family is an entry of `ARCHITECTURES`; `read_config` and `_local_layers` handle what its config has of its own. Tensor
-names are in `hugging_face.py`, operations in `decoder.py`, and the axes of new parameters in `distributed/sharding.py`.
+`ARCHITECTURES` lists the supported model families; `read_config` and `_local_layers` handle the differences between
+their configs. Adding a family may also require changes to the tensor names in `hugging_face.py`, the operations in
+`decoder.py`, and the parameter axes in `distributed/sharding.py`.
 """
 
 from collections.abc import Mapping
@@ -22,8 +23,8 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3")
 DEFAULT_THETA = 10_000.0
 MIN_FLOAT32, MAX_FLOAT32 = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
-# Sanity limits, far above those of any real model. All parameters are enumerated before the weights are checked, so an
-# absurd config must be rejected first.
+# Sanity limits, far above the values of any real model. All parameters are enumerated before the weights are checked,
+# so an absurd config must be rejected first.
 MAX_LAYERS, MAX_DIMENSION, MAX_VOCAB_SIZE, MAX_POSITIONS = 2**12, 2**20, 2**24, 2**31 - 1
 ORIGINAL_LEN = "original_max_position_embeddings"
 # Any of these fields would change the result, and the decoder supports none of them.
@@ -44,11 +45,11 @@ def read_config(
     attention: Implementation = "auto",
     lora: Lora | None = None,
 ) -> DecoderConfig:
-    """Reads a decoder's shape from `folder/config.json`, and checks the weights for a separate head.
+    """Reads a decoder's shape from `folder/config.json`, and checks whether the weights have a separate output head.
 
     Args:
       folder: the model folder.
-      dtype, remat, attention, lora: how the decoder is computed; see `DecoderConfig`.
+      dtype, remat, attention, lora: compute options and adapters; see `DecoderConfig`.
 
     Raises:
       UserError: if the decoder cannot reproduce the model exactly. The error names the file and the field.
@@ -123,8 +124,8 @@ def _check_supported(fields: "_Fields", family: Any, *, is_gemma: bool) -> None:
 def read_max_context_len(folder: Path) -> int | None:
     """Returns the maximum length of prompt plus completion in tokens; None if `config.json` does not state it.
 
-    This is `max_position_embeddings`, times the factor of rotary embeddings of type "linear". In models with type
-    "llama3" and in Gemma, `max_position_embeddings` already includes the factor.
+    This is `max_position_embeddings`, multiplied by the scaling factor if the rotary embeddings have type "linear". In
+    models with type "llama3" and in Gemma, `max_position_embeddings` already includes the factor.
 
     Args:
       folder: the model folder.
@@ -143,7 +144,7 @@ def read_max_context_len(folder: Path) -> int | None:
 
 
 def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool, ...]:
-    """Returns whether each layer has a sliding window; empty if no layer has one."""
+    """Returns whether each layer has a sliding window; an empty tuple if no layer has one."""
     switched_off = family.startswith("qwen") and not fields.flag("use_sliding_window", False)
     if family == "llama" or switched_off or fields.get("sliding_window") is None:
         return ()
@@ -155,7 +156,7 @@ def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool
             or any(not isinstance(name, str) or name not in known for name in types)
         ):
             raise fields.error(
-                f"layer_types must be a list of {num_layers} entries among {', '.join(known)}"
+                f"layer_types must be a list of {num_layers} entries, each one of {', '.join(known)}"
             )
         layers = tuple(known[name] for name in types)
     elif family == "gemma3_text":
@@ -170,7 +171,7 @@ def _local_layers(fields: "_Fields", family: str, num_layers: int) -> tuple[bool
 
 
 def _read_ropes(fields: "_Fields", *, is_gemma: bool) -> tuple[Rope, Rope | None]:
-    """Returns the rotary embeddings of full and of local layers; the latter is None except for Gemma.
+    """Returns the rotary embeddings of full-attention and of local layers; the latter is None except for Gemma.
 
     transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
     """

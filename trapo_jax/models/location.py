@@ -1,4 +1,4 @@
-"""Finds model folders: packaged models, local folders, and models on the Hugging Face Hub."""
+"""Finds model folders: built-in models, local folders, and models on the Hugging Face Hub."""
 
 from collections.abc import Sequence
 from importlib import resources
@@ -11,7 +11,7 @@ from trapo_jax.models.tensor_files import INDEX, weight_files
 from trapo_jax.types import UserError
 
 TOKENIZER = "tokenizer.json"
-# The only files that are downloaded for a model without its weights.
+# The files that are downloaded from a Hub model before its weights.
 SMALL_FILES = (CONFIG, *SIDE_FILES, INDEX)
 
 
@@ -19,7 +19,7 @@ def find_model(path: str, *, weights: bool = False) -> Path:
     """Returns the folder of a model, downloading the required files of a Hub model.
 
     Args:
-      path: the name of a packaged model, a local path, or a Hub id.
+      path: the name of a built-in model, a local path, or a Hub id.
       weights: whether a Hub model needs its weights. If False, only its `config.json` is downloaded.
 
     Raises:
@@ -47,7 +47,9 @@ def locate_model(path: str, *, must_exist: bool = True) -> tuple[Path, HubRepo |
     if folder.is_dir() or not must_exist:
         return folder, None
     if folder.is_file():
-        raise UserError(f"model.path={path!r}: a file; pass the folder that contains config.json")
+        raise UserError(
+            f"model.path={path!r}: this is a file; pass the folder that contains config.json"
+        )
     if repo := parse_hub_id(path, "model"):
         return folder, repo
     way_out = did_you_mean(path) or (
@@ -67,7 +69,7 @@ def fetch_small_files(repo: HubRepo) -> tuple[Path, HubRepo]:
     """Downloads the config and the tokenizer of a Hub model.
 
     Returns:
-      The folder in the cache, and the repository at the commit of this folder.
+      The folder in the cache, and the repository pinned to the commit of this folder.
 
     Raises:
       UserError: if a file is neither in the cache nor on the Hub.
@@ -77,7 +79,7 @@ def fetch_small_files(repo: HubRepo) -> tuple[Path, HubRepo]:
 
 
 def fetch_weights(repo: HubRepo) -> Path:
-    """Downloads the files of a Hub model and returns their folder in the cache.
+    """Downloads the files of a Hub model, including its weights, and returns their folder in the cache.
 
     Raises:
       UserError: if a file is neither in the cache nor on the Hub.

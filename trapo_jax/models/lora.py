@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): the frozen matrix W becomes `W + alpha / rank * A B`.
 
-A `[in, rank]` is initialized with normal noise and B `[rank, out]` with zeros, so that training starts from the
+A `[in, rank]` is initialized with Gaussian noise and B `[rank, out]` with zeros, so that training starts from the
 original model. If a parameter tree contains adapters, only the adapters are trained.
 """
 

@@ -1,4 +1,4 @@
-"""Opens pretrained models in Hugging Face folders: path, decoder shape, and tokenizer."""
+"""Opens pretrained models in Hugging Face folders, and reads their decoder shapes and tokenizers."""
 
 import dataclasses
 import json
@@ -27,13 +27,14 @@ class PretrainedModel:
     """An opened model folder. Its parameters are loaded separately.
 
     Attributes:
-      folder: the Hugging Face folder with the weights. For a Hub model, it has them only after `with_weights`.
+      folder: the Hugging Face folder with the weights. For a Hub model, the folder contains them only after
+        `with_weights`.
       files: the folder with the config and the tokenizer: `folder`, or a copy of its small files.
       decoder: the decoder's shape and compute options.
       tokenizer: the tokenizer of the folder.
       eos_ids: token ids that end a completion.
       max_context_len: maximum length of prompt plus completion that the model supports, in tokens; None if unknown.
-      repo: the repository of a Hub model, at a commit; None for a local folder.
+      repo: the repository of a Hub model, pinned to a commit; None for a local folder.
     """
 
     folder: Path
@@ -80,7 +81,7 @@ def open_model(
 
 
 def with_weights(model: PretrainedModel) -> PretrainedModel:
-    """Returns the model with its weights in its folder, downloading them for a Hub model.
+    """Returns the model with a folder that contains its weights, downloading the weights of a Hub model.
 
     Raises:
       UserError: if the weights are neither in the cache nor on the Hub.
@@ -88,7 +89,7 @@ def with_weights(model: PretrainedModel) -> PretrainedModel:
     if model.repo is None:
         return model
     folder = fetch_weights(model.repo)
-    # Until now, config.json alone decided this; see `read_config`.
+    # Until now, `tied_embeddings` depended only on config.json; see `read_config`.
     tied = model.decoder.tied_embeddings and not has_own_head(folder)
     decoder = dataclasses.replace(model.decoder, tied_embeddings=tied)
     return dataclasses.replace(model, folder=folder, decoder=decoder)
@@ -134,6 +135,6 @@ def read_decoder(folder: Path, model: ModelConfig, lora: LoraConfig | None = Non
     )
     if adapters and adapters.rank > decoder.width:
         raise UserError(
-            f"lora.rank={adapters.rank}: more than the model's width of {decoder.width}; lower it"
+            f"lora.rank={adapters.rank}: exceeds the model's width of {decoder.width}; lower it"
         )
     return decoder

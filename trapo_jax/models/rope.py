@@ -20,7 +20,7 @@ class Rope:
       scaling: "none"; "linear" divides all frequencies by `factor`; "llama3" divides the low frequencies, keeps
         the high ones, and interpolates between them.
       factor: ratio of the extended to the original context length.
-      low_freq_factor, high_freq_factor: bounds of the interpolation of "llama3", in turns per `original_len` positions.
+      low_freq_factor, high_freq_factor: interpolation bounds of "llama3", in turns per `original_len` positions.
       original_len: context length before the extension, in tokens.
     """
 

@@ -17,7 +17,7 @@ from trapo_jax.types import UserError
 
 CONFIG = "config.json"
 CHAT_TEMPLATES = "additional_chat_templates"  # a directory of templates other than the default
-# Patterns of a model's files other than its config and weights. A pattern may match several files.
+# Glob patterns for all files of a model except its config and weights. A pattern may match several files.
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,7 +39,7 @@ def write_side_files(
 
     Args:
       source: the folder to copy from.
-      folder: an existing folder.
+      folder: the folder to write to; it must exist.
       config: the model's shape; determines whether `config.json` ties the embeddings.
       eos_ids: token ids that end a completion, for `generation_config.json`; if empty, this file is copied unchanged.
 
@@ -87,7 +87,7 @@ def replaced_folder(destination: Path) -> Iterator[Path]:
 
 
 def _move_files(source: Path, destination: Path) -> None:
-    """Moves all files of a model folder to another model folder, and deletes the latter's remaining weights."""
+    """Moves all files of a model folder to another model folder, and deletes the old weights that remain there."""
     new = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
     stale = {*map(Path, weight_files(destination)), Path(INDEX)} - {*new}
     (destination / CONFIG).unlink(missing_ok=True)

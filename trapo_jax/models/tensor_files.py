@@ -17,7 +17,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SAFETENSORS_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 DTYPES = ("F32", "BF16", "F16")
 PREFIX = "model."  # transformers' base_model_prefix
-# Buffers in exports by older versions of transformers. The decoder computes them, as transformers does now.
+# Names of buffers that older versions of transformers exported. The decoder computes them, as newer versions do.
 BUFFERS = re.compile(
     r"rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)$"
     r"|(^|\.)(position_ids|masked_bias|(self_attn|attn|attention)\.bias)$"
@@ -49,7 +49,7 @@ class TensorReader:
             if name in self._stored:
                 other = self._stored[name][0]
                 raise UserError(
-                    f"{self._path}: tensors {other!r} and {stored!r} are the same parameter"
+                    f"{self._path}: tensors {other!r} and {stored!r} refer to the same parameter"
                 )
             self._stored[name] = stored, path
 
@@ -106,7 +106,7 @@ class TensorReader:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Returns the names of the files that contain the weights, whether or not they exist.
+    """Returns the names of the files that should contain the weights, whether or not the files exist.
 
     Raises:
       UserError: if the index cannot be read, or lists files other than safetensors files.
@@ -122,10 +122,10 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def has_own_head(folder: Path) -> bool:
-    """Returns whether a folder has a head that differs from its embedding.
+    """Returns whether a model has an output head that differs from its embedding.
 
-    transformers then uses this head, even if `tie_word_embeddings` is true. Returns False if the folder has no readable
-    weights; `load_params` reports why.
+    If so, transformers uses this head, even if `tie_word_embeddings` is true. Returns False if the folder has no
+    readable weights; `load_params` reports why.
     """
     try:
         tensors = TensorReader(folder, {EMBEDDING, HEAD})
@@ -136,7 +136,7 @@ def has_own_head(folder: Path) -> bool:
 
 
 def _equal_rows(a: Any, b: Any) -> bool:
-    """Compares two tensors, represented by their headers, one block of rows at a time."""
+    """Compares two tensors, given as safetensors slices, one block of rows at a time."""
     shape = a.get_shape()
     if b.get_shape() != shape or len(shape) != 2 or not {a.get_dtype(), b.get_dtype()} <= {*DTYPES}:
         return False
@@ -148,7 +148,7 @@ def _equal_rows(a: Any, b: Any) -> bool:
 
 
 def _full_name(stored: str, known: Collection[str]) -> str:
-    """Returns transformers' name for a stored tensor, following its `rename_source_key`."""
+    """Returns the name that transformers' `rename_source_key` would give to a stored tensor."""
     without_prefix = stored.removeprefix(PREFIX)
     if without_prefix in known:
         return without_prefix
@@ -162,7 +162,7 @@ def _list_tensors(folder: Path) -> tuple[Path, dict[str, Path]]:
         path = folder / WEIGHTS
         if not path.exists() and any(folder.glob("model-*.safetensors")):
             raise UserError(
-                f"{index}: no such file; it lists which of the files holds which tensor"
+                f"{index}: no such file; weights that are split into several files require this index"
             )
         with _open_safetensors(path) as file:
             return path, dict.fromkeys(file.keys(), path)
@@ -188,7 +188,7 @@ def _check_tensor(path: Path, name: str, header: Any, shape: tuple[int, ...]) ->
         raise UserError(f"{path}: tensor {name!r} has shape {found}, expected {shape}")
     if header.get_dtype() not in DTYPES:
         raise UserError(
-            f"{path}: tensor {name!r} is {header.get_dtype()}; expected one of {', '.join(DTYPES)}"
+            f"{path}: tensor {name!r} has dtype {header.get_dtype()}, expected one of {', '.join(DTYPES)}"
         )
 
 

@@ -24,7 +24,7 @@ MAX_NESTING = 10
 def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> "PreTrainedTokenizerFast":
     """Loads `tokenizer.json` from a local folder.
 
-    This never downloads files or runs code from the folder. (`AutoTokenizer` would look for custom code in the
+    This function never downloads files or runs code from the folder. (`AutoTokenizer` would look for custom code in the
     folder and ask on the terminal whether to run it.)
 
     Args:
@@ -33,10 +33,10 @@ def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> "PreTraine
 
     Raises:
       UserError: if the folder has no readable tokenizer, or if the tokenizer has no EOS token, may make text many times
-        longer, has a token id that is too large, or assigns a token an id that differs from the file's. The error names
-        the file.
+        longer, has a token id that is too large, or assigns a token an id that differs from the one in the file. The
+        error names the file.
     """
-    # Only transformers' tokenizers are used, so suppress its advice to install torch for its models.
+    # Only the tokenizers of transformers are used, so suppress its advice to install PyTorch, which its models need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers  # takes seconds to import
 
@@ -109,7 +109,8 @@ def _growth(part: Any, max_nesting: int) -> float:
         case "Prepend":
             return 1.0 + len(part["prepend"])
         case "Precompiled":
-            # The size of a trie in bytes, the trie, and the NUL-terminated strings that it maps characters to.
+            # The data consists of the size of a trie in bytes, the trie, and the NUL-terminated strings to which the
+            # trie maps characters.
             data = base64.b64decode(part["precompiled_charsmap"])
             texts = data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")
             return max(1.0, *map(len, texts))
@@ -130,11 +131,11 @@ def _check_ids(
     if largest >= vocab_size:
         raise UserError(
             f"{path}: the largest token id is {largest}, but vocab_size in config.json is {vocab_size}; the model has "
-            "no embedding for such a token"
+            "no embedding for this token"
         )
     for token, token_id in added.items():
         if (assigned := vocabulary.get(token, token_id)) != token_id:
             raise UserError(
                 f"{path}: the added token {token!r} has the id {token_id}, but the tokenizers library assigns "
-                f"{assigned}"
+                f"{assigned} to it"
             )

@@ -1,4 +1,4 @@
-"""Plans runs on given devices: their programs, whether they fit in memory, and bounds on their execution times."""
+"""Plans a run on given devices: its programs, whether they fit in memory, and bounds on their execution times."""
 
 import dataclasses
 import math
@@ -21,12 +21,12 @@ from trapo_jax.planning.topology import Topology
 TRAINING, SAMPLING = "training", "sampling"
 ADVICE = {
     TRAINING: (
-        "more devices along mesh.fsdp (parameters and optimizer)",
-        "model.remat=full, train.per_device_rows=1 or a smaller train.logprob_chunk_size (temporaries)",
+        "more devices along mesh.fsdp, to shard the parameters and the optimizer state further",
+        "model.remat=full, train.per_device_rows=1 or a smaller train.logprob_chunk_size, to reduce temporaries",
     ),
     SAMPLING: (
-        "more devices along mesh.tp (weights and cache of a replica)",
-        "a smaller sampling.num_slots, sampling.num_contexts or sampling.max_completion_length (cache)",
+        "more devices along mesh.tp, to shard the weights and the cache of a replica further",
+        "a smaller sampling.num_slots, sampling.num_contexts or sampling.max_completion_length, to reduce the cache",
     ),
 }
 
@@ -40,8 +40,8 @@ class Plan:
       mesh: size of each mesh axis.
       decoder: config of the decoder, with the attention implementation that the devices would use.
       row_len: length of a training row.
-      programs: the train step, prefill and a decode segment; empty if the compiler ran out of memory.
-      out_of_memory: the phase in which the compiler ran out of memory, and its message; None if it did not.
+      programs: the train step, the prefill and a decode segment; empty if the compiler ran out of memory.
+      out_of_memory: the phase in which the compiler ran out of memory, and the error message; None if it did not.
     """
 
     topology: Topology
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def needed_bytes(self) -> dict[str, float]:
-        """The bytes needed by training and by sampling. The train state stays in memory during sampling."""
+        """The bytes per device needed by training and by sampling. The train state stays in memory during sampling."""
         if not self.programs:
             return {}
         train_step, prefill, decode = self.programs
@@ -142,7 +142,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     method = config.method.make()
     folder = find_model(config.model.path)
     decoder = read_decoder(folder, config.model, config.lora)
-    if topology.chip and decoder.attention == "auto":  # "auto" would check the local devices.
+    if topology.chip and decoder.attention == "auto":  # "auto" would inspect the local devices.
         is_divisible = config.row_len % 128 == 0 and decoder.head_dim % 128 == 0
         decoder = dataclasses.replace(decoder, attention="splash" if is_divisible else "xla")
     axes = config.mesh

@@ -60,8 +60,8 @@ LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 INDEX = re.compile(r"index=(\d+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 CHANNEL = re.compile(r"channel_id=(\d+)")
-# Marks a collective that is split into pieces, which overlap with the iterations of a loop. Its start, pieces and end
-# all have the type of the whole collective.
+# Marks a collective that is split into pieces, which overlap with the iterations of a loop. The start, the pieces and
+# the end of such a collective all have the type of the whole collective.
 CHAIN_ID = 'chain_id="'
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -85,8 +85,8 @@ class _Instruction:
     type: str
     op: str
     operands: list[str]
-    arguments: str  # text between the parentheses
-    rest: str  # text after the parentheses: attributes
+    arguments: str  # The text between the parentheses.
+    rest: str  # The text after the parentheses, which contains the attributes.
 
 
 def matmul_flops(jaxpr: Any, *, unknown_trips: int = 1) -> float:
@@ -130,8 +130,8 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 def traffic(hlo_text: str, *, unknown_trips: int = 1) -> Traffic:
     """Returns the bytes that a compiled program moves on one device.
 
-    An operation reads its operands and writes its result. The exceptions are slices of larger arrays, which are read
-    and updated in place, and arrays that the compiler placed outside of main memory.
+    Every operation is counted as reading its operands and writing its result, with two exceptions: slices of larger
+    arrays are read and updated in place, and arrays that the compiler placed outside main memory are not counted.
 
     Args:
       hlo_text: the output of `compiled.as_text()`.
@@ -191,7 +191,7 @@ class _CallCounts:
                 self.follow(called, times=times * trips, in_fusion=in_fusion or i.op == "fusion")
 
     def _trips(self, loop: _Instruction) -> int:
-        """Returns the number of iterations, as given by the compiler or by a counter's comparison with a constant."""
+        """Returns the number of iterations, stated by the compiler or implied by a condition `counter < constant`."""
         if found := TRIPS.search(loop.rest):
             return int(found[1])
         ((condition, body),) = LOOP.findall(loop.rest)
@@ -205,7 +205,7 @@ class _CallCounts:
         return self._unknown_trips
 
     def _stride(self, body: str, index: int) -> int:
-        """Returns the increment per iteration of the `index`-th loop variable, which exceeds 1 in unrolled loops."""
+        """Returns the increment of the `index`-th loop variable per iteration. It exceeds 1 in unrolled loops."""
         instructions = self._computations.get(body, [])
         inside = {i.name: i for i in instructions}
         step = inside.get(instructions[-1].operands[index])
@@ -298,8 +298,8 @@ def _fusion_bytes(
 ) -> float:
     """Returns the memory traffic of a fusion: its operands and its result.
 
-    If an operand is sliced or updated in place, only the slices or updates are counted. Values that are passed
-    through, such as the buffers of a concurrent collective, are not counted.
+    If an operand is sliced or updated in place, only the slices or updates are counted. Values that the fusion only
+    passes through, such as the buffers of a concurrent collective, are not counted.
     """
     (called, *_) = CALLED.findall(fusion.rest)
     inside = computations[called]
@@ -324,7 +324,7 @@ def _parameter_bytes(
     inside = computations[name]
     types = {i.name: i.type for i in inside}
     (parameter,) = [i.name for i in inside if i.op == "parameter" and int(i.arguments) == number]
-    views = {parameter}  # names of the parameter and of its views
+    views = {parameter}  # Names of the parameter and of its views.
     reads, updates = 0.0, 0.0
     for i in inside:
         if not views & set(i.operands) or CHAIN_ID in i.rest or i.op == "tuple":

@@ -28,7 +28,7 @@ from trapo_jax.training.learner import Learner
 from trapo_jax.types import TENSOR_AXIS, Moment, TrainBatch
 
 TRAIN_STEP, PREFILL = "train step", "prefill"
-PREFILL_CHUNK_LEN = 512  # length of the planned prefill chunks
+PREFILL_CHUNK_LEN = 512  # Length of the planned prefill chunks.
 # Ratio of backward to forward FLOPs of the flash attention kernel: the forward pass needs two matmuls, and the
 # backward pass seven, because it recomputes the scores twice.
 KERNEL_BACKWARD_RATIO = 7 / 2
@@ -43,7 +43,7 @@ class Program:
       arguments: size in bytes of the arguments, and of other arrays that are in memory at the same time.
       temporaries: size in bytes of temporaries, and of results that are not stored in a donated argument.
       flops: number of executed FLOPs.
-      useful_flops: number of FLOPs, excluding recomputation to save memory.
+      useful_flops: number of FLOPs, excluding those of recomputation that saves memory.
       traffic: number of bytes moved.
       compile_secs: compilation time on this machine.
     """
@@ -57,7 +57,7 @@ class Program:
     compile_secs: float
 
     def lower_bounds(self, topology: Topology) -> dict[str, float]:
-        """Returns the seconds that computation, memory traffic and communication would each take at peak rates."""
+        """Returns the seconds that computation, memory traffic and communication would each take at its peak rate."""
         chip = topology.chip
         assert chip
         received = sum(self.traffic.collectives.values())
@@ -69,7 +69,7 @@ class Program:
 
 
 class OutOfMemory(Exception):
-    """The compiler could not fit a program in a device's memory."""
+    """Raised if the compiler cannot fit a program into the memory of a device."""
 
 
 def compile_train_step(
@@ -143,7 +143,7 @@ def compile_sampling(config: Config, decoder: DecoderConfig, mesh: Mesh) -> tupl
     )
     resident: list[Any] = [contexts]
     decode_params = params
-    if programs.convert_weights:  # Memory contains the layers in both storage layouts.
+    if programs.convert_weights:  # The layers are in memory in both storage layouts.
         resident.append(params["layers"])
         decode_params = {**params, "layers": programs.convert_weights.eval_shape(params["layers"])}
     decode = compile_program(
@@ -169,7 +169,7 @@ def compile_program(
     useful_flops: float | None = None,
     unknown_trips: int = 1,
 ) -> Program:
-    """Compiles a program for the devices of its arguments.
+    """Compiles a program for the devices on which its arguments are placed.
 
     Args:
       name: name of the program.
@@ -245,6 +245,6 @@ def abstract_prefill_batch(prefill_tokens: int, replica: Mesh) -> PrefillBatch:
 
 
 def device_bytes(x: jax.ShapeDtypeStruct) -> int:
-    """Returns the size in bytes of an array on one device."""
+    """Returns the size in bytes of the part of an array that is on one device."""
     assert x.sharding is not None
     return int(np.prod(x.sharding.shard_shape(x.shape))) * np.dtype(x.dtype).itemsize

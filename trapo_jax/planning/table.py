@@ -25,7 +25,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Prints the resources that each program needs on one device, and whether the run fits."""
     title = (
         f"{plan.topology.name}, mesh {plan.mesh}: {plan.num_params / 1e9:.2f}B parameters, rows of "
-        f"{plan.row_len} tokens, attention {plan.decoder.attention}; on one device"
+        f"{plan.row_len} tokens, attention {plan.decoder.attention}; values per device"
     )
     if plan.out_of_memory:
         console.print(f"{title}\n{plan.out_of_memory[1]}")
@@ -70,7 +70,7 @@ def programs_table(title: str, plan: Plan) -> Table:
 
 def print_comparison(plans: Sequence[Plan], console: Console) -> None:
     """Prints one row per plan: whether it fits, its memory, and bounds on its train step."""
-    table = Table(title="compared", title_justify="left")
+    table = Table(title="comparison", title_justify="left")
     for i, column in enumerate(COMPARISON_HEADER):
         table.add_column(column, justify="left" if i == 0 else "right")
     for plan in plans:

@@ -1,4 +1,4 @@
-"""Finds the devices to plan for: TPU topologies described by libtpu, and virtual host devices."""
+"""Finds the devices to plan for: TPU topologies described by libtpu, and simulated host devices."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from trapo_jax.types import UserError
 
 GIB = 2**30
 HOST = "cpu"
-MAX_DEVICES = 2**14  # more than the largest slice of a TPU pod
+MAX_DEVICES = 2**14  # More than the largest slice of a TPU pod.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Chip:
     ring_multiple: int
 
 
-# From cloud.google.com/tpu/docs/v5e, /v5p and /v6e. The link bandwidth is the chip's bandwidth divided by its number of
-# links: 4, or 6 on v5p.
+# From cloud.google.com/tpu/docs/v5e, /v5p and /v6e. The link bandwidth is a chip's interconnect bandwidth divided by
+# its number of links, which is 6 on v5p and 4 on the others.
 CHIPS = {
     "v5e": Chip(16 * GIB, 197e12, 819e9, 50e9, ring_multiple=16),
     "v5p": Chip(95 * GIB, 459e12, 2765e9, 100e9, ring_multiple=4),
@@ -66,7 +66,10 @@ class Topology:
 
     @property
     def interconnect_bandwidth(self) -> float:
-        """The bytes per second that a device can receive. A device at the end of a line has only one link along it."""
+        """The bytes per second that a device can receive.
+
+        Along a ring, a device has two links. A device at the end of a line has only one.
+        """
         assert self.chip
         links = sum(2 if n % self.chip.ring_multiple == 0 else 1 for n in self.dims if n > 1)
         return links * self.chip.link_bandwidth
@@ -95,7 +98,7 @@ def find_topology(name: str) -> Topology:
     os.environ.update(LIBTPU_ENVIRONMENT)
     try:
         described = topologies.get_topology_desc(name, platform="tpu")
-    except Exception as error:  # libtpu raises several types of exceptions
+    except Exception as error:  # libtpu raises exceptions of several types.
         reason = str(error).splitlines()[0][:200]
         raise UserError(
             f"--topology {name}: libtpu does not know this topology ({reason})"
@@ -104,12 +107,12 @@ def find_topology(name: str) -> Topology:
 
 
 def _host_devices(name: str, count: int) -> Sequence[Any]:
-    with contextlib.suppress(RuntimeError):  # raised if jax has already created its devices
+    with contextlib.suppress(RuntimeError):  # Raised if JAX has already created its devices.
         jax.config.update("jax_platforms", HOST)
         jax.config.update("jax_num_cpu_devices", count)
     if jax.device_count() != count:
         raise UserError(
-            f"--topology {name}: this process is limited to {jax.device_count()} host devices; run the command once per "
-            "topology"
+            f"--topology {name}: JAX already uses a different number of host devices ({jax.device_count()}); run the "
+            "command once per topology"
         )
     return jax.devices()

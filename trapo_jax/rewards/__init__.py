@@ -1,7 +1,7 @@
 """Provides reward functions, which map the text of a response to a reward in [0, 1].
 
-A reward function is a plain function `(response, problem, **columns)`. It returns a number in [0, 1], a bool or a
-`Verdict`, or a pair of one of these and the extracted answer. A `Grader` combines one or more reward functions and
+A reward function is a plain function `(response, problem, **columns)`. It returns a number in [0, 1], a bool, or a
+`Verdict`; or a pair of one of these and the extracted answer. A `Grader` combines one or more reward functions and
 returns futures. Functions that a hostile response could keep busy run in the processes of a `GraderPool`.
 """
 

@@ -1,4 +1,4 @@
-r"""Splits LaTeX at separators that are not inside brackets, and parses (1, 2), [0, 1), \{1, 2\} and other collections."""
+r"""Splits LaTeX at separators outside of brackets, and parses collections such as (1, 2), [0, 1), and \{1, 2\}."""
 
 import re
 
@@ -49,7 +49,7 @@ def split(text: str, separator: re.Pattern) -> list[str]:
 
 
 def split_list(text: str, separator: re.Pattern = COMMA) -> list[str]:
-    """Splits at commas or another separator, and drops empty parts."""
+    """Splits a string at commas and semicolons, or at another separator, and drops empty parts."""
     return [part for part in split(text, separator) if part]
 
 
@@ -57,8 +57,8 @@ def collection(text: str) -> tuple[str, list[str]]:
     r"""Returns the brackets around a collection and its elements.
 
     Returns:
-      The brackets, such as "(]" or `\{\}`, or "" for a bare list; and the elements, or just the text if it is not a
-      collection. `1,000` has one element, and `a \pm b` has two.
+      The brackets, such as "(]" or `\{\}`, or "" if there are none; and the elements. Text that is not a collection is
+      returned as the only element. `1,000` has one element, and `a \pm b` has two.
     """
     for opening, closings in CLOSING.items():
         for closing in closings:
@@ -82,7 +82,7 @@ def is_ordered(brackets: str) -> bool:
 
 
 def form(brackets: str, length: int) -> str:
-    """Returns the kind of a collection, equal for equal collections: "set", "tuple", or an interval's brackets."""
+    """Returns the form of a collection, the same for equal collections: "set", "tuple", or an interval's brackets."""
     if brackets.startswith(r"\{"):
         return "set"
     return brackets if brackets in ("(]", "[)") or (brackets == "[]" and length == 2) else "tuple"

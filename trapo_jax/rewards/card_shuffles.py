@@ -9,7 +9,7 @@ from trapo_jax.types import Problem, Verdict
 def card_shuffles_grader(eos_text: str) -> Callable[[str, Problem], tuple[Verdict, str | None]]:
     """Returns the reward function of the card-shuffles task.
 
-    A response is correct if it ends with `#`, the five-digit answer and EOS, and has no other `#`. Responses must
+    A response is correct if it ends with `#`, the five-digit answer, and EOS, and contains no other `#`. Responses must
     include special tokens, because an answer without EOS is wrong.
     """
     ending = re.compile(rf"#([0-9]{{5}}){re.escape(eos_text)}\Z")

@@ -1,4 +1,4 @@
-"""Reads calendar dates, which are compared as dates: 2024-03-05 is not the difference 2016."""
+"""Parses calendar dates, so that they are compared as dates: 2024-03-05 is not the difference 2016."""
 
 import datetime
 import re
@@ -21,10 +21,10 @@ MAX_CHARS = 60
 
 
 def read_date(text: str) -> datetime.date | None:
-    """Returns the date that a string consists of; None if it is not a date.
+    """Parses a string that consists of a date; returns None if it is not a date.
 
-    The forms are ISO 8601 and English, with the month as a word. Dates in digits alone whose order depends on the
-    country, such as 3/5/2024, are not read.
+    ISO 8601 dates and English dates with the month as a word are accepted. Dates that consist only of digits and whose
+    order depends on the country, such as 3/5/2024, are not accepted.
 
     >>> read_date("2024-03-05") == read_date("March 5th, 2024") == read_date("5 Mar 2024")
     True

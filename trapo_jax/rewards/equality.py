@@ -1,6 +1,6 @@
 r"""Decides whether two answers are equivalent.
 
-Lists, tuples, sets, intervals, ratios, matrices and relations are compared part by part; other answers are compared by
+Lists, tuples, sets, intervals, ratios, matrices, and relations are compared part by part; other answers are compared by
 `expressions`. An equation counts as an answer only if it assigns a value to a name: `x = 5` is equivalent to `5`, but
 `2x + 1 = 5` is not.
 
@@ -80,7 +80,7 @@ def equivalent(gold: str, answer: str) -> bool:
 
 
 def _equal_answers(gold: Answer, answer: Answer) -> bool:
-    """Compares two answers including their units, each of which may be missing."""
+    """Compares two answers, including their units. Either unit may be missing."""
     units = {gold.unit, answer.unit}
     if gold.has_known_unit and answer.has_known_unit and len(units) > 1 and "unit" not in units:
         return False
@@ -94,7 +94,7 @@ def _equal_answers(gold: Answer, answer: Answer) -> bool:
 
 
 def _is_hundredth(gold: Answer, answer: Answer) -> bool:
-    """Returns whether gold is below 1 and only the answer is a percentage: 0.5 is not 0.5%, but 50 may mean 50%."""
+    """Returns whether `gold` is below 1 and only `answer` is a percentage: 0.5 is not 0.5%, but 50 may mean 50%."""
     value = expressions.read_number(gold.text)
     return gold.unit != "%" and answer.unit == "%" and value is not None and abs(value[0]) < 1
 
@@ -182,7 +182,7 @@ def _terms(text: str) -> list[str]:
 
 
 def _equal_in_base(gold: str, answer: str) -> bool:
-    """Compares numbers with a base. The answer 101 matches the gold 101_2, because the question may state the base."""
+    """Compares numbers with a base. 101 matches the gold answer 101_2, because the question may state the base."""
     golds, answers = _WITH_BASE.fullmatch(gold), _WITH_BASE.fullmatch(answer)
     if golds is None or answers is None:
         return golds is not None and golds[1] == answer
@@ -210,7 +210,7 @@ def _rows(text: str) -> list[list[str]]:
 def _equal_collections(
     gold: str, answer: str, of_gold: Relation | None, of_answer: Relation | None
 ) -> bool:
-    """Compares lists, tuples, sets and intervals. Other answers are compared as relations or by value."""
+    """Compares lists, tuples, sets, and intervals. Other answers are compared as relations or by value."""
     (brackets, golds), (brackets_of_answer, answers) = collection(gold), collection(answer)
     intervals = _intervals(gold), _intervals(answer)
     if intervals[0] and intervals[1]:
@@ -241,7 +241,7 @@ def _equal_collections(
 
 
 def _match_all(golds: Sequence[T], answers: Sequence[T], equal: Callable[[T, T], bool]) -> bool:
-    """Returns whether the golds and the answers match one to one, in any order."""
+    """Returns whether the parts of the gold answer and of the answer match one to one, in any order."""
     left = list(answers)
     for gold in golds:
         match = next((i for i, answer in enumerate(left) if equal(gold, answer)), None)

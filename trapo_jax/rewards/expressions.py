@@ -1,8 +1,8 @@
-r"""Parses, evaluates and compares numbers and scalar expressions.
+r"""Parses, evaluates, and compares numbers and scalar expressions.
 
-Rational numbers are compared exactly. Other expressions are parsed by latex2sympy, math-verify's grammar, and compared
-by their values at several points. math-verify's own comparison is not used, because it rounds to six decimals and
-truncates values below 1e-15, so that 2^{-98} equals 2^{-99}.
+Rational numbers are compared exactly. Other expressions are parsed by latex2sympy (the parser of math-verify) and
+compared by their values at several points. math-verify's own comparison is not used, because it rounds to six
+decimals and truncates values below 1e-15, so that 2^{-98} would equal 2^{-99}.
 """
 
 import functools
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-# Decimals may be rounded to six places, or to six digits if below one: 0.333333 equals 1/3, but 0.33 does not.
+# Decimals may be rounded to six decimal places, or to six significant digits if they are below 1: 0.333333 equals 1/3,
+# but 0.33 does not.
 DECIMAL_TOLERANCE = 1.001e-6
 EXACT_TOLERANCE = 1e-12
 MAX_EXPONENT = 5_000
@@ -73,7 +74,7 @@ def read_number(text: str) -> tuple[Fraction, bool] | None:
 
 
 def _read_fraction(text: str) -> tuple[Fraction, bool] | None:
-    """Parses `\\frac{1}{2}`, `1/2` and the mixed numbers `1\\frac{1}{2}` and `1 1/2`."""
+    """Parses `\\frac{1}{2}`, `1/2`, and the mixed numbers `1\\frac{1}{2}` and `1 1/2`."""
     match = _FRACTION.fullmatch(text)
     if match is None:
         return None
@@ -87,7 +88,7 @@ def _read_fraction(text: str) -> tuple[Fraction, bool] | None:
 
 
 def equal_numbers(gold: tuple[Fraction, bool], answer: tuple[Fraction, bool]) -> bool:
-    """Compares two rational numbers exactly. If only one of them is a decimal, it may be rounded."""
+    """Compares two rational numbers exactly. If only one of them is a decimal, that one may be rounded."""
     if gold[1] == answer[1]:
         return gold[0] == answer[0]
     return abs(gold[0] - answer[0]) <= Fraction(DECIMAL_TOLERANCE) * min(1, abs(gold[0]))
@@ -138,7 +139,7 @@ def _normalized(text: str) -> str:
 
 
 def is_scalar(expression: Any) -> bool:
-    """Returns whether a parsed expression has a value at a point, unlike sets, relations, matrices and derivatives."""
+    """Returns whether a parsed expression has a value at a point, unlike sets, relations, matrices, and derivatives."""
     sympy = _sympy()
     return isinstance(expression, sympy.Expr) and not expression.has(
         sympy.Derivative, sympy.Integral

@@ -50,7 +50,11 @@ def last_boxed(text: str) -> str | None:
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
-    """Returns the starts of the commands, and the starts and ends of the contents, of all outermost boxes that count."""
+    """Finds all outermost boxes that are closed and not empty.
+
+    Returns:
+      The start of the command, and the start and the end of the content, of each box.
+    """
     # (start of the command, start of its content) of each open box; (-1, -1) for other braces.
     opened: list[tuple[int, int]] = []
     boxes: list[tuple[int, int, int]] = []
@@ -70,7 +74,9 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
 
 
 def final_part(text: str) -> str:
-    """Returns the part of a response that may contain its answer, without unfinished thoughts or final special tokens.
+    """Returns the part of a response that may contain its answer.
+
+    Thoughts and final special tokens are removed. If a finished thought is followed by nothing, the thought is kept.
 
     A `Grader` knows its tokenizer's special tokens and removes all of them. This function removes them only at the end,
     for text from other sources.

@@ -1,8 +1,8 @@
 """Grades responses with one or more reward functions, which the config selects by name.
 
 To add a built-in function, write it in a module of its own and list it in `IN_WORKERS`. A function that no response can
-keep busy may instead run inline: list it in `REWARD_FUNCTIONS` and return it from `_find`. A function of your own is
-selected by import path and needs no change here.
+keep busy may instead run inline: list it in `REWARD_FUNCTIONS` and return it from `_find`. To use a function of your
+own, select it by its import path; this requires no change here.
 """
 
 import contextlib
@@ -87,11 +87,11 @@ class Grader:
         )
 
     def without_warnings(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which failures are only recorded in grades, not logged."""
+        """Returns a context manager that disables the logging of failures. Grades still record them."""
         return self._failures.muted()
 
     def submit(self, response: str, problem: Problem) -> Future[Grade]:
-        """Grades a response asynchronously. If a reward function fails, the grade records it and nothing is raised.
+        """Grades a response asynchronously. If a reward function fails, the grade records that; nothing is raised.
 
         The future raises `OSError` if the system cannot start a grading process.
 
@@ -185,7 +185,7 @@ def make_grader(
 
     Args:
       names: names in `REWARD_FUNCTIONS`, or import paths `package.module:name` of your own functions. These run in
-        worker processes, so their modules must not import jax.
+        worker processes, so their modules must not import JAX.
       weights: the weight of each function; equal weights if None.
       by_source: maps patterns of problem sources to names of functions; see `Grader`.
       eos_text: the tokenizer's EOS token, which is required at the end of a card-shuffles response.
@@ -200,7 +200,9 @@ def make_grader(
     functions = [
         find(*item) for item in zip(names, ["rewards.functions"] * len(names), weights, strict=True)
     ]
-    if len({function.name for function in functions}) < len(functions):  # a.py:f and b.py:f
+    if len({function.name for function in functions}) < len(
+        functions
+    ):  # for example, a.py:f and b.py:f
         functions = [f._replace(name=name) for f, name in zip(functions, names, strict=True)]
     return Grader(
         functions,
@@ -251,7 +253,7 @@ def _find(name: str, field: str, weight: float, eos_text: str) -> WeightedFuncti
 def _when_all_done(
     futures: Sequence[Future[Judgment]], make: Callable[[list[Judgment]], Grade]
 ) -> Future[Grade]:
-    """Returns a future of `make(results)`. It is canceled or raises if any of the futures does."""
+    """Returns a future of `make(results)`. If any of the given futures is canceled or raises, so does this future."""
     combined: Future[Grade] = Future()
     lock, num_pending = threading.Lock(), len(futures)
 

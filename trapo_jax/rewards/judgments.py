@@ -14,7 +14,7 @@ MAX_ANSWER_CHARS, MAX_REASON_CHARS = 500, 200
 
 
 class InvalidReward(ValueError):
-    """A reward function returned something else than a reward."""
+    """A reward function returned something other than a reward."""
 
 
 def call(function: Callable[..., Any], response: str, problem: Problem) -> Judgment:
@@ -90,7 +90,7 @@ def describe_reason(reason: str) -> str:
 
 
 def describe_reasons(reasons: Iterable[str]) -> str:
-    """Returns the three most frequent kinds of reasons and their counts, each with its first message.
+    """Returns the three most frequent kinds of reasons as text: the count and the first message of each kind.
 
     >>> describe_reasons(["KeyError: 'a'", "timeout", "KeyError: 'b'"])
     "2 x KeyError: 'a', 1 x timeout (rewards.timeout_secs)"

@@ -23,7 +23,7 @@ from trapo_jax.types import Problem, Verdict
 
 MAX_ANSWER_CHARS = 2_000
 MIN_SENTENCE_WORDS = 4
-# Repetitions are bounded to keep the running time linear in the length of the text.
+# Repetitions in the patterns are bounded to keep the running time linear in the length of the text.
 ANSWER_MARK = re.compile("####")
 ANSWER_LINE = re.compile(rf"^[ \t]{{0,8}}{ANSWER_MARK.pattern}[ \t]{{0,8}}(\S.*)$", re.MULTILINE)
 ANSWER_PHRASE = re.compile(
@@ -35,7 +35,7 @@ DELIMITED = re.compile(
 )
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z])")
 BETWEEN = re.compile(r"\s{0,2}(?:,|and|or|,\s?and|,\s?or)\s{0,2}(?=[$\\])")
-# Answers in words start with a letter; everything else is mathematical.
+# Matches the start of a mathematical answer, in contrast to an answer in words.
 MATHEMATICAL = re.compile(r"[\d$\\(\[{|+.√π∞€£-]|[−±≈~=]|[A-Za-z](?:\s?[=^_(]|[.,]?$)")
 CLAUSE_END = re.compile(
     r"[.!?](?=\s|$)|\s\((?=[A-Za-z]{2})|[,;]?\s\(?(?:which|because|since|so|as|where|when|after|hence|thus|therefore|if|i\.e\.|that|but|not|for|at|in|on)\b|;|,\s(?:and|giving|meaning)\s"
@@ -47,7 +47,7 @@ def grade_math(response: str, problem: Problem) -> tuple[Verdict, str | None]:
 
     Args:
       response: any text without special tokens.
-      problem: the problem; its `answer` is LaTeX or plain text, with or without `$`, `\boxed{}` or `#### `.
+      problem: the problem; its `answer` is LaTeX or plain text, with or without `$`, `\boxed{}`, or `#### `.
 
     Returns:
       The verdict and the extracted answer. The verdict is also WRONG if the response has no answer, or if its answer
@@ -63,15 +63,16 @@ def grade_math(response: str, problem: Problem) -> tuple[Verdict, str | None]:
     try:
         return Verdict.CORRECT if _equivalent(gold, answer) else Verdict.WRONG, answer
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        # sympy cannot compare the answers. Identical ones are recognized before sympy is called.
+        # sympy cannot compare the answers. Identical answers are recognized before sympy is called.
         return Verdict.WRONG, answer
 
 
 def grade_math_lenient(response: str, problem: Problem) -> tuple[Verdict, str | None]:
     """Computes the reward of the TRAPO and LUFFY releases: math-verify's defaults on the whole response.
 
-    It falls back to the last number in the response, and it rewards some wrong answers; see `expressions`. For plain
-    expressions, math-verify calls sympy's parser, which evaluates Python; call this only in a worker process.
+    math-verify falls back to the last number in the response and accepts some wrong answers; see `expressions`. For
+    plain expressions, it calls sympy's parser, which evaluates Python code, so this function must run only in a worker
+    process.
     """
     library = _math_verify()
     gold = library.parse(f"${problem.answer}$", parsing_timeout=None)
@@ -92,7 +93,7 @@ def equivalent(gold: str, answer: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)  # shared by the rollouts of a group
 def gold_answer(text: str) -> str:
-    """Returns a problem's answer without a box, `####` or delimiters.
+    """Returns a problem's answer without a box, `####`, or delimiters.
 
     Raises:
       ValueError: if the answer is empty.
@@ -121,8 +122,10 @@ def is_text(answer: str) -> bool:
 def is_sentence(answer: str) -> bool:
     r"""Returns whether an answer has so many words that hardly any response repeats it verbatim. Takes linear time.
 
-    >>> is_sentence("It is 300, because 5 km are 5000 m."), is_sentence("3 square meters per second"), is_sentence(r"\frac{\pi}{2}")
-    (True, False, False)
+    >>> is_sentence("It is 300, because 5 km are 5000 m.")
+    True
+    >>> is_sentence("3 square meters per second"), is_sentence(r"\frac{\pi}{2}")
+    (False, False)
     """
     num_words = len(WORD.findall(answer))
     return num_words >= MIN_SENTENCE_WORDS and not read_answer(answer[:MAX_ANSWER_CHARS]).unit
@@ -160,7 +163,9 @@ def extract_math_answer(response: str) -> str | None:
 
 
 def answer_form(text: str) -> Literal["box", "mark", "phrase"] | None:
-    r"""Returns the first answer format of `extract_math_answer` that a text mentions, in linear time; None for no format.
+    r"""Returns the first answer format of `extract_math_answer` that a text mentions; None if it mentions none.
+
+    Takes linear time.
 
     >>> answer_form(r"Put it within \boxed{}."), answer_form("End with 'Answer: N'."), answer_form("2 + 2?")
     ('box', 'phrase', None)
@@ -187,7 +192,7 @@ def warm_up() -> None:
 
 @functools.cache
 def _math_verify() -> Any:
-    """Imports math-verify lazily, because it takes seconds, and suppresses its warnings about disabled timeouts."""
+    """Imports math-verify lazily, because the import takes seconds, and suppresses warnings about disabled timeouts."""
     import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -203,7 +208,7 @@ def _without_delimiters(text: str) -> str:
 
 
 def _delimited(text: str) -> list[str]:
-    """Returns the formulas at the start of a string: one, or several separated by commas, "and" or "or"."""
+    """Returns the formulas at the start of a string: one, or several separated by commas, "and", or "or"."""
     formulas, position = [], 0
     while match := DELIMITED.match(text, position):
         formulas += [group.strip() for group in match.groups() if group]

@@ -19,7 +19,8 @@ WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|boldsymbol)\s?\{([^{}]*)\}"
 )
 SPACING = re.compile(r"\\[ ,;:!]|\\q?quad\b|~")
-# "answer is (B)", "Answer: B", "**Answer:** B", "correct option is B". Repetitions are bounded for linear time.
+# "answer is (B)", "Answer: B", "**Answer:** B", "correct option is B". Repetitions are bounded to keep
+# the running time linear.
 STATEMENT = re.compile(
     r"(?i:answer|option|choice)(?:\*\*|__)?\s{0,3}(?::|=|(?i:is|would be)\b)\s{0,3}:?(?:\*\*|__)?\s{0,3}"
     rf"(?:(?i:option|choice)\s)?(?:\*\*|__|\$)?(?:\(([{LETTERS}])\)|([{LETTERS}])(?![\w'-]))(?=(?P<rest>[^\n]{{0,80}}))"

@@ -2,7 +2,7 @@ r"""Normalizes different notations of the same answer to one LaTeX form.
 
 Models and datasets write the same number as `70,000`, `70{,}000`, `7e4`, `7 \times 10^4`, `\$70000`, `70000 dollars` or
 `\text{70000}.`; `read_answer` normalizes them to a LaTeX expression and a unit. Only the notation changes; nothing is
-evaluated. Every function makes a small number of passes, each in time linear in the length of the text.
+evaluated. Every function makes a small number of passes over the text, and each pass takes linear time.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ class Answer:
     """An answer in normalized notation.
 
     Attributes:
-      text: LaTeX without delimiters, spacing commands, text wrappers, emphasis or a final period.
+      text: LaTeX without delimiters, spacing commands, text wrappers, emphasis, or a final period.
       unit: "%", "degree", a canonical name such as "cm^2", other words after a number, or "" if there is no unit.
     """
 
@@ -92,7 +92,7 @@ class Answer:
 
     @property
     def has_known_unit(self) -> bool:
-        """Whether this module knows the unit, so that it can be compared with another."""
+        """Whether this module knows the unit and can therefore compare it with another one."""
         return self.unit in UNITS.values() or "^" in self.unit or "/" in self.unit
 
 
@@ -165,7 +165,7 @@ WITH_UNIT = re.compile(
 WITH_WORDS = re.compile(
     rf"(?P<value>(?:{NUMERAL}|.*[)}}]))\s+(?P<unit>{_WORD}(?:\s+{_WORD}){{0,4}})", re.DOTALL
 )
-# Words that change the value of the number before them, and so are not units.
+# Words that change the value of the number before them and are therefore not units.
 NO_UNIT = re.compile(
     r"(?i)\b(?:and|or|to|mod|times|over|plus|minus|factorial|squared|cubed|if|for|when|where|less|more|hundred|thousand|"
     r"million|billion|trillion|dozen|half|not|is|are|pi|sqrt|base|choose|through|until|from|except)\b"
@@ -192,7 +192,7 @@ def read_answer(text: str) -> Answer:
 
 
 def _in_latex(text: str) -> str:
-    """Converts text to LaTeX without delimiters, wrappers or emphasis."""
+    """Converts text to LaTeX without delimiters, wrappers, or emphasis."""
     text = "".join(_ascii(character) for character in text) if not text.isascii() else text
     text = text.translate(SYMBOLS)
     for pattern, replacement in REWRITES:
@@ -212,7 +212,7 @@ def _in_latex(text: str) -> str:
 
 
 def _ascii(character: str) -> str:
-    """Converts Unicode fullwidth forms, fractions and spaces to ASCII."""
+    """Converts Unicode fullwidth forms, fractions, and spaces to ASCII."""
     if "０" <= character <= "ｚ":
         return unicodedata.normalize("NFKC", character)
     if unicodedata.category(character) == "No" and "FRACTION" in unicodedata.name(character, ""):
@@ -222,7 +222,7 @@ def _ascii(character: str) -> str:
 
 
 def _strip(text: str) -> str:
-    """Removes spaces, emphasis and final punctuation around an answer."""
+    """Removes spaces, emphasis, and final punctuation around an answer."""
     while (stripped := text.strip().strip(EMPHASIS).rstrip(TRAILING).lstrip()) != text:
         text = stripped
     return text

@@ -1,11 +1,11 @@
 """Runs reward functions in processes that can be killed.
 
-Each thread owns one worker (`worker.py`, a fresh interpreter without jax that gets only the allowed environment
+Each thread owns one worker (`worker.py`, a fresh interpreter without JAX that gets only the allowed environment
 variables) and communicates with it over a socket, so that a wall-clock limit bounds every wait. A worker that exceeds
 the limit or dies is replaced.
 
 `multiprocessing` and pools built on it are unsuitable: a spawned child re-imports the parent's main module, which
-imports jax in the case of `python -m trapo_jax.train`; the child inherits the whole environment; killing an idle worker
+imports JAX in the case of `python -m trapo_jax.train`; the child inherits the whole environment; killing an idle worker
 permanently breaks pebble's pool; and results are unpickled. This module requires POSIX.
 """
 
@@ -39,7 +39,7 @@ MAX_RESPONSE_CHARS = 100_000  # only the end of longer responses is graded
 
 
 class FailureLog:
-    """Logs why rewards are missing: a warning for the first reason of each kind, debug messages for the others."""
+    """Logs why rewards are missing: a warning for the first reason of each kind, and debug messages for the others."""
 
     def __init__(self):
         self._reported: set[tuple[str, str]] = set()
@@ -61,7 +61,7 @@ class FailureLog:
 
     @contextlib.contextmanager
     def muted(self) -> Iterator[None]:
-        """Discards failures that are reported in this context, for a caller that shows them itself."""
+        """Returns a context manager that discards reported failures, for callers that show the failures themselves."""
         self._is_muted = True
         try:
             yield
@@ -73,13 +73,13 @@ class GraderPool:
     """Calls reward functions in separate processes, with a time limit for each call.
 
     Args:
-      reward_functions: functions defined at the top level of modules that do not import jax. The problem passed to them
-        has only an id, answer, prompt text, source and columns.
+      reward_functions: functions defined at the top level of modules that do not import JAX. The problem passed to them
+        has only an id, an answer, a prompt text, a source, and columns.
       num_workers: number of processes, which start immediately; >= 1.
       timeout_secs: wall-clock limit per call, measured from the time a worker receives it; > 0.
       max_response_chars: maximum length of a response; only the end of longer responses is graded.
       memory_bytes: limit on a worker's address space, if the platform supports it.
-      environment: names of environment variables to pass to workers in addition to the allowed ones.
+      environment: names of environment variables to pass to workers in addition to those that are always passed.
       failures: where failures are logged.
 
     Raises:
@@ -206,7 +206,7 @@ def _serve(
 
 
 def _start(start: Callable[[], "_Worker"]) -> "_Worker | None":
-    """Starts a worker; None if the system cannot. It is then started for the next job, which reports the error."""
+    """Starts a worker. Returns None if this fails; the next job then tries again and reports the error."""
     try:
         return start()
     except OSError:

@@ -1,9 +1,9 @@
-"""Runs a grading worker process, which exchanges JSON lines with `GraderPool` over the socket on its standard input.
+"""Runs a grading worker process, which exchanges JSON lines with `GraderPool` over a socket passed as standard input.
 
     python -m trapo_jax.rewards.worker FUNCTIONS TIMEOUT_SECS MEMORY_BYTES
 
 FUNCTIONS is a JSON list of import paths `module:function`. Requests and replies are plain JSON without pickled objects,
-and a reply never contains a parsed answer, whose `repr` alone may hang. This module does not import jax.
+and a reply never contains a parsed answer, whose `repr` alone may hang. This module does not import JAX.
 """
 
 import functools
@@ -79,7 +79,8 @@ def _answer(
         source=request["source"],
         columns=request["columns"],
     )
-    # The pool kills the process at the time limit. If the pool no longer exists, the timer does so shortly after.
+    # The pool kills the process at the time limit. If the pool no longer exists, the timer kills the process a
+    # second later.
     signal.setitimer(signal.ITIMER_REAL, timeout_secs + 1.0)
     try:
         judgment = call(reward_functions[request["function"]], request["text"], problem)

@@ -1,4 +1,4 @@
-"""The actor: samples completions from the current weights and grades them.
+"""Defines the actor, which samples completions from the current weights and grades them.
 
 An `Actor` owns the rollout engine and the graders. It is independent of optimizers, checkpoints, and logging.
 """
@@ -39,8 +39,8 @@ from trapo_jax.types import (
     UserError,
 )
 
-# Replaces the training step in the random keys of evaluations. All evaluations of a run use the same random numbers, so
-# they differ only in the policy.
+# Used instead of the step number to derive the random keys of evaluations, so that all evaluations of a run use the
+# same random numbers and differ only in the policy.
 EVALUATION_STEP = 2**32 - 1
 
 OnProgress = Callable[[SamplingProgress], None]
@@ -228,7 +228,7 @@ class Actor:
 
     @property
     def kv_bytes(self) -> int:
-        """Size of the keys and values on each device, in bytes."""
+        """Size of the KV cache on each device, in bytes."""
         return self.engine.memory().kv_cache_bytes
 
     def close(self) -> None:
@@ -256,19 +256,19 @@ def guidance_at(
 
 
 def max_ratio(method: Method, moment: Moment, problem: Problem) -> float:
-    """Returns the mean guidance ratio of a problem's rollouts if every micro-group is guided."""
+    """Returns the mean guidance ratio that a problem's rollouts would have if every micro-group were guided."""
     micro_groups = method.micro_groups_at(moment, problem) if problem.experts else ()
     size = sum(group.size for group in micro_groups)
     return sum(group.size * group.ratio for group in micro_groups) / max(1, size)
 
 
 def grader_for(grading: GradingConfig, functions: Sequence[str], tokenizer: Any) -> Grader:
-    """Builds the configured grader for responses from the tokenizer's model.
+    """Builds the configured grader for the responses of a model.
 
     Args:
       grading: the grader section of the config.
       functions: names or import paths of the reward functions.
-      tokenizer: the policy's tokenizer.
+      tokenizer: the model's tokenizer.
     """
     return make_grader(
         functions,

@@ -2,8 +2,9 @@
 
 Completions are graded, rewards update the guidance, and the guidance releases new requests until every group is
 complete. No problem waits for another, and no micro-group waits for a rollout that cannot change its guidance.
-Decoding continues while grades are pending. The result does not depend on the order in which completions and
-grades arrive, except for how far early-started rollouts of the next step advance in otherwise idle slots.
+Decoding continues while grades are pending. The result does not depend on the order in which completions and grades
+arrive, except that rollouts of the next step, which are started early in otherwise idle slots, may advance more or
+less.
 """
 
 import collections
@@ -60,7 +61,7 @@ class CollectedGroups(NamedTuple):
 
     Attributes:
       groups: the G rollouts of each problem, ordered by `sample_index`.
-      grading_secs: seconds spent processing grades, or waiting for them with nothing to decode.
+      grading_secs: seconds spent processing grades, or waiting for them while there was nothing to decode.
       partial: rollouts of upcoming problems, except rollouts that the engine is still sampling.
     """
 
@@ -172,7 +173,7 @@ class _Collector:
     def _take_grades(self) -> None:
         """Observes finished grades and releases the requests that they allow, until no finished grades are left."""
         while done := [future for future in self._pending_grades if future.done()]:
-            updated: dict[str, None] = {}  # an ordered set
+            updated: dict[str, None] = {}  # An ordered set.
             for future in done:
                 completion = self._pending_grades.pop(future)
                 problem_id = completion.request.problem.id
@@ -192,7 +193,7 @@ class _Collector:
 def share_groups(
     local: Sequence[Sequence[Rollout]], problems: Sequence[Problem]
 ) -> list[list[Rollout]]:
-    """Returns the groups of all `problems`, gathered from all processes, which each collected a share."""
+    """Returns the groups of all `problems`, gathered from all processes, each of which collected a share."""
     if jax.process_count() == 1:
         return [list(group) for group in local]
     groups = gather_shares([[_to_json(rollout) for rollout in group] for group in local])

@@ -1,17 +1,17 @@
-"""Implements micro-group guidance: how much of an expert solution each rollout of a problem starts from.
+"""Implements micro-group guidance, which decides how much of an expert solution each rollout of a problem starts with.
 
-This implements Section 3.1 of TRAPO (arXiv 2512.17636). The rollouts of a problem form a group, which consists of
-micro-groups in order. Before micro-group i starts, the mean reward of all earlier rollouts of the problem is compared
-with the threshold t_i. If the mean is below it, the rollouts of the micro-group start from the expert prefix of ratio
-L_i; otherwise they are unguided.
+This module implements Section 3.1 of the TRAPO paper (arXiv 2512.17636). The rollouts of a problem form a group, which
+is divided into an ordered sequence of micro-groups. Before micro-group i starts, the mean reward of all earlier
+rollouts of the problem is compared with the threshold t_i. If the mean is below the threshold, the rollouts of the
+micro-group start from the expert prefix of ratio L_i; otherwise, they are unguided.
 
-`Guidance` is a pure state machine on the host and imports no jax. Its state is an immutable value. A `Group` keeps
-the state of one problem while its rollouts are collected.
+`Guidance` is a pure state machine that runs on the host and does not use JAX. Its state is an immutable value. A
+`Group` keeps the state of one problem while the rollouts of that problem are collected.
 
-Difference from the paper: a micro-group is released as soon as its decision is certain. Since rewards lie in [0, 1],
-the mean is bounded while rewards are pending. If both bounds are on the same side of the threshold, the pending rewards
-cannot change the decision. The outcome is the same as when waiting for all rewards, even if some of them turn out to be
-missing: the mean of the others lies between the bounds.
+Unlike in the paper, a micro-group is released as soon as its decision is certain. Since rewards lie in [0, 1], the mean
+is bounded while rewards are pending. If both bounds are on the same side of the threshold, the pending rewards cannot
+change the decision. The outcome is the same as when waiting for all rewards, even if some of them turn out to be
+missing, because the mean of the others lies between the bounds.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from trapo_jax.types import (
     RolloutRequest,
 )
 
-PARAGRAPH_REACH = 0.3  # only paragraph breaks before (ratio + 0.3) * length are considered
+PARAGRAPH_REACH = 0.3  # Only paragraph breaks before (ratio + 0.3) * length are considered.
 
 
 class GuidanceState(NamedTuple):
@@ -61,12 +61,12 @@ class Guidance:
     Attributes:
       micro_groups: sizes, ratios L in [0, 1] and thresholds t of the micro-groups, in order.
       max_completion_length: maximum length of prefix plus completion, in tokens; longer prefixes are truncated.
-      prefix_boundary: "exact" cuts the prefix at floor(L * length). "paragraph" cuts it after the first token that ends
-        a paragraph at an index greater than floor(L * length) and less than (L + 0.3) * length, or at floor(L * length)
-        if there is none.
+      prefix_boundary: "exact" ends the prefix at floor(L * length), where length is that of the expert solution.
+        "paragraph" ends it after the first token that ends a paragraph at an index greater than floor(L * length) and
+        less than (L + 0.3) * length; if there is no such token, the prefix ends at floor(L * length).
       second_expert_last: whether the last micro-group uses the second expert solution of problems that have one.
-      always_samples: whether a completion is sampled after every prefix. The last token of an expert solution, which is
-        EOS unless the solution was truncated, is then never part of a prefix.
+      always_samples: whether a completion is sampled after every prefix. If so, the last token of an expert solution,
+        which is EOS unless the solution was truncated, is never part of a prefix.
     """
 
     micro_groups: tuple[MicroGroup, ...]
@@ -110,9 +110,9 @@ class Guidance:
         return state._replace(rewards=tuple(rewards))
 
     def ready(self, state: GuidanceState) -> list[RolloutRequest]:
-        """Returns the requests with a decided prefix that have not been observed, ordered by `sample_index`.
+        """Returns the requests whose prefix is decided and which have not been observed, ordered by `sample_index`.
 
-        They include rollouts that are already being sampled; the caller keeps track of submitted requests.
+        They include requests that are already being sampled; the caller keeps track of submitted requests.
         """
         requests, first = [], 0
         for index, group in enumerate(self.micro_groups):
@@ -192,7 +192,7 @@ class Group:
         return self.state.is_complete
 
     def new_requests(self) -> tuple[list[RolloutRequest], list[RolloutRequest]]:
-        """Returns the requests with a decided prefix that have not been returned before.
+        """Returns the requests whose prefix is decided and which have not been returned before.
 
         Returns:
           Requests to sample, and requests whose expert prefix is the entire response.

@@ -13,14 +13,21 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Returns metrics of rewards, guidance, and completions.
 
-    `guidance/level_i` is the share of problems whose last guided micro-group is i; at level 0, no micro-group is
-    guided. `reward/mean` includes rollouts that are whole expert solutions. The following metrics cover only sampled
-    rollouts with a reward: `reward/sampled_mean`; `reward/sampled_positive`, the share with a positive reward from the
-    first reward function; `reward/no_answer`, the share in which this function found no answer; `reward/num_sampled`
-    and `reward/num_right`, the number of these rollouts and the number with a reward of 1. They are absent if there are
-    no such rollouts; `reward/no_answer` is also absent if the function does not look for answers.
-    `reward/unguided_mean` and `reward/num_unguided` cover rollouts without an expert prefix; the mean is absent if
-    there are none.
+    `guidance/level_i` is the share of problems whose last guided micro-group is i. Level 0 includes problems without a
+    guided micro-group.
+
+    `reward/mean` includes rollouts that are whole expert solutions. The following metrics include only sampled rollouts
+    with a reward, and are absent if there are none:
+
+    - `reward/sampled_mean`: their mean reward.
+    - `reward/sampled_positive`: the share of them with a positive reward from the first reward function.
+    - `reward/no_answer`: the share of them in which the first reward function found no answer. This metric is also
+      absent if the function does not look for answers.
+    - `reward/num_sampled`: their number.
+    - `reward/num_right`: the number of them with a reward of 1.
+
+    `reward/unguided_mean` and `reward/num_unguided` include only rollouts without an expert prefix; the mean is absent
+    if there are none.
 
     Args:
       groups: the rollouts of each problem.

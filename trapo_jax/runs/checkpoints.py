@@ -5,14 +5,14 @@ including its manifest. The manifest identifies the step, the run and its config
 checkpoints copied from another run are detected. Call `verify` before restoring, because Orbax does not detect
 corrupted data. In a multi-process job, all processes save and restore together in a shared directory.
 
-`CheckpointStore._kept` decides which checkpoints are kept, following `Retention`, which `Run` makes from
-`CheckpointConfig` in `config/schema.py`. `Run.save_if_due` decides when one is saved.
+`CheckpointStore._kept` decides which checkpoints are kept, according to a `Retention` that `Run` creates from
+`CheckpointConfig` (in `config/schema.py`). `Run.save_if_due` decides when a checkpoint is saved.
 
 This module deletes only what it wrote: the files listed in an expired checkpoint's manifest, and the directory of an
-interrupted save, which is named in a journal. Other files in the directory are left alone.
+interrupted save, whose name is recorded in a journal. Other files in the directory are left alone.
 
-Saves are synchronous because the arrays are donated to the next step, which overwrites them. On the CPU backend, an
-asynchronous save would still be reading them.
+Saves are synchronous because the next step overwrites the arrays, which are donated to it. On the CPU backend, an
+asynchronous save would still be reading the arrays at that time.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class Trainable(Protocol):
 
 
 class ForeignCheckpoint(Exception):
-    """Raised if a checkpoint belongs to another step or run than its path suggests. The message names both."""
+    """Raised if a checkpoint belongs to a different step or run than its path suggests. The message states which."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class CheckpointStore:
         )
 
     def unknown(self) -> list[str]:
-        """Returns the directory entries whose names this module does not use."""
+        """Returns the names of directory entries that do not follow this module's naming scheme."""
         if not self._directory.is_dir():
             return []
         return sorted(p.name for p in self._directory.iterdir() if not _OURS.fullmatch(p.name))
@@ -149,7 +149,7 @@ class CheckpointStore:
         sync(self._directory)
         (self._directory / JOURNAL).unlink()
         for expired in set(self._own_steps()) - self._kept():
-            # Rename it first, so that an interrupted deletion does not leave an incomplete checkpoint.
+            # Rename the checkpoint first, so that an interrupted deletion does not leave an incomplete checkpoint.
             self._path(expired).rename(self._path(expired).with_suffix(EXPIRED))
         self._clean()
 
@@ -159,7 +159,8 @@ class CheckpointStore:
         if journal.is_file():
             name = journal.read_text(encoding="utf-8")
             if re.fullmatch(rf"{_STEP.pattern}\{WRITING}", name):
-                for partial in self._directory.glob(f"{name}*"):  # Orbax appends a suffix.
+                # Orbax appends a suffix to the name.
+                for partial in self._directory.glob(f"{name}*"):
                     shutil.rmtree(partial)
             journal.unlink()
         for expired in self._directory.glob(f"*{EXPIRED}"):
@@ -185,7 +186,8 @@ class CheckpointStore:
         for name, value in self._identity.items():
             if manifest["run"].get(name) != value:
                 raise ForeignCheckpoint(
-                    f"checkpoint {folder.name}: it was saved by a different run or with a different config ({name} differs)"
+                    f"checkpoint {folder.name}: it was saved by a different run or with a different config ({name} "
+                    "differs)"
                 )
 
     def verify(self, step: int) -> None:
@@ -193,7 +195,7 @@ class CheckpointStore:
 
         Raises:
           DamagedCheckpoint: if a file is missing, unexpected or damaged.
-          ForeignCheckpoint: if the checkpoint belongs to another step or run.
+          ForeignCheckpoint: if the checkpoint belongs to a different step or run.
         """
         folder = self._path(step)
         manifest = read_manifest(folder)
@@ -209,7 +211,9 @@ class CheckpointStore:
                 raise DamagedCheckpoint(f"checkpoint {step}: {name} is damaged (SHA-256 differs)")
 
     def newest_intact(self) -> int | None:
-        """Returns the step of the newest intact checkpoint and renames damaged ones; None if there are no checkpoints.
+        """Returns the step of the newest intact checkpoint, or None if there are no checkpoints.
+
+        Damaged checkpoints that are newer are renamed.
 
         Raises:
           UserError: if there are checkpoints, but none of them is an intact checkpoint of this run.
@@ -225,13 +229,14 @@ class CheckpointStore:
                 print(f"warning: {error}; it was renamed to {renamed}", file=sys.stderr)
         if self.steps():
             raise UserError(
-                f"output_dir={self._directory.parent}: none of the checkpoints were saved by this run; restore the original "
-                "checkpoints or choose a different output_dir"
+                f"output_dir={self._directory.parent}: none of the checkpoints were saved by this run; restore the "
+                "original checkpoints or choose a different output_dir"
             )
         if damaged := self.damaged():
             names = ", ".join(path.name for path in damaged)
             raise UserError(
-                f"output_dir={self._directory.parent}: all checkpoints are damaged ({names}); choose a different output_dir"
+                f"output_dir={self._directory.parent}: all checkpoints are damaged ({names}); choose a different "
+                "output_dir"
             )
         return None
 
@@ -245,7 +250,7 @@ class CheckpointStore:
         return path.rename(_unused(path, DAMAGED))
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns the state, sharded like `abstract_state`, and the host state."""
+        """Returns the state of a checkpoint, sharded like `abstract_state`, and its host state."""
         with self._context():
             loaded = ocp.load_checkpointables(
                 str(self._path(step)), {STATE: abstract_state, HOST: None}
@@ -253,7 +258,7 @@ class CheckpointStore:
         return loaded[STATE], loaded[HOST]
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """Returns only the parameters, sharded like `abstract_params`."""
+        """Returns only the parameters of a checkpoint, sharded like `abstract_params`."""
         with self._context(partial_load=True):
             loaded = ocp.load_checkpointables(
                 str(self._path(step)), {STATE: {"params": abstract_params}}
@@ -315,7 +320,7 @@ class CheckpointStore:
 
 
 def _unused(path: Path, suffix: str) -> Path:
-    """Returns a path with a suffix, followed by a number if the path is already in use."""
+    """Returns `path` with a suffix, and with a number appended if that path is already in use."""
     candidate = path.with_suffix(suffix)
     number = 2
     while candidate.exists():
@@ -325,7 +330,7 @@ def _unused(path: Path, suffix: str) -> Path:
 
 
 def _delete_listed(folder: Path) -> None:
-    """Deletes the files listed in a checkpoint's manifest, then the manifest and directories left empty."""
+    """Deletes the files listed in a checkpoint's manifest, then the manifest and all directories that are now empty."""
     listed = read_manifest(folder)["files"]
     # In reverse order, files come before the directory that contains them.
     inside = sorted(folder.rglob("*"), reverse=True)

@@ -1,4 +1,4 @@
-"""Turns errors, Ctrl-C, closed pipes and exhausted resources into the commands' exit codes and one-line messages."""
+"""Converts errors, Ctrl-C, closed pipes and exhausted resources into exit codes and one-line messages."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-import trapo_jax.distributed.log_level  # noqa: F401  must precede loading libtpu
+import trapo_jax.distributed.log_level  # noqa: F401  must be imported before libtpu is loaded
 from trapo_jax.inputs.printable import printable
 from trapo_jax.runs.system_errors import (
     EXIT_BROKEN_PIPE,
@@ -32,7 +32,7 @@ from trapo_jax.types import EXIT_FAILED, TrainingFailed, UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser that reports a mistake in one line, as a `UserError`, without the list of all options."""
+    """A parser that reports invalid arguments as a one-line `UserError`, without listing all options."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(
@@ -41,11 +41,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
-    """Decorates a command's main function to turn errors into one line on standard error and an exit code.
+    """Decorates a command's main function so that errors become one line on standard error and an exit code.
 
     Warnings logged by the package are also printed, one per line.
 
-    The decorated function takes the command-line arguments, by default `sys.argv[1:]`.
+    The decorated function takes the command-line arguments, which default to `sys.argv[1:]`.
     """
 
     @functools.wraps(main)
@@ -79,7 +79,7 @@ class _LineHandler(logging.Handler):
 
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Prints the package's log records, and keeps other handlers, such as those of libraries, from repeating them."""
+    """Prints the package's log records, and keeps other handlers (such as those of libraries) from printing them."""
     logger, handler = logging.getLogger("trapo_jax"), _LineHandler(logging.WARNING)
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
@@ -104,9 +104,10 @@ def run_and_exit(main: Callable[[], int]) -> NoReturn:
 
 
 def exit_code_of(main: Callable[[], int]) -> Any:
-    """Runs `main` and returns its exit code, without a traceback on Ctrl-C, a closed pipe (`| head`) or lack of memory.
+    """Runs `main` and returns its exit code.
 
-    Characters that standard output cannot encode are escaped.
+    Ctrl-C, a closed pipe (`| head`) and a lack of memory do not cause a traceback. Characters that standard output
+    cannot encode are escaped.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -132,7 +133,7 @@ def exit_code_of(main: Callable[[], int]) -> Any:
 
 
 def _has_running_threads() -> bool:
-    """Returns whether Python would wait for threads at exit. After a failed save, Orbax's threads never end."""
+    """Returns whether Python would wait for other threads at exit. After a failed save, Orbax's threads never end."""
     threads = set(threading.enumerate()) - {threading.main_thread()}
     return any(not thread.daemon for thread in threads)
 

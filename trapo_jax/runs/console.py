@@ -39,7 +39,7 @@ class Console:
 
     Args:
       num_steps: number of training steps, for the progress bar; 0 to show no progress bar.
-      first_step: number of steps completed before this process; 0 for a new run.
+      first_step: number of steps completed before this process started; 0 for a new run.
       quiet: whether to print nothing.
       clock: returns the time in seconds.
     """
@@ -109,7 +109,7 @@ class Console:
         self._write(lambda: self._rich.print(Text(printable(text))))
 
     def _write(self, write: Callable[[], None]) -> None:
-        """Calls a function that writes to standard output. If its terminal is gone, the program continues silently."""
+        """Calls a function that writes to standard output. If the terminal is gone, the program continues silently."""
         try:
             write()
         except OSError as error:
@@ -119,7 +119,7 @@ class Console:
             leave_lost_terminal()
 
     def begin(self, name: str, num_samples: int = 0, what: str = "") -> None:
-        """Shows the activity that the program starts.
+        """Shows which activity the program is starting.
 
         Args:
           name: name of the activity, such as "evaluating test".
@@ -128,7 +128,7 @@ class Console:
         """
         with self._lock:
             self._activity = Activity(name, num_samples, self._clock(), what)
-            if not num_samples:  # Otherwise, the first progress report follows at once.
+            if not num_samples:  # With samples, a progress report follows immediately.
                 self._show_activity()
 
     def advance(self, progress: SamplingProgress) -> None:
@@ -167,7 +167,7 @@ class Console:
           split: the split that was evaluated.
           metrics: `eval/...` metrics, keyed by name.
         """
-        if step == 0 and self._activity:  # It will be repeated after the last step.
+        if step == 0 and self._activity:  # The evaluation will be repeated after the last step.
             self._estimate.add_final_evaluation(self._activity.secs(self._clock()))
         accuracy, num_samples = metrics["eval/accuracy_sampled"], metrics["eval/num_samples"]
         mean = metrics.get("eval/accuracy_sampled_mean_of_sources")
@@ -231,7 +231,7 @@ def table_width(console: rich.console.Console) -> int:
 
 
 def _describe_step(values: Mapping[str, float]) -> str:
-    """Describes a step's loss, the reward of its sampled rollouts, and the share of expert solutions given to them."""
+    """Describes a step: its loss, the reward and length of its sampled rollouts, and how much they were guided."""
     parts = [f"loss {values['loss/total']:.3f}"]
     ratio, max_ratio = values["guidance/ratio_mean"], values["guidance/ratio_max"]
     if "reward/sampled_mean" in values:

@@ -70,7 +70,7 @@ def prepare_run_folder(
       folder: the run directory.
       config_text: the resolved config as YAML.
       method: the fingerprint of the method, if there is one.
-      data_summary: the contents of data.json; None to write no such file.
+      data_summary: the contents of data.json; None if the file should not be written.
       code: the user's modules.
     """
     try:
@@ -109,7 +109,9 @@ def run_identity(folder: Path, config_text: str) -> dict[str, str]:
 
 
 def check_shared(folder: Path, run_id: str) -> None:
-    """Checks that all processes of the job see the run directory prepared by process 0. All must call this.
+    """Checks that all processes of the job see the run directory prepared by process 0.
+
+    All processes must call this function.
 
     Raises:
       UserError: in all processes, if any process does not see the directory.
@@ -143,7 +145,7 @@ def record_changes(folder: Path, config_text: str, changes: Changes, *, after_st
 def lock_folder(folder: Path, option: str = "output_dir") -> Iterator[None]:
     """Creates the folder and locks it for this process. The lock is released even if the process is killed.
 
-    Commands hold the lock of a folder for as long as they write to it. System errors without a file name are given the
+    Commands hold the lock of a folder for as long as they write to it. An `OSError` without a file name is given the
     folder's name.
 
     Args:

@@ -1,4 +1,4 @@
-"""Writes and reads the logs of a run: metrics.jsonl (the source of truth), TensorBoard and samples.jsonl."""
+"""Writes and reads the logs of a run: metrics.jsonl (the source of truth), TensorBoard events and samples.jsonl."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from trapo_jax.types import UserError
 TRAIN, EVAL = "train", "eval"
 NUM_SAMPLES, TEMPERATURE = "eval/num_samples", "eval/temperature"
 NEEDED_SCORES = ("eval/num_problems", NUM_SAMPLES, TEMPERATURE)
-MAX_RECORD_BYTES = 2**25  # Exceeds the size of the longest rollout that a config allows.
+MAX_RECORD_BYTES = 2**25  # Larger than the record of the longest rollout that a config allows.
 
 
 class RunLog:
@@ -57,7 +57,7 @@ class RunLog:
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Writes a record with `step`, `kind` and the values to metrics.jsonl; NaN and infinity become null.
 
-        Numbers are also written to TensorBoard, with their names prefixed by the split if there is one.
+        Numbers are also written to TensorBoard. If the values include a split, the names are prefixed with it.
         """
         self._write(METRICS, {"step": step, "kind": kind, **values})
         prefix = f"{values['split']}/" if "split" in values else ""
@@ -127,7 +127,7 @@ class NoLog(RunLog):
 def _truncate(
     folder: Path, offsets: Mapping[str, int], needed: Sequence[str], events: Sequence[Path]
 ) -> None:
-    """Truncates the log files to `offsets` and deletes event files without an offset, which are newer."""
+    """Truncates the log files to `offsets`, and deletes event files without an offset, which were created later."""
     paths = {path.relative_to(folder).as_posix(): path for path in events}
     paths |= {name: folder / name for name in needed}
     for name, path in paths.items():
@@ -154,7 +154,7 @@ def write_summary(folder: Path, splits: Sequence[str], *, model_step: int) -> di
     Args:
       folder: the run directory.
       splits: the splits evaluated before and after training.
-      model_step: step of the most recently evaluated parameters.
+      model_step: step of the final model's parameters; not the last step if the best checkpoint was loaded.
 
     Returns:
       The scores before and after training, keyed by split.
@@ -206,12 +206,12 @@ def _are_scores(scores: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def is_shown(name: str) -> bool:
-    """Returns whether tables show a score. Such scores are never null, unlike the others."""
+    """Returns whether tables show the score with this name. Scores that are shown are never null; others may be."""
     return "accuracy" in name or "pass@" in name
 
 
 def describe_samples(scores: Mapping[str, float]) -> str:
-    """Describes the number of scored samples per problem and their temperature.
+    """Describes how many samples per problem were scored, and their temperature.
 
     Args:
       scores: `eval/...` metrics, keyed by name.
@@ -220,16 +220,16 @@ def describe_samples(scores: Mapping[str, float]) -> str:
     '8 samples each at temperature 0.6'
     >>> counts = {"eval/num_samples/aime24": 32, "eval/num_samples/math500": 4}
     >>> describe_samples({"eval/num_samples": 4, "eval/temperature": 1.0, **counts})
-    'samples of each problem (aime24: 32, math500: 4) at temperature 1'
+    '32 (aime24) or 4 (math500) samples each at temperature 1'
     """
     prefix = f"{NUM_SAMPLES}/"
     counts = [
-        f"{name.removeprefix(prefix)}: {number}"
+        f"{number} ({name.removeprefix(prefix)})"
         for name, number in scores.items()
         if name.startswith(prefix)
     ]
     number = (
-        f"samples of each problem ({', '.join(counts)})"
+        f"{' or '.join(counts)} samples each"
         if counts
         else f"{counted(scores[NUM_SAMPLES], 'sample')} each"
     )
@@ -255,7 +255,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             record = None
         if not isinstance(record, dict):
             raise UserError(
-                f"{path}, line {number}: not a JSON record; restore the file or choose a different output_dir"
+                f"{path}, line {number}: not a JSON object; restore the file or choose a different output_dir"
             )
         yield record
 

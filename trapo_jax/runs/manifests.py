@@ -1,4 +1,4 @@
-"""Writes and reads the manifest of a checkpoint: its step, its run, its score, and a checksum of every file."""
+"""Writes and reads checkpoint manifests: the checkpoint's step, run and score, and a checksum of every file."""
 
 import hashlib
 import json
@@ -15,7 +15,10 @@ MANIFEST = "manifest.json"
 
 
 class DamagedCheckpoint(Exception):
-    """Raised if a checkpoint's files do not match its manifest. The message names the step and the file."""
+    """Raised if the files of a checkpoint do not match its manifest, or the manifest is missing or damaged.
+
+    The message names the checkpoint and the file.
+    """
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
@@ -39,7 +42,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns a dict with `step`, `run`, `score`, and `files`, which maps relative paths to SHA-256 checksums.
 
     Raises:
-      DamagedCheckpoint: if the manifest is missing or differs from what `write_manifest` wrote.
+      DamagedCheckpoint: if the manifest is missing, was modified, or was written by a different version of trapo_jax.
     """
     if not (folder / MANIFEST).exists():
         raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is missing")
@@ -56,7 +59,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not is_intact or expected != _checksum_of(content):
         raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} is damaged")
     if content.keys() != {"step", "run", "score", "files"}:
-        raise DamagedCheckpoint(f"checkpoint {folder.name}: {MANIFEST} has a different version")
+        raise DamagedCheckpoint(
+            f"checkpoint {folder.name}: {MANIFEST} was written by a different version of trapo_jax"
+        )
     return content
 
 

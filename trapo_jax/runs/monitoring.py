@@ -22,35 +22,38 @@ from trapo_jax.types import EXIT_FAILED, TrainingFailed
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # Name of a `jax.monitoring` event.
 # Number of consecutive steps with a symptom, such as all completions being truncated, before a warning is printed. The
-# second number applies if every step so far had the symptom, because mistakes in the config show immediately.
+# second number applies if every step so far has had the symptom, because a mistake in the config has an effect from the
+# first step on.
 WARN_AFTER_STEPS, WARN_AFTER_FIRST_STEPS = 20, 5
 NEVER_RIGHT = (
     "no sampled rollout was correct; check rewards.functions, data.template and sampling.max_completion_length: "
-    "`trapo preview` shows a prompt and how expert solutions are graded, and samples.jsonl shows what the grader read"
+    "`trapo preview` shows a prompt and how expert solutions are graded, and samples.jsonl contains the extracted "
+    "answers"
 )
 NO_SIGNAL = (
-    "all rewards of each problem were equal, so nothing is learned from them; check rewards.functions (`trapo preview`, "
-    "samples.jsonl), or choose problems that are neither too easy nor too hard"
+    "all rewards of each problem were equal, so nothing is learned from them; check rewards.functions (with "
+    "`trapo preview` and samples.jsonl), or choose problems that are neither too easy nor too hard"
 )
-# Above this share, responses without an answer are reported as the cause of low accuracy.
+# If the accuracy is below MIN_ACCURACY and the share of responses without an answer is above MAX_UNANSWERED, the
+# missing answers are reported as the cause of the low accuracy.
 MAX_UNANSWERED = 0.5
 MIN_ACCURACY = 0.05
 
 
 def unanswered(section: str, *, accuracy: float, no_answer: float | None, truncated: float) -> str:
-    """Returns a warning if most responses are wrong because they state no answer; an empty string otherwise.
+    """Returns a warning if most responses are wrong because they contain no answer; an empty string otherwise.
 
     Args:
-      section: the config section whose temperature was used.
+      section: the config section with the temperature of the responses.
       accuracy: share of correct responses.
-      no_answer: share of responses in which the reward function found no answer; None if it does not look for one.
+      no_answer: share of responses in which the reward function found no answer; None if it does not look for answers.
       truncated: share of responses that reached the maximum length.
     """
     if no_answer is None or no_answer <= MAX_UNANSWERED or accuracy >= MIN_ACCURACY:
         return ""
     return (
-        f"the reward function found no answer in {no_answer:.0%} of the responses, and {truncated:.0%} are truncated; if "
-        "samples.jsonl confirms it, ask for the answer format with another data.prompt_suffix, raise "
+        f"the reward function found no answer in {no_answer:.0%} of the responses, and {truncated:.0%} are truncated; "
+        "if samples.jsonl confirms this, request the answer format with a different data.prompt_suffix, raise "
         f"sampling.max_completion_length, or lower {section}.temperature"
     )
 
@@ -59,8 +62,8 @@ class Health:
     """Checks the metrics of every step for signs of failure.
 
     Args:
-      max_logprob_gap: maximum mean difference between the sampler's and the trainer's log-probabilities.
-      max_skipped_steps: number of consecutive skipped updates after which the run ends.
+      max_logprob_gap: maximum mean absolute difference between the sampler's and the trainer's log-probabilities.
+      max_skipped_steps: number of consecutive skipped updates after which the run fails.
     """
 
     def __init__(self, *, max_logprob_gap: float, max_skipped_steps: int):
@@ -89,8 +92,8 @@ class Health:
             consequence = "the completions were not sampled from the policy being trained"
             if num_stale := values["sampling/stale_tokens"]:
                 consequence = (
-                    f"{num_stale:.0f} tokens were sampled before the last update; set sampling.max_staleness=0 or lower "
-                    "train.learning_rate"
+                    f"{num_stale:.0f} tokens were sampled before the last update; set sampling.max_staleness=0 or "
+                    "lower train.learning_rate"
                 )
             raise TrainingFailed(
                 f"step {step}: the sampler's and the trainer's log-probabilities differ by {gap:.3g} on average, more "
@@ -122,7 +125,7 @@ class Health:
     def _check_answers(
         self, section: str, accuracy: float, no_answer: float | None, truncated: float
     ) -> list[str]:
-        """Returns a warning the first time most responses state no answer."""
+        """Returns a warning the first time that most responses contain no answer."""
         text = unanswered(section, accuracy=accuracy, no_answer=no_answer, truncated=truncated)
         if not text or self._has_warned_of_answers:
             return []
@@ -130,7 +133,7 @@ class Health:
         return [text]
 
     def _check_streak(self, step: int, name: str, is_bad: bool, text: str) -> list[str]:
-        """Returns a warning once `WARN_AFTER_STEPS` or `WARN_AFTER_FIRST_STEPS` consecutive steps have been bad."""
+        """Returns a warning once `WARN_AFTER_STEPS` or `WARN_AFTER_FIRST_STEPS` consecutive steps had a symptom."""
         self._streaks[name] = self._streaks[name] + 1 if is_bad else 0
         if not is_bad:
             self._absent_before.add(name)
@@ -144,7 +147,7 @@ def _reward_symptoms(values: Mapping[str, float]) -> tuple[bool, bool]:
 
 
 def warnings_of_run(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns a warning, as a list of at most one, if the rewards had the same problem in every step of a run.
+    """Returns a list with one warning if every step of a run had the same reward symptom; an empty list otherwise.
 
     Args:
       records: the records of metrics.jsonl.
@@ -172,7 +175,7 @@ def check_learned(folder: Path, step: int, tokens_trained: int, state: Any) -> N
     """
     if not tokens_trained:
         raise TrainingFailed(
-            f"step {step}: no tokens were trained on, so the model is unchanged; {DATA} in {folder} states the number "
+            f"step {step}: no tokens were trained on, so the model is unchanged; see {DATA} in {folder} for the number "
             "of expert solutions"
         )
     if int(state.num_skipped_in_a_row) < int(state.step):
@@ -181,13 +184,13 @@ def check_learned(folder: Path, step: int, tokens_trained: int, state: Any) -> N
     last = [record for record in records if record["kind"] == TRAIN][-1]
     values = {name: math.nan if value is None else value for name, value in last.items()}
     raise TrainingFailed(
-        f"step {step}: every update was skipped, the last one because {_skip_reason(values)}; the model is unchanged, so "
-        "check the weights and config.json of model.path, or lower train.learning_rate"
+        f"step {step}: every update was skipped, the last one because {_skip_reason(values)}, so the model is "
+        "unchanged; check the weights and config.json in model.path, or lower train.learning_rate"
     )
 
 
 def _skip_reason(values: Mapping[str, Any]) -> str:
-    """Names the loss terms that were not finite, or says that the gradient was not finite or too large."""
+    """Returns why an update was skipped: loss terms or the gradient were not finite, or the gradient was too large."""
     names = [name for name in values if name.startswith("loss/") and name != "loss/total"]
     if terms := [name for name in names if not math.isfinite(values[name])]:
         return f"{' and '.join(terms)} {'was' if len(terms) == 1 else 'were'} not finite"
@@ -241,7 +244,7 @@ class Watchdog:
 
 
 class CompilationListener:
-    """Calls a function when the process starts and finishes compiling.
+    """Calls a function when the process starts compiling and when it finishes.
 
     Several threads may compile programs at the same time; only the first start and the last end are reported.
 
@@ -299,7 +302,8 @@ class Interrupt:
     @property
     def received(self) -> bool:
         """Whether this or another process of the job has received a signal."""
-        if self._received:  # Not set in the signal handler, which may interrupt any code.
+        # The signal handler does not set the flag, because it may interrupt any code.
+        if self._received:
             self._flag.set()
         return self._flag.is_set
 
@@ -311,13 +315,13 @@ class Interrupt:
 
     def _receive(self, *_) -> None:
         self._received = True
-        # The kernel handles a second signal, because a Python handler would wait for compiled programs to return.
+        # A second signal is left to the kernel, because Python handlers run only after a compiled program returns.
         for number in self._before:
             is_hangup = number == signal.SIGHUP
             signal.signal(number, signal.SIG_IGN if is_hangup else signal.SIG_DFL)
         leave_lost_terminal()
         print(
-            "stopping after saving the training state; a second Ctrl-C ends the process immediately, without saving",
+            "saving the training state before stopping; a second Ctrl-C ends the process immediately, without saving",
             file=sys.stderr,
         )
 
@@ -332,5 +336,6 @@ def check_space(folder: Path, needed_bytes: int, what: str) -> None:
     if free < needed_bytes:
         raise TrainingFailed(
             f"output_dir={folder}: only {free / 2**20:.1f} MiB of disk space is left, but {what} needs "
-            f"{needed_bytes / 2**20:.1f} MiB; free some space and run the same command to resume from the last checkpoint"
+            f"{needed_bytes / 2**20:.1f} MiB; free some space and run the same command to resume from the last "
+            "checkpoint"
         )

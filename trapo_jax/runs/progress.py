@@ -5,12 +5,13 @@ from trapo_jax.types import SamplingProgress
 # Minimum time between lines of plain output: MIN_SECS, or MAX_SECS while the share of graded samples has grown by less
 # than MIN_SHARE since the last line.
 MIN_SECS, MAX_SECS, MIN_SHARE = 10.0, 30.0, 0.05
-# Minimum share or number of graded samples before the time left is estimated. The first graded samples are the shortest.
+# The time left is estimated once this share or this number of samples, whichever is smaller, has been graded. Before
+# that, the estimate would be too low, because the samples that are graded first are the shortest.
 MIN_GRADED_SHARE, MIN_GRADED = 0.25, 64
 
 
 class Activity:
-    """Something that takes a while, such as an evaluation.
+    """An operation that takes a while, such as an evaluation.
 
     Args:
       name: name of the activity, such as "evaluating test".
@@ -35,7 +36,7 @@ class Activity:
         self._num_prefilled_tokens += progress.num_prefilled_tokens
 
     def set_compiling(self, is_compiling: bool, now: float) -> None:
-        """Records that the program starts or stops waiting for a compilation."""
+        """Records that the program has started or stopped waiting for a compilation."""
         if self._compiling_since is not None:
             self._compile_secs += now - self._compiling_since
         self._compiling_since = now if is_compiling else None
@@ -95,7 +96,8 @@ class RunEstimate:
     """Estimates a run's remaining time from the steps so far, excluding compilation."""
 
     def __init__(self):
-        self._first: tuple[int, float] | None = None  # Completed steps and time at the start.
+        # The number of completed steps and the time when the first observed step began.
+        self._first: tuple[int, float] | None = None
         self._compilations: list[tuple[float, float]] = []  # End and duration of each compilation.
         self._final_secs = 0.0
 
@@ -154,7 +156,7 @@ def counted(number: float, noun: str) -> str:
 
 
 def describe_secs(secs: float) -> str:
-    """Formats a duration in a unit that keeps it to at most three digits.
+    """Formats a duration as a whole number of seconds, minutes or hours.
 
     >>> [describe_secs(s) for s in (95.4, 250, 30_000)]
     ['95 s', '4 min', '8 h']

@@ -1,4 +1,4 @@
-"""Writes the report of one or more runs: a self-contained HTML file that opens offline.
+"""Writes the report of one or more runs: a self-contained HTML file that can be opened offline.
 
 The contents of run directories are not trusted. They are embedded as JSON and inserted into the document only as text.
 The page's Content-Security-Policy allows only the scripts in `assets/report` and no network requests.
@@ -38,12 +38,12 @@ MAX_TOKENS = 1_500  # Maximum tokens per response; the middle of longer response
 MAX_CHARACTERS = 20_000  # Maximum characters per string; the end of longer strings is omitted.
 STYLES = ("uplot.min.css", "report.css")
 SCRIPTS = ("uplot.min.js", "dom.js", "charts.js", "reader.js", "page.js")
-# Exceptions raised when the data is not what a run writes.
+# Exceptions that may be raised if the contents of a run directory are not what a run writes.
 DAMAGED = (
     *(ArithmeticError, AttributeError, LookupError),
     *(OSError, RecursionError, TypeError, ValueError),
 )
-REWARD_PREFIX = "rewards/"  # Followed by a reward function's name, if a run has several.
+REWARD_PREFIX = "rewards/"  # Followed by a reward function's name; only runs with several functions have these metrics.
 LEVEL_PREFIX = "guidance/level_"  # Followed by the index of a micro-group.
 PLOTTED = (
     "reward/sampled_mean",
@@ -77,7 +77,7 @@ def write_report_of_run(folder: Path) -> str:
     """Writes the report of a run to its directory.
 
     Returns:
-      A warning if the report cannot be written, since a run is complete without it; an empty string otherwise.
+      An empty string, or a warning if the report cannot be written. A run is complete even without its report.
     """
     try:
         write_report([folder], folder / REPORT)
@@ -165,19 +165,19 @@ def read_run(folder: Path, name: str, *, max_bytes: int) -> dict[str, Any]:
     Args:
       folder: the run directory.
       name: name of the run in the report.
-      max_bytes: maximum size of the rollouts as JSON.
+      max_bytes: maximum size of the rollouts as JSON, in bytes.
 
     Raises:
       UserError: if the folder is not a run directory, or a line in its logs is damaged.
     """
     try:
         run = _read_run(folder, name, max_bytes)
-        embedded_json(run)  # Raises for non-finite numbers and deep nesting.
+        embedded_json(run)  # Raises for non-finite numbers and deeply nested values.
         return run
     except DAMAGED as error:
         raise UserError(
-            f"{folder}: not a run directory written by this version: config.yaml, metrics.jsonl or samples.jsonl is missing or "
-            f"damaged ({shown(error)})"
+            f"{folder}: not a run directory written by this version of trapo_jax; config.yaml, metrics.jsonl or "
+            f"samples.jsonl is missing or damaged ({shown(error)})"
         ) from error
 
 
@@ -186,14 +186,14 @@ def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
         settings = flatten(read_yaml(folder / CONFIG))
     except UserError as error:
         raise UserError(
-            f"{folder}: not a run directory written by this version ({error})"
+            f"{folder}: not a run directory written by this version of trapo_jax ({error})"
         ) from error
     records = list(read_records(folder / METRICS))
     steps = [r for r in records if r["kind"] == TRAIN]
     evaluations = [r for r in records if r["kind"] == EVAL]
     tests = [r for r in evaluations if r["split"] == "test"]
     last = steps[-1]["step"] if steps else 0
-    # The second evaluation of the test split takes place when the run is over.
+    # The test split is evaluated before training, and again when the run is over.
     after = tests[-1] if len(tests) > 1 and tests[-1]["step"] == last else None
     num_steps = settings.get("train.num_steps", 0)
     if after:
@@ -259,7 +259,7 @@ def score_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[list
 
 
 def downsample(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, list[float | None]]]:
-    """Averages consecutive steps, so that a curve has at most `MAX_POINTS` points.
+    """Averages consecutive steps so that a curve has at most `MAX_POINTS` points.
 
     Returns:
       The number of steps per point, and columns with one entry per point: the point's last step (`step`), and the mean
@@ -279,7 +279,10 @@ def downsample(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, lis
 
 
 def _has_value(name: str, record: Mapping[str, Any]) -> bool:
-    """Returns whether a record has a meaningful value of a metric. Expert metrics need a trained expert token."""
+    """Returns whether a record has a meaningful value of a metric.
+
+    Expert metrics are meaningful only if the step trained on at least one expert token.
+    """
     return record.get(name) is not None and (
         not name.startswith("expert/") or record.get("batch/expert_trained_tokens", 0) > 0
     )
@@ -290,7 +293,7 @@ def read_samples(path: Path, *, max_bytes: int) -> tuple[list[dict[str, Any]], i
 
     Args:
       path: path of a samples.jsonl file.
-      max_bytes: maximum size of the rollouts as JSON. At least one group is read, even if it is larger.
+      max_bytes: maximum size of the rollouts as JSON, in bytes. At least one group is read, even if it is larger.
 
     Returns:
       The rollouts, and the number of groups in the file.
@@ -307,7 +310,7 @@ def read_samples(path: Path, *, max_bytes: int) -> tuple[list[dict[str, Any]], i
 
 
 def _choose_groups(groups: Sequence[Any], sizes: Mapping[Any, int], max_bytes: int) -> list[Any]:
-    """Returns evenly spaced groups of at most `max_bytes` in total, or only the last group if no more fit."""
+    """Returns evenly spaced groups of at most `max_bytes` in total, or only the last group if two groups do not fit."""
     number = len(groups)
     while number > 1:
         chosen = [groups[i] for i in np.linspace(0, len(groups) - 1, number).astype(int)]
@@ -319,7 +322,10 @@ def _choose_groups(groups: Sequence[Any], sizes: Mapping[Any, int], max_bytes: i
 
 
 def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of samples.jsonl, shortening long strings and omitting strings that repeat the tokens."""
+    """Yields the records of samples.jsonl in a shorter form.
+
+    Long values are shortened. The prefix and the completion are omitted, because `tokens` contains the same text.
+    """
     omitted = ("prefix", "completion")
     for number, record in enumerate(read_records(path), start=1):
         try:
@@ -333,7 +339,7 @@ def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
             kept["tokens"]["pieces"] = [_cut_end(p) for p in kept["tokens"]["pieces"]]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path}, line {number}: not a rollout written by this version"
+                f"{path}, line {number}: not a rollout written by this version of trapo_jax"
             ) from error
         yield kept
 

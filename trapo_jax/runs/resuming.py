@@ -41,8 +41,8 @@ from trapo_jax.runs.directory import (
 )
 from trapo_jax.types import UserError
 
-ABSENT = "absent"  # Stands for the value of a field that is missing from a config.
-_HASH = re.compile(r"-[0-9a-f]{8}$")  # at the end of the default of `output_dir`
+ABSENT = "absent"  # Used as the value of a field that is missing from a config.
+_HASH = re.compile(r"-[0-9a-f]{8}$")  # The settings hash at the end of a default `output_dir`.
 PATHS = ("model.path", *(f"data.{name}" for name in DATA_FILES))
 DECAY_START, METHOD_NAME = "train.decay_start", "method.name"
 
@@ -131,7 +131,7 @@ def check_run(config: Config, method: Method) -> RunStatus:
 
 
 def unfinished_beside(folder: Path) -> Path | None:
-    """Returns the most recent unfinished run whose default name differs from a folder's only in the hash of its settings."""
+    """Returns the most recent unfinished run next to `folder` that has the same name except for the settings hash."""
     stem = _HASH.sub("", folder.name)
     similar = [
         path
@@ -143,7 +143,7 @@ def unfinished_beside(folder: Path) -> Path | None:
 
 
 def _check_method(folder: Path, method: dict[str, Any] | None) -> None:
-    """Checks that the run in a folder was trained with the same method, not just one of the same name."""
+    """Checks that the run in a folder was trained with the same method, not just with one of the same name."""
     if method is None:
         return
     try:
@@ -155,20 +155,20 @@ def _check_method(folder: Path, method: dict[str, Any] | None) -> None:
         return
     if name != method["name"]:
         raise UserError(
-            f"output_dir={folder}: contains a run of method {name}, not {method['name']}; choose a different "
-            "output_dir"
+            f"output_dir={folder}: contains a run of method {name}, not {method['name']}; choose a different output_dir"
         )
     different = ", ".join(name for name in method if saved.get(name) != method[name])
     raise UserError(
-        f"output_dir={folder}: contains a run of a different version of method {method['name']} (differs in {different}); "
-        "choose a different output_dir"
+        f"output_dir={folder}: contains a run of a different version of method {method['name']} (differs in "
+        f"{different}); choose a different output_dir"
     )
 
 
 def _check_code(folder: Path, code: Sequence[SourceFile]) -> None:
     """Checks that the user's modules have not changed since they produced the results in a folder.
 
-    The check is skipped if the folder has no hashes, or has a run without checkpoints, which starts from the beginning.
+    The check is skipped if the folder has no hashes, or if it contains a run without checkpoints, because such a run
+    starts from the beginning.
     """
     file = folder / USER_CODE
     is_run = (folder / IDENTITY).exists()
@@ -220,12 +220,12 @@ def _check_length(folder: Path, num_steps: int) -> None:
     if num_steps < completed:
         raise UserError(
             f"output_dir={folder}: {NUM_STEPS}={num_steps}, but the run has completed {completed} steps; set "
-            f"{NUM_STEPS}={completed} or more, or choose a different output_dir"
+            f"{NUM_STEPS} to {completed} or more, or choose a different output_dir"
         )
 
 
 def _refusal(folder: Path, refused: Changes, reason: str) -> str:
-    """Returns an error message that names every field that keeps a run from being resumed."""
+    """Returns an error message that names every field that prevents a run from being resumed."""
     versions = [field for field, values in refused.items() if ABSENT in values]
     if versions:
         listed = ", ".join(
@@ -254,7 +254,7 @@ def _absolute(paths: Any) -> Any:
 
 
 def _as_yaml(value: Any) -> str:
-    """Formats a value for the command line: null, true and false rather than Python's names."""
+    """Formats a value for the command line, with null, true and false instead of None, True and False."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
@@ -296,6 +296,6 @@ def check_problems(folder: Path, data: DataConfig, *, saved: str, current: str) 
     is_generated = data.source != "files"
     name = f"source={data.source}" if is_generated else f"train_files={', '.join(data.train_files)}"
     raise UserError(
-        f"output_dir={folder}: the problems of data.{name} changed since the run started (see {DATA}); restore the data or "
-        "choose a different output_dir"
+        f"output_dir={folder}: the problems of data.{name} changed since the run started (see {DATA}); restore the "
+        "data or choose a different output_dir"
     )

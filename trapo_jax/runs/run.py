@@ -60,7 +60,7 @@ class Run:
     Attributes:
       folder: the run directory.
       is_complete: whether the run was already complete when it was opened.
-      is_new: whether the run directory was empty when it was opened.
+      is_new: whether the directory did not contain a run when it was opened.
       step: number of the current step, starting at 1; 0 before the first step.
       usage: tokens, problems, FLOPs and seconds spent since the start of the run.
       method_state: JSON-serializable state of the method.
@@ -89,11 +89,11 @@ class Run:
         self.pending_splits: Sequence[str] = config.evaluation.splits
         self._score: float | None = None  # Score of the current step, used to compare checkpoints.
         self._model_step = 0  # Step of the best checkpoint if it was loaded; 0 otherwise.
-        self._is_saved = True  # Whether the last checkpoint contains all results.
+        self._is_saved = True  # Whether the last checkpoint contains all results so far.
 
     @classmethod
     def open(cls, config: Config, method: Method, *, show_progress: bool = False) -> "Run":
-        """Opens a new run, or an existing run to resume it. Nothing is written yet.
+        """Opens a new run, or an existing run in order to resume it. Nothing is written yet.
 
         Args:
           config: config of the run, including its directory.
@@ -123,18 +123,19 @@ class Run:
 
         Args:
           learner: the learner; its state is restored if there is a checkpoint.
-          data_summary: contents of `data.json`; their `fingerprint` identifies the training problems.
+          data_summary: contents of `data.json`; the `fingerprint` in it identifies the training problems.
           decode: converts token ids to text.
 
         Raises:
           UserError: if another process is training in the directory, the training problems have changed since the
-            checkpoint, or there are checkpoints but none is intact.
+            checkpoint, or there are checkpoints but none of them is intact.
         """
         self._decode = decode
         self._data_fingerprint = data_summary["fingerprint"]
         if is_main():
             self._stack.enter_context(lock_folder(self.folder))
-            check_run(self._config, self._method)  # Another process may have written to the folder.
+            # Check again, because another process may have written to the folder since `open`.
+            check_run(self._config, self._method)
             text, code = self._config.to_yaml(), user_code(self._config)
             contents = {"method": fingerprint(self._method), "data_summary": data_summary}
             prepare_run_folder(self.folder, text, **contents, code=code)
@@ -159,13 +160,13 @@ class Run:
         self.console.say(self._describe_start())
         if self.is_new and (other := unfinished_beside(self.folder)):
             self.console.say(
-                f"{other} is an unfinished run with other settings; output_dir={other} would resume it"
+                f"{other} contains an unfinished run with different settings; to resume it, set output_dir={other}"
             )
         if unknown := from_main(self._store.unknown):
             self.console.say(f"{self.folder / CHECKPOINTS}: ignoring {', '.join(unknown)}")
 
     def begin(self, activity: str, num_samples: int = 0, what: str = "") -> None:
-        """Tells the watchdog and the user which activity the process starts.
+        """Tells the watchdog and the user which activity the process is starting.
 
         Args:
           activity: name of the activity, such as "evaluating test".
@@ -196,13 +197,13 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether the last step is complete."""
+        """Whether the last step of the run is complete."""
         return self._progress >= 1
 
     def steps(
         self, batches: Sequence[Sequence[Problem]]
     ) -> Iterator[tuple[Sequence[Problem], Sequence[Problem]]]:
-        """Yields, for each remaining step, its problems and the problems of the step after it.
+        """Yields the problems of each remaining step, together with the problems of the step after it.
 
         Args:
           batches: the problems of every step of the run.
@@ -233,10 +234,11 @@ class Run:
         """Records the results of the current step in the logs and on screen.
 
         Args:
-          groups: the rollouts of each problem; only the first `log_samples` problems' rollouts are logged.
-          metrics: sampling and training metrics, keyed by name, from `rollouts/actor.py` (most are computed in
-            `rollouts/metrics.py`) and `training/learner.py` (in `training/diagnostics.py` and `training/packing.py`).
-          usage: usage of the step without the seconds, which are measured here.
+          groups: the rollouts of each problem; only those of the first `log_samples` problems are logged.
+          metrics: sampling and training metrics, keyed by name. Sampling metrics come from `rollouts/actor.py`; most of
+            them are computed in `rollouts/metrics.py`. Training metrics come from `training/learner.py`; most of
+            them are computed in `training/diagnostics.py` and `training/packing.py`.
+          usage: usage of the step, except for `seconds`, which is measured here.
           traces: per-token results of the updates.
           method_state: state of the method after the step.
 
@@ -268,7 +270,7 @@ class Run:
     def record_samples(
         self, groups: Sequence[Sequence[Rollout]], traces: Sequence[UpdateTrace] = ()
     ) -> None:
-        """Writes rollouts of the current step to samples.jsonl; `record` calls this for a successful step."""
+        """Writes rollouts of the current step to samples.jsonl. `record` calls this method for successful steps."""
         logged = [rollout for group in groups[: self._config.log_samples] for rollout in group]
         self._log.samples(sample_records(logged, traces, decode=self._decode, step=self.step))
 
@@ -284,7 +286,7 @@ class Run:
 
     @property
     def scoring(self) -> ScoringConfig:
-        """Sampling settings of evaluations."""
+        """Sampling settings for evaluation."""
         return self._config.evaluation
 
     def record_evaluation(
@@ -320,12 +322,12 @@ class Run:
     def stop(self, learner: Trainable) -> None:
         """Saves a checkpoint after `Interrupted` was raised, unless the last checkpoint is up to date.
 
-        A resumed run repeats the interrupted step or evaluation. The last step has already been saved before the final
-        evaluation.
+        A resumed run repeats the interrupted step or evaluation. After the last step, nothing is saved, because a
+        checkpoint is saved before the final evaluation.
         """
         self.step = self._num_completed
         if not (self._is_saved or self.is_over):
-            # An uninterrupted run would not save this checkpoint, so it has no score and is never the best.
+            # An uninterrupted run would not save this checkpoint. Without a score, it is never the best one.
             self._save(learner, score=None)
 
     def _save(self, learner: Trainable, *, score: float | None) -> None:
@@ -337,7 +339,7 @@ class Run:
             "stage": self._stages.state,
             "offsets": self._log.offsets(),
             "data_fingerprint": self._data_fingerprint,
-            # If `train.num_steps` is raised later, no evaluation is due at this step.
+            # If `train.num_steps` is raised later, the run continues without another evaluation at this step.
             "pending_splits": [] if self.is_over else list(self.pending_splits),
         }
         self._store.save(self.step, learner.state, host, score=score)
@@ -348,7 +350,7 @@ class Run:
         return self._score is not None and (best is None or self._score > best)
 
     def load_best(self, learner: Trainable) -> None:
-        """Loads the best checkpoint if the config asks for it and it scores higher than the last step."""
+        """Loads the best checkpoint if it scores higher than the last step and `load_best_model_at_end` is set."""
         if not self._config.checkpoint.load_best_model_at_end or self._score is None:
             return
         step = from_main(lambda: self._store.best_intact(above=self._score or 0.0))

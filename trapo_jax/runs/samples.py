@@ -10,12 +10,12 @@ from trapo_jax.distributed.processes import fetch
 from trapo_jax.types import Rollout, TokenKind, UpdateTrace
 
 TRAINED = (TokenKind.EXPERT_TRAINED, TokenKind.COMPLETION)
-# After this many tokens without a complete character, their bytes are considered invalid.
+# If this many consecutive tokens do not complete a character, their bytes are considered invalid.
 MAX_CHARACTER_TOKENS = 8
 
 
 class ResponseTrace(NamedTuple):
-    """Per-token update results of one response, as arrays of shape `[response length]`."""
+    """Per-token results of an update for one response, as arrays of shape `[response length]`."""
 
     kinds: np.ndarray  # int8 TokenKind values.
     logprobs: np.ndarray  # float32; 0 for untrained tokens.
@@ -33,7 +33,7 @@ def sample_records(
 
     Args:
       rollouts: rollouts of the step.
-      traces: traces of the step's updates. If several updates contain a rollout, the first one counts.
+      traces: traces of the step's updates. If several updates contain a rollout, the first one is used.
       decode: converts token ids to text.
       step: number of the step.
     """
@@ -67,7 +67,7 @@ def fetch_response_traces(
     m, b, t = np.nonzero(batch.segment_ids)
     found, first = np.unique(batch.segment_ids[m, b, t], return_index=True)
     row_of = dict(zip(found.tolist(), zip(m[first], b[first], strict=True), strict=True))
-    # Fetch one row per key, whether it is in the batch or not, so that `_take_rows` compiles only once.
+    # Fetch one row per key, even for keys that are not in the batch, so that `_take_rows` is compiled only once.
     rows = np.array([row_of.get(segment, (0, 0)) for segment in segments]).T
     logprobs, gradient_weights = fetch(_take_rows(tuple(update.trace), *rows))
     responses = {}
@@ -97,8 +97,8 @@ def sample_record(
 
     Args:
       rollout: the rollout.
-      advantage: advantage of the rollout; None if no update trained it.
-      trace: trace of the response; None if no update trained it.
+      advantage: advantage of the rollout; None if no update trained on the rollout.
+      trace: trace of the response; None if no update trained on the rollout.
       decode: converts token ids to text.
       step: number of the step.
     """
@@ -135,7 +135,7 @@ def sample_record(
 
 
 def _untrained(rollout: Rollout) -> ResponseTrace:
-    """Returns the trace of a rollout that was not part of an update."""
+    """Returns the trace of a rollout that was not part of any update."""
     completion_len = len(rollout.completion.token_ids)
     kinds = [TokenKind.EXPERT] * rollout.request.prefix_len
     kinds += [TokenKind.COMPLETION] * completion_len
@@ -167,5 +167,5 @@ def token_pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> 
 
 
 def _rounded(values: np.ndarray, where: np.ndarray) -> list[float | None]:
-    """Rounds values to four significant digits and replaces them with None where `where` is false."""
+    """Rounds the values where `where` is true to four significant digits, and replaces all others with None."""
     return [float(f"{v:.4g}") if w else None for v, w in zip(values, where, strict=True)]

@@ -21,7 +21,7 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
 
     Returns:
       The parameters on the default device, the decoder config, and the folder that contains the model's config and
-      tokenizer: the run's copy or, for older runs, the folder that the run started from.
+      tokenizer: the run's copy or, for older runs, the model folder that the run started from.
 
     Raises:
       UserError: if the path is not a checkpoint of a run, or the checkpoint is damaged.
@@ -46,7 +46,7 @@ def load_checkpoint(path: Path) -> tuple[Any, DecoderConfig, Path]:
     try:
         store.verify(step)
     except (DamagedCheckpoint, ForeignCheckpoint) as error:
-        raise UserError(f"{path}: {error}; choose a checkpoint of a different step") from error
+        raise UserError(f"{path}: {error}; choose the checkpoint of a different step") from error
     return store.restore_params(step, placed), decoder, source
 
 

@@ -1,4 +1,4 @@
-"""Tracks the stages of a run: which stage a step belongs to, and when the next one begins. Does not use JAX."""
+"""Tracks the stages of a run: which stage a step belongs to, and when the next stage begins. Does not use JAX."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ class StageState:
       start_step: number of completed steps when the stage began.
       start: fraction of the run that was complete when the stage began.
       best_loss: lowest validation expert loss in the stage so far; None before the first validation.
-      num_not_better: number of validations since the lowest loss.
+      num_not_better: number of validations since the one with the lowest loss.
     """
 
     index: int = 0
@@ -76,7 +76,7 @@ class StageTracker:
         return self._state.index > state.index
 
     def observe(self, expert_loss: float) -> None:
-        """Receives the expert loss of an evaluation on the validation split."""
+        """Records the expert loss of an evaluation on the validation split."""
         state = self._state
         if state.best_loss is None or expert_loss < state.best_loss:
             self._state = dataclasses.replace(state, best_loss=expert_loss, num_not_better=0)

@@ -1,4 +1,4 @@
-"""Describes what a process was started with, so that the processes of a job can check that they agree."""
+"""Collects the code versions and settings of a process, so that the processes of a job can check that they match."""
 
 import hashlib
 from pathlib import Path
@@ -22,7 +22,7 @@ def started_with(config: Config, method: Method) -> dict[str, Any]:
 
 
 def code_version() -> str:
-    """Returns the version of trapo_jax with a hash of its source files, which tells checkouts apart."""
+    """Returns the version of trapo_jax followed by a hash of its source files, which distinguishes checkouts."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):

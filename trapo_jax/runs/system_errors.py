@@ -1,6 +1,6 @@
-"""Explains failures of the operating system and the environment on one line: cause, location and remedy.
+"""Explains operating-system and environment failures in one line that states the cause, the location and the remedy.
 
-`trapo_jax` imports this module before a command's module, so this module imports little itself.
+`trapo_jax/__init__.py` imports this module before a command's own module, so this module imports as little as possible.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ MIN_ADDRESS_SPACE = 13 * 2**28  # In bytes. With less, XLA aborts even for the b
 MIN_DESCRIPTORS = 40  # Enough file descriptors to save checkpoints and start grading processes.
 
 _AGAIN = "run the same command again"
-_SPACE = f"free some disk space (and inodes, see df -i), then {_AGAIN}"
+_SPACE = f"free some disk space (or inodes; see df -i), then {_AGAIN}"
 _FILES = f"raise the limit on open files (ulimit -n), then {_AGAIN}"
-_MEMORY = f"free some memory or raise its limit (ulimit -v), then {_AGAIN}"
+_MEMORY = f"free some memory or raise the memory limit (ulimit -v), then {_AGAIN}"
 _PROCESSES = (
     f"raise the limit on processes, or on their memory (ulimit -u, ulimit -v), then {_AGAIN}"
 )
@@ -63,7 +63,7 @@ _NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|cannot allocate memory|failed to ma
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """Returns a one-line message and exit code for a system or environment failure; None for other exceptions."""
+    """Returns a one-line message and an exit code for a system or environment failure; None for other exceptions."""
     if line := _wrong_variable(error):
         return line, EXIT_USER_ERROR
     found = system_error(error)
@@ -75,8 +75,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
         reason = _first_line(error)
         return (
-            f"out of memory{reason and f' ({reason})'}; free some memory or raise its limit (ulimit -v), choose a smaller "
-            "model, or lower sampling.num_slots and, in training, train.per_device_rows",
+            f"out of memory{reason and f' ({reason})'}; free some memory or raise the memory limit (ulimit -v), choose "
+            "a smaller model, or lower sampling.num_slots and, in training, train.per_device_rows",
             EXIT_FAILED,
         )
     return None
@@ -93,13 +93,16 @@ def _deleted_directory(error: OSError) -> str:
 
 
 def remedy_of_exhaustion(error: BaseException) -> str | None:
-    """Returns the remedy if the disk or memory is full, or there are too many open files or processes; otherwise None."""
+    """Returns the remedy if disk space, memory, file descriptors or processes are exhausted; None otherwise."""
     found = system_error(error)
     return _EXHAUSTED.get(found.errno or 0) if found else None
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """Returns the system error behind an exception: itself, one of its causes, or one whose code its message contains."""
+    """Returns the `OSError` behind an exception; None if there is none.
+
+    It is the exception itself, one of its causes, or an `OSError` built from an error code in one of their messages.
+    """
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, OSError):
@@ -114,7 +117,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 @contextlib.contextmanager
 def named_in_errors(path: Path | str) -> Iterator[None]:
-    """Adds a path to system errors without one, such as errors from writing to an open file."""
+    """Adds a path to an `OSError` that has none, such as an error raised by writing to an open file."""
     try:
         yield
     except OSError as error:
@@ -123,12 +126,12 @@ def named_in_errors(path: Path | str) -> Iterator[None]:
 
 
 def check_limits() -> None:
-    """Checks that a command has enough address space, threads and files, because native code aborts otherwise.
+    """Checks that a command can use enough address space, threads and files. Otherwise, native code would abort.
 
     Raises:
       UserError: if the address space is limited to less than `MIN_ADDRESS_SPACE`.
-      RuntimeError: if the threads cannot be started.
-      OSError: if the files cannot be opened.
+      RuntimeError: if too few threads can be started.
+      OSError: if too few files can be opened.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_SPACE:
@@ -161,16 +164,17 @@ def report_import_error(
 def report_in_native_thread(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Prints an exception that a thread of native code raised. Used as `sys.excepthook` while a command runs.
+    """Prints an exception raised in a thread of native code. Used as `sys.excepthook` while a command runs.
 
-    Threads of a failed save may end much later with an error because their event loop is closed, which is not reported.
+    The threads of a failed save may raise an error much later because their event loop is closed. Such errors are not
+    reported.
     """
     if not _is_of_closed_loop(error):
         sys.__excepthook__(kind, error, trace)
 
 
 def report_unraisable(unraisable: Any) -> None:
-    """Prints an exception that cannot be raised; see `report_in_native_thread`. Used as `sys.unraisablehook`."""
+    """Prints an exception that cannot be raised. Used as `sys.unraisablehook`; see also `report_in_native_thread`."""
     if not _is_of_closed_loop(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 
@@ -196,7 +200,7 @@ def print_error(message: str) -> None:
 
 
 def leave_lost_terminal() -> None:
-    """Discards standard output and standard error from now on if their terminal has been closed."""
+    """Discards all further output to standard output and standard error if their terminal has been closed."""
     for stream in (sys.stdout, sys.stderr):
         try:
             os.write(stream.fileno(), b"")

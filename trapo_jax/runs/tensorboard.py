@@ -1,4 +1,4 @@
-"""Writes TensorBoard events synchronously, and only warns about failures.
+"""Writes TensorBoard events synchronously. A failure to write them causes only a warning.
 
 `tensorboardX.SummaryWriter` writes from a thread. If that thread dies (for example because the disk is full or the
 clock is set back), its queue fills up and the next scalar blocks forever. The events only duplicate metrics.jsonl, so
@@ -16,7 +16,7 @@ EVENTS = "events"  # Prefix of event file names.
 
 
 class TensorBoard:
-    """Writes scalars to an event file; after the first failure it warns once and discards them.
+    """Writes scalars to an event file. After the first failure, prints a warning and discards all further scalars.
 
     Args:
       folder: the directory for event files; created if it does not exist.
@@ -32,7 +32,8 @@ class TensorBoard:
         self._writer: Any = None
         try:
             folder.mkdir(exist_ok=True)
-            # File names contain the time in seconds, and two processes may start within the same second.
+            # File names contain the start time in seconds. The process id tells apart processes that start in the same
+            # second.
             self._writer = event_file_writer.EventsWriter(
                 str(folder / f"{EVENTS}.{run_id}"), filename_suffix=f".{os.getpid()}"
             )

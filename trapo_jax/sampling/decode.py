@@ -1,4 +1,4 @@
-"""Runs the device computations: prefills contexts, and starts, decodes, moves, and reads slots."""
+"""Implements the device computations: prefilling contexts, and starting, decoding, moving, and reading slots."""
 
 import functools
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def prefill(config: DecoderConfig, params: Any, contexts: KVCache, batch: Prefil
     """Runs chunks through the model and appends their keys and values to the chunks' rows.
 
     Args:
-      config: the decoder, with the layout `Stacked`.
+      config: the decoder, with the `Stacked` layout.
       params: the decoder's parameters.
       contexts: the prefix cache.
       batch: the chunks.
@@ -99,14 +99,14 @@ def start_slots(
     *,
     copied_len: int,
 ) -> Slots:
-    """Copies contexts to slots and activates them.
+    """Copies contexts to slots and activates the slots.
 
     Args:
       config: the decoder, in the layout of the slots.
       slots: the state of the slots.
       contexts: the prefix cache.
       rows: int32 `[S]`, the prefix cache row of each start's context.
-      count: int32 `[]`, number of starts. The remaining entries have an out-of-range slot and are dropped.
+      count: int32 `[]`, number of starts. The remaining entries of `starts` have an out-of-range slot and are dropped.
       seed: uint32 `[]`, the run's seed.
       starts: initial states, arrays of shape `[S]`.
       copied_len: number of positions to copy, at least the longest `cached_len`.
@@ -137,7 +137,7 @@ def move_slots(
     to_slots: jax.Array,
     count: jax.Array,
 ) -> Slots:
-    """Moves the first `count` entries of `from_slots` to `to_slots`. The remaining `to_slots` must be out of range."""
+    """Moves the first `count` slots of `from_slots` to `to_slots`. The remaining `to_slots` must be out of range."""
     cache = config.layout.copy(slots.cache, from_slots, to_slots, count)
     put = lambda x: x.at[to_slots].set(x[from_slots], mode="drop")
     moved = jax.tree.map(put, slots._replace(cache=None))
@@ -167,7 +167,7 @@ def decode_segment(
     num_slots: int,
     view_len: int,
 ) -> tuple[Slots, jax.Array, jax.Array]:
-    """Samples up to `segment_len` tokens in every active slot, or fewer if enough slots finish early.
+    """Samples up to `segment_len` tokens in every active slot, and stops early once enough slots have finished.
 
     Args:
       config: the decoder, in the layout of the slots.
@@ -239,8 +239,8 @@ def _decode_token(
     truncation = (s.top_p, s.top_k) if truncate else None
     token, logprob = draw_tokens(s.keys, s.cached_lens + 1, logits, s.temperature, truncation)
     slot = jnp.arange(len(s.active))
-    # Token ids are never negative. The comparison makes the write depend on the sampled token, so that XLA schedules
-    # all reads of the cache before the write and updates the cache in place.
+    # `token >= 0` is always true. The comparison makes the write depend on the sampled token, so that XLA schedules all
+    # reads of the cache before the write and updates the cache in place.
     cache_position = jnp.where(s.active & (token >= 0), s.cached_lens, OUT_OF_RANGE)
     output_position = jnp.where(s.active, s.num_new, s.tokens.shape[1])
     num_new = s.num_new + s.active

@@ -26,12 +26,13 @@ def draw_tokens(
     Temperature 0 selects the most likely token; its log-probability is reported for temperature 1.
 
     The CDF is inverted in two levels: a block of the vocabulary is chosen by its probability mass, then a token within
-    the block. This needs a single uniform random number per row, no sorting, and no Gumbel noise over V. Since sums
-    have at most `BLOCK_LEN` or V / BLOCK_LEN terms, float32 rounding stays far below the smallest relevant probability.
+    the block. This needs a single uniform random number per row, no sorting, and no Gumbel noise for each of the V
+    tokens. Since sums have at most `BLOCK_LEN` or V / BLOCK_LEN terms, float32 rounding errors stay far below the
+    smallest relevant probability.
     The vocabulary is the first axis, so sums over it process many rows at once.
 
     Args:
-      keys_S: random keys; the position is folded into them.
+      keys_S: random keys; the position is folded into each key.
       positions_S: int32, the position of the drawn token.
       logits_VS: float32.
       temperatures_S: float32, >= 0.
@@ -66,8 +67,8 @@ def draw_tokens(
 def truncate(logits_VS: jax.Array, top_p_S: jax.Array, top_k_S: jax.Array) -> jax.Array:
     """Sets the logits of unlikely tokens to -inf.
 
-    Keeps the smallest set of the `top_k` most likely tokens whose probabilities, normalized over the `top_k`, sum to at
-    least `top_p`. Ties with the least likely token in this set are kept as well.
+    Of the `top_k` most likely tokens, keeps the smallest set whose probabilities, normalized over these `top_k` tokens,
+    sum to at least `top_p`. Tokens that are as likely as the least likely token in this set are kept as well.
 
     Args:
       logits_VS: float32.

@@ -1,4 +1,4 @@
-"""Defines the rollout engine protocol and the registry of engines. Imports no jax.
+"""Defines the rollout engine protocol and the registry of engines. Does not import JAX.
 
 An engine takes token ids and returns token ids with their log-probabilities under the temperature-scaled
 distribution. The training loop uses only the members of `RolloutEngine`. To use your own engine, write a callable that
@@ -58,13 +58,13 @@ class EngineSpec:
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """Counters of an engine's work since it was built. Addition and subtraction are field by field.
+    """Counters of an engine's work since it was built. Addition and subtraction work field by field.
 
     Attributes:
       prefilled_tokens: number of prompt and expert-prefix tokens that were prefilled.
       decoded_tokens: number of sampled tokens.
       decode_steps: number of forward passes that sampled these tokens; each samples one token per active slot.
-      slot_tokens: number of tokens that these steps would have sampled with all computed slots active.
+      slot_tokens: number of tokens that these steps would have sampled if all computed slots had been active.
     """
 
     prefilled_tokens: int = 0
@@ -109,7 +109,7 @@ class RolloutEngine(Protocol):
 
         Args:
           requests: distinct requests.
-          step: the training step; part of the random keys. Requests of earlier steps take priority.
+          step: the training step; part of the random keys. Requests from earlier steps take priority.
           params: sampling parameters.
         """
         ...
@@ -125,7 +125,7 @@ class RolloutEngine(Protocol):
 
     @property
     def num_idle_slots(self) -> int:
-        """Number of additional requests that could run alongside the queued and running requests."""
+        """Number of additional requests that could run concurrently with the queued and running requests."""
         ...
 
     def update_weights(self, params: Any) -> None:

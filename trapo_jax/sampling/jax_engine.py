@@ -30,7 +30,8 @@ SAMPLING_RULES = Rules(width=None)
 class JaxEngine:
     """A `RolloutEngine` in JAX.
 
-    Top-p and top-k are only available if `spec.with_truncation` is set, since they sort the vocabulary for every token.
+    Top-p and top-k are available only if `spec.with_truncation` is set, since they require sorting the vocabulary for
+    every token.
 
     Args:
       spec: the specification. Each `tp` row of `spec.mesh` becomes a replica.
@@ -126,7 +127,7 @@ class JaxEngine:
 
     def step(self) -> list[Completion]:
         busy = [replica for replica in self._replicas if replica.is_busy]
-        # Threads let the replicas run concurrently: each waits for its own devices.
+        # Threads let the replicas run concurrently: each thread waits for the devices of one replica.
         finished = self._threads.map(Replica.step, busy)
         return [completion for of_replica in finished for completion in of_replica]
 
@@ -134,15 +135,15 @@ class JaxEngine:
         request, problem = partial.request, partial.request.problem
         if len(problem.prompt_ids) > self._spec.max_prompt_length:
             raise ValueError(
-                f"problem {problem.id}: prompt of {len(problem.prompt_ids)} tokens exceeds "
+                f"problem {problem.id}: the prompt of {len(problem.prompt_ids)} tokens exceeds "
                 f"max_prompt_length {self._spec.max_prompt_length}"
             )
         if not problem.prompt_ids:
-            raise ValueError(f"problem {problem.id}: empty prompt")
+            raise ValueError(f"problem {problem.id}: the prompt is empty")
         if partial.finish_reason is not FinishReason.UNFINISHED:
             raise ValueError(f"problem {problem.id}: the completion is already finished")
         if self.max_tokens(request) <= len(partial.token_ids):
-            raise ValueError(f"problem {problem.id}: nothing to sample")
+            raise ValueError(f"problem {problem.id}: there is nothing to sample")
 
 
 def sampling_dtypes(params: Any, config: DecoderConfig) -> Any:

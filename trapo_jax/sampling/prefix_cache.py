@@ -1,9 +1,9 @@
-"""Tracks the prompts and expert prefixes whose keys and values are cached on the device. Imports no jax.
+"""Tracks the prompts and expert prefixes whose keys and values are cached on the device. Does not import JAX.
 
 A context is a prompt with its expert prefix, and each row of the cache holds one context. A context that continues a
-cached context extends its row; a context that shares only the beginning of a cached context starts from a copy of that
-row. Therefore, a prompt is prefilled only once per problem, and a longer expert prefix only from the end of a shorter
-prefix.
+cached context extends the cached context's row; a context that shares only the beginning of a cached context starts
+from a copy of that row. Therefore, each problem's prompt is prefilled only once, and if a shorter expert prefix is
+cached, only the remaining tokens of a longer one are prefilled.
 """
 
 import collections
@@ -124,7 +124,7 @@ class ContextTable:
         return best, shared
 
     def _row_to_evict(self, best: int | None) -> int | None:
-        """Returns the least recently used row that is not pinned, and `best` only as a last resort."""
+        """Returns the least recently used row that is not pinned, or `best` only if there is no other such row."""
         taken = self._pinned | {best}
         target = next((i for i in self._recency if i not in taken), None)
         return best if target is None and best not in self._pinned else target

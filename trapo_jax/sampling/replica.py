@@ -1,6 +1,6 @@
 """Implements one replica of the sampler: the devices that hold one copy of the weights, and their slots.
 
-The slot scheduler (`slots.py`) decides which requests run in which slots. The replica executes its decisions on the
+The slot scheduler (`slots.py`) decides which requests run in which slots. The replica executes these decisions on the
 devices, one segment of tokens at a time: it prefills contexts, copies them to slots, decodes, and reads the sampled
 tokens.
 """
@@ -31,7 +31,7 @@ MIN_COPY_LEN = 16
 # Minimum number of cache positions read by a decode segment; larger numbers are this times a power of 2.
 MIN_VIEW_LEN = 256
 SLOTS_PER_READ = 8
-# Number of full prefills after which `step` returns, so that the caller can report progress or stop.
+# `step` returns after this many prefills of `prefill_tokens` tokens, so that the caller can report progress or stop.
 PREFILLS_PER_STEP = 4
 SLOT_START_DTYPES = SlotStart(
     slot=np.int32,
@@ -104,9 +104,9 @@ class Replica:
         if available is not None and needed > available:
             raise UserError(
                 f"sampling.num_slots={spec.num_slots}: the keys and values of {spec.num_slots:,} slots and "
-                f"{spec.num_contexts:,} contexts of {self._cache_len:,} tokens need {needed / 2**30:,.1f} GiB per device, "
-                f"which has {available / 2**30:,.1f} GiB; lower sampling.num_slots, sampling.num_contexts, or "
-                "sampling.max_completion_length"
+                f"{spec.num_contexts:,} contexts of {self._cache_len:,} tokens need {needed / 2**30:,.1f} GiB on each "
+                f"device, but a device has only {available / 2**30:,.1f} GiB; lower sampling.num_slots, "
+                "sampling.num_contexts, or sampling.max_completion_length"
             )
 
     @property
@@ -165,7 +165,7 @@ class Replica:
     def step(self) -> list[Completion]:
         """Admits requests, decodes one segment, and returns the finished completions.
 
-        If the prefill is long, the rest of it and the segment are left to later calls.
+        If the prefill is long, later calls complete it and decode the segment.
         """
         if self._prefills is None:
             self._preempt(self._scheduler.slots_to_preempt())
@@ -201,7 +201,7 @@ class Replica:
             self._scheduler.preempt(slots, self._read_sampled(slots, num_new))
 
     def _read_sampled(self, slots: Sequence[int], num_new: np.ndarray) -> list[Sampled]:
-        """Reads the slots' sampled tokens, in groups of a fixed size so that one compiled program suffices."""
+        """Reads the sampled tokens of a fixed number of slots at a time, so that one compiled program suffices."""
         sampled: list[Sampled] = []
         for start in range(0, len(slots), SLOTS_PER_READ):
             group = slots[start : start + SLOTS_PER_READ]
@@ -264,7 +264,7 @@ class Replica:
         )
 
     def _resize_cache(self) -> CacheExtent:
-        """Returns the cache extent that the next segment reads; resizes the cache to it if the layout needs that."""
+        """Returns the cache extent of the next segment, after resizing the cache to it if the layout requires that."""
         extent = self._scheduler.extent()
         if self._layout.needs_resize and extent != self._cache_extent:
             self._slots = self._programs.resize_cache(self._slots, **extent._asdict())
@@ -273,7 +273,7 @@ class Replica:
 
 
 def _memory_bytes(device: Any) -> int | None:
-    """Returns a device's memory size, or the machine's for a CPU; None if unknown."""
+    """Returns a device's memory size in bytes; for a CPU, the machine's memory size. Returns None if it is unknown."""
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return (device.memory_stats() or {}).get("bytes_limit")

@@ -1,11 +1,13 @@
-"""Schedules slots: decides which requests run, in which slots, and from which cached contexts. Imports no jax.
+"""Schedules slots: decides which requests run, in which slots, and from which cached contexts.
 
-The scheduler makes the decisions, and the replica executes them. Between two decode segments, the replica asks which
-running requests to preempt, admits pending requests in waves, compacts running requests into the lowest slots, and asks
-how many slots and cache positions the next segment must compute. It then reports the lengths and the sampled tokens.
+The scheduler makes the decisions, and the replica executes them. Between two decode segments, the scheduler tells the
+replica which running requests to preempt, which pending requests to admit (in waves), how to compact running requests
+into the lowest slots, and how many slots and cache positions the next segment must process. After the segment, the
+replica reports the lengths and the sampled tokens. This module does not import JAX.
 
-Requests of earlier training steps take priority: if there are too few slots for them, requests of later steps are
-preempted. A preempted request is queued again with its tokens so far, and sampling later continues after them.
+Requests from earlier training steps take priority: if there are too few slots for them, requests from later steps are
+preempted. A preempted request is queued again with the tokens sampled so far, and sampling later continues after these
+tokens.
 """
 
 import heapq
@@ -23,7 +25,8 @@ from trapo_jax.sampling.prefix_cache import (
 )
 from trapo_jax.types import Completion, FinishReason, SamplingParams
 
-# A decode segment computes this number of slots times a power of 2. A program is compiled for each such number.
+# The number of slots that a decode segment computes is this number times a power of 2. A program is compiled for each
+# number of slots.
 MIN_DECODE_SLOTS = 2
 
 Sampled = tuple[Sequence[int], Sequence[float]]  # token ids and logprobs of one slot
@@ -142,7 +145,7 @@ class SlotScheduler:
         self._contexts.clear()
 
     def slots_to_preempt(self) -> list[int]:
-        """Returns the slots of later steps that must be freed for the queued requests of the earliest step.
+        """Returns the slots of requests from later steps that must be freed for queued requests from the earliest step.
 
         Slots with the fewest tokens come first, since preempting them discards the least work.
         """
@@ -163,8 +166,8 @@ class SlotScheduler:
     def admit(self) -> Admission | None:
         """Admits queued requests while there are free slots and rows for their contexts.
 
-        The caller repeats this until it returns None, since a wave ends early once it uses all rows of the prefix
-        cache.
+        A wave ends early once it has used all rows of the prefix cache, so the caller must call this method until it
+        returns None.
         """
         if not (self._pending and self._free):
             return None
@@ -225,7 +228,7 @@ class SlotScheduler:
         )
 
     def update_lens(self, cached_lens: np.ndarray) -> None:
-        """Records the number of filled positions of all slots after a decode segment."""
+        """Records the number of filled positions of each slot after a decode segment."""
         self._cached_lens = np.array(cached_lens)
 
     def retire(self, slots: Sequence[int], sampled: Sequence[Sampled]) -> list[Completion]:

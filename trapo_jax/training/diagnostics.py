@@ -1,6 +1,6 @@
 """Metrics that the train step computes from token log-probabilities, accumulated over micro-batches.
 
-A micro-batch contributes sums and maxima; `step_metrics` turns their totals into the step's metrics.
+A micro-batch contributes sums and maxima; `step_metrics` turns the accumulated values into the step's metrics.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,8 @@ def completion_statistics(
 ) -> tuple[Metrics, Metrics]:
     """Returns sums and maxima over completion tokens.
 
-    They describe the gap between sampler and trainer, the ratio to the old policy, and clipping.
+    They describe the gap between the log-probabilities of sampler and trainer, the ratio to the old policy, and
+    clipping.
 
     Args:
       inputs: inputs of the loss terms; `logprobs` carries no gradient.

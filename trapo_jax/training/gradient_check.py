@@ -1,7 +1,7 @@
 """Checks that the gradient of a batch does not depend on how the batch is split or on an earlier stage of the run.
 
 Published baselines were handicapped by train steps that dropped the gradients of all micro-batches but one, or that
-averaged the means of micro-batches (arXiv 2604.23747). Two-stage baselines are handicapped if the second stage begins
+averaged micro-batch means (arXiv 2604.23747). Two-stage baselines are handicapped if the second stage begins
 with the moments that the optimizer accumulated in the first.
 """
 
@@ -48,7 +48,7 @@ class BrokenTrainStep(TrainingFailed):
 
 
 def check_config(config: Config) -> float:
-    """Checks a run's train step with its model and problems; see `check_gradient`."""
+    """Checks a run's train step on the run's model and problems; see `check_gradient`."""
     model = open_model(config.model, config.lora)
     method = config.method.make()
     data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
@@ -58,7 +58,7 @@ def check_config(config: Config) -> float:
 def check_gradient(
     config: Config, method: Method, model: PretrainedModel, problems: Sequence[Problem]
 ) -> float:
-    """Compares the gradients of synthetic rollouts in a single micro-batch and in one micro-batch per row.
+    """Compares the gradients of synthetic rollouts, computed in a single micro-batch and in one micro-batch per row.
 
     Args:
       config: the run's config.
@@ -102,7 +102,8 @@ def check_gradient(
 def pick_test_problems(problems: Sequence[Problem], max_completion_len: int) -> list[Problem]:
     """Picks the problem with the shortest expert solution and the problem with the next longer solution.
 
-    If all rows had the same length, a mean of micro-batch means would be correct, and the check could not detect it.
+    If all rows had the same length, averaging micro-batch means would give the correct gradient, and the check could
+    not detect this mistake.
 
     Raises:
       UserError: if fewer than two problems have an expert solution of at most `max_completion_len` tokens.
@@ -156,12 +157,14 @@ def compare_gradients(whole: Any, cut: Any, name: str) -> float:
     """
     norm = _norm(whole)
     if not norm > 0 or not np.isfinite(norm):
-        raise BrokenTrainStep(f"{name}: the gradient of the checked batch has norm {norm:g}")
+        raise BrokenTrainStep(
+            f"{name}: the gradient of the checked batch has norm {norm:g}; expected a finite norm > 0"
+        )
     difference = _norm(jax.tree.map(np.subtract, whole, cut)) / norm
     if not difference <= TOLERANCE:
         raise BrokenTrainStep(
-            f"{name}: the gradient of a batch split into micro-batches differs from the whole batch's gradient by "
-            f"{difference:.2g} of its norm; a comparison with this train step would be meaningless"
+            f"{name}: the gradient of a batch changes by {difference:.2g} of its norm if the batch is split into "
+            "micro-batches; comparing methods with this train step would be meaningless"
         )
     return difference
 
@@ -178,7 +181,7 @@ def check_new_stage(
       gradient: the gradient of the first update.
 
     Raises:
-      BrokenTrainStep: if the sum of the gradients contains more than the first update's gradient.
+      BrokenTrainStep: if the optimizer's sum of gradients contains more than the first update's gradient.
     """
     for moment, update in (last, first):
         learner.update([update._replace(max_grad_norm=np.inf)], moment)
@@ -189,7 +192,7 @@ def check_new_stage(
     if not difference <= TOLERANCE * _norm(expected):
         raise BrokenTrainStep(
             f"{learner.method.name}: stage {learner.method.stages[first[0].stage.index].name} begins with the "
-            "previous stage's optimizer state; a comparison with this train step would be meaningless"
+            "previous stage's optimizer state; comparing methods with this train step would be meaningless"
         )
 
 
@@ -239,7 +242,7 @@ def _sum_of_gradients(learner: Learner) -> Any:
 def _synthetic_rollout(
     rng: np.random.Generator, problem: Problem, index: int, ratio: float, *, is_correct: bool
 ) -> Rollout:
-    """Returns a rollout with a prefix of the expert solution and a random sample of its tokens as the completion."""
+    """Returns a rollout with an expert prefix and a completion that is a random sample of the solution's tokens."""
     solution = np.array(problem.experts[0].token_ids)
     prefix_len = int(ratio * len(solution))
     request = RolloutRequest(problem, index, 0, 0 if prefix_len else -1, prefix_len, ratio)

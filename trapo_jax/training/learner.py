@@ -1,4 +1,4 @@
-"""The learner: updates the parameters with the rows that a method selects.
+"""Implements the learner, which updates the parameters with the rows that a method selects.
 
 A `Learner` owns the train state and everything that changes it. It is independent of sampling, checkpoints, and
 logging.
@@ -68,11 +68,12 @@ class Learned(NamedTuple):
 class Learner:
     """Updates the parameters of a policy.
 
-    Building a learner allocates no arrays, so that its programs can be compiled for devices that are not attached.
-    `load` initializes its state.
+    Building a learner allocates no arrays, so its programs can be compiled for devices that are not attached. `load`
+    initializes the state.
 
     Args:
-      config: the run's config; only `train`, and the lengths and temperature in `data` and `sampling`, are used.
+      config: the run's config. Only `train`, the lengths in `data` and `sampling`, and the temperature and maximum
+        staleness in `sampling` are used.
       method: the method whose loss terms form the objective.
       decoder: the decoder's shape.
       mesh: the mesh to train on.
@@ -157,7 +158,7 @@ class Learner:
 
     @property
     def max_rows(self) -> int:
-        """Maximum number of rows of an optimizer batch, which fixes the shape of all batches."""
+        """Maximum number of rows in an optimizer batch. This number determines the shape of all batches."""
         train = self._config.train
         return self.method.max_rows(train.problems_per_step, train.num_mini_batches)
 
@@ -234,7 +235,7 @@ class Learner:
     def _update(self, update: Update, moment: Moment) -> tuple[dict[str, float], list[UpdateTrace]]:
         """Takes `num_iterations` optimizer steps on each mini-batch of the rows."""
         index = self.method.optimizers.index(update.optimizer)
-        # Other updates train buffered problems rather than the rollouts of the step.
+        # Other updates train on buffered problems rather than on the rollouts of the step.
         parts = split_rows(update.rows, self._config.train.num_mini_batches if index == 0 else 1)
         host_batches = [self._build_batch(rows) for rows in parts]
         batches = [self._place(batch, with_old=self._num_steps > 1) for batch in host_batches]
@@ -268,7 +269,7 @@ class Learner:
         )
 
     def _learning_rate(self, update: Update, moment: Moment, share: float) -> float:
-        """Returns the learning rate of the optimizer step that completes this share of the update."""
+        """Returns the learning rate of the optimizer step that completes a fraction `share` of the update."""
         stage = moment.stage
         rate = self._learning_rates[stage.index](stage.step - 1 + share, stage.progress)
         return update.learning_rate_scale * rate
@@ -333,7 +334,7 @@ def update_usage(
     """Returns the tokens and FLOPs of `num_iterations` optimizer steps on the same rows.
 
     Args:
-      rows: the rows; rows without trained tokens are not computed.
+      rows: the rows; rows without trained tokens are skipped.
       num_iterations: number of optimizer steps.
       num_forward: number of additional forward passes that compute only log-probabilities.
       cost: the model's FLOPs per token.
@@ -359,7 +360,7 @@ def split_rows(rows: Sequence[TrainRow], num_parts: int) -> list[list[TrainRow]]
 
 
 def merge_mini_batches(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Merges the metrics of an update's mini-batches: token counts are summed, and all other metrics averaged."""
+    """Merges the metrics of an update's mini-batches: sums token counts and averages all other metrics."""
     return {
         name: sum(values[name] for values in metrics)
         / (1 if name.endswith("_tokens") else len(metrics))

@@ -1,7 +1,7 @@
 """Builds the optimizer and the learning-rate schedule.
 
-Their settings are fields of `TrainConfig` in `config/schema.py`, which `learner.py` passes on. `train_step.py` clips the
-gradients and applies the updates.
+The settings are fields of `TrainConfig` in `config/schema.py`; `learner.py` passes them to this module. `train_step.py`
+clips the gradients and applies the updates.
 """
 
 from collections.abc import Callable
@@ -30,9 +30,9 @@ def make_learning_rate(
       final_learning_rate_ratio: learning rate at the end as a fraction of the peak.
 
     Returns:
-      A function of `(step, progress)` within a stage. `step` is the number of steps completed by the end of the update;
-      it is fractional between the updates of a step. `progress` is the fraction of the stage that was complete before
-      the step.
+      A function of `(step, progress)` within a stage. `step` is the number of completed training steps, including the
+      fraction of the current step that is complete after the optimizer step. `progress` is the fraction of the stage
+      that was complete before the current training step.
     """
 
     def rate(step: float, progress: float) -> float:

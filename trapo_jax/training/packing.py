@@ -1,8 +1,8 @@
 """Builds a training batch from rows and assigns every token its `TokenKind`.
 
-Rollouts are packed into rows of a fixed length to minimize padding, and the packed rows are distributed so that the
-devices of a micro-batch have equal work. Token kinds are derived from lengths and never from `ids != pad_id`, since
-the padding token may be EOS.
+Rollouts are packed into rows of a fixed length to minimize padding, and the packed rows are distributed so that all
+devices have about the same amount of work in each micro-batch. Token kinds are derived from lengths and never from
+`ids != pad_id`, since the padding token may be EOS.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ def build_batch(
 ) -> TrainBatch:
     """Builds a batch of shape `[M, B, T]`, where M = ceil(max_rows / B) does not depend on the rows.
 
-    A row without trained tokens is left out of the batch but counts toward `num_rollouts`.
+    A row without trained tokens is dropped from the batch but counts toward `num_rollouts`.
 
     Args:
       rows: rollouts and expert solutions; if empty, the batch consists of padding.
       row_len: T, the length of a batch row in tokens; at least the length of the longest rollout.
       micro_batch_rows: B, the global number of rows per micro-batch; a multiple of `num_shards`.
       max_rows: maximum number of rows; `len(rows)` if None.
-      num_shards: number of devices; each receives an equal block of a micro-batch's rows.
+      num_shards: number of batch shards; each holds an equal block of a micro-batch's rows.
       packed: whether a batch row may contain several rollouts.
       pad_id: the token id used for padding; it does not affect the result.
 
@@ -121,7 +121,7 @@ def count_kinds(batch: TrainBatch) -> dict[str, int]:
 
 
 def balance(batch: TrainBatch, num_shards: int) -> float:
-    """Returns the average device's attention work divided by the busiest device's; 1 is perfect balance."""
+    """Returns the average attention work per shard divided by that of the busiest shard; 1 means perfect balance."""
     lens = np.bincount(batch.segment_ids.ravel())
     lens[0] = 0
     work = lens[batch.segment_ids].sum(axis=-1)  # each token contributes its segment's length
@@ -131,7 +131,7 @@ def balance(batch: TrainBatch, num_shards: int) -> float:
 
 
 def batch_metrics(batch: TrainBatch, num_shards: int) -> dict[str, float]:
-    """Returns token counts by kind, the fraction of padding, and the balance between devices."""
+    """Returns token counts by kind, the fraction of padding, and the balance between shards."""
     kinds = count_kinds(batch)
     return {
         **{f"batch/{name}_tokens": count for name, count in kinds.items()},

@@ -1,9 +1,9 @@
-"""One optimizer step: `(TrainState, TrainBatch, coefficients) -> (TrainState, metrics, trace)`, jitted and sharded.
+"""Builds the jitted, sharded train step `(TrainState, TrainBatch, coefficients) -> (TrainState, metrics, trace)`.
 
 Scheduled scalars (the learning rate, the bound on the gradient norm, and the weights of the loss terms) are traced
-inputs; changing them never recompiles. See `Method.coefficients`. The denominator of every loss term is taken over the
-whole batch before the first micro-batch runs, and the gradients of micro-batches are summed. Therefore, the update does
-not depend on how the batch is split into micro-batches.
+inputs, so changing them causes no recompilation; see `Method.coefficients`. The denominator of every loss term is
+computed over the whole batch before the first micro-batch runs, and the gradients of micro-batches are summed.
+Therefore, the update does not depend on how the batch is split into micro-batches.
 """
 
 import dataclasses
@@ -263,12 +263,12 @@ def _accumulate(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     empty_trace = TokenTrace(*(jnp.zeros(batch.kinds.shape, jnp.float32) for _ in range(2)))
     initial = (jax.tree.map(jnp.zeros_like, trained), *zeros, empty_trace)
-    # The number of iterations is traced, so a batch that fills fewer micro-batches needs no recompilation.
+    # The number of iterations is traced, so a batch that fills fewer micro-batches causes no recompilation.
     return jax.lax.fori_loop(0, batch.num_micro_batches, add_micro_batch, initial)
 
 
 def _at_tokens(x: jax.Array) -> jax.Array:
-    """Aligns values of predicted tokens, `[B, T - 1]`, with all tokens, `[B, T]`; the first token is not predicted."""
+    """Aligns values of predicted tokens, `[B, T - 1]`, with all tokens, `[B, T]`; the first token gets 0."""
     return jnp.pad(x, ((0, 0), (1, 0)))
 
 

@@ -1,6 +1,6 @@
 """Defines the data types shared by all packages: errors, problems, rollouts, and training batches.
 
-Every package may import this one, which imports none of them.
+Every other package may import this one; this one imports no other package.
 """
 
 from trapo_jax.types.errors import EXIT_FAILED, Interrupted, TrainingFailed, UserError

@@ -7,8 +7,8 @@ class UserError(Exception):
     """An error that the user can fix. Commands print it without a traceback, and exit with code 2.
 
     Args:
-      lines: one line per mistake, usually just one. Because they may quote data, line breaks in them are escaped, and
-        the middle of a very long line is omitted.
+      lines: one line per mistake, usually just one. Because a line may quote data, its line breaks are escaped, and the
+        middle of a very long line is omitted.
     """
 
     def __init__(self, *lines: str):

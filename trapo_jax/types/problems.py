@@ -22,7 +22,7 @@ class Expert:
 
     Attributes:
       token_ids: the solution with EOS appended.
-      paragraph_ends: lengths, in ascending order, of the prefixes whose last token contains or completes a blank line.
+      paragraph_ends: lengths of the prefixes whose last token contains or completes a blank line, in ascending order.
     """
 
     token_ids: tuple[int, ...]
@@ -58,7 +58,7 @@ class Problem:
 
 
 def find_by_source(by_source: Mapping[str, T], source: str) -> T | None:
-    """Returns the value of the first `fnmatch` pattern that a problem's source matches, ignoring case; None if none does.
+    """Returns the value of the first `fnmatch` pattern that matches a source, ignoring case; None if none matches.
 
     >>> find_by_source({"aime*": 32}, "AIME24")
     32

@@ -10,8 +10,11 @@ from trapo_jax.types.problems import Problem
 
 @dataclasses.dataclass(frozen=True)
 class MicroGroup:
-    """A group of `size` rollouts. They start from an expert prefix of ratio `ratio` if the mean reward of all
-    earlier rollouts of the problem is below `threshold`; otherwise, they are unguided."""
+    """A micro-group of `size` rollouts of a problem.
+
+    The rollouts start from an expert prefix with the guidance ratio `ratio` if the mean reward of all earlier rollouts
+    of the problem is below `threshold`; otherwise, they are unguided.
+    """
 
     size: int
     ratio: float
@@ -68,9 +71,9 @@ class SamplingParams:
 
     Attributes:
       temperature: sampling temperature, >= 0; 0 decodes greedily.
-      top_p: in (0, 1]; samples only from the most likely tokens whose total probability reaches `top_p`. Used only
-        in evaluation.
-      top_k: >= 0; samples only from the `top_k` most likely tokens, or from all tokens if 0. Used only in evaluation.
+      top_p: in (0, 1]; only the smallest set of most likely tokens whose total probability reaches `top_p` is sampled
+        from. Used only in evaluation.
+      top_k: >= 0; only the `top_k` most likely tokens are sampled from, or all tokens if 0. Used only in evaluation.
     """
 
     temperature: float = 1.0
@@ -80,8 +83,11 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """The engine's result for a request: the sampled tokens, including EOS, and the log-probability
-    of each token under the temperature-scaled distribution from which it was sampled."""
+    """The engine's result for a request.
+
+    A completion contains the sampled tokens, including EOS, and the log-probability of each token under the
+    temperature-scaled distribution from which it was sampled.
+    """
 
     request: RolloutRequest
     token_ids: tuple[int, ...]
@@ -179,8 +185,11 @@ class Grade:
         return {name: j.reason for name, j in self.judgments.items() if j.reward is None}
 
     def as_record(self) -> dict[str, Any]:
-        """Returns the fields shared by all sample records: `answer` (extracted from the response), `is_correct`,
-        `reward`, `rewards` (keyed by reward function), and `missing` (reasons for missing rewards)."""
+        """Returns the fields that all sample records share.
+
+        These are `answer` (extracted from the response), `is_correct`, `reward`, `rewards` (keyed by reward function),
+        and `missing` (the reasons for missing rewards, keyed by reward function).
+        """
         return {
             "answer": self.answer,
             "is_correct": self.is_correct,

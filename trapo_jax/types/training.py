@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from trapo_jax.types.rollouts import Completion
 
-BATCH_AXES = ("data", "fsdp")  # mesh axes that shard the rows of a batch
+BATCH_AXES = ("data", "fsdp")  # mesh axes over which the rows of a batch are sharded
 
 
-TENSOR_AXIS = "tp"  # mesh axis that shards heads, MLPs and the vocabulary
+TENSOR_AXIS = "tp"  # mesh axis over which heads, MLPs and the vocabulary are sharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Usage:
 
 
 class TokenKind(enum.IntEnum):
-    """The role of a token in a training row. All masks are derived from it."""
+    """The role of a token in a training row. All masks are derived from this role."""
 
     PAD = 0
     PROMPT = 1
@@ -118,11 +118,10 @@ class TokenKind(enum.IntEnum):
 class TrainBatch(NamedTuple):
     """One optimizer batch. Arrays have the global shape `[M, B, T]`: micro-batches, rows, tokens.
 
-    A row contains one or more rollouts, packed as consecutive segments. `kinds[..., t]`,
-    `advantages[..., t]` and `sampler_logprobs[..., t]` describe the token `token_ids[..., t]`,
-    which is predicted at position t - 1 of the same segment. M is the maximum number of
-    micro-batches, so that shapes never change; micro-batches from index `num_micro_batches` onward
-    contain only padding.
+    A row contains one or more rollouts, packed as consecutive segments. `kinds[..., t]`, `advantages[..., t]` and
+    `sampler_logprobs[..., t]` describe the token `token_ids[..., t]`, which is predicted at position t - 1 of the same
+    segment. M is the maximum number of micro-batches, so that shapes never change; micro-batches from index
+    `num_micro_batches` onward contain only padding.
     """
 
     token_ids: Any  # int32
@@ -135,7 +134,7 @@ class TrainBatch(NamedTuple):
     num_micro_batches: Any  # int32 [], number of nonempty micro-batches
     # Log-probabilities, float32 at trained tokens, otherwise 0; None if no loss needs them.
     old_logprobs: Any = (
-        None  # under the policy before the batch's first update; None in that update
+        None  # under the policy before the batch's first update; None during that update
     )
     ref_logprobs: Any = None  # under the run's initial model
 

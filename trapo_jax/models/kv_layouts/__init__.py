@@ -2,7 +2,7 @@
 
 Training and prefill always use `Stacked`. Decoding reads all weights and the filled part of the cache for every
 token, so it uses the layout that the device reads fastest (`trapo_jax.sampling.programs.choose_layout`). The decoder
-and the sampler depend only on the interface `StorageLayout`; to add a layout, implement it in a new class.
+and the sampler depend only on the `StorageLayout` interface; to add a layout, write a class that implements it.
 """
 
 from trapo_jax.models.kv_layouts.interface import (

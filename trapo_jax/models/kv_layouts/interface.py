@@ -112,13 +112,13 @@ class StorageLayout(abc.ABC):
         is_local: jax.Array | None,
         implementation: Implementation,
     ) -> tuple[jax.Array, Any]:
-        """Computes attention from T new tokens per slot to the slot's cache in one layer and to each other.
+        """Computes attention in one layer from T new tokens per slot to the slot's cached tokens and to each other.
 
         Args:
           q_STNH, k_STKH, v_STKH: the new tokens. Only `Stacked` supports more than one token per slot.
           cache: the cache of this layer, with at least S rows; only the first S are used.
-          lens_S: int32, number of filled positions of each slot. If a slot's value is beyond the cache, its result
-            is finite but meaningless, and its token is not stored.
+          lens_S: int32, number of filled positions of each slot. If a slot's number is at least the length of the
+            cache, the slot's result is finite but meaningless, and its token is not stored.
           view_len: upper bound on the number of filled positions; None for the whole cache.
           scale, window, is_local, implementation: see `row_attention`.
 

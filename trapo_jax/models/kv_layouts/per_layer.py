@@ -72,7 +72,7 @@ class PerLayer(StorageLayout):
     ):
         del view_len, is_local
         if window is not None:
-            raise ValueError("the layout PerLayer does not support sliding windows")
+            raise ValueError("the PerLayer layout does not support sliding windows")
         slots = jnp.arange(len(lens_S))
         put = lambda old, new: old.at[slots, lens_S].set(new[:, 0], mode="drop")
         cache = KVCache(put(cache.keys, k_STKH), put(cache.values, v_STKH))
@@ -89,7 +89,7 @@ class PerLayer(StorageLayout):
 
     def append(self, cache, entries, rows, positions):
         del cache, rows, positions
-        return entries  # `attend` has already stored the tokens
+        return entries  # `attend` has already stored the new tokens
 
     def copy(self, cache, source_rows, target_rows, count):
         def copy_rows(rows, cache: KVCache) -> KVCache:
