@@ -1,9 +1,7 @@
 """Tests encoding examples as problems: lengths, experts, ids and counts, with a real byte-level BPE tokenizer."""
 
 import hashlib
-import importlib.util
 import random
-import sys
 
 import pytest
 from tokenizers import (
@@ -25,14 +23,12 @@ from trapo_jax.data import (
     card_shuffles_splits,
     encode_examples,
     fingerprint,
-    gsm_symbolic_splits,
     hold_out,
     make_template,
     problem_batches,
 )
 from trapo_jax.data.encoding import Encoder
 from trapo_jax.data.problems import MAX_TOKEN_CHARS
-from trapo_jax.data.templates import MATH_INSTRUCTION
 from trapo_jax.types import UserError
 
 TEXT = "First we add.\n\nThen we stop.\n\n\nÜber 7 €, (so) it is 2.\n"
@@ -285,34 +281,3 @@ def test_batch_larger_than_the_training_set_raises(bpe):
     problems, _ = encode([example()], bpe)
     with pytest.raises(UserError, match=r"train\.problems_per_step=2: more than the 1 training"):
         problem_batches(problems, batch_size=2, seed=0)
-
-
-def has_reasoning_gym():
-    return importlib.util.find_spec("reasoning_gym") is not None
-
-
-@pytest.mark.skipif(
-    not has_reasoning_gym(), reason="reasoning-gym (extra `tasks`) is not installed"
-)
-def test_gsm_symbolic_splits_are_reproducible_disjoint_and_well_formed():
-    sizes = {"num_train": 50, "num_validation": 20, "num_test": 30}
-    splits = gsm_symbolic_splits(seed=0, **sizes)
-    assert splits == gsm_symbolic_splits(seed=0, **sizes)
-    assert [len(splits[name]) for name in ("train", "validation", "test")] == [50, 20, 30]
-    prompts = {e.prompt for split in splits.values() for e in split}
-    assert len(prompts) == 100
-    # The splits of adjacent seeds have no problems in common, either.
-    other = gsm_symbolic_splits(seed=1, **sizes)
-    assert not prompts & {e.prompt for split in other.values() for e in split}
-    for e in splits["train"]:
-        assert e.prompt.endswith("\n" + MATH_INSTRUCTION)
-        assert e.solutions[0].endswith(f"\nThe final answer is \\boxed{{{e.answer}}}.")
-        assert "####" not in e.solutions[0]
-        float(e.answer)
-        assert Template("qwen_math").render(e.prompt).count(MATH_INSTRUCTION) == 1
-
-
-def test_missing_reasoning_gym_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(UserError, match=r"pip install 'trapo-jax\[tasks\]'"):
-        gsm_symbolic_splits(seed=0, num_train=1, num_validation=1, num_test=1)

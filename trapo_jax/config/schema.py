@@ -104,14 +104,18 @@ DATA_FILES = ("train_files", "validation_files", "test_files")  # the file lists
 
 
 class DataConfig(Section):
-    source: Literal["card_shuffles", "gsm_symbolic", "files"] = "card_shuffles"
-    """Source of the problems: card_shuffles (the built-in task), gsm_symbolic from reasoning-gym (requires the extra `tasks`), or files. The default is files if data.train_files is set or the model is not the built-in one."""
+    source: Literal["card_shuffles", "reasoning_gym", "files"] = "card_shuffles"
+    """Source of the problems: card_shuffles (the built-in task), reasoning_gym (the task data.task of reasoning-gym; requires the extra `tasks`), or files. The default is files if data.train_files is set or the model is not the built-in one."""
     seed: NotNegative = 0
     """Random seed for generated problems and held-out splits. It is independent of the run's seed, so that runs with different seeds have the same problems."""
     difficulty: Literal["late", "early"] = "late"
     """Card shuffles only: where a solution becomes hard, either after the third operation (late) or at an unfamiliar first operation (early)."""
     expert_style: Literal["careless", "clean"] = "careless"
     """Card shuffles only: whether expert solutions contain filler words and skipped steps (careless) or only the exact steps (clean)."""
+    task: str = "gsm_symbolic"
+    """Name of the reasoning-gym task. chain_sum, gsm_symbolic and spell_backward have expert solutions; the others can only be trained without experts, for example with method.name=grpo."""
+    task_options: dict[str, Any] = {}
+    """Options of the reasoning-gym task that set its difficulty, such as {min_terms: 3, max_terms: 3} for chain_sum."""
     num_train: Positive | None = None
     """Number of training problems of a generated task."""
     num_validation: NotNegative | None = None
@@ -237,7 +241,7 @@ class GradingConfig(Section):
 
 class RewardsConfig(GradingConfig):
     functions: StringList = ()
-    """Reward functions: card_shuffles, math, math_lenient (the reward of the TRAPO authors), multiple_choice, or import paths `package.module:name` of your own functions. The first one decides whether a response is correct. Methods that do not sample (sft) need none; without reward functions, nothing is evaluated."""
+    """Reward functions: card_shuffles, math, math_lenient (the reward of the TRAPO authors), multiple_choice, reasoning_gym, or import paths `package.module:name` of your own functions. The first one decides whether a response is correct. Methods that do not sample (sft) need none; without reward functions, nothing is evaluated."""
     max_error_rate: Fraction = 0.2
     """Maximum fraction of a step's rollouts on which a reward function may fail or time out. If it is exceeded, the run stops."""
 

@@ -29,9 +29,14 @@ TASKS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "evaluation": {"every": 125, "num_samples": 8, "temperature": 1.0},
         "checkpoint": {"every": 75},
     },
-    "gsm_symbolic": {
-        "data": {"num_train": 4096, "num_validation": 128, "num_test": 128},
-        "rewards": {"functions": ["math"]},
+    "reasoning_gym": {
+        "data": {
+            "num_train": 4096,
+            "num_validation": 128,
+            "num_test": 128,
+            "prompt_suffix": "boxed",
+        },
+        "rewards": {"functions": ["reasoning_gym"]},
     },
     FILES: {},
 }

@@ -220,7 +220,7 @@ def check_files(data: DataConfig, *needed: str) -> None:
     if data.source == FILES and not any(getattr(data, field) for field in needed):
         raise ValueError(
             f"data.{needed[0]}: not set; specify files or Hub datasets, or set data.source to card_shuffles or "
-            "gsm_symbolic for generated problems"
+            "reasoning_gym for generated problems"
         )
     unread = [field for field in DATA_FILES if data.source != FILES and getattr(data, field)]
     if unread:

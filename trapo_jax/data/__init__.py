@@ -9,7 +9,6 @@ problems, report = encode_examples(examples, tokenizer, template=template, max_p
 from trapo_jax.data.card_shuffles import card_shuffles_splits
 from trapo_jax.data.columns import examples_from_rows
 from trapo_jax.data.examples import DataReport, Example, Message
-from trapo_jax.data.gsm_symbolic import gsm_symbolic_splits
 from trapo_jax.data.layouts import COLUMN_PRESETS, Columns, find_preset
 from trapo_jax.data.problems import (
     draw_problems,
@@ -18,6 +17,7 @@ from trapo_jax.data.problems import (
     hold_out,
     problem_batches,
 )
+from trapo_jax.data.reasoning_gym import reasoning_gym_splits
 from trapo_jax.data.sources import Row, read_rows
 from trapo_jax.data.templates import TEMPLATES, Template, make_template
 
@@ -36,9 +36,9 @@ __all__ = [
     "examples_from_rows",
     "find_preset",
     "fingerprint",
-    "gsm_symbolic_splits",
     "hold_out",
     "make_template",
     "problem_batches",
     "read_rows",
+    "reasoning_gym_splits",
 ]

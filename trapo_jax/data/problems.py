@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal
 
-import grain
 import numpy as np
 
 from trapo_jax.data.encoding import Encoder, as_encoder
@@ -160,6 +159,8 @@ def problem_batches(problems: Sequence[Problem], *, batch_size: int, seed: int) 
     Raises:
       UserError: if there are fewer problems than `batch_size`.
     """
+    import grain  # takes half a second, which commands that do not train should not spend
+
     if len(problems) < batch_size:
         raise UserError(
             f"train.problems_per_step={batch_size}: more than the {len(problems)} training problems, so a batch would "

@@ -20,10 +20,10 @@ from trapo_jax.data import (
     examples_from_rows,
     find_preset,
     fingerprint,
-    gsm_symbolic_splits,
     hold_out,
     make_template,
     read_rows,
+    reasoning_gym_splits,
 )
 from trapo_jax.data.encoding import Encoder
 from trapo_jax.data.instructions import instructed
@@ -260,7 +260,7 @@ def read_splits(
             seed=config.seed, difficulty=config.difficulty, style=config.expert_style, **sizes
         )
     else:
-        splits = gsm_symbolic_splits(seed=config.seed, **sizes)
+        splits = reasoning_gym_splits(config.task, config.task_options, seed=config.seed, **sizes)
     return splits, {}, None
 
 

@@ -24,10 +24,15 @@ from trapo_jax.rewards.pool import (
     RewardFunction,
     path_of,
 )
+from trapo_jax.rewards.reasoning_gym import grade_reasoning_gym
 from trapo_jax.types import Grade, Judgment, Problem, UserError, find_by_source
 
 # Names that a config may use. Functions that a hostile response could keep busy run in workers, which can be killed.
-IN_WORKERS: dict[str, RewardFunction] = {"math": grade_math, "math_lenient": grade_math_lenient}
+IN_WORKERS: dict[str, RewardFunction] = {
+    "math": grade_math,
+    "math_lenient": grade_math_lenient,
+    "reasoning_gym": grade_reasoning_gym,
+}
 REWARD_FUNCTIONS = ("card_shuffles", "multiple_choice", *IN_WORKERS)
 
 

@@ -5,14 +5,29 @@ clock is set back), its queue fills up and the next scalar blocks forever. The e
 failures to write them are not fatal.
 """
 
+import contextlib
 import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 EVENTS = "events"  # Prefix of event file names.
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Hides torch from tensorboardX, which would import it, if it is installed, to accept tensors. That takes seconds."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]  makes `import torch` fail
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class TensorBoard:
@@ -24,8 +39,9 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, run_id: str):
-        from tensorboardX import event_file_writer, summary  # The import takes seconds.
-        from tensorboardX.proto import event_pb2
+        with _without_torch():
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
 
         self._folder = folder
         self._summary, self._event = summary.scalar, event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
