@@ -153,7 +153,7 @@ def test_eos_ids_come_from_the_tokenizer_and_the_model(
 def test_invalid_eos_ids_are_rejected(file, given, found, tiny):
     content = json.loads((tiny / "config.json").read_text()) if file == "config.json" else {}
     (tiny / file).write_text(json.dumps({**content, "eos_token_id": given}))
-    message = f"< vocab_size {VOCAB_SIZE}, found {found}$"
+    message = rf"< vocab_size \({VOCAB_SIZE}\), found {found}$"
     with pytest.raises(UserError, match=message) as caught:
         opened(tiny)
     assert str(caught.value).startswith(f"{tiny / file}: field 'eos_token_id' must be")
