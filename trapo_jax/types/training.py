@@ -125,7 +125,7 @@ class TrainBatch(NamedTuple):
     """
 
     token_ids: Any  # int32
-    positions: Any  # int32, 0 at the first token of a segment
+    positions: Any  # int32, positions of the tokens in their rollouts
     segment_ids: Any  # int32, 0 for padding, otherwise 1 + index of the rollout in the batch
     kinds: Any  # int8, TokenKind
     advantages: Any  # float32, the rollout's advantage at trained tokens, otherwise 0
@@ -137,6 +137,9 @@ class TrainBatch(NamedTuple):
         None  # under the policy before the batch's first update; None during that update
     )
     ref_logprobs: Any = None  # under the run's initial model
+    # int32, the segment that a token attends to besides its own: the prompt that its rollout shares with others, whose
+    # own id is larger than those of all rollouts. Equals segment_ids elsewhere; None if no prompts are shared.
+    context_ids: Any = None
 
 
 class UpdateTrace(NamedTuple):
