@@ -85,10 +85,10 @@ class Usage:
     Attributes:
       tokens_trained: number of completion and expert tokens with a loss, counted once per optimizer step.
       tokens_expert_trained: number of expert tokens among the trained tokens.
-      tokens_prompt: number of prompt tokens in trained rows, counted once per optimizer step.
+      tokens_prompt: number of prompt tokens of the trained rollouts, counted once per rollout and optimizer step.
       tokens_sampled: number of tokens sampled by the policy, trained or not.
       problems_seen: number of problems whose rollouts were sampled.
-      flops: FLOPs of sampling and training, computed analytically (`models.flops`).
+      flops: FLOPs of sampling and training, computed analytically (`models.flops`) as if no prompts were shared.
       seconds: time spent on sampling, grading and training.
     """
 
