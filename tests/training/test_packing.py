@@ -132,6 +132,45 @@ def test_packed_arrays_for_tokens_of_every_kind():
     )
 
 
+def test_rollouts_of_a_problem_in_one_row_share_its_prompt():
+    """The last prompt token is repeated, because it predicts the first token of every response."""
+    other = Problem("b" * 16, (7, 8, 6), "x")
+    group = [
+        rollout(0, 0, [3, EOS]),
+        rollout(1, 2, [3, EOS]),
+        rollout(2, 0, [5, 5, EOS], problem=other),
+        rollout(3, 0, [4], problem=other),
+    ]
+    batch = build(group, packed=True, share_prompts=True, row_len=16, micro_batch_rows=4)
+    assert rows(batch.token_ids)[0] == [1, 2, 5, 6, 3, EOS, 2, 3, EOS, *[0] * 7]
+    assert rows(batch.positions)[0] == [0, 1, 2, 3, 4, 5, 1, 2, 3, *[0] * 7]
+    assert rows(batch.kinds)[0] == [P, P, T, T, C, C, P, C, C, *[_] * 7]
+    first, second = 1 + 4 + 1, 1 + 4 + 2  # larger than the ids of all rollouts
+    assert rows(batch.segment_ids)[0] == [first, *[2] * 5, *[1] * 3, *[0] * 7]
+    assert rows(batch.context_ids)[0] == [first] * 9 + [0] * 7
+    assert rows(batch.token_ids)[1] == [7, 8, 6, 5, 5, EOS, 6, 4, *[0] * 8]
+    assert rows(batch.segment_ids)[1] == [second] * 2 + [3] * 4 + [4] * 2 + [0] * 8
+    assert rows(batch.advantages)[1] == pytest.approx([0] * 3 + [0.3] * 3 + [0, 0.4] + [0] * 8)
+    assert count_kinds(batch)["prompt"] == 3 + 4
+
+
+def test_rollouts_of_a_problem_in_different_rows_have_their_own_prompts():
+    group = [rollout(i, 0, [3, 3, 3, EOS]) for i in range(3)]
+    batch = build(group, packed=True, share_prompts=True, row_len=11, micro_batch_rows=3)
+    assert batch.num_micro_batches == 1
+    assert rows(batch.token_ids)[1] == [1, 2, 3, 3, 3, EOS, *[0] * 5]
+    assert rows(batch.context_ids)[1] == rows(batch.segment_ids)[1] == [3] * 6 + [0] * 5
+    assert rows(batch.segment_ids)[0] == [4, *[1] * 5, *[2] * 5]
+
+
+def test_sharing_prompts_saves_rows():
+    problem = Problem("c" * 16, tuple(range(10)), "x")
+    group = [rollout(i, 0, [3] * 5, problem=problem) for i in range(8)]
+    options = {"packed": True, "row_len": 60, "micro_batch_rows": 1}
+    assert build(group, **options).num_micro_batches == 2
+    assert build(group, **options, share_prompts=True).num_micro_batches == 1
+
+
 def test_pad_id_may_equal_eos():
     group = [rollout(0, 0, [3, EOS]), rollout(1, 0, [3, 3, 3, EOS])]
     padded_with_eos = in_order(build(group, pad_id=EOS))

@@ -135,7 +135,7 @@ def objective_by_logits(logits, batch, method):
 
 
 def test_gradient_does_not_depend_on_the_layout(params):
-    """64 rollouts give the same gradient and metrics in micro-batches of any size, packed or not."""
+    """64 rollouts give the same gradient and metrics in micro-batches of any size, packed or not, and with shared prompts."""
     groups, advantages = ragged_groups(NO_TIES, num_problems=8)
     method = method_of_every_term()
     assert len({term.name for term in method.terms}) == len(method.terms) == 18
@@ -147,12 +147,30 @@ def test_gradient_does_not_depend_on_the_layout(params):
         {"micro_batch_rows": 8},
         {"packed": True, "row_len": 33, "micro_batch_rows": 2},
         {"packed": True, "row_len": 33, "micro_batch_rows": 7},
+        {"packed": True, "share_prompts": True, "row_len": 33, "micro_batch_rows": 2},
+        {"packed": True, "share_prompts": True, "row_len": 100, "micro_batch_rows": 3},
     ]
     for layout in layouts:
         other = sgd_step(method, build(groups, advantages, **layout), params)
         assert relative_difference(other[0], whole[0]) < 1e-5, layout
         for name, value in whole[1].items():
             np.testing.assert_allclose(other[1][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("local_layers", [(True, True), (True, False)])
+def test_the_window_counts_positions_if_prompts_are_shared(params, local_layers):
+    """Two tokens of a rollout are farther apart in a row than in the rollout if other rollouts lie between them."""
+    decoder = dataclasses.replace(CONFIG, window=3, local_layers=local_layers)
+    groups, advantages = ragged_groups()
+    layout = {"packed": True, "row_len": 60, "micro_batch_rows": 8 * len(groups)}
+    logprobs_of = {}
+    for share in (False, True):
+        batch = build(groups, advantages, **layout, share_prompts=share)
+        logprobs = np.asarray(batch_logprobs(batch, params, decoder))
+        is_trained = (batch.kinds > TokenKind.PROMPT) & (logprobs != 0)
+        order = np.lexsort((batch.positions[is_trained], batch.segment_ids[is_trained]))
+        logprobs_of[share] = logprobs[is_trained][order]
+    np.testing.assert_allclose(logprobs_of[True], logprobs_of[False], atol=1e-5)
 
 
 def test_padding_and_pad_id_do_not_matter(params):
@@ -285,10 +303,10 @@ def test_the_trace_contains_the_logprob_and_gradient_weight_of_each_trained_toke
     assert np.count_nonzero(expected) > expert.sum() > 0
 
 
-def batch_logprobs(batch, params):
+def batch_logprobs(batch, params, decoder=CONFIG):
     mesh = one_device_mesh()
     shardings = state_shardings(params, optax.sgd(1.0), mesh).params
-    build = make_batch_logprobs(TokenScorer(CONFIG, 1.0, 7), mesh, shardings)
+    build = make_batch_logprobs(TokenScorer(decoder, 1.0, 7), mesh, shardings)
     return build(jax.device_put(params, shardings), batch)
 
 

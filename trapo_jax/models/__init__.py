@@ -1,6 +1,6 @@
 """Provides one decoder for all supported models, configured and loaded from Hugging Face model folders."""
 
-from trapo_jax.models.attention import is_for_cudnn
+from trapo_jax.models.attention import is_for_cudnn, supports_shared_segments
 from trapo_jax.models.decoder import (
     Decoder,
     DecoderConfig,
@@ -77,6 +77,7 @@ __all__ = [
     "read_eos_ids",
     "read_max_context_len",
     "split_trained",
+    "supports_shared_segments",
     "token_cost",
     "unembedding",
     "with_weights",

@@ -20,6 +20,8 @@ def row_attention(
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array,
     *,
+    context_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
     scale: float,
     window: int | None = None,
     is_local: jax.Array | None = None,
@@ -30,6 +32,9 @@ def row_attention(
     Args:
       q_BTNH, k_BTKH, v_BTKH: queries, keys, and values; each key-value head is shared by N / K query heads.
       segment_ids_BT: int32; tokens attend only to tokens of the same segment. Padding is segment 0.
+      context_ids_BT: int32; tokens also attend to tokens of this segment, such as a prompt that several segments share.
+        None if there are no shared segments. "splash" does not support it.
+      positions_BT: int32, positions of the tokens, for the window; the positions in the row if None.
       scale: multiplier for the scores, usually `H ** -0.5`.
       window: a token attends to itself and to the `window - 1` tokens before it. If None, a token attends to all tokens
         before it.
@@ -41,8 +46,9 @@ def row_attention(
     Returns:
       The result `[B, T, N, H]`. Values at padding positions are finite but meaningless.
     """
-    chosen = _choose(implementation, q_BTNH)
+    chosen = _choose(implementation, q_BTNH.shape[1], q_BTNH.shape[3], q_BTNH.dtype.name)
     if chosen in ("splash", "splash_interpreted"):
+        assert context_ids_BT is None, "splash attention does not support shared segments"
         interpret = chosen == "splash_interpreted"
         splash = functools.partial(_splash_attention, scale=scale, interpret=interpret)
         local = functools.partial(splash, window=window)
@@ -51,9 +57,12 @@ def row_attention(
         full = functools.partial(splash, window=None)
         return jax.lax.cond(is_local, local, full, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
     mask = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    if context_ids_BT is not None:
+        mask |= context_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     if window is not None:
-        index = jnp.arange(segment_ids_BT.shape[1])
-        near = index[:, None] - index[None, :] < window
+        if positions_BT is None:
+            positions_BT = jnp.arange(segment_ids_BT.shape[1])[None]
+        near = positions_BT[:, :, None] - positions_BT[:, None, :] < window
         mask &= near if is_local is None else near | ~is_local
     return jax.nn.dot_product_attention(
         q_BTNH,
@@ -148,7 +157,7 @@ def decode_attention(
       `[S, N, H]`.
     """
     num_slots = len(q_SNH)
-    if _choose(implementation, q_SNH[:, None]) == "cudnn":
+    if _choose(implementation, 1, q_SNH.shape[2], q_SNH.dtype.name) == "cudnn":
         # Slicing the cache would copy it. Instead, pass all R slots; unused slots have length 0.
         num_unused = len(k_RCKH) - num_slots
         q_R1NH = jnp.pad(q_SNH, ((0, num_unused), (0, 0), (0, 0)))[:, None]
@@ -180,13 +189,20 @@ def is_for_cudnn(platform: str, dtype: str, head_dim: int) -> bool:
     return platform == "gpu" and dtype in ("bfloat16", "float16") and head_dim in range(8, 129, 8)
 
 
-def _choose(implementation: Implementation, q_BTNH: jax.Array) -> Any:
+def supports_shared_segments(
+    implementation: Implementation, *, row_len: int, head_dim: int, dtype: str
+) -> bool:
+    """Returns whether `row_attention` accepts `context_ids_BT` for rows of this length."""
+    return not _choose(implementation, row_len, head_dim, dtype).startswith("splash")
+
+
+def _choose(implementation: Implementation, length: int, head_dim: int, dtype: str) -> Any:
     if implementation != "auto":
         return implementation
     device = jax.default_backend()
-    if device == "tpu" and q_BTNH.shape[1] % 128 == 0 and q_BTNH.shape[3] % 128 == 0:
+    if device == "tpu" and length % 128 == 0 and head_dim % 128 == 0:
         return "splash"
-    if is_for_cudnn(device, q_BTNH.dtype.name, q_BTNH.shape[3]):
+    if is_for_cudnn(device, dtype, head_dim):
         return "cudnn"
     return "xla"
 

@@ -200,6 +200,7 @@ class Decoder(nnx.Module):
         token_ids_BT: jax.Array,
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None = None,
+        context_ids_BT: jax.Array | None = None,
         *,
         cache: KVCache | None = None,
         cached_lens_S: jax.Array | None = None,
@@ -209,8 +210,9 @@ class Decoder(nnx.Module):
 
         Args:
           token_ids_BT: int32. With a cache, `[S, T]`, the tokens that follow the cached tokens of each slot.
-          positions_BT: int32, 0 at the first token of a segment.
+          positions_BT: int32, positions of the tokens in their texts.
           segment_ids_BT: int32; tokens attend only to tokens of their segment. Required without a cache.
+          context_ids_BT: int32; tokens also attend to this segment. See `row_attention`; None with a cache.
           cache: a cache in `config.layout` with at least S rows; only the first S are used. It is not modified;
             store the new tokens with `StorageLayout.append`.
           cached_lens_S: int32, number of filled positions of each slot. If a slot's number is at least the length of
@@ -235,8 +237,9 @@ class Decoder(nnx.Module):
                 chosen = _choose(is_local, local_angles, angles)
             else:
                 chosen = local_angles if c.has_windows else angles
+            rows = (segment_ids_BT, context_ids_BT, positions_BT)
             attend = self._attend(
-                segment_ids_BT, layer_cache, cached_lens_S, view_len=view_len, is_local=is_local
+                rows, layer_cache, cached_lens_S, view_len=view_len, is_local=is_local
             )
             x, entries = block(x, chosen, attend)
             return _shard_rows(x), entries
@@ -246,7 +249,7 @@ class Decoder(nnx.Module):
         )
         return rms_norm(x_BTD, self.final_norm[...] + c.norm_offset, c.norm_epsilon), entries
 
-    def _attend(self, segment_ids_BT, layer_cache, cached_lens_S, *, view_len, is_local) -> Attend:
+    def _attend(self, rows, layer_cache, cached_lens_S, *, view_len, is_local) -> Attend:
         """Returns a layer's attention function: within whole rows, or from new tokens to the layer's cache."""
         c = self.config
         options: Any = {
@@ -257,7 +260,16 @@ class Decoder(nnx.Module):
         }
 
         def within_rows(q_BTNH, k_BTKH, v_BTKH):
-            attended = row_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, **options)
+            segment_ids, context_ids, positions = rows
+            attended = row_attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                segment_ids,
+                context_ids_BT=context_ids,
+                positions_BT=positions,
+                **options,
+            )
             return attended, (k_BTKH, v_BTKH)
 
         def to_cache(q_STNH, k_STKH, v_STKH):

@@ -83,7 +83,8 @@ def compile_train_step(
     learner = Learner(config, method, decoder, mesh)
     num_rows = learner.micro_batch_rows
     num_micro_batches = -(-learner.max_rows // num_rows)
-    batch = abstract_batch(num_micro_batches, num_rows, config.row_len, mesh)
+    shape = (num_micro_batches, num_rows, config.row_len)
+    batch = abstract_batch(shape, mesh, with_context=learner.shares_prompts)
     coefficients = method.coefficients(Moment(1, 0.0, config.seed), learning_rate=1.0)
     cost = token_cost(decoder)
     total_rows = num_micro_batches * num_rows
@@ -207,12 +208,16 @@ def compile_program(
     )
 
 
-def abstract_batch(num_micro_batches: int, num_rows: int, row_len: int, mesh: Mesh) -> TrainBatch:
-    """Returns the shapes, dtypes and shardings of a training batch."""
+def abstract_batch(shape: tuple[int, int, int], mesh: Mesh, *, with_context: bool) -> TrainBatch:
+    """Returns the shapes, dtypes and shardings of a training batch.
+
+    Args:
+      shape: numbers of micro-batches, rows and tokens.
+      mesh: the mesh of the train step.
+      with_context: whether rollouts may share prompts.
+    """
     rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, P())
-    array = lambda dtype: jax.ShapeDtypeStruct(
-        (num_micro_batches, num_rows, row_len), dtype, sharding=rows
-    )
+    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
     ints, floats = array(jnp.int32), array(jnp.float32)
     return TrainBatch(
@@ -224,6 +229,7 @@ def abstract_batch(num_micro_batches: int, num_rows: int, row_len: int, mesh: Me
         sampler_logprobs=floats,
         num_rollouts=scalar(jnp.float32),
         num_micro_batches=scalar(jnp.int32),
+        context_ids=ints if with_context else None,
     )
 
 

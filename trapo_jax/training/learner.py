@@ -23,6 +23,7 @@ from trapo_jax.models import (
     abstract_params,
     count_attention_pairs,
     load_params,
+    supports_shared_segments,
     token_cost,
 )
 from trapo_jax.training.optimizer import make_learning_rate, make_optimizer
@@ -145,6 +146,17 @@ class Learner:
     def micro_batch_rows(self) -> int:
         """Number of rows per micro-batch, over all devices."""
         return self._config.train.per_device_rows * num_batch_shards(self.mesh)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether rollouts of a problem in the same row share its prompt. Not all kinds of attention support it."""
+        decoder = self._decoder
+        return supports_shared_segments(
+            decoder.attention,
+            row_len=self._config.row_len,
+            head_dim=decoder.head_dim,
+            dtype=decoder.dtype,
+        )
 
     @property
     def num_iterations(self) -> int:
@@ -290,6 +302,7 @@ class Learner:
             micro_batch_rows=self.micro_batch_rows,
             max_rows=self.max_rows,
             num_shards=num_batch_shards(self.mesh),
+            share_prompts=self.shares_prompts,
         )
 
     def _usage_of(self, rows: Sequence[TrainRow]) -> Usage:

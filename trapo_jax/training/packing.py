@@ -1,11 +1,20 @@
 """Builds a training batch from rows and assigns every token its `TokenKind`.
 
 Rollouts are packed into rows of a fixed length to minimize padding, and the packed rows are distributed so that all
-devices have about the same amount of work in each micro-batch. Token kinds are derived from lengths and never from
+devices have about the same amount of work in each micro-batch. Rollouts of the same problem in the same row can share
+one copy of its prompt::
+
+    token ids    p0 p1  p2 a b c  p2 d e      rollouts p0 p1 p2 a b c and p0 p1 p2 d e
+    positions    0  1   2  3 4 5  2  3 4
+    segment ids  9  9   1  1 1 1  2  2 2      segment 9 is the shared part of the prompt
+    context ids  9  9   9  9 9 9  9  9 9      so tokens of segments 1 and 2 also attend to segment 9
+
+The last prompt token is repeated, because it predicts the first token of every response. Token kinds are derived from lengths and never from
 `ids != pad_id`, since the padding token may be EOS.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +29,7 @@ def build_batch(
     max_rows: int | None = None,
     num_shards: int = 1,
     packed: bool = True,
+    share_prompts: bool = False,
     pad_id: int = 0,
 ) -> TrainBatch:
     """Builds a batch of shape `[M, B, T]`, where M = ceil(max_rows / B) does not depend on the rows.
@@ -33,6 +43,8 @@ def build_batch(
       max_rows: maximum number of rows; `len(rows)` if None.
       num_shards: number of batch shards; each holds an equal block of a micro-batch's rows.
       packed: whether a batch row may contain several rollouts.
+      share_prompts: whether rollouts of the same problem in the same batch row share one copy of its prompt; requires
+        `packed`.
       pad_id: the token id used for padding; it does not affect the result.
 
     Raises:
@@ -50,23 +62,68 @@ def build_batch(
     if max(lens, default=0) > row_len:
         raise ValueError(f"a rollout of {max(lens)} tokens exceeds row_len={row_len}")
     members = [i for i, length in enumerate(lens) if length]
-    packs = [[i] for i in members]
+    bundles = [_Bundle((i,), 0, lens[i]) for i in members]
+    if share_prompts:
+        bundles = _bundle(members, rows, lens, row_len)
+    packs = [[bundle] for bundle in bundles]
     if packed:
-        packs = [[members[j] for j in group] for group in pack([lens[i] for i in members], row_len)]
+        together = pack([bundle.length for bundle in bundles], row_len)
+        packs = [[bundles[j] for j in group] for group in together]
     batch = _empty_batch(-(-max_rows // micro_batch_rows), micro_batch_rows, row_len, pad_id)
-    costs = [sum(lens[i] ** 2 for i in together) for together in packs]
+    if share_prompts:
+        batch = batch._replace(context_ids=np.zeros_like(batch.segment_ids))
+    costs = [sum(lens[i] ** 2 for bundle in group for i in bundle.members) for group in packs]
     places = deal(costs, micro_batch_rows, num_shards)
-    for together, place in zip(packs, places, strict=True):
+    for group, place in zip(packs, places, strict=True):
         start = 0
-        for i in together:
-            _write(batch, (*place, slice(start, start + lens[i])), rows[i], segment_id=1 + i)
-            start += lens[i]
+        for bundle in group:
+            _write_bundle(batch, place, start, bundle, rows)
+            start += bundle.length
     batch = batch._replace(
         num_rollouts=np.float32(max(1, len(rows))),  # a denominator, so not 0
         num_micro_batches=np.int32(-(-len(packs) // micro_batch_rows)),
     )
-    _check(batch, [rows[i] for i in members])
+    _check(batch, [rows[i] for i in members], sum(bundle.num_saved for bundle in bundles))
     return batch
+
+
+class _Bundle(NamedTuple):
+    """Rollouts that occupy consecutive tokens of a batch row.
+
+    Attributes:
+      members: indices of the rollouts.
+      num_shared: number of prompt tokens that they share.
+      length: number of tokens that they occupy together.
+    """
+
+    members: tuple[int, ...]
+    num_shared: int
+    length: int
+
+    @property
+    def num_saved(self) -> int:
+        """The number of prompt tokens that sharing saves."""
+        return self.num_shared * (len(self.members) - 1)
+
+
+def _bundle(
+    members: Sequence[int], rows: Sequence[TrainRow], lens: Sequence[int], row_len: int
+) -> list[_Bundle]:
+    """Bundles the rollouts of each prompt so that each bundle fits into a row."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i in members:
+        by_prompt.setdefault(rows[i].completion.request.problem.prompt_ids, []).append(i)
+    bundles = []
+    for prompt, group in by_prompt.items():
+        num_shared = (
+            len(prompt) - 1
+        )  # The last token of the prompt predicts the first token of a response.
+        for together in pack([lens[i] - num_shared for i in group], row_len - num_shared):
+            chosen = tuple(group[j] for j in together)
+            shared = num_shared if len(chosen) > 1 else 0
+            length = sum(lens[i] for i in chosen) - shared * (len(chosen) - 1)
+            bundles.append(_Bundle(chosen, shared, length))
+    return bundles
 
 
 def pack(lens: Sequence[int], row_len: int) -> list[list[int]]:
@@ -125,6 +182,9 @@ def balance(batch: TrainBatch, num_shards: int) -> float:
     lens = np.bincount(batch.segment_ids.ravel())
     lens[0] = 0
     work = lens[batch.segment_ids].sum(axis=-1)  # each token contributes its segment's length
+    if batch.context_ids is not None:
+        has_context = batch.context_ids != batch.segment_ids
+        work += (lens[batch.context_ids] * has_context).sum(axis=-1)
     by_shard = work.reshape(len(work), num_shards, -1).sum(axis=-1)
     busiest = by_shard.max(axis=-1).sum()
     return float(by_shard.mean(axis=-1).sum() / busiest) if busiest else 1.0
@@ -154,18 +214,50 @@ def _empty_batch(num_micro_batches: int, num_rows: int, row_len: int, pad_id: in
     )
 
 
-def _write(batch: TrainBatch, place: tuple, row: TrainRow, *, segment_id: int) -> None:
-    """Writes a row to the position `place` of a batch: micro-batch, row, and slice of tokens."""
+def _write_bundle(
+    batch: TrainBatch, place: tuple[int, int], start: int, bundle: _Bundle, rows: Sequence[TrainRow]
+) -> None:
+    """Writes the rollouts of a bundle to a batch row, from the token `start` on."""
+    num_shared, context_id = bundle.num_shared, None
+    if num_shared:
+        # A larger id than those of all rollouts, of which a batch has at most as many as rows.
+        context_id = batch.kinds.shape[0] * batch.kinds.shape[1] + 1 + bundle.members[0]
+        shared = (*place, slice(start, start + num_shared))
+        prompt = rows[bundle.members[0]].completion.request.problem.prompt_ids
+        batch.token_ids[shared] = prompt[:num_shared]
+        batch.positions[shared] = np.arange(num_shared)
+        batch.segment_ids[shared] = batch.context_ids[shared] = context_id
+        batch.kinds[shared] = TokenKind.PROMPT
+        start += num_shared
+    for i in bundle.members:
+        length = rows[i].length - num_shared
+        where = (*place, slice(start, start + length))
+        _write(batch, where, rows[i], num_shared, segment_id=1 + i, context_id=context_id)
+        start += length
+
+
+def _write(
+    batch: TrainBatch,
+    place: tuple,
+    row: TrainRow,
+    num_shared: int,
+    *,
+    segment_id: int,
+    context_id: int | None,
+) -> None:
+    """Writes a row, without its first `num_shared` tokens, to `place`: micro-batch, row, and slice of tokens."""
     request, completion = row.completion.request, row.completion
-    prefix_start = len(request.problem.prompt_ids)
-    start = request.start_len
+    prefix_start = len(request.problem.prompt_ids) - num_shared
+    start = request.start_len - num_shared
     batch.token_ids[place] = (
-        *request.problem.prompt_ids,
+        *request.problem.prompt_ids[num_shared:],
         *request.prefix_ids,
         *completion.token_ids,
     )
-    batch.positions[place] = np.arange(row.length)
+    batch.positions[place] = np.arange(num_shared, row.length)
     batch.segment_ids[place] = segment_id
+    if batch.context_ids is not None:
+        batch.context_ids[place] = context_id or segment_id
     kinds = batch.kinds[place]  # a view, as are the indexed arrays below
     kinds[:prefix_start] = TokenKind.PROMPT
     kinds[prefix_start:start] = TokenKind.EXPERT_TRAINED if row.trains_expert else TokenKind.EXPERT
@@ -174,10 +266,17 @@ def _write(batch: TrainBatch, place: tuple, row: TrainRow, *, segment_id: int) -
     batch.sampler_logprobs[place][start:] = completion.logprobs
 
 
-def _check(batch: TrainBatch, rows: Sequence[TrainRow]) -> None:
-    """Checks on the host that token kinds agree with the lengths of the rows and with segment ids."""
+def _check(batch: TrainBatch, rows: Sequence[TrainRow], num_saved: int) -> None:
+    """Checks on the host that token kinds agree with segment ids and with the lengths of the rows.
+
+    Args:
+      batch: the batch.
+      rows: the rows with trained tokens.
+      num_saved: number of prompt tokens that are not in the batch because other rows have them.
+    """
+    num_prompt = sum(len(row.completion.request.problem.prompt_ids) for row in rows)
     expected = {
-        "prompt": sum(len(row.completion.request.problem.prompt_ids) for row in rows),
+        "prompt": num_prompt - num_saved,
         "expert_trained": sum(row.num_expert_trained for row in rows),
         "expert": sum(row.completion.request.prefix_len - row.num_expert_trained for row in rows),
         "completion": sum(row.num_completion for row in rows),

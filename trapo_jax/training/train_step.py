@@ -73,7 +73,12 @@ class TokenScorer:
     def __call__(self, params: Any, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
         """Returns the log-probability and entropy at each trained token, float32 `[B, T - 1]`; 0 elsewhere."""
         hidden, _ = apply_decoder(
-            self.decoder, params, batch.token_ids, batch.positions, batch.segment_ids
+            self.decoder,
+            params,
+            batch.token_ids,
+            batch.positions,
+            batch.segment_ids,
+            batch.context_ids,
         )
         kinds = batch.kinds[:, 1:]
         return linear_token_logprobs(
@@ -274,7 +279,7 @@ def _at_tokens(x: jax.Array) -> jax.Array:
 
 def _batch_shardings(mesh: Mesh) -> TrainBatch:
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
-    return TrainBatch(*(rows,) * 6, *(everywhere,) * 2, *(rows,) * 2)
+    return TrainBatch(*(rows,) * 6, *(everywhere,) * 2, *(rows,) * 3)
 
 
 def _micro_batch(tree: Any, index: jax.Array | int) -> Any:
@@ -311,6 +316,6 @@ def _is_any(kinds: jax.Array, wanted: Sequence[TokenKind]) -> jax.Array:
 
 
 def _num_segments(batch: TrainBatch) -> int:
-    """Returns an exclusive upper bound on segment ids: a batch has at least as many rows as rollouts."""
+    """Returns an exclusive upper bound on segment ids; see `packing.build_batch`."""
     num_micro_batches, num_rows, _ = batch.kinds.shape
-    return 1 + num_micro_batches * num_rows
+    return 1 + 2 * num_micro_batches * num_rows

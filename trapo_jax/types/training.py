@@ -85,10 +85,10 @@ class Usage:
     Attributes:
       tokens_trained: number of completion and expert tokens with a loss, counted once per optimizer step.
       tokens_expert_trained: number of expert tokens among the trained tokens.
-      tokens_prompt: number of prompt tokens in trained rows, counted once per optimizer step.
+      tokens_prompt: number of prompt tokens of the trained rollouts, counted once per rollout and optimizer step.
       tokens_sampled: number of tokens sampled by the policy, trained or not.
       problems_seen: number of problems whose rollouts were sampled.
-      flops: FLOPs of sampling and training, computed analytically (`models.flops`).
+      flops: FLOPs of sampling and training, computed analytically (`models.flops`) as if no prompts were shared.
       seconds: time spent on sampling, grading and training.
     """
 
@@ -125,7 +125,7 @@ class TrainBatch(NamedTuple):
     """
 
     token_ids: Any  # int32
-    positions: Any  # int32, 0 at the first token of a segment
+    positions: Any  # int32, positions of the tokens in their rollouts
     segment_ids: Any  # int32, 0 for padding, otherwise 1 + index of the rollout in the batch
     kinds: Any  # int8, TokenKind
     advantages: Any  # float32, the rollout's advantage at trained tokens, otherwise 0
@@ -137,6 +137,9 @@ class TrainBatch(NamedTuple):
         None  # under the policy before the batch's first update; None during that update
     )
     ref_logprobs: Any = None  # under the run's initial model
+    # int32, the segment that a token attends to besides its own: the prompt that its rollout shares with others, whose
+    # own id is larger than those of all rollouts. Equals segment_ids elsewhere; None if no prompts are shared.
+    context_ids: Any = None
 
 
 class UpdateTrace(NamedTuple):
