@@ -95,6 +95,7 @@ def canonical(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+@pytest.mark.slow
 def test_entry_points_can_be_imported_alone():
     """Only entry points are tested, because one process per module would take minutes."""
     for module in (

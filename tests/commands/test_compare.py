@@ -16,6 +16,7 @@ from trapo_jax.types import UserError
 SMALL = ("data.num_validation=8", "data.num_test=8", "evaluation.num_samples=2", "log_samples=0")
 
 
+@pytest.mark.slow
 def test_a_grid_is_executed_and_reported(tmp_path):
     result = run_command(
         "trapo_jax.compare",

@@ -59,6 +59,7 @@ def read_samples(out):
         }
 
 
+@pytest.mark.slow
 def test_scores_match_the_samples(whole):
     out, result = whole
     samples = read_samples(out).values()
@@ -78,6 +79,7 @@ def test_scores_match_the_samples(whole):
     assert (out / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_samples_of_a_problem_differ(whole):
     by_problem = {}
     for (problem_id, _), record in read_samples(whole[0]).items():
@@ -85,6 +87,7 @@ def test_samples_of_a_problem_differ(whole):
     assert max(len(texts) for texts in by_problem.values()) > 1
 
 
+@pytest.mark.slow
 def test_a_resumed_evaluation_gives_the_same_results(whole, data, tmp_path, capsys):
     out, _ = whole
     again = tmp_path / "again"
@@ -133,6 +136,7 @@ def test_other_weights_in_the_same_folder_are_rejected(whole, data, monkeypatch,
     assert "contains a run with weights=" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sources_may_have_different_numbers_of_samples(data, tmp_path, capsys):
     more = ["evaluation.num_samples=1", "evaluation.num_samples_by_source={SOURCE1*: 3}"]
     assert main(arguments(data, tmp_path, *more)) == 0
@@ -337,6 +341,7 @@ def test_an_evaluation_holds_out_the_same_problems_as_the_run(tmp_path):
     assert config.data.limit == 7
 
 
+@pytest.mark.slow
 def test_the_context_length_of_the_model_limits_an_evaluation(tmp_path, data, capsys):
     model = make_text_model(tmp_path / "model", max_position_embeddings=100)
     fields = [f"model.path={model}", f"data.test_files={data}", "rewards.functions=math"]
@@ -357,6 +362,7 @@ def test_help_lists_the_fields_of_an_evaluation(capsys):
     assert "train.num_steps" not in text
 
 
+@pytest.mark.slow
 def test_an_evaluation_warns_if_most_responses_contain_no_answer(data, tmp_path, capsys):
     short = arguments(data, tmp_path / "out", "evaluation.num_samples=1")
     assert main([*short, "sampling.max_completion_length=4"]) == 0

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import pytest
+
 from support.commands import TINY_MODEL, run_command
 from support.hub import COMMIT, add_to_cache, folder_files
 from support.short_run import TINY_JOB
@@ -13,6 +15,7 @@ SMALL = {name: content for name, content in FILES.items() if not name.endswith("
 JOB = ("model.path=owner/tiny", *TINY_JOB)
 
 
+@pytest.mark.slow
 def test_a_run_records_the_commit_and_is_resumed_without_the_cache(hub_home, tmp_path):
     run = tmp_path / "run"
     add_to_cache(hub_home, "owner/tiny", FILES)

@@ -36,6 +36,7 @@ def test_an_unknown_command_causes_a_one_line_error_with_a_suggestion(capsys):
     assert capsys.readouterr().err.endswith(f"choose one of {', '.join(COMMANDS)}\n")
 
 
+@pytest.mark.slow
 def test_the_console_script_and_the_modules_behave_the_same(tmp_path):
     results = [
         run_console_script(tmp_path, "report", tmp_path / "absent"),

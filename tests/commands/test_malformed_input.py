@@ -27,6 +27,7 @@ def assert_one_line_error(capsys, code, tmp_path, *mentions):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BREAKAGES)
 def test_broken_model_folder_is_reported_in_one_line(case, tmp_path, capsys):
     folder = tmp_path / "model"

@@ -38,6 +38,7 @@ def train_records(folder):
     ]
 
 
+@pytest.mark.slow
 def test_a_custom_method(tmp_path):
     def loss(x):
         return attenuated_cross_entropy_from_logprobs(
@@ -62,6 +63,7 @@ def test_a_custom_method_takes_at_most_25_lines():
     assert len(inspect.getsource(test_a_custom_method).splitlines()) <= 25
 
 
+@pytest.mark.slow
 def test_a_budget_ends_a_run_and_the_buffer_is_restored_after_a_resume(tmp_path):
     """ReLIFT, with its own optimizer state and buffer, yields bitwise identical results after a resume."""
     folder = tmp_path / "relift"

@@ -32,6 +32,7 @@ def unfinished(run, folder, last_step):
     return folder
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(run_without_base, tmp_path):
     run, options = run_without_base
     again = unfinished(run, tmp_path / "run", last_step=1)
@@ -42,6 +43,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run_without_base, tmp_path):
         assert (again / "hf" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_with_all_eos_ids(run_without_base, tmp_path):
     run, _ = run_without_base
     arguments = ("--checkpoint", run / "checkpoints/2", "--out", tmp_path / "out")
@@ -54,6 +56,7 @@ def test_a_checkpoint_is_exported_with_all_eos_ids(run_without_base, tmp_path):
     assert len(content["eos_token_id"]) == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_can_be_evaluated(run_without_base, tmp_path):
     run = unfinished(run_without_base[0], tmp_path / "run", last_step=2)
     result = run_command(

@@ -45,6 +45,7 @@ def plan(model, topology, *arguments):
     return result, (json.loads(result.stdout)["plans"][0] if result.stdout else None)
 
 
+@pytest.mark.slow
 def test_a_plan_for_simulated_host_devices(small_model):
     result, found = plan(small_model, "cpu:4", "mesh.tp=2")
     assert result.returncode == 0, result.stderr
@@ -65,6 +66,7 @@ def test_a_plan_for_simulated_host_devices(small_model):
     assert found["fits"] is None  # The memory size of simulated host devices is unknown.
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)"
 )
@@ -97,6 +99,7 @@ def test_an_absurd_number_of_devices_is_rejected():
         find_topology("cpu:1000000000")
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_divide_the_devices_causes_a_one_line_error(small_model):
     result, _ = plan(small_model, "cpu:4", "mesh.tp=3")
     assert result.returncode == 2

@@ -33,6 +33,7 @@ def strict(response, problem):
 """
 
 
+@pytest.mark.slow
 def test_a_grader_that_fails_on_most_samples_stops_the_run_immediately(tmp_path):
     """The grader accepts all responses of the preflight check: expert solutions, gold answers and empty responses."""
     folder = tmp_path / "run"
@@ -58,6 +59,7 @@ def test_a_grader_that_fails_on_most_samples_stops_the_run_immediately(tmp_path)
     assert reasons == {"ValueError: another answer"}
 
 
+@pytest.mark.slow
 def test_a_run_with_grader_processes(tmp_path):
     """The math grader finds no answers in card shuffles, so every verdict is WRONG and none is an error."""
     folder = tmp_path / "run"
@@ -134,6 +136,7 @@ evaluation: {num_samples: 2}
 """
 
 
+@pytest.mark.slow
 def test_functions_in_the_config_folder_are_weighted_and_selected_by_source(tmp_path):
     """`evaluate` uses the same functions as `train`. If a function crashes, only its own rewards are missing."""
     (tmp_path / "conf").mkdir()

@@ -31,6 +31,7 @@ def untimed(folder):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_documented_files(finished_run):
     folder, output = finished_run
     names = {path.name for path in folder.iterdir()}
@@ -128,6 +129,7 @@ def test_sampled_rollouts_are_consistent(finished_run):
         assert len({len(tokens[name]) for name in tokens}) == 1
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_metrics(finished_run, tmp_path):
     assert train(tmp_path / "other", "seed=1", "train.num_steps=3").returncode == 0
     assert untimed(tmp_path / "other")[1] != untimed(finished_run[0])[1]
@@ -149,6 +151,7 @@ def test_another_config_in_the_same_folder_is_rejected(finished_run):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["grpo", "sft"])
 def test_other_methods_use_the_same_train_step(tmp_path, method):
     result = train(tmp_path / method, f"method.name={method}", "train.num_steps=3")
@@ -159,6 +162,7 @@ def test_other_methods_use_the_same_train_step(tmp_path, method):
     assert ("loss/policy_gradient" in record) == (method == "grpo")
 
 
+@pytest.mark.slow
 def test_several_updates_per_batch_change_the_policy_ratio(tmp_path):
     result = train(
         tmp_path / "r",
@@ -176,6 +180,7 @@ def test_several_updates_per_batch_change_the_policy_ratio(tmp_path):
     assert 0 < first["loss/kl"] < second["loss/kl"] < 0.1
 
 
+@pytest.mark.slow
 def test_problems_of_the_next_step_fill_idle_slots_if_staleness_is_allowed(tmp_path):
     arguments = ("sampling.max_staleness=1", "train.num_steps=4", "sampling.segment_len=4")
     result = train(tmp_path / "r", *arguments)
@@ -196,10 +201,12 @@ def test_staleness_is_rejected_if_guidance_depends_on_the_step(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_reference_preset_runs(tmp_path):
     assert train(tmp_path / "r", "method.preset=reference", "train.num_steps=3").returncode == 0
 
 
+@pytest.mark.slow
 def test_export_loads_in_transformers_with_equal_logits_and_greedy_answers(finished_run):
     torch = pytest.importorskip("torch", reason="torch is not installed (parity with transformers)")
     import jax
@@ -256,6 +263,7 @@ def test_an_exported_checkpoint_equals_the_model_of_the_run(finished_run, tmp_pa
     assert "already exists" in again.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("accuracies", "best"), [((0.1, 0.5, 0.3, 0.4), 2), ((0.1, 0.2, 0.3, 0.4), 4)]
 )
@@ -305,6 +313,7 @@ def test_exporting_anything_but_a_checkpoint_causes_a_one_line_error(
         load_checkpoint(finished_run[0] / checkpoint)
 
 
+@pytest.mark.slow
 def test_training_on_files(tmp_path, capsys):
     """Training on JSONL files with the built-in task's problems in TRL's columns equals training on the task itself."""
     from trapo_jax.data import card_shuffles_splits

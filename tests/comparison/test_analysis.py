@@ -39,6 +39,7 @@ def verdicts(comparison, margin=0.05):
     }
 
 
+@pytest.mark.slow
 def test_only_clear_differences_are_significant(tmp_path):
     comparison = make_comparison(tmp_path, {"grpo": 0.3, "trapo": 0.9, "sft": 0.31}, seeds=12)
     assert verdicts(comparison, margin=0.01) == {
@@ -89,6 +90,7 @@ def test_with_one_seed_nothing_is_significant(tmp_path):
     assert "**Warning: this is a smoke test, not a result: 1 seed per method instead of 6**" in text
 
 
+@pytest.mark.slow
 def test_a_method_with_a_failing_seed_needs_ten_seeds(tmp_path):
     comparison = make_comparison(tmp_path, {"grpo": 0.3, "trapo": 0.8}, seeds=7)
     assert find_warnings(comparison) == []
@@ -156,6 +158,7 @@ def test_messages_of_failed_runs_are_escaped_in_the_report(tmp_path):
         assert "<script" not in report
 
 
+@pytest.mark.slow
 def test_all_report_files_have_the_same_numbers(tmp_path):
     comparison = make_comparison(tmp_path, {"grpo": 0.4, "trapo": 0.6})
     picture = Image(tmp_path / "curves.png", "curves")

@@ -21,6 +21,7 @@ def by_seed(*accuracies, num_problems=2_000):
     return np.repeat(np.array(accuracies, float)[:, None], num_problems, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_good", [0, 3, 8])
 def test_the_interval_of_the_mean_is_the_clopper_pearson_interval_if_seeds_only_fail_or_succeed(
     num_good,
@@ -30,6 +31,7 @@ def test_the_interval_of_the_mean_is_the_clopper_pearson_interval_if_seeds_only_
     assert draw(scores, weighted_mean).interval() == pytest.approx(tuple(expected), abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_interval_of_the_mean_allows_for_a_failing_seed_that_was_not_run():
     low, high = draw(by_seed(*[0.8] * 10), weighted_mean).interval()
     assert low == pytest.approx(0.8 * 0.025**0.1, abs=0.01)  # if 31% of seeds fail with score 0
@@ -70,6 +72,7 @@ def test_noise_from_problems_that_both_methods_share_cancels_out():
     assert draws[0].interval()[0] < draws[1].interval()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_a_p_value_is_below_a_level_if_and_only_if_the_interval_excludes_zero(statistic):
     rng = np.random.default_rng(1)

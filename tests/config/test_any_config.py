@@ -30,6 +30,7 @@ def file(tmp_path_factory):
     return tmp_path_factory.mktemp("configs") / "config.yaml"
 
 
+@pytest.mark.slow
 @given(
     content=st.lists(PIECES, max_size=12).map("".join)
     | st.text()
@@ -41,6 +42,7 @@ def test_any_text_yields_a_config_or_is_rejected(content, file):
         load_config(Config, file)
 
 
+@pytest.mark.slow
 @given(data=changed(DEFAULTS))
 def test_any_changed_config_yields_a_config_or_is_rejected(data, file):
     file.write_text(yaml.safe_dump(data))

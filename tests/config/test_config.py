@@ -259,6 +259,7 @@ def assert_refused(capsys, arguments, message, folder):
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), COMMAND_LINES, ids=[x[1] for x in COMMAND_LINES])
 def test_command_line_mistake_is_reported_in_one_line(
     arguments, message, tmp_path, capsys, monkeypatch

@@ -141,6 +141,7 @@ def check_prompts(family, tokenizer, chats):
     return problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("find", [own_template, template_of_the_model])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prompts_equal_those_of_apply_chat_template(name, find):
@@ -153,6 +154,7 @@ def test_prompts_equal_those_of_apply_chat_template(name, find):
         assert name == "smollm2" or num_bos == int(name != "chatml_without_bos" and family.adds_bos)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("find", [own_template, template_of_the_model])
 @pytest.mark.parametrize(
     ("name", "chat"),
@@ -170,6 +172,7 @@ def test_messages_that_the_family_does_not_support_cause_a_one_line_error(name, 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("find", [own_template, template_of_the_model])
 def test_qwen3_templates_accept_the_argument_enable_thinking(find):
     family = FAMILIES["qwen3"]

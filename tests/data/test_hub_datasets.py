@@ -205,6 +205,7 @@ def hub(tmp_path):
         yield fake, read
 
 
+@pytest.mark.slow
 def test_what_was_downloaded_once_is_read_from_the_cache(hub):
     fake, read = hub
     entries, expected = zip(*ENTRIES, strict=True)
@@ -221,6 +222,7 @@ def test_what_was_downloaded_once_is_read_from_the_cache(hub):
         assert "it is not in the local Hugging Face Hub cache" in error
 
 
+@pytest.mark.slow
 def test_a_cached_config_does_not_replace_the_default_config_offline(hub):
     _, read = hub
     assert read(f"{NAME}:hard") == [[5]]
@@ -228,6 +230,7 @@ def test_a_cached_config_does_not_replace_the_default_config_offline(hub):
     assert "part of it is not in the local Hugging Face Hub cache" in error
 
 
+@pytest.mark.slow
 def test_a_local_folder_does_not_replace_an_entry_with_a_revision(hub, tmp_path, monkeypatch):
     _, read = hub
     (tmp_path / NAME).mkdir(parents=True)
@@ -235,6 +238,7 @@ def test_a_local_folder_does_not_replace_an_entry_with_a_revision(hub, tmp_path,
     assert read(f"{NAME}@main", cwd=tmp_path) == [[1, 2, 3]]
 
 
+@pytest.mark.slow
 def test_errors_from_the_hub_are_reported_in_one_line(hub):
     fake, read = hub
     fake.repos["dataset", "owner/gated"] = GATED

@@ -70,6 +70,7 @@ def preview(model, tmp_path, capsys, grader, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_good_data_is_shown(preview):
     code, output, error = preview(ROWS, "data.prompt_suffix=boxed", "data.template=auto")
     assert (code, error) == (0, "")
@@ -221,6 +222,7 @@ MISUSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", MISUSES)
 def test_misuse_causes_a_one_line_error(what, preview):
     rows, overrides, message = MISUSES[what]

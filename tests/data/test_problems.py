@@ -105,6 +105,7 @@ def test_the_template_is_part_of_the_prompt(bpe):
     assert bpe.decode(problem.prompt_ids) == problem.prompt_text
 
 
+@pytest.mark.slow
 def test_bos_occurs_exactly_once_at_the_start(bpe):
     with_bos = train_tokenizer(adds_bos=True)
     with_bos.chat_template = "{{ bos_token }}{{ messages[-1].content }}"
@@ -170,6 +171,7 @@ def test_a_text_with_far_too_many_characters_is_not_encoded(adds_bos, encoded_le
     assert max(encoded_lens) <= 10 * MAX_TOKEN_CHARS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("normalizer", "text", "message"),
     [

@@ -56,6 +56,7 @@ def test_a_task_without_worked_solutions_has_no_experts():
     assert all(not example.solutions for split in splits.values() for example in split)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [

@@ -222,6 +222,7 @@ def test_the_error_for_a_misspelled_name_suggests_the_existing_file(tmp_path, mo
         list(read_rows([f"{tmp_path}/data/trian.jsonl"]))
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_large_libraries():
     heavy = ["datasets", "transformers", "reasoning_gym", "pandas", "pyarrow", "torch"]
     code = f"import sys, trapo_jax.data; sys.exit(any(name in sys.modules for name in {heavy}))"

@@ -83,6 +83,7 @@ def test_chat_renders_the_tokenizer_template_with_a_fixed_date():
     assert third == f"26 Jul 2024<s>[user] {prompts[2]} [assistant]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "prompt", "message"),
     [
@@ -125,6 +126,7 @@ def test_prompt_or_tokenizer_that_does_not_fit_the_template_raises(make, prompt,
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hostile", "message"),
     [
@@ -204,6 +206,7 @@ IN_FILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [IN_CONFIG, IN_FILES], ids=["in_config", "in_files"])
 def test_named_chat_templates_are_chosen_by_name(layout, tmp_path):
     tokenizer = save_tokenizer(tmp_path, **layout)
@@ -260,6 +263,7 @@ def test_today_is_a_fixed_date_in_every_format(source, monkeypatch):
     assert template.render_all(["A", "B"]) == [FROZEN, FROZEN]
 
 
+@pytest.mark.slow
 def test_date_string_is_defined_only_by_an_argument():
     tokenizer = make_tokenizer("{{ date_string if date_string is defined else 'no date' }}")
     assert make_template("chat", tokenizer).render("Hi") == "no date"
@@ -274,6 +278,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.slow
 def test_arguments_are_variables_of_the_chat_template():
     tokenizer = make_tokenizer(
         "{% for m in messages %}{% if enable_thinking is false %}{{ m.content }}{% endif %}{% endfor %}"
@@ -336,6 +341,7 @@ def test_an_argument_without_effect_is_rejected(kind, source, arguments, message
     assert str(caught.value) == f"data.template_arguments: {message}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "message"),
     [

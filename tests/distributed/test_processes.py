@@ -126,6 +126,7 @@ def wait_for(processes, path, text=""):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_and_a_single_process_can_resume_their_run(
     finished_run, tmp_path
 ):
@@ -179,6 +180,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_while_they_sample(
     assert records == [("eval", 0), ("train", 1), ("train", 2)][: 0 if step == "0" else None]
 
 
+@pytest.mark.slow
 def test_processes_that_were_started_differently_refuse_to_run_together(tmp_path):
     """Both processes report the same differences, and nothing is written."""
     train = ("-m", "trapo_jax.train")
@@ -355,6 +357,7 @@ def test_differences_are_reported_with_the_value_of_each_process():
     assert len(str(error.value)) < 600
 
 
+@pytest.mark.slow
 def test_a_missing_device_causes_a_one_line_error():
     script = "from trapo_jax.train import main; import sys; sys.exit(main())"
     result = subprocess.run(

@@ -38,6 +38,7 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_every_comparison_plans_its_runs(size):
     grids = grids_of(size)
@@ -76,6 +77,7 @@ def method_of(grid, name):
     return run.config.method
 
 
+@pytest.mark.slow
 def test_the_methods_are_those_of_the_tables():
     grids = grids_of("7b")
     assert grids["table1"].methods == (
@@ -93,6 +95,7 @@ def test_the_methods_are_those_of_the_tables():
     assert alphas["alpha_0_1"] == of_table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["ratios", "thresholds"])
 def test_the_guidance_ablations_have_groups_of_eight_and_contain_the_settings_of_the_paper(table):
     grid = grids_of("7b")[table]

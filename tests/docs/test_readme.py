@@ -20,6 +20,7 @@ SMALL = {
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_loss_example_runs_and_reduces_the_loss(tmp_path):
     (code,) = [example for example in EXAMPLES if "trsft_loss" in example]
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
@@ -66,6 +67,7 @@ def test_the_readme_can_be_read_in_five_minutes():
     assert len(README.split()) <= 900
 
 
+@pytest.mark.slow
 def test_the_method_of_the_readme_trains(tmp_path):
     (code,) = [example for example in EXAMPLES if "METHOD" in example]
     (tmp_path / "hint.py").write_text(
@@ -76,6 +78,7 @@ def test_the_method_of_the_readme_trains(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_the_reward_function_of_the_readme_is_accepted(tmp_path):
     (code,) = [example for example in EXAMPLES if "def brevity" in example]
     (tmp_path / "my_rewards.py").write_text(code)

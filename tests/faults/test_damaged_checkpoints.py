@@ -102,6 +102,7 @@ def test_damaged_checkpoints_are_kept_but_no_longer_listed(store):
     assert host == HOST
 
 
+@pytest.mark.slow
 def test_a_run_falls_back_to_the_previous_checkpoint_with_the_same_result(finished_run, tmp_path):
     uninterrupted, folder = finished_run[0], tmp_path / "run"
     shutil.copytree(uninterrupted, folder)

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 
 from fault_harness.comparison import read_checkpoint
 from support.commands import run_command
@@ -40,6 +41,7 @@ def make_grader_unreliable(monkeypatch):
     monkeypatch.setattr(actor, "make_grader", make_grader)
 
 
+@pytest.mark.slow
 def test_an_update_with_a_non_finite_gradient_is_skipped_and_reported(
     finished_run, tmp_path, monkeypatch
 ):
@@ -75,6 +77,7 @@ def test_an_update_with_a_non_finite_gradient_is_skipped_and_reported(
     assert len(moved) == sum("params" in name for name in states[after])
 
 
+@pytest.mark.slow
 def test_a_run_without_any_applied_update_fails(tmp_path, monkeypatch, capsys):
     """The run exports nothing and, when it is resumed, fails in the same way."""
     build_batch = learner.build_batch

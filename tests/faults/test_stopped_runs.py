@@ -41,6 +41,7 @@ def wait_for_step(process, folder, step):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_three_times_equals_an_uninterrupted_one(finished_run, tmp_path, capsys):
     """The run is killed before its first checkpoint, killed again at a random time, and then terminated with SIGTERM.
 
@@ -114,6 +115,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_can_be_restored(
     finished_run, small_disk
 ):
@@ -130,6 +132,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_can_be_restored(
     assert differences(folder, finished_run[0]) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_during_a_save_causes_a_one_line_error_and_no_data_loss(
     finished_run, small_disk
 ):
@@ -146,6 +149,7 @@ def test_a_disk_that_fills_up_during_a_save_causes_a_one_line_error_and_no_data_
     assert differences(folder, finished_run[0]) == []
 
 
+@pytest.mark.slow
 def test_a_stuck_step_terminates_the_process_with_a_stack_dump(tmp_path):
     process = start(tmp_path / "run", "limits.stuck_after_secs=0.01")
     output = process.communicate()[0]

@@ -67,6 +67,7 @@ def test_gradient_with_respect_to_logits_equals_the_published_formula(attenuatio
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_trsft_gradient_equals_equation_3():
     """Equation 3 of the TRAPO paper is grad L = -1 / max(p, alpha) * grad p, here with respect to the logits."""
     rng = np.random.default_rng(1)
@@ -80,6 +81,7 @@ def test_trsft_gradient_equals_equation_3():
     np.testing.assert_allclose(gradient, -grad_p / np.maximum(p_y, 0.2), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_match_finite_differences(attenuation_and_weight):
     attenuation, _ = attenuation_and_weight
     logprobs = jnp.log(jnp.array([0.9, 0.5, 0.25, 0.05, 0.01]))
@@ -138,6 +140,7 @@ def test_custom_attenuations_give_the_right_gradient_and_a_surrogate_value():
     assert loss(jnp.array([-jnp.inf]))[0] == 0
 
 
+@pytest.mark.slow
 def test_a_tiny_alpha_gives_the_cross_entropy_of_optax():
     rng = np.random.default_rng(2)
     logits, labels = jnp.asarray(rng.normal(size=(20, 9))), rng.integers(0, 9, 20)
@@ -220,6 +223,7 @@ def test_masking_a_token_equals_deleting_it():
     np.testing.assert_allclose(masked[where], trsft_loss(logits[where], labels[where]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_axis_jit_vmap_and_bfloat16():
     logits = jnp.asarray(np.random.default_rng(5).normal(size=(3, 4, 7)), jnp.bfloat16)
     labels = jnp.arange(12).reshape(3, 4) % 7

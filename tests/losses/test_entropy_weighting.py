@@ -36,6 +36,7 @@ def random_segments(seed):
     return rng.integers(0, 6, (3, 17)) / 2, ids.copy(), rng.random((3, 17)) < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_segment_mean_equals_a_loop(seed):
     values, ids, where = random_segments(seed)

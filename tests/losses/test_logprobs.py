@@ -71,6 +71,7 @@ def test_gradients_with_respect_to_logits_equal_the_formulas():
     )
 
 
+@pytest.mark.slow
 def test_check_grads_from_logits():
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(3, 5)), jnp.float32)
     check_grads(lambda z: token_logprobs(z, jnp.array([0, 2, 4])), (logits,), order=2)
@@ -227,6 +228,7 @@ def test_values_equal_the_dense_computation(arrays, chunk_size, temperature):
     np.testing.assert_array_equal(alone, got[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
 def test_gradients_equal_the_dense_computation(arrays, chunk_size):
     """Compares gradients with respect to hidden states, unembedding, and temperature, through both results."""
@@ -252,6 +254,7 @@ def test_gradients_equal_the_dense_computation(arrays, chunk_size):
         assert_close(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 1])
 def test_gradient_of_each_result_alone(arrays, part):
     hidden, unembedding, labels = arrays
@@ -397,6 +400,7 @@ def test_bfloat16_products_accumulate_in_float32(arrays, hidden_dtype, unembeddi
         assert_close(gradient, exact, 1e-2)
 
 
+@pytest.mark.slow
 def test_linear_jit_and_vmap(arrays):
     hidden, unembedding, labels = arrays
     function = lambda h, labels: linear_token_logprobs(h, unembedding, labels, chunk_size=3)

@@ -329,6 +329,7 @@ def loss(request):
     return LOSSES[request.param]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["policy_gradient", "ppo", "gspo", "shaped"])
 def test_gradients_match_finite_differences(name):
     """CISPO is excluded because its gradient treats the clipped ratio as a constant."""

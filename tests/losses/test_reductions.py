@@ -219,6 +219,7 @@ def batches(draw):
     return values, where, np.array(parts)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(batches(), st.sampled_from(sorted(REDUCTIONS)))
 def test_any_split_into_micro_batches_adds_up(batch, name):
@@ -230,6 +231,7 @@ def test_any_split_into_micro_batches_adds_up(batch, name):
     np.testing.assert_allclose(total, reduce(values, where=where), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(batches(), st.sampled_from(sorted(REDUCTIONS)), st.integers(1, 4))
 def test_the_amount_of_padding_does_not_matter(batch, name, width):

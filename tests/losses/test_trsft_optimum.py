@@ -55,6 +55,7 @@ def test_gradient_descent_reaches_the_optimum(alpha):
         assert pruned.max() > 0.3, "no expert with a large pruned mass was tried"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.3, 1.0])
 def test_no_policy_near_the_optimum_is_better(alpha):
     rng = np.random.default_rng(0)

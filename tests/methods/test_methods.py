@@ -350,6 +350,7 @@ def check(method, batch, update, reference, moment):
     assert abs(derivative) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_objective_equals_an_independent_float64_implementation(name):
     method = make_method(name)

@@ -43,6 +43,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("model")
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(config=st.sampled_from(CONFIGS).flatmap(changed))
 def test_any_config_is_read_or_rejected(config, folder):

@@ -150,6 +150,7 @@ def test_every_architecture_has_a_case():
     assert {kind for kind, _ in CASES.values()} == set(ARCHITECTURES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case, tmp_path):
     theirs = make_theirs(*CASES[case], tmp_path)
@@ -176,6 +177,7 @@ def test_logits_equal_transformers(case, tmp_path):
     assert np.isfinite(packed).all()
 
 
+@pytest.mark.slow
 def test_logits_of_the_tiny_model_equal_transformers():
     torch = needs_torch()
     from transformers import AutoModelForCausalLM
@@ -187,6 +189,7 @@ def test_logits_of_the_tiny_model_equal_transformers():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_saves_memory_and_keeps_the_gradient(remat):
     token_ids = np.random.default_rng(0).integers(3, 30, (4, 64))
@@ -210,6 +213,7 @@ def test_remat_saves_memory_and_keeps_the_gradient(remat):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("is_local", [None, True, False])
 def test_splash_attention_equals_plain_attention(window, is_local):

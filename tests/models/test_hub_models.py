@@ -230,6 +230,7 @@ def hub(tmp_path):
         yield fake, run
 
 
+@pytest.mark.slow
 def test_only_the_required_files_are_downloaded(hub):
     fake, run = hub
     run("find", NAME)
@@ -245,6 +246,7 @@ def test_only_the_required_files_are_downloaded(hub):
         assert run("weights", NAME, **environment).stdout == result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "path", "message"),
     [
@@ -264,6 +266,7 @@ def test_an_error_response_of_the_hub_is_reported_in_one_line(answer, path, mess
     assert "hf download" not in line  # This command would not help.
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_reported_in_one_line_with_the_download_command(hub):
     _, run = hub
     (line,) = run("open", NAME, HF_ENDPOINT="http://127.0.0.1:9").stderr.splitlines()

@@ -28,6 +28,7 @@ from trapo_jax.models import (
 from trapo_jax.types import UserError
 
 
+@pytest.mark.slow
 def test_exporting_and_loading_preserve_every_bit(folder, tmp_path):
     config = read_config(folder)
     params = load_params(folder, config)
@@ -44,6 +45,7 @@ def test_exporting_and_loading_preserve_every_bit(folder, tmp_path):
         np.testing.assert_array_equal(ours[name], tensor)
 
 
+@pytest.mark.slow
 def test_an_export_in_several_files_equals_one_in_a_single_file(folder, tmp_path):
     config = read_config(folder)
     params = load_params(folder, config)
@@ -127,6 +129,7 @@ print(memory("VmHWM") - before, sum(sizes), max(sizes))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory use is read from /proc")
 def test_loading_needs_little_memory_beyond_the_parameters(tmp_path):
     """Besides the parameters (on CPUs, in host memory), loading needs memory for a stacked parameter and a tensor."""

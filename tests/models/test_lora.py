@@ -58,6 +58,7 @@ def base_of(params):
     return {**params, "layers": layers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_adapter_equals_its_merged_matrix(target):
     config = with_adapters(target)
@@ -89,6 +90,7 @@ def test_a_rank_above_the_width_of_the_model_is_rejected():
         read_decoder(TINY_MODEL, ModelConfig(), LoraConfig(rank=100_000))
 
 
+@pytest.mark.slow
 def test_trained_and_frozen_parameters_join_to_all_parameters():
     params = init_params(with_adapters("qkv", "down"), seed=0)
     trained, kept = split_trained(params)
@@ -101,6 +103,7 @@ def test_trained_and_frozen_parameters_join_to_all_parameters():
     assert split_trained(base) == (base, {})
 
 
+@pytest.mark.slow
 def test_a_step_changes_only_the_adapters():
     config = with_adapters(*TARGETS)
     params = jax.device_get(init_params(config, seed=0))
@@ -152,6 +155,7 @@ def test_flops_exclude_the_gradients_of_frozen_weights():
     )
 
 
+@pytest.mark.slow
 def test_a_run_trains_adapters_and_exports_merged_weights(tmp_path):
     run = tmp_path / "run"
     options = ["lora.rank=2", "lora.targets=[qkv,down]", "train.learning_rate=1e-2"]

@@ -160,6 +160,7 @@ def test_invalid_eos_ids_are_rejected(file, given, found, tiny):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_transformers_generation_stops_at_every_eos_id_of_an_export(tiny, tmp_path):
     torch = needs_torch()
     from transformers import AutoModelForCausalLM
@@ -205,6 +206,7 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "factor": 2.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -221,6 +223,7 @@ def test_the_context_length_includes_the_extension_by_rope_scaling(changes, expe
     assert read_max_context_len(folder) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0, -5, True, "2048", 1.5, [2048]])
 def test_an_invalid_context_length_is_rejected(value, folder):
     break_config(folder, max_position_embeddings=value)

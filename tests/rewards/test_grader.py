@@ -91,6 +91,7 @@ def test_the_card_shuffles_reward_requires_eos():
         assert not grader.submit("#12345", problem("12345")).result().is_correct
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "judge"),
     [
@@ -132,6 +133,7 @@ def test_functions_may_be_async_import_modules_or_fail():
     }
 
 
+@pytest.mark.slow
 def test_a_function_that_sleeps_times_out():
     names = [f"{MODULE}:shortness", f"{MODULE}:sleeps"]
     with make_grader(names, num_workers=1, timeout_secs=5.0) as grader:

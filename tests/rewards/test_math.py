@@ -566,6 +566,7 @@ def math_500_golds():
     pytest.skip("valid.math.parquet (MATH-500 in the verl schema) is not in ../shared/data")
 
 
+@pytest.mark.slow
 def test_answers_of_math_500_equal_themselves_but_not_each_other():
     golds = math_500_golds()
     assert len(golds) == 500

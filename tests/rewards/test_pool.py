@@ -41,6 +41,7 @@ def hasty():
         yield pool
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["hang", "hold the GIL", "ignore signals"])
 def test_a_grader_that_never_returns_gives_a_timeout_verdict(hasty, text):
     assert judge(hasty, text) is Verdict.TIMEOUT
@@ -91,6 +92,7 @@ def test_a_timeout_names_the_field_that_sets_it(caplog):
     ]
 
 
+@pytest.mark.slow
 def test_hostile_texts_do_not_change_other_verdicts(hasty):
     """Hostile and harmless strings are interleaved and submitted at once; there are more strings than workers."""
     texts = ["42", "hang", "7", "die", "42", "raise", "hold the GIL", "7", "42"]
@@ -170,6 +172,7 @@ def test_workers_exit_when_the_pool_is_closed():
         pool.submit("42", problem())
 
 
+@pytest.mark.slow
 def test_a_busy_worker_exits_if_its_trainer_is_killed():
     script = (
         "import sys, time\n"
@@ -266,6 +269,7 @@ class Heartbeat:
         self._thread.join()
 
 
+@pytest.mark.slow
 def test_20_hostile_answers_among_200_affect_only_their_own_verdicts():
     """All responses are submitted at once, like the last rollouts of a step. The time limit applies to each of them."""
     hostile = list(HOSTILE_MATH.values())

@@ -55,6 +55,7 @@ def test_an_answer_that_the_task_cannot_read_is_wrong():
     assert grade(r"\boxed{two}", "2 × 2", "prime_factorization") == WRONG
 
 
+@pytest.mark.slow
 def test_the_grader_runs_in_worker_processes():
     problem = Problem("", (), "sun", source="spell_backward", columns={"metadata": {"word": "nus"}})
     with make_grader(["reasoning_gym"], num_workers=1, timeout_secs=60) as grader:

@@ -76,6 +76,7 @@ def write_lines(path, values):
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     metrics=changed([EVALUATION, STEP, EVALUATION]) | VALUES.map(lambda value: [value]),

@@ -393,6 +393,7 @@ for _ in range(300):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_may_write_the_same_file(tmp_path):
     """A run may end and write its report while the report command is writing the same file."""
     file = tmp_path / "report.html"
@@ -428,6 +429,7 @@ def pretend_length(folder, num_steps):
         write_manifest(checkpoint, about)
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_ends_after_its_completed_steps_if_it_is_made_shorter(
     finished_run, tmp_path
 ):

@@ -183,6 +183,7 @@ print("finishing", flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_terminates_the_process_immediately(second):
     with subprocess.Popen(
@@ -205,6 +206,7 @@ WAITING = BUSY.replace("9**9**9", "time.sleep(0.1)")
 HANG_UP = "import signal; signal.signal(signal.SIGHUP, signal.{})\n"
 
 
+@pytest.mark.slow
 def test_a_closing_terminal_that_sends_two_hangup_signals_is_a_request_to_stop():
     with started(HANG_UP.format("SIG_DFL") + WAITING) as process:
         process.send_signal(signal.SIGHUP)
@@ -213,6 +215,7 @@ def test_a_closing_terminal_that_sends_two_hangup_signals_is_a_request_to_stop()
         assert process.wait() == 0
 
 
+@pytest.mark.slow
 def test_a_process_started_with_nohup_ignores_a_closing_terminal():
     with started(HANG_UP.format("SIG_IGN") + WAITING) as process:
         process.send_signal(signal.SIGHUP)
@@ -221,6 +224,7 @@ def test_a_process_started_with_nohup_ignores_a_closing_terminal():
         assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_process_that_was_suspended_is_not_mistaken_for_a_stuck_one():
     """The watchdog thread waits 0.5 s at a time, and the process is suspended for longer than the watchdog's limit."""
     code = """

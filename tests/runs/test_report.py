@@ -180,6 +180,7 @@ def two_runs(finished_run, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_page_of_two_runs_makes_no_requests_and_passes_axe(two_runs):
     axe = pytest.importorskip(
         "axe_playwright_python.sync_playwright", reason="axe is not installed"
@@ -200,6 +201,7 @@ def test_the_page_of_two_runs_makes_no_requests_and_passes_axe(two_runs):
             assert (seen.complaints, seen.requests) == ([], [])
 
 
+@pytest.mark.slow
 def test_filters_keyboard_and_tables_show_the_contents_of_the_files(two_runs, finished_run):
     """Elements are located by accessible name and operated by keyboard, as with a screen reader."""
     folder = finished_run[0]

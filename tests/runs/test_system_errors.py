@@ -89,6 +89,7 @@ def limited(limit, value, *arguments):
     return result.returncode, result.stderr.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_files", [5, 20])
 def test_a_low_limit_on_open_files_causes_a_one_line_error(num_files):
     code, (line,) = limited(int(resource.RLIMIT_NOFILE), num_files, "--print-method")
@@ -97,6 +98,7 @@ def test_a_low_limit_on_open_files_causes_a_one_line_error(num_files):
     assert "Too many open files; raise the limit on open files (ulimit -n)" in line
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux", reason="the address space can be limited only on Linux"
 )

@@ -14,6 +14,7 @@ def test_inverse_cdf_by_hand():
     np.testing.assert_array_equal(inverse_cdf(probs, uniform), [1, 1, 3, 3, 4, 4])
 
 
+@pytest.mark.slow
 def test_inverse_cdf_over_many_blocks_never_selects_a_token_of_probability_zero():
     rng = np.random.default_rng(0)
     probs = rng.random(3 * BLOCK_LEN + 17).astype(np.float32)
@@ -26,6 +27,7 @@ def test_inverse_cdf_over_many_blocks_never_selects_a_token_of_probability_zero(
     assert (tokens == exact).mean() > 0.99  # rounding moves the other draws across a boundary
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution():
     """Applies a chi-square test to 200,000 draws: one cell for each of the 200 likeliest tokens, one for the rest."""
     rng = np.random.default_rng(0)
@@ -49,6 +51,7 @@ def test_draws_follow_the_distribution():
     assert statistic < 277, statistic  # chi-square, 200 degrees of freedom, p = 0.0003
 
 
+@pytest.mark.slow
 def test_temperature_zero_is_greedy_and_other_temperatures_scale_the_logits():
     logits = jnp.array([1.0, 3.0, 2.0])
     keys = jax.random.split(jax.random.key(0), 2)
@@ -60,6 +63,7 @@ def test_temperature_zero_is_greedy_and_other_temperatures_scale_the_logits():
     np.testing.assert_allclose(logprobs[1], jax.nn.log_softmax(logits / 0.5)[tokens[1]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_logprobs_account_for_a_long_tail_of_improbable_tokens():
     """If the tail's probabilities were added one by one to 1 in float32, the sum would remain 1."""
     vocab_size, num_rows = 150_000, 4

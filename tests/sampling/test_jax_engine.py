@@ -22,6 +22,7 @@ from trapo_jax.types import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_logprobs_equal_those_of_a_full_forward_pass(decoder, params, problems, temperature):
     """The requests involve padding, prefixes, shared prefills, and reused slots."""
@@ -33,6 +34,7 @@ def test_logprobs_equal_those_of_a_full_forward_pass(decoder, params, problems, 
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [PerLayer(), PerLayerTransposed()])
 def test_all_layouts_sample_the_same_tokens(
     decoder, params, problems, reference, monkeypatch, layout
@@ -49,6 +51,7 @@ def test_all_layouts_sample_the_same_tokens(
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_greedy_sampling_takes_the_argmax_of_a_full_forward_pass(decoder, params, problems):
     completions = sample(make_engine(decoder, params), requests_of(problems[:4]), temperature=0.0)
     for completion in completions.values():
@@ -67,6 +70,7 @@ def reference(decoder, params, problems):
     return sample(make_engine(decoder, params, num_slots=4), requests_of(problems[:8], group=4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_slots", [16, 64])
 def test_tokens_do_not_depend_on_slots_or_order(decoder, params, problems, reference, num_slots):
     requests = requests_of(problems[:8], group=4)
@@ -75,6 +79,7 @@ def test_tokens_do_not_depend_on_slots_or_order(decoder, params, problems, refer
     assert tokens_of(other) == tokens_of(reference)
 
 
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_when_requests_are_submitted(decoder, params, problems, reference):
     """Requests are submitted in two waves, and then one by one while other requests are decoded."""
     requests = requests_of(problems[:8], group=4)
@@ -91,6 +96,7 @@ def test_tokens_do_not_depend_on_when_requests_are_submitted(decoder, params, pr
     assert tokens_of(trickled) == tokens_of(reference)
 
 
+@pytest.mark.slow
 def test_an_earlier_step_preempts_a_later_one(decoder, params, problems):
     """Four requests of step 1 preempt the four of step 2 that occupy all slots, without changing any tokens."""
     early, late = requests_of(problems[:1], group=4), requests_of(problems[1:2], group=4)
@@ -114,6 +120,7 @@ def test_an_earlier_step_preempts_a_later_one(decoder, params, problems):
     assert num_finished == 8
 
 
+@pytest.mark.slow
 def test_released_and_resumed_requests_get_the_same_tokens(decoder, params, problems, reference):
     """The weights are unchanged; the released requests are queued, just started, or nearly finished."""
     requests = requests_of(problems[:8], group=4)
@@ -150,6 +157,7 @@ def test_seed_step_and_sample_index_change_the_draw(decoder, params, problems):
         assert [c.token_ids for c in other.values()] != [c.token_ids for c in draws.values()]
 
 
+@pytest.mark.slow
 def test_a_completion_stops_at_its_maximum_length(decoder, params, problems):
     engine = make_engine(decoder, params, max_completion_length=5)
     request = RolloutRequest(problems[0], 0, 0, 0, 3)
@@ -165,6 +173,7 @@ def test_eos_is_part_of_the_completion(decoder, params, problems):
         assert EOS not in completion.token_ids[:-1]
 
 
+@pytest.mark.slow
 def test_every_eos_id_ends_a_completion(decoder, params, problems, tokenizer):
     semicolon = tokenizer.convert_tokens_to_ids(";")
     engine = make_engine(decoder, params, eos_ids=[EOS, semicolon])
@@ -232,6 +241,7 @@ def test_weights_cannot_change_while_completions_are_running(decoder, params, pr
         engine.update_weights(params)
 
 
+@pytest.mark.slow
 def test_a_long_run_neither_recompiles_nor_leaks(decoder, params, problems):
     """After a warm-up of 100 steps with varying lengths, 50 steps compile nothing, and 50 more do not leak memory."""
     rng = np.random.default_rng(0)
@@ -265,6 +275,7 @@ def test_weights_are_cast_by_a_single_compiled_program(decoder, params):
     assert engine._replicas[0]._params["embedding"].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_top_k_of_one_is_greedy_with_logprobs_of_the_whole_distribution(decoder, params, problems):
     requests = requests_of(problems[:4])
     engine = make_engine(decoder, params, with_truncation=True)

@@ -1,11 +1,13 @@
 """Tests prefills and cached prefixes on the device by running an engine."""
 
 import numpy as np
+import pytest
 
 from support.engines import make_engine, requests_of, sample, tokens_of, trainer_logprobs
 from trapo_jax.types import Expert, Problem, RolloutRequest, SamplingParams
 
 
+@pytest.mark.slow
 def test_prefilled_tokens_are_prompts_and_distinct_extensions(decoder, params, problems):
     """The count does not depend on the number of rollouts. A context's last token is decoded, not prefilled."""
     engine = make_engine(decoder, params, num_contexts=8)
@@ -23,6 +25,7 @@ def test_prefilled_tokens_are_prompts_and_distinct_extensions(decoder, params, p
     assert engine.stats().prefilled_tokens == 2 * expected
 
 
+@pytest.mark.slow
 def test_two_expert_solutions_and_long_prefixes_are_prefilled_in_chunks(decoder, params, problems):
     """Rows that are copied, extended, and prefilled in chunks yield the logprobs of a full forward pass."""
     first = problems[0].experts[0]
@@ -40,6 +43,7 @@ def test_two_expert_solutions_and_long_prefixes_are_prefilled_in_chunks(decoder,
             np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_view_of_a_long_cache_gives_the_same_logprobs(decoder, params, problems):
     """The views have 256, 512, or all 616 positions, depending on the longest running row."""
     rng = np.random.default_rng(0)
@@ -54,6 +58,7 @@ def test_a_view_of_a_long_cache_gives_the_same_logprobs(decoder, params, problem
             np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_long_prefill_takes_several_steps_and_can_be_released(decoder, params, problems):
     """The first step only prefills. Requests released at that point still get the same tokens later."""
     options = {"prefill_tokens": 16, "num_slots": 16}

@@ -149,6 +149,7 @@ def test_the_elements_of_the_page_do_not_depend_on_the_data(run, tmp_path):
     assert "<" not in data
 
 
+@pytest.mark.slow
 def test_a_browser_treats_the_texts_as_text(run):
     """Whatever is clicked, the strings run no scripts, open no dialogs, make no requests, and remain readable."""
     with opened(run / "report.html") as seen:
@@ -173,6 +174,7 @@ def test_a_browser_treats_the_texts_as_text(run):
         assert page.title().startswith("<img src=x onerror=attacked=1>\\u202e")
 
 
+@pytest.mark.slow
 def test_the_content_security_policy_blocks_other_scripts_and_requests(run):
     with opened(run / "report.html") as seen:
         seen.page.evaluate("""() => {

@@ -53,6 +53,7 @@ def test_batches_contain_every_row_once_and_fit_into_the_slots(job):
     assert max(len(batch) for batch, _ in batches(job)) <= job["slots"]
 
 
+@pytest.mark.slow
 def test_only_prompts_and_their_extensions_are_prefilled(job):
     """Each problem's prompt and longest prefix are prefilled, except for the last token, which decoding reads."""
     longest = dict.fromkeys(range(len(job["problems"])), 0)
@@ -79,6 +80,7 @@ def test_bytes_to_move_are_weights_per_step_and_keys_and_values_per_token(job):
     assert entries == sum(seen)
 
 
+@pytest.mark.slow
 def test_the_command_compares_and_writes_json(tmp_path):
     """The model folder has no weights, so the engines use random weights."""
     file, shape = tmp_path / "bench.json", tmp_path / "shape"
@@ -101,6 +103,7 @@ def test_the_command_compares_and_writes_json(tmp_path):
         assert r["compiles_after_warm_up"] == 0
 
 
+@pytest.mark.slow
 def test_a_profile_lists_programs_and_operations():
     options = ["--rows", "4", "--new-len", "20", "--operations", "12"]
     result = subprocess.run(

@@ -19,6 +19,7 @@ def job(monkeypatch):
     return bench_train.ragged_job(bench_train.parse(), vocab_size=24)
 
 
+@pytest.mark.slow
 def test_packed_and_padded_rows_have_the_same_loss(job):
     lens = [len(row["prompt"]) + len(row["response"]) for row in job["rows"]]
     assert max(lens) == 64
@@ -45,6 +46,7 @@ def test_engines_with_different_losses_are_rejected():
         bench_train.check_losses({"ours": 2.0, "torch": 2.01}, "equal", 1e-3)
 
 
+@pytest.mark.slow
 def test_the_command_compares_and_writes_json(tmp_path):
     file = tmp_path / "bench.json"
     options = ["--engines", "ours,tunix", "--repeats", "1", "--json", str(file)]

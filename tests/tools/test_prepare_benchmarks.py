@@ -84,6 +84,7 @@ def test_the_default_data_of_every_benchmark_is_a_split_of_a_hub_dataset():
         assert split in ("train", "test")
 
 
+@pytest.mark.slow
 def test_all_benchmarks_are_in_one_file_with_their_names_as_sources(prepared):
     out, report = prepared
     rows = pa.parquet.read_table(out).to_pylist()

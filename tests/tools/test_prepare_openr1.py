@@ -191,6 +191,7 @@ ENDINGS = [
 ]
 
 
+@pytest.mark.slow
 def test_solutions_are_graded_as_in_training(tool, tmp_path):
     """The answer after the thought is always correct, but the tool must grade only the part used in training."""
     rows = [

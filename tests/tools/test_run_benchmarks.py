@@ -17,6 +17,7 @@ def grid_of(study, name, *more):
     return make_grid(parse([*STUDIES[study][name], *more]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("study", "name"), COMPARISONS)
 def test_all_trials_are_valid_and_all_methods_have_the_same_number_of_trials(study, name):
     # The built-in model suffices for counting trials. The base models of some studies would have to be trained first.

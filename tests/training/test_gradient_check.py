@@ -23,10 +23,12 @@ def short(method):
     return load_config(Config, None, [("method.name", method), ("data.num_train", "8")])
 
 
+@pytest.mark.slow
 def test_a_method_with_all_kinds_of_tokens_passes():
     assert 0 < check_config(short("trapo")) < 1e-5
 
 
+@pytest.mark.slow
 def test_dropped_gradients_of_micro_batches_are_detected(monkeypatch):
     """Only the gradient of the last micro-batch is applied, as in published baselines."""
 
@@ -40,6 +42,7 @@ def test_dropped_gradients_of_micro_batches_are_detected(monkeypatch):
         check_config(short("sft"))
 
 
+@pytest.mark.slow
 def test_a_mean_of_micro_batch_means_is_detected(monkeypatch):
     """Every micro-batch has the same weight regardless of its number of tokens, as in published baselines."""
 

@@ -58,6 +58,7 @@ def at(index, step, progress=0.0):
     return Moment(10 + step, 0.5, 0, StagePosition(index, step, progress))
 
 
+@pytest.mark.slow
 def test_a_stage_begins_like_a_new_run(learner):
     """The first steps of a stage equal the first steps of a new learner with the same parameters."""
     params = init_params(CONFIG, seed=0)
@@ -75,6 +76,7 @@ def test_a_stage_begins_like_a_new_run(learner):
     jax.tree.map(np.testing.assert_array_equal, runs["staged"], runs["new"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_ratio", [False, True])
 def test_mini_batches_are_separate_steps_with_a_common_old_policy(config, has_ratio):
     """The result equals two updates with half of the rows each.
@@ -113,6 +115,7 @@ def test_metrics_of_mini_batches_are_averaged_and_token_counts_are_summed():
     assert merge_mini_batches(metrics) == {"loss/total": 1.5, "batch/pad_tokens": 10}
 
 
+@pytest.mark.slow
 def test_a_stage_keeps_its_optimizer_moments_between_steps(learner):
     params = init_params(CONFIG, seed=0)
     restart(learner, params)
@@ -130,6 +133,7 @@ def test_a_stage_has_its_own_learning_rate(learner):
     assert rates == [0.1, 0.1, 0.005, 0.01]
 
 
+@pytest.mark.slow
 def test_expert_loss_is_the_mean_over_tokens(learner):
     params = init_params(CONFIG, seed=0)
     restart(learner, params)

@@ -66,6 +66,7 @@ def numpy_logit_gradient(logits, batch, *, expert_weight, alpha, length):
     return gradient
 
 
+@pytest.mark.slow
 def test_trapo_gradient_equals_an_independent_float64_implementation(params):
     groups, advantages = ragged_groups()
     batch = build(groups, advantages)
@@ -94,6 +95,7 @@ def test_trapo_gradient_equals_an_independent_float64_implementation(params):
     assert np.abs(ours - by_logits).max() / np.abs(by_logits).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_stale_tokens_are_weighted_by_their_ratio_to_the_sampler(params):
     """The advantage of each completion token is effectively multiplied by the ratio. Expert tokens are unaffected."""
     groups, advantages = ragged_groups()
@@ -134,6 +136,7 @@ def objective_by_logits(logits, batch, method):
     return total
 
 
+@pytest.mark.slow
 def test_gradient_does_not_depend_on_the_layout(params):
     """64 rollouts give the same gradient and metrics in micro-batches of any size, packed or not, and with shared prompts."""
     groups, advantages = ragged_groups(NO_TIES, num_problems=8)
@@ -173,6 +176,7 @@ def test_the_window_counts_positions_if_prompts_are_shared(params, local_layers)
     np.testing.assert_allclose(logprobs_of[True], logprobs_of[False], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_and_pad_id_do_not_matter(params):
     groups, advantages = ragged_groups()
     method = make_method("trapo")
@@ -182,6 +186,7 @@ def test_padding_and_pad_id_do_not_matter(params):
         assert relative_difference(other, reference) < 1e-5, options
 
 
+@pytest.mark.slow
 def test_other_lengths_do_not_recompile(params):
     """Rollouts of other lengths fill a different number of rows, but the same compiled program processes them."""
     optimizer = optax.sgd(0.01)
@@ -200,6 +205,7 @@ def test_other_lengths_do_not_recompile(params):
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_batch_is_the_sum_over_its_groups(params):
     groups, advantages = ragged_groups()
     method = make_method("trapo", normalizer="constant_sum")
@@ -211,6 +217,7 @@ def test_the_gradient_of_a_batch_is_the_sum_over_its_groups(params):
     assert relative_difference(jax.tree.map(lambda *x: sum(x), *alone), together) < 1e-5
 
 
+@pytest.mark.slow
 def test_sft_is_the_mean_cross_entropy(params):
     groups, advantages = ragged_groups()
     batch = build(groups, advantages)
@@ -227,6 +234,7 @@ def test_sft_is_the_mean_cross_entropy(params):
     )
 
 
+@pytest.mark.slow
 def test_grpo_ignores_the_expert(params):
     groups, advantages = ragged_groups()
     gradient = sgd_step(make_method("grpo"), build(groups, advantages), params)[0]
@@ -236,6 +244,7 @@ def test_grpo_ignores_the_expert(params):
     assert relative_difference(gradient, without) < 1e-6
 
 
+@pytest.mark.slow
 def test_entropy_bonus_raises_entropy(params):
     groups, advantages = ragged_groups()
     batch = build(groups, [np.zeros_like(a) for a in advantages])
@@ -246,6 +255,7 @@ def test_entropy_bonus_raises_entropy(params):
     assert after > before
 
 
+@pytest.mark.slow
 def test_metrics_by_hand(params):
     groups, advantages = ragged_groups()
     batch = build(groups, advantages)
@@ -282,6 +292,7 @@ def test_metrics_by_hand(params):
     assert np.count_nonzero(histogram) > 1
 
 
+@pytest.mark.slow
 def test_the_trace_contains_the_logprob_and_gradient_weight_of_each_trained_token(params):
     """The trace covers every position of a row.
 
@@ -316,6 +327,7 @@ def other_policy(params, size=0.3):
     return jax.tree.map(lambda x: np.float32(x + noise(x)), params)
 
 
+@pytest.mark.slow
 def test_clipped_update_and_divergence_equal_an_independent_float64_implementation(params):
     """Checks a second update on a batch, with ratios outside both bounds and a third policy as the reference."""
     groups, advantages = ragged_groups()
@@ -359,6 +371,7 @@ def test_clipped_update_and_divergence_equal_an_independent_float64_implementati
     )
 
 
+@pytest.mark.slow
 def test_old_logprobs_of_the_same_policy_do_not_change_the_gradient(params):
     """A single update per batch therefore needs no forward pass for old log-probabilities."""
     groups, advantages = ragged_groups()
@@ -374,6 +387,7 @@ def test_old_logprobs_of_the_same_policy_do_not_change_the_gradient(params):
     assert metrics["policy/clipped_share"] == 0
 
 
+@pytest.mark.slow
 def test_one_update_compiles_to_one_forward_and_one_backward_pass(params):
     """An update takes about three times the FLOPs of a forward pass, and none for old log-probabilities."""
     groups, advantages = ragged_groups()
@@ -390,6 +404,7 @@ def test_one_update_compiles_to_one_forward_and_one_backward_pass(params):
     assert 2 < ratio < 3.5
 
 
+@pytest.mark.slow
 def test_an_update_with_a_non_finite_or_too_large_gradient_is_skipped_and_counted(params):
     groups, advantages = ragged_groups()
     method = dataclasses.replace(make_method("trapo"), max_applied_grad_norm=10.0)
@@ -417,6 +432,7 @@ def test_swapping_optimizer_states_twice_restores_them():
     assert swap_optimizer(swapped, 2) == swap_optimizer(state, 0) == state
 
 
+@pytest.mark.slow
 def test_nan_at_masked_tokens_changes_nothing(params):
     """Advantages and log-probabilities at tokens without an RL loss do not matter."""
     groups, advantages = ragged_groups()
@@ -483,6 +499,7 @@ def test_gradient_is_clipped_to_its_maximum_norm(params):
         assert relative_difference(applied, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_weight_decay_does_not_apply_to_norms(params):
     decaying = make_optimizer(adam_b1=0.9, adam_b2=0.9, weight_decay=0.1)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -492,6 +509,7 @@ def test_weight_decay_does_not_apply_to_norms(params):
     np.testing.assert_array_equal(updates["final_norm"], 0.0)
 
 
+@pytest.mark.slow
 def test_same_gradient_on_eight_devices():
     """A separate process checks meshes of 2, 8, 4 x 2, and 2 x 2 x 2 simulated host devices."""
     script = Path(__file__).with_name("eight_devices.py")
