@@ -68,7 +68,8 @@ def leave_an_interrupted_save(directory, step):
     (partial / "state" / "array").write_text("x")
 
 
-def test_an_interrupted_deletion_is_completed(tmp_path):
+@pytest.mark.parametrize("has_next_save", [True, False])
+def test_an_interrupted_deletion_is_completed(has_next_save, tmp_path):
     directory = tmp_path / "c"
     store = CheckpointStore(directory)
     store.save(1, STATE, HOST)
@@ -76,7 +77,21 @@ def test_an_interrupted_deletion_is_completed(tmp_path):
     (directory / "1").rename(directory / "1.expired")
     for path in (directory / "1.expired" / "host").iterdir():
         path.unlink()
-    store.save(3, STATE, HOST)
+    if has_next_save:
+        store.save(3, STATE, HOST)
+    else:  # The run was killed during its last save.
+        leave_an_interrupted_save(directory, 3)
+        store.clean()
+    expected = ["2", "3"] if has_next_save else ["2"]
+    assert sorted(path.name for path in directory.iterdir()) == expected
+
+
+def test_checkpoints_that_had_expired_when_a_run_was_killed_are_deleted(tmp_path):
+    directory = tmp_path / "c"
+    store = CheckpointStore(directory, Retention(newest=3))
+    for step in (1, 2, 3):
+        store.save(step, STATE, HOST)
+    CheckpointStore(directory, Retention(newest=2)).clean()
     assert sorted(path.name for path in directory.iterdir()) == ["2", "3"]
 
 

@@ -1,6 +1,7 @@
 """Compares two runs bit for bit."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from orbax.checkpoint import v1 as ocp
 from trapo_jax.runs.directory import CHECKPOINTS, EVALUATIONS, EXPORT, METRICS, SAMPLES, SUMMARY
 
 WEIGHTS = "model.safetensors"
+# Names of the remains of interrupted saves and deletions, which a complete run should not have.
+LEFT = re.compile(r"\.(saving|writing|expired)")
 TOLERANCE_ON_ANOTHER_MESH = 1e-5
 
 
@@ -37,6 +40,7 @@ def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str
     if tolerance == 0:
         found += [name for name in _results(theirs) if _bytes(ours, name) != _bytes(theirs, name)]
     last = max(int(path.name) for path in (theirs / CHECKPOINTS).iterdir())
+    found += [path.name for path in (ours / CHECKPOINTS).iterdir() if LEFT.search(path.name)]
     state, host = read_checkpoint(ours, last)
     their_state, their_host = read_checkpoint(theirs, last)
     if _without_seconds(host["usage"]) != _without_seconds(their_host["usage"]):
@@ -61,8 +65,8 @@ def read_checkpoint(
     )  # the same handler as in CheckpointStore
     context = ocp.Context()
     context.checkpointables.registry = registry
-    steps = [int(path.name) for path in (folder / CHECKPOINTS).iterdir()]
-    path = str((folder / CHECKPOINTS / str(step or max(steps))).absolute())
+    steps = [path.name for path in (folder / CHECKPOINTS).iterdir() if path.name.isdecimal()]
+    path = str((folder / CHECKPOINTS / str(step or max(steps, key=int))).absolute())
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with context:
         shapes = ocp.checkpointables_metadata(path).metadata["state"]

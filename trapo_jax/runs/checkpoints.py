@@ -130,7 +130,7 @@ class CheckpointStore:
         partial = path.with_suffix(WRITING)
         if is_main():
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._clean()
+            self.clean()
             write_synced(self._directory / JOURNAL, partial.name)
         wait_for_all(f"checkpoint {step} begun")
         with self._context():
@@ -148,13 +148,10 @@ class CheckpointStore:
         partial.rename(path)
         sync(self._directory)
         (self._directory / JOURNAL).unlink()
-        for expired in set(self._own_steps()) - self._kept():
-            # Rename the checkpoint first, so that an interrupted deletion does not leave an incomplete checkpoint.
-            self._path(expired).rename(self._path(expired).with_suffix(EXPIRED))
-        self._clean()
+        self.clean()
 
-    def _clean(self) -> None:
-        """Deletes expired checkpoints and the directory of an interrupted save."""
+    def clean(self) -> None:
+        """Deletes expired checkpoints and the directory of an interrupted save. Only process 0 may call this."""
         journal = self._directory / JOURNAL
         if journal.is_file():
             name = journal.read_text(encoding="utf-8")
@@ -163,6 +160,9 @@ class CheckpointStore:
                 for partial in self._directory.glob(f"{name}*"):
                     shutil.rmtree(partial)
             journal.unlink()
+        for expired in set(self._own_steps()) - self._kept():
+            # Rename the checkpoint first, so that an interrupted deletion does not leave an incomplete checkpoint.
+            self._path(expired).rename(self._path(expired).with_suffix(EXPIRED))
         for expired in self._directory.glob(f"*{EXPIRED}"):
             if _STEP.fullmatch(expired.stem) and self._is_ours(expired):
                 _delete_listed(expired)

@@ -103,7 +103,6 @@ class Run:
         Raises:
           UserError: if the directory contains other files, or a run with a different config or method.
         """
-
         status = RunStatus(*from_main(lambda: check_run(config, method)))
         return cls(config, method, status, show_progress=show_progress)
 
@@ -235,9 +234,8 @@ class Run:
 
         Args:
           groups: the rollouts of each problem; only those of the first `log_samples` problems are logged.
-          metrics: sampling and training metrics, keyed by name. Sampling metrics come from `rollouts/actor.py`; most of
-            them are computed in `rollouts/metrics.py`. Training metrics come from `training/learner.py`; most of
-            them are computed in `training/diagnostics.py` and `training/packing.py`.
+          metrics: sampling metrics (from `rollouts/actor.py` and `rollouts/metrics.py`) and training metrics (from
+            `training/learner.py`, `training/diagnostics.py` and `training/packing.py`), keyed by name.
           usage: usage of the step, except for `seconds`, which is measured here.
           traces: per-token results of the updates.
           method_state: state of the method after the step.
@@ -322,8 +320,7 @@ class Run:
     def stop(self, learner: Trainable) -> None:
         """Saves a checkpoint after `Interrupted` was raised, unless the last checkpoint is up to date.
 
-        A resumed run repeats the interrupted step or evaluation. After the last step, nothing is saved, because a
-        checkpoint is saved before the final evaluation.
+        A resumed run repeats the interrupted step or evaluation. Before the final evaluation, a checkpoint exists.
         """
         self.step = self._num_completed
         if not (self._is_saved or self.is_over):
@@ -362,7 +359,8 @@ class Run:
             )
 
     def finish(self) -> None:
-        """Writes the report and the summary, which marks the run as complete."""
+        """Deletes remains of interrupted saves and writes the report and the summary, which marks the run as complete."""
+        self._store.clean()
         self._log.offsets()  # Flushes the logs.
         if warning := write_report_of_run(self.folder):
             self.console.say(warning)
