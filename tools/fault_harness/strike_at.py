@@ -25,7 +25,7 @@ MOMENTS = {
     "a commit": "trapo_jax.runs.checkpoints:CheckpointStore._commit",
     "a manifest": "trapo_jax.runs.checkpoints:write_manifest",
     "a flush": "trapo_jax.runs.manifests:sync",
-    "a clean-up": "trapo_jax.runs.checkpoints:CheckpointStore._clean",
+    "a clean-up": "trapo_jax.runs.checkpoints:CheckpointStore.clean",
     "a deletion": "trapo_jax.runs.checkpoints:_delete_listed",
     "an update": "trapo_jax.training.learner:Learner.update",
     "the export": "trapo_jax.train:export_model",
