@@ -147,7 +147,7 @@ def read_problems(data: str, counts: Counter[str]) -> dict[str, Entry]:
 
 
 def add_solutions(entries: dict[str, Entry], data: str, counts: Counter[str]) -> None:
-    """Appends the complete solutions from the second dataset, in its order, to the candidates of the same problems."""
+    """Appends the complete solutions from the second dataset, in dataset order, to the candidates for the matching problems."""
     matched: set[str] = set()
     for row in second_set(data):
         question = field_of(row, "problem")

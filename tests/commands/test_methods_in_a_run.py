@@ -86,7 +86,7 @@ def test_a_budget_ends_a_run_and_the_buffer_is_restored_after_a_resume(tmp_path)
     assert expected[-1]["tokens/sampled"] == sum(r["batch/completion_tokens"] for r in expected)
     rates = [r["optimizer/learning_rate"] for r in expected]
     assert rates[0] == rates[1] == pytest.approx(2e-4)
-    # Three quarters of the run are complete.
+    # The run is three quarters complete.
     assert rates[3] == pytest.approx(2e-4 * (0.1 + 0.9 * 0.5))
     # Ensures that the test covers the buffer: the buffer's optimizer is used before and after the checkpoint, and the
     # buffer is not empty at the checkpoint.

@@ -32,7 +32,7 @@ from trapo_jax.types import UserError
 
 
 def verdicts(comparison, margin=0.05):
-    """Returns the verdicts on the differences of the mean and the median for each pair of methods."""
+    """Returns, for each pair of methods, the verdicts on the differences in mean and in median."""
     return {
         (d.better, d.other): tuple(d.verdict(x, margin) for x in (d.mean, d.median))
         for d in find_differences(comparison)
@@ -100,7 +100,9 @@ def test_a_method_with_a_failing_seed_needs_ten_seeds(tmp_path):
     ]
     failing = replace(comparison, results=results)
     (warning,) = find_warnings(failing)
-    assert warning.endswith("7 seeds per method instead of 10, because a seed of trapo failed")
+    assert warning.endswith(
+        "7 seeds per method, but at least 10 are needed, because at least one seed of trapo failed"
+    )
     assert [row.num_failed for row in score_methods(failing)] == [1, 0]
     assert "| 0.25" in to_markdown(make_report(failing, None)[0])  # the worst seed
 

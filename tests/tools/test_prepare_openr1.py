@@ -85,7 +85,7 @@ SECOND = [
             solution("truncated", "2"),  # incomplete
             solution("wrong", "3"),
             solution("another way", "2"),
-            solution("a third way", "2"),  # more than two correct solutions
+            solution("a third way", "2"),  # exceeds the limit of two correct solutions
         ],
         [True, False, True, True, True],
     ),

@@ -1,4 +1,4 @@
-"""Tests all arrays of batches of handmade rollouts, bin packing, and the assignment of rows to devices."""
+"""Tests every array of batches built from handwritten rollouts, bin packing, and the assignment of rows to devices."""
 
 import itertools
 

@@ -279,9 +279,9 @@ def find_warnings(c: Comparison) -> list[str]:
     needed = MIN_SEEDS_IF_ONE_FAILS if failing else MIN_SEEDS
     if fewest < needed:
         seeds = "1 seed" if fewest == 1 else f"{fewest} seeds"
-        why = f", because a seed of {' and a seed of '.join(failing)} failed" if failing else ""
+        why = f", because at least one seed of {' and of '.join(failing)} failed" if failing else ""
         warnings.append(
-            f"this is a smoke test, not a result: {seeds} per method instead of {needed}{why}"
+            f"this is a smoke test, not a result: {seeds} per method, but at least {needed} are needed{why}"
         )
     for r in c.results:
         ratio = r.spent[c.grid.match] / c.grid.budget

@@ -262,9 +262,9 @@ class TrainConfig(Section):
     num_iterations: Positive = 1
     """Number of passes over the rollouts of a step. With more than one, set method.clip_low and method.clip_high."""
     row_length: Length | None = None
-    """Length of a training row in tokens; rollouts are packed into rows, and those of the same problem share its prompt. If completions are short, several times the default saves time. null for data.max_prompt_length + sampling.max_completion_length."""
+    """Length of a training row in tokens. Rollouts are packed into rows, and rollouts of the same problem in a row share its prompt. null for data.max_prompt_length + sampling.max_completion_length; if completions are short, a value several times as large is faster."""
     per_device_rows: Rows = 4
-    """Number of rows per device and micro-batch. It affects memory and speed, not the result."""
+    """Per-device micro-batch size in rows. It affects memory and speed, not the result."""
     learning_rate: PositiveFloat = 5e-6
     """Peak learning rate of AdamW. LoRA usually needs a value about ten times as high."""
     warmup_steps: NotNegative = 0

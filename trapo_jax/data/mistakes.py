@@ -200,10 +200,14 @@ def _solutions_hint(data: LoadedData, config: Config, method: Method) -> str:
                 "messages, or set data.columns.solutions to the column that holds them"
             )
             return (
-                f"{hint}, or method.name=grpo to train without experts"
+                f"{hint}, or set method.name=grpo to train without experts"
                 if method.needs_rewards
                 else hint
             )
         where = f" (now {data.shown_paths(columns.solutions)})" if columns else ""
         hint = f"set data.columns.solutions to the column that holds them{where}"
-    return f"{hint}, or method.name=grpo to train without experts" if method.needs_rewards else hint
+    return (
+        f"{hint}, or set method.name=grpo to train without experts"
+        if method.needs_rewards
+        else hint
+    )

@@ -91,7 +91,7 @@ def check_functions(tried: Sequence[Tried]) -> tuple[list[str], list[str]]:
             if rewarded := [t for t in of_function if t.kind == EMPTY and t.reward_of(name) > 0]:
                 warnings.append(
                     f"rewards.functions: {name} gives an empty response a reward of {rewarded[0].reward_of(name):g}; "
-                    f"it is called as {name}(response, problem)"
+                    f"check the order of its arguments: it is called as {name}(response, problem)"
                 )
             continue
         reasons = [t.grade.missing[name] for t in failed]

@@ -1,6 +1,6 @@
 """Reads rows from local files and from the Hugging Face Hub.
 
-Local files are read piece by piece, without creating a cache. Parquet and Arrow files are read with pyarrow in a
+Local files are read incrementally, without creating a cache. Parquet and Arrow files are read with pyarrow in a
 separate process; JSON and CSV files are read as text, so that error messages contain line numbers. All values in CSV
 files are strings. Folders written by `save_to_disk` and Hub datasets are read with the `datasets` library, which keeps
 Hub files in its usual cache (see `hub_datasets`).

@@ -126,7 +126,7 @@ def _detected_count() -> int:
     with warnings.catch_warnings():
         # In a Kubernetes pod, JAX warns if the Kubernetes client is not installed.
         warnings.simplefilter("ignore")
-        # Detection queries cloud servers, whose client libraries raise their own types of exceptions.
+        # To detect a cluster, JAX may query cloud servers, whose client libraries raise exceptions of their own.
         try:
             return next((x.get_process_count() for x in kinds if x.is_env_present()), 1)
         except Exception:

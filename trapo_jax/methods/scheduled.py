@@ -264,6 +264,6 @@ class PrefixRft(MixedHyperparameters):
             ),
             depends_on_length=True,
             source="Prefix-RFT, arXiv 2507.01679, implemented from secondary descriptions",
-            notes=("the prefix ratio follows a cosine over the run",),
+            notes=("the prefix ratio follows a cosine schedule over the run",),
             **self.method_fields(),
         )

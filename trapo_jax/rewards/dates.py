@@ -21,10 +21,10 @@ MAX_CHARS = 60
 
 
 def read_date(text: str) -> datetime.date | None:
-    """Parses a string that consists of a date; returns None if it is not a date.
+    """Parses a string as a date; returns None if it is not a date.
 
-    ISO 8601 dates and English dates with the month as a word are accepted. Dates that consist only of digits and whose
-    order depends on the country, such as 3/5/2024, are not accepted.
+    ISO 8601 dates and English dates with the month spelled out are accepted. Ambiguous all-numeric dates such as
+    3/5/2024, whose day-month order depends on the locale, are not.
 
     >>> read_date("2024-03-05") == read_date("March 5th, 2024") == read_date("5 Mar 2024")
     True

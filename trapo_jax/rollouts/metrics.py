@@ -1,4 +1,4 @@
-"""Computes metrics and usage of collected rollouts, and checks that enough of them have rewards."""
+"""Computes metrics and the resource usage of collected rollouts, and checks that enough of them have rewards."""
 
 from collections.abc import Sequence
 from statistics import fmean

@@ -44,7 +44,7 @@ TOLERANCE = 1e-4  # relative to the gradient norm; float32 rounding errors are w
 
 
 class BrokenTrainStep(TrainingFailed):
-    """The gradient of a batch depends on how the batch is split into micro-batches, or on an earlier stage."""
+    """The gradient depends on how a batch is split into micro-batches, or a stage inherits the previous stage's optimizer."""
 
 
 def check_config(config: Config) -> float:
