@@ -1,6 +1,7 @@
 """Tests that imports between packages follow the layers in CONTRIBUTING.md."""
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -72,7 +73,8 @@ def test_commands_do_not_import_each_other():
 def test_imported_packages_are_declared_as_dependencies():
     """An undeclared package is installed only if another package or an extra depends on it."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["tasks"]]
+    extras = [project["optional-dependencies"][name] for name in ("tasks", "wandb", "trackio")]
+    requirements = [*project["dependencies"], *itertools.chain(*extras)]
     declared = {canonical(re.match(r"[\w.-]+", text)[0]) for text in requirements}
     providers = metadata.packages_distributions()
     for file in PACKAGE.rglob("*.py"):

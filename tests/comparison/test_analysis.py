@@ -87,7 +87,10 @@ def test_with_one_seed_nothing_is_significant(tmp_path):
     comparison = make_comparison(tmp_path, {"grpo": 0.1, "trapo": 0.9}, seeds=1)
     assert set(verdicts(comparison).values()) == {("one seed: no test",) * 2}
     text = to_markdown(make_report(comparison, None)[0])
-    assert "**Warning: this is a smoke test, not a result: 1 seed per method, but at least 6 are needed**" in text
+    assert (
+        "**Warning: this is a smoke test, not a result: 1 seed per method, but at least 6 are needed**"
+        in text
+    )
 
 
 @pytest.mark.slow
@@ -118,7 +121,10 @@ def test_only_complete_runs_are_counted_as_seeds(tmp_path):
     whole = make_comparison(tmp_path, {"grpo": 0.1, "trapo": 0.9})
     assert find_warnings(whole) == []
     part = [r for r in whole.results if r.run.seed < 2 or r.run.trial.method == "grpo"]
-    assert "2 seeds per method, but at least 6 are needed" in find_warnings(replace(whole, results=part))[0]
+    assert (
+        "2 seeds per method, but at least 6 are needed"
+        in find_warnings(replace(whole, results=part))[0]
+    )
 
 
 def test_budgets_that_do_not_match_cause_warnings(tmp_path):

@@ -45,7 +45,7 @@ def test_a_failing_disk_causes_only_one_warning(tmp_path, monkeypatch, capsys):
     def fail(event):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(log._tensorboard._writer, "write_event", fail)
+    monkeypatch.setattr(log._trackers._trackers["tensorboard"]._writer, "write_event", fail)
     for step in (2, 3):
         log.metrics("train", step, {"a": 1.0, "b": 2.0})
     offsets = log.offsets()

@@ -1,18 +1,17 @@
 """Compares two runs bit for bit."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from trapo_jax.runs.checkpoints import EXPIRED
 from trapo_jax.runs.directory import CHECKPOINTS, EVALUATIONS, EXPORT, METRICS, SAMPLES, SUMMARY
+from trapo_jax.runs.manifests import MANIFEST
 
 WEIGHTS = "model.safetensors"
-# Names of the remains of interrupted saves and deletions, which a complete run should not have.
-LEFT = re.compile(r"\.(saving|writing|expired)")
 TOLERANCE_ON_ANOTHER_MESH = 1e-5
 
 
@@ -40,7 +39,7 @@ def differences(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> list[str
     if tolerance == 0:
         found += [name for name in _results(theirs) if _bytes(ours, name) != _bytes(theirs, name)]
     last = max(int(path.name) for path in (theirs / CHECKPOINTS).iterdir())
-    found += [path.name for path in (ours / CHECKPOINTS).iterdir() if LEFT.search(path.name)]
+    found += [path.parent.name for path in (ours / CHECKPOINTS).glob(f"*{EXPIRED}/{MANIFEST}")]
     state, host = read_checkpoint(ours, last)
     their_state, their_host = read_checkpoint(theirs, last)
     if _without_seconds(host["usage"]) != _without_seconds(their_host["usage"]):

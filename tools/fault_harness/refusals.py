@@ -58,7 +58,14 @@ REFUSALS = (
     Refusal("deep YAML", ["--config", "{folder}/a.yaml"], "a.yaml", {"a.yaml": "[" * 100_000}),
     Refusal("a pipe as config", ["--config", "{folder}/a.yaml"], "a.yaml", {"a.yaml": None}),
     Refusal(
-        "a pipe as data", ["data.train_files=[{folder}/a.jsonl]"], "a.jsonl", {"a.jsonl": None}
+        "a pipe as data",
+        [
+            "data.train_files=[{folder}/a.jsonl]",
+            "model.path=card_shuffles_tiny",
+            "rewards.functions=math",
+        ],
+        "a.jsonl",
+        {"a.jsonl": None},
     ),
     Refusal("a malformed SLURM variable", [], "SLURM_NTASKS", environment=OTHERS),
     Refusal("a malformed MPI variable", [], "OMPI", environment={"OMPI_COMM_WORLD_SIZE": "b"}),

@@ -7,6 +7,7 @@ from typing import Any
 CHANGEABLE_FIELDS = (
     "output_dir",
     "log_samples",
+    "trackers",
     "model.remat",
     "model.attention",
     "sampling.num_slots",

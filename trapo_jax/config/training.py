@@ -29,6 +29,7 @@ from trapo_jax.config.schema import (
     RewardsConfig,
     SamplingConfig,
     Section,
+    StringList,
     TrainConfig,
 )
 from trapo_jax.config.tasks import BUILT_IN_MODEL, FILES, TASKS
@@ -107,6 +108,8 @@ class Config(TaskConfig):
     """Random seed for the data order and for sampling."""
     log_samples: NotNegative = 4
     """Number of problems per step whose rollouts are written to samples.jsonl."""
+    trackers: StringList = ("tensorboard",)
+    """Experiment trackers that receive the metrics: tensorboard, wandb (requires the extra `wandb`), trackio (requires the extra `trackio`), or the import path `package.module:name` of your own."""
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()

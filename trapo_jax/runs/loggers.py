@@ -1,14 +1,16 @@
-"""Writes and reads the logs of a run: metrics.jsonl (the source of truth), TensorBoard events and samples.jsonl."""
+"""Writes and reads the logs of a run: metrics.jsonl (the source of truth), samples.jsonl, and experiment trackers."""
 
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
+from trapo_jax.config import Config
+from trapo_jax.distributed.processes import is_main
 from trapo_jax.inputs.files import read_json_object, read_lines
-from trapo_jax.inputs.printable import printable
 from trapo_jax.runs.directory import (
     METRICS,
     SAMPLES,
@@ -18,7 +20,8 @@ from trapo_jax.runs.directory import (
     write_atomically,
 )
 from trapo_jax.runs.progress import counted
-from trapo_jax.runs.tensorboard import TensorBoard, event_files
+from trapo_jax.runs.tensorboard import event_files
+from trapo_jax.runs.trackers import TrackedRun, Trackers
 from trapo_jax.types import UserError
 
 TRAIN, EVAL = "train", "eval"
@@ -35,14 +38,25 @@ class RunLog:
       offsets: the result of `offsets()` saved in the checkpoint; None for a new run. Everything written after the
         checkpoint is deleted, including TensorBoard events, so that no step is logged twice.
       run_id: id of the run.
+      trackers: names of the trackers that receive the metrics, too; see `Trackers`.
+      config: the resolved config, for the trackers.
 
     Raises:
-      UserError: if a file is shorter than it was at the checkpoint, or metrics.jsonl is damaged.
+      UserError: if a file is shorter than it was at the checkpoint, metrics.jsonl is damaged, or a tracker does not
+        exist.
     """
 
     FILES = (METRICS, SAMPLES)
 
-    def __init__(self, folder: Path, *, offsets: Mapping[str, int] | None, run_id: str):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        offsets: Mapping[str, int] | None,
+        run_id: str,
+        trackers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] = MappingProxyType({}),
+    ):
         self._folder, self._run_id = folder, run_id
         offsets = offsets or dict.fromkeys(self.FILES, 0)
         _truncate(folder, offsets, self.FILES, event_files(folder / TENSORBOARD, run_id))
@@ -52,18 +66,17 @@ class RunLog:
             name: open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
             for name in self.FILES
         }
-        self._tensorboard = TensorBoard(folder / TENSORBOARD, run_id)
+        self._trackers = Trackers(trackers, TrackedRun(folder, run_id, config))
+        self._last_samples: Sequence[Mapping[str, Any]] = ()
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Writes a record with `step`, `kind` and the values to metrics.jsonl; NaN and infinity become null.
 
-        Numbers are also written to TensorBoard. If the values include a split, the names are prefixed with it.
+        Numbers are also sent to the trackers. If the values include a split, the names are prefixed with it.
         """
         self._write(METRICS, {"step": step, "kind": kind, **values})
         prefix = f"{values['split']}/" if "split" in values else ""
-        for name, value in values.items():
-            if not isinstance(value, str):
-                self._tensorboard.scalar(printable(prefix + name), value, step)
+        self._trackers.scalars({prefix + name: value for name, value in values.items()}, step)
 
     def evaluation(
         self, split: str, step: int, values: Mapping[str, Any], problems: Mapping[str, list]
@@ -73,18 +86,20 @@ class RunLog:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(problems) + "\n")
         self.metrics(EVAL, step, {"split": split, **values})
+        self._trackers.samples(self._last_samples, step)
 
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Writes records to samples.jsonl."""
         for record in records:
             self._write(SAMPLES, record)
+        self._last_samples = records
 
     def offsets(self) -> dict[str, int]:
         """Flushes the files to disk and returns their sizes in bytes, keyed by path relative to the run directory."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        self._tensorboard.flush()
+        self._trackers.flush()
         events = event_files(self._folder / TENSORBOARD, self._run_id)
         paths = [*(self._folder / name for name in self._files), *events]
         return {path.relative_to(self._folder).as_posix(): path.stat().st_size for path in paths}
@@ -92,7 +107,7 @@ class RunLog:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-        self._tensorboard.close()
+        self._trackers.close()
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
         text = json.dumps(_finite(record), ensure_ascii=True, allow_nan=False)
@@ -122,6 +137,19 @@ class NoLog(RunLog):
 
     def close(self) -> None:
         pass
+
+
+def open_log(config: Config, *, offsets: Mapping[str, int] | None, run_id: str) -> RunLog:
+    """Opens the log of a run; in all processes except the main one, a log that discards everything."""
+    if not is_main():
+        return NoLog()
+    return RunLog(
+        config.run_folder,
+        offsets=offsets,
+        run_id=run_id,
+        trackers=config.trackers,
+        config=config.model_dump(mode="json"),
+    )
 
 
 def _truncate(

@@ -27,7 +27,7 @@ from trapo_jax.runs.directory import (
     record_changes,
     run_identity,
 )
-from trapo_jax.runs.loggers import TRAIN, NoLog, RunLog, read_summary, write_summary
+from trapo_jax.runs.loggers import TRAIN, open_log, read_summary, write_summary
 from trapo_jax.runs.monitoring import (
     CompilationListener,
     Health,
@@ -147,7 +147,7 @@ class Run:
         if is_main() and self._changes:
             (self.folder / SUMMARY).unlink(missing_ok=True)  # The run is no longer complete.
             record_changes(self.folder, self._config.to_yaml(), self._changes, after_step=self.step)
-        log = RunLog(self.folder, offsets=offsets, run_id=identity["id"]) if is_main() else NoLog()
+        log = open_log(self._config, offsets=offsets, run_id=identity["id"])
         self._log = self._stack.enter_context(contextlib.closing(log))
         self._interrupt = self._stack.enter_context(contextlib.closing(Interrupt()))
         self.console = self._stack.enter_context(

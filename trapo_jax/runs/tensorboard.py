@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,14 @@ class TensorBoard:
             return
         event = self._event(wall_time=time.time(), step=step, summary=self._summary(name, value))
         self._call(lambda writer: writer.write_event(event))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Writes the scalars of a step."""
+        for name, value in values.items():
+            self.scalar(name, value, step)
+
+    def samples(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Does nothing; the report shows samples."""
 
     def flush(self) -> None:
         """Flushes the events to disk."""
