@@ -12,7 +12,9 @@ number of rows. Each engine runs in a separate process. After one round for comp
 Workloads: `equal` has rows of equal length, so packing has no effect. `ragged` has responses of log-normal length:
 `ours` packs them into rows, and the others pad each micro-batch to its longest row. `torch` sorts the rows by length;
 `unsorted` is the same engine without sorting. `unpacked` is `ours` without packing: it pads all rows to the longest
-one. `ours` saves the matmul results for the backward pass (`model.remat=dots`).
+one. `grouped` has groups of eight responses to one prompt, as in a training step: `ours` computes a prompt once for all
+its responses in a row, and `unshared` is `ours` without that. `ours` saves the matmul results for the backward pass
+(`model.remat=dots`).
 
 With `--dtype bfloat16`, the weights are stored in float32 and cast for the matmuls; `torch` uses autocast. If the
 model folder has no weights, random weights are used.
@@ -38,10 +40,12 @@ from trapo_jax.models import read_config
 ENGINES = {
     "ours": "ours",
     "unpacked": "ours, unpacked",
+    "unshared": "ours, unshared",
     "torch": "torch",
     "unsorted": "torch, unsorted",
     "tunix": "tunix",
 }
+GROUP_SIZE = 8
 WORKER = Path(__file__).with_name("bench_train_worker.py")
 # Relative tolerances. The engines' losses differ slightly because they sum in different orders.
 LOSS_TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}
@@ -56,7 +60,7 @@ def main() -> int:
 def compare(args: argparse.Namespace, folder: Path) -> int:
     console = Console(width=max(120, Console().width))
     config = read_config(folder, dtype=args.dtype)
-    jobs = [equal_job(args, config.vocab_size), ragged_job(args, config.vocab_size)]
+    jobs = [make(args, config.vocab_size) for make in (equal_job, ragged_job, grouped_job)]
     report = []
     for job in jobs:  # Peak memory is measured per workload, so each workload gets new processes.
         workers = start_workers(
@@ -97,7 +101,10 @@ def parse() -> argparse.Namespace:
         "--row-len", type=int, default=256, help="row length in tokens (default 256)"
     )
     parser.add_argument(
-        "--num-rollouts", type=int, default=24, help="ragged: number of rollouts (default 24)"
+        "--num-rollouts",
+        type=int,
+        default=24,
+        help="ragged and grouped: number of rollouts (default 24)",
     )
     parser.add_argument(
         "--dtype",
@@ -144,6 +151,18 @@ def ragged_job(args: argparse.Namespace, vocab_size: int) -> Job:
     missing = args.row_len - len(longest["prompt"]) - len(longest["response"])
     longest["response"] += random_ids(rng, missing, vocab_size)
     return make_job("ragged", rows, args)
+
+
+def grouped_job(args: argparse.Namespace, vocab_size: int) -> Job:
+    """Returns a job in which groups of `GROUP_SIZE` responses have the same prompt."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for i in range(args.num_rollouts):
+        if i % GROUP_SIZE == 0:
+            prompt = random_ids(rng, args.row_len // 8, vocab_size)
+        response = log_normal(rng, args.row_len / 10, 0.3, 2, args.row_len // 2)
+        rows.append({"prompt": prompt, "response": random_ids(rng, response, vocab_size)})
+    return make_job("grouped", rows, args)
 
 
 def make_job(name: str, rows: list[dict], args: argparse.Namespace) -> Job:

@@ -17,14 +17,14 @@ LEARNING_RATE, B1, B2, WEIGHT_DECAY, MAX_NORM = 1e-5, 0.9, 0.98, 0.01, 1.0
 class Ours:
     """The train step of `trapo_jax.train` with `method.name=sft`, including batch construction."""
 
-    def __init__(self, folder: str, dtype: str, *, packed: bool):
+    def __init__(self, folder: str, dtype: str, *, packed: bool = True, share_prompts: bool = True):
         from trapo_jax.distributed.sharding import make_mesh
         from trapo_jax.methods import make_method
         from trapo_jax.models import load_params, read_config
         from trapo_jax.training.optimizer import make_optimizer
         from trapo_jax.training.state import init_state, state_shardings
 
-        self.packed = packed
+        self.packed, self.share_prompts = packed, packed and share_prompts
         self.config = read_config(Path(folder), dtype=dtype, remat="dots")
         self.mesh = make_mesh(fsdp=-1, tp=1)
         self.optimizer = make_optimizer(adam_b1=B1, adam_b2=B2, weight_decay=WEIGHT_DECAY)
@@ -57,6 +57,7 @@ class Ours:
             row_len=job["row_len"],
             micro_batch_rows=job["micro_batch_rows"],
             packed=self.packed,
+            share_prompts=self.share_prompts,
         )
         coefficients = self.method.coefficients(
             Moment(1, 0.0, 0), learning_rate=LEARNING_RATE, max_grad_norm=MAX_NORM
@@ -216,8 +217,9 @@ def tunix_step(model, num_micro_batches: int):
 
 
 ENGINES = {
-    "ours": functools.partial(Ours, packed=True),
+    "ours": Ours,
     "ours, unpacked": functools.partial(Ours, packed=False),
+    "ours, unshared": functools.partial(Ours, share_prompts=False),
     "torch": Torch,
     "torch, unsorted": functools.partial(Torch, by_length=False),
     "tunix": Tunix,

@@ -31,6 +31,18 @@ def test_packed_and_padded_rows_have_the_same_loss(job):
     assert sum(lens) <= packed["computed_tokens"] < unpacked["computed_tokens"]
 
 
+@pytest.mark.slow
+def test_shared_prompts_give_the_same_loss_with_fewer_tokens(monkeypatch):
+    options = ["--rows", "1", "--num-rollouts", "32"]
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", *ARGUMENTS, *options])
+    job = bench_train.grouped_job(bench_train.parse(), vocab_size=24)
+    shared, unshared = (
+        ENGINES[name](str(TINY_MODEL), "float32").run(job) for name in ("ours", "ours, unshared")
+    )
+    assert shared["loss"] == pytest.approx(unshared["loss"], rel=1e-5)
+    assert shared["computed_tokens"] < unshared["computed_tokens"]
+
+
 def test_padded_micro_batches_contain_every_token_once(job):
     seen = [row for batch in padded_micro_batches(job) for row in zip(*batch, strict=True)]
     assert len(seen) == 7
@@ -62,5 +74,6 @@ def test_the_command_compares_and_writes_json(tmp_path):
     assert [(r["workload"], r["engine"]) for r in results] == [
         ("equal", "ours"),
         ("ragged", "ours"),
+        ("grouped", "ours"),
     ]
     assert all(r["tokens_per_sec"] > r["trained_tokens_per_sec"] > 0 for r in results)
