@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+import trapo_jax.distributed.log_level  # noqa: F401  silences libtpu, before JAX loads it
 from bench_workers import Job
 from trapo_jax.methods import make_method
 from trapo_jax.rollouts.guidance import Guidance

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+import trapo_jax.distributed.log_level  # noqa: F401  silences libtpu, before JAX loads it
 from trapo_jax.data import make_template
 from trapo_jax.models import (
     apply_decoder,

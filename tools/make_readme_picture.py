@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+import trapo_jax.distributed.log_level  # noqa: F401  silences libtpu, before JAX loads it
 from trapo_jax.losses import clip_attenuation, trsft_loss_from_logprobs
 from trapo_jax.methods import make_method
 from trapo_jax.rollouts.guidance import Guidance

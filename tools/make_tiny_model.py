@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+import trapo_jax.distributed.log_level  # noqa: F401  silences libtpu, before JAX loads it
 from trapo_jax.data.card_shuffles import (
     OPERATIONS,
     apply_operation,

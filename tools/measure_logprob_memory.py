@@ -12,6 +12,7 @@ import argparse
 import jax
 import jax.numpy as jnp
 
+import trapo_jax.distributed.log_level  # noqa: F401  silences libtpu, before JAX loads it
 from trapo_jax.losses import linear_token_logprobs
 
 GB = 1e9
