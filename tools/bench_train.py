@@ -156,7 +156,7 @@ def ragged_job(args: argparse.Namespace, vocab_size: int) -> Job:
 def grouped_job(args: argparse.Namespace, vocab_size: int) -> Job:
     """Returns a job in which groups of `GROUP_SIZE` responses have the same prompt."""
     rng = np.random.default_rng(2)
-    rows = []
+    rows, prompt = [], []
     for i in range(args.num_rollouts):
         if i % GROUP_SIZE == 0:
             prompt = random_ids(rng, args.row_len // 8, vocab_size)

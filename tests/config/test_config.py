@@ -112,7 +112,7 @@ COMMAND_LINES = [
     (["train.learning_rate=1e300"], "train.learning_rate=1e+300: input should be less than or"),
     (["train.learning_rate=1e-300"], "train.learning_rate=1e-300: input should be greater than"),
     (["sampling.temperature=1e-9"], "sampling.temperature=1e-09: input should be greater than"),
-    (["evaluation.splits=[]"], "evaluation.splits=[]: "),
+    (["evaluation.splits=[]"], "evaluation.splits=[]: list at least one split; to skip"),
     (["evaluation.splits=[test, test]"], "a split is listed twice; list each split once"),
     (
         ["sampling.max_completion_length=1000000"],

@@ -587,3 +587,16 @@ def test_answers_of_math_500_equal_themselves_but_not_each_other():
     }
     assert correct_by_chance == {("x=5", "5"), ("7", "7"), ("3", "3")}
     assert {Verdict.CORRECT, Verdict.WRONG} == set(verdicts)  # no errors
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"The answer is within \boxed{}", None),
+        (r"The answer is indeed within $\boxed{ }$.", None),
+        (r"The answer is 7. The final answer is in \boxed{}.", "7"),
+        (r"The answer is 5. Put it in \boxed{}", "5"),
+    ],
+)
+def test_a_repeated_request_for_a_box_is_not_an_answer(response, answer):
+    assert extract_math_answer(response) == answer

@@ -298,6 +298,10 @@ def _check_interval(value: Any) -> Any:
 
 
 def _check_distinct(splits: tuple[str, ...]) -> tuple[str, ...]:
+    if not splits:
+        raise ValueError(
+            "evaluation.splits=[]: list at least one split; to skip the evaluation of the test split, set data.num_test=0"
+        )
     if len(set(splits)) < len(splits):
         raise ValueError(
             f"evaluation.splits={list(splits)}: a split is listed twice; list each split once"
@@ -340,7 +344,6 @@ class EvaluationConfig(ScoringConfig):
     splits: Annotated[
         tuple[Literal["validation", "test"], ...],
         _to_tuple,
-        Field(min_length=1),
         pydantic.AfterValidator(_check_distinct),
     ] = ("test",)
     """Splits to evaluate before and after training."""

@@ -30,6 +30,8 @@ ANSWER_PHRASE = re.compile(
     r"\banswer(?:\s{1,3}(?:is|would be|will be|equals|=)\s{0,3}:?|\s{0,3}(?:\*\*|__)?\s{0,3}[:=])\s{0,3}(?:\*\*|__)?\s{0,3}(?=\S)",
     re.IGNORECASE,
 )
+# "The answer is within \boxed{}" repeats the request for a box instead of stating an answer.
+PLACEHOLDER = re.compile(rf"(?:[A-Za-z]{{1,20}} ){{0,5}}\$?{EMPTY_BOX.pattern}")
 DELIMITED = re.compile(
     r"\$\$(.+?)\$\$|\$((?:\\.|[^$\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
 )
@@ -154,6 +156,7 @@ def extract_math_answer(response: str) -> str | None:
         text[match.end() : match.end() + MAX_ANSWER_CHARS + 1].split("\n", 1)[0]
         for match in ANSWER_PHRASE.finditer(text)
     ]
+    rests = [rest for rest in rests if not PLACEHOLDER.match(rest)]
     if not rests:
         return None
     # Prefer a mathematical answer to a later phrase such as "the answer is consistent".

@@ -28,7 +28,7 @@ WARN_AFTER_STEPS, WARN_AFTER_FIRST_STEPS = 20, 5
 NEVER_RIGHT = (
     "no sampled rollout was correct; check rewards.functions, data.template and sampling.max_completion_length: "
     "`trapo preview` shows a prompt and how expert solutions are graded, and samples.jsonl contains the extracted "
-    "answers"
+    "answers; if these are right, the problems are too hard for the model"
 )
 NO_SIGNAL = (
     "all rewards of each problem were equal, so nothing is learned from them; check rewards.functions (with "
@@ -53,7 +53,8 @@ def unanswered(section: str, *, accuracy: float, no_answer: float | None, trunca
         return ""
     return (
         f"the reward function found no answer in {no_answer:.0%} of the responses, and {truncated:.0%} are truncated; "
-        "if samples.jsonl confirms this, request the answer format with a different data.prompt_suffix, raise "
+        "read some responses (samples.jsonl has those of training steps), and request the answer format with a different "
+        "data.prompt_suffix, raise "
         f"sampling.max_completion_length, or lower {section}.temperature"
     )
 
