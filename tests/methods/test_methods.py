@@ -665,6 +665,16 @@ def test_only_methods_with_a_trust_region_have_alpha():
         ("trappo", {}, "method.name='trappo': no such method; did you mean trapo?"),
         ("no_such_module:Method", {}, "method.name=no_such_module:Method"),
         ("trapo_jax.types:UserError", {}, "expected a Method, a subclass of Hyperparameters"),
+        (
+            "trapo_jax.methods:make_method",
+            {},
+            "method.name=trapo_jax.methods:make_method: building the method failed (TypeError: make_method() missing",
+        ),
+        (
+            "trapo_jax.methods:Hyperparameters",
+            {},
+            "building the method failed (NotImplementedError",
+        ),
     ],
 )
 def test_an_invalid_hyperparameter_causes_a_clear_one_line_error(name, hyperparameters, message):

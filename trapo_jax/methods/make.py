@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pydantic
 
+from trapo_jax.inputs.files import reason_of
 from trapo_jax.inputs.import_path import import_object, suggest
 from trapo_jax.methods.family import METHODS
 from trapo_jax.methods.hyperparameters import Hyperparameters
@@ -23,14 +24,20 @@ def make_method(name: str, **hyperparameters: Any) -> Method:
       **hyperparameters: values that differ from the method's defaults.
 
     Raises:
-      UserError: if the name or a hyperparameter is unknown, or a value is out of range.
+      UserError: if the name or a hyperparameter is unknown, a value is out of range, or the user's code fails.
     """
     values = read_hyperparameters(name, hyperparameters)
-    if values is not None:
-        method = values.make()
+    found = None if values else import_object(name, "method.name")
+    try:
+        method = values.make() if values else found() if callable(found) else found
+    except UserError:
+        raise
+    except Exception as error:  # user code
+        raise UserError(
+            f"method.name={name}: building the method failed ({type(error).__name__}: {reason_of(error)})"
+        ) from error
+    if isinstance(method, Method) and values:
         return dataclasses.replace(method, name=name, hyperparameters=values.resolved())
-    found = import_object(name, "method.name")
-    method = found() if callable(found) else found
     if not isinstance(method, Method):
         raise UserError(
             f"method.name={name}: expected a Method, a subclass of Hyperparameters, or a function that returns a "
