@@ -8,20 +8,17 @@ and the learner updates the parameters. The run decides when to stop and writes 
 A group is divided into micro-groups, each with an expert-prefix length and a threshold. The rollouts of a micro-group
 start from a prefix of that length only if the mean reward of the problem's earlier rollouts is below the threshold.
 
-This table lists where to start when changing something; the docstring of each file names other files that may be
-involved:
+To change something, start with the file in this table, whose docstring names the others that may be involved:
 
     an option, its default or its help text          config/schema.py (one class per section) and config/training.py
     how many rollouts are guided, and how much       methods/micro_grouped.py
     a method, or what a method trains on             methods/method.py; its loss terms: methods/terms.py
     a loss function                                  losses/
     a reward function                                rewards/grader.py
-    a preset of data columns                         data/layouts.py
-    a chat template                                  data/templates.py
+    a preset of data columns                         data/layouts.py; a chat template: data/templates.py
     when a rollout is requested                      rollouts/collection.py; when it is sampled: sampling/slots.py
     a rollout engine                                 sampling/engine.py
-    the optimizer or the learning rate               training/optimizer.py
-    the train step                                   training/train_step.py
+    the optimizer or the learning rate               training/optimizer.py; the train step: training/train_step.py
     a model family                                   models/hugging_face_config.py; its operations: models/decoder.py
     the mesh, or how parameters are sharded          distributed/sharding.py
     what a step logs                                 runs/run.py, `Run.record`, which lists where metrics are computed
@@ -135,9 +132,8 @@ def train_in_this_process(config: Config, method: Method, *, show_progress: bool
             return complete_result(run, was_complete=True)
         with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
             data_summary = check_problems(config, method, data, grader, run, console)
-            if (
-                files is None or method.needs_reference
-            ):  # Otherwise, the checkpoint has the weights.
+            # Otherwise, the checkpoint has the weights.
+            if files is None or method.needs_reference:
                 model = with_weights(model)
             learner = make_learner(config, method, model, with_state=files is None)
             actor = make_actor(
@@ -235,9 +231,8 @@ def train_to_the_end(
     run.begin("exporting the model")
     params = fetch(learner.params)
     if is_main():
-        export_model(
-            params, model.decoder, source=run.folder / MODEL, destination=run.folder / EXPORT
-        )
+        source, destination = run.folder / MODEL, run.folder / EXPORT
+        export_model(params, model.decoder, source=source, destination=destination)
         run.finish()
     wait_for_all("run finished")  # At exit, JAX kills processes that wait too long.
     return complete_result(run)
@@ -379,7 +374,7 @@ def show_result(result: TrainResult) -> None:
     for name, description in (
         (EXPORT, "the model, for transformers and vLLM"),
         (REPORT, "training curves and a rollout viewer; open it in a browser"),
-        (METRICS, "metrics of every step; tb/ has the same metrics for TensorBoard"),
+        (METRICS, "metrics of every step"),
         (SAMPLES, "rollouts, token by token"),
     ):
         console.say(f"{result.folder / name}: {description}")

@@ -95,6 +95,8 @@ def test_an_unknown_topology_is_rejected(name):
 
 
 def test_an_absurd_number_of_devices_is_rejected():
+    with pytest.raises(UserError, match="--topology cpu:0: every number in the shape must be at"):
+        find_topology("cpu:0")
     with pytest.raises(UserError, match="--topology cpu:1000000000: more than 16,384 devices"):
         find_topology("cpu:1000000000")
 

@@ -119,6 +119,25 @@ COMMAND_LINES = [
         "it exceeds the 256 positions of the model (max_position_embeddings)",
     ),
     (["lora.targets=[mlp]"], "lora.targets"),
+    (
+        ["data.task=chain_sum"],
+        'data.task="chain_sum": has an effect only with data.source=reasoning',
+    ),
+    (["data.task_options={a: 1}"], "has an effect only with data.source=reasoning_gym"),
+    (
+        ["data.source=reasoning_gym", "data.difficulty=early"],
+        'data.difficulty="early": has an effect only with data.source=card_shuffles',
+    ),
+    (
+        ["data.train_files=a.jsonl", "rewards.functions=math", "data.num_train=10"],
+        "data.num_train=10: has no effect on files; set data.limit",
+    ),
+    (["rewards.functions=reasoning_gym"], "reasoning_gym requires data.source=reasoning_gym"),
+    (
+        ["data.train_files=a.jsonl", "rewards.functions=reasoning_gym"],
+        "or files with the tasks' metadata (data.columns.extra=metadata)",
+    ),
+    (["model.path=card_shuffle_tiny"], "no such model; did you mean card_shuffles_tiny?"),
     (["method.alpha=1.5"], "method.alpha=1.5: input should be less than or equal to 1"),
     (["method.name=ppo"], "method.name='ppo': no such method; choose 'trapo', 'trapo_plus'"),
     (["method.name=3"], "method.name=3: input should be a valid string"),

@@ -203,6 +203,16 @@ MISUSES = {
         ["data.test_files={other}"],
         "data.columns applies to every split, so rename this file's columns if they differ from those of data.train_files",
     ),
+    "a file in a comma-separated list that does not exist": (
+        ROWS,
+        ["data.train_files={file},missing.jsonl"],
+        "missing.jsonl]; missing.jsonl does not exist",
+    ),
+    "test files that do not exist": (
+        ROWS,
+        ["data.test_files=missing.jsonl"],
+        "data.test_files: missing.jsonl: no such file or folder",
+    ),
     "template name without a similar one": (
         ROWS,
         ["data.template=x"],

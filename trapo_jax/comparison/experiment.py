@@ -63,7 +63,8 @@ def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) 
     )
     examples = list({run.trial.method: run for run in planned}.values())
     # The two options may name the same folder, which must be locked only once.
-    folders = {grid.runs.absolute(): "--runs", out.absolute(): "--out"}
+    folders = {out.absolute(): "--out"}
+    folders.setdefault(grid.runs.absolute(), "--runs")
     with contextlib.ExitStack() as stack:
         for folder, option in folders.items():
             stack.enter_context(lock_folder(folder, option))

@@ -83,9 +83,9 @@ class EvaluateConfig(TaskConfig):
     @pydantic.model_validator(mode="after")
     def _check_consistency(self) -> Self:
         data = self.data
-        check_files(data, "test_files", "train_files")
         check_model(self.model)
-        check_functions(self.rewards.functions, data.source)
+        check_files(data, "test_files", "train_files")
+        check_functions(self.rewards.functions, data)
         check_weights(self.rewards, self.rewards.functions)
         return self
 

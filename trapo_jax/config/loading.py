@@ -283,6 +283,9 @@ def _explain(
 def _known_field(config_class: type[Section], name: str) -> str:
     """Returns a hint for an unknown field: a similarly named field or, if there is none, the option that lists all."""
     names = [field.name for field in list_fields(config_class)]
+    if name in names:  # a YAML key with dots
+        *sections, leaf = name.split(".")
+        return f"; in a file, write {leaf} indented below {': below '.join(sections)}:"
     parent, _, leaf = name.rpartition(".")
     sections = sorted(
         {n.rsplit(".", 1)[0] for n in names if "." in n} - ({parent} if leaf else set())

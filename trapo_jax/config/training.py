@@ -1,5 +1,6 @@
 """Defines the configuration of a training run."""
 
+import difflib
 import hashlib
 import json
 import os
@@ -34,6 +35,14 @@ from trapo_jax.config.schema import (
 )
 from trapo_jax.config.tasks import BUILT_IN_MODEL, FILES, TASKS
 from trapo_jax.types import UserError
+
+# Fields of `data` that apply to a single source of problems.
+OPTIONS_OF_SOURCES = {
+    "difficulty": "card_shuffles",
+    "expert_style": "card_shuffles",
+    "task": "reasoning_gym",
+    "task_options": "reasoning_gym",
+}
 
 
 class TaskConfig(Section):
@@ -129,10 +138,11 @@ class Config(TaskConfig):
             raise ValueError(
                 f"train.budget=null: train.budget_unit={train.budget_unit} needs an amount; set a number"
             )
-        check_files(data, "train_files")
         check_model(self.model)
+        check_options_of_source(data)
+        check_files(data, "train_files")
         if self.rewards.by_source or self.method.make().needs_rewards:
-            check_functions(self.rewards.functions, data.source)
+            check_functions(self.rewards.functions, data)
         if data.source != FILES and train.problems_per_step > (data.num_train or 0):
             raise ValueError(
                 f"train.problems_per_step={train.problems_per_step}: larger than "
@@ -233,25 +243,58 @@ def check_files(data: DataConfig, *needed: str) -> None:
 
 
 def check_model(model: PretrainedConfig) -> None:
-    """Checks that a model is specified.
+    """Checks that a model is specified, and that the name of the built-in model is not misspelled.
 
     Raises:
       ValueError: if the check fails. The message names the field.
     """
     if not model.path:
         raise ValueError("model.path: not set; specify a Hugging Face model folder or a Hub id")
+    is_similar = difflib.get_close_matches(model.path, [BUILT_IN_MODEL], cutoff=0.8)
+    if model.path != BUILT_IN_MODEL and is_similar and not Path(model.path).exists():
+        raise ValueError(f"model.path={model.path}: no such model; did you mean {BUILT_IN_MODEL}?")
 
 
-def check_functions(functions: Sequence[str], source: str) -> None:
-    """Checks that there is at least one reward function.
+def check_options_of_source(data: DataConfig) -> None:
+    """Checks that no option of another source of problems is set.
+
+    Raises:
+      ValueError: if the check fails. The message names the field.
+    """
+    for field, source in OPTIONS_OF_SOURCES.items():
+        value = getattr(data, field)
+        if data.source != source and value != DataConfig.model_fields[field].default:
+            raise ValueError(
+                f"data.{field}={json.dumps(value)}: has an effect only with data.source={source}, but data.source is "
+                f"{data.source}"
+            )
+    if data.source == FILES and data.num_train is not None:
+        raise ValueError(
+            f"data.num_train={data.num_train}: has no effect on files; set data.limit to read fewer rows"
+        )
+
+
+def check_functions(functions: Sequence[str], data: DataConfig) -> None:
+    """Checks that there is at least one reward function, and that `reasoning_gym` gets what it needs.
 
     Raises:
       ValueError: if the check fails. The message names the field.
     """
     if not functions:
         raise ValueError(
-            f"rewards.functions: not set, and data.source={source} has no default; use math for mathematical answers, "
+            f"rewards.functions: not set, and data.source={data.source} has no default; use math for mathematical answers, "
             "multiple_choice for letters, or the import path of your own function"
+        )
+    if "reasoning_gym" in functions and data.source == "card_shuffles":
+        raise ValueError("rewards.functions: reasoning_gym requires data.source=reasoning_gym")
+    if (
+        "reasoning_gym" in functions
+        and data.source == FILES
+        and "metadata" not in data.columns.extra
+    ):
+        raise ValueError(
+            "rewards.functions: reasoning_gym requires data.source=reasoning_gym, or files with the tasks' metadata "
+            "(data.columns.extra=metadata)"
         )
 
 

@@ -281,7 +281,7 @@ def _from_files(
             try:
                 of_split, rows = _columns_of(config, rows, needs_answer=needs_answer)
             except UserError as error:
-                if columns is None:
+                if columns is None or str(error).startswith(f"data.{name}_files:"):
                     raise
                 raise UserError(
                     f"{error}; data.columns applies to every split, so rename this file's columns if they differ "

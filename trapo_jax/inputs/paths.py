@@ -47,14 +47,20 @@ def did_you_mean(path: str) -> str:
     """Returns a hint for a path that does not exist, such as `"; did you mean data/train.jsonl?"`.
 
     The hint is a similar path that exists, the Hub id if the path is the URL of a Hub page, or a YAML list if the path
-    consists of several existing paths separated by commas. If none of these applies, the hint is empty.
+    consists of several paths separated by commas of which some exist. For a dangling symbolic link, the hint names its
+    target. If none of these applies, the hint is empty.
     """
     if page := HUB_PAGE.match(path):
         return f"; did you mean {page[1]}?"
     parts = path.split(",")
     if len(parts) > 1 and all(map(_exists, parts)):
         return f"; did you mean [{', '.join(parts)}]?"
+    if len(parts) > 1 and any(map(_exists, parts)):
+        absent = " and ".join(part for part in parts if not _exists(part))
+        return f"; write a list of files as [{', '.join(parts)}]; {absent} does not exist"
     whole = missing = Path(path).expanduser()
+    if whole.is_symlink():
+        return f"; it is a symbolic link to {os.readlink(whole)}, which does not exist"
     try:
         # The first part that does not exist is the misspelled one.
         while not missing.parent.exists():

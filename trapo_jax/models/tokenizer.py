@@ -52,7 +52,10 @@ def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> "PreTraine
         )
         template_ids = tokenizer("").input_ids  # the ids that the tokenizer adds to every string
     except Exception as error:  # The Rust library raises a plain Exception for a damaged file.
-        raise UserError(f"{folder}: cannot load the tokenizer ({reason_of(error)})") from error
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        raise UserError(
+            f"{folder}: cannot load the tokenizer ({reason}); {TOKENIZER} or {TOKENIZER_CONFIG} is invalid"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder / TOKENIZER_CONFIG}: no eos_token; completions would never end")
     templates = tokenizer.chat_template or {}

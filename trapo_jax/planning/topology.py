@@ -87,6 +87,8 @@ def find_topology(name: str) -> Topology:
             f"--topology {name}: expected {', '.join(CHIPS)} or {HOST}, a colon and a shape"
         )
     kind, dims = found[1], tuple(int(n) for n in found[2].split("x"))
+    if not all(dims):
+        raise UserError(f"--topology {name}: every number in the shape must be at least 1")
     if math.prod(dims) > MAX_DEVICES:
         raise UserError(f"--topology {name}: more than {MAX_DEVICES:,} devices")
     if kind == HOST:
