@@ -326,8 +326,9 @@ def test_training_on_files(tmp_path, capsys):
             for e in split
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ("train.num_steps=1", "evaluation.num_samples=2", "data.num_train=16")
-    procedural = train(tmp_path / "a", *common, "data.num_validation=4", "data.num_test=4")
+    common = ("train.num_steps=1", "evaluation.num_samples=2")
+    sizes = ("data.num_train=16", "data.num_validation=4", "data.num_test=4")
+    procedural = train(tmp_path / "a", *common, *sizes)
     files = [f"data.{name}_files={tmp_path}/{name}.jsonl" for name in splits]
     common += (
         *("model.path=card_shuffles_tiny", "rewards.functions=card_shuffles"),

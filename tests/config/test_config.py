@@ -125,16 +125,21 @@ COMMAND_LINES = [
     ),
     (["data.task_options={a: 1}"], "has an effect only with data.source=reasoning_gym"),
     (
-        ["data.source=reasoning_gym", "data.difficulty=early"],
+        ["data.source=reasoning_gym", "data.difficulty=early", "model.path=m"],
         'data.difficulty="early": has an effect only with data.source=card_shuffles',
     ),
     (
-        ["data.train_files=a.jsonl", "rewards.functions=math", "data.num_train=10"],
+        [
+            "data.train_files=a.jsonl",
+            "rewards.functions=math",
+            "data.num_train=10",
+            "model.path=m",
+        ],
         "data.num_train=10: has no effect on files; set data.limit",
     ),
     (["rewards.functions=reasoning_gym"], "reasoning_gym requires data.source=reasoning_gym"),
     (
-        ["data.train_files=a.jsonl", "rewards.functions=reasoning_gym"],
+        ["data.train_files=a.jsonl", "rewards.functions=reasoning_gym", "model.path=m"],
         "or files with the tasks' metadata (data.columns.extra=metadata)",
     ),
     (["model.path=card_shuffle_tiny"], "no such model; did you mean card_shuffles_tiny?"),

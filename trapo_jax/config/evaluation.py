@@ -30,6 +30,7 @@ from trapo_jax.config.training import (
     check_files,
     check_functions,
     check_model,
+    check_spelling,
     check_weights,
 )
 from trapo_jax.inputs.paths import did_you_mean, look_up, working_directory
@@ -83,8 +84,9 @@ class EvaluateConfig(TaskConfig):
     @pydantic.model_validator(mode="after")
     def _check_consistency(self) -> Self:
         data = self.data
-        check_model(self.model)
+        check_spelling(self.model.path)
         check_files(data, "test_files", "train_files")
+        check_model(self.model)
         check_functions(self.rewards.functions, data)
         check_weights(self.rewards, self.rewards.functions)
         return self

@@ -138,9 +138,10 @@ class Config(TaskConfig):
             raise ValueError(
                 f"train.budget=null: train.budget_unit={train.budget_unit} needs an amount; set a number"
             )
-        check_model(self.model)
+        check_spelling(self.model.path)
         check_options_of_source(data)
         check_files(data, "train_files")
+        check_model(self.model)
         if self.rewards.by_source or self.method.make().needs_rewards:
             check_functions(self.rewards.functions, data)
         if data.source != FILES and train.problems_per_step > (data.num_train or 0):
@@ -243,16 +244,24 @@ def check_files(data: DataConfig, *needed: str) -> None:
 
 
 def check_model(model: PretrainedConfig) -> None:
-    """Checks that a model is specified, and that the name of the built-in model is not misspelled.
+    """Checks that a model is specified.
 
     Raises:
       ValueError: if the check fails. The message names the field.
     """
     if not model.path:
         raise ValueError("model.path: not set; specify a Hugging Face model folder or a Hub id")
-    is_similar = difflib.get_close_matches(model.path, [BUILT_IN_MODEL], cutoff=0.8)
-    if model.path != BUILT_IN_MODEL and is_similar and not Path(model.path).exists():
-        raise ValueError(f"model.path={model.path}: no such model; did you mean {BUILT_IN_MODEL}?")
+
+
+def check_spelling(path: str) -> None:
+    """Checks that `model.path` is not a misspelled name of the built-in model.
+
+    Raises:
+      ValueError: if the check fails. The message names the field.
+    """
+    is_similar = difflib.get_close_matches(path, [BUILT_IN_MODEL], cutoff=0.8)
+    if path != BUILT_IN_MODEL and is_similar and not Path(path).expanduser().exists():
+        raise ValueError(f"model.path={path}: no such model; did you mean {BUILT_IN_MODEL}?")
 
 
 def check_options_of_source(data: DataConfig) -> None:
