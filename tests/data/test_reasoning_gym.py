@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("reasoning_gym", reason="requires the extra `tasks`")
 
+from trapo_jax.config import DataConfig
 from trapo_jax.data import reasoning_gym_splits
 from trapo_jax.data.reasoning_gym import SOLUTIONS
 from trapo_jax.rewards.reasoning_gym import grade_reasoning_gym
@@ -49,6 +50,11 @@ def test_the_steps_of_a_sum_are_correct_equations():
         assert len(equations) == example.columns["metadata"]["num_terms"] - 1
         for left, sign, right, result in equations:
             assert int(left) + (1 if sign == "+" else -1) * int(right) == int(result)
+
+
+def test_the_help_lists_the_tasks_with_expert_solutions():
+    text = DataConfig.model_fields["task"].description or ""
+    assert all(task in text for task in SOLUTIONS)
 
 
 def test_a_task_without_worked_solutions_has_no_experts():

@@ -31,7 +31,7 @@ class Tracker:
         self._write("scalars", values, step)
 
     def samples(self, records, step):
-        self._write("samples", len(records), step)
+        self._write("samples", sorted(records[0]), step)
 
     def flush(self):
         self._write("flush", None, 0)
@@ -133,6 +133,9 @@ def test_a_tracker_of_the_user_receives_a_run(fails, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     calls = [json.loads(line) for line in (tmp_path / "run" / "received.jsonl").open()]
     assert calls[0][:2] == ["config", 2]
+    fields = [fields for kind, fields, *_ in calls if kind == "samples"]
+    assert bool(fields) != fails
+    assert all({*SAMPLE_COLUMNS} <= {*names} for names in fields)
     received = {
         (name, step): value
         for kind, values, step, _ in calls
@@ -170,6 +173,12 @@ def test_a_tracker_that_cannot_start_causes_only_a_warning(tmp_path, monkeypatch
 def test_an_unknown_tracker_is_rejected(name, message):
     with pytest.raises(UserError, match=message):
         find_tracker(name)
+
+
+def test_no_tracker_starts_if_a_name_is_wrong(tmp_path):
+    with pytest.raises(UserError, match="trackers=mlflow: no such tracker"):
+        RunLog(tmp_path, offsets=None, run_id="1a", trackers=["tensorboard", "mlflow"])
+    assert not (tmp_path / "tb").exists()
 
 
 def test_the_error_for_a_missing_package_names_the_extra(tmp_path, monkeypatch):

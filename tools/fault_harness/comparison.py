@@ -59,9 +59,8 @@ def read_checkpoint(
     import jax
 
     registry = ocp.handlers.local_registry()
-    registry.add(
-        ocp.handlers.JsonHandler, checkpointable_name="host"
-    )  # the same handler as in CheckpointStore
+    # The same handler as in CheckpointStore.
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")
     context = ocp.Context()
     context.checkpointables.registry = registry
     steps = [path.name for path in (folder / CHECKPOINTS).iterdir() if path.name.isdecimal()]

@@ -40,3 +40,11 @@ TASKS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     FILES: {},
 }
+
+# Fields of `data` that apply to a single source of problems.
+OPTIONS_OF_SOURCES: Mapping[str, str] = {
+    "difficulty": "card_shuffles",
+    "expert_style": "card_shuffles",
+    "task": "reasoning_gym",
+    "task_options": "reasoning_gym",
+}

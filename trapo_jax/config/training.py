@@ -33,16 +33,8 @@ from trapo_jax.config.schema import (
     StringList,
     TrainConfig,
 )
-from trapo_jax.config.tasks import BUILT_IN_MODEL, FILES, TASKS
+from trapo_jax.config.tasks import BUILT_IN_MODEL, FILES, OPTIONS_OF_SOURCES, TASKS
 from trapo_jax.types import UserError
-
-# Fields of `data` that apply to a single source of problems.
-OPTIONS_OF_SOURCES = {
-    "difficulty": "card_shuffles",
-    "expert_style": "card_shuffles",
-    "task": "reasoning_gym",
-    "task_options": "reasoning_gym",
-}
 
 
 class TaskConfig(Section):
@@ -294,13 +286,8 @@ def check_functions(functions: Sequence[str], data: DataConfig) -> None:
             f"rewards.functions: not set, and data.source={data.source} has no default; use math for mathematical answers, "
             "multiple_choice for letters, or the import path of your own function"
         )
-    if "reasoning_gym" in functions and data.source == "card_shuffles":
-        raise ValueError("rewards.functions: reasoning_gym requires data.source=reasoning_gym")
-    if (
-        "reasoning_gym" in functions
-        and data.source == FILES
-        and "metadata" not in data.columns.extra
-    ):
+    has_metadata = data.source == "reasoning_gym" or "metadata" in data.columns.extra
+    if "reasoning_gym" in functions and not has_metadata:
         raise ValueError(
             "rewards.functions: reasoning_gym requires data.source=reasoning_gym, or files with the tasks' metadata "
             "(data.columns.extra=metadata)"

@@ -21,9 +21,7 @@ from trapo_jax.types import UserError
 METADATA = "metadata"  # column with the metadata of an item
 ANSWER_MARKER = "####"
 BLOCK_SIZE = 1000
-MAX_ATTEMPTS = (
-    1000  # consecutive items without a new, scorable example after which a task is exhausted
-)
+MAX_ATTEMPTS = 1000  # A task is exhausted after this many items in a row without a new example.
 
 
 def reasoning_gym_splits(
@@ -77,9 +75,7 @@ def _distinct_examples(task: str, options: Mapping[str, Any], seed: int) -> Iter
     num_failed = 0
     while True:
         # A dataset holds one entry per item, so several of moderate size are created instead of a huge one.
-        block = _create(gym, task, options, seeds.getrandbits(48))
-        for index in range(BLOCK_SIZE):
-            item = block[index]
+        for item in _generate(gym, task, options, seeds.getrandbits(48)):
             # As reward functions will see it. Some metadata contain fractions, which become strings.
             item["metadata"] = json.loads(json.dumps(item["metadata"], default=str))
             if item["question"] in seen or not _is_scorable(task, item):
@@ -92,8 +88,10 @@ def _distinct_examples(task: str, options: Mapping[str, Any], seed: int) -> Iter
             yield reasoning_gym_example(task, item)
 
 
-def _create(gym: ModuleType, task: str, options: Mapping[str, Any], seed: int) -> Any:
-    """Creates a dataset of `BLOCK_SIZE` items.
+def _generate(
+    gym: ModuleType, task: str, options: Mapping[str, Any], seed: int
+) -> Iterator[dict[str, Any]]:
+    """Yields the items of a dataset of `BLOCK_SIZE` items.
 
     Raises:
       UserError: if the task or an option is unknown, or the options are invalid.
@@ -112,7 +110,8 @@ def _create(gym: ModuleType, task: str, options: Mapping[str, Any], seed: int) -
                 f"data.task_options.{name}: {task} has no such option; available: {', '.join(sorted(fields))}"
             )
     try:
-        return gym.create_dataset(task, **options, seed=seed, size=BLOCK_SIZE)
+        dataset = gym.create_dataset(task, **options, seed=seed, size=BLOCK_SIZE)
+        yield from (dataset[index] for index in range(BLOCK_SIZE))
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         given = json.dumps(dict(options))
         raise UserError(f"data.task_options={given}: {task} rejects them ({error})") from error

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -278,10 +278,11 @@ def _from_files(
     ):
         if files:
             rows = _read(config, files, name)
+            first = next(rows)  # `read_rows` rejects a file without rows.
             try:
-                of_split, rows = _columns_of(config, rows, needs_answer=needs_answer)
+                of_split = _columns_of(config, first, needs_answer=needs_answer)
             except UserError as error:
-                if columns is None or str(error).startswith(f"data.{name}_files:"):
+                if columns is None:
                     raise
                 raise UserError(
                     f"{error}; data.columns applies to every split, so rename this file's columns if they differ "
@@ -289,7 +290,7 @@ def _from_files(
                 ) from error
             columns = columns or of_split  # Only the columns of the training data are shown.
             splits[name], report = examples_from_rows(
-                rows, of_split, expert_part=expert_part, needs_answer=needs_answer
+                chain([first], rows), of_split, expert_part=expert_part, needs_answer=needs_answer
             )
             reports[name] = [report]
     assert columns is not None
@@ -339,9 +340,12 @@ def _read_test_files(config: DataConfig) -> tuple[list[Example], list[DataReport
     examples: list[Example] = []
     reports: list[DataReport] = []
     for entry in config.test_files:
-        columns, rows = _columns_of(config, _read(config, [entry], "test"))
-        columns = dataclasses.replace(columns, solutions=())
-        found, report = examples_from_rows(rows, columns, default_source=Path(entry).stem)
+        rows = _read(config, [entry], "test")
+        first = next(rows)
+        columns = dataclasses.replace(_columns_of(config, first), solutions=())
+        found, report = examples_from_rows(
+            chain([first], rows), columns, default_source=Path(entry).stem
+        )
         examples += found
         reports.append(report)
     assert columns is not None
@@ -356,17 +360,13 @@ def _read(config: DataConfig, files: Sequence[str], split: str) -> Iterator[Row]
             raise UserError(f"data.{split}_files: {error}") from error
 
 
-def _columns_of(
-    config: DataConfig, rows: Iterator[Row], *, needs_answer: bool = True
-) -> tuple[Columns, Iterable[Row]]:
-    """Returns the columns that hold the fields of an example, and an iterable of all rows."""
+def _columns_of(config: DataConfig, first: Row, *, needs_answer: bool = True) -> Columns:
+    """Returns the columns that hold the fields of an example, given the first row."""
     given = config.columns.model_dump(exclude={"preset"}, exclude_none=True)
     preset = config.columns.preset
     if preset == "auto":
-        first = next(rows)  # `read_rows` rejects a file without rows.
-        rows = chain([first], rows)
         preset = find_preset(first, given, needs_answer=needs_answer)
-    return dataclasses.replace(COLUMN_PRESETS[preset], **given), rows
+    return dataclasses.replace(COLUMN_PRESETS[preset], **given)
 
 
 def _rounded(length: float) -> int:

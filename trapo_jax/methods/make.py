@@ -27,16 +27,16 @@ def make_method(name: str, **hyperparameters: Any) -> Method:
       UserError: if the name or a hyperparameter is unknown, a value is out of range, or the user's code fails.
     """
     values = read_hyperparameters(name, hyperparameters)
-    found = None if values else import_object(name, "method.name")
+    made = import_object(name, "method.name") if values is None else values.make
     try:
-        method = values.make() if values else found() if callable(found) else found
+        method = made() if callable(made) else made
     except UserError:
         raise
     except Exception as error:  # user code
         raise UserError(
             f"method.name={name}: building the method failed ({type(error).__name__}: {reason_of(error)})"
         ) from error
-    if isinstance(method, Method) and values:
+    if isinstance(method, Method) and values is not None:
         return dataclasses.replace(method, name=name, hyperparameters=values.resolved())
     if not isinstance(method, Method):
         raise UserError(

@@ -205,9 +205,8 @@ def make_grader(
     functions = [
         find(*item) for item in zip(names, ["rewards.functions"] * len(names), weights, strict=True)
     ]
-    if len({function.name for function in functions}) < len(
-        functions
-    ):  # for example, a.py:f and b.py:f
+    # Functions of different modules, such as a:f and b:f, may have the same name.
+    if len({function.name for function in functions}) < len(functions):
         functions = [f._replace(name=name) for f, name in zip(functions, names, strict=True)]
     return Grader(
         functions,

@@ -156,15 +156,15 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], run: TrackedRun):
         self._trackers = {}
-        for name in names:
-            make = find_tracker(name)
+        # Find all of them first, so that none has started if a name is wrong.
+        for name, make in [(name, find_tracker(name)) for name in names]:
             try:
                 self._trackers[name] = make(run)
-            except ImportError as error:
-                raise UserError(
-                    f"{FIELD}={name}: {error.name or name} is not installed; pip install 'trapo-jax[{name}]'"
-                ) from error
             except Exception as error:
+                if isinstance(error, ImportError) and name in TRACKERS:
+                    raise UserError(
+                        f"{FIELD}={name}: {error.name or name} is not installed; pip install 'trapo-jax[{name}]'"
+                    ) from error
                 self._disable(name, error)
 
     def scalars(self, values: Mapping[str, Any], step: int) -> None:

@@ -9,8 +9,8 @@ one copy of its prompt::
     segment ids  9  9   1  1 1 1  2  2 2      segment 9 is the shared part of the prompt
     context ids  9  9   9  9 9 9  9  9 9      so tokens of segments 1 and 2 also attend to segment 9
 
-The last prompt token is repeated, because it predicts the first token of every response. Token kinds are derived from lengths and never from
-`ids != pad_id`, since the padding token may be EOS.
+The last prompt token is repeated, because it predicts the first token of every response. Token kinds are derived from
+lengths and never from `ids != pad_id`, since the padding token may be EOS.
 """
 
 from collections.abc import Sequence
@@ -115,9 +115,8 @@ def _bundle(
         by_prompt.setdefault(rows[i].completion.request.problem.prompt_ids, []).append(i)
     bundles = []
     for prompt, group in by_prompt.items():
-        num_shared = (
-            len(prompt) - 1
-        )  # The last token of the prompt predicts the first token of a response.
+        # Every response needs the last token of the prompt, which predicts its first token.
+        num_shared = len(prompt) - 1
         for together in pack([lens[i] - num_shared for i in group], row_len - num_shared):
             chosen = tuple(group[j] for j in together)
             shared = num_shared if len(chosen) > 1 else 0
