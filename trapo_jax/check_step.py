@@ -1,4 +1,4 @@
-"""Checks that the gradient of a batch does not depend on how the batch is split into micro-batches.
+"""Checks the problems of runs, and that their gradients do not depend on how a batch is split into micro-batches.
 
     python -m trapo_jax.check_step CONFIG.yaml ...
 
@@ -13,8 +13,31 @@ from pathlib import Path
 import jax
 
 from trapo_jax.config import Config, load_config
+from trapo_jax.data.preflight import check_data
+from trapo_jax.data.splits import load_data
+from trapo_jax.models import open_model, with_weights
+from trapo_jax.rollouts.actor import check_staleness, grader_for
 from trapo_jax.runs.command_line import ArgumentParser, command, run_and_exit
-from trapo_jax.training.gradient_check import check_config
+from trapo_jax.training.gradient_check import check_gradient
+from trapo_jax.types import UserError
+
+
+def check_run(config: Config) -> float:
+    """Checks a run's problems as `trapo_jax.train` does before it trains, then its train step; see `check_gradient`.
+
+    Raises:
+      UserError: for a mistake in the config, the model folder or the data.
+      BrokenTrainStep: if the check of the train step fails.
+    """
+    model = open_model(config.model, config.lora)
+    method = config.method.make()
+    check_staleness(config.sampling.max_staleness, method)
+    data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
+    with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
+        errors = check_data(data, config, method, grader).errors
+    if errors:
+        raise UserError(*errors)
+    return check_gradient(config, method, with_weights(model), data.splits["train"])
 
 
 @command
@@ -26,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         "configs", nargs="+", type=Path, metavar="CONFIG.yaml", help="YAML config file of a run"
     )
     args = parser.parse_args(arguments)
-    differences = {str(file): check_config(load_config(Config, file)) for file in args.configs}
+    differences = {str(file): check_run(load_config(Config, file)) for file in args.configs}
     print(json.dumps({"device": jax.default_backend(), "largest_differences": differences}))
     return 0
 

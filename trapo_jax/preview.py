@@ -13,7 +13,7 @@ from trapo_jax.config import Config, help_text, load_config, parse_command_line
 from trapo_jax.data.preflight import Preflight, check_data, show_text
 from trapo_jax.data.splits import LoadedData, load_data
 from trapo_jax.models import PretrainedModel, check_weights, open_model
-from trapo_jax.rollouts.actor import grader_for
+from trapo_jax.rollouts.actor import check_staleness, grader_for
 from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.runs.console import Console
 from trapo_jax.sampling.engine import check_engine
@@ -37,6 +37,7 @@ def preview(config: Config) -> tuple[PretrainedModel, LoadedData, Preflight]:
     if model.repo is None:  # The weights of a Hub model may not have been downloaded.
         check_weights(model.folder, model.decoder)
     check_engine(config.sampling.engine)
+    check_staleness(config.sampling.max_staleness, method)
     data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
     with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
         return model, data, check_data(data, config, method, grader)

@@ -209,6 +209,22 @@ def test_only_the_built_in_model_is_evaluated_on_the_built_in_task_by_default(ca
         assert config.rewards.functions == ("card_shuffles",)
 
 
+@pytest.mark.parametrize("place", [".", "checkpoints/3", "hf", "config.yaml"])
+def test_the_error_for_a_path_beside_or_inside_a_run_names_the_run(
+    place, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "mine"
+    (run / "checkpoints" / "3").mkdir(parents=True)
+    (run / "hf").mkdir()
+    (run / "config.yaml").write_text("seed: 0\n")
+    path = "runs" if place == "." else f"runs/mine/{place}"
+    assert main([f"model.path={path}"]) == 2
+    assert f"model.path={path}: no such run in {tmp_path}; did you mean runs/mine?" in (
+        capsys.readouterr().err
+    )
+
+
 TRAINING = {
     "output_dir": "runs/mine",
     "seed": 7,

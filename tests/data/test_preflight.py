@@ -118,6 +118,16 @@ MISUSES = {
         [],
         "only 0 of 16 expert solutions are judged correct; in the first one judged wrong, which ends",
     ),
+    "the reward function of the built-in task": (
+        ROWS,
+        ["rewards.functions=card_shuffles"],
+        "; card_shuffles grades the built-in task only; choose another function, such as math",
+    ),
+    "guidance that cannot start early": (
+        ROWS,
+        ["method.name=prefix_rft", "sampling.max_staleness=1"],
+        "sampling.max_staleness=1: the guidance of method.name=prefix_rft changes with every step",
+    ),
     "answers of other problems": (
         changed(answer="77"),
         [],

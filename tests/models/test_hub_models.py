@@ -99,9 +99,13 @@ def test_the_error_for_a_folder_without_a_config_suggests_a_subfolder_with_one(t
     path = f"{tmp_path}/run"
     assert f"{path!r}: the folder contains no config.json; pass a" in error_of(path)
     (tmp_path / "run" / "hf" / "config.json").write_text("{}")
-    assert f"{path!r}: the folder contains no config.json; did you mean {path}/hf?" in error_of(
-        path
-    )
+    for folder in (path, str(tmp_path)):
+        assert (
+            f"{folder!r}: the folder contains no config.json; did you mean {path}/hf?"
+            in error_of(folder)
+        )
+    file = f"{path}/hf/config.json"
+    assert f"{file!r}: this is a file; did you mean {path}/hf?" in error_of(file)
 
 
 @pytest.mark.parametrize("path", [".", "..", "report"])

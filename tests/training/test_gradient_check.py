@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trapo_jax.check_step import check_run
 from trapo_jax.config import Config, load_config
 from trapo_jax.training import train_step
 from trapo_jax.training.gradient_check import (
     BrokenTrainStep,
-    check_config,
     compare_gradients,
     pick_test_problems,
 )
@@ -25,7 +25,7 @@ def short(method):
 
 @pytest.mark.slow
 def test_a_method_with_all_kinds_of_tokens_passes():
-    assert 0 < check_config(short("trapo")) < 1e-5
+    assert 0 < check_run(short("trapo")) < 1e-5
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_dropped_gradients_of_micro_batches_are_detected(monkeypatch):
 
     monkeypatch.setattr(jax.lax, "fori_loop", only_last)
     with pytest.raises(BrokenTrainStep, match="sft: the gradient of a batch changes by"):
-        check_config(short("sft"))
+        check_run(short("sft"))
 
 
 @pytest.mark.slow
@@ -58,12 +58,12 @@ def test_a_mean_of_micro_batch_means_is_detected(monkeypatch):
     micro_batch = train_step._micro_batch
     monkeypatch.setattr(train_step, "_micro_batch", equal_shares)
     with pytest.raises(BrokenTrainStep, match="sft: the gradient of a batch changes by"):
-        check_config(short("sft"))
+        check_run(short("sft"))
 
 
 @pytest.mark.slow
 def test_a_stage_that_inherits_optimizer_moments_from_another_is_detected(monkeypatch):
-    assert 0 < check_config(short("sft_then_grpo")) < 1e-5
+    assert 0 < check_run(short("sft_then_grpo")) < 1e-5
     reset, inside = Learner.reset_optimizer, []
     monkeypatch.setattr(
         Learner, "reset_optimizer", lambda learner: None if inside else reset(learner)
@@ -80,7 +80,7 @@ def test_a_stage_that_inherits_optimizer_moments_from_another_is_detected(monkey
     with pytest.raises(
         BrokenTrainStep, match="stage rl begins with the previous stage's optimizer state"
     ):
-        check_config(short("sft_then_grpo"))
+        check_run(short("sft_then_grpo"))
 
 
 def test_the_difference_is_relative_to_the_norm_of_the_gradient():

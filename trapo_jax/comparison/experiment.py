@@ -18,6 +18,7 @@ from trapo_jax.comparison.records import collect_result, is_done
 from trapo_jax.comparison.report import make_report
 from trapo_jax.comparison.run_pool import Failure, Say, execute_runs
 from trapo_jax.comparison.tuning import TrialScore, best_trials, score_trials
+from trapo_jax.runs.command_line import EXIT_USER_ERROR
 from trapo_jax.runs.directory import lock_folder, write_atomically
 from trapo_jax.types import UserError
 
@@ -97,14 +98,16 @@ def execute(
 
 
 def check_train_steps(runs: Sequence[PlannedRun], environment: Mapping[str, str], say: Say) -> str:
-    """Checks that no gradient depends on how a batch is split into micro-batches, and returns the device type.
+    """Checks the problems and the train step of each run, and returns the device type; see `trapo_jax.check_step`.
 
     The check runs in a separate process, because this process must not occupy the devices that the runs need.
 
     Raises:
-      UserError: if the check fails.
+      UserError: if a check fails.
     """
-    say("checking that no gradient depends on how a batch is split into micro-batches")
+    say(
+        "checking the problems, and that no gradient depends on how a batch is split into micro-batches"
+    )
     with tempfile.TemporaryDirectory() as folder:
         files = []
         for run in runs:
@@ -114,6 +117,9 @@ def check_train_steps(runs: Sequence[PlannedRun], environment: Mapping[str, str]
         process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode:
         lines = process.stderr.splitlines() or [f"exit code {process.returncode}"]
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        if process.returncode == EXIT_USER_ERROR and errors:
+            raise UserError(*errors)
         raise UserError(f"train step check: {lines[-1].removeprefix('error: ')}")
     report = json.loads(process.stdout.splitlines()[-1])
     largest = max(report["largest_differences"].values())

@@ -125,12 +125,27 @@ def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]
         saved = folder / CONFIG_FILE
         if saved.is_file():
             layers = [Layer(str(saved), _defaults_of_run(read_yaml(saved), given)), *layers]
-        elif path != BUILT_IN_MODEL and not given.get("data") and not folder.exists():
-            raise UserError(
-                f"model.path={path}: no such run{working_directory(folder)}{did_you_mean(path)}; to evaluate a model, "
-                "set data.test_files or data.source as well"
-            )
+        elif path != BUILT_IN_MODEL and not given.get("data"):
+            hint = f"; did you mean {run}?" if (run := _run_near(folder)) else ""
+            if hint or not folder.exists():
+                raise UserError(
+                    f"model.path={path}: no such run{working_directory(folder)}{hint or did_you_mean(path)}; to evaluate a "
+                    "model, set data.test_files or data.source as well"
+                )
     return load_layers(EvaluateConfig, layers, overrides, file=file)
+
+
+def _run_near(path: Path) -> Path | None:
+    """Returns the run that contains a path such as `RUN/checkpoints/STEP`, or the first run inside a folder of runs."""
+    files = [folder / CONFIG_FILE for folder in path.parents[:3]]
+    return next(
+        (
+            file.parent
+            for file in [*files, *sorted(path.glob(f"*/{CONFIG_FILE}"))]
+            if file.is_file()
+        ),
+        None,
+    )
 
 
 def is_training_config(data: Mapping[str, Any]) -> bool:

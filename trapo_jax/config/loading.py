@@ -169,12 +169,14 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
         name, equals, value = argument.removeprefix("--").partition("=")
         if not is_option and not equals:
             hint = f"; did you mean --config {argument}?" if argument.endswith(".yaml") else ""
+            if Path(argument).is_dir():
+                hint = f"; did you mean model.path={argument}?"
             if rest[:1] == ["="]:
                 hint = f"; write {argument}={' '.join(rest[1:2])} without spaces"
             raise UserError(f"command line: {argument!r} is not FIELD=VALUE{hint}")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise UserError(f"command line: --{name} has no value")
+                raise UserError(f"command line: --{name} has no value; write --{name}=VALUE")
             value = rest.pop(0)
         if not name:
             raise UserError(f"command line: {argument!r} has no field name")

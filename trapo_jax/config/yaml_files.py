@@ -10,7 +10,7 @@ import yaml
 
 from trapo_jax.config.changes import flatten
 from trapo_jax.inputs.files import read_text, reason_of, shown
-from trapo_jax.inputs.paths import did_you_mean, working_directory
+from trapo_jax.inputs.paths import did_you_mean, similar_config, working_directory
 from trapo_jax.types import UserError
 
 # A resolved config has about 4,000 characters.
@@ -37,7 +37,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except UserError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             where = working_directory(file)
-            raise UserError(f"{file}: no such file{where}{did_you_mean(str(file))}") from error
+            hint = did_you_mean(str(file)) or similar_config(file)
+            raise UserError(f"{file}: no such file{where}{hint}") from error
         raise
     try:
         data = parse_yaml(text)

@@ -156,7 +156,11 @@ def _explain_wrong(tried: Tried, function: str) -> str:
             f"in the first one judged wrong, the answer {grade.answer[:60]!r} was found, but {answer}; check "
             "data.columns.answer and data.columns.solutions"
         )
-    if len(problem.experts) > 1:
+    if function == "card_shuffles":
+        way_out = (
+            "card_shuffles grades the built-in task only; choose another function, such as math"
+        )
+    elif len(problem.experts) > 1:
         way_out = "each entry in a list of solutions must be a complete solution; join lists of steps into one string"
     elif ":" in function:
         way_out = "check data.columns.answer and data.columns.solutions, and test the function on a few of your rows"

@@ -43,6 +43,13 @@ def find_config(path: str | Path) -> Path:
     return path
 
 
+def similar_config(path: Path) -> str:
+    """Returns a hint with the shipped config that has a similar name, or an empty string."""
+    names = [file.stem for folder in SHIPPED_CONFIGS for file in folder.glob("*.yaml")]
+    close = difflib.get_close_matches(path.stem, names, n=1)
+    return f"; did you mean the shipped config {close[0]}?" if close else ""
+
+
 def did_you_mean(path: str) -> str:
     """Returns a hint for a path that does not exist, such as `"; did you mean data/train.jsonl?"`.
 

@@ -47,9 +47,13 @@ def locate_model(path: str, *, must_exist: bool = True) -> tuple[Path, HubRepo |
     if folder.is_dir() or not must_exist:
         return folder, None
     if folder.is_file():
-        raise UserError(
-            f"model.path={path!r}: this is a file; pass the folder that contains config.json"
+        is_inside = (folder.parent / CONFIG).is_file()
+        hint = (
+            f"did you mean {folder.parent}?"
+            if is_inside
+            else f"pass the folder that contains {CONFIG}"
         )
+        raise UserError(f"model.path={path!r}: this is a file; {hint}")
     if repo := parse_hub_id(path, "model"):
         return folder, repo
     way_out = did_you_mean(path) or (
@@ -60,7 +64,8 @@ def locate_model(path: str, *, must_exist: bool = True) -> tuple[Path, HubRepo |
 
 def _check_model_folder(folder: Path, path: str) -> None:
     if not (folder / CONFIG).exists():
-        inside = sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))  # such as hf/ in a run
+        patterns = f"*/{CONFIG}", f"*/*/{CONFIG}"  # for hf/ in a run, and for a folder of runs
+        inside = [file.parent for pattern in patterns for file in sorted(folder.glob(pattern))]
         hint = f"; did you mean {inside[0]}?" if inside else "; pass a Hugging Face model folder"
         raise UserError(f"model.path={path!r}: the folder contains no {CONFIG}{hint}")
 

@@ -89,11 +89,7 @@ class Actor:
         token_cost: TokenCost,
         on_progress: OnProgress = lambda _: None,
     ):
-        if max_staleness and method and method.guidance_varies:
-            raise UserError(
-                f"sampling.max_staleness={max_staleness}: the guidance of method.name={method.name} changes with every "
-                "step, so rollouts cannot be started a step early; set sampling.max_staleness=0"
-            )
+        check_staleness(max_staleness, method)
         self.engine = engine
         self._grader = grader
         self._decode = decode
@@ -260,6 +256,19 @@ def max_ratio(method: Method, moment: Moment, problem: Problem) -> float:
     micro_groups = method.micro_groups_at(moment, problem) if problem.experts else ()
     size = sum(group.size for group in micro_groups)
     return sum(group.size * group.ratio for group in micro_groups) / max(1, size)
+
+
+def check_staleness(max_staleness: int, method: Method | None) -> None:
+    """Checks that the rollouts of a method can be started a step early if they should be.
+
+    Raises:
+      UserError: if they cannot, because the guidance of the method changes with every step.
+    """
+    if max_staleness and method and method.guidance_varies:
+        raise UserError(
+            f"sampling.max_staleness={max_staleness}: the guidance of method.name={method.name} changes with every step, "
+            "so rollouts cannot be started a step early; set sampling.max_staleness=0"
+        )
 
 
 def grader_for(grading: GradingConfig, functions: Sequence[str], tokenizer: Any) -> Grader:

@@ -15,10 +15,9 @@ import numpy as np
 import optax
 
 from trapo_jax.config import Config
-from trapo_jax.data.splits import load_data
 from trapo_jax.distributed.sharding import make_mesh, num_batch_shards
 from trapo_jax.methods import Method, Sampled, Update
-from trapo_jax.models import PretrainedModel, open_model, with_weights
+from trapo_jax.models import PretrainedModel
 from trapo_jax.training.learner import Learner
 from trapo_jax.training.packing import build_batch
 from trapo_jax.training.train_step import place_batch
@@ -45,14 +44,6 @@ TOLERANCE = 1e-4  # relative to the gradient norm; float32 rounding errors are w
 
 class BrokenTrainStep(TrainingFailed):
     """The gradient depends on how a batch is split into micro-batches, or a stage inherits the previous stage's optimizer."""
-
-
-def check_config(config: Config) -> float:
-    """Checks a run's train step on the run's model and problems; see `check_gradient`."""
-    model = open_model(config.model, config.lora)
-    method = config.method.make()
-    data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
-    return check_gradient(config, method, with_weights(model), data.splits["train"])
 
 
 def check_gradient(
