@@ -8,7 +8,7 @@ from pathlib import Path
 from sphinx.application import Sphinx
 
 from trapo_jax import __version__
-from trapo_jax.config import Config, EvaluateConfig, list_fields
+from trapo_jax.config import Config, EvaluateConfig, list_fields, list_sections
 from trapo_jax.config.tasks import TASKS
 
 project = "trapo_jax"
@@ -44,7 +44,7 @@ def config_reference() -> str:
     tasks = ", ".join(f"`{task}`" for task in TASKS)
     parts = [
         "# Configuration reference",
-        "Generated from the schema; `python -m trapo_jax.train --help` prints the same descriptions. Defaults that "
+        "Generated from the schema; `python -m trapo_jax.train --help all` prints the same descriptions. Defaults that "
         f"name a task apply to that `data.source` ({tasks}). [Configuration](../configuration.md) explains how to set "
         "fields.",
         "## Training",
@@ -64,10 +64,12 @@ def _sections(config_class: type) -> list[str]:
             f"`{field.name}` ({_escape(field.type)}; default {_escape(field.default)})\n"
             f": {_escape(field.sentence or '')}"
         )
+    descriptions = list_sections(config_class)
     return [
         text
         for section, fields in by_section.items()
-        for text in (f"### {section or 'The run'}", *fields)
+        for text in (f"### {section or 'The run'}", descriptions.get(section, ""), *fields)
+        if text
     ]
 
 

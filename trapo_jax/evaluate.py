@@ -22,7 +22,7 @@ import yaml
 from trapo_jax.config import (
     EvaluateConfig,
     ModelConfig,
-    help_text,
+    help_if_requested,
     is_training_config,
     load_evaluate_config,
     parse_command_line,
@@ -260,8 +260,8 @@ def make_evaluation_actor(
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text(EvaluateConfig, "evaluate", ABOUT))
+    if text := help_if_requested(arguments, EvaluateConfig, "evaluate", ABOUT):
+        print(text)
         return 0
     folder = None
     try:

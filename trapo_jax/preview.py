@@ -9,7 +9,7 @@ problem. The weights of the model are not loaded.
 
 from collections.abc import Sequence
 
-from trapo_jax.config import Config, help_text, load_config, parse_command_line
+from trapo_jax.config import Config, help_if_requested, load_config, parse_command_line
 from trapo_jax.data.preflight import Preflight, check_data, show_text
 from trapo_jax.data.splits import LoadedData, load_data
 from trapo_jax.models import PretrainedModel, check_weights, open_model
@@ -45,8 +45,8 @@ def preview(config: Config) -> tuple[PretrainedModel, LoadedData, Preflight]:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text(Config, "preview", ABOUT))
+    if text := help_if_requested(arguments, Config, "preview", ABOUT):
+        print(text)
         return 0
     file, overrides = parse_command_line(arguments)
     model, data, preflight = preview(load_config(Config, file, overrides, defaults=DEFAULTS))

@@ -35,7 +35,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trapo_jax.config import Config, help_text, load_config, parse_command_line
+from trapo_jax.config import Config, help_if_requested, load_config, parse_command_line
 from trapo_jax.data import draw_problems, fingerprint, problem_batches
 from trapo_jax.data.preflight import check_data
 from trapo_jax.data.splits import LoadedData, load_data
@@ -382,8 +382,8 @@ def show_result(result: TrainResult) -> None:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text(Config, "train", ABOUT, options=OPTIONS))
+    if text := help_if_requested(arguments, Config, "train", ABOUT, options=OPTIONS):
+        print(text)
         return 0
     rest = [argument for argument in arguments if argument != PRINT_METHOD]
     config = load_config(Config, *parse_command_line(rest))

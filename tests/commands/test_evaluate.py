@@ -371,7 +371,7 @@ def test_the_context_length_of_the_model_limits_an_evaluation(tmp_path, data, ca
 
 
 def test_help_lists_the_fields_of_an_evaluation(capsys):
-    assert main(["--help"]) == 0
+    assert main(["--help", "all"]) == 0
     text = capsys.readouterr().out
     assert "evaluation.num_samples  (int, 1; 8 for card_shuffles)" in text
     assert "evaluation.temperature  (float, 0.6; 1.0 for card_shuffles)" in text

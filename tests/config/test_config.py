@@ -1,6 +1,7 @@
 """Tests that the defaults equal the shipped config, and that every mistake is reported in one clear line."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from support.commands import REPOSITORY, run_command
 from trapo_jax.config import (
     Config,
     as_override,
-    help_text,
+    help_if_requested,
     list_fields,
+    list_sections,
     load_config,
     parse_command_line,
 )
+from trapo_jax.config.help import COMMON_FIELDS
 from trapo_jax.train import main as train
 from trapo_jax.types import UserError
 
@@ -68,13 +71,44 @@ def test_resolved_yaml_round_trips(tmp_path):
     assert load_config(Config, file, []) == config
 
 
-def test_help_lists_every_field_with_type_default_and_sentence():
-    text = help_text(Config, "train", "about")
+def help_on(*arguments):
+    return help_if_requested(arguments, Config, "train", "about")
+
+
+def test_help_on_all_lists_every_field_with_type_default_and_sentence():
+    text = " ".join(help_on("--help", "all").split())
     fields = list(list_fields(Config))
     assert len(fields) > 35
     for name, kind, default, sentence in fields:
-        assert f"  {name}  ({kind}, {default})\n      {sentence}" in text
+        assert " ".join(f"{name} ({kind}, {default}) {sentence}".split()) in text
         assert sentence.endswith("."), name
+
+
+def test_help_is_short_and_lists_the_sections():
+    text = help_on("seed=3", "-h", "train.num_steps=3")
+    assert set(COMMON_FIELDS) <= {field.name for field in list_fields(Config)}
+    assert all(f"  {name}  (" in text for name in COMMON_FIELDS)
+    for name, description in list_sections(Config).items():
+        assert re.search(rf"^  {name} +{re.escape(description[:50])}", text, re.MULTILINE)
+        assert description.endswith(".")
+    lines = text.splitlines()
+    assert len(lines) < 100
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("topic", ["lora", "data.columns", "method.alpha"])
+def test_help_on_a_topic_lists_its_fields(topic):
+    text = help_on("--help", topic)
+    names = re.findall(r"^  (\S+)  \(", text, re.MULTILINE)
+    assert names == [
+        field.name for field in list_fields(Config) if f"{field.name}.".startswith(f"{topic}.")
+    ]
+
+
+def test_help_on_an_unknown_topic_suggests_a_similar_one():
+    with pytest.raises(UserError, match=r"--help sampeling: no such topic; did you mean sampling"):
+        help_on("--help", "sampeling")
+    assert help_on("seed=3") is None
 
 
 CARDS = "data.source=card_shuffles"
@@ -89,7 +123,7 @@ COMMAND_LINES = [
         "data.columns.preset=\"alpaca\": input should be 'auto', 'trl'",
     ),
     (["learning_rate=1"], "did you mean train.learning_rate?"),
-    (["zzz=1"], "zzz: unknown field; --help lists all fields"),
+    (["zzz=1"], "zzz: unknown field; --help all lists all fields"),
     (["train..num_steps=3"], "train.: unknown field; did you mean train?"),
     (["train.num_steps=many"], 'train.num_steps="many": input should be a valid integer'),
     (["train.num_steps=1.5"], "train.num_steps=1.5: input should be a valid integer"),
@@ -409,7 +443,7 @@ def test_tilde_in_output_dir_is_expanded(tmp_path, capsys, monkeypatch):
 
 
 def test_help_command_prints_the_fields():
-    result = run_command("trapo_jax.train", "--help")
+    result = run_command("trapo_jax.train", "--help", "train")
     assert result.returncode == 0
     assert "train.learning_rate  (float, 5.0e-06; 0.0002 for card_shuffles)" in result.stdout
 

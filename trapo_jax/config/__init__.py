@@ -6,7 +6,7 @@ from trapo_jax.config.evaluation import (
     is_training_config,
     load_evaluate_config,
 )
-from trapo_jax.config.help import help_text, list_fields
+from trapo_jax.config.help import help_if_requested, list_fields, list_sections
 from trapo_jax.config.loading import as_override, load_config, load_train_config, parse_command_line
 from trapo_jax.config.schema import (
     CONFIG_FILE,
@@ -41,10 +41,11 @@ __all__ = [
     "as_override",
     "default_settings",
     "flatten",
-    "help_text",
+    "help_if_requested",
     "is_changeable",
     "is_training_config",
     "list_fields",
+    "list_sections",
     "load_config",
     "load_evaluate_config",
     "load_train_config",

@@ -76,10 +76,15 @@ class EvaluateConfig(TaskConfig):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random seed for sampling."""
     model: PretrainedConfig = PretrainedConfig()
+    """The model or the training run to evaluate."""
     data: DataConfig = DataConfig()
+    """The problems: files or generated tasks, columns, and prompts."""
     sampling: EvaluationEngineConfig = EvaluationEngineConfig()
+    """How responses are sampled: engine, lengths, and concurrency."""
     rewards: EvaluationGradingConfig = EvaluationGradingConfig()
+    """The reward functions and the worker processes that execute them."""
     evaluation: EvaluationScoringConfig = EvaluationScoringConfig()
+    """Number of samples, temperature, and truncation of the sampling distribution."""
 
     @pydantic.model_validator(mode="after")
     def _check_consistency(self) -> Self:

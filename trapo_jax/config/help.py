@@ -1,6 +1,9 @@
 """Lists the fields of a configuration and formats the `--help` text of the commands."""
 
-from collections.abc import Iterator
+import difflib
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args, get_origin
 
 import pydantic
@@ -9,6 +12,32 @@ import yaml
 from trapo_jax.config.schema import MethodConfig
 from trapo_jax.config.tasks import TASKS
 from trapo_jax.methods import list_hyperparameters
+from trapo_jax.types import UserError
+
+# The fields that `--help` describes; `--help all` describes all fields.
+COMMON_FIELDS = (
+    "output_dir",
+    "seed",
+    "model.path",
+    "lora.rank",
+    "data.source",
+    "data.train_files",
+    "data.test_files",
+    "data.template",
+    "data.prompt_suffix",
+    "method.name",
+    "rewards.functions",
+    "sampling.max_completion_length",
+    "train.num_steps",
+    "train.problems_per_step",
+    "train.learning_rate",
+    "evaluation.every",
+    "evaluation.num_samples",
+    "evaluation.temperature",
+    "checkpoint.every",
+)
+HELP, ALL = ("--help", "-h"), "all"
+MAX_WIDTH = 120
 
 USAGE = """\
 usage: python -m trapo_jax.{command} [--config FILE] [FIELD=VALUE ...]
@@ -19,9 +48,7 @@ usage: python -m trapo_jax.{command} [--config FILE] [FIELD=VALUE ...]
                     defaults below apply. Relative paths of models and data, and modules of your own functions, are
                     looked up in the working directory, then in the folder of this file
 {options}  FIELD=VALUE       overrides a field; may also be written as --FIELD VALUE or --FIELD=VALUE
-  --help            prints this text
-
-Fields (type, default):
+  --help [TOPIC]    prints the most common fields, or those of a topic: a section, a field, or all
 """
 
 
@@ -75,21 +102,92 @@ def _as_yaml(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
 
 
-def help_text(
-    config_class: type[pydantic.BaseModel], command: str, about: str, *, options: str = ""
-) -> str:
-    """Returns the `--help` text: the usage, and every field with its type, default and help text.
+def list_sections(config_class: type[pydantic.BaseModel]) -> dict[str, str]:
+    """Returns the description of each section of a configuration, keyed by name."""
+    return {
+        name: field.description or ""
+        for name, field in config_class.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel)
+    }
+
+
+def help_if_requested(
+    arguments: Sequence[str],
+    config_class: type[pydantic.BaseModel],
+    command: str,
+    about: str,
+    *,
+    options: str = "",
+) -> str | None:
+    """Returns the help text if the arguments contain `--help`, otherwise None.
+
+    Without a topic, the text has the usage, the common fields, and the sections. With a topic, which may follow
+    `--help`, it has the fields of a section, the fields whose names start with the topic, or all fields.
 
     Args:
+      arguments: the arguments of the command.
       config_class: the class of the command's configuration.
       command: the command's name.
       about: a sentence that describes the command.
       options: help lines of the command's other options, each ending with a newline.
+
+    Raises:
+      UserError: if there is no such topic.
     """
+    position = next((i for i, argument in enumerate(arguments) if argument in HELP), None)
+    if position is None:
+        return None
+    topic = next(iter(arguments[position + 1 :]), "")
+    if topic.startswith("-") or "=" in topic:
+        topic = ""
+    fields = list(list_fields(config_class))
+    if topic:
+        return _help_on(topic, fields, config_class)
+    width = min(shutil.get_terminal_size((MAX_WIDTH, 0)).columns, MAX_WIDTH)
+    common = [field for field in fields if field.name in COMMON_FIELDS]
+    sections = list_sections(config_class)
+    title = max(map(len, sections)) + 2
     lines = [USAGE.format(command=command, about=about, options=options)]
-    for field in list_fields(config_class):
-        lines.append(f"  {field.name}  ({field.type}, {field.default})\n      {field.sentence}")
+    lines += ["Common fields (type, default):", "", *map(_describe, common), ""]
+    lines += [
+        f"Sections ({len(fields)} fields in total; --help SECTION lists those of a section):",
+        "",
+    ]
+    for name, description in sections.items():
+        lines += textwrap.wrap(
+            f"{name:{title}}{description}",
+            width,
+            initial_indent="  ",
+            subsequent_indent=" " * (title + 2),
+        )
     return "\n".join(lines)
+
+
+def _help_on(
+    topic: str, fields: Sequence[FieldHelp], config_class: type[pydantic.BaseModel]
+) -> str:
+    """Returns the help texts of the fields that a topic selects."""
+    selected = [
+        field for field in fields if topic == ALL or f"{field.name}.".startswith(f"{topic}.")
+    ]
+    if not selected:
+        topics = [ALL, *list_sections(config_class), *(field.name for field in fields)]
+        close = difflib.get_close_matches(topic, topics, n=1)
+        hint = f"did you mean {close[0]}?" if close else "pass a section, a field, or all"
+        raise UserError(f"command line: --help {topic}: no such topic; {hint}")
+    return "\n".join(map(_describe, selected))
+
+
+def _describe(field: FieldHelp) -> str:
+    width = min(shutil.get_terminal_size((MAX_WIDTH, 0)).columns, MAX_WIDTH)
+    sentence = textwrap.fill(
+        field.sentence or "",
+        width,
+        initial_indent=" " * 6,
+        subsequent_indent=" " * 6,
+        break_long_words=False,
+    )
+    return f"  {field.name}  ({field.type}, {field.default})\n{sentence}"
 
 
 def _type_name(annotation: Any) -> str:

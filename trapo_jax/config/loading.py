@@ -297,7 +297,7 @@ def _known_field(config_class: type[Section], name: str) -> str:
         leaves = {n.rsplit(".", 1)[-1]: n for n in names}
         close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
         matches = [leaves[m] for m in close]
-    return f"; did you mean {matches[0]}?" if matches else "; --help lists all fields"
+    return f"; did you mean {matches[0]}?" if matches else "; --help all lists all fields"
 
 
 def _fields_in(text: str, config_class: type[TaskConfig]) -> list[str]:

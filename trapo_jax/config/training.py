@@ -112,16 +112,27 @@ class Config(TaskConfig):
     trackers: StringList = ("tensorboard",)
     """Experiment trackers that receive the metrics: tensorboard, wandb (requires the extra `wandb`), trackio (requires the extra `trackio`), or the import path `package.module:name` of your own."""
     model: ModelConfig = ModelConfig()
+    """The model to train, its precision, and the memory that its backward pass may use."""
     lora: LoraConfig = LoraConfig()
+    """Training of low-rank adapters instead of all weights."""
     data: DataConfig = DataConfig()
+    """The problems: files or generated tasks, columns, prompts, and the sizes of the splits."""
     method: MethodConfig = MethodConfig()
+    """The training method and its hyperparameters; --print-method describes the chosen one."""
     sampling: SamplingConfig = SamplingConfig()
+    """How rollouts are sampled: engine, temperature, lengths, and concurrency."""
     rewards: RewardsConfig = RewardsConfig()
+    """The reward functions and the worker processes that execute them."""
     train: TrainConfig = TrainConfig()
+    """Duration, batch size, optimizer, learning-rate schedule, and packing."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """When the model is evaluated during training, on what, and with how many samples."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are saved and which are kept."""
     limits: LimitsConfig = LimitsConfig()
+    """When a run that cannot continue is stopped."""
     mesh: MeshConfig = MeshConfig()
+    """How parameters and batches are sharded over devices."""
 
     @pydantic.model_validator(mode="after")
     def _check_consistency(self) -> Self:
