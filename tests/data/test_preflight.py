@@ -388,7 +388,12 @@ WARNINGS = {
     "solutions in another form": (
         [row | {"solution": f"One more. The answer is {row['answer']}."} for row in ROWS],
         [],
-        "asks for the answer format of the expert solutions, which end with",
+        "looks for; consider data.prompt_suffix=answer_is, the format of the expert solutions",
+    ),
+    "solutions in a form without a name": (
+        [row | {"solution": f"One more.\n#### {row['answer']}"} for row in ROWS],
+        [],
+        "; set data.prompt_suffix to a sentence that asks for this format",
     ),
     "sentences as answers": (
         [

@@ -138,7 +138,7 @@ class DataConfig(Section):
     system_prompt: str | None = None
     """System message to prepend to prompts that have none."""
     prompt_suffix: str | None = None
-    """Text to append on its own line to the last user message, unless the message already ends with this text. `boxed` is shorthand for the instruction in the paper's data, which asks for the final answer within \\boxed{}."""
+    """Text to append on its own line to the last user message, unless the message already ends with this text. Two names stand for longer texts: boxed for the instruction in the paper's data, which asks for the final answer within \\boxed{}, and answer_is for one that asks for "The answer is" before the result, which small models follow more often."""
     max_prompt_length: Length | None = None
     """Maximum prompt length in tokens. null for the length of the longest prompt, but at most 1024."""
     overlong_prompts: Literal["drop", "truncate", "error"] = "drop"

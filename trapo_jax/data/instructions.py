@@ -4,7 +4,11 @@ from trapo_jax.data.examples import Message, Prompt
 from trapo_jax.data.templates import MATH_INSTRUCTION
 
 # Values of data.prompt_suffix that are shorthand for a longer string.
-SUFFIXES = {"boxed": MATH_INSTRUCTION}
+SUFFIXES = {
+    "boxed": MATH_INSTRUCTION,
+    # Small models follow this instruction more often.
+    "answer_is": "Reason step by step. State the result in the last line, after the words 'The answer is'.",
+}
 
 
 def instructed(prompt: Prompt, *, system: str | None, suffix: str | None) -> Prompt:

@@ -58,10 +58,12 @@ def _warnings_of_answers(data: LoadedData) -> list[str]:
         ]
         forms = {answer_form(ending): ending for ending in endings}
         if "box" not in forms and (known := [form for form in forms if form]):
+            ending = forms[known[0]].strip()
             advice = (
-                "set data.prompt_suffix to a sentence that asks for the answer format of the expert solutions, "
-                f"which end with {forms[known[0]].strip()!r}"
+                f"the expert solutions end with {ending!r}; set data.prompt_suffix to a sentence that asks for this format"
             )
+            if "answer is" in ending.lower():
+                advice = "consider data.prompt_suffix=answer_is, the format of the expert solutions"
         warnings.append(f"no prompt asks for an answer format that the grader looks for; {advice}")
     answers = [problem.answer for problem in train if problem.answer]
     sentences = [answer for answer in answers if is_sentence(answer)]

@@ -53,9 +53,9 @@ def unanswered(section: str, *, accuracy: float, no_answer: float | None, trunca
         return ""
     return (
         f"the reward function found no answer in {no_answer:.0%} of the responses, and {truncated:.0%} are truncated; "
-        "read some responses (samples.jsonl has those of training steps), and request the answer format with a different "
-        "data.prompt_suffix, raise "
-        f"sampling.max_completion_length, or lower {section}.temperature"
+        "read some responses (samples.jsonl has those of training steps), and request the answer format with another "
+        "data.prompt_suffix (answer_is suits small models), raise sampling.max_completion_length, or lower "
+        f"{section}.temperature"
     )
 
 
