@@ -328,12 +328,12 @@ def evaluate_pending(splits: Splits, run: Run, actor: Actor, learner: Learner) -
                 splits[name],
                 num_samples_of=scoring.num_samples_of,
                 temperature=scoring.temperature,
+                decode=actor.decode,
             )
         metrics = result.metrics
         if name == VALIDATION and learner.method.needs_expert_loss:
             metrics = metrics | {EXPERT_LOSS: learner.expert_loss(splits[name])}
-        seconds = time.perf_counter() - started
-        run.record_evaluation(name, metrics, result.problems, seconds)
+        run.record_evaluation(name, metrics, result.problems, time.perf_counter() - started)
         if run.is_over and name == VALIDATION:
             run.load_best(learner)
 

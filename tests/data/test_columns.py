@@ -13,7 +13,7 @@ import pytest
 from support.commands import REPOSITORY
 from trapo_jax.data import COLUMN_PRESETS, Columns, Example, Message, examples_from_rows, read_rows
 from trapo_jax.data.columns import expert_text
-from trapo_jax.data.layouts import find_preset
+from trapo_jax.data.layouts import find_preset, merge_rows
 from trapo_jax.data.sources import Row
 from trapo_jax.types import UserError
 
@@ -392,6 +392,15 @@ def test_the_preset_is_inferred_from_a_row(preset, value, prompt):
 )
 def test_explicitly_set_columns_need_not_be_in_the_preset(value, given, preset):
     assert find_preset(rows_of(value)[0], given) == preset
+
+
+def test_a_preset_is_inferred_from_all_first_rows_of_a_file():
+    rows = rows_of({"question": "q"}, {"question": None, "answer": None}, {"answer": "#### 3"})
+    assert merge_rows(rows) == rows[0]._replace(values={"question": "q", "answer": "#### 3"})
+    assert find_preset(merge_rows(rows)) == "gsm8k"
+    other = rows[2]._replace(file="other.jsonl")
+    with pytest.raises(UserError, match="the columns are question, which fit no preset"):
+        find_preset(merge_rows([rows[0], other]))
 
 
 def test_a_preset_is_inferred_without_an_answer_column_if_no_answer_is_needed():

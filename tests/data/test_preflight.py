@@ -79,7 +79,8 @@ def test_good_data_is_shown(preview):
     assert "solutions solution, source none, extra none" in output
     assert "first prompt: <|im_start|>user What is" in output  # on its own lines
     assert "put your final answer within \\boxed{}.<|im_end|> <|im_start|>assistant" in output
-    assert "warning" not in output
+    assert output.count("warning") == 1  # There are only 20 rows.
+    assert "test: an accuracy over 2 problems has a standard error of up to 0.35; raise" in output
 
 
 def changed(**changes):
@@ -306,7 +307,7 @@ def test_a_reward_function_that_fails_on_some_responses_causes_one_warning(
     overrides = [f"rewards.functions={functions}:{name}", "rewards.timeout_secs=60"]
     code, output, error = preview(rows, *overrides, "method.name=grpo")
     assert (code, error) == (0, "")
-    assert output.count("warning") == 1
+    assert output.count("warning: rewards.functions") == 1
     assert f"warning: rewards.functions: {name} failed on {counts}" in output
 
 

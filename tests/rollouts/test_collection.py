@@ -414,6 +414,7 @@ def test_evaluate_computes_metrics_by_source():
         problems,
         num_samples_of=lambda _: 4,
         temperature=0.6,
+        decode=str,
     ).metrics
     assert metrics["eval/accuracy_greedy"] == 0.25
     assert metrics["eval/accuracy_sampled"] == 5 / 16
@@ -429,6 +430,7 @@ def test_evaluate_computes_metrics_by_source():
         problems[::2],
         num_samples_of=lambda _: 1,
         temperature=0.6,
+        decode=str,
     ).metrics
     assert not [name for name in one_source if name.startswith("eval/accuracy_greedy/")]
     assert metrics["eval/completion_len_mean"] == 2
@@ -447,7 +449,11 @@ def test_evaluate_uses_the_given_temperature_and_number_of_samples_per_source():
         yield from sampler(engine, score)(requests, params)
 
     metrics, columns = evaluate(
-        sample, problems, num_samples_of={"aime": 3, "math": 1}.__getitem__, temperature=0.7
+        sample,
+        problems,
+        num_samples_of={"aime": 3, "math": 1}.__getitem__,
+        temperature=0.7,
+        decode=str,
     )
     greedy, sampled = seen
     assert greedy == (0.0, [("math", 0), ("aime", 0), ("aime", 0)])
@@ -462,6 +468,9 @@ def test_evaluate_uses_the_given_temperature_and_number_of_samples_per_source():
         "eval/num_samples/math": 1,
     }
     assert columns["correct"] == [1, 0, 0]
+    assert [example["problem_id"] for example in columns["examples"]] == columns["id"]
+    assert [example["is_correct"] for example in columns["examples"]] == [True, False, False]
+    assert columns["examples"][0]["completion"] == "(7, 9)"
 
 
 def sampler(engine, score):
@@ -484,6 +493,7 @@ def test_evaluate_counts_completions_without_a_reward():
         problems,
         num_samples_of=lambda _: 4,
         temperature=0.6,
+        decode=str,
     ).metrics
     assert metrics["eval/error_rate"] == 4 / 10  # the greedy completion also has index 0
     assert metrics["eval/timeout_rate"] == 2 / 10

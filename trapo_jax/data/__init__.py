@@ -9,7 +9,7 @@ problems, report = encode_examples(examples, tokenizer, template=template, max_p
 from trapo_jax.data.card_shuffles import card_shuffles_splits
 from trapo_jax.data.columns import examples_from_rows
 from trapo_jax.data.examples import DataReport, Example, Message
-from trapo_jax.data.layouts import COLUMN_PRESETS, Columns, find_preset
+from trapo_jax.data.layouts import COLUMN_PRESETS, Columns, find_preset, merge_rows
 from trapo_jax.data.problems import (
     draw_problems,
     encode_examples,
@@ -38,6 +38,7 @@ __all__ = [
     "fingerprint",
     "hold_out",
     "make_template",
+    "merge_rows",
     "problem_batches",
     "read_rows",
     "reasoning_gym_splits",

@@ -103,13 +103,25 @@ def reading(field: str) -> Iterator[None]:
         raise
 
 
+def merge_rows(rows: Sequence[Row]) -> Row:
+    """Returns a row with the columns of all rows that come from the file of the first, with the first values found.
+
+    A column's value is null only if it is null in all rows.
+    """
+    values: dict[str, Any] = {}
+    for row in rows:
+        if row.file == rows[0].file:
+            values |= {name: x for name, x in row.values.items() if values.get(name) is None}
+    return rows[0]._replace(values=values)
+
+
 def find_preset(
     row: Row, given: Collection[str] = (), *, needs_answer: bool = True
 ) -> ColumnPreset:
     """Returns the first preset whose columns for the prompt, the answer and the solutions are in a row.
 
     Args:
-      row: the first row of the data.
+      row: the columns of the data, such as those of the first rows; see `merge_rows`.
       given: fields of `Columns` that the config sets itself; the row need not have the preset's columns for them. If
         they include the prompt or the answer, the simplest layout, `trl`, is preferred if it fits.
       needs_answer: whether an answer is needed; if not, and if no preset fits, a preset may also fit a row without an

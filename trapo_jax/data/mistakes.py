@@ -1,5 +1,6 @@
 """Finds probable mistakes in the problems of a run, and describes each in one line that says how to fix it."""
 
+import math
 from collections.abc import Mapping
 
 from trapo_jax.config import Config
@@ -14,6 +15,7 @@ MAX_UNUSABLE = 0.5  # fraction of the training problems that may be unusable
 
 # Fraction of rows, prompts, expert solutions or answers that may have the same problem without a warning.
 MAX_LOST = 0.1
+MIN_EVALUATED = 16  # With fewer problems, accuracies are too noisy to show whether training helps.
 
 
 MAX_SEARCHED = 100  # number of problems that are searched for a known answer format
@@ -59,9 +61,7 @@ def _warnings_of_answers(data: LoadedData) -> list[str]:
         forms = {answer_form(ending): ending for ending in endings}
         if "box" not in forms and (known := [form for form in forms if form]):
             ending = forms[known[0]].strip()
-            advice = (
-                f"the expert solutions end with {ending!r}; set data.prompt_suffix to a sentence that asks for this format"
-            )
+            advice = f"the expert solutions end with {ending!r}; set data.prompt_suffix to a sentence that asks for this format"
             if "answer is" in ending.lower():
                 advice = "consider data.prompt_suffix=answer_is, the format of the expert solutions"
         warnings.append(f"no prompt asks for an answer format that the grader looks for; {advice}")
@@ -132,6 +132,12 @@ def _warnings_of_splits(data: LoadedData, config: Config) -> list[str]:
         problems = data.splits[name]
         if not problems and getattr(config.data, f"num_{name}") != 0:
             warnings.append(f"{name}: {reason}, so this split is not evaluated")
+        if name == "test" and 0 < len(problems) < MIN_EVALUATED:
+            number = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+            warnings.append(
+                f"{name}: an accuracy over {number} has a standard error of up to {0.5 / math.sqrt(len(problems)):.2f}; "
+                "raise data.num_test, or set data.test_files"
+            )
         if repeated := sum(problem.prompt_text in trained for problem in problems):
             warnings.append(
                 f"{name}: {repeated:,} of {len(problems):,} problems have the same prompt as a training problem"

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +22,7 @@ from trapo_jax.data import (
     fingerprint,
     hold_out,
     make_template,
+    merge_rows,
     read_rows,
     reasoning_gym_splits,
 )
@@ -47,6 +48,7 @@ ROOM_BEYOND_EXPERT = 1.25
 LENGTH_MULTIPLE = 16
 # By default, one in HELD_OUT_DIVISOR problems is held out from the training data, but at most MAX_HELD_OUT.
 HELD_OUT_DIVISOR, MAX_HELD_OUT = 10, 128
+NUM_FIRST_ROWS = 100  # rows in which the columns are looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,9 +280,9 @@ def _from_files(
     ):
         if files:
             rows = _read(config, files, name)
-            first = next(rows)  # `read_rows` rejects a file without rows.
+            first = list(islice(rows, NUM_FIRST_ROWS))  # `read_rows` rejects a file without rows.
             try:
-                of_split = _columns_of(config, first, needs_answer=needs_answer)
+                of_split = _columns_of(config, merge_rows(first), needs_answer=needs_answer)
             except UserError as error:
                 if columns is None:
                     raise
@@ -290,7 +292,7 @@ def _from_files(
                 ) from error
             columns = columns or of_split  # Only the columns of the training data are shown.
             splits[name], report = examples_from_rows(
-                chain([first], rows), of_split, expert_part=expert_part, needs_answer=needs_answer
+                chain(first, rows), of_split, expert_part=expert_part, needs_answer=needs_answer
             )
             reports[name] = [report]
     assert columns is not None
@@ -341,10 +343,10 @@ def _read_test_files(config: DataConfig) -> tuple[list[Example], list[DataReport
     reports: list[DataReport] = []
     for entry in config.test_files:
         rows = _read(config, [entry], "test")
-        first = next(rows)
-        columns = dataclasses.replace(_columns_of(config, first), solutions=())
+        first = list(islice(rows, NUM_FIRST_ROWS))
+        columns = dataclasses.replace(_columns_of(config, merge_rows(first)), solutions=())
         found, report = examples_from_rows(
-            chain([first], rows), columns, default_source=Path(entry).stem
+            chain(first, rows), columns, default_source=Path(entry).stem
         )
         examples += found
         reports.append(report)
@@ -361,7 +363,7 @@ def _read(config: DataConfig, files: Sequence[str], split: str) -> Iterator[Row]
 
 
 def _columns_of(config: DataConfig, first: Row, *, needs_answer: bool = True) -> Columns:
-    """Returns the columns that hold the fields of an example, given the first row."""
+    """Returns the columns that hold the fields of an example, given the merged first rows."""
     given = config.columns.model_dump(exclude={"preset"}, exclude_none=True)
     preset = config.columns.preset
     if preset == "auto":

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trapo_jax.distributed.processes import gather, interrupt_together, my_share
 from trapo_jax.evaluation.statistics import accuracy_interval, interval_of_mean, pass_at_k
@@ -25,6 +25,7 @@ from trapo_jax.types import (
 
 # Identical samples with a log-probability below this value are almost certainly due to a shared random key.
 MIN_COINCIDENCE_LOGPROB = -20.0
+MAX_EXAMPLES = 16  # problems whose greedy responses are kept
 NO_SOURCE = "no_source"  # source name for problems without a source
 
 Sampler = Callable[[Sequence[RolloutRequest], SamplingParams], Iterator[tuple[Completion, Grade]]]
@@ -152,7 +153,8 @@ class Evaluation(NamedTuple):
     Attributes:
       metrics: metrics over all problems, keyed by name.
       problems: columns with one entry per problem: `id`, `source`, `greedy` (1 if the greedy sample is correct),
-        `correct` (number of correct samples, excluding the greedy one), `len` (mean number of tokens of these samples).
+        `correct` (number of correct samples, excluding the greedy one), `len` (mean number of tokens of these samples);
+        and `examples`, records of the greedy responses to at most `MAX_EXAMPLES` problems of this process.
     """
 
     metrics: dict[str, float]
@@ -165,6 +167,7 @@ def evaluate(
     *,
     num_samples_of: Callable[[str], int],
     temperature: float,
+    decode: Callable[[Sequence[int]], str],
 ) -> Evaluation:
     """Samples each problem without guidance: once greedily, and several times at `temperature`.
 
@@ -173,6 +176,7 @@ def evaluate(
       problems: distinct problems.
       num_samples_of: a function that maps a source to the number of samples per problem.
       temperature: the sampling temperature of all but the greedy samples.
+      decode: converts token ids to text.
 
     Returns:
       The results of each problem, and these metrics: `eval/accuracy_greedy` and `eval/accuracy_sampled`; if there are
@@ -188,14 +192,31 @@ def evaluate(
       Interrupted: if `sample` raises `Interrupted` in any process.
     """
 
+    share = my_share(problems)
+    shown = {problem.id for problem in share[:MAX_EXAMPLES]}
+    examples: list[dict[str, Any]] = []
+
+    def keep(completion: Completion, grade: Grade, params: SamplingParams) -> Sample:
+        problem = completion.request.problem
+        if params.temperature == 0 and problem.id in shown:
+            examples.append(
+                {
+                    "problem_id": problem.id,
+                    "prompt": problem.prompt_text,
+                    "completion": decode(completion.token_ids),
+                    "gold": problem.answer,
+                    **grade.as_record(),
+                }
+            )
+        return make_sample(completion, grade)
+
     def sample_all(requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Sample]:
         """Samples the requests of this process and returns the samples of all processes."""
         mine = interrupt_together(
-            lambda: [make_sample(*graded) for graded in sample(requests, params)]
+            lambda: [keep(*graded, params) for graded in sample(requests, params)]
         )
         return [Sample(*fields) for of_process in gather(mine) for fields in of_process]
 
-    share = my_share(problems)
     greedy = sample_all([RolloutRequest(p, 0) for p in share], SamplingParams(0.0))
     sampled = sample_all(
         [RolloutRequest(p, j) for p in share for j in range(num_samples_of(p.source))],
@@ -221,7 +242,8 @@ def evaluate(
     if (no_answer := _no_answer_rate(everything)) is not None:
         metrics["eval/no_answer"] = no_answer
     metrics |= {f"eval/rewards/{name}": mean for name, mean in mean_rewards(sampled).items()}
-    return Evaluation(metrics, problem_columns(greedy, sampled))
+    examples.sort(key=lambda example: example["problem_id"])
+    return Evaluation(metrics, problem_columns(greedy, sampled) | {"examples": examples})
 
 
 def _accuracies(kind: str, samples: Sequence[Sample]) -> dict[str, float]:

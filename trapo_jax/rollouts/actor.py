@@ -92,7 +92,7 @@ class Actor:
         check_staleness(max_staleness, method)
         self.engine = engine
         self._grader = grader
-        self._decode = decode
+        self.decode = decode
         self._method = method
         self._max_completion_length = max_completion_length
         self._max_staleness = max_staleness
@@ -216,7 +216,7 @@ class Actor:
             ungraded.set_result(Grade(None, {}))
             return ungraded
         token_ids = (*completion.request.prefix_ids, *completion.token_ids)
-        return self._grader.submit(self._decode(token_ids), completion.request.problem)
+        return self._grader.submit(self.decode(token_ids), completion.request.problem)
 
     def are_equal(self, first: str, second: str) -> bool:
         """Returns whether the grader considers two answers equivalent."""

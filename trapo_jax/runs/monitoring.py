@@ -53,7 +53,7 @@ def unanswered(section: str, *, accuracy: float, no_answer: float | None, trunca
         return ""
     return (
         f"the reward function found no answer in {no_answer:.0%} of the responses, and {truncated:.0%} are truncated; "
-        "read some responses (samples.jsonl has those of training steps), and request the answer format with another "
+        "read some responses (in samples.jsonl or evaluations/), and request the answer format with another "
         "data.prompt_suffix (answer_is suits small models), raise sampling.max_completion_length, or lower "
         f"{section}.temperature"
     )
@@ -322,7 +322,8 @@ class Interrupt:
             signal.signal(number, signal.SIG_IGN if is_hangup else signal.SIG_DFL)
         leave_lost_terminal()
         print(
-            "saving the training state before stopping; a second Ctrl-C ends the process immediately, without saving",
+            "stopping when the current update or decode segment ends, and saving the training state; a second Ctrl-C ends "
+            "the process immediately, without saving",
             file=sys.stderr,
         )
 
