@@ -429,6 +429,8 @@ ANSWERED = [
     ("The answer is $5.", "5"),
     ("The answer is $5 per day", "5"),
     ("The answer is approximately 3.14.", "3.14"),
+    ("The answer is just 3.14.", "3.14"),
+    ("The answer is therefore $9$.", "9"),
     ("The answer is 2 hours.", "2"),
     (r"\boxed{\text{Yes}}", "yes"),
     (r"The answer is \boxed{12}. So 13 is wrong.", "12"),
