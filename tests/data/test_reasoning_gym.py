@@ -8,9 +8,10 @@ import pytest
 
 pytest.importorskip("reasoning_gym", reason="requires the extra `tasks`")
 
-from trapo_jax.config import DataConfig
+from trapo_jax.config import Config, DataConfig, load_config
 from trapo_jax.data import reasoning_gym_splits
 from trapo_jax.data.reasoning_gym import SOLUTIONS
+from trapo_jax.data.splits import read_splits
 from trapo_jax.rewards.reasoning_gym import grade_reasoning_gym
 from trapo_jax.types import Problem, UserError, Verdict
 
@@ -34,10 +35,25 @@ def test_splits_are_reproducible_and_disjoint(task):
 
 
 @pytest.mark.parametrize("task", SOLUTIONS)
-def test_expert_solutions_end_with_the_boxed_answer_and_are_graded_correct(task):
-    for example in reasoning_gym_splits(task, {}, seed=0, **SIZES)["train"]:
+@pytest.mark.parametrize(
+    ("suffix", "last_line"),
+    [("boxed", "The final answer is \\boxed{ANSWER}."), ("answer_is", "The answer is ANSWER.")],
+)
+def test_expert_solutions_end_as_requested_and_are_graded_correct(task, suffix, last_line):
+    config = load_config(
+        Config,
+        None,
+        [
+            ("data.source", "reasoning_gym"),
+            ("data.task", task),
+            ("data.num_train", "50"),
+            ("data.prompt_suffix", suffix),
+            ("model.path", "DIR"),
+        ],
+    )
+    for example in read_splits(config.data)[0]["train"]:
         (solution,) = example.solutions
-        assert solution.endswith(f"\nThe final answer is \\boxed{{{example.answer}}}.")
+        assert solution.endswith("\n" + last_line.replace("ANSWER", example.answer))
         json.dumps(dict(example.columns))
         judgment = grade_reasoning_gym(solution, problem_of(example), **example.columns)
         assert judgment == (Verdict.CORRECT, example.answer)

@@ -9,6 +9,8 @@ SUFFIXES = {
     # Small models follow this instruction more often.
     "answer_is": "Reason step by step. State the result in the last line, after the words 'The answer is'.",
 }
+# Last lines of generated expert solutions that follow these instructions, as format strings.
+LAST_LINES = {"boxed": r"The final answer is \boxed{{{}}}.", "answer_is": "The answer is {}."}
 
 
 def instructed(prompt: Prompt, *, system: str | None, suffix: str | None) -> Prompt:

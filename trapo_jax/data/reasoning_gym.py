@@ -1,8 +1,8 @@
 """Generates problems of reasoning-gym's tasks (extra `tasks`), with expert solutions for those in `SOLUTIONS`.
 
-The prompt is the task's question. An expert solution consists of worked steps and a last line of the form
-`The final answer is \\boxed{42}.`, so the prompt should ask for a box (`data.prompt_suffix=boxed`, the default). Each
-example's columns contain the metadata with which the reward function `reasoning_gym` scores answers.
+The prompt is the task's question. An expert solution consists of worked steps and a last line with the answer, in the
+form that `data.prompt_suffix` asks for. Each example's columns contain the metadata with which the reward function
+`reasoning_gym` scores answers.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from trapo_jax.data.examples import Example
+from trapo_jax.data.instructions import LAST_LINES
 from trapo_jax.rewards.reasoning_gym import FULL_SCORE, import_reasoning_gym, score
 from trapo_jax.types import UserError
 
@@ -32,6 +33,7 @@ def reasoning_gym_splits(
     num_train: int,
     num_validation: int,
     num_test: int,
+    last_line: str = LAST_LINES["boxed"],
 ) -> dict[str, list[Example]]:
     """Returns train, validation and test examples of a task, with disjoint questions.
 
@@ -40,13 +42,14 @@ def reasoning_gym_splits(
       options: options of the dataset that set its difficulty, such as {"min_terms": 3, "max_terms": 3}.
       seed: determines everything for a given version of reasoning-gym.
       num_train, num_validation, num_test: sizes of the splits.
+      last_line: format string of the last line of expert solutions, to which the answer is passed.
 
     Raises:
       UserError: if reasoning-gym is not installed, the task or an option is unknown or invalid, the task's own answers
         cannot be scored, or the task does not have enough different questions.
     """
     sizes = {"validation": num_validation, "test": num_test, "train": num_train}
-    stream = _distinct_examples(task, options, seed)
+    stream = _distinct_examples(task, options, seed, last_line)
     splits: dict[str, list[Example]] = {}
     for name, size in sizes.items():
         splits[name] = list(islice(stream, size))
@@ -63,7 +66,9 @@ def reasoning_gym_splits(
     return splits
 
 
-def _distinct_examples(task: str, options: Mapping[str, Any], seed: int) -> Iterator[Example]:
+def _distinct_examples(
+    task: str, options: Mapping[str, Any], seed: int, last_line: str
+) -> Iterator[Example]:
     """Yields examples with distinct questions until no new ones are found."""
     try:
         gym = import_reasoning_gym()
@@ -85,7 +90,7 @@ def _distinct_examples(task: str, options: Mapping[str, Any], seed: int) -> Iter
                 continue
             num_failed = 0
             seen.add(item["question"])
-            yield reasoning_gym_example(task, item)
+            yield reasoning_gym_example(task, item, last_line)
 
 
 def _generate(
@@ -123,11 +128,11 @@ def _is_scorable(task: str, item: Mapping[str, Any]) -> bool:
     return isinstance(answer, str) and score(task, answer, answer, item["metadata"]) == FULL_SCORE
 
 
-def reasoning_gym_example(task: str, item: Mapping[str, Any]) -> Example:
+def reasoning_gym_example(task: str, item: Mapping[str, Any], last_line: str) -> Example:
     """Returns the example for an item of a reasoning-gym dataset."""
     solve = SOLUTIONS.get(task)
     steps = solve(item) if solve else None
-    solutions = (f"{steps}\nThe final answer is \\boxed{{{item['answer']}}}.",) if steps else ()
+    solutions = (f"{steps}\n{last_line.format(item['answer'])}",) if steps else ()
     columns = {METADATA: item["metadata"]}
     return Example(item["question"], item["answer"], solutions, task, columns)
 

@@ -27,7 +27,7 @@ from trapo_jax.data import (
     reasoning_gym_splits,
 )
 from trapo_jax.data.encoding import Encoder
-from trapo_jax.data.instructions import instructed
+from trapo_jax.data.instructions import LAST_LINES, instructed
 from trapo_jax.methods import Method
 from trapo_jax.rewards import special_tokens
 from trapo_jax.types import ExpertPart, Problem, UserError
@@ -262,7 +262,10 @@ def read_splits(
             seed=config.seed, difficulty=config.difficulty, style=config.expert_style, **sizes
         )
     else:
-        splits = reasoning_gym_splits(config.task, config.task_options, seed=config.seed, **sizes)
+        last_line = LAST_LINES.get(config.prompt_suffix or "", LAST_LINES["boxed"])
+        splits = reasoning_gym_splits(
+            config.task, config.task_options, seed=config.seed, last_line=last_line, **sizes
+        )
     return splits, {}, None
 
 
