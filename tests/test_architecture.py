@@ -9,6 +9,7 @@ import tomllib
 from importlib import metadata
 
 import pytest
+from packaging.requirements import Requirement
 
 from support.commands import REPOSITORY
 from trapo_jax.__main__ import COMMANDS
@@ -80,6 +81,24 @@ def test_imported_packages_are_declared_as_dependencies():
     for file in PACKAGE.rglob("*.py"):
         for name in modules_imported(file) - {"trapo_jax"} - set(sys.stdlib_module_names):
             assert {canonical(d) for d in providers.get(name, [name])} & declared, f"{file}: {name}"
+
+
+def test_the_tested_environment_satisfies_every_requirement():
+    """`constraints.txt` has one version of each dependency, including those of the extras that CI installs."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pinned = {
+        canonical(name): tested
+        for line in lines
+        if not line.startswith("#")
+        for name, _, tested in [line.partition("==")]
+    }
+    extras = project["optional-dependencies"]
+    groups = [project["dependencies"], *(x for name, x in extras.items() if "cuda" not in name)]
+    for text in itertools.chain(*groups):
+        requirement = Requirement(text)
+        if requirement.name != "trapo-jax":
+            assert pinned[canonical(requirement.name)] in requirement.specifier, text
 
 
 def modules_imported(file):
