@@ -293,6 +293,7 @@ def main(arguments: Sequence[str]) -> int:
     scores = result.overall
     warning = unanswered(
         "evaluation",
+        function=config.rewards.functions[0],
         accuracy=scores.accuracy,
         no_answer=scores.no_answer,
         truncated=scores.truncated,

@@ -84,7 +84,8 @@ def test_help_on_all_lists_every_field_with_type_default_and_sentence():
         assert sentence.endswith("."), name
 
 
-def test_help_is_short_and_lists_the_sections():
+def test_help_is_short_and_lists_the_sections(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     text = help_on("seed=3", "-h", "train.num_steps=3")
     assert set(COMMON_FIELDS) <= {field.name for field in list_fields(Config)}
     assert all(f"  {name}  (" in text for name in COMMON_FIELDS)

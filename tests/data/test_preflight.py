@@ -119,10 +119,10 @@ MISUSES = {
         [],
         "only 0 of 16 expert solutions are judged correct; in the first one judged wrong, which ends",
     ),
-    "the reward function of the built-in task": (
-        ROWS,
-        ["rewards.functions=card_shuffles"],
-        "; card_shuffles grades the built-in task only; choose another function, such as math",
+    "answers that the built-in grader cannot match": (
+        without("solution"),
+        ["rewards.functions=card_shuffles", "method.name=grpo"],
+        "rewards.functions=['card_shuffles']: 16 of 16 answers are not five digits, as in the built",
     ),
     "guidance that cannot start early": (
         ROWS,
@@ -260,6 +260,7 @@ def nothing(response, problem): problem.answer in response
 def breaks(response, problem): raise KeyError("x")
 def needs_text(response, problem): return float(response[0] == "x")
 def rewards_all(response, problem): return 1.0
+def rewards_none(response, problem): return 0.0
 def one_source(response, problem): return {"a": 1.0}[problem.source]
 """
 EXPECTED = "expected a number in [0, 1] or a verdict"
@@ -267,7 +268,7 @@ BROKEN_FUNCTIONS = {
     "no_problem": "TypeError: no_problem() takes 1 positional argument but 2 were given); it is called as",
     "out_of_range": f"InvalidReward: the function returned 5; {EXPECTED}",
     "nothing": f"InvalidReward: the function returned None; {EXPECTED}",
-    "breaks": "2 of 2 bare gold answers, 1 of 1 empty responses (3 x KeyError: 'x'); test it on",
+    "breaks": "3 of 3 gold answers, 1 of 1 empty responses (4 x KeyError: 'x'); test it on",
 }
 
 
@@ -298,7 +299,7 @@ def test_a_broken_reward_function_is_detected_before_training(
 
 @pytest.mark.parametrize(
     ("name", "counts"),
-    [("needs_text", "2 of 2 empty responses"), ("one_source", "2 of 4 bare gold answers, 1 of 2")],
+    [("needs_text", "2 of 2 empty responses"), ("one_source", "3 of 6 gold answers, 1 of 2")],
 )
 def test_a_reward_function_that_fails_on_some_responses_causes_one_warning(
     name, counts, preview, functions
@@ -307,7 +308,7 @@ def test_a_reward_function_that_fails_on_some_responses_causes_one_warning(
     overrides = [f"rewards.functions={functions}:{name}", "rewards.timeout_secs=60"]
     code, output, error = preview(rows, *overrides, "method.name=grpo")
     assert (code, error) == (0, "")
-    assert output.count("warning: rewards.functions") == 1
+    assert output.count("failed on") == 1
     assert f"warning: rewards.functions: {name} failed on {counts}" in output
 
 
@@ -331,6 +332,13 @@ def test_a_broken_reward_function_causes_only_a_warning_if_the_method_uses_no_re
     code, output, error = preview(ROWS, *overrides, "method.name=sft")
     assert (code, error) == (0, "")
     assert output.count("breaks failed on") == 1
+
+
+def test_a_reward_function_that_accepts_no_gold_answer_causes_a_warning(preview, functions):
+    overrides = [f"rewards.functions={functions}:rewards_none", "method.name=grpo"]
+    code, output, error = preview(without("solution"), *overrides)
+    assert (code, error) == (0, "")
+    assert "none of 3 responses that state the correct answer is judged correct, for exam" in output
 
 
 WARNINGS = {

@@ -38,7 +38,7 @@ GOOD = {
 
 
 def health():
-    return Health(max_logprob_gap=0.2, max_skipped_steps=3)
+    return Health("math", max_logprob_gap=0.2, max_skipped_steps=3)
 
 
 def test_a_healthy_step_gives_no_warnings():
@@ -128,7 +128,9 @@ def test_one_cause_gives_only_one_warning():
 def test_responses_without_answers_are_reported_once_at_the_first_evaluation_or_step():
     silent = {**GOOD, "reward/sampled_positive": 0.04, "reward/no_answer": 0.9}
     (warning,) = health().observe(1, silent)
-    assert warning.startswith("step 1: the reward function found no answer in 90% of the responses")
+    assert warning.startswith(
+        "step 1: the reward function math found no answer in 90% of the responses"
+    )
     assert "50% are truncated" in warning
     for way_out in ("prompt_suffix", "max_completion_length", "sampling.temperature"):
         assert way_out in warning
@@ -145,7 +147,9 @@ def test_responses_without_answers_are_reported_once_at_the_first_evaluation_or_
     [(0.05, 0.9), (0.0, 0.5), (0.0, None)],
 )
 def test_other_causes_of_low_accuracy_are_not_blamed_on_missing_answers(accuracy, no_answer):
-    assert not unanswered("sampling", accuracy=accuracy, no_answer=no_answer, truncated=1.0)
+    assert not unanswered(
+        "sampling", function="math", accuracy=accuracy, no_answer=no_answer, truncated=1.0
+    )
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def help_if_requested(
             width,
             initial_indent="  ",
             subsequent_indent=" " * (title + 2),
+            break_on_hyphens=False,
         )
     return "\n".join(lines)
 
@@ -186,6 +187,7 @@ def _describe(field: FieldHelp) -> str:
         initial_indent=" " * 6,
         subsequent_indent=" " * 6,
         break_long_words=False,
+        break_on_hyphens=False,
     )
     return f"  {field.name}  ({field.type}, {field.default})\n{sentence}"
 

@@ -301,8 +301,9 @@ def _known_field(config_class: type[Section], name: str) -> str:
 
 
 def _fields_in(text: str, config_class: type[TaskConfig]) -> list[str]:
-    """Returns the fields that a message mentions in the form `field=value`."""
-    return re.findall(rf"\b(?:{'|'.join(config_class.model_fields)})(?:\.\w+)*(?==)", text)
+    """Returns the fields that a message mentions in the form `field=value`, or `section.field:`."""
+    section = rf"\b(?:{'|'.join(config_class.model_fields)})"
+    return re.findall(rf"{section}(?:\.\w+)*(?==)|{section}(?:\.\w+)+(?=:)", text)
 
 
 def _origin(layers: Sequence[Layer], fields: Sequence[str]) -> str | None:

@@ -1,7 +1,8 @@
 """Finds probable mistakes in the problems of a run, and describes each in one line that says how to fix it."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 
 from trapo_jax.config import Config
 from trapo_jax.data.examples import DataReport
@@ -15,6 +16,11 @@ MAX_UNUSABLE = 0.5  # fraction of the training problems that may be unusable
 
 # Fraction of rows, prompts, expert solutions or answers that may have the same problem without a warning.
 MAX_LOST = 0.1
+# What the answers of problems must be for some reward functions: a predicate, and its description for error messages.
+EXPECTED_ANSWERS: Mapping[str, tuple[Callable[[str], object], str]] = {
+    "card_shuffles": (re.compile(r"[0-9]{5}").fullmatch, "five digits, as in the built-in task"),
+    "multiple_choice": (extract_choice, "a single letter A-J"),
+}
 MIN_EVALUATED = 16  # With fewer problems, accuracies are too noisy to show whether training helps.
 
 
@@ -164,13 +170,13 @@ def find_errors(data: LoadedData, config: Config, method: Method) -> list[str]:
                 f"method.name={method.name}: it ends a stage based on the loss on the validation split's expert "
                 "solutions, but there are none"
             )
-    if config.rewards.functions[:1] == ("multiple_choice",):
-        not_letters = [p.answer for p in train if p.answer and extract_choice(p.answer) is None]
-        if len(not_letters) > MAX_UNUSABLE * len(train):
+    for function in config.rewards.functions[:1]:
+        can_match, what = EXPECTED_ANSWERS.get(function, (bool, "an answer"))
+        others = [p.answer for p in train if p.answer and not can_match(p.answer)]
+        if len(others) > MAX_UNUSABLE * len(train):
             errors.append(
-                f"rewards.functions=['multiple_choice']: {len(not_letters):,} of {len(train):,} answers are not a "
-                f"single letter A-J, for example {not_letters[0][:60]!r}; set data.columns.answer, "
-                "or choose another reward function"
+                f"rewards.functions=[{function!r}]: {len(others):,} of {len(train):,} answers are not {what}, for "
+                f"example {others[0][:60]!r}; set data.columns.answer, or choose another reward function"
             )
     unknown = data.tokenizer.unk_token_id
     num_unknown = sum(unknown in problem.prompt_ids for problem in train)

@@ -16,6 +16,7 @@ from trapo_jax.data.mistakes import find_errors, find_warnings
 from trapo_jax.data.reward_checks import (
     EXPERT,
     Tried,
+    check_answers,
     check_experts,
     check_functions,
     try_rewards,
@@ -135,6 +136,7 @@ def _add_reward_checks(
     broken, fragile = check_functions(tried)
     (errors if method.needs_rewards else warnings).extend(broken)
     warnings.extend(fragile)
+    warnings.extend(filter(None, [check_answers(tried, config)]))
     complaint, is_serious = check_experts(tried, config)
     if complaint:
         # A method that learns from both rewards and expert solutions would get conflicting signals.

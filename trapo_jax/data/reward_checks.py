@@ -11,7 +11,7 @@ from trapo_jax.types import Grade, Problem
 MAX_GRADED_EXPERTS = 200
 MAX_PROBED_SOURCES = 20
 MIN_ACCEPTED = 0.5  # fraction of the expert solutions that must be judged correct
-EXPERT, ANSWER, EMPTY = "expert solutions", "bare gold answers", "empty responses"
+EXPERT, ANSWER, EMPTY = "expert solutions", "gold answers", "empty responses"
 
 
 class Tried(NamedTuple):
@@ -73,8 +73,10 @@ def try_rewards(
     ]
 
 
-def _answers_alone(problem: Problem) -> tuple[str, str]:
-    return problem.answer, f"\\boxed{{{problem.answer}}}"
+def _answers_alone(problem: Problem) -> tuple[str, str, str]:
+    """Returns responses that state the answer and nothing else."""
+    answer = problem.answer
+    return answer, f"\\boxed{{{answer}}}", f"The answer is {answer}."
 
 
 def check_functions(tried: Sequence[Tried]) -> tuple[list[str], list[str]]:
@@ -91,7 +93,8 @@ def check_functions(tried: Sequence[Tried]) -> tuple[list[str], list[str]]:
             if rewarded := [t for t in of_function if t.kind == EMPTY and t.reward_of(name) > 0]:
                 warnings.append(
                     f"rewards.functions: {name} gives an empty response a reward of {rewarded[0].reward_of(name):g}; "
-                    f"check the order of its arguments: it is called as {name}(response, problem)"
+                    f"perhaps it accepts everything, or its arguments are swapped: it is called as "
+                    f"{name}(response, problem)"
                 )
             continue
         reasons = [t.grade.missing[name] for t in failed]
@@ -117,6 +120,21 @@ def _fails_mostly(failed: Sequence[Tried], tried: Sequence[Tried]) -> bool:
     if not num_experts:
         return len(failed) == len(tried)
     return sum(t.kind == EXPERT for t in failed) > (1 - MIN_ACCEPTED) * num_experts
+
+
+def check_answers(tried: Sequence[Tried], config: Config) -> str:
+    """Returns a warning if there are no expert solutions, and no response that states a gold answer is judged correct.
+
+    Missing rewards are reported by `check_functions`. The message is empty if there is nothing to report.
+    """
+    answers = [t for t in tried if t.kind == ANSWER and t.grade.reward is not None]
+    if any(t.kind == EXPERT or t.grade.is_correct for t in tried) or not answers:
+        return ""
+    return (
+        f"rewards.functions={list(config.rewards.functions)}: none of {len(answers)} responses that state the correct "
+        f"answer is judged correct, for example {answers[-1].text[:60]!r}; unless responses must have another form, check "
+        "data.columns.answer, or choose another reward function"
+    )
 
 
 def check_experts(tried: Sequence[Tried], config: Config) -> tuple[str, bool]:
@@ -156,11 +174,7 @@ def _explain_wrong(tried: Tried, function: str) -> str:
             f"in the first one judged wrong, the answer {grade.answer[:60]!r} was found, but {answer}; check "
             "data.columns.answer and data.columns.solutions"
         )
-    if function == "card_shuffles":
-        way_out = (
-            "card_shuffles grades the built-in task only; choose another function, such as math"
-        )
-    elif len(problem.experts) > 1:
+    if len(problem.experts) > 1:
         way_out = "each entry in a list of solutions must be a complete solution; join lists of steps into one string"
     elif ":" in function:
         way_out = "check data.columns.answer and data.columns.solutions, and test the function on a few of your rows"

@@ -160,9 +160,10 @@ def extract_math_answer(response: str) -> str | None:
     if not rests:
         return None
     # Prefer a mathematical answer to a later phrase such as "the answer is consistent".
-    return _of_clause(
+    answer = _of_clause(
         next((rest for rest in reversed(rests) if MATHEMATICAL.match(rest)), rests[-1])
     )
+    return answer if answer.strip(" \t.,;:!?\"'" + EMPHASIS) else None
 
 
 def answer_form(text: str) -> Literal["box", "mark", "phrase"] | None:

@@ -27,8 +27,8 @@ COMPILATION = "/jax/core/compile/backend_compile_duration"  # Name of a `jax.mon
 WARN_AFTER_STEPS, WARN_AFTER_FIRST_STEPS = 20, 5
 NEVER_RIGHT = (
     "no sampled rollout was correct; check rewards.functions, data.template and sampling.max_completion_length: "
-    "`trapo preview` shows a prompt and how expert solutions are graded, and samples.jsonl contains the extracted "
-    "answers; if these are right, the problems are too hard for the model"
+    "`trapo preview` shows a prompt and tries the reward functions, and samples.jsonl contains the extracted answers; "
+    "if these are right, the problems are too hard for the model"
 )
 NO_SIGNAL = (
     "all rewards of each problem were equal, so nothing is learned from them; check rewards.functions (with "
@@ -40,11 +40,19 @@ MAX_UNANSWERED = 0.5
 MIN_ACCURACY = 0.05
 
 
-def unanswered(section: str, *, accuracy: float, no_answer: float | None, truncated: float) -> str:
+def unanswered(
+    section: str,
+    *,
+    function: str,
+    accuracy: float,
+    no_answer: float | None,
+    truncated: float,
+) -> str:
     """Returns a warning if most responses are wrong because they contain no answer; an empty string otherwise.
 
     Args:
       section: the config section with the temperature of the responses.
+      function: the first reward function, which looks for the answers.
       accuracy: share of correct responses.
       no_answer: share of responses in which the reward function found no answer; None if it does not look for answers.
       truncated: share of responses that reached the maximum length.
@@ -52,7 +60,7 @@ def unanswered(section: str, *, accuracy: float, no_answer: float | None, trunca
     if no_answer is None or no_answer <= MAX_UNANSWERED or accuracy >= MIN_ACCURACY:
         return ""
     return (
-        f"the reward function found no answer in {no_answer:.0%} of the responses, and {truncated:.0%} are truncated; "
+        f"the reward function {function} found no answer in {no_answer:.0%} of the responses, and {truncated:.0%} are truncated; "
         "read some responses (in samples.jsonl or evaluations/), and request the answer format with another "
         "data.prompt_suffix (answer_is suits small models), raise sampling.max_completion_length, or lower "
         f"{section}.temperature"
@@ -63,11 +71,13 @@ class Health:
     """Checks the metrics of every step for signs of failure.
 
     Args:
+      function: the first reward function.
       max_logprob_gap: maximum mean absolute difference between the sampler's and the trainer's log-probabilities.
       max_skipped_steps: number of consecutive skipped updates after which the run fails.
     """
 
-    def __init__(self, *, max_logprob_gap: float, max_skipped_steps: int):
+    def __init__(self, function: str, max_logprob_gap: float, max_skipped_steps: int):
+        self._function = function
         self._max_logprob_gap = max_logprob_gap
         self._max_skipped_steps = max_skipped_steps
         self._streaks = {"truncated": 0, "never right": 0, "no signal": 0}
@@ -127,7 +137,13 @@ class Health:
         self, section: str, accuracy: float, no_answer: float | None, truncated: float
     ) -> list[str]:
         """Returns a warning the first time that most responses contain no answer."""
-        text = unanswered(section, accuracy=accuracy, no_answer=no_answer, truncated=truncated)
+        text = unanswered(
+            section,
+            function=self._function,
+            accuracy=accuracy,
+            no_answer=no_answer,
+            truncated=truncated,
+        )
         if not text or self._has_warned_of_answers:
             return []
         self._has_warned_of_answers = True

@@ -78,10 +78,8 @@ class Run:
         self._quiet = not (show_progress and is_main())
         train, keep = config.train, config.checkpoint
         self._budget = Budget(train.budget_unit, train.budget, train.num_steps)
-        self._health = Health(
-            max_logprob_gap=config.limits.max_logprob_gap,
-            max_skipped_steps=train.max_skipped_steps,
-        )
+        first = next(iter(config.rewards.functions), "none")
+        self._health = Health(first, config.limits.max_logprob_gap, train.max_skipped_steps)
         self._retention = Retention(newest=keep.keep, best=keep.keep_best)
         self._stack = contextlib.ExitStack()
         self._activity = "starting"
@@ -159,7 +157,7 @@ class Run:
         self.console.say(self._describe_start())
         if self.is_new and (other := unfinished_beside(self.folder)):
             self.console.say(
-                f"{other} contains an unfinished run with different settings; to resume it, set output_dir={other}"
+                f"{other} contains an unfinished run with other settings; --config {other}/config.yaml resumes it"
             )
         if unknown := from_main(self._store.unknown):
             self.console.say(f"{self.folder / CHECKPOINTS}: ignoring {', '.join(unknown)}")

@@ -115,14 +115,29 @@ function distinct(rollouts, value, text = value) {
   return [["", "all"], ...found];
 }
 
+// Returns a function that shortens a prompt to its beginning, without what all prompts have in common.
+function shortener(prompts) {
+  const first = prompts[0] ?? "";
+  const shared = (at) => {
+    let length = 0;
+    while (length < first.length && prompts.every((p) => length < p.length && at(p, length) === at(first, length))) length += 1;
+    return length;
+  };
+  if (prompts.every((p) => p === first)) return (prompt) => prompt.trim().slice(-40);
+  const start = shared((p, i) => p[i]);
+  const end = shared((p, i) => p[p.length - 1 - i]);
+  return (prompt) => prompt.slice(start, Math.max(start, prompt.length - end)).trim().slice(0, 40);
+}
+
 function reader() {
   const rollouts = allRollouts();
   if (rollouts.length === 0) return make("p", { class: "muted" }, "No rollouts were logged (log_samples=0).");
   const rewardOf = (r) => (r.reward === null ? "missing" : r.reward === 1 ? "1" : r.reward === 0 ? "0" : "between 0 and 1");
+  const shorten = shortener([...new Set(rollouts.map((r) => r.prompt))]);
   const fields = [
     ["Run", (r) => r.run, (r) => DATA.runs[r.run].name],
     ["Step", (r) => r.step, (r) => r.step],
-    ["Problem", (r) => r.problem_id, (r) => `${r.problem_id.slice(0, 8)}  ${r.prompt.trim().slice(-40)}`],
+    ["Problem", (r) => r.problem_id, (r) => `${r.problem_id.slice(0, 8)}  ${shorten(r.prompt)}`],
     ["Micro-group", (r) => r.micro_group + 1, (r) => r.micro_group + 1],
     ["Reward", rewardOf, rewardOf],
   ].filter(([name]) => name !== "Run" || DATA.runs.length > 1);
