@@ -194,9 +194,10 @@ def report(error: BaseException) -> int:
 
 
 def print_error(message: str) -> None:
-    """Prints an error message, which may have several lines, to standard error."""
+    """Prints an error message to standard error. Each line describes one error."""
     with contextlib.suppress(OSError):  # Standard error may be a file on a full disk.
-        print("error:", printable(message, keep="\n"), file=sys.stderr, flush=True)
+        for line in message.split("\n"):
+            print("error:", printable(line), file=sys.stderr, flush=True)
 
 
 def leave_lost_terminal() -> None:
