@@ -235,7 +235,7 @@ def tokenizer_with(field, parts_field, parts):
             r"tokenizer.json: a Git-LFS pointer, not the file itself; run `git lfs pull`",
         ),
         ('{"version": "1.0"}', "cannot load the tokenizer"),
-        ("[" * 5000, r"tokenizer\.json: not valid JSON \(nested too deeply\)"),
+        ("[" * 100_000, r"tokenizer\.json: not valid JSON \(nested too deeply\)"),
         ('{"a": [' + "[]," * 2_000_000 + "[]]}", "more than 2,000,000 lists and objects"),
         (tokenizer_with("normalizer", "normalizers", [GROWING] * 7), "normalizer may make text"),
         (tokenizer_with("decoder", "decoders", [GROWING] * 7), "decoder may make text"),
