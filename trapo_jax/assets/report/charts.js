@@ -70,7 +70,7 @@ function frame({ title, about, steps, lines, parts = null, data, draw }) {
     width: 360, height: 210, axes: axes(), legend: { show: false },
     cursor: { y: false, sync: { key: "steps", scales: ["x", null] }, points: { size: 7 } },
     ...draw,
-    scales: { x: { time: false, range: (_, low, high) => [low <= 1 ? 0 : low, high] }, ...draw.scales },
+    scales: { x: { time: false, range: (_, low, high) => [low <= 1 ? 0 : low, steps.length > 1 ? high : Math.max(steps[0], lastStep())] }, ...draw.scales },
     hooks: { setCursor: [(u) => showReadout(u.cursor.idx)], ...draw.hooks },
   }, data, plot);
   new ResizeObserver(() => { if (plot.clientWidth) chart.setSize({ width: plot.clientWidth, height: 210 }); }).observe(plot);
@@ -78,6 +78,8 @@ function frame({ title, about, steps, lines, parts = null, data, draw }) {
   return box;
 }
 
+// The upper limit of the step axis if there is only an evaluation before the first step.
+const lastStep = () => Math.max(1, ...DATA.runs.map((run) => run.step));
 const fromZero = (_, low, high) => [Math.min(0, low ?? 0), (high ?? 1) * 1.05 || 1];
 // Returns an upper axis limit that covers all values except outliers.
 const nearlyAll = (values) => 1.4 * ([...values].sort((a, b) => a - b)[Math.floor(0.95 * (values.length - 1))] || 1);
