@@ -32,6 +32,17 @@ def test_values_by_hand(estimator, expected):
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+def test_finite_inputs_give_a_finite_value_and_gradient(estimator):
+    """Without a limit, k3 would overflow for d = -100. Its gradient never lowers a probability that should rise."""
+    difference = jnp.array([-1e4, -100.0, -20.5, 0.0, 100.0, 1e4])
+    total = lambda d: kl_penalty(d - 1e4, -1e4 * jnp.ones(6), estimator=estimator).sum()
+    value, gradient = jax.value_and_grad(total)(difference)
+    assert np.isfinite(value)
+    assert np.isfinite(np.linalg.norm(gradient))
+    if estimator != "k1":
+        assert (np.sign(gradient) * np.sign(difference) >= 0).all()
+
+
 def test_k3_is_the_default():
     logprobs, ref_logprobs = jnp.array([-1.0, -3.0]), jnp.array([-1.5, -2.0])
     np.testing.assert_array_equal(

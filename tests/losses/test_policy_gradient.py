@@ -369,6 +369,17 @@ def test_masked_elements_may_have_any_value(loss, garbage):
         assert (got[where] != 0).any()
 
 
+@pytest.mark.parametrize("advantage", [0.0, 3.0, -3.0])
+def test_finite_inputs_give_a_finite_value_and_gradient(loss, advantage):
+    """Without limits, a log-ratio of 119 and an advantage of 0 would give inf * 0 = NaN."""
+    logprobs, old = np.meshgrid([-1e4, -119.0, -21.0, -1.0, 0.0], [-1e4, -119.0, -21.0, -1.0, 0.0])
+    total = lambda x: loss(x, jnp.float32(old), advantage, None).sum()
+    value, gradient = jax.value_and_grad(total)(jnp.float32(logprobs))
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+    assert np.isfinite(np.linalg.norm(gradient))
+
+
 def test_masking_a_token_equals_deleting_it(loss):
     batch = Batch(spread=0.3)
     where = np.array([True, False, True, True, False, False, True, True, True])

@@ -9,6 +9,10 @@ from jax.core import Tracer
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
 
+# Log-ratios of probabilities beyond this value are replaced by it before exp, so that losses and gradient norms do not
+# overflow. As in verl; no useful update moves a probability by a factor of exp(20) = 5e8.
+MAX_LOG_RATIO = 20.0
+
 
 def float32_where(values: ArrayLike, where: ArrayLike | None) -> Array:
     """Returns `values` in float32, with 0 where `where` is False.

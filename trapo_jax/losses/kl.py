@@ -4,7 +4,13 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from trapo_jax.losses._common import Array, ArrayLike, float32_where, zero_where_masked
+from trapo_jax.losses._common import (
+    MAX_LOG_RATIO,
+    Array,
+    ArrayLike,
+    float32_where,
+    zero_where_masked,
+)
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
@@ -23,6 +29,8 @@ def kl_penalty(
         k1 = d                      unbiased, may be negative
         k2 = d^2 / 2                biased, low variance; its expected gradient is that of the KL
         k3 = exp(-d) - 1 + d        unbiased, never negative (used by GRPO)
+
+    k3 has no gradient where d < -20, because its value and its gradient grow exponentially.
 
     Args:
       logprobs: `[...]`, log-probabilities of the sampled tokens under the policy.
@@ -50,6 +58,7 @@ def kl_penalty(
     elif estimator == "k2":
         values = 0.5 * difference**2
     elif estimator == "k3":
+        difference = jnp.maximum(difference, -MAX_LOG_RATIO)
         values = jnp.expm1(-difference) + difference
     else:
         raise ValueError(f"estimator must be one of 'k1', 'k2', 'k3', got {estimator!r}")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from trapo_jax.losses._common import (
+    MAX_LOG_RATIO,
     Array,
     ArrayLike,
     check_not_negative,
@@ -32,7 +33,8 @@ def policy_gradient_loss(
     Args:
       logprobs: `[...]`, log-probabilities of the sampled tokens under the trained policy.
       old_logprobs: `[...]`, log-probabilities under the policy before the update. No gradient flows
-        through them; for the first update of a batch, pass `stop_gradient(logprobs)`.
+        through them; for the first update of a batch, pass `stop_gradient(logprobs)`. A ratio above `exp(20)` counts as
+        `exp(20)` and has no gradient, so that the loss is finite.
       advantages: broadcastable to `logprobs`; no gradient flows through them.
       clip_low: in [0, 1]; rho is clipped from below at `1 - clip_low`. None for no lower bound.
       clip_high: >= 0; rho is clipped from above at `1 + clip_high`. None for no upper bound.
@@ -53,7 +55,7 @@ def policy_gradient_loss(
       Array([-1.2], dtype=float32)
     """
     logprobs, old_logprobs, advantages = _prepare(logprobs, old_logprobs, advantages, where)
-    ratio = jnp.exp(logprobs - old_logprobs)
+    ratio = _exp_ratio(logprobs - old_logprobs)
     return zero_where_masked(_clipped_surrogate(ratio, advantages, clip_low, clip_high), where)
 
 
@@ -92,7 +94,7 @@ def sequence_policy_gradient_loss(
     mask = jnp.broadcast_to(jnp.asarray(mask), logprobs.shape)
     num_tokens = jnp.maximum(1, jnp.sum(mask, axis=axis, keepdims=True))
     log_ratio = jnp.sum(logprobs - old_logprobs, axis=axis, keepdims=True) / num_tokens
-    ratio = jnp.broadcast_to(jnp.exp(log_ratio), logprobs.shape)
+    ratio = jnp.broadcast_to(_exp_ratio(log_ratio), logprobs.shape)
     return zero_where_masked(_clipped_surrogate(ratio, advantages, clip_low, clip_high), mask)
 
 
@@ -117,7 +119,7 @@ def cispo_loss(
     """
     logprobs, old_logprobs, advantages = _prepare(logprobs, old_logprobs, advantages, where)
     low, high = _ratio_bounds(clip_low, clip_high)
-    weight = jax.lax.stop_gradient(jnp.clip(jnp.exp(logprobs - old_logprobs), low, high))
+    weight = jax.lax.stop_gradient(jnp.clip(_exp_ratio(logprobs - old_logprobs), low, high))
     scale = weight * advantages
     values = jnp.where(scale == 0, 0.0, -scale * logprobs)  # defines 0 * inf as 0
     return zero_where_masked(values, where)
@@ -159,6 +161,11 @@ def _prepare(logprobs, old_logprobs, advantages, where) -> tuple[Array, Array, A
     """Converts inputs to float32, sets masked elements to 0, and stops gradients except through `logprobs`."""
     constant = lambda x: jax.lax.stop_gradient(float32_where(x, where))
     return float32_where(logprobs, where), constant(old_logprobs), constant(advantages)
+
+
+def _exp_ratio(log_ratio: Array) -> Array:
+    """Returns `exp(log_ratio)`, which would otherwise overflow for implausibly large ratios (and 0 * inf is NaN)."""
+    return jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
 
 
 def _ratio_bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
