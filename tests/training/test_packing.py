@@ -171,6 +171,45 @@ def test_sharing_prompts_saves_rows():
     assert build(group, **options, share_prompts=True).num_micro_batches == 1
 
 
+def test_rollouts_of_a_problem_are_split_if_fewer_rows_suffice():
+    """A row of 64 tokens has room for the 39 tokens of one problem's rollouts and for 2 of another's, but not for all 4."""
+    group = []
+    for number in range(3):
+        problem = Problem(f"{number:016x}", (50 + number, *range(11)), "x")
+        group += [rollout(len(group) + i, 0, [3] * 6, problem=problem) for i in range(4)]
+    options = {"packed": True, "row_len": 64, "micro_batch_rows": 1, "share_prompts": True}
+    assert build(group[:4], **options).num_micro_batches == 1
+    batch = build(group, **options)
+    assert batch.num_micro_batches == 2
+    assert count_kinds(batch)["prompt"] == 4 * 11 + 12  # One prompt is in both rows.
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 12), st.lists(st.integers(1, 12), min_size=1, max_size=8)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_every_rollout_is_in_one_row_with_its_prompt(problems):
+    group = []
+    for number, (prompt_len, lens) in enumerate(problems):
+        problem = Problem(f"{number:016x}", (100 + number, *range(prompt_len)), "x")
+        group += [
+            rollout(len(group) + i, 0, [i] * length, problem=problem)
+            for i, length in enumerate(lens)
+        ]
+    batch = build(group, packed=True, row_len=32, micro_batch_rows=1, share_prompts=True)
+    for i, member in enumerate(group):
+        where = batch.segment_ids == 1 + i
+        (row,) = {int(x) for x in np.where(where)[0]}
+        seen = where | (batch.segment_ids == batch.context_ids[where][0])
+        order = np.argsort(batch.positions[seen])
+        tokens = (*member.completion.request.problem.prompt_ids, *member.completion.token_ids)
+        assert batch.token_ids[seen][order].tolist() == list(tokens)
+        assert seen[row].sum() == len(tokens)
+
+
 def test_pad_id_may_equal_eos():
     group = [rollout(0, 0, [3, EOS]), rollout(1, 0, [3, 3, 3, EOS])]
     padded_with_eos = in_order(build(group, pad_id=EOS))

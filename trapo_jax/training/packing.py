@@ -62,13 +62,12 @@ def build_batch(
     if max(lens, default=0) > row_len:
         raise ValueError(f"a rollout of {max(lens)} tokens exceeds row_len={row_len}")
     members = [i for i, length in enumerate(lens) if length]
-    bundles = [_Bundle((i,), 0, lens[i]) for i in members]
+    packs = [[_Bundle((i,), 0, lens[i])] for i in members]
     if share_prompts:
-        bundles = _bundle(members, rows, lens, row_len)
-    packs = [[bundle] for bundle in bundles]
-    if packed:
-        together = pack([bundle.length for bundle in bundles], row_len)
-        packs = [[bundles[j] for j in group] for group in together]
+        packs = _pack_bundles(members, rows, lens, row_len, micro_batch_rows)
+    elif packed:
+        together = pack([lens[i] for i in members], row_len)
+        packs = [[bundle for j in group for bundle in packs[j]] for group in together]
     batch = _empty_batch(-(-max_rows // micro_batch_rows), micro_batch_rows, row_len, pad_id)
     if share_prompts:
         batch = batch._replace(context_ids=np.zeros_like(batch.segment_ids))
@@ -83,7 +82,7 @@ def build_batch(
         num_rollouts=np.float32(max(1, len(rows))),  # a denominator, so not 0
         num_micro_batches=np.int32(-(-len(packs) // micro_batch_rows)),
     )
-    _check(batch, [rows[i] for i in members], sum(bundle.num_saved for bundle in bundles))
+    _check(batch, [rows[i] for i in members], sum(x.num_saved for group in packs for x in group))
     return batch
 
 
@@ -106,23 +105,87 @@ class _Bundle(NamedTuple):
         return self.num_shared * (len(self.members) - 1)
 
 
-def _bundle(
-    members: Sequence[int], rows: Sequence[TrainRow], lens: Sequence[int], row_len: int
-) -> list[_Bundle]:
-    """Bundles the rollouts of each prompt so that each bundle fits into a row."""
+def _pack_bundles(
+    members: Sequence[int],
+    rows: Sequence[TrainRow],
+    lens: Sequence[int],
+    row_len: int,
+    micro_batch_rows: int,
+) -> list[list[_Bundle]]:
+    """Bundles the rollouts of each prompt and packs the bundles into rows.
+
+    Bundles that are as large as possible need the fewest tokens, but may leave much room in every row. If fewer
+    micro-batches suffice that way, rollouts of a prompt are distributed over the room in several rows.
+    """
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for i in members:
         by_prompt.setdefault(rows[i].completion.request.problem.prompt_ids, []).append(i)
-    bundles = []
-    for prompt, group in by_prompt.items():
-        # Every response needs the last token of the prompt, which predicts its first token.
-        num_shared = len(prompt) - 1
-        for together in pack([lens[i] - num_shared for i in group], row_len - num_shared):
-            chosen = tuple(group[j] for j in together)
-            shared = num_shared if len(chosen) > 1 else 0
-            length = sum(lens[i] for i in chosen) - shared * (len(chosen) - 1)
-            bundles.append(_Bundle(chosen, shared, length))
-    return bundles
+    # Every response needs the last token of the prompt, which predicts its first token.
+    groups = [(len(prompt) - 1, group) for prompt, group in by_prompt.items()]
+    bundles = [
+        _make_bundle([group[j] for j in together], num_shared, lens)
+        for num_shared, group in groups
+        for together in pack([lens[i] - num_shared for i in group], row_len - num_shared)
+    ]
+    together = pack([bundle.length for bundle in bundles], row_len)
+    packs = [[bundles[j] for j in chosen] for chosen in together]
+    num_micro_batches = lambda number: -(-number // micro_batch_rows)
+    least = -(-sum(bundle.length for bundle in bundles) // row_len)
+    if num_micro_batches(len(packs)) == num_micro_batches(least):
+        return packs
+    filled = _fill_rows(groups, lens, row_len)
+    return min(packs, filled, key=lambda found: num_micro_batches(len(found)))
+
+
+def _fill_rows(
+    groups: Sequence[tuple[int, list[int]]], lens: Sequence[int], row_len: int
+) -> list[list[_Bundle]]:
+    """Packs the rollouts of one prompt after the other, each time into the row that takes the most of them.
+
+    Args:
+      groups: for each prompt, the number of tokens that its rollouts can share, and the indices of the rollouts.
+      lens, row_len: see `_pack_bundles`.
+    """
+    packs: list[list[_Bundle]] = []
+    room: list[int] = []
+    for num_shared, group in sorted(groups, key=lambda group: -sum(lens[i] for i in group[1])):
+        left = sorted(group, key=lambda i: (-lens[i], i))
+        while left:
+            options = [
+                (_fitting(left, num_shared, lens, space), r)
+                for r, space in enumerate(room)
+                if space >= lens[left[-1]]
+            ]
+            chosen, row = max(options, key=lambda option: len(option[0]), default=([], 0))
+            if not chosen:
+                packs.append([])
+                room.append(row_len)
+                chosen, row = _fitting(left, num_shared, lens, row_len), len(packs) - 1
+            bundle = _make_bundle(chosen, num_shared, lens)
+            packs[row].append(bundle)
+            room[row] -= bundle.length
+            left = [i for i in left if i not in chosen]
+    return packs
+
+
+def _fitting(
+    candidates: Sequence[int], num_shared: int, lens: Sequence[int], space: int
+) -> list[int]:
+    """Returns those of a prompt's rollouts that fit into a space together, tried in the given order."""
+    chosen: list[int] = []
+    for i in candidates:
+        added = lens[i] - (num_shared if chosen else 0)
+        if added <= space:
+            chosen.append(i)
+            space -= added
+    return chosen
+
+
+def _make_bundle(members: Sequence[int], num_shared: int, lens: Sequence[int]) -> _Bundle:
+    """Returns the bundle of a prompt's rollouts, which share the prompt if there are several."""
+    shared = num_shared if len(members) > 1 else 0
+    length = sum(lens[i] for i in members) - shared * (len(members) - 1)
+    return _Bundle(tuple(members), shared, length)
 
 
 def pack(lens: Sequence[int], row_len: int) -> list[list[int]]:
