@@ -150,6 +150,12 @@ def test_a_long_update_is_not_silent(capsys):
         "step 1: updating the parameters: 20 s",
     ]
     assert len(lines) < 20
+    console.begin("step 2: updating the parameters")
+    clock.now += 10.0
+    console.tick()
+    assert capsys.readouterr().out.endswith(
+        "step 2: updating the parameters: 10 s of about 10 min\n"
+    )
 
 
 def test_more_samples_than_expected_are_not_shown():

@@ -60,6 +60,8 @@ class Console:
         self._estimate = RunEstimate()
         self._compiling_since: float | None = None
         self._activity: Activity | None = None
+        self._kind = ""  # the activity's name without the step
+        self._durations: dict[str, float] = {}  # in seconds, of the last activity of each kind
         self._pacer = LinePacer()
         self._lock = threading.RLock()  # Guards the state of the activity.
         self._closed = threading.Event()
@@ -126,10 +128,22 @@ class Console:
           num_samples: number of completions to sample and grade; 0 if nothing is sampled.
           what: description of these completions; see `Activity`.
         """
+        now, kind = (
+            self._clock(),
+            name.rpartition(": ")[2],
+        )  # Names of training activities start with the step.
         with self._lock:
-            self._activity = Activity(name, num_samples, self._clock(), what)
+            self._end_activity()
+            self._kind = kind
+            self._activity = Activity(name, num_samples, now, what, self._durations.get(kind, 0.0))
             if not num_samples:  # With samples, a progress report follows immediately.
                 self._show_activity()
+
+    def _end_activity(self) -> None:
+        """Records how long an activity without sampling took, as an estimate for the next one of its kind."""
+        if self._activity and self._activity.is_silent:
+            self._durations[self._kind] = self._activity.secs(self._clock())
+        self._activity = None
 
     def advance(self, progress: SamplingProgress) -> None:
         """Shows the progress of the current activity."""

@@ -18,10 +18,19 @@ class Activity:
       num_samples: number of completions to sample and grade; 0 for an activity without sampling.
       now: the current time in seconds.
       what: description of these samples, shown until the first one is graded; empty to show their number instead.
+      expected_secs: expected duration of an activity without sampling; 0 if unknown.
     """
 
-    def __init__(self, name: str, num_samples: int, now: float, what: str = ""):
+    def __init__(
+        self,
+        name: str,
+        num_samples: int,
+        now: float,
+        what: str = "",
+        expected_secs: float = 0.0,
+    ):
         self._name, self._num_samples, self._what = name, num_samples, what
+        self._expected_secs = expected_secs
         self._phase = "starting" if num_samples else ""
         self._num_graded = self._num_sampled_tokens = self._num_prefilled_tokens = 0
         self._started = now
@@ -74,7 +83,11 @@ class Activity:
         if self._num_samples:
             details += self._describe_samples(phase, self.secs(now))
         elif self.elapsed_secs(now) >= MIN_SECS:
-            details.append(describe_secs(self.elapsed_secs(now)))
+            secs = describe_secs(self.elapsed_secs(now))
+            is_known = self._expected_secs and phase != "compiling"
+            details.append(
+                f"{secs} of about {describe_secs(self._expected_secs)}" if is_known else secs
+            )
         return f"{self._name}: {', '.join(details)}" if details else self._name
 
     def _describe_samples(self, phase: str, secs: float) -> list[str]:
