@@ -11,7 +11,17 @@ from typing import NoReturn
 from trapo_jax import __version__
 from trapo_jax.runs.command_line import EXIT_USER_ERROR, fail, run_and_exit
 
-COMMANDS = ("train", "preview", "evaluate", "export", "compare", "report", "plan", "check_step")
+COMMANDS = (
+    "train",
+    "preview",
+    "evaluate",
+    "export",
+    "compare",
+    "report",
+    "plan",
+    "check_step",
+    "completion",
+)
 
 
 def main() -> NoReturn:
