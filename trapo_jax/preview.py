@@ -16,6 +16,7 @@ from trapo_jax.models import PretrainedModel, check_weights, open_model
 from trapo_jax.rollouts.actor import check_staleness, grader_for
 from trapo_jax.runs.command_line import command, run_and_exit
 from trapo_jax.runs.console import Console
+from trapo_jax.runs.trackers import find_tracker
 from trapo_jax.sampling.engine import check_engine
 from trapo_jax.types import UserError
 
@@ -38,6 +39,8 @@ def preview(config: Config) -> tuple[PretrainedModel, LoadedData, Preflight]:
         check_weights(model.folder, model.decoder)
     check_engine(config.sampling.engine)
     check_staleness(config.sampling.max_staleness, method)
+    for name in config.trackers:
+        find_tracker(name)
     data, config = load_data(config, method, model.tokenizer, context_len=model.max_context_len)
     with grader_for(config.rewards, config.rewards.functions, model.tokenizer) as grader:
         return model, data, check_data(data, config, method, grader)

@@ -53,6 +53,37 @@ def test_a_grid_is_executed_and_reported(tmp_path):
     assert "BUDGETS DO NOT MATCH" not in text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "{run}"], "--out {run}: contains a training run; choose a different directory"),
+        (["--records", "{file}"], "--records {file}: not a directory"),
+        (
+            ["data.num_test=0"],
+            "data.num_test=0: methods are compared by the accuracy on this split",
+        ),
+        (
+            ["data.num_validation=0", "--sweep", "learning_rate=1e-4,2e-4"],
+            "data.num_validation=0: settings are chosen by the accuracy on this split",
+        ),
+        (
+            ["--match", "sampled_tokens"],
+            "--match sampled_tokens: sft samples nothing; choose another",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(subprocess, "run", None)
+    places = {"run": tmp_path / "run", "file": tmp_path / "run" / "method.json"}
+    places["run"].mkdir()
+    places["file"].write_text("{}")
+    given = ["--out", f"{tmp_path}/out", *(text.format(**places) for text in arguments)]
+    assert main(["--methods", "grpo,sft", "--budget", "1000", *given]) == 2
+    assert f"error: {message.format(**places)}" in capsys.readouterr().err
+
+
 def test_a_broken_train_step_stops_the_comparison(tmp_path, monkeypatch):
     grid = Grid(None, (), ("sft",), (), (), None, 1, 1, "steps", 2.0, tmp_path, tmp_path, 0.05)
 

@@ -385,7 +385,7 @@ def test_an_evaluation_warns_if_most_responses_contain_no_answer(data, tmp_path,
     output = capsys.readouterr().out
     assert "no answer" in output
     assert (
-        "warning: the reward function math found no answer in 100% of the responses, and 100% are"
+        "warning: the reward function card_shuffles found no answer in 100% of the responses, and"
         in output
     )
     records = read_samples(tmp_path / "out").values()

@@ -124,6 +124,12 @@ MISUSES = {
         ["rewards.functions=card_shuffles", "method.name=grpo"],
         "rewards.functions=['card_shuffles']: 16 of 16 answers are not five digits, as in the built",
     ),
+    "a template without the prompt": (
+        ROWS,
+        ["data.template=support.templates:without_prompt"],
+        "data.template=support.templates:without_prompt: all 16 training prompts are the same text",
+    ),
+    "an unknown tracker": (ROWS, ["trackers=[mlflow]"], "trackers=mlflow: no such tracker"),
     "guidance that cannot start early": (
         ROWS,
         ["method.name=prefix_rft", "sampling.max_staleness=1"],

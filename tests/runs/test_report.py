@@ -142,6 +142,18 @@ def test_a_report_that_cannot_be_written_gives_a_one_line_error_and_exit_code_2(
     assert capsys.readouterr().err == expected + "\n"
 
 
+def test_a_report_does_not_replace_a_file_of_another_kind(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(Config().to_yaml())
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("")
+    assert main([str(tmp_path), "--out", str(metrics)]) == 2
+    assert (
+        f"--out {metrics}: the report is an HTML file; choose a name that"
+        in capsys.readouterr().err
+    )
+    assert metrics.read_text() == ""
+
+
 def test_a_run_whose_budget_is_spent_is_complete(finished_run, tmp_path):
     for name in ("config.yaml", "metrics.jsonl"):
         shutil.copy(finished_run[0] / name, tmp_path)

@@ -37,6 +37,7 @@ def user_module(tmp_path, monkeypatch):
         "    def step(self): return []\n"
         "    is_busy, num_idle_slots = False, 0\n"
         "NUMBER = 3\n"
+        "def unreachable(spec): raise ConnectionError('no server at localhost:8000\\nretry')\n"
     )
     yield
     sys.modules.pop("user_engines", None)
@@ -63,6 +64,10 @@ def test_an_engine_with_an_import_path_receives_the_spec(spec, user_module):
         (
             "user_engines:NUMBER",
             "an object of type int is not callable; pass a callable that takes an EngineSpec",
+        ),
+        (
+            "user_engines:unreachable",
+            "cannot be built (ConnectionError: no server at localhost:8000",
         ),
         (
             "user_engines:Incomplete",

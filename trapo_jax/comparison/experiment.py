@@ -19,7 +19,7 @@ from trapo_jax.comparison.report import make_report
 from trapo_jax.comparison.run_pool import Failure, Say, execute_runs
 from trapo_jax.comparison.tuning import TrialScore, best_trials, score_trials
 from trapo_jax.runs.command_line import EXIT_USER_ERROR
-from trapo_jax.runs.directory import lock_folder, write_atomically
+from trapo_jax.runs.directory import METHOD, lock_folder, write_atomically
 from trapo_jax.types import UserError
 
 CURVES, MARKDOWN, HTML = "curves.png", "comparison.md", "comparison.html"
@@ -63,6 +63,7 @@ def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) 
         [trial for method_trials in trials.values() for trial in method_trials], grid.tuning_seeds
     )
     examples = list({run.trial.method: run for run in planned}.values())
+    check_comparison(grid, examples, out)
     # The two options may name the same folder, which must be locked only once.
     folders = {out.absolute(): "--out"}
     folders.setdefault(grid.runs.absolute(), "--runs")
@@ -70,6 +71,36 @@ def compare(grid: Grid, out: Path, *, command: str, jobs: int | None, say: Say) 
         for folder, option in folders.items():
             stack.enter_context(lock_folder(folder, option))
         return execute(grid, trials, examples, command=command, jobs=jobs, say=say)
+
+
+def check_comparison(grid: Grid, examples: Sequence[PlannedRun], out: Path) -> None:
+    """Checks, before any run starts, that the results of the runs can be compared and written.
+
+    Args:
+      grid, out: see `compare`.
+      examples: one run of each method.
+
+    Raises:
+      UserError: if there are no problems to choose settings or to compare methods with, a method never reaches the
+        budget, or a folder is the wrong one.
+    """
+    if (out / METHOD).is_file():
+        raise UserError(f"--out {out}: contains a training run; choose a different directory")
+    for option, folder in (("--records", grid.records), ("--runs", grid.runs)):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{option} {folder}: not a directory")
+    for split in ("validation", "test") if grid.sweeps else ("test",):
+        purpose = "settings are chosen" if split == "validation" else "methods are compared"
+        for data in (run.config.data for run in examples):
+            if getattr(data, f"num_{split}") == 0 and not getattr(data, f"{split}_files"):
+                raise UserError(
+                    f"data.num_{split}=0: {purpose} by the accuracy on this split; set a larger number"
+                )
+    for run in examples:
+        if grid.match == "sampled_tokens" and not run.config.method.make().needs_rewards:
+            raise UserError(
+                f"--match sampled_tokens: {run.trial.method} samples nothing; choose another unit"
+            )
 
 
 def execute(

@@ -178,6 +178,11 @@ def find_errors(data: LoadedData, config: Config, method: Method) -> list[str]:
                 f"rewards.functions=[{function!r}]: {len(others):,} of {len(train):,} answers are not {what}, for "
                 f"example {others[0][:60]!r}; set data.columns.answer, or choose another reward function"
             )
+    if len(train) > 1 and len({problem.prompt_text for problem in train}) == 1:
+        errors.append(
+            f"data.template={config.data.template}: all {len(train):,} training prompts are the same text after the "
+            "template has been applied; `trapo preview` shows it"
+        )
     unknown = data.tokenizer.unk_token_id
     num_unknown = sum(unknown in problem.prompt_ids for problem in train)
     if unknown is not None and num_unknown > MAX_UNUSABLE * len(train):

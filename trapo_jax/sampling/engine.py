@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trapo_jax.inputs.files import reason_of
 from trapo_jax.inputs.import_path import import_object, suggest
 from trapo_jax.types import Completion, RolloutRequest, SamplingParams, UserError
 
@@ -181,7 +182,14 @@ def make_engine(name: str, spec: EngineSpec) -> RolloutEngine:
             f"sampling.engine={name}: an object of type {type(factory).__name__} is not callable; pass a callable "
             "that takes an EngineSpec and returns a RolloutEngine (trapo_jax.sampling.engine)"
         )
-    engine: Any = factory(spec)
+    try:
+        engine: Any = factory(spec)
+    except Exception as error:
+        if name in ENGINES:
+            raise
+        raise UserError(
+            f"sampling.engine={name}: cannot be built ({type(error).__name__}: {reason_of(error)})"
+        ) from error
     members = [member for member in vars(RolloutEngine) if not member.startswith("_")]
     if missing := [member for member in members if not hasattr(engine, member)]:
         raise UserError(
