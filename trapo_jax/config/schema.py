@@ -113,7 +113,7 @@ class DataConfig(Section):
     expert_style: Literal["careless", "clean"] = "careless"
     """Card shuffles only: whether expert solutions contain filler words and skipped steps (careless) or only the exact steps (clean)."""
     task: str = "gsm_symbolic"
-    """Name of the reasoning-gym task. chain_sum, gsm_symbolic and spell_backward have expert solutions; the others can only be trained without experts, for example with method.name=grpo."""
+    """Name of the reasoning-gym task. Only chain_sum, gsm_symbolic and spell_backward come with expert solutions; for the other tasks, choose a method that needs none, such as method.name=grpo."""
     task_options: dict[str, Any] = {}
     """Options of the reasoning-gym task that set its difficulty, such as {min_terms: 3, max_terms: 3} for chain_sum."""
     num_train: Positive | None = None
