@@ -116,23 +116,25 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = False) -> Evaluati
       UserError: for a mistake in the config, the model, the data or the output directory.
     """
     console = Console(quiet=not show_progress)
-    if os.path.isfile(config.folder / METHOD):
+    if os.path.isfile(config.run_folder / METHOD):
         raise UserError(
-            f"output_dir={config.folder}: contains a training run, not an evaluation; choose a different output_dir"
+            f"output_dir={config.run_folder}: contains a training run, not an evaluation; choose a different output_dir"
         )
     model, params = load_model(config, console)
     settings = config.model_dump(mode="json") | {"weights": weights_fingerprint(params)}
     settings.pop("output_dir")
     text = yaml.safe_dump(settings, sort_keys=True)
     code = user_code(config)
-    check_run_folder(config.folder, text, code=code)
+    check_run_folder(config.run_folder, text, code=code)
     config, problems, template = load_problems(config, model, console)
-    with lock_folder(config.folder):
+    with lock_folder(config.run_folder):
         # Another process may have written to the folder before it was locked.
-        check_run_folder(config.folder, text, code=code)
-        prepare_run_folder(config.folder, text, code=code)
+        check_run_folder(config.run_folder, text, code=code)
+        prepare_run_folder(config.run_folder, text, code=code)
         samples = sample_all(config, model, params, problems, console)
-        result = EvaluationResult(config.folder, score_samples(samples), scores_by_source(samples))
+        result = EvaluationResult(
+            config.run_folder, score_samples(samples), scores_by_source(samples)
+        )
         write_result(result, settings | {"template": template})
     return result
 
@@ -202,7 +204,7 @@ def sample_all(
     console: Console,
 ) -> list[Sample]:
     """Draws and grades the samples that are not yet in samples.jsonl, and returns all samples."""
-    path, scoring = config.folder / SAMPLES, config.evaluation
+    path, scoring = config.run_folder / SAMPLES, config.evaluation
     records = read_samples(path)
     wanted = {
         (request.problem.id, request.sample_index): request
@@ -273,7 +275,7 @@ def main(arguments: Sequence[str]) -> int:
                 "sampling.max_completion_length, evaluation.temperature, evaluation.num_samples and "
                 "evaluation.num_samples_by_source"
             )
-        folder = config.folder
+        folder = config.run_folder
         result = evaluate(config, show_progress=True)
     except KeyboardInterrupt:
         if folder is None:

@@ -3,7 +3,13 @@
 import pytest
 
 import trapo_jax
-from trapo_jax.config import Config, EvaluateConfig, load_config, load_train_config
+from trapo_jax.config import (
+    Config,
+    EvaluateConfig,
+    load_config,
+    load_evaluate_config,
+    load_train_config,
+)
 from trapo_jax.config.tasks import TASKS
 from trapo_jax.types import UserError
 
@@ -106,6 +112,16 @@ def test_the_run_directory_is_named_after_the_first_training_file():
     assert name.startswith("algebra_trapo-")
     fitted = files_config().with_lengths(prompt=48, completion=256)
     assert fitted.run_folder == files_config().run_folder
+
+
+def test_the_folder_of_an_evaluation_depends_on_the_model_and_on_changed_fields():
+    config = lambda *overrides: load_evaluate_config(None, overrides)
+    assert str(config().run_folder) == "evaluations/card_shuffles_tiny"
+    folders = {config(("evaluation.temperature", t)).run_folder for t in ("0.3", "0.5", "0.5")}
+    assert len(folders) == 2
+    assert all(folder.name.startswith("card_shuffles_tiny-") for folder in folders)
+    fitted = config(("seed", "1")).with_lengths(prompt=48, completion=256)
+    assert fitted.run_folder == config(("seed", "1")).run_folder
 
 
 def test_defaults_are_not_changed_by_overrides():

@@ -5,6 +5,7 @@ from trapo_jax.config.evaluation import (
     EvaluateConfig,
     is_training_config,
     load_evaluate_config,
+    run_near,
 )
 from trapo_jax.config.help import help_if_requested, list_fields, list_sections
 from trapo_jax.config.loading import as_override, load_config, load_train_config, parse_command_line
@@ -51,5 +52,6 @@ __all__ = [
     "load_train_config",
     "parse_command_line",
     "read_yaml",
+    "run_near",
     "user_code",
 ]

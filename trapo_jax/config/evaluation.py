@@ -23,13 +23,14 @@ from trapo_jax.config.schema import (
     ScoringConfig,
     StringList,
 )
-from trapo_jax.config.tasks import BUILT_IN_MODEL, FILES
+from trapo_jax.config.tasks import BUILT_IN_MODEL, FILES, OPTIONS_OF_SOURCES
 from trapo_jax.config.training import (
     Config,
     TaskConfig,
     check_files,
     check_functions,
     check_model,
+    check_options_of_source,
     check_spelling,
     check_weights,
 )
@@ -71,8 +72,8 @@ INHERITED: Mapping[str, Collection[str]] = {
 class EvaluateConfig(TaskConfig):
     """All settings of an evaluation."""
 
-    output_dir: str | None = None
-    """Directory for the results. If it contains an evaluation, that evaluation is resumed. null for evaluations/<name of the model>."""
+    output_dir: Annotated[str, Field(min_length=1)] | None = None
+    """Directory for the results. If it contains an evaluation, that evaluation is resumed. null for evaluations/MODEL, followed by a hash of the fields that differ from their defaults."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random seed for sampling."""
     model: PretrainedConfig = PretrainedConfig()
@@ -90,6 +91,7 @@ class EvaluateConfig(TaskConfig):
     def _check_consistency(self) -> Self:
         data = self.data
         check_spelling(self.model.path)
+        check_options_of_source(data)
         check_files(data, "test_files", "train_files")
         check_model(self.model)
         check_functions(self.rewards.functions, data)
@@ -100,12 +102,8 @@ class EvaluateConfig(TaskConfig):
     def _default_source(cls, data: Mapping[str, Any], model: Mapping[str, Any] | None) -> str:
         return FILES if data.get("test_files") else super()._default_source(data, model)
 
-    @property
-    def folder(self) -> Path:
-        """`output_dir` with ~ expanded, or its default."""
-        if self.output_dir is not None:
-            return Path(os.path.expanduser(self.output_dir))
-        return Path("evaluations") / os.path.basename(os.path.abspath(self.model.path))
+    def _default_folder(self) -> str:
+        return f"evaluations/{os.path.basename(os.path.abspath(self.model.path))}"
 
 
 def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]) -> EvaluateConfig:
@@ -131,7 +129,7 @@ def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]
         if saved.is_file():
             layers = [Layer(str(saved), _defaults_of_run(read_yaml(saved), given)), *layers]
         elif path != BUILT_IN_MODEL and not given.get("data"):
-            hint = f"; did you mean {run}?" if (run := _run_near(folder)) else ""
+            hint = run_near(folder)
             if hint or not folder.exists():
                 raise UserError(
                     f"model.path={path}: no such run{working_directory(folder)}{hint or did_you_mean(path)}; to evaluate a "
@@ -140,17 +138,14 @@ def load_evaluate_config(file: Path | None, overrides: Sequence[tuple[str, str]]
     return load_layers(EvaluateConfig, layers, overrides, file=file)
 
 
-def _run_near(path: Path) -> Path | None:
-    """Returns the run that contains a path such as `RUN/checkpoints/STEP`, or the first run inside a folder of runs."""
+def run_near(path: Path) -> str:
+    """Returns a hint such as `"; did you mean runs/a?"` for a path that is not a run, or an empty string.
+
+    The hint names the run that contains a path such as `RUN/checkpoints/STEP`, or the first run in a folder of runs.
+    """
     files = [folder / CONFIG_FILE for folder in path.parents[:3]]
-    return next(
-        (
-            file.parent
-            for file in [*files, *sorted(path.glob(f"*/{CONFIG_FILE}"))]
-            if file.is_file()
-        ),
-        None,
-    )
+    files += sorted(path.glob(f"*/{CONFIG_FILE}"))
+    return next((f"; did you mean {file.parent}?" for file in files if file.is_file()), "")
 
 
 def is_training_config(data: Mapping[str, Any]) -> bool:
@@ -194,7 +189,9 @@ def _defaults_of_run(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     own = own if isinstance(own, dict) else {}
     if own.get("test_files") or own.get("train_files"):
         # The run's values of these fields are meant for its own problems.
-        for name in ("max_prompt_length", "overlong_prompts", "limit"):
+        for name in ("max_prompt_length", "overlong_prompts", "limit", "num_train"):
+            of_run.pop(name, None)
+        for name in OPTIONS_OF_SOURCES:
             of_run.pop(name, None)
         if of_run.pop("source", FILES) != FILES:
             defaults["rewards"].pop("functions", None)

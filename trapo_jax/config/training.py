@@ -41,6 +41,7 @@ class TaskConfig(Section):
     """A configuration with the sections `data`, `model` and `sampling`. `data.source` selects defaults; see `TASKS`."""
 
     if TYPE_CHECKING:
+        output_dir: str | None
         data: DataConfig
         # Subclasses declare these as their own kinds of `PretrainedConfig` and `EngineConfig`.
         model: Any
@@ -72,6 +73,26 @@ class TaskConfig(Section):
         return FILES if data.get("train_files") or not is_built_in else "card_shuffles"
 
     @property
+    def run_folder(self) -> Path:
+        """`output_dir` with ~ expanded, or its default: a name and a hash of the fields that differ from their defaults."""
+        if self.output_dir is not None:
+            return Path(os.path.expanduser(self.output_dir))
+        method = self.method.name if isinstance(self, Config) else None
+        defaults = default_settings(type(self), self.data.source, method)
+        changed = {
+            field: value
+            for field, value in flatten(self.model_dump(mode="json")).items()
+            if defaults.get(field) != value and not is_changeable(field)
+        }
+        text = json.dumps(changed, sort_keys=True)
+        digest = f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}" if changed else ""
+        return Path(self._default_folder() + digest)
+
+    def _default_folder(self) -> str:
+        """Returns the default of `output_dir` for a config without changed fields."""
+        raise NotImplementedError
+
+    @property
     def longest_rollout_len(self) -> int:
         """Length of the longest possible rollout in tokens, including the prompt.
 
@@ -81,8 +102,9 @@ class TaskConfig(Section):
         return self.data.prompt_len + self.sampling.completion_len
 
     def with_lengths(self, *, prompt: int, completion: int) -> Self:
-        """Returns a copy of the config with null lengths set to these values."""
+        """Returns a copy of the config with null lengths set to these values, and `output_dir` to the current folder."""
         data = self.model_dump(mode="json")
+        data["output_dir"] = str(self.run_folder)
         if data["data"]["max_prompt_length"] is None:
             data["data"]["max_prompt_length"] = prompt
         if data["sampling"]["max_completion_length"] is None:
@@ -176,50 +198,41 @@ class Config(TaskConfig):
             )
         return self
 
-    @property
-    def run_folder(self) -> Path:
-        """`output_dir` with ~ expanded, or its default."""
-        return Path(os.path.expanduser(self.output_dir or self._default_output_dir()))
-
-    def _default_output_dir(self) -> str:
+    def _default_folder(self) -> str:
         task = Path(self.data.train_files[0]).stem if self.data.train_files else self.data.source
         name = re.sub(r"[^\w-]+", "-", f"{task}_{self.method.name}").strip("-")
-        defaults = default_settings(self.data.source, self.method.name)
-        changed = {
-            field: value
-            for field, value in flatten(self.model_dump(mode="json")).items()
-            if defaults.get(field) != value and not is_changeable(field)
-        }
-        if not changed:
-            return f"runs/{name}"
-        text = json.dumps(changed, sort_keys=True)
-        return f"runs/{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return f"runs/{name}"
 
     @property
     def row_len(self) -> int:
         """Length of a training row in tokens."""
         return self.train.row_length or self.longest_rollout_len
 
-    def with_lengths(self, *, prompt: int, completion: int) -> Self:
-        """See `TaskConfig.with_lengths`. Also sets `output_dir`, because its default depends on the lengths."""
-        named = self.model_copy(update={"output_dir": str(self.run_folder)})
-        return super(Config, named).with_lengths(prompt=prompt, completion=completion)
-
     def to_yaml(self) -> str:
         """Returns all fields as YAML that `load_config` can read."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def default_settings(source: str, method: str) -> dict[str, Any]:
-    """Returns all values of a config that sets only `data.source` and `method.name`, keyed by dotted name."""
+def default_settings(
+    config_class: type[TaskConfig], source: str, method: str | None
+) -> dict[str, Any]:
+    """Returns all values of a config that sets only `data.source` and `method.name`, keyed by dotted name.
+
+    Args:
+      config_class: the class of the config.
+      source: the source of the problems.
+      method: the name of the method; ignored if the config has no section `method`.
+    """
     given = {name: dict(fields) for name, fields in TASKS[source].items()}
     given.setdefault("data", {})["source"] = source
     given["method"] = {"name": method}
     defaults = {}
-    for name, field in Config.model_fields.items():
+    for name, field in config_class.model_fields.items():
         value = field.default
         if isinstance(value, Section):
-            value = type(value).model_validate(given.get(name, {})).model_dump(mode="json")
+            known = type(value).model_fields.keys() & given.get(name, {}).keys()
+            fields = {field: given[name][field] for field in known}
+            value = type(value).model_validate(fields).model_dump(mode="json")
         defaults[name] = value
     return flatten(defaults)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trapo_jax.config import default_settings, flatten, read_yaml
+from trapo_jax.config import Config, default_settings, flatten, read_yaml, run_near
 from trapo_jax.inputs.files import shown
 from trapo_jax.inputs.printable import printable
 from trapo_jax.runs.directory import CONFIG, METRICS, REPORT, SAMPLES, write_atomically
@@ -186,7 +186,7 @@ def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
         settings = flatten(read_yaml(folder / CONFIG))
     except UserError as error:
         raise UserError(
-            f"{folder}: not a run directory written by this version of trapo_jax ({error})"
+            f"{folder}: not a run directory written by this version of trapo_jax ({error}){run_near(folder)}"
         ) from error
     records = list(read_records(folder / METRICS))
     steps = [r for r in records if r["kind"] == TRAIN]
@@ -240,7 +240,7 @@ def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
 
 def shown_settings(settings: Mapping[str, Any]) -> list[str]:
     """Returns the fields to show: `CORE_SETTINGS` and all fields that differ from their defaults."""
-    defaults = default_settings(settings["data.source"], settings["method.name"])
+    defaults = default_settings(Config, settings["data.source"], settings["method.name"])
     changed = [
         field
         for field, value in settings.items()
