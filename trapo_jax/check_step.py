@@ -8,13 +8,13 @@ comparison. See `trapo_jax.training.gradient_check`.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
 from trapo_jax.config import Config, load_config
 from trapo_jax.data.preflight import check_data
 from trapo_jax.data.splits import load_data
+from trapo_jax.inputs.paths import find_config
 from trapo_jax.models import open_model, with_weights
 from trapo_jax.rollouts.actor import check_staleness, grader_for
 from trapo_jax.runs.command_line import ArgumentParser, command, run_and_exit
@@ -46,7 +46,11 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m trapo_jax.check_step", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument(
-        "configs", nargs="+", type=Path, metavar="CONFIG.yaml", help="YAML config file of a run"
+        "configs",
+        nargs="+",
+        type=find_config,
+        metavar="CONFIG",
+        help="YAML file, or name of a shipped config",
     )
     args = parser.parse_args(arguments)
     differences = {str(file): check_run(load_config(Config, file)) for file in args.configs}

@@ -13,11 +13,11 @@ collectives alone would take at the published peak rate. All rows of the train s
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from trapo_jax.config import Config, load_config, parse_command_line
+from trapo_jax.inputs.paths import find_config
 from trapo_jax.planning.plan import make_plan
 from trapo_jax.planning.table import print_comparison, print_plan
 from trapo_jax.planning.topology import find_topology
@@ -56,8 +56,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--config",
-        type=Path,
-        help="YAML config file of the run (default: all fields have their default values)",
+        type=find_config,
+        help="YAML file, or name of a shipped config (default: all fields have their default values)",
     )
     parser.add_argument(
         "--topology",

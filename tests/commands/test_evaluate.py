@@ -133,7 +133,7 @@ def test_other_weights_in_the_same_folder_are_rejected(whole, data, monkeypatch,
 
     monkeypatch.setattr(evaluate, "load_model", trained_further)
     assert main(arguments(data, whole[0])) == 2
-    assert "contains a run with weights=" in capsys.readouterr().err
+    assert "contains an evaluation of a model with other weights" in capsys.readouterr().err
 
 
 @pytest.mark.slow

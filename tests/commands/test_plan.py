@@ -36,7 +36,7 @@ def plan(model, topology, *arguments):
     # A separate process is needed because the number of simulated host devices in a process is fixed.
     result = run_process(
         "trapo_jax.plan",
-        *("--config", REPOSITORY / "configs" / "qwen2_5_math_7b_openr1.yaml", "--json"),
+        *("--config", "qwen2_5_math_7b_openr1", "--json"),
         *("--topology", topology, f"model.path={model}"),
         *("data.max_prompt_length=256", "sampling.max_completion_length=768"),
         *("train.problems_per_step=4", "sampling.num_slots=4", "sampling.prefill_tokens=512"),

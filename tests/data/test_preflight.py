@@ -260,6 +260,7 @@ def test_misuse_causes_a_one_line_error(what, preview):
 
 
 FUNCTIONS = """
+import os
 def no_problem(response): return 1.0
 def out_of_range(response, problem): return 5 if problem.answer in response else 0
 def nothing(response, problem): problem.answer in response
@@ -268,6 +269,7 @@ def needs_text(response, problem): return float(response[0] == "x")
 def rewards_all(response, problem): return 1.0
 def rewards_none(response, problem): return 0.0
 def one_source(response, problem): return {"a": 1.0}[problem.source]
+def judge(response, problem): return float(os.environ["JUDGE_TOKEN"] == "x")
 """
 EXPECTED = "expected a number in [0, 1] or a verdict"
 BROKEN_FUNCTIONS = {
@@ -316,6 +318,17 @@ def test_a_reward_function_that_fails_on_some_responses_causes_one_warning(
     assert (code, error) == (0, "")
     assert output.count("failed on") == 1
     assert f"warning: rewards.functions: {name} failed on {counts}" in output
+
+
+def test_a_withheld_environment_variable_is_named(preview, functions, monkeypatch):
+    monkeypatch.setenv("JUDGE_TOKEN", "x")
+    judge = [f"rewards.functions={functions}:judge", "rewards.timeout_secs=60"]
+    _, _, error = preview(ROWS, *judge, "method.name=grpo")
+    assert (
+        "to let it read this environment variable, set rewards.environment=[JUDGE_TOKEN]" in error
+    )
+    code, _, error = preview(ROWS, *judge, "method.name=grpo", "rewards.environment=JUDGE_TOKEN")
+    assert (code, error) == (0, "")
 
 
 def test_a_reward_for_an_empty_response_causes_a_warning(preview, functions):

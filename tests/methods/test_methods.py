@@ -627,6 +627,14 @@ def test_a_given_normalizer_applies_to_all_terms_except_the_entropy_bonus(name):
     assert {t.normalizer for t in method.terms if t.formula != "-H"} == {"sequence_mean"}
 
 
+def test_a_hyperparameter_must_not_be_called_name(tmp_path, monkeypatch):
+    lines = ["from trapo_jax.methods import Hyperparameters", "class Mine(Hyperparameters):"]
+    (tmp_path / "with_a_name.py").write_text("\n".join([*lines, "    name: str = 'x'", ""]))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="the class has a hyperparameter 'name'"):
+        make_method("with_a_name:Mine")
+
+
 def test_only_methods_with_a_trust_region_have_alpha():
     assert make_method("trapo", alpha=0.3).alpha == 0.3
     with pytest.raises(UserError, match="grpo has no such hyperparameter"):

@@ -11,7 +11,14 @@ import pytest
 
 from support.commands import run_command
 from support.short_run import JOB
-from trapo_jax.config import Config, EvaluateConfig, list_fields, load_config, user_code
+from trapo_jax.config import (
+    Config,
+    EvaluateConfig,
+    list_fields,
+    load_config,
+    load_train_config,
+    user_code,
+)
 from trapo_jax.config.changes import CHANGEABLE_FIELDS
 from trapo_jax.methods import fingerprint, make_method
 from trapo_jax.runs import directory
@@ -268,6 +275,18 @@ def test_a_run_of_another_version_may_lack_only_changeable_fields(folder):
         match=r"a different version of trapo_jax \(its config lacks the field train.adam_b1\)",
     ):
         check_run_folder(folder, ours)
+
+
+def test_a_different_entry_of_a_mapping_is_a_different_setting_not_another_version(tmp_path):
+    problems = {"data.source": "reasoning_gym", "data.task": "chain_sum", "model.path": "m"}
+    made, changed = (
+        load_train_config(overrides={**problems, "data.task_options": options})
+        for options in ({}, {"min_terms": 5})
+    )
+    (tmp_path / "config.yaml").write_text(made.to_yaml())
+    message = r'contains a run with data\.task_options={}, not {"min_terms": 5};'
+    with pytest.raises(UserError, match=message):
+        check_run_folder(tmp_path, changed.to_yaml())
 
 
 def test_changeable_fields_exist():

@@ -1,5 +1,6 @@
 """Flattens configurations and lists the fields that may change when a run is resumed."""
 
+from collections.abc import Collection
 from typing import Any
 
 # Fields that may change when a run is resumed. They affect the results only through rounding and, if
@@ -32,12 +33,21 @@ def is_changeable(field: str) -> bool:
     return any(field.startswith(x) if x.endswith(".") else field == x for x in CHANGEABLE_FIELDS)
 
 
-def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested dicts into one dict with dotted names as keys, as on the command line."""
+def flatten(
+    data: dict[str, Any], prefix: str = "", *, mappings: Collection[str] = ()
+) -> dict[str, Any]:
+    """Flattens nested dicts into one dict with dotted names as keys, as on the command line.
+
+    Args:
+      data: the nested dicts.
+      prefix: what all keys of the result start with.
+      mappings: dotted names of dicts that are not flattened.
+    """
     flat = {}
     for name, value in data.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
+        field = f"{prefix}{name}"
+        if isinstance(value, dict) and field not in mappings:
+            flat |= flatten(value, f"{field}.", mappings=mappings)
         else:
-            flat[f"{prefix}{name}"] = value
+            flat[field] = value
     return flat

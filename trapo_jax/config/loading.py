@@ -16,7 +16,7 @@ import pydantic
 import yaml
 
 from trapo_jax.config.changes import flatten
-from trapo_jax.config.help import list_fields
+from trapo_jax.config.help import COMMON_FIELDS, list_fields
 from trapo_jax.config.schema import DATA_FILES, MethodConfig, Section
 from trapo_jax.config.training import Config, TaskConfig
 from trapo_jax.config.yaml_files import check_plain, parse_yaml, read_yaml, shorten
@@ -168,25 +168,41 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path | None, list[tupl
         is_option = argument.startswith("--")
         name, equals, value = argument.removeprefix("--").partition("=")
         if not is_option and not equals:
-            hint = f"; did you mean --config {argument}?" if argument.endswith(".yaml") else ""
-            if Path(argument).is_dir():
-                hint = f"; did you mean model.path={argument}?"
-            if rest[:1] == ["="]:
-                hint = f"; write {argument}={' '.join(rest[1:2])} without spaces"
-            raise UserError(f"command line: {argument!r} is not FIELD=VALUE{hint}")
+            hint = _command_line_hint(argument, overrides, rest)
+            raise UserError(f"{COMMAND_LINE}: {argument!r} is not FIELD=VALUE{hint}")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise UserError(f"command line: --{name} has no value; write --{name}=VALUE")
+                raise UserError(
+                    f"{COMMAND_LINE}: --{name} is not an option without a value; to set a field, write "
+                    "--FIELD=VALUE; --help lists all options and fields"
+                )
             value = rest.pop(0)
         if not name:
-            raise UserError(f"command line: {argument!r} has no field name")
+            raise UserError(f"{COMMAND_LINE}: {argument!r} has no field name")
         if is_option and name == "config":
             if file is not None:
-                raise UserError(f"command line: two --config files, {file} and {value}; pass one")
+                raise UserError(f"{COMMAND_LINE}: two --config files, {file} and {value}; pass one")
             file = find_config(value)
         else:
             overrides.append((name, value))
     return file, overrides
+
+
+def _command_line_hint(
+    argument: str, previous: Sequence[tuple[str, str]], following: Sequence[str]
+) -> str:
+    """Returns a hint for an argument without `=`, given the overrides before it and the arguments after it."""
+    if following[:1] == ["="]:
+        return f"; write {argument}={' '.join(following[1:2])} without spaces"
+    if previous:
+        name, value = previous[-1]
+        if not value:
+            return f"; write {name}={argument} without spaces"
+        if value.count("[") + value.count("{") > value.count("]") + value.count("}"):
+            return f"; put {name}={value} {argument} in quotation marks, because it contains spaces"
+    if Path(argument).is_dir():
+        return f"; did you mean model.path={argument}?"
+    return f"; did you mean --config {argument}?" if argument.endswith(".yaml") else ""
 
 
 def _parse_scalar(name: str, text: str) -> Any:
@@ -200,7 +216,8 @@ def _parse_scalar(name: str, text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         if is_flow or ": " not in text:
             raise UserError(
-                f"{COMMAND_LINE}: {name}={text!r:.200}: not a valid YAML value"
+                f"{COMMAND_LINE}: {name}={text!r:.200}: not a valid YAML value ({error.problem}); text with special "
+                "characters needs quotation marks inside the shell's"
             ) from error
         value = text
     check_plain(value, f"{COMMAND_LINE}: {name}")
@@ -278,8 +295,24 @@ def _explain(
         text = f"{name}: unknown field{_known_field(config_class, name)}"
     else:
         message = error["msg"][0].lower() + error["msg"][1:]
-        text = f"{name}={shorten(error['input'])}: {message}"
+        text = f"{name}={shorten(error['input'])}: {message}{_hint_for(error, name, config_class)}"
     return [f"{_origin(layers, fields) or otherwise}: {text}"]
+
+
+def _hint_for(error: Any, name: str, config_class: type[Section]) -> str:
+    """Returns a hint for a value of the wrong type, such as a value for a section."""
+    fields = [field.name for field in list_fields(config_class)]
+    in_section = [field for field in fields if field.startswith(f"{name}.")]
+    if in_section:
+        main = next((f for f in in_section if f in COMMON_FIELDS), in_section[0])
+        return f"; it is a section: set a field of it, such as {main} (--help {name} lists all)"
+    if error["type"] in ("list_type", "tuple_type"):
+        return "; write a list as [A, B]"
+    if error["type"] == "dict_type":
+        return "; write a mapping as {NAME: VALUE}, with a space after the colon"
+    if error["input"] is None and ":" in name:
+        return "; in YAML, a colon must be followed by a space"
+    return ""
 
 
 def _known_field(config_class: type[Section], name: str) -> str:
@@ -292,9 +325,10 @@ def _known_field(config_class: type[Section], name: str) -> str:
     sections = sorted(
         {n.rsplit(".", 1)[0] for n in names if "." in n} - ({parent} if leaf else set())
     )
-    matches = difflib.get_close_matches(name, names + sections, n=1, cutoff=0.6)
-    if not matches:  # The name may be right, but in the wrong section.
-        leaves = {n.rsplit(".", 1)[-1]: n for n in names}
+    leaves = {n.rsplit(".", 1)[-1]: n for n in sorted(names, key=len, reverse=True)}
+    matches = [leaves[leaf]] if leaf in leaves else []  # the right name, but in the wrong section
+    matches = matches or difflib.get_close_matches(name, names + sections, n=1, cutoff=0.6)
+    if not matches:
         close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
         matches = [leaves[m] for m in close]
     return f"; did you mean {matches[0]}?" if matches else "; --help all lists all fields"

@@ -1,5 +1,6 @@
 """Checks that the reward functions of a run work, and that they judge the expert solutions correct."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -99,10 +100,12 @@ def check_functions(tried: Sequence[Tried]) -> tuple[list[str], list[str]]:
             continue
         reasons = [t.grade.missing[name] for t in failed]
         kinds = set(map(kind_of, reasons))
-        signature = f"it is called as {name}(response, problem); " if "TypeError" in kinds else ""
+        hint = f"it is called as {name}(response, problem); " if "TypeError" in kinds else ""
+        if withheld := [x for x in sorted(os.environ) if f"KeyError: {x!r}" in reasons]:
+            hint = f"to let it read this environment variable, set rewards.environment=[{', '.join(withheld)}]; "
         line = (
             f"rewards.functions: {name} failed on {_count(failed, of_function)} ({describe_reasons(reasons)}); "
-            f"{signature}test it on a few of your rows"
+            f"{hint}test it on a few of your rows"
         )
         is_broken = InvalidReward.__name__ in kinds or _fails_mostly(failed, of_function)
         (errors if is_broken else warnings).append(line)

@@ -57,6 +57,10 @@ def read_hyperparameters(name: str, given: dict[str, Any]) -> Hyperparameters | 
         if given:
             raise UserError(f"method.{next(iter(given))}: {name} has no hyperparameters")
         return None
+    if "name" in found.model_fields:
+        raise UserError(
+            f"method.name={name}: the class has a hyperparameter 'name', but method.name selects the method; rename it"
+        )
     try:
         # Strict JSON mode rejects "3" for 3 and true for 1, but accepts lists for tuples, which YAML does not have.
         return found.model_validate_json(json.dumps(given), strict=True)

@@ -283,7 +283,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             record = None
         if not isinstance(record, dict):
             raise UserError(
-                f"{path}, line {number}: not a JSON object; restore the file or choose a different output_dir"
+                f"{path}, line {number}: not a JSON object; restore the file, or start a new run"
             )
         yield record
 

@@ -18,9 +18,11 @@ from trapo_jax.config import (
     as_override,
     flatten,
     is_changeable,
+    list_fields,
     read_yaml,
     user_code,
 )
+from trapo_jax.config.help import MAPPING
 from trapo_jax.config.schema import DATA_FILES
 from trapo_jax.inputs.files import check_regular, read_json_object
 from trapo_jax.methods import Method, fingerprint
@@ -43,6 +45,7 @@ from trapo_jax.types import UserError
 
 ABSENT = "absent"  # Used as the value of a field that is missing from a config.
 _HASH = re.compile(r"-[0-9a-f]{8}$")  # The settings hash at the end of a default `output_dir`.
+MAPPINGS = [field.name for field in list_fields(Config) if field.type.startswith(MAPPING)]
 PATHS = ("model.path", *(f"data.{name}" for name in DATA_FILES))
 DECAY_START, METHOD_NAME = "train.decay_start", "method.name"
 
@@ -95,8 +98,11 @@ def check_run_folder(
             raise UserError(f"output_dir={folder}: not a directory; choose a different output_dir")
         if saved.is_file():
             _check_entries(folder)
-            current = flatten(yaml.safe_load(config_text))
-            changes = _changes(folder, flatten(read_yaml(saved)), current, depends_on_length)
+            old, new = (
+                flatten(data, mappings=MAPPINGS)
+                for data in (read_yaml(saved), yaml.safe_load(config_text))
+            )
+            changes = _changes(folder, old, new, depends_on_length)
             _check_method(folder, method)
             _check_code(folder, code)
         elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
@@ -226,6 +232,8 @@ def _check_length(folder: Path, num_steps: int) -> None:
 
 def _refusal(folder: Path, refused: Changes, reason: str) -> str:
     """Returns an error message that names every field that prevents a run from being resumed."""
+    if "weights" in refused:  # in evaluations only, and not a field
+        return f"output_dir={folder}: contains an evaluation of a model with other weights; choose a different output_dir"
     versions = [field for field, values in refused.items() if ABSENT in values]
     if versions:
         listed = ", ".join(
@@ -255,7 +263,7 @@ def _absolute(paths: Any) -> Any:
 
 def _as_yaml(value: Any) -> str:
     """Formats a value for the command line, with null, true and false instead of None, True and False."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool | dict) else str(value)
 
 
 def _length_dependency(config: dict[str, Any], depends_on_length: bool) -> str:
