@@ -29,6 +29,7 @@ from trapo_jax.config import (
     read_yaml,
     user_code,
 )
+from trapo_jax.data.mistakes import warnings_of_patterns
 from trapo_jax.data.splits import load_test_data
 from trapo_jax.evaluation.records import (
     count_shared_noise,
@@ -193,6 +194,8 @@ def load_problems(
     console.say(f"template {data.template.kind}; reward functions {functions}")
     for stage in data.reports["test"]:
         console.say(f"problems: {stage}")
+    for warning in warnings_of_patterns(data.splits["test"], config):
+        console.say(f"warning: {warning}")
     return config, data.splits["test"], data.template.hash
 
 

@@ -320,6 +320,21 @@ def test_a_reward_function_that_fails_on_some_responses_causes_one_warning(
     assert f"warning: rewards.functions: {name} failed on {counts}" in output
 
 
+def test_a_pattern_that_matches_no_source_causes_a_warning(preview):
+    rows = [row | {"source": f"AIME{i % 2}"} for i, row in enumerate(ROWS)]
+    code, output, error = preview(
+        rows,
+        "rewards.by_source={aime*: math, amc: math}",
+        "evaluation.num_samples_by_source={arc-c: 2}",
+    )
+    assert (code, error) == (0, "")
+    assert (
+        "warning: rewards.by_source: 'amc' matches none of the sources 'AIME0', 'AIME1'" in output
+    )
+    assert "warning: evaluation.num_samples_by_source: 'arc-c' matches none of" in output
+    assert "'aime*' matches none" not in output
+
+
 def test_a_withheld_environment_variable_is_named(preview, functions, monkeypatch):
     monkeypatch.setenv("JUDGE_TOKEN", "x")
     judge = [f"rewards.functions={functions}:judge", "rewards.timeout_secs=60"]

@@ -2,14 +2,16 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 
-from trapo_jax.config import Config
+from trapo_jax.config import Config, EvaluateConfig
 from trapo_jax.data.examples import DataReport
 from trapo_jax.data.problems import EXPERTS_TOO_LONG, PROMPT_TOO_LONG, PROMPTS_CUT
 from trapo_jax.data.splits import LoadedData
 from trapo_jax.methods import Method
 from trapo_jax.rewards import answer_form, extract_choice, is_sentence
+from trapo_jax.types import Problem, find_by_source
 
 MAX_UNUSABLE = 0.5  # fraction of the training problems that may be unusable
 
@@ -28,6 +30,9 @@ MAX_SEARCHED = 100  # number of problems that are searched for a known answer fo
 
 
 MAX_ENDING_CHARS = 60
+
+
+MAX_SOURCES = 5  # number of sources that a warning lists
 
 
 def find_warnings(data: LoadedData, config: Config, method: Method) -> list[str]:
@@ -50,7 +55,24 @@ def find_warnings(data: LoadedData, config: Config, method: Method) -> list[str]
             "data.template=none: the tokenizer has a chat template, which is not used; consider data.template=chat"
         )
     warnings += _warnings_of_rows(data) + _warnings_of_lengths(data, config)
-    return warnings + _warnings_of_splits(data, config)
+    warnings += _warnings_of_splits(data, config)
+    return warnings + warnings_of_patterns(chain(*data.splits.values()), config)
+
+
+def warnings_of_patterns(problems: Iterable[Problem], config: Config | EvaluateConfig) -> list[str]:
+    """Warns about patterns for sources that match no problem's source."""
+    sources = sorted({problem.source for problem in problems})
+    given = {
+        "rewards.by_source": config.rewards.by_source,
+        "evaluation.num_samples_by_source": config.evaluation.num_samples_by_source,
+    }
+    return [
+        f"{field}: {pattern!r} matches none of the sources {', '.join(map(repr, sources[:MAX_SOURCES]))}"
+        + (" ..." if len(sources) > MAX_SOURCES else "")
+        for field, patterns in given.items()
+        for pattern in patterns or ()
+        if not any(find_by_source({pattern: True}, source) for source in sources)
+    ]
 
 
 def _warnings_of_answers(data: LoadedData) -> list[str]:
