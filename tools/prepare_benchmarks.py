@@ -160,24 +160,24 @@ def read_benchmark(
 
 
 def read_problem(row: Row) -> Item:
-    """Reads the layout of AIME, AMC and MATH-500."""
+    """Reads a row in the layout of AIME, AMC and MATH-500."""
     return Item(text_of(field_of(row, "problem")), text_of(field_of(row, "answer")))
 
 
 def read_question(row: Row) -> Item:
-    """Reads the layout of Minerva."""
+    """Reads a row in the layout of Minerva."""
     return Item(text_of(field_of(row, "question")), text_of(field_of(row, "answer")))
 
 
 def read_olympiad(row: Row) -> Item:
-    """Reads the layout of OlympiadBench, in which a problem may have a context and several answers."""
+    """Reads a row in the layout of OlympiadBench, in which a problem may have a context and several answers."""
     answers = list_of(row, "final_answer", field_of(row, "final_answer"))
     parts = [text_of(row.values.get("context")), text_of(field_of(row, "question"))]
     return Item("\n\n".join(filter(None, parts)), ", ".join(map(text_of, answers)))
 
 
 def read_arc(row: Row) -> Item:
-    """Reads the layout of ARC, in which options are labeled A, B, ... or 1, 2, ..."""
+    """Reads a row in the layout of ARC, in which options are labeled A, B, ... or 1, 2, ..."""
     choices = field_of(row, "choices")
     texts, labels = (
         list_of(row, f"choices.{name}", field(choices, name, row)) for name in ("text", "label")
@@ -189,7 +189,7 @@ def read_arc(row: Row) -> Item:
 
 
 def read_mmlu_pro(row: Row) -> Item:
-    """Reads the layout of MMLU-Pro, in which the answer is an option's letter."""
+    """Reads a row in the layout of MMLU-Pro, in which the answer is an option's letter."""
     options, letter = list_of(row, "options", field_of(row, "options")), field_of(row, "answer")
     if not isinstance(letter, str) or letter not in tuple(LETTERS[: len(options)]):
         raise wrong(row, "answer", "the letter of one of the options")

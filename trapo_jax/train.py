@@ -348,7 +348,7 @@ def describe_memory(actor: Actor, learner: Learner) -> str:
 
 
 def show_result(result: TrainResult) -> None:
-    """Prints the scores before and after training and the files of the run."""
+    """Prints the scores before and after training, then lists the files of the run."""
     console = Console()
     if result.was_complete:
         console.say(
@@ -367,7 +367,9 @@ def show_result(result: TrainResult) -> None:
             if is_shown(name) and name != "eval/pass@1"
         ]
         num_problems = counted(after["eval/num_problems"], "problem")
-        title = f"{split} split, {num_problems}, {describe_samples(after)} (greedy: 1)"
+        title = (
+            f"{split} split, {num_problems}, {describe_samples(after)}, and 1 greedy sample each"
+        )
         console.table(title, ["", "before", "after"], rows)
     for warning in result.warnings:
         console.say(f"warning: {warning}")

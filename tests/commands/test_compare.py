@@ -129,4 +129,4 @@ def test_a_second_comparison_in_the_same_folder_is_rejected(locked, tmp_path, ca
 def test_the_budget_must_be_a_positive_number(budget, tmp_path, capsys):
     assert main(["--methods", "sft", "--out", str(tmp_path), "--budget", budget]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"error: command line: --budget: '{budget}' is not a number above 0" in line
+    assert f"error: command line: --budget: '{budget}' is not a positive finite number" in line

@@ -339,7 +339,7 @@ def test_files_do_not_inherit_the_grader_of_a_generated_task(tmp_path):
 
 
 def test_an_evaluation_holds_out_the_same_problems_as_the_run(tmp_path):
-    """Different values would put problems that the run was trained on into the test split."""
+    """Different values of these fields could put problems that the run was trained on into the test split."""
     data = {"source": "files", "train_files": ["x.jsonl"], "limit": 50, "num_test": 5, "seed": 3}
     run = {"data": data, "rewards": {"functions": ["math"]}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))

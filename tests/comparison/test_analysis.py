@@ -104,7 +104,7 @@ def test_a_method_with_a_failing_seed_needs_ten_seeds(tmp_path):
     failing = replace(comparison, results=results)
     (warning,) = find_warnings(failing)
     assert warning.endswith(
-        "7 seeds per method, but at least 10 are needed, because at least one seed of trapo failed"
+        "7 seeds per method, but at least 10 are needed, because at least one run of trapo failed"
     )
     assert [row.num_failed for row in score_methods(failing)] == [1, 0]
     assert "| 0.25" in to_markdown(make_report(failing, None)[0])  # the worst seed

@@ -170,7 +170,7 @@ COMMAND_LINES = [
             "data.num_train=10",
             "model.path=m",
         ],
-        "data.num_train=10: has no effect on files; set data.limit",
+        "data.num_train=10: has no effect with data.source=files; set data.limit",
     ),
     (["rewards.functions=reasoning_gym"], "reasoning_gym requires data.source=reasoning_gym"),
     (

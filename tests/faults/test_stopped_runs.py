@@ -136,7 +136,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_can_be_restored(
 def test_a_disk_that_fills_up_during_a_save_causes_a_one_line_error_and_no_data_loss(
     finished_run, small_disk
 ):
-    """Orbax reports the full disk from its threads, and some of these threads then wait forever."""
+    """Orbax raises the error in its background threads, some of which then wait forever."""
     folder, filler = small_disk / "run", small_disk / "filler"
     step = copy_unfinished(finished_run[0], folder)
     program = (*jobs.STRIKE_AT, "Orbax's save", "1", str(filler))

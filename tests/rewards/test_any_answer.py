@@ -71,7 +71,7 @@ def test_any_response_is_graded(response, answer):
     with make_grader(["multiple_choice", "card_shuffles"]) as grader:
         grade = grader.submit(response, Problem("0" * 16, (), answer)).result()
     assert grade.reward is None or 0 <= grade.reward <= 1
-    assert grade.missing.keys() <= {"multiple_choice"}  # requires a letter as the problem's answer
+    assert grade.missing.keys() <= {"multiple_choice"}  # the problem's answer must be a letter
 
 
 @settings(max_examples=200)

@@ -1,4 +1,4 @@
-"""Tests that trackers receive the series of metrics.jsonl, and that a run survives their failures."""
+"""Tests that trackers receive the metrics written to metrics.jsonl, and that a run survives failing trackers."""
 
 import json
 import math

@@ -79,9 +79,9 @@ def test_a_stage_begins_like_a_new_run(learner):
 @pytest.mark.slow
 @pytest.mark.parametrize("has_ratio", [False, True])
 def test_mini_batches_are_separate_steps_with_a_common_old_policy(config, has_ratio):
-    """The result equals two updates with half of the rows each.
+    """The result equals that of two updates with half of the rows each.
 
-    In both updates, however, ratios are relative to the policy before the first update.
+    The exception is that both updates compute ratios relative to the policy before the first update.
     """
     method = make_method("trapo")
     if not has_ratio:

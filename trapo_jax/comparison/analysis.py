@@ -279,7 +279,7 @@ def find_warnings(c: Comparison) -> list[str]:
     needed = MIN_SEEDS_IF_ONE_FAILS if failing else MIN_SEEDS
     if fewest < needed:
         seeds = "1 seed" if fewest == 1 else f"{fewest} seeds"
-        why = f", because at least one seed of {' and of '.join(failing)} failed" if failing else ""
+        why = f", because at least one run of {' and of '.join(failing)} failed" if failing else ""
         warnings.append(
             f"this is a smoke test, not a result: {seeds} per method, but at least {needed} are needed{why}"
         )

@@ -41,7 +41,8 @@ def score_trials(runs: Sequence[PlannedRun]) -> list[TrialScore]:
 def best_trials(scores: Sequence[TrialScore], *, share: float = 0.0) -> list[TrialScore]:
     """Returns the best trials of each method. Ties are broken in favor of earlier trials.
 
-    Only those trials of a method that have the most runs are compared. Trials with a failed run are never returned.
+    For each method, only the trials with the largest number of runs are considered. Trials with a failed run are never
+    returned.
 
     Args:
       scores: scores of all trials.

@@ -105,7 +105,7 @@ DATA_FILES = ("train_files", "validation_files", "test_files")  # the file lists
 
 class DataConfig(Section):
     source: Literal["card_shuffles", "reasoning_gym", "files"] = "card_shuffles"
-    """Source of the problems: card_shuffles (the built-in task), reasoning_gym (the task data.task of reasoning-gym; requires the extra `tasks`), or files. The default is files if data.train_files is set or the model is not the built-in one."""
+    """Source of the problems: card_shuffles (the built-in task), reasoning_gym (the reasoning-gym task named by data.task; requires the extra `tasks`), or files. The default is files if data.train_files is set or the model is not the built-in one."""
     seed: NotNegative = 0
     """Random seed for generated problems and held-out splits. It is independent of the run's seed, so that runs with different seeds have the same problems."""
     difficulty: Literal["late", "early"] = "late"
@@ -138,7 +138,7 @@ class DataConfig(Section):
     system_prompt: str | None = None
     """System message to prepend to prompts that have none."""
     prompt_suffix: str | None = None
-    """Text to append on its own line to the last user message, unless the message already ends with this text. Two names stand for longer texts: boxed for the instruction in the paper's data, which asks for the final answer within \\boxed{}, and answer_is for one that asks for "The answer is" before the result, which small models follow more often."""
+    """Text to append on its own line to the last user message, unless the message already ends with this text. Two instructions have short names: boxed is the instruction in the paper's data, which asks for the final answer within \\boxed{}; answer_is asks for "The answer is" before the result, and small models follow it more often."""
     max_prompt_length: Length | None = None
     """Maximum prompt length in tokens. null for the length of the longest prompt, but at most 1024."""
     overlong_prompts: Literal["drop", "truncate", "error"] = "drop"
@@ -258,7 +258,7 @@ class TrainConfig(Section):
     problems_per_step: Rows = 8
     """Number of problems per step; a group of rollouts is sampled for each."""
     num_mini_batches: Rows = 1
-    """Number of optimizer batches into which the rollouts of a step are divided. With more than one, set method.clip_low and method.clip_high."""
+    """Number of mini-batches into which the rollouts of a step are divided, with one optimizer update each. With more than one, set method.clip_low and method.clip_high."""
     num_iterations: Positive = 1
     """Number of passes over the rollouts of a step. With more than one, set method.clip_low and method.clip_high."""
     row_length: Length | None = None

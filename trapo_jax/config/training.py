@@ -295,7 +295,7 @@ def check_options_of_source(data: DataConfig) -> None:
             )
     if data.source == FILES and data.num_train is not None:
         raise ValueError(
-            f"data.num_train={data.num_train}: has no effect on files; set data.limit to read fewer rows"
+            f"data.num_train={data.num_train}: has no effect with data.source=files; set data.limit to read fewer rows"
         )
 
 

@@ -78,7 +78,7 @@ class Preflight:
         return ["", *self.counts], [row for row in rows if any(row[1:])]
 
     def summary(self) -> dict[str, Any]:
-        """Returns the part that is saved in data.json."""
+        """Returns the part of the report that is saved in data.json."""
         return {"counts": self.counts, "notes": self.notes, "warnings": self.warnings}
 
 

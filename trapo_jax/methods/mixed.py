@@ -140,7 +140,7 @@ class Hpt(MicroBatchedSftHyperparameters):
     num_rollouts: Count = 8
     """Rollouts per problem."""
     gate: Weight = 0.0
-    """If a problem is solved at most this many times, its expert solution replaces its rollouts in the update."""
+    """If the sum of a problem's rewards is at most this, its expert solution replaces its rollouts in the update."""
     max_applied_grad_norm: Weight = 1.25
     """Updates with a larger gradient norm are skipped. The released code uses 80, for gradients summed over 64 rows."""
 

@@ -163,7 +163,7 @@ def train_all_beside_experts(sampled: Sampled, *, advantages: Advantages) -> Sel
 def expert_instead_of_unsolved(
     sampled: Sampled, *, gate: float, advantages: Advantages
 ) -> Selection:
-    """HPT: replaces the rollouts of each problem that was solved at most `gate` times with one expert solution."""
+    """HPT: replaces a problem's rollouts with one expert solution if the sum of their rewards is at most `gate`."""
     rows = []
     for group in sampled.groups:
         problem = group[0].request.problem

@@ -81,7 +81,7 @@ def check_weights(folder: Path, config: DecoderConfig) -> None:
 def _open_tensors(
     folder: Path, config: DecoderConfig
 ) -> tuple[TensorReader, dict[str, list["_TensorPart"]]]:
-    """Returns a checked reader of the folder's tensors, and the tensors that make up each parameter."""
+    """Checks the folder's tensors, and returns a reader for them and the tensors that make up each parameter."""
     tensor_map = _tensor_map(config)
     shapes = {part.name: part.shape for parts in tensor_map.values() for part in parts}
     tensors = TensorReader(folder, {*shapes, HEAD})

@@ -40,7 +40,7 @@ class PretrainedModel:
     folder: Path
     files: Path
     decoder: DecoderConfig
-    tokenizer: Any  # a PreTrainedTokenizerFast, whose annotations do not match its use
+    tokenizer: Any  # a PreTrainedTokenizerFast; its annotations reject valid calls
     eos_ids: Sequence[int]
     max_context_len: int | None
     repo: HubRepo | None = None

@@ -170,7 +170,7 @@ def _simplified(text: str) -> str:
 
 
 def _equal_ratios(gold: str, answer: str) -> bool:
-    """Compares ratios and clock times. They are not divisions: 3:30 is not 1:10, but 3:4 may be written as 3/4."""
+    """Compares ratios and clock times term by term: 3:30 does not equal 1:10, but 3:4 may also be written as 3/4."""
     golds, answers = _terms(gold), _terms(answer)
     return len(golds) == len(answers) > 1 and all(map(equivalent, golds, answers))
 

@@ -87,7 +87,7 @@ def _answer(
         reply(**judgment._asdict())
     except MemoryError:
         reply(**Judgment(None, reason="MemoryError")._asdict())
-        return False  # Only a new process frees leaked memory.
+        return False  # Leaked memory is freed only when the process is replaced.
     except _CannotImportError as error:
         reply(**Judgment(None, reason=str(error))._asdict())
     except (Exception, SystemExit) as error:

@@ -259,10 +259,10 @@ def max_ratio(method: Method, moment: Moment, problem: Problem) -> float:
 
 
 def check_staleness(max_staleness: int, method: Method | None) -> None:
-    """Checks that the rollouts of a method can be started a step early if they should be.
+    """Checks that a method is compatible with `max_staleness`, which lets rollouts start a step early.
 
     Raises:
-      UserError: if they cannot, because the guidance of the method changes with every step.
+      UserError: if `max_staleness` is positive and the guidance of the method changes with every step.
     """
     if max_staleness and method and method.guidance_varies:
         raise UserError(

@@ -38,7 +38,7 @@ class RunLog:
       offsets: the result of `offsets()` saved in the checkpoint; None for a new run. Everything written after the
         checkpoint is deleted, including TensorBoard events, so that no step is logged twice.
       run_id: id of the run.
-      trackers: names of the trackers that receive the metrics, too; see `Trackers`.
+      trackers: names of the trackers that also receive the metrics; see `Trackers`.
       config: the resolved config, for the trackers.
 
     Raises:

@@ -232,7 +232,7 @@ def _check_length(folder: Path, num_steps: int) -> None:
 
 def _refusal(folder: Path, refused: Changes, reason: str) -> str:
     """Returns an error message that names every field that prevents a run from being resumed."""
-    if "weights" in refused:  # in evaluations only, and not a field
+    if "weights" in refused:  # not a config field; recorded only by evaluations
         return f"output_dir={folder}: contains an evaluation of a model with other weights; choose a different output_dir"
     versions = [field for field, values in refused.items() if ABSENT in values]
     if versions:

@@ -156,7 +156,7 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], run: TrackedRun):
         self._trackers = {}
-        # Find all of them first, so that none has started if a name is wrong.
+        # Look up all names first, so that no tracker is started if one of the names is wrong.
         for name, make in [(name, find_tracker(name)) for name in names]:
             try:
                 self._trackers[name] = make(run)

@@ -116,10 +116,10 @@ class PerLayer(StorageLayout):
 
 @dataclasses.dataclass(frozen=True)
 class PerLayerTransposed(PerLayer):
-    """One array per layer, with transposed matrices `[*out, in]`: keys `[R, K, H, C]`, values `[R, K, C, H]`.
+    """One array per layer: keys `[R, K, H, C]`, values `[R, K, C, H]`. Weight matrices are transposed: `[*out, in]`.
 
-    With few rows of activations, CPUs multiply up to twice as fast if the activations are the right operand. Since a
-    view of the cache would be copied in every step, the cache is resized to the part in use.
+    With few rows of activations, CPUs multiply up to twice as fast if the activations are the right operand. Because a
+    view of the cache would be copied in every step, the cache itself is resized to the positions in use.
     """
 
     reads_filled_only: ClassVar[bool] = False
