@@ -37,6 +37,7 @@ from typing import Any
 
 from trapo_jax.config import Config, help_if_requested, load_config, parse_command_line
 from trapo_jax.data import draw_problems, fingerprint, problem_batches
+from trapo_jax.data.mistakes import MIN_EVALUATED, standard_error
 from trapo_jax.data.preflight import check_data
 from trapo_jax.data.splits import LoadedData, load_data
 from trapo_jax.distributed.failures import fail_together
@@ -371,6 +372,8 @@ def show_result(result: TrainResult) -> None:
             f"{split} split, {num_problems}, {describe_samples(after)}, and 1 greedy sample each"
         )
         console.table(title, ["", "before", "after"], rows)
+        if (number := int(after["eval/num_problems"])) < MIN_EVALUATED:
+            console.say(f"warning: {split}: {standard_error(number)}; do not rely on this table")
     for warning in result.warnings:
         console.say(f"warning: {warning}")
     for name, description in (

@@ -240,7 +240,6 @@ COMMAND_LINES = [
     ),
     (["data.system_prompt=@x"], "text with special characters needs quotation marks inside the"),
     (["train.seed=3"], "train.seed: unknown field; did you mean seed?"),
-    (["train.alpha=3"], "train.alpha: unknown field; did you mean method.alpha?"),
     (["seed"], "'seed' is not FIELD=VALUE"),
     (["train.num_steps", "3"], "'train.num_steps' is not FIELD=VALUE"),
     (

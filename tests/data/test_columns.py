@@ -382,12 +382,18 @@ def test_the_preset_is_inferred_from_a_row(preset, value, prompt):
 @pytest.mark.parametrize(
     ("value", "given", "preset"),
     [
-        ({"q": "q", "a": "1", "solution": "s"}, {"prompt", "answer"}, "trl"),
-        ({"prompt": "q", "a": "1"}, {"answer"}, "trl"),
-        ({"question": "q", "a": "1"}, {"answer"}, "qa"),
-        ({"q": "q", "answer": "1"}, {"prompt"}, "trl"),
-        ({"question": "q", "answer": "#### 1"}, {"solutions"}, "gsm8k"),
-        (verl_row(), {"solutions"}, "verl"),
+        (
+            {"q": "q", "a": "1", "solution": "s"},
+            {"prompt": "q", "answer": "a"},
+            "trl",
+        ),
+        ({"prompt": "q", "a": "1"}, {"answer": "a"}, "trl"),
+        ({"question": "q", "a": "1"}, {"answer": "a"}, "qa"),
+        ({"question": "q", "a": "1", "s": "s"}, {"answer": "a", "solutions": ("s",)}, "qa"),
+        ({"question": "q", "a": "#### 1"}, {"answer": "a", "solutions": ("a",)}, "gsm8k"),
+        ({"q": "q", "answer": "1"}, {"prompt": "q"}, "trl"),
+        ({"question": "q", "answer": "#### 1"}, {"solutions": ("answer",)}, "gsm8k"),
+        (verl_row(), {"solutions": ("target",)}, "verl"),
     ],
 )
 def test_explicitly_set_columns_need_not_be_in_the_preset(value, given, preset):
@@ -419,17 +425,17 @@ def test_a_preset_is_inferred_without_an_answer_column_if_no_answer_is_needed():
     [
         (
             {"input": "q", "meta": {"x": 1}},
-            (),
+            {},
             "input, meta.x, which fit no preset; set data.columns.prompt and data.columns.answer, and data.columns.solutions if there are worked solutions",
         ),
         (
             {"Question": "q", "Answers": "1"},
-            (),
+            {},
             "set data.columns.prompt (perhaps to Question) and data.columns.answer (perhaps to Answers), and data.columns.sol",
         ),
         (
             {"q": "q", "final": "1"},
-            {"prompt"},
+            {"prompt": "q"},
             "preset; set data.columns.answer, and data.columns.sol",
         ),
     ],

@@ -119,6 +119,11 @@ MISUSES = {
         [],
         "only 0 of 16 expert solutions are judged correct; in the first one judged wrong, which ends",
     ),
+    "solutions without the answer for which the prompt asks": (
+        changed(solution="One more than before."),
+        ["data.prompt_suffix=answer_is"],
+        "; end solutions with 'The answer is ANSWER', or choose another reward function",
+    ),
     "answers that the built-in grader cannot match": (
         without("solution"),
         ["rewards.functions=card_shuffles", "method.name=grpo"],
@@ -437,6 +442,11 @@ WARNINGS = {
         [row | {"solution": f"One more.\n#### {row['answer']}"} for row in ROWS],
         [],
         "; set data.prompt_suffix to a sentence that asks for this format",
+    ),
+    "prompts that ask for another form": (
+        ROWS,
+        ["data.prompt_suffix=answer_is"],
+        "warning: the prompts ask for 'The answer is ANSWER', but the expert solutions do not end like this; one",
     ),
     "sentences as answers": (
         [

@@ -15,6 +15,7 @@ import difflib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 from trapo_jax.config import ColumnPreset
@@ -116,14 +117,14 @@ def merge_rows(rows: Sequence[Row]) -> Row:
 
 
 def find_preset(
-    row: Row, given: Collection[str] = (), *, needs_answer: bool = True
+    row: Row, given: Mapping[str, Any] = MappingProxyType({}), *, needs_answer: bool = True
 ) -> ColumnPreset:
     """Returns the first preset whose columns for the prompt, the answer and the solutions are in a row.
 
     Args:
       row: the columns of the data, such as those of the first rows; see `merge_rows`.
-      given: fields of `Columns` that the config sets itself; the row need not have the preset's columns for them. If
-        they include the prompt or the answer, the simplest layout, `trl`, is preferred if it fits.
+      given: values of the fields of `Columns` that the config sets itself; the row need not have the preset's columns
+        for them. If they include the prompt or the answer, the simplest layout, `trl`, is preferred if it fits.
       needs_answer: whether an answer is needed; if not, and if no preset fits, a preset may also fit a row without an
         answer.
 
@@ -137,7 +138,7 @@ def find_preset(
             return name
     for name, preset in COLUMN_PRESETS.items() if not needs_answer else ():
         has_solution = any(_is_present(row, path) for path in preset.solutions)
-        if has_solution and _fits(row, preset, {*given, "answer"}):
+        if has_solution and _fits(row, preset, {**given, "answer": preset.answer}):
             return name
     missing = [field for field in REQUIRED if field not in given and not _is_usual(row, field)]
     options = {field: _option(row, field) for field in missing or REQUIRED}
@@ -171,14 +172,16 @@ def _option(row: Row, field: str) -> str:
     return f"data.columns.{field}" + (f" (perhaps to {close})" if close else "")
 
 
-def _fits(row: Row, preset: Columns, given: Collection[str]) -> bool:
+def _fits(row: Row, preset: Columns, given: Mapping[str, Any]) -> bool:
+    answer = given.get("answer", preset.answer)
+    marker = given.get("answer_marker", preset.answer_marker)
     with contextlib.suppress(WrongValue):  # a string where the preset expects an object
         return all(
             path.endswith("?") or _is_present(row, path)
             for field in REQUIRED
             if field not in given
             for path in _paths_of(preset, field)
-        ) and ("answer" in given or preset.answer_marker in str(look_up(row, preset.answer)))
+        ) and (not preset.answer_marker or marker in str(look_up(row, answer)))
     return False
 
 

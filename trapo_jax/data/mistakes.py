@@ -10,7 +10,13 @@ from trapo_jax.data.examples import DataReport
 from trapo_jax.data.problems import EXPERTS_TOO_LONG, PROMPT_TOO_LONG, PROMPTS_CUT
 from trapo_jax.data.splits import LoadedData
 from trapo_jax.methods import Method
-from trapo_jax.rewards import answer_form, extract_choice, is_sentence
+from trapo_jax.rewards import (
+    ANSWER_FORMS,
+    answer_form,
+    answer_forms,
+    extract_choice,
+    is_sentence,
+)
 from trapo_jax.types import Problem, find_by_source
 
 MAX_UNUSABLE = 0.5  # fraction of the training problems that may be unusable
@@ -76,23 +82,31 @@ def warnings_of_patterns(problems: Iterable[Problem], config: Config | EvaluateC
 
 
 def _warnings_of_answers(data: LoadedData) -> list[str]:
-    """Warns if no prompt asks for an answer format that the math grader knows, or if many answers are sentences."""
+    """Warns about answer formats that no prompt asks for or that expert solutions lack, and about long answers."""
     warnings = []
     train = data.splits["train"]
-    if not any(answer_form(problem.prompt_text) for problem in train[:MAX_SEARCHED]):
+    forms_asked = map(answer_form, (problem.prompt_text for problem in train[:MAX_SEARCHED]))
+    asked = next((form for form in forms_asked if form), None)
+    endings = [
+        data.tokenizer.decode(expert.token_ids, skip_special_tokens=True)[-MAX_ENDING_CHARS:]
+        for problem in train[:MAX_SEARCHED]
+        for expert in problem.experts[:1]
+    ]
+    forms = {answer_form(ending): ending.strip() for ending in endings}
+    known = [form for form in forms if form]
+    if asked is None:
         advice = "consider data.prompt_suffix=boxed"
-        endings = [
-            data.tokenizer.decode(expert.token_ids, skip_special_tokens=True)[-MAX_ENDING_CHARS:]
-            for problem in train[:MAX_SEARCHED]
-            for expert in problem.experts[:1]
-        ]
-        forms = {answer_form(ending): ending for ending in endings}
-        if "box" not in forms and (known := [form for form in forms if form]):
-            ending = forms[known[0]].strip()
+        if known and "box" not in known:
+            ending = forms[known[0]]
             advice = f"the expert solutions end with {ending!r}; set data.prompt_suffix to a sentence that asks for this format"
             if "answer is" in ending.lower():
                 advice = "consider data.prompt_suffix=answer_is, the format of the expert solutions"
         warnings.append(f"no prompt asks for an answer format that the grader looks for; {advice}")
+    elif known and not any(asked in answer_forms(ending) for ending in endings):
+        warnings.append(
+            f"the prompts ask for {ANSWER_FORMS[asked]}, but the expert solutions do not end like this; one ends with "
+            f"{forms[known[0]]!r}; change data.prompt_suffix or the solutions, so that both agree"
+        )
     answers = [problem.answer for problem in train if problem.answer]
     sentences = [answer for answer in answers if is_sentence(answer)]
     if len(sentences) > MAX_LOST * len(answers):
@@ -161,16 +175,25 @@ def _warnings_of_splits(data: LoadedData, config: Config) -> list[str]:
         if not problems and getattr(config.data, f"num_{name}") != 0:
             warnings.append(f"{name}: {reason}, so this split is not evaluated")
         if name == "test" and 0 < len(problems) < MIN_EVALUATED:
-            number = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
             warnings.append(
-                f"{name}: an accuracy over {number} has a standard error of up to {0.5 / math.sqrt(len(problems)):.2f}; "
-                "raise data.num_test, or set data.test_files"
+                f"{name}: {standard_error(len(problems))}; raise data.num_test, or set data.test_files"
             )
         if repeated := sum(problem.prompt_text in trained for problem in problems):
             warnings.append(
                 f"{name}: {repeated:,} of {len(problems):,} problems have the same prompt as a training problem"
             )
     return warnings
+
+
+def standard_error(num_problems: int) -> str:
+    """Returns a clause about the largest standard error that an accuracy can have.
+
+    >>> standard_error(4)
+    'an accuracy over 4 problems has a standard error of up to 0.25'
+    """
+    number = f"{num_problems} problem{'s' * (num_problems > 1)}"
+    largest = 0.5 / math.sqrt(num_problems)
+    return f"an accuracy over {number} has a standard error of up to {largest:.2f}"
 
 
 def find_errors(data: LoadedData, config: Config, method: Method) -> list[str]:

@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from trapo_jax.config import Config
-from trapo_jax.rewards import Grader, InvalidReward, describe_reasons, kind_of
+from trapo_jax.rewards import (
+    ANSWER_FORMS,
+    Grader,
+    InvalidReward,
+    answer_form,
+    describe_reasons,
+    kind_of,
+)
 from trapo_jax.types import Grade, Problem
 
 MAX_GRADED_EXPERTS = 200
@@ -182,6 +189,7 @@ def _explain_wrong(tried: Tried, function: str) -> str:
     elif ":" in function:
         way_out = "check data.columns.answer and data.columns.solutions, and test the function on a few of your rows"
     else:
-        way_out = "end solutions with the answer in \\boxed{}, or choose another reward function"
+        asked = ANSWER_FORMS[answer_form(problem.prompt_text) or "box"]
+        way_out = f"end solutions with {asked}, or choose another reward function"
     ending = tried.text.strip()[-60:]
     return f"in the first one judged wrong, which ends with {ending!r}, no answer was found ({answer}); {way_out}"

@@ -15,7 +15,9 @@ from trapo_jax.rewards.grader import (
 )
 from trapo_jax.rewards.judgments import InvalidReward, describe_reasons, kind_of
 from trapo_jax.rewards.math import (
+    ANSWER_FORMS,
     answer_form,
+    answer_forms,
     extract_math_answer,
     grade_math,
     grade_math_lenient,
@@ -26,12 +28,14 @@ from trapo_jax.rewards.multiple_choice import extract_choice, grade_multiple_cho
 from trapo_jax.rewards.pool import GraderPool
 
 __all__ = [
+    "ANSWER_FORMS",
     "REWARD_FUNCTIONS",
     "Grader",
     "GraderPool",
     "InvalidReward",
     "WeightedFunction",
     "answer_form",
+    "answer_forms",
     "card_shuffles_grader",
     "describe_reasons",
     "extract_choice",

@@ -170,9 +170,19 @@ def _simplified(text: str) -> str:
 
 
 def _equal_ratios(gold: str, answer: str) -> bool:
-    """Compares ratios and clock times term by term: 3:30 does not equal 1:10, but 3:4 may also be written as 3/4."""
+    """Compares ratios and clock times term by term: 3:30 does not equal 1:10, but 3:4 may also be written as 3/4.
+
+    If a term is a number, so must be the other: `10:15 + 35 = 50 minutes` is arithmetic on a clock time, not 10:50.
+    """
     golds, answers = _terms(gold), _terms(answer)
-    return len(golds) == len(answers) > 1 and all(map(equivalent, golds, answers))
+    return len(golds) == len(answers) > 1 and all(
+        equivalent(x, y) and (_is_number(y) or not _is_number(x))
+        for x, y in zip(golds, answers, strict=True)
+    )
+
+
+def _is_number(term: str) -> bool:
+    return expressions.read_number(read_answer(term).text) is not None
 
 
 def _terms(text: str) -> list[str]:

@@ -12,7 +12,7 @@ work in threads and do not interrupt C code. The grader pool's time limit applie
 import functools
 import logging
 import re
-from typing import Any, Literal
+from typing import Any
 
 from trapo_jax.rewards.dates import read_date
 from trapo_jax.rewards.equality import equivalent as _equivalent
@@ -21,26 +21,35 @@ from trapo_jax.rewards.extraction import BOX, EMPTY_BOX, final_part, last_boxed
 from trapo_jax.rewards.notation import EMPHASIS, read_answer
 from trapo_jax.types import Problem, Verdict
 
+# The answer formats of `extract_math_answer` in order of precedence, as examples for messages.
+ANSWER_FORMS: dict[str, str] = {
+    "box": "the answer in \\boxed{}",
+    "mark": "'#### ANSWER' in a line of its own",
+    "phrase": "'The answer is ANSWER'",
+}
 MAX_ANSWER_CHARS = 2_000
 MIN_SENTENCE_WORDS = 4
 # Repetitions in the patterns are bounded to keep the running time linear in the length of the text.
 ANSWER_MARK = re.compile("####")
 ANSWER_LINE = re.compile(rf"^[ \t]{{0,8}}{ANSWER_MARK.pattern}[ \t]{{0,8}}(\S.*)$", re.MULTILINE)
 ANSWER_PHRASE = re.compile(
-    r"\banswer(?:\s{1,3}(?:is|would be|will be|equals|=)\s{0,3}:?|\s{0,3}(?:\*\*|__)?\s{0,3}[:=])\s{0,3}(?:\*\*|__)?\s{0,3}(?=\S)",
+    r"\banswer(?:\s{1,3}(?:is|would be|will be|equals|=)\s{0,3}:?|\s{0,3}(?:\*\*|__)?\s{0,3}[:=])\s{0,3}(?:\*\*|__)?\s{0,3}[\"“]?(?=\S)",
     re.IGNORECASE,
 )
 # "The answer is within \boxed{}" repeats the request for a box instead of stating an answer.
 PLACEHOLDER = re.compile(rf"(?:[A-Za-z]{{1,20}} ){{0,5}}\$?{EMPTY_BOX.pattern}")
 DELIMITED = re.compile(
-    r"\$\$(.+?)\$\$|\$((?:\\.|[^$\\])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+    # As in Pandoc, a $ before a digit does not close a formula: in "$6, not $7", both are currency signs.
+    r"\$\$(.+?)\$\$|\$((?:\\.|[^$\\])+)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]",
+    re.DOTALL,
 )
+_NOT_AN_ANSWER = " \t.,;:!?\"'“”" + EMPHASIS  # characters that alone are not an answer
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z])")
 BETWEEN = re.compile(r"\s{0,2}(?:,|and|or|,\s?and|,\s?or)\s{0,2}(?=[$\\])")
 # Matches the start of a mathematical answer, in contrast to an answer in words.
 MATHEMATICAL = re.compile(r"[\d$\\(\[{|+.√π∞€£-]|[−±≈~=]|[A-Za-z](?:\s?[=^_(]|[.,]?$)")
 CLAUSE_END = re.compile(
-    r"[.!?](?=\s|$)|\s\((?=[A-Za-z]{2})|[,;]?\s\(?(?:which|because|since|so|as|where|when|after|hence|thus|therefore|if|i\.e\.|that|but|not|for|at|in|on)\b|;|,\s(?:and|giving|meaning)\s"
+    r"[.!?](?=[\"”]?(?:\s|$))|\s\((?=[A-Za-z]{2})|[,;]?\s\(?(?:which|because|since|so|as|where|when|after|hence|thus|therefore|if|i\.e\.|that|but|not|for|at|in|on)\b|;|,\s(?:and|giving|meaning)\s"
 )
 
 
@@ -156,29 +165,38 @@ def extract_math_answer(response: str) -> str | None:
         text[match.end() : match.end() + MAX_ANSWER_CHARS + 1].split("\n", 1)[0]
         for match in ANSWER_PHRASE.finditer(text)
     ]
-    rests = [rest for rest in rests if not PLACEHOLDER.match(rest)]
+    rests = [rest for rest in rests if rest.strip(_NOT_AN_ANSWER) and not PLACEHOLDER.match(rest)]
     if not rests:
         return None
     # Prefer a mathematical answer to a later phrase such as "the answer is consistent".
     answer = _of_clause(
         next((rest for rest in reversed(rests) if MATHEMATICAL.match(rest)), rests[-1])
     )
-    return answer if answer.strip(" \t.,;:!?\"'" + EMPHASIS) else None
+    return answer if answer.strip(_NOT_AN_ANSWER) else None
 
 
-def answer_form(text: str) -> Literal["box", "mark", "phrase"] | None:
-    r"""Returns the first answer format of `extract_math_answer` that a text mentions; None if it mentions none.
+def answer_forms(text: str) -> set[str]:
+    r"""Returns the answer formats of `extract_math_answer` that a text mentions. Takes linear time.
 
-    Takes linear time.
+    >>> sorted(answer_forms(r"The answer is \boxed{5}."))
+    ['box', 'phrase']
+    """
+    patterns = {
+        "box": BOX,
+        "mark": ANSWER_MARK,
+        "phrase": ANSWER_PHRASE,
+    }
+    return {form for form, pattern in patterns.items() if pattern.search(text)}
+
+
+def answer_form(text: str) -> str | None:
+    r"""Returns the first of `ANSWER_FORMS` that a text mentions; None if it mentions none.
 
     >>> answer_form(r"Put it within \boxed{}."), answer_form("End with 'Answer: N'."), answer_form("2 + 2?")
     ('box', 'phrase', None)
     """
-    if BOX.search(text):
-        return "box"
-    if ANSWER_MARK.search(text):
-        return "mark"
-    return "phrase" if ANSWER_PHRASE.search(text) else None
+    found = answer_forms(text)
+    return next((form for form in ANSWER_FORMS if form in found), None)
 
 
 def _of_clause(rest: str) -> str:
@@ -186,7 +204,7 @@ def _of_clause(rest: str) -> str:
     if delimited := _delimited(rest):
         return ", ".join(delimited)
     end = CLAUSE_END.search(rest)
-    return rest[: end.start() if end else None].rstrip(" .,").strip(" " + EMPHASIS)
+    return rest[: end.start() if end else None].rstrip(' .,"”').strip(" " + EMPHASIS)
 
 
 def warm_up() -> None:

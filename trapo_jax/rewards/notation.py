@@ -73,7 +73,7 @@ SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d{1,6})(?!\w
 # Words and signs that introduce an answer without changing it.
 LEADING = re.compile(
     r"(?:\\approx|\\sim|\\simeq|\\cong|[=:≃≅]|(?i:approximately|approx\.?|about|roughly|around|exactly|equal to|equals)\b)\s*"
-    r"|(?i:just|only|simply|therefore|thus|then)\s+(?=[$\\(\d+.-])"
+    r"|(?i:just|only|simply|therefore|thus|then|at)\s+(?=[$\\(\d+.-])"
 )
 EMPHASIS = "*_`"
 TRAILING = " .,;:"
