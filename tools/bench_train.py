@@ -135,7 +135,7 @@ def equal_job(args: argparse.Namespace, vocab_size: int) -> Job:
 
 
 def ragged_job(args: argparse.Namespace, vocab_size: int) -> Job:
-    """Returns a job with prompts and responses of realistic lengths. The longest response is extended so that it fills its row."""
+    """Returns a job with prompts and responses of realistic lengths. The longest response is extended to fill its row."""
     rng = np.random.default_rng(1)
     rows = []
     for _ in range(args.num_rollouts):

@@ -29,10 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     args = parser.parse_args(arguments)
     out = args.out or (args.runs[0] / REPORT if len(args.runs) == 1 else Path(REPORT))
-    if out.suffix.lower() not in (
-        ".html",
-        ".htm",
-    ):  # A typing error must not overwrite another file.
+    if out.suffix.lower() not in (".html", ".htm"):  # A typo must not overwrite another file.
         return fail(
             f"--out {out}: the report is an HTML file; choose a name that ends with .html",
             EXIT_USER_ERROR,

@@ -239,7 +239,8 @@ COMMAND_LINES = [
         "; write a mapping as {NAME: VALUE}, with a space after the colon",
     ),
     (["data.system_prompt=@x"], "text with special characters needs quotation marks inside the"),
-    (["train.seed=3"], "train.seed: unknown field; did you mean seed?"),
+    (["train.seed=3"], "train.seed: unknown field; did you mean seed or data.seed?"),
+    (["train.alpha=3"], "train.alpha: unknown field; did you mean lora.alpha or method.alpha?"),
     (["seed"], "'seed' is not FIELD=VALUE"),
     (["train.num_steps", "3"], "'train.num_steps' is not FIELD=VALUE"),
     (

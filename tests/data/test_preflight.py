@@ -443,6 +443,11 @@ WARNINGS = {
         [],
         "; set data.prompt_suffix to a sentence that asks for this format",
     ),
+    "a single prompt that mentions a form": (
+        [ROWS[0] | {"prompt": "Is the answer: 1?"}, *ROWS[1:]],
+        ["data.num_test=0", "data.num_validation=0"],
+        "warning: few prompts ask for an answer format that the grader looks for; consider data",
+    ),
     "prompts that ask for another form": (
         ROWS,
         ["data.prompt_suffix=answer_is"],

@@ -254,7 +254,7 @@ def reference_srft(groups, rows, moment):
 
 
 def chord_parts(groups, rows):
-    """Returns the clipped GRPO loss (averaged over completion tokens, with standardized advantages) and the expert rows."""
+    """Returns the clipped GRPO loss, a mean over completion tokens with standardized advantages, and the expert rows."""
     own_rows = [rows[id(r.completion)] for group in groups for r in group]
     rl = sum(
         policy_gradient(rows[id(r.completion)], a, clip=0.2)

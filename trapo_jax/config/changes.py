@@ -34,20 +34,20 @@ def is_changeable(field: str) -> bool:
 
 
 def flatten(
-    data: dict[str, Any], prefix: str = "", *, mappings: Collection[str] = ()
+    data: dict[str, Any], prefix: str = "", *, leaves: Collection[str] = ()
 ) -> dict[str, Any]:
     """Flattens nested dicts into one dict with dotted names as keys, as on the command line.
 
     Args:
       data: the nested dicts.
       prefix: what all keys of the result start with.
-      mappings: dotted names of dicts that are not flattened.
+      leaves: dotted names of values that are not flattened even if they are dicts.
     """
     flat = {}
     for name, value in data.items():
         field = f"{prefix}{name}"
-        if isinstance(value, dict) and field not in mappings:
-            flat |= flatten(value, f"{field}.", mappings=mappings)
+        if isinstance(value, dict) and field not in leaves:
+            flat |= flatten(value, f"{field}.", leaves=leaves)
         else:
             flat[field] = value
     return flat

@@ -37,7 +37,6 @@ COMMON_FIELDS = (
     "checkpoint.every",
 )
 HELP, ALL = ("--help", "-h"), "all"
-MAPPING = "mapping from name"  # how the types of mappings start
 MAX_WIDTH = 120
 
 USAGE = """\
@@ -204,7 +203,7 @@ def _type_name(annotation: Any) -> str:
     if get_origin(annotation) in (tuple, list):
         return f"list of {_type_name(arguments[0])}"
     if get_origin(annotation) is dict:
-        return f"{MAPPING} to {_type_name(arguments[1])}"
+        return f"mapping from name to {_type_name(arguments[1])}"
     if all(isinstance(argument, str) for argument in arguments):  # Literal["a", "b"]
         return "|".join(arguments)
     return "|".join(_type_name(argument) for argument in arguments)

@@ -325,13 +325,14 @@ def _known_field(config_class: type[Section], name: str) -> str:
     sections = sorted(
         {n.rsplit(".", 1)[0] for n in names if "." in n} - ({parent} if leaf else set())
     )
-    leaves = {n.rsplit(".", 1)[-1]: n for n in sorted(names, key=len, reverse=True)}
-    matches = [leaves[leaf]] if leaf in leaves else []  # the right name, but in the wrong section
+    by_leaf: dict[str, list[str]] = {}
+    for known in names:
+        by_leaf.setdefault(known.rpartition(".")[2], []).append(known)
+    matches = by_leaf.get(leaf, [])  # the right name, but in the wrong section
     matches = matches or difflib.get_close_matches(name, names + sections, n=1, cutoff=0.6)
-    if not matches:
-        close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
-        matches = [leaves[m] for m in close]
-    return f"; did you mean {matches[0]}?" if matches else "; --help all lists all fields"
+    for close in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8):
+        matches = matches or by_leaf[close]
+    return f"; did you mean {' or '.join(matches)}?" if matches else "; --help all lists all fields"
 
 
 def _fields_in(text: str, config_class: type[TaskConfig]) -> list[str]:

@@ -74,14 +74,14 @@ class TaskConfig(Section):
 
     @property
     def run_folder(self) -> Path:
-        """`output_dir` with ~ expanded, or its default: a name and a hash of the fields that differ from their defaults."""
+        """`output_dir` with ~ expanded, or its default: a name, and a hash of the changed fields if there are any."""
         if self.output_dir is not None:
             return Path(os.path.expanduser(self.output_dir))
-        method = self.method.name if isinstance(self, Config) else None
-        defaults = default_settings(type(self), self.data.source, method)
+        settings = flatten(self.model_dump(mode="json"))
+        defaults = default_settings(type(self), settings)
         changed = {
             field: value
-            for field, value in flatten(self.model_dump(mode="json")).items()
+            for field, value in settings.items()
             if defaults.get(field) != value and not is_changeable(field)
         }
         text = json.dumps(changed, sort_keys=True)
@@ -102,7 +102,7 @@ class TaskConfig(Section):
         return self.data.prompt_len + self.sampling.completion_len
 
     def with_lengths(self, *, prompt: int, completion: int) -> Self:
-        """Returns a copy of the config with null lengths set to these values, and `output_dir` to the current folder."""
+        """Returns a copy of the config in which null lengths have these values. Its `output_dir` is the current one."""
         data = self.model_dump(mode="json")
         data["output_dir"] = str(self.run_folder)
         if data["data"]["max_prompt_length"] is None:
@@ -213,19 +213,17 @@ class Config(TaskConfig):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def default_settings(
-    config_class: type[TaskConfig], source: str, method: str | None
-) -> dict[str, Any]:
-    """Returns all values of a config that sets only `data.source` and `method.name`, keyed by dotted name.
+def default_settings(config_class: type[TaskConfig], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all values of a config that sets only `data.source` and, if it trains, `method.name`.
 
     Args:
       config_class: the class of the config.
-      source: the source of the problems.
-      method: the name of the method; ignored if the config has no section `method`.
+      settings: the values of these two fields, and possibly of others, keyed by dotted name. The result has such keys.
     """
+    source = settings["data.source"]
     given = {name: dict(fields) for name, fields in TASKS[source].items()}
     given.setdefault("data", {})["source"] = source
-    given["method"] = {"name": method}
+    given["method"] = {"name": settings.get("method.name")}
     defaults = {}
     for name, field in config_class.model_fields.items():
         value = field.default

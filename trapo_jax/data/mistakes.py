@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 
@@ -82,11 +83,11 @@ def warnings_of_patterns(problems: Iterable[Problem], config: Config | EvaluateC
 
 
 def _warnings_of_answers(data: LoadedData) -> list[str]:
-    """Warns about answer formats that no prompt asks for or that expert solutions lack, and about long answers."""
+    """Warns if most prompts ask for no known answer format, expert solutions lack it, or many answers are sentences."""
     warnings = []
     train = data.splits["train"]
-    forms_asked = map(answer_form, (problem.prompt_text for problem in train[:MAX_SEARCHED]))
-    asked = next((form for form in forms_asked if form), None)
+    forms_asked = Counter(answer_form(problem.prompt_text) for problem in train[:MAX_SEARCHED])
+    asked = max(forms_asked, key=lambda form: forms_asked[form], default=None)
     endings = [
         data.tokenizer.decode(expert.token_ids, skip_special_tokens=True)[-MAX_ENDING_CHARS:]
         for problem in train[:MAX_SEARCHED]
@@ -101,7 +102,8 @@ def _warnings_of_answers(data: LoadedData) -> list[str]:
             advice = f"the expert solutions end with {ending!r}; set data.prompt_suffix to a sentence that asks for this format"
             if "answer is" in ending.lower():
                 advice = "consider data.prompt_suffix=answer_is, the format of the expert solutions"
-        warnings.append(f"no prompt asks for an answer format that the grader looks for; {advice}")
+        few = "few prompts ask" if any(forms_asked) else "no prompt asks"
+        warnings.append(f"{few} for an answer format that the grader looks for; {advice}")
     elif known and not any(asked in answer_forms(ending) for ending in endings):
         warnings.append(
             f"the prompts ask for {ANSWER_FORMS[asked]}, but the expert solutions do not end like this; one ends with "

@@ -172,7 +172,7 @@ def _simplified(text: str) -> str:
 def _equal_ratios(gold: str, answer: str) -> bool:
     """Compares ratios and clock times term by term: 3:30 does not equal 1:10, but 3:4 may also be written as 3/4.
 
-    If a term is a number, so must be the other: `10:15 + 35 = 50 minutes` is arithmetic on a clock time, not 10:50.
+    If a gold term is a number, so must be the answer's: `10:15 + 35 = 50 minutes` is arithmetic, not the time 10:50.
     """
     golds, answers = _terms(gold), _terms(answer)
     return len(golds) == len(answers) > 1 and all(

@@ -181,11 +181,7 @@ def answer_forms(text: str) -> set[str]:
     >>> sorted(answer_forms(r"The answer is \boxed{5}."))
     ['box', 'phrase']
     """
-    patterns = {
-        "box": BOX,
-        "mark": ANSWER_MARK,
-        "phrase": ANSWER_PHRASE,
-    }
+    patterns = {"box": BOX, "mark": ANSWER_MARK, "phrase": ANSWER_PHRASE}
     return {form for form, pattern in patterns.items() if pattern.search(text)}
 
 

@@ -152,8 +152,8 @@ def is_guided(rewards: Sequence[float | None], threshold: float) -> bool | None:
     """Returns whether `mean(rewards) < threshold`, or None while pending rewards (None) could change the answer.
 
     The mean of an empty sequence is 0. `math.fsum` is correctly rounded, so the mean does not depend on the order of
-    the rewards and is monotonic in each of them. Therefore, its bounds (every pending reward is
-    0, or every pending reward is 1) are exact in floating-point arithmetic.
+    the rewards and is monotonic in each of them. Therefore, its bounds, for pending
+    rewards that are all 0 or all 1, are exact in floating-point arithmetic.
     """
     if not rewards:
         return threshold > 0

@@ -240,7 +240,7 @@ def _read_run(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
 
 def shown_settings(settings: Mapping[str, Any]) -> list[str]:
     """Returns the fields to show: `CORE_SETTINGS` and all fields that differ from their defaults."""
-    defaults = default_settings(Config, settings["data.source"], settings["method.name"])
+    defaults = default_settings(Config, settings)
     changed = [
         field
         for field, value in settings.items()

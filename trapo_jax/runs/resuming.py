@@ -22,7 +22,6 @@ from trapo_jax.config import (
     read_yaml,
     user_code,
 )
-from trapo_jax.config.help import MAPPING
 from trapo_jax.config.schema import DATA_FILES
 from trapo_jax.inputs.files import check_regular, read_json_object
 from trapo_jax.methods import Method, fingerprint
@@ -45,7 +44,6 @@ from trapo_jax.types import UserError
 
 ABSENT = "absent"  # Used as the value of a field that is missing from a config.
 _HASH = re.compile(r"-[0-9a-f]{8}$")  # The settings hash at the end of a default `output_dir`.
-MAPPINGS = [field.name for field in list_fields(Config) if field.type.startswith(MAPPING)]
 PATHS = ("model.path", *(f"data.{name}" for name in DATA_FILES))
 DECAY_START, METHOD_NAME = "train.decay_start", "method.name"
 
@@ -98,10 +96,10 @@ def check_run_folder(
             raise UserError(f"output_dir={folder}: not a directory; choose a different output_dir")
         if saved.is_file():
             _check_entries(folder)
-            old, new = (
-                flatten(data, mappings=MAPPINGS)
-                for data in (read_yaml(saved), yaml.safe_load(config_text))
-            )
+            # A field such as data.task_options is compared as a whole.
+            leaves = {field.name for field in list_fields(Config)}
+            old = flatten(read_yaml(saved), leaves=leaves)
+            new = flatten(yaml.safe_load(config_text), leaves=leaves)
             changes = _changes(folder, old, new, depends_on_length)
             _check_method(folder, method)
             _check_code(folder, code)

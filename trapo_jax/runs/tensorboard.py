@@ -19,7 +19,7 @@ EVENTS = "events"  # Prefix of event file names.
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """Hides torch from tensorboardX, which otherwise imports it in order to accept tensors; this import takes seconds."""
+    """Hides torch from tensorboardX, which otherwise imports it to accept tensors; this import takes seconds."""
     if "torch" in sys.modules:
         yield
         return
